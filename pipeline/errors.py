@@ -1,0 +1,34 @@
+"""The two kinds of error that are not bugs: the user's mistake, and the row's."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can fix. The message says what is wrong, where, and what to do.
+
+    The command line prints it without a traceback and exits with 2.
+    """
+
+
+class RowError(Exception):
+    """One row cannot be completed. It goes to `errors/` and the job goes on.
+
+    Attributes:
+        error_class: a short stable name that rows can be grouped by, such as `NullPrompt`.
+        message: what is wrong with this row.
+    """
+
+    def __init__(self, error_class: str, message: str) -> None:
+        super().__init__(f"{error_class}: {message}")
+        self.error_class = error_class
+        self.message = message
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that names the known name nearest to `name`, or lists them all."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

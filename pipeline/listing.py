@@ -1,0 +1,116 @@
+"""Which input files a job has: files, folders and globs, local or on S3, in a stable order."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pyarrow.fs as pafs
+from fsspec.implementations.arrow import ArrowFSWrapper  # type: ignore[import-untyped]
+
+from pipeline.config import S3Config
+from pipeline.errors import UserError
+from pipeline.storage import check_access, check_scheme, explained, filesystem, is_s3, split_s3
+
+FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+_EXTENSIONS = ", ".join(FORMATS)
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One input file.
+
+    Attributes:
+        url: local path or s3:// URL.
+        name: unique in the job and the same on every machine: the path relative to what was asked
+            for. Row ids start with it.
+        format: "parquet" or "jsonl".
+        size: bytes.
+    """
+
+    url: str
+    name: str
+    format: str
+    size: int
+
+
+def list_inputs(patterns: Sequence[str], s3: S3Config) -> list[InputFile]:
+    """All files that the patterns name, each once, ordered by name.
+
+    Folders are searched for .parquet, .jsonl and .ndjson files at any depth; files and folders
+    whose names begin with "." or "_" are left out, as everywhere in this ecosystem.
+
+    Raises:
+        UserError: a pattern that matches nothing, a file of another kind, S3 out of reach.
+    """
+    for url in {f"s3://{split_s3(p)[0]}" for p in patterns if is_s3(p)}:
+        check_access(url, s3)
+    found: dict[str, InputFile] = {}
+    for pattern in patterns:
+        for file in _matches(pattern, s3):
+            found.setdefault(file.url, file)
+    shared = {name for name, n in Counter(f.name for f in found.values()).items() if n > 1}
+    files = [_distinct(f) if f.name in shared else f for f in found.values()]
+    return sorted(files, key=lambda f: f.name)
+
+
+def _distinct(file: InputFile) -> InputFile:
+    # Two folders asked for may hold files of the same relative name.
+    digest = hashlib.sha256(file.url.encode()).hexdigest()[:8]
+    return replace(file, name=f"{file.name}@{digest}")
+
+
+def _matches(pattern: str, s3: S3Config) -> list[InputFile]:
+    check_scheme(pattern)
+    fs, path = filesystem(pattern, s3)
+    with explained(pattern, s3):
+        info = fs.get_file_info(path)
+        if info.type == pafs.FileType.File:
+            return [_input_file(info, os.path.dirname(path), pattern)]
+        if info.type == pafs.FileType.Directory:
+            infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
+            base, what = path, "folder"
+        elif any(c in path for c in "*?["):
+            base, what = _glob_base(path), "glob"
+            infos = _glob(fs, path)
+        else:
+            raise UserError(f"input.paths: {pattern}: no such file or folder")
+    files = [
+        _input_file(i, base, pattern)
+        for i in infos
+        if i.type == pafs.FileType.File
+        and not _hidden(i.path[len(base) :])
+        and (what == "glob" or os.path.splitext(i.path)[1] in FORMATS)
+    ]
+    if not files:
+        raise UserError(
+            f"input.paths: {pattern}: no files match this {what} (looking for {_EXTENSIONS})"
+        )
+    return files
+
+
+def _glob_base(path: str) -> str:
+    """The folder above the first part with a wildcard."""
+    parts = path.split("/")
+    first = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
+    return "/".join(parts[:first])
+
+
+def _glob(fs: pafs.FileSystem, path: str) -> list[pafs.FileInfo]:
+    names = ArrowFSWrapper(fs).glob(path)
+    return list(fs.get_file_info(sorted(names))) if names else []
+
+
+def _hidden(relative: str) -> bool:
+    return any(part.startswith((".", "_")) for part in relative.split("/") if part)
+
+
+def _input_file(info: pafs.FileInfo, base: str, pattern: str) -> InputFile:
+    extension = os.path.splitext(info.path)[1]
+    if extension not in FORMATS:
+        raise UserError(f"input.paths: {info.path}: not one of {_EXTENSIONS}")
+    url = f"s3://{info.path}" if is_s3(pattern) else info.path
+    return InputFile(url, os.path.relpath(info.path, base), FORMATS[extension], info.size)

@@ -1,0 +1,202 @@
+"""From a row to the engine's request: prompt token ids and sampling parameters.
+
+Chat `messages` go through the target's chat template. A plain prompt, and what a `template` over
+the columns renders to, are completed as they are: no chat template is put around them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+import jinja2.meta
+from jinja2.sandbox import SandboxedEnvironment
+
+from pipeline.config import InputConfig, SamplingConfig
+from pipeline.errors import RowError, UserError, nearest
+from specdec.request import InvalidRequest, SamplingParams
+
+SAMPLING_COLUMN = "sampling_params"
+"""A column of this name overrides the job's sampling, row by row (struct or JSON text)."""
+
+_INTEGERS = ("max_new_tokens", "top_k", "seed")
+_SAMPLING_KEYS = SamplingParams.__dataclass_fields__.keys()
+
+
+def required_columns(config: InputConfig) -> list[str]:
+    """The columns that every input file must have."""
+    if config.template is not None:
+        environment = SandboxedEnvironment()
+        return sorted(jinja2.meta.find_undeclared_variables(environment.parse(config.template)))
+    column = config.messages_column or config.prompt_column
+    return [column] if column else []
+
+
+class PromptRenderer:
+    """Renders rows to token ids with the target's tokenizer.
+
+    Args:
+        config: which column or template is the prompt.
+        tokenizer: the target's (transformers).
+
+    Raises:
+        UserError: messages are asked for and the tokenizer has no chat template.
+    """
+
+    def __init__(self, config: InputConfig, tokenizer: Any) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._template: jinja2.Template | None = None
+        if config.template is not None:
+            environment = SandboxedEnvironment(
+                undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+            )
+            self._template = environment.from_string(config.template)
+        if config.messages_column is not None and not tokenizer.chat_template:
+            raise UserError(
+                "input.messages_column: the target's tokenizer has no chat template; "
+                "use prompt_column or template, or an instruction-tuned target"
+            )
+
+    def prompt_ids(self, row: Mapping[str, Any]) -> tuple[int, ...]:
+        """Token ids of the row's prompt.
+
+        Args:
+            row: the input columns.
+
+        Raises:
+            RowError: the row has no usable prompt.
+        """
+        if self._config.messages_column is not None:
+            ids = self._chat(row[self._config.messages_column])
+        else:
+            ids = self._plain(self._text(row))
+        if not ids:
+            raise RowError("EmptyPrompt", "the prompt has no tokens")
+        return tuple(ids)
+
+    def _text(self, row: Mapping[str, Any]) -> str:
+        if self._template is not None:
+            try:
+                return self._template.render(row)
+            except Exception as error:  # a template may run into anything the row holds
+                raise RowError("TemplateError", f"{type(error).__name__}: {error}") from None
+        column = self._config.prompt_column
+        prompt = row[column or ""]
+        if prompt is None:
+            raise RowError("NullPrompt", f"column {column!r} is null")
+        if not isinstance(prompt, str):
+            kind = type(prompt).__name__
+            raise RowError("MalformedPrompt", f"column {column!r} holds a {kind}, not text")
+        return prompt
+
+    def _plain(self, text: str) -> list[int]:
+        if not text:
+            raise RowError("EmptyPrompt", "the prompt is empty")
+        bos = self._tokenizer.bos_token
+        # A prompt that was rendered elsewhere may bring its own beginning-of-sequence token.
+        own_bos = bool(bos) and text.startswith(bos)
+        try:
+            ids = self._tokenizer(text, add_special_tokens=not own_bos)["input_ids"]
+        except (UnicodeError, TypeError, ValueError) as error:
+            raise RowError("MalformedPrompt", f"the tokenizer refused it: {error}") from None
+        return list(ids)
+
+    def _chat(self, value: Any) -> list[int]:
+        messages = check_messages(value)
+        try:
+            # The template writes the special tokens itself, so none are added here.
+            ids = self._tokenizer.apply_chat_template(
+                messages, tokenize=True, add_generation_prompt=True, return_dict=False
+            )
+        except (jinja2.TemplateError, UnicodeError, TypeError, ValueError, KeyError) as error:
+            raise RowError("MalformedMessages", f"the chat template refused it: {error}") from None
+        return list(ids)
+
+
+def check_messages(value: Any) -> list[dict[str, Any]]:
+    """The chat messages in a cell: a list of {role, content}, or the same as JSON text.
+
+    Raises:
+        RowError: names the message that is wrong.
+    """
+    if value is None:
+        raise RowError("NullPrompt", "messages are null")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise RowError("MalformedMessages", "messages are text, but not JSON") from None
+    if not isinstance(value, list):
+        raise RowError("MalformedMessages", f"messages are a {type(value).__name__}, not a list")
+    if not value:
+        raise RowError("EmptyMessages", "messages are an empty list")
+    for number, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise RowError("MalformedMessages", f"message {number} is not an object")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise RowError("MalformedMessages", f"message {number} has no text in {key!r}")
+    # Arrow fills fields that a message does not have with null; templates must not see those.
+    return [{k: v for k, v in message.items() if v is not None} for message in value]
+
+
+def row_sampling(job: SamplingConfig, override: Any, row_id: str) -> SamplingParams:
+    """The row's sampling: the job's, with what the row's `sampling_params` cell overrides.
+
+    Args:
+        job: the job's sampling.
+        override: a mapping, JSON text of one, or None.
+        row_id: with the job's seed, the key of the row's random numbers, unless it has a `seed`.
+
+    Raises:
+        RowError: unknown key or invalid value.
+    """
+    values: dict[str, Any] = job.model_dump(exclude={"n"})
+    values["seed"] = row_seed(job.seed, row_id)
+    for key, value in _override(override).items():
+        if key == "n" and value == 1:
+            continue
+        if key not in _SAMPLING_KEYS:
+            raise RowError("InvalidSampling", f"{key}: unknown; {nearest(key, _SAMPLING_KEYS)}")
+        # Columns of numbers with nulls often arrive as floats.
+        whole = key in _INTEGERS and isinstance(value, float) and value.is_integer()
+        values[key] = int(value) if whole else value
+    try:
+        for key, kind in (("stop", str), ("stop_token_ids", int)):
+            values[key] = _tuple_of(key, values[key], kind)
+        if not isinstance(values["ignore_eos"], bool):
+            raise InvalidRequest(f"ignore_eos must be true or false, got {values['ignore_eos']!r}")
+        return SamplingParams(**values)
+    except InvalidRequest as error:
+        raise RowError("InvalidSampling", str(error)) from None
+
+
+def _override(cell: Any) -> dict[str, Any]:
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except ValueError:
+            raise RowError("InvalidSampling", f"{SAMPLING_COLUMN} is text, but not JSON") from None
+    if cell is None:
+        return {}
+    if not isinstance(cell, dict):
+        kind = type(cell).__name__
+        raise RowError("InvalidSampling", f"{SAMPLING_COLUMN} is a {kind}, not an object")
+    return {key: value for key, value in cell.items() if value is not None}
+
+
+def _tuple_of(key: str, value: Any, kind: type) -> tuple[Any, ...]:
+    values = (value,) if isinstance(value, kind) else value
+    if not isinstance(values, (list, tuple)) or not all(type(v) is kind for v in values):
+        raise InvalidRequest(f"{key} must be a list of {kind.__name__}, got {value!r}")
+    return tuple(values)
+
+
+def row_seed(job_seed: int, row_id: str) -> int:
+    """63 bits that depend on the job's seed and the row's name, and on nothing else."""
+    digest = hashlib.sha256(f"{job_seed}:{row_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,72 @@
+"""Rows of JSON lines as Arrow columns: nothing is lost, and types agree between units."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+RAW_LINE = "raw_line"
+"""Column of `errors/` that holds a line that is not a JSON object."""
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The object on one line, or None if the line is not one JSON object."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def jsonl_schema(lines: Iterable[bytes]) -> pa.Schema:
+    """Columns and types of a file, from its first lines; lines that are not objects are skipped."""
+    rows = [row for line in lines if (row := parse_line(line)) is not None]
+    return to_table(rows, pa.schema([])).schema
+
+
+def to_table(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows as columns: those of `schema` first, in its types, then any others.
+
+    A column whose values `schema`'s type cannot hold without loss gets the type they need; values
+    that have no common Arrow type are kept as JSON text.
+    """
+    names = list(schema.names)
+    names += list(dict.fromkeys(name for row in rows for name in row if name not in schema.names))
+    columns = {
+        name: _column([row.get(name) for row in rows], _type_of(schema, name)) for name in names
+    }
+    if not columns:
+        # A table without columns has no length of its own.
+        return pa.table({"_": pa.nulls(len(rows))}).select([])
+    return pa.table(columns)
+
+
+def _type_of(schema: pa.Schema, name: str) -> pa.DataType | None:
+    return schema.field(name).type if name in schema.names else None
+
+
+def _column(values: list[Any], expected: pa.DataType | None) -> pa.Array:
+    try:
+        array = pa.array(values)
+        if expected is None or array.type == expected:
+            return array
+        # Conversion to a narrower struct would drop fields silently, so widen first.
+        fields = [pa.schema([pa.field("c", t)]) for t in (expected, array.type)]
+        wide = pa.unify_schemas(fields, promote_options="permissive").field("c").type
+        return pa.array(values, type=wide)
+    except (pa.ArrowException, OverflowError, UnicodeError, TypeError, ValueError):
+        texts = [None if v is None else v if _is_text(v) else json.dumps(v) for v in values]
+        return pa.array(texts, pa.string())
+
+
+def _is_text(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,162 @@
+"""What the output looks like: the columns of completions and errors. An interface; see CHANGELOG.
+
+Input columns keep their names, order and Arrow types. Counts are stored; the two ratios are derived
+from them by `specdec.request.Counts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipeline.errors import RowError, UserError
+from pipeline.rows import RAW_LINE
+from pipeline.blocks import UnitRows
+from pipeline.units import FilePlan, Unit
+from specdec.request import Completion, Counts
+
+ROW_ID = "row_id"
+
+COMPLETION_COLUMNS: dict[str, pa.DataType] = {
+    "completion": pa.string(),
+    "finish_reason": pa.string(),
+    "prompt_tokens": pa.int64(),
+    "output_tokens": pa.int64(),
+    "rounds": pa.int64(),
+    "drafted": pa.int64(),
+    "verified": pa.int64(),
+    "accepted": pa.int64(),
+    "acceptance_rate": pa.float64(),
+    "block_efficiency": pa.float64(),
+}
+"""Columns of `completions/`, after `row_id` and the input columns."""
+
+ERROR_COLUMNS: dict[str, pa.DataType] = {
+    "error_class": pa.string(),
+    "error_message": pa.string(),
+    "attempts": pa.int64(),
+}
+"""Columns of `errors/`, after `row_id` and the input columns; JSONL input adds `raw_line`."""
+
+RESERVED = {ROW_ID, RAW_LINE, *COMPLETION_COLUMNS, *ERROR_COLUMNS}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A row that was completed.
+
+    Attributes:
+        text: the completion, cut before a stop string, without special tokens.
+        completion: what the engine returned.
+    """
+
+    text: str
+    completion: Completion
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A row that was not completed, and how often it was tried."""
+
+    error: RowError
+    attempts: int
+
+
+Outcome = Finished | Failed
+
+
+def row_id(unit: Unit, index: int, sample: int = 0) -> str:
+    """The stable name of a row's sample: input file, row number in it, sample."""
+    return f"{unit.name}:{unit.start + index}:{sample}"
+
+
+def check_reserved(plans: Iterable[FilePlan]) -> None:
+    """Check that no input column has the name of an output column.
+
+    Raises:
+        UserError: names the column, the file and the fix.
+    """
+    for plan in plans:
+        for name in plan.schema.names:
+            if name in RESERVED:
+                raise UserError(
+                    f"{plan.file.url}: column {name!r} has the name of an output column; "
+                    f"rename it in the input, for example to {'input_' + name!r}"
+                )
+
+
+def completions_table(rows: UnitRows, outcomes: Sequence[Outcome]) -> pa.Table:
+    """The unit's completed rows, in input order; no row if all failed.
+
+    Args:
+        rows: the unit as it was read.
+        outcomes: one per row.
+    """
+    indices = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Finished)]
+    finished = [outcome for outcome in outcomes if isinstance(outcome, Finished)]
+    values: dict[str, list[object]] = {
+        "completion": [f.text for f in finished],
+        "finish_reason": [f.completion.finish_reason for f in finished],
+        "prompt_tokens": [f.completion.prompt_tokens for f in finished],
+        "output_tokens": [len(f.completion.output_ids) for f in finished],
+    }
+    for name in ("rounds", "drafted", "verified", "accepted", *RATIOS):
+        values[name] = [getattr(f.completion.counts, name) for f in finished]
+    return _table(rows, indices, values, COMPLETION_COLUMNS)
+
+
+RATIOS = ("acceptance_rate", "block_efficiency")
+"""Properties of `Counts`; null where nothing was verified."""
+
+
+def errors_table(rows: UnitRows, outcomes: Sequence[Outcome]) -> pa.Table:
+    """The unit's failed rows, in input order.
+
+    Args:
+        rows: the unit as it was read.
+        outcomes: one per row.
+    """
+    indices = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Failed)]
+    failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
+    columns = dict(ERROR_COLUMNS)
+    values: dict[str, list[object]] = {
+        "error_class": [f.error.error_class for f in failed],
+        "error_message": [f.error.message for f in failed],
+        "attempts": [f.attempts for f in failed],
+    }
+    if rows.unit.format == "jsonl":
+        columns[RAW_LINE] = pa.string()
+        values[RAW_LINE] = [rows.raw_lines.get(i) for i in indices]
+    return _table(rows, indices, values, columns)
+
+
+def _table(
+    rows: UnitRows,
+    indices: list[int],
+    values: dict[str, list[object]],
+    columns: dict[str, pa.DataType],
+) -> pa.Table:
+    ids = pa.array([row_id(rows.unit, i) for i in indices], pa.string())
+    table = rows.table.take(pa.array(indices, pa.int64())) if rows.table.num_columns else None
+    names, arrays = [ROW_ID], [ids]
+    if table is not None:
+        names += table.column_names
+        arrays += table.columns
+    names += columns
+    arrays += [pa.array(values[name], type) for name, type in columns.items()]
+    fields = [
+        table.schema.field(name) if table is not None and name in table.column_names else (name, t)
+        for name, t in zip(names, (a.type for a in arrays), strict=True)
+    ]
+    return pa.table(arrays, schema=pa.schema(fields))
+
+
+def total_counts(outcomes: Iterable[Outcome]) -> Counts:
+    """The sum of the finished rows' counts."""
+    total = Counts()
+    for outcome in outcomes:
+        if isinstance(outcome, Finished):
+            total.add(outcome.completion.counts)
+    return total

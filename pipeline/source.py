@@ -1,0 +1,130 @@
+"""Reading pending units: a Ray Data `Datasource` whose every block is one whole unit."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray.data.block import Block, BlockMetadata
+from ray.data.context import DataContext
+from ray.data.datasource import Datasource, ReadTask
+
+from pipeline.blocks import UnitRows
+from pipeline.config import S3Config
+from pipeline.rows import parse_line, to_table
+from pipeline.storage import filesystem
+from pipeline.units import Unit
+
+_BATCH_ROWS = 4096
+
+
+class UnitDatasource(Datasource):
+    """Reads units. Units cut from one row group share a read task, which decodes it once.
+
+    Args:
+        units: what to read; units of one file next to each other and in row order.
+        schemas: per file name, the columns and types that JSONL rows are read as.
+        s3: how to reach files on S3.
+    """
+
+    def __init__(self, units: Sequence[Unit], schemas: dict[str, pa.Schema], s3: S3Config) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._groups = [list(g) for _, g in groupby(units, key=_read_together)]
+        self._schemas = schemas
+        self._s3 = s3
+
+    @property
+    def read_tasks(self) -> int:
+        """How many read tasks there are."""
+        return len(self._groups)
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self,
+        parallelism: int,
+        per_task_row_limit: int | None = None,
+        data_context: DataContext | None = None,
+    ) -> list[ReadTask]:
+        return [
+            ReadTask(
+                _reader(group, self._schemas.get(group[0].name), self._s3),
+                BlockMetadata(
+                    num_rows=len(group), size_bytes=None, exec_stats=None, input_files=None
+                ),
+            )
+            for group in self._groups
+        ]
+
+
+def _read_together(unit: Unit) -> tuple[str, int]:
+    return unit.url, unit.offset
+
+
+def _reader(
+    units: list[Unit], schema: pa.Schema | None, s3: S3Config
+) -> Callable[[], Iterable[Block]]:
+    # A plain closure over plain values: what is pickled to the worker stays small.
+    def read() -> Iterable[Block]:
+        for rows in read_units(units, schema, s3):
+            yield rows.to_block()
+
+    return read
+
+
+def read_units(units: list[Unit], schema: pa.Schema | None, s3: S3Config) -> Iterator[UnitRows]:
+    """Read units that start in the same row group, or one unit of JSONL.
+
+    Args:
+        units: of one file, in row order, all with the same `offset`.
+        schema: for JSONL, the file's columns and types; None for Parquet.
+        s3: how to reach files on S3.
+    """
+    fs, path = filesystem(units[0].url, s3)
+    if units[0].format == "jsonl":
+        (unit,) = units
+        with fs.open_input_file(path) as file:
+            file.seek(unit.offset)
+            yield parse_jsonl(unit, file.read(unit.end - unit.offset), schema)
+        return
+    with pq.ParquetFile(path, filesystem=fs) as parquet:
+        groups = range(units[0].offset, max(u.end for u in units))
+        position, wanted = 0, iter(units)
+        unit, pieces = next(wanted), list[pa.RecordBatch]()
+        for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=list(groups)):
+            batch_end = position + batch.num_rows
+            while unit.skip < batch_end:
+                low = max(unit.skip, position) - position
+                high = min(unit.skip + unit.rows, batch_end) - position
+                pieces.append(batch.slice(low, high - low))
+                if unit.skip + unit.rows > batch_end:
+                    break
+                yield UnitRows(unit, _whole(pieces), {})
+                following = next(wanted, None)
+                if following is None:
+                    return
+                unit, pieces = following, []
+            position = batch_end
+
+
+def _whole(pieces: list[pa.RecordBatch]) -> pa.Table:
+    # pandas and Hugging Face describe the whole file's columns in the schema's metadata; with
+    # columns added that description would be wrong.
+    return pa.Table.from_batches(pieces).replace_schema_metadata(None)
+
+
+def parse_jsonl(unit: Unit, data: bytes, schema: pa.Schema | None) -> UnitRows:
+    """Rows of a unit's bytes; a line that is not a JSON object becomes a row of nulls."""
+    lines = [line for line in io.BytesIO(data) if line.strip()]
+    parsed = [parse_line(line) for line in lines]
+    table = to_table([row or {} for row in parsed], schema or pa.schema([]))
+    malformed = {
+        i: line.decode(errors="replace").rstrip("\r\n")
+        for i, (line, row) in enumerate(zip(lines, parsed, strict=True))
+        if row is None
+    }
+    return UnitRows(unit, table, malformed)

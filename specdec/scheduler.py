@@ -1,0 +1,108 @@
+"""Who is in flight: the queue, the rows in slots, and the caches that hold them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from specdec.cache import SlotCache, round_to_blocks
+from specdec.request import Counts, Request, SamplingParams
+from specdec.stopping import RowMemory
+
+
+@dataclass(slots=True, eq=False)
+class LiveRow:
+    """A request on its way.
+
+    Attributes:
+        request: as submitted.
+        sampling: the request's, with max_new_tokens cut to what the context has room for.
+        tokens: prompt and output so far. Caches hold a prefix of it, never the last token; what a cache
+            lacks is pending.
+        output_start: where the output begins in `tokens`.
+        counts: what speculation did for it.
+        memory: what the stop policy remembers about it.
+    """
+
+    request: Request
+    sampling: SamplingParams
+    tokens: list[int]
+    output_start: int
+    counts: Counts = field(default_factory=Counts)
+    memory: RowMemory = field(default_factory=RowMemory)
+
+    @property
+    def generated(self) -> int:
+        """Output tokens so far."""
+        return len(self.tokens) - self.output_start
+
+    @property
+    def need(self) -> int:
+        """Cache positions to reserve, so that the row can always finish."""
+        return self.output_start + self.sampling.max_new_tokens
+
+
+class Scheduler:
+    """Admits waiting rows to slots as slots and memory allow, in order.
+
+    All caches have one shape, slots x capacity, with at most `max_positions` positions; it is changed when
+    the row at the head of the queue does not fit, so long rows trade slots for length.
+
+    Args:
+        caches: the target's and, if there is one, the draft's.
+        slots: most rows in flight.
+        max_positions: most cache positions over all slots.
+    """
+
+    def __init__(self, caches: Sequence[SlotCache], slots: int, max_positions: int) -> None:
+        self.caches, self.slots, self.max_positions = caches, slots, max_positions
+        self.queue: deque[LiveRow] = deque()
+        self._rows: list[LiveRow | None] = []  # by slot; None is a hole left by a retired row
+
+    @property
+    def live(self) -> int:
+        """Rows in slots."""
+        return len(self._rows) - self._rows.count(None)
+
+    def admit(self) -> list[LiveRow]:
+        """Give slots to waiting rows; return the live rows, which fill slots 0..n-1 in list order."""
+        while self.queue and self._reserve(self.queue[0].need):
+            hole = self._rows.index(None) if None in self._rows else len(self._rows)
+            self._rows[hole : hole + 1] = [self.queue.popleft()]
+        self._compact()
+        return [row for row in self._rows if row is not None]
+
+    def retire(self, slot: int) -> None:
+        """Free a slot."""
+        self._rows[slot] = None
+        for cache in self.caches:
+            cache.rollback(slot, 0)
+
+    def _reserve(self, need: int) -> bool:
+        """Whether one more row of `need` positions fits, after reshaping the caches if that helps."""
+        live, shape = self.live, self.caches[0]
+        if live >= self.slots:
+            return False
+        if need <= shape.capacity and live < shape.slots:
+            return True
+        least = max([need, *(row.need for row in self._rows if row is not None)])
+        # Look ahead a batch, so that a run of growing prompts does not reshape the caches every time.
+        ahead = max(row.need for row, _ in zip(self.queue, range(self.slots), strict=False))
+        for capacity in (round_to_blocks(max(least, ahead)), round_to_blocks(least)):
+            slots = min(self.slots, self.max_positions // capacity)
+            if live < slots:
+                self._compact()
+                for cache in self.caches:
+                    cache.resize(slots, capacity)
+                return True
+        return False
+
+    def _compact(self) -> None:
+        """Fill each hole with the last row, so that attention sees a rectangle without gaps."""
+        for hole in reversed([slot for slot, row in enumerate(self._rows) if row is None]):
+            last = self._rows.pop()
+            if hole < len(self._rows):
+                self._rows[hole] = last
+                for cache in self.caches:
+                    cache.move(len(self._rows), hole)
