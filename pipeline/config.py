@@ -52,6 +52,16 @@ class S3Config(_Settings):
         description="name of a profile in ~/.aws on every machine; null: default chain",
     )
 
+    @field_validator("endpoint")
+    @classmethod
+    def _plain_url(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None:
+            if not endpoint.startswith(("http://", "https://")):
+                raise ValueError("must be a URL such as https://s3.example.com")
+            if "@" in endpoint:
+                raise ValueError("must not hold a user name or password; use the AWS environment")
+        return endpoint
+
 
 class InputConfig(_Settings):
     """Where the rows are, and which column, or template over columns, is the prompt."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from pipeline.blocks import UnitRows
 from pipeline.errors import RowError, UserError
 from pipeline.rows import RAW_LINE
-from pipeline.blocks import UnitRows
 from pipeline.units import FilePlan, Unit
 from specdec.request import Completion, Counts
 

@@ -95,8 +95,7 @@ def summarise(records: Sequence[UnitRecord]) -> dict[str, Any]:
     for record in records:
         counts.add(Counts(**record.counts))
         errors.update(record.errors)
-        # Counter.update adds floats as well, whatever its annotation says.
-        phases.update(record.phase_seconds)  # type: ignore[arg-type]
+        phases.update(record.phase_seconds)
         engine.update(record.engine)
     output_tokens = sum(r.output_tokens for r in records)
     seconds = busy_seconds(records)
@@ -145,6 +144,7 @@ def stats_tables(records: Sequence[UnitRecord]) -> dict[str, pa.Table]:
 def _unit_row(record: UnitRecord) -> dict[str, Any]:
     row = asdict(record)
     counts = Counts(**row.pop("counts"))
+    engine, phase_seconds = row.pop("engine"), row.pop("phase_seconds")
     return {
         **row,
         "errors": record.failed,
@@ -152,7 +152,6 @@ def _unit_row(record: UnitRecord) -> dict[str, Any]:
         **asdict(counts),
         "acceptance_rate": counts.acceptance_rate,
         "block_efficiency": counts.block_efficiency,
-        **row.pop("engine"),
-        "engine": None,
-        "phase_seconds": json.dumps(row.pop("phase_seconds")),
+        **engine,
+        "phase_seconds": json.dumps(phase_seconds),
     }

@@ -1,0 +1,68 @@
+"""The progress bar: rows, tokens/s, acceptance rate, time left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from pipeline.progress import JobProgress
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Callable[[JobProgress], None]]:
+    """A live bar on `console`; yields the function to call with each moment of the job."""
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} rows"),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("looking at the input", total=0, figures="")
+
+        def show(progress: JobProgress) -> None:
+            bar.update(
+                task,
+                description=progress.stage,
+                total=progress.rows_total,
+                completed=completed_rows(progress),
+                figures=figures(progress),
+            )
+
+        yield show
+
+
+def completed_rows(progress: JobProgress) -> int:
+    """Rows done, of earlier runs too; a retried unit counts its rows twice, so it is capped."""
+    tally = progress.tally
+    return min(progress.rows_before + tally.rows + tally.errors, progress.rows_total)
+
+
+def figures(progress: JobProgress) -> str:
+    """Speed, acceptance rate, errors and time left, as far as they are known."""
+    tally, seconds = progress.tally, progress.seconds
+    parts = []
+    if seconds > 0 and tally.counts.committed:
+        parts.append(f"{tally.counts.committed / seconds:,.0f} tokens/s")
+    if (rate := tally.counts.acceptance_rate) is not None:
+        parts.append(f"{rate:.0%} accepted")
+    if tally.errors:
+        parts.append(f"{tally.errors:,} errors")
+    done = tally.rows + tally.errors
+    left = progress.rows_total - completed_rows(progress)
+    if seconds > 5 and done and left:
+        parts.append(f"{_duration(seconds * left / done)} left")
+    return " · ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,66 @@
+"""What a job did, from its committed files alone: as numbers and as a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from pipeline import manifest
+from pipeline.config import S3Config
+from pipeline.errors import UserError
+from pipeline.stats import summarise
+from pipeline.storage import Folder, check_access, is_s3, resolved
+
+
+def read_summary(url: str, s3: S3Config) -> tuple[dict[str, Any], bool]:
+    """A job's summary, and whether the job is finished.
+
+    Args:
+        url: the job's output folder.
+        s3: how to reach it, if it is on S3.
+
+    Raises:
+        UserError: there is no job in this folder.
+    """
+    s3 = resolved(s3, used=is_s3(url))
+    check_access(url, s3)
+    output = Folder(url, s3)
+    if output.read(manifest.SUCCESS) is not None and (data := output.read(manifest.MANIFEST)):
+        return json.loads(data)["summary"], True
+    if output.read(manifest.JOB) is None:
+        raise UserError(f"{url}: no job's output here: there is no {manifest.JOB}")
+    units = [n.removesuffix(".parquet") for n in output.list("completions")]
+    return summarise(manifest.read_records(output, units)), False
+
+
+def render(summary: Mapping[str, Any]) -> RenderableType:
+    """The summary as a table for the terminal."""
+    totals = Table(show_header=False, box=None, padding=(0, 2))
+    totals.add_column(style="bold")
+    totals.add_column(justify="right")
+    totals.add_row("rows completed", f"{summary['rows']:,}")
+    totals.add_row("rows in errors", f"{summary['errors']:,}")
+    for name, rows in summary["errors_by_class"].items():
+        totals.add_row(f"  {name}", f"{rows:,}", style="yellow")
+    totals.add_row("prompt tokens", f"{summary['prompt_tokens']:,}")
+    totals.add_row("output tokens", f"{summary['output_tokens']:,}")
+    totals.add_row("tokens/s", _number(summary["tokens_per_second"], ",.1f"))
+    totals.add_row("block efficiency", _number(summary["block_efficiency"], ".2f"))
+    totals.add_row("acceptance rate", _number(summary["acceptance_rate"], ".1%"))
+
+    phases = Table("phase", "seconds", "share", box=None, padding=(0, 2), header_style="bold")
+    for column in phases.columns[1:]:
+        column.justify = "right"
+    seconds = summary["phase_seconds"]
+    whole = sum(seconds.values()) or 1.0
+    for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
+        phases.add_row(name, f"{value:,.1f}", f"{value / whole:.1%}")
+    return Group(totals, "", phases) if seconds else totals
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

