@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -206,9 +205,7 @@ def _options(
 
 def main() -> None:
     """The console script."""
-    # Piped output keeps long lines whole; a terminal wraps them itself.
-    run_app: Callable[[], None] = app
-    sys.exit(run_app())
+    app()
 
 
 if __name__ == "__main__":

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pipeline.progress import JobProgress
+from pipeline.progress import JobProgress, OnProgress
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[Callable[[JobProgress], None]]:
+def progress_bar(console: Console) -> Iterator[OnProgress]:
     """A live bar on `console`; yields the function to call with each moment of the job."""
     bar = Progress(
         SpinnerColumn(),

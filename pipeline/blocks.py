@@ -1,7 +1,7 @@
 """What flows through Ray Data: sealed envelopes, one unit each.
 
-Ray Data sees blocks of one row per unit, or per output file, with bytes in them. User columns stay
-out of its sight, so no schema is unified, no value converted, and no block split on its way.
+Ray Data sees blocks of one row, a unit each, with bytes in them. User columns stay out of its
+sight, so no schema is unified, no value converted, and no unit split on its way.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class UnitRows:
     @staticmethod
     def from_block(block: pa.Table) -> UnitRows:
         """What `to_block` packed."""
+        if block.num_rows != 1:
+            raise ValueError(f"a block must hold one unit, got {block.num_rows}")
         lines = _table(block["raw_lines"][0])["line"].to_pylist()
         return UnitRows(
             unit=Unit.from_json(block["unit"][0].as_py()),
@@ -77,17 +79,19 @@ class UnitFiles:
     files: tuple[tuple[str, bytes], ...]
 
     def to_block(self) -> pa.Table:
-        """One row per file."""
+        """One row that Ray Data carries without looking inside."""
+        names, contents = zip(*self.files, strict=True)
         return pa.table(
             {
-                "unit": [self.unit_id] * len(self.files),
-                "name": [name for name, _ in self.files],
-                "data": pa.array([data for _, data in self.files], pa.large_binary()),
+                "unit": [self.unit_id],
+                "names": pa.array([names], pa.list_(pa.string())),
+                "contents": pa.array([contents], pa.large_list(pa.large_binary())),
             }
         )
 
     @staticmethod
     def from_block(block: pa.Table) -> UnitFiles:
         """What `to_block` packed."""
-        names, contents = block["name"].to_pylist(), block["data"].to_pylist()
-        return UnitFiles(block["unit"][0].as_py(), tuple(zip(names, contents, strict=True)))
+        (row,) = block.to_pylist()
+        files = zip(row["names"], row["contents"], strict=True)
+        return UnitFiles(row["unit"], tuple(files))

@@ -266,6 +266,9 @@ def finish(
     Raises:
         Inconsistent: the files do not add up.
     """
+    missing = {unit.id for unit in units} - committed(output, units)
+    if missing:
+        raise Inconsistent(f"{len(missing)} units were not committed, {min(missing)} among them")
     records = read_records(output, [unit.id for unit in units])
     error_files = _reconcile(output, units, records)
     files: list[tuple[str, int, str | None]]

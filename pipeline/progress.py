@@ -5,9 +5,9 @@ This is for eyes only. What is done is what is committed; see `manifest`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 
@@ -58,10 +58,8 @@ class JobProgress:
     seconds: float = 0.0
 
 
-class OnProgress(Protocol):
-    """What a caller of `run_job` is told, about twice a second."""
-
-    def __call__(self, progress: JobProgress) -> None: ...
+OnProgress = Callable[[JobProgress], None]
+"""What a caller of `run_job` is told, about twice a second."""
 
 
 class Monitor:

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import manifest
 from pipeline.config import ActorsConfig, JobConfig
@@ -224,11 +226,10 @@ def _generate(
     # Reading and writing are mostly waiting. They ask for no CPU, so that actors may hold all of
     # them and the job still moves; instead they are few.
     few = 2 + job.actors.max_actors
-    readers, writers = min(few, source.read_tasks), min(few, len(pending))
     with _data_context(), _reported(monitor, plan.rows, rows_before, progress):
         try:
             ray.data.read_datasource(
-                source, num_cpus=0, concurrency=readers, override_num_blocks=source.read_tasks
+                source, num_cpus=0, concurrency=few, override_num_blocks=source.read_tasks
             ).map_batches(
                 GenerateActor,
                 batch_size=None,
@@ -243,8 +244,9 @@ def _generate(
                 num_cpus=job.actors.num_cpus,
                 num_gpus=job.actors.num_gpus or None,
                 accelerator_type=job.actors.accelerator_type,
-                ray_remote_args_fn=_actor_options,
-            ).write_datasink(sink, ray_remote_args={"num_cpus": 0}, concurrency=writers)
+                # Ray's default is to retry for ever a unit that kills its actor.
+                max_task_retries=_ACTOR_TASK_RETRIES,
+            ).write_datasink(sink, ray_remote_args={"num_cpus": 0}, concurrency=few)
         except Exception as error:
             raise _explained(error, monitor) from error
         finally:
@@ -252,16 +254,12 @@ def _generate(
     return sink.checksums
 
 
-def _actor_options() -> dict[str, Any]:
-    # Ray's default is to retry for ever a unit that kills its actor.
-    return {"max_task_retries": _ACTOR_TASK_RETRIES}
-
-
 @contextmanager
 def _data_context() -> Iterator[None]:
-    """Ray Data's settings for this job: blocks stay whole, failed units are retried, silence."""
+    """Ray Data's settings for this job: a block is a unit, failed units are retried, silence."""
     context = DataContext.get_current().copy()
-    context.target_max_block_size = None
+    # Blocks smaller than this are joined: with one row per unit, every unit stays by itself.
+    context.target_max_block_size = 1
     context.retried_map_errors = True
     context.max_map_retries = _UNIT_RETRIES
     context.raise_original_map_exception = True
@@ -270,7 +268,10 @@ def _data_context() -> Iterator[None]:
     context.default_map_logical_memory_enabled = False
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    with DataContext.current(context):
+    with DataContext.current(context), warnings.catch_warnings():
+        # Few tasks are meant to be few; max_task_retries has no other name in this Ray.
+        warnings.filterwarnings("ignore", "The maximum number of concurrent tasks", UserWarning)
+        warnings.filterwarnings("ignore", category=RayDeprecationWarning)
         yield
 
 
