@@ -51,6 +51,8 @@ def _type_of(schema: pa.Schema, name: str) -> pa.DataType | None:
 def _column(values: list[Any], expected: pa.DataType | None) -> pa.Array:
     try:
         array = pa.array(values)
+        if not _storable(array.type):
+            raise TypeError(f"Parquet cannot hold {array.type}")
         if expected is None or array.type == expected:
             return array
         # Conversion to a narrower struct would drop fields silently, so widen first.
@@ -60,6 +62,13 @@ def _column(values: list[Any], expected: pa.DataType | None) -> pa.Array:
     except (pa.ArrowException, OverflowError, UnicodeError, TypeError, ValueError):
         texts = [None if v is None else v if _is_text(v) else json.dumps(v) for v in values]
         return pa.array(texts, pa.string())
+
+
+def _storable(kind: pa.DataType) -> bool:
+    """Parquet has no structs without fields, which is what `{}` alone is taken for."""
+    if pa.types.is_struct(kind):
+        return bool(kind.num_fields) and all(_storable(field.type) for field in kind)
+    return not pa.types.is_list(kind) or _storable(kind.value_type)
 
 
 def _is_text(value: object) -> bool:

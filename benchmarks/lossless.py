@@ -1,0 +1,85 @@
+"""Greedy output of every policy and live batch against transformers' own `generate` of the target.
+
+    python benchmarks/lossless.py                      # 64 GSM8K prompts, fp32
+
+Prints, per policy and live batch, how many outputs are equal token for token. For each that is not, the
+gap between the target's two likeliest tokens where they part, in logits: floating-point sums taken in
+another order can only swap tokens whose logits nearly tie.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from engine import DRAFT, PROMPTS, TARGET, prepare, read_prompts, score
+from rich.console import Console
+from rich.table import Table
+
+from specdec.engine import Engine
+from specdec.pair import ModelPair
+from specdec.request import Request, SamplingParams
+from specdec.stopping import POLICIES, make_policy
+
+NEAR_TIE = 1e-3
+"""Logit gap below which fp32 rounding (about 1e-4 here) may decide."""
+
+
+def main(
+    target: str = TARGET,
+    draft: str = DRAFT,
+    prompts: Path = PROMPTS,
+    rows: int = 64,
+    tokens: int = 32,
+    batches: str = "1,4,16",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice")] = 0,
+) -> None:
+    """Compare; exit with 1 if any difference is not a near-tie."""
+    prepare(threads)
+    console = Console(width=110)
+    pair = ModelPair.load(target, draft)
+    reference: Any = ModelPair.load(target).target.model
+    reference.set_attn_implementation("sdpa")
+    ids = read_prompts(pair, prompts, rows)
+    expected = [
+        tuple(
+            reference.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)[
+                0, len(prompt) :
+            ].tolist()
+        )
+        for prompt in ids
+    ]
+    table = Table("policy", "live batch", "equal", "near-ties", "other differences", "block efficiency")
+    wrong = 0
+    for batch in map(int, batches.split(",")):
+        for policy in POLICIES:
+            engine = Engine(pair, policy=make_policy(policy, k=3, k_max=6), slots=batch)
+            sampling = SamplingParams(max_new_tokens=tokens, temperature=0)
+            done = engine.generate([Request(str(i), p, sampling) for i, p in enumerate(ids)])
+            gaps = []
+            for prompt, completion, output in zip(ids, done, expected, strict=True):
+                if completion.output_ids != output:
+                    pairs = zip(completion.output_ids, output, strict=False)
+                    at = next(i for i, (a, b) in enumerate(pairs) if a != b)
+                    top = score(pair, prompt, output[: at + 1])[-1].topk(2).values
+                    gaps.append((top[0] - top[1]).item())
+                    console.print(f"{policy}, live batch {batch}: logit gap {gaps[-1]:.2g} at {at}")
+            other = sum(gap > NEAR_TIE for gap in gaps)
+            wrong += other
+            table.add_row(
+                policy,
+                str(batch),
+                f"{rows - len(gaps)}/{rows}",
+                str(len(gaps) - other),
+                str(other),
+                f"{engine.stats.counts.block_efficiency:.2f}",
+            )
+            console.print(f"{policy}, live batch {batch}: {rows - len(gaps)}/{rows} equal")
+    console.print(table)
+    raise typer.Exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
