@@ -4,9 +4,10 @@
     python benchmarks/engine.py policies  # live batch 1-16, each precision: each policy / none
     python benchmarks/engine.py quality   # what a precision costs in agreement with fp32
 
-Sides are interleaved in one process, `--repeats` times over; a ratio is the median of the paired ratios,
-with the smallest and largest beside it. Every side decodes greedily and generates the same number of
-tokens from the same prompts (end of sequence ignored), so tokens per second compare directly.
+Sides are interleaved in one process, `--repeats` times over; a ratio is the median of the paired
+ratios, with the smallest and largest beside it. Every side decodes greedily and generates the same
+number of tokens from the same prompts (end of sequence ignored), so tokens per second compare
+directly.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec.engine import Engine
+from specdec.linear import Quantization
 from specdec.pair import ModelPair
-from specdec.quantization import Quantization
 from specdec.request import Completion, Request, SamplingParams
 from specdec.stopping import StopPolicy, make_policy
 
@@ -146,7 +147,9 @@ def peers(
         config = transformers.GenerationConfig(
             max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=pad
         )
-        out = other.generate_batch([list(p) for p in ids], generation_config=config, progress_bar=False)
+        out = other.generate_batch(
+            [list(p) for p in ids], generation_config=config, progress_bar=False
+        )
         outputs["generate_batch"] = [tuple(out[key].generated_tokens) for key in out]
 
     sides = {
@@ -190,7 +193,15 @@ def policies(
 ) -> None:
     """Each policy against none, by precision and live batch."""
     prepare(threads)
-    table = Table("precision", "live batch", "policy", "tokens/s", "speedup over none", "accepted", "per round")
+    table = Table(
+        "precision",
+        "live batch",
+        "policy",
+        "tokens/s",
+        "speedup over none",
+        "accepted",
+        "per round",
+    )
     for precision in precisions.split(","):
         pair = load(target, draft, precision)
         for batch in map(int, batches.split(",")):
@@ -198,9 +209,15 @@ def policies(
             engines: dict[str, Engine] = {}
 
             def side(
-                name: str, pair: ModelPair = pair, batch: int = batch, ids: Any = ids, engines: Any = engines
+                name: str,
+                pair: ModelPair = pair,
+                batch: int = batch,
+                ids: Any = ids,
+                engines: Any = engines,
             ) -> None:
-                _, engines[name] = run_engine(pair, make_policy(name, k=k, k_max=k_max), batch, ids, tokens)
+                _, engines[name] = run_engine(
+                    pair, make_policy(name, k=k, k_max=k_max), batch, ids, tokens
+                )
 
             names = ("none", "fixed", "heuristic", "confidence")
             times = interleave({name: lambda n=name, s=side: s(n) for name in names}, repeats)  # type: ignore[misc]
@@ -232,7 +249,9 @@ def quality(
     ids = read_prompts(pair, prompts, rows)
     completions, _ = run_engine(pair, make_policy("none"), 16, ids, tokens)
     texts = [(prompt, done.output_ids) for prompt, done in zip(ids, completions, strict=True)]
-    table = Table("precision", "greedy agreement", "perplexity of fp32's output", "mean sum min(p, p32)")
+    table = Table(
+        "precision", "greedy agreement", "perplexity of fp32's output", "mean sum min(p, p32)"
+    )
     reference = [score(pair, *text) for text in texts]
     for precision in ("fp32", *get_args(Quantization)):
         each = load(target, None, precision)

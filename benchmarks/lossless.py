@@ -2,9 +2,9 @@
 
     python benchmarks/lossless.py                      # 64 GSM8K prompts, fp32
 
-Prints, per policy and live batch, how many outputs are equal token for token. For each that is not, the
-gap between the target's two likeliest tokens where they part, in logits: floating-point sums taken in
-another order can only swap tokens whose logits nearly tie.
+Prints, per policy and live batch, how many outputs are equal token for token. For each that is not,
+the gap between the target's two likeliest tokens where they part, in logits: floating-point sums
+taken in another order can only swap tokens whose logits nearly tie.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def main(
         )
         for prompt in ids
     ]
-    table = Table("policy", "live batch", "equal", "near-ties", "other differences", "block efficiency")
+    table = Table(
+        "policy", "live batch", "equal", "near-ties", "other differences", "block efficiency"
+    )
     wrong = 0
     for batch in map(int, batches.split(",")):
         for policy in POLICIES:

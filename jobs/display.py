@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,10 +11,18 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from pipeline.progress import JobProgress, OnProgress
 
+_LOG_SECONDS = 30
+
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[OnProgress]:
-    """A live bar on `console`; yields the function to call with each moment of the job."""
+    """Yields the function to call with each moment of the job.
+
+    On a terminal it moves a live bar; in a log file it prints a line twice a minute.
+    """
+    if not console.is_terminal:
+        yield _log_lines(console)
+        return
     bar = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -39,6 +48,20 @@ def progress_bar(console: Console) -> Iterator[OnProgress]:
         yield show
 
 
+def _log_lines(console: Console) -> OnProgress:
+    printed = time.monotonic()
+
+    def show(progress: JobProgress) -> None:
+        nonlocal printed
+        if time.monotonic() - printed >= _LOG_SECONDS:
+            printed = time.monotonic()
+            rows = f"{completed_rows(progress):,}/{progress.rows_total:,} rows"
+            parts = filter(None, (progress.stage, rows, figures(progress)))
+            console.print(" · ".join(parts), highlight=False, soft_wrap=True)
+
+    return show
+
+
 def completed_rows(progress: JobProgress) -> int:
     """Rows done, of earlier runs too; a retried unit counts its rows twice, so it is capped."""
     tally = progress.tally
@@ -49,7 +72,7 @@ def figures(progress: JobProgress) -> str:
     """Speed, acceptance rate, errors and time left, as far as they are known."""
     tally, seconds = progress.tally, progress.seconds
     parts = []
-    if seconds > 0 and tally.counts.committed:
+    if seconds > 1 and tally.counts.committed:
         parts.append(f"{tally.counts.committed / seconds:,.0f} tokens/s")
     if (rate := tally.counts.acceptance_rate) is not None:
         parts.append(f"{rate:.0%} accepted")

@@ -124,6 +124,15 @@ class ModelsConfig(_Settings):
         default=False, description="run Python code that comes with the model"
     )
 
+    @model_validator(mode="after")
+    def _kernels_exist(self) -> ModelsConfig:
+        if self.deterministic and self.quantization is None:
+            raise ValueError(
+                "deterministic needs quantization int8wo or int8: unquantized linear layers give a "
+                "token different bits in different batches"
+            )
+        return self
+
 
 class SamplingConfig(_Settings):
     """How each row is sampled; a row's own `sampling_params` column overrides these."""

@@ -40,6 +40,7 @@ class GenerateActor:
 
     Args:
         job: the job; paths in it are valid on this machine.
+        digest: of the job's fingerprint, for the record.
         monitor: actor handle of the job's `Monitor`.
 
     Raises:
@@ -47,12 +48,12 @@ class GenerateActor:
             since Ray wraps what an actor's constructor raises.
     """
 
-    def __init__(self, job: JobConfig, monitor: Any) -> None:
+    def __init__(self, job: JobConfig, digest: str, monitor: Any) -> None:
         from specdec.pair import PairError
 
         began = time.monotonic()
         context = ray.get_runtime_context()
-        self._job = job
+        self._job, self._digest = job, digest
         self._actor, self._node = context.get_actor_id() or "local", context.get_node_id()
         try:
             self._pair = load_pair(job)
@@ -173,6 +174,7 @@ class GenerateActor:
         load, self._load_seconds = self._load_seconds, 0.0
         record = UnitRecord(
             unit=unit.id,
+            job=self._digest,
             input=unit.name,
             start=unit.start,
             rows=unit.rows,

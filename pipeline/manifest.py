@@ -92,7 +92,7 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
             **job.input.model_dump(mode="json", exclude={"paths"}),
             "files": len(plans),
             "rows": sum(p.rows for p in plans),
-            "digest": _digest([[p.file.name, p.file.size, p.rows] for p in plans]),
+            "digest": digest([[p.file.name, p.file.size, p.rows] for p in plans]),
         },
         "unit_rows": job.unit_rows,
         "models": {
@@ -111,7 +111,8 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
     return result
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """A short digest of plain data."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
@@ -128,30 +129,31 @@ def claim(output: Folder, job: JobConfig, plans: Sequence[FilePlan], mark: dict[
         UserError: the folder holds another job's output; the message shows the difference.
     """
     found = output.read(JOB)
-    if found is None:
-        if output.list("completions"):
-            raise UserError(
-                f"output: {output.url} has completions but no {JOB}; "
-                "choose another output folder, or empty this one"
-            )
-        output.put(INPUTS, table_bytes(_inputs_table(plans)))
-        record = {
-            "name": job.name,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": versions(),
-            "fingerprint": mark,
-            "config": job.model_dump(mode="json"),
-        }
-        if output.put_if_absent(JOB, json.dumps(record, indent=2).encode()):
+    if found is not None:
+        differences = difference(json.loads(found).get("fingerprint", {}), mark)
+        if not differences:
             return
-        found = output.read(JOB) or b"{}"
-    differences = difference(json.loads(found).get("fingerprint", {}), mark)
-    if differences:
-        lines = [*differences, *_changed_inputs(output, plans)]
+        if output.list("completions"):
+            lines = [*differences, *_changed_inputs(output, plans)]
+            raise UserError(
+                f"output: {output.url} holds another job; choose another output, or restore:\n"
+                + "\n".join(f"  {line}" for line in lines)
+            )
+        # A job that never committed anything, perhaps for a mistake that is corrected now.
+    elif output.list("completions"):
         raise UserError(
-            f"output: {output.url} holds another job; choose another output, or restore:\n"
-            + "\n".join(f"  {line}" for line in lines)
+            f"output: {output.url} has completions but no {JOB}; "
+            "choose another output folder, or empty this one"
         )
+    record = {
+        "name": job.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "fingerprint": mark,
+        "config": job.model_dump(mode="json"),
+    }
+    output.put(INPUTS, table_bytes(_inputs_table(plans)))
+    output.put(JOB, json.dumps(record, indent=2).encode())
 
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -270,7 +272,7 @@ def finish(
     if missing:
         raise Inconsistent(f"{len(missing)} units were not committed, {min(missing)} among them")
     records = read_records(output, [unit.id for unit in units])
-    error_files = _reconcile(output, units, records)
+    error_files = _reconcile(output, units, records, digest(mark))
     files: list[tuple[str, int, str | None]]
     files = [(f"completions/{r.unit}.parquet", r.completions, None) for r in records]
     files += [
@@ -286,7 +288,7 @@ def finish(
     summary = summarise(records)
     manifest = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "fingerprint": _digest(mark),
+        "fingerprint": digest(mark),
         "versions": versions(),
         "rows_in": sum(unit.rows for unit in units),
         "rows_out": summary["rows"],
@@ -300,11 +302,15 @@ def finish(
     return summary
 
 
-def _reconcile(output: Folder, units: Sequence[Unit], records: Sequence[UnitRecord]) -> set[str]:
+def _reconcile(
+    output: Folder, units: Sequence[Unit], records: Sequence[UnitRecord], job: str
+) -> set[str]:
     """Check rows in = rows out + errors for each unit. Returns the names in `errors/`."""
     rows = {unit.id: unit.rows for unit in units}
     error_files = set(output.list("errors"))
     for record in records:
+        if record.job != job:
+            raise Inconsistent(f"unit {record.unit} was committed by a job with other settings")
         if not record.rows == rows[record.unit] == record.completions + record.failed:
             raise Inconsistent(
                 f"unit {record.unit}: {rows[record.unit]} rows in, {record.completions} completed, "
@@ -319,10 +325,10 @@ def _checked(
     output: Folder, checksums: Mapping[str, str], name: str, rows: int, expected: str | None
 ) -> dict[str, Any]:
     """A file's entry in the manifest; its checksum must be the one expected, if one is."""
-    digest = checksums.get(name) or hashlib.sha256(output.read(name) or b"").hexdigest()
-    if expected not in (None, digest):
+    sha256 = checksums.get(name) or hashlib.sha256(output.read(name) or b"").hexdigest()
+    if expected not in (None, sha256):
         raise Inconsistent(f"{output.join(name)}: its content has changed since it was written")
-    return {"name": name, "rows": rows, "sha256": digest}
+    return {"name": name, "rows": rows, "sha256": sha256}
 
 
 def table_bytes(table: pa.Table) -> bytes:

@@ -120,7 +120,7 @@ def run_job(job: JobConfig, *, progress: OnProgress | None = None) -> JobResult:
         with connected():
             check_resources(job.actors, _node_resources())
             rows_before = plan.rows - sum(unit.rows for unit in pending)
-            checksums = _generate(plan, pending, rows_before, progress)
+            checksums = _generate(plan, pending, manifest.digest(mark), rows_before, progress)
     summary = manifest.finish(output, units, mark, checksums)
     return JobResult(job.output, summary, units_run=len(pending))
 
@@ -215,7 +215,7 @@ def check_resources(actors: ActorsConfig, nodes: list[dict[str, float]]) -> None
 
 
 def _generate(
-    plan: JobPlan, pending: list[Unit], rows_before: int, progress: OnProgress | None
+    plan: JobPlan, pending: list[Unit], digest: str, rows_before: int, progress: OnProgress | None
 ) -> dict[str, str]:
     """Generate and commit the pending units. Returns checksums of the files written."""
     job = plan.job
@@ -240,7 +240,7 @@ def _generate(
                     max_tasks_in_flight_per_actor=job.units_in_flight,
                     max_concurrent_calls_per_actor=job.units_in_flight,
                 ),
-                fn_constructor_args=(job, monitor),
+                fn_constructor_args=(job, digest, monitor),
                 num_cpus=job.actors.num_cpus,
                 num_gpus=job.actors.num_gpus or None,
                 accelerator_type=job.actors.accelerator_type,
@@ -257,22 +257,25 @@ def _generate(
 @contextmanager
 def _data_context() -> Iterator[None]:
     """Ray Data's settings for this job: a block is a unit, failed units are retried, silence."""
-    context = DataContext.get_current().copy()
-    # Blocks smaller than this are joined: with one row per unit, every unit stays by itself.
-    context.target_max_block_size = 1
-    context.retried_map_errors = True
-    context.max_map_retries = _UNIT_RETRIES
-    context.raise_original_map_exception = True
-    # A unit may take hours, and a cluster may take long to bring a node.
-    context.execution_no_progress_timeout_s = -1
-    context.default_map_logical_memory_enabled = False
-    context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    with DataContext.current(context), warnings.catch_warnings():
-        # Few tasks are meant to be few; max_task_retries has no other name in this Ray.
+    with warnings.catch_warnings():
+        # Few tasks are meant to be few; max_task_retries has no other name in this Ray; copying a
+        # context touches its deprecated fields.
         warnings.filterwarnings("ignore", "The maximum number of concurrent tasks", UserWarning)
         warnings.filterwarnings("ignore", category=RayDeprecationWarning)
-        yield
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
+        context = DataContext.get_current().copy()
+        # Blocks smaller than this are joined: with one row per unit, every unit stays by itself.
+        context.target_max_block_size = 1
+        context.retried_map_errors = True
+        context.max_map_retries = _UNIT_RETRIES
+        context.raise_original_map_exception = True
+        # A unit may take hours, and a cluster may take long to bring a node.
+        context.execution_no_progress_timeout_s = -1
+        context.default_map_logical_memory_enabled = False
+        context.enable_progress_bars = False
+        with DataContext.current(context):
+            yield
 
 
 @contextmanager

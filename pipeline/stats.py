@@ -26,6 +26,7 @@ class UnitRecord:
 
     Attributes:
         unit: its id.
+        job: digest of the fingerprint of the job that it was generated for.
         input: name of its input file.
         start, rows: its row range; `rows` = `completions` + all of `errors`.
         completions: rows completed.
@@ -43,6 +44,7 @@ class UnitRecord:
     """
 
     unit: str
+    job: str
     input: str
     start: int
     rows: int

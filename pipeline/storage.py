@@ -275,11 +275,12 @@ class Folder:
     def read(self, name: str) -> bytes | None:
         """The content of a file, or None if there is none."""
         fs, root = filesystem(self.url, self.s3)
-        try:
-            with fs.open_input_stream(f"{root}/{name}", compression=None) as stream:
-                return bytes(stream.read())
-        except FileNotFoundError:
-            return None
+        with explained(self.join(name), self.s3):
+            try:
+                with fs.open_input_stream(f"{root}/{name}", compression=None) as stream:
+                    return bytes(stream.read())
+            except FileNotFoundError:
+                return None
 
     def open(self, name: str) -> Any:
         """A file for random access (`pyarrow.NativeFile`)."""

@@ -2,5 +2,6 @@
 
     ModelPair -> Engine(pair, policy) -> submit(Request) / step() -> Completion
 
-This package knows torch and transformers, token ids and tensors. It knows nothing of Ray, files or jobs.
+This package knows torch and transformers, token ids and tensors. It knows nothing of Ray, files or
+jobs.
 """

@@ -13,7 +13,8 @@ KEY_BLOCK = 128
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """What one layer caches per position: `heads` key/value heads of key_dim and value_dim numbers."""
+    """What one layer caches per position: `heads` key/value heads of key_dim and value_dim
+    numbers."""
 
     heads: int
     key_dim: int
@@ -26,11 +27,12 @@ def round_to_blocks(positions: int) -> int:
 
 
 class SlotCache:
-    """A rectangle of `slots` x `capacity` positions per layer, with the current length of each slot.
+    """A rectangle of `slots` x `capacity` positions per layer, with the current length of each
+    slot.
 
-    Live rows occupy slots 0..n-1 without holes (the engine moves the last row into a hole), so attention
-    reads the rectangle as a view and never gathers a slot. Unwritten positions are finite (zero or stale)
-    and masked.
+    Live rows occupy slots 0..n-1 without holes (the engine moves the last row into a hole), so
+    attention reads the rectangle as a view and never gathers a slot. Unwritten positions are finite
+    (zero or stale) and masked.
 
     Attributes:
         lengths: per slot, how many positions hold this row's tokens.
@@ -61,8 +63,11 @@ class SlotCache:
         numbers = sum(layer.heads * (layer.key_dim + layer.value_dim) for layer in self.layout)
         return numbers * self.dtype.itemsize
 
-    def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor, positions: Tensor) -> None:
-        """Store key and value [n, heads, dim] of one layer at (slots[i], positions[i]), in place."""
+    def write(
+        self, layer: int, key: Tensor, value: Tensor, slots: Tensor, positions: Tensor
+    ) -> None:
+        """Store key and value [n, heads, dim] of one layer at (slots[i], positions[i]), in
+        place."""
         self.keys[layer][slots, :, positions] = key.to(self.dtype)
         self.values[layer][slots, :, positions] = value.to(self.dtype)
 
@@ -78,7 +83,8 @@ class SlotCache:
         self.lengths[target], self.lengths[source] = n, 0
 
     def resize(self, slots: int, capacity: int) -> None:
-        """Take another shape in place, keeping what fits of each slot; layer by layer, to spare memory."""
+        """Take another shape in place, keeping what fits of each slot; layer by layer, to spare
+        memory."""
         kept, n = min(slots, self.slots), max(self.lengths, default=0)
         self.slots, self.capacity = slots, round_to_blocks(capacity)
         self.lengths = self.lengths[:kept] + [0] * (slots - kept)

@@ -12,8 +12,8 @@ import torch
 class PhaseClock:
     """Accumulates seconds by phase name.
 
-    On a CPU a phase is timed as it runs. On CUDA two events are recorded around it on the stream, and
-    their distance is read in `settle`, after the round's one synchronisation.
+    On a CPU a phase is timed as it runs. On CUDA two events are recorded around it on the stream,
+    and their distance is read in `settle`, after the round's one synchronisation.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,7 +25,7 @@ class PhaseClock:
     def phase(self, shares: dict[str, float]) -> Iterator[None]:
         """Time the body and book it to phases by their shares, which sum to 1."""
         if self._cuda:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = _event(), _event()
             begin.record()
             yield
             end.record()
@@ -44,3 +44,7 @@ class PhaseClock:
     def _book(self, shares: dict[str, float], seconds: float) -> None:
         for name, share in shares.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + share * seconds
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

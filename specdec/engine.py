@@ -1,11 +1,11 @@
 """Continuous batching of speculative rounds: admit -> draft -> verify -> commit -> retire.
 
-A row's life: its prompt is fed to the target in chunks; the forward that feeds the last prompt token also
-yields the first output token. From then on each round drafts candidates, verifies them in the one target
-forward that all rows share, and commits the accepted ones plus one bonus token, until the row ends and its
-slot goes to the next request. At any time a model's cache holds a prefix of the row's tokens, and what it
-lacks is *pending*: prefill, catch-up after a full acceptance and plain decoding are all "feed what is
-pending".
+A row's life: its prompt is fed to the target in chunks; the forward that feeds the last prompt
+token also yields the first output token. From then on each round drafts candidates, verifies them
+in the one target forward that all rows share, and commits the accepted ones plus one bonus token,
+until the row ends and its slot goes to the next request. At any time a model's cache holds a prefix
+of the row's tokens, and what it lacks is *pending*: prefill, catch-up after a full acceptance and
+plain decoding are all "feed what is pending".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import psutil
 import torch
 
-from specdec.cache import SlotCache, round_to_blocks
+from specdec.cache import round_to_blocks
 from specdec.clock import PhaseClock
 from specdec.ending import Decode, find_ending
 from specdec.packed import PackedDecoder, Row, upload
@@ -47,7 +47,8 @@ class EngineStats:
         counts: summed over rows.
         rounds: steps that ran a target forward.
         live_rows: summed over these rounds; divided by `rounds`, the mean live batch.
-        target_forwards, draft_forwards, target_tokens, draft_tokens: forwards and tokens through each.
+        target_forwards, draft_forwards, target_tokens, draft_tokens: forwards and tokens through
+            each.
         seconds: by phase: prefill, draft, verify, sample, host.
     """
 
@@ -114,22 +115,27 @@ class Engine:
         if not prompt:
             raise InvalidRequest("the prompt has no tokens")
         if not all(0 <= token < self.pair.vocab_size for token in request.prompt_ids):
-            raise InvalidRequest(f"the prompt has a token outside the vocabulary of {self.pair.vocab_size}")
+            raise InvalidRequest(
+                f"the prompt has a token outside the vocabulary of {self.pair.vocab_size}"
+            )
         if prompt >= context:
             raise InvalidRequest(
-                f"the prompt has {prompt} tokens, but the model's context of {context} must also hold "
-                "at least one new token"
+                f"the prompt has {prompt} tokens, but the model's context of {context} must also
+                hold " "at least one new token"
             )
         if request.sampling.stop and self.decode is None:
             raise InvalidRequest("stop strings need an engine with a decode function")
         room = min(request.sampling.max_new_tokens, context - prompt)
         row = LiveRow(
-            request, replace(request.sampling, max_new_tokens=room), list(request.prompt_ids), prompt
+            request,
+            replace(request.sampling, max_new_tokens=room),
+            list(request.prompt_ids),
+            prompt,
         )
         if round_to_blocks(row.need) > self.scheduler.max_positions:
             raise InvalidRequest(
-                f"prompt and max_new_tokens need {row.need} cache positions, but the memory for keys "
-                f"and values holds {self.scheduler.max_positions}"
+                f"prompt and max_new_tokens need {row.need} cache positions, but the memory for keys
+                " f"and values holds {self.scheduler.max_positions}"
             )
         return row
 
@@ -183,7 +189,8 @@ class Engine:
         return self._sampling[1]
 
     def _draft(self, rows: list[LiveRow], sampling: SamplingBatch, mode: Mode) -> Proposal:
-        """Draw candidates, all rows that go on in one draft forward, until the policy has had enough."""
+        """Draw candidates, all rows that go on in one draft forward, until the policy has had
+        enough."""
         draft, cache = self.pair.draft, self.draft_cache
         budget = self._budget(rows)
         proposal = Proposal(len(rows), max(budget), self.device)
@@ -221,7 +228,9 @@ class Engine:
 
     def _budget(self, rows: Sequence[LiveRow]) -> list[int]:
         """Most candidates for each row: none while its prompt is being fed, never past its end."""
-        wanted = self.policy.budget([row.memory for row in rows]) if self.pair.draft else [0] * len(rows)
+        wanted = (
+            self.policy.budget([row.memory for row in rows]) if self.pair.draft else [0] * len(rows)
+        )
         budget = []
         for slot, (row, k) in enumerate(zip(rows, wanted, strict=True)):
             decoding = len(row.tokens) - self.target_cache.lengths[slot] == 1
@@ -258,14 +267,17 @@ class Engine:
         """Feed every row's pending tokens and submitted candidates to the target in one forward.
 
         Returns:
-            For each row the tokens to commit: accepted candidates, then the bonus token. Nothing for a row
+            For each row the tokens to commit: accepted candidates, then the bonus token. Nothing
+                for a row
             whose prompt is not yet fed to its end.
         """
         candidates, most = proposal.candidates.flatten(), proposal.candidates.shape[1]
         feed: list[Row] = []
         pending: list[int] = []
         order: list[int] = []  # the packed tokens, as indices into candidates followed by pending
-        scored: list[int] = []  # packed tokens whose logits are needed: the last submitted + 1 of a row
+        scored: list[
+            int
+        ] = []  # packed tokens whose logits are needed: the last submitted + 1 of a row
         first: list[int] = []  # where each row's begin among the scored
         owner: list[int] = []  # the row of each scored token, and the output position it predicts
         at: list[int] = []
@@ -291,7 +303,9 @@ class Engine:
         self.stats.target_forwards += 1
         self.stats.target_tokens += len(order)
         with self.clock.phase({"sample": 1.0}):
-            accepted, bonus = mode.verify(logits, sampling.rows(owner_), at_, first_, lengths, proposal)
+            accepted, bonus = mode.verify(
+                logits, sampling.rows(owner_), at_, first_, lengths, proposal
+            )
             verdict = torch.cat([accepted[:, None], bonus[:, None], proposal.candidates], 1)
             result: list[list[int]] = verdict.tolist()  # the round's one transfer to the host
         whole = [
@@ -324,7 +338,8 @@ class Engine:
             output = row.tokens[row.output_start :]
             ending = find_ending(output, known, row.sampling, self.pair.eos_token_ids, self.decode)
             kept = (ending.length if ending else len(output)) - known
-            # An output that ends inside the accepted prefix drops the rest of it and the bonus token.
+            # An output that ends inside the accepted prefix drops the rest of it and the bonus
+            # token.
             stands = min(accepted[slot], kept)
             round_counts = Counts(1, drafted[slot], submitted[slot], stands, kept)
             row.counts.add(round_counts)

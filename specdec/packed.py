@@ -1,18 +1,19 @@
 """One ragged forward for prefill, draft steps, catch-up and verification.
 
 `PackedDecoder.forward` takes rows of (slot, number of tokens), lays their tokens end to end in one
-sequence [1, N], and lets a stock transformers decoder run over it. Linear layers see N tokens and no
-padding. Attention is ours, through `transformers.AttentionInterface`: it writes the N keys and values to
-their slots and lets each row attend to its own slot.
+sequence [1, N], and lets a stock transformers decoder run over it. Linear layers see N tokens and
+no padding. Attention is ours, through `transformers.AttentionInterface`: it writes the N keys and
+values to their slots and lets each row attend to its own slot.
 
-How attention is shaped. Rows of at most GRID_TOKENS tokens (decoding, verifying) are computed together
-as a grid over a contiguous range of slots, so that keys and values are a view of the cache. Longer rows
-(prefill) are computed one by one, so that a row's shapes depend on that row alone.
+How attention is shaped. Rows of at most GRID_TOKENS tokens (decoding, verifying) are computed
+together as a grid over a contiguous range of slots, so that keys and values are a view of the
+cache. Longer rows (prefill) are computed one by one, so that a row's shapes depend on that row
+alone.
 
-Batch invariance. With `invariant=True` every reduction has a shape that does not depend on the batch:
-each query token is its own batch item, keys come in blocks of KEY_BLOCK accumulated in order, and
-blocks beyond a row's end add exact zeros. With linear layers that are invariant row by row
-(specdec/quantization.py) a token's logits are then bit-equal alone, verified among others, or packed
+Batch invariance. With `invariant=True` every reduction has a shape that does not depend on the
+batch: each query token is its own batch item, keys come in blocks of KEY_BLOCK accumulated in
+order, and blocks beyond a row's end add exact zeros. With linear layers that are invariant row by
+row (specdec/linear.py) a token's logits are then bit-equal alone, verified among others, or packed
 with other rows (DESIGN.md §3).
 """
 
@@ -45,12 +46,13 @@ class UnsupportedModel(ValueError):
 def upload(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
     """Each list as int64 on the device, all in one transfer."""
     flat = torch.tensor([number for numbers in lists for number in numbers], dtype=torch.int64)
-    return flat.to(device, non_blocking=True).split([len(numbers) for numbers in lists])
+    return torch.split(flat.to(device, non_blocking=True), [len(numbers) for numbers in lists])
 
 
 @dataclass(frozen=True, slots=True)
 class LongRow:
-    """A row that attends by itself: packed tokens [begin, end), in `slot` from position `start` on."""
+    """A row that attends by itself: packed tokens [begin, end), in `slot` from position `start`
+    on."""
 
     slot: int
     begin: int
@@ -138,7 +140,8 @@ class Packing:
         )
 
     def mask(self, window: int | None) -> Tensor:
-        """Additive float32 [B, T, L]: 0 where a cell may attend, -inf elsewhere; made once per forward."""
+        """Additive float32 [B, T, L]: 0 where a cell may attend, -inf elsewhere; made once per
+        forward."""
         if window not in self._masks:
             key = torch.arange(self.keys, device=self.cache.device)
             query = self.cell_position[..., None]
@@ -172,7 +175,9 @@ def packed_attention(
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise UnsupportedModel(f"its attention uses {name}, which packed attention does not have")
+            raise UnsupportedModel(
+                f"its attention uses {name}, which packed attention does not have"
+            )
     if packing is None:
         raise UnsupportedModel("it does not pass keyword arguments on to its attention layers")
     layer: int = module.layer_idx  # type: ignore[assignment]
@@ -182,7 +187,9 @@ def packed_attention(
 
     cache = packing.cache
     queries = query[0].transpose(0, 1)  # [N, H, D]
-    cache.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), packing.slots, packing.positions)
+    cache.write(
+        layer, key[0].transpose(0, 1), value[0].transpose(0, 1), packing.slots, packing.positions
+    )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
 
     if not packing.long:
@@ -219,7 +226,9 @@ def _long(
     return out[0].transpose(0, 1)
 
 
-def _grid(queries: Tensor, packing: Packing, layer: int, scale: float, window: int | None) -> Tensor:
+def _grid(
+    queries: Tensor, packing: Packing, layer: int, scale: float, window: int | None
+) -> Tensor:
     """Attention of all short rows together: [n, H, Dv] for the n short tokens, in packed order."""
     low, high = packing.grid_slots
     batch, tokens = high - low, packing.grid_tokens
@@ -228,7 +237,8 @@ def _grid(queries: Tensor, packing: Packing, layer: int, scale: float, window: i
     heads, kv_heads = queries.shape[1], keys.shape[1]
 
     q = queries if packing.aligned else queries.index_select(0, packing.cell_token)
-    # [B, T, Hkv, G, D] -> [B, Hkv, G, T, D]: the G query heads of one key/value head share its keys.
+    # [B, T, Hkv, G, D] -> [B, Hkv, G, T, D]: the G query heads of one key/value head share its
+    # keys.
     q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4)
     kernel = _invariant if packing.invariant else _matmul if q.dtype == torch.float32 else _fused
     out = kernel(q, keys, values, packing.mask(window), scale)  # [B, Hkv, G, T, Dv]
@@ -265,18 +275,20 @@ def _fused(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) 
 def _invariant(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     """As `_matmul`, bit-equal for a token whatever B, T and L are.
 
-    The products are [G, D] x [D, KEY_BLOCK] and [G, KEY_BLOCK] x [KEY_BLOCK, Dv] in every case; sums over
-    blocks run in order, and a block past a row's end adds exact zeros. The maximum is exact in any order.
+    The products are [G, D] x [D, KEY_BLOCK] and [G, KEY_BLOCK] x [KEY_BLOCK, Dv] in every case;
+    sums over blocks run in order, and a block past a row's end adds exact zeros. The maximum is
+    exact in any order.
     """
     batch, kv_heads, group, tokens, dim = q.shape
-    key_blocks = keys.float().flatten(0, 1).split(KEY_BLOCK, 1)
-    value_blocks = values.float().flatten(0, 1).split(KEY_BLOCK, 1)
+    key_blocks = torch.split(keys.float().flatten(0, 1), KEY_BLOCK, 1)
+    value_blocks = torch.split(values.float().flatten(0, 1), KEY_BLOCK, 1)
     outs = []
     for t in range(tokens):
         qt = (q[:, :, :, t].float() * scale).reshape(batch * kv_heads, group, dim)
         scores = torch.cat([torch.bmm(qt, block.transpose(1, 2)) for block in key_blocks], -1)
         scores.view(batch, kv_heads * group, -1).add_(mask[:, t, None])
-        weights = torch.exp(scores - scores.amax(-1, keepdim=True)).split(KEY_BLOCK, -1)
+        exps = torch.exp(scores - scores.amax(-1, keepdim=True))
+        weights = torch.split(exps, KEY_BLOCK, -1)
         total = weights[0].sum(-1, keepdim=True)
         out = torch.bmm(weights[0], value_blocks[0])
         for weight, block in zip(weights[1:], value_blocks[1:], strict=True):
@@ -301,15 +313,16 @@ class PackedDecoder:
         invariant: compute attention so that no token's result depends on the rest of the batch.
 
     Raises:
-        UnsupportedModel: the architecture cannot roll back or does not give the same logits packed as
-            plain.
+        UnsupportedModel: the architecture cannot roll back or does not give the same logits packed
+            as plain.
     """
 
     def __init__(self, model: PreTrainedModel, *, invariant: bool = False) -> None:
         self.model, self.invariant = model, invariant
-        self.device: torch.device = model.get_input_embeddings().weight.device
+        embedding: Any = model.get_input_embeddings()
+        self.device: torch.device = embedding.weight.device
         self.dtype: torch.dtype = model.dtype
-        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.vocab_size: int = self._lm_head().weight.shape[0]
         _refuse_by_config(model)
         self._check_against_plain()
 
@@ -338,8 +351,11 @@ class PackedDecoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [M, V] of hidden states [M, hidden]."""
-        out: Tensor = self.model.get_output_embeddings()(hidden)
+        out: Tensor = self._lm_head()(hidden)
         return out[:, : self.vocab_size]
+
+    def _lm_head(self) -> Any:
+        return self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
     def _run(self, tokens: Tensor, positions: Tensor, packing: Packing | LayoutProbe) -> Tensor:
         out = self.model.base_model(
@@ -374,11 +390,11 @@ class PackedDecoder:
         packed = self.logits(hidden).float()
         expected = torch.cat([plain[1, 3:], plain[0, 4:]])[:, : self.vocab_size]
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
-        error = (packed - expected).abs().max().item() / expected.std().item()
-        if not error < tolerance:
+        gap = (packed - expected).abs().max().item() / expected.std().item()
+        if not gap < tolerance:
             raise UnsupportedModel(
-                f"{name} cannot run packed: its logits differ from the plain forward's by {error:.2g} "
-                f"standard deviations (at most {tolerance:g} is rounding)"
+                f"{name} cannot run packed: its logits differ from the plain forward's by {gap:.2g}
+                " f"standard deviations (at most {tolerance:g} is rounding)"
             )
 
 
@@ -387,11 +403,16 @@ def _refuse_by_config(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, model.config
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{name} is an encoder-decoder; specbatch runs decoder-only models")
-    recurrent = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    recurrent = set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
     if recurrent or getattr(model, "_is_stateful", False):
         kind = ", ".join(sorted(recurrent)) or "recurrent layers"
         raise UnsupportedModel(
             f"{name} has {kind}: state that cannot be rolled back to before a rejected candidate"
         )
     if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModel(f"{name} does not take its attention from transformers' AttentionInterface")
+        raise UnsupportedModel(
+            f"{name} does not take its attention from transformers' AttentionInterface"
+        )

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from specdec.linear import Quantization, is_invariant, pack_linears
 from specdec.packed import PackedDecoder, UnsupportedModel
-from specdec.quantization import Quantization, quantize_
 
 PACKAGE_PREFIX = "pkg:"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
@@ -46,7 +46,8 @@ class ModelSource:
 
 
 def find_model(name: str) -> ModelSource:
-    """What `name` refers to: a folder, `*.gguf`, `pkg:PACKAGE/FILE.gguf`, or `owner/model[@revision]`.
+    """What `name` refers to: a folder, `*.gguf`, `pkg:PACKAGE/FILE.gguf`, or
+    `owner/model[@revision]`.
 
     Raises:
         PairError: there is no such folder, file or installed package.
@@ -64,7 +65,9 @@ def find_model(name: str) -> ModelSource:
         path = (folder / file).resolve()
         if not path.is_file() or folder.resolve() not in path.parents:
             files = ", ".join(sorted(each.name for each in folder.glob("*.gguf"))) or "none"
-            raise PairError(f"model {name}: no file {file!r} in {package}; GGUF files there: {files}")
+            raise PairError(
+                f"model {name}: no file {file!r} in {package}; GGUF files there: {files}"
+            )
         return ModelSource(name, path)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -81,7 +84,8 @@ def find_model(name: str) -> ModelSource:
 
 
 def check_model_name(name: str) -> None:
-    """Raise PairError if `name` cannot be found, without loading anything (hub names are trusted)."""
+    """Raise PairError if `name` cannot be found, without loading anything (hub names are
+    trusted)."""
     find_model(name)
 
 
@@ -124,11 +128,12 @@ class ModelPair:
         """Load both models from safetensors (or GGUF) and check that they fit.
 
         Args:
-            target, draft: see `find_model`. A draft checkpoint without embeddings or LM head uses the
-                target's.
+            target, draft: see `find_model`. A draft checkpoint without embeddings or LM head uses
+                the target's.
             dtype: of weights and activations.
-            quantization: int8 linear layers, on a CPU (specdec/quantization.py).
-            deterministic: batch-invariant kernels for the target; needs a quantization.
+            quantization: int8 linear layers, on a CPU (specdec/linear.py).
+            deterministic: batch-invariant kernels for the target: float32 or a quantization, on a
+                CPU.
             device: by default "cuda" if there is one, otherwise "cpu".
             device_map: how transformers spreads the target over several devices.
             trust_remote_code: run Python code that comes with the models.
@@ -139,10 +144,15 @@ class ModelPair:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if quantization and place.type != "cpu":
             raise PairError(f"quantization {quantization} runs on CPUs only, not on {place.type}")
-        if deterministic and not quantization:
+        if (deterministic or quantization) and dtype != "float32":
             raise PairError(
-                "deterministic needs quantization int8wo or int8: the kernels of unquantized linear layers "
-                "give a token different bits in different batches"
+                f"deterministic and quantization keep everything but linear layers in float32; "
+                f"set dtype to float32, not {dtype}"
+            )
+        if deterministic and place.type != "cpu":
+            raise PairError(
+                f"deterministic runs on CPUs only: the kernels of {place.type} give a token
+                different " "bits in different batches"
             )
         loader = _Loader(dtype, place, trust_remote_code)
         target_source = find_model(target)
@@ -159,17 +169,24 @@ class ModelPair:
         vocab_size = min(model.get_output_embeddings().weight.shape[0] for model in models)
         if len(tokenizer) > vocab_size:
             raise PairError(
-                f"the target's tokenizer has {len(tokenizer)} tokens, but the models share only {vocab_size}"
+                f"the target's tokenizer has {len(tokenizer)} tokens, but the models share only
+                {vocab_size}"
             )
         try:
             packed = [
-                PackedDecoder(model, invariant=deterministic and model is target_model) for model in models
+                PackedDecoder(model, invariant=deterministic and model is target_model)
+                for model in models
             ]
         except UnsupportedModel as error:
             raise PairError(str(error)) from error
-        if quantization:
+        if place.type == "cpu" and dtype == "float32":
             for model in models:
-                quantize_(model, quantization)
+                pack_linears(model, quantization)
+            if deterministic and not is_invariant(target_model):
+                raise PairError(
+                    "deterministic: on this processor the linear layers of "
+                    f"{quantization or dtype} give a token different bits in different batches"
+                )
             if draft_model is not None and "lm_head.weight" in missing:
                 draft_model.set_output_embeddings(target_model.get_output_embeddings())
         contexts = [model.config.max_position_embeddings for model in models]
@@ -212,7 +229,7 @@ class _Loader:
 
         path = _model_folder(source)
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 revision=source.revision,
                 dtype=getattr(torch, self.dtype),
@@ -225,13 +242,18 @@ class _Loader:
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise PairError(f"model {source.name} cannot be loaded: {reason}") from error
+        model, info = loaded
         missing = {name for name in info["missing_keys"] if "rotary" not in name}
         shared = frozenset(end for end in SHARED_MODULES for name in missing if name.endswith(end))
         other = sorted(name for name in missing if not name.endswith(SHARED_MODULES))
         if other:
-            raise PairError(f"model {source.name}: its weights lack {other[0]} and {len(other) - 1} more")
+            raise PairError(
+                f"model {source.name}: its weights lack {other[0]} and {len(other) - 1} more"
+            )
         if info["mismatched_keys"]:
-            raise PairError(f"model {source.name}: weights do not have the shapes of its config.json")
+            raise PairError(
+                f"model {source.name}: weights do not have the shapes of its config.json"
+            )
         if device_map is None:
             model = model.to(self.device)
         return model.eval().requires_grad_(False), shared
@@ -256,7 +278,8 @@ class _Loader:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $SPECBATCH_CACHE, or specbatch/ in the user's cache folder."""
+    """Where converted models are kept: $SPECBATCH_CACHE, or specbatch/ in the user's cache
+    folder."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("SPECBATCH_CACHE") or f"{base}/specbatch").expanduser()
 
@@ -264,8 +287,8 @@ def cache_folder() -> Path:
 def _model_folder(source: ModelSource) -> str:
     """What from_pretrained takes; a GGUF file is converted once to a folder of safetensors.
 
-    The conversion is written beside its place and renamed into it, so that several actors may do it at
-    once and none reads half of it.
+    The conversion is written beside its place and renamed into it, so that several actors may do it
+    at once and none reads half of it.
     """
     path = source.path
     if path is None:
@@ -273,7 +296,9 @@ def _model_folder(source: ModelSource) -> str:
     if path.suffix != ".gguf":
         return str(path)
     stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()
+    ).hexdigest()[:16]
     folder = cache_folder() / "gguf" / f"{path.stem}-{key}"
     if folder.is_dir():
         return str(folder)
@@ -283,11 +308,12 @@ def _model_folder(source: ModelSource) -> str:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
         try:
             where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**where)
         except (OSError, ValueError, KeyError) as error:
             raise PairError(f"model {source.name}: cannot read this GGUF file: {error}") from error
-        # The weights are plain float32 now, but transformers would not save what it calls quantized.
+        # The weights are plain float32 now, but transformers would not save what it calls
+        # quantized.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -307,7 +333,8 @@ def _share_modules(target: Any, draft: Any, missing: frozenset[str], name: str) 
     if missing and target.config.hidden_size != draft.config.hidden_size:
         raise PairError(
             f"draft {name} has no {' and '.join(sorted(missing))} and cannot use the target's: "
-            f"its hidden size is {draft.config.hidden_size}, the target's {target.config.hidden_size}"
+            f"its hidden size is {draft.config.hidden_size}, the target's
+            {target.config.hidden_size}"
         )
     if "embed_tokens.weight" in missing:
         draft.set_input_embeddings(target.get_input_embeddings())
@@ -325,8 +352,8 @@ def _check_vocabularies(target: Any, draft: Any, target_name: str, draft_name: s
         left, right = (tokens.get(index) for tokens in by_id)
         if left != right:
             raise PairError(
-                f"the vocabularies differ at token {index}: {left!r} in {target_name}, {right!r} in "
-                f"{draft_name}; a draft must use its target's tokenizer"
+                f"the vocabularies differ at token {index}: {left!r} in {target_name}, {right!r} in
+                " f"{draft_name}; a draft must use its target's tokenizer"
             )
 
 
@@ -351,7 +378,8 @@ def _describe(source: ModelSource, model: nn.Module) -> dict[str, Any]:
 
 
 def model_digest(path: Path) -> str:
-    """A short digest of a model's files: names, sizes, config, and both ends of every weight file."""
+    """A short digest of a model's files: names, sizes, config, and both ends of every weight
+    file."""
     files = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file())
     digest = hashlib.sha256()
     for file in files:

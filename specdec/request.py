@@ -88,7 +88,8 @@ class Counts:
         drafted: candidates drawn from the draft.
         verified: candidates submitted to the target.
         accepted: verified candidates that stand in the output.
-        committed: tokens committed to the output: accepted ones plus at most one bonus token a round.
+        committed: tokens committed to the output: accepted ones plus at most one bonus token a
+            round.
     """
 
     rounds: int = 0

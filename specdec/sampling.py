@@ -1,8 +1,9 @@
-"""From logits to probabilities to tokens, with random numbers that are a function of (seed, position).
+"""From logits to probabilities to tokens, with random numbers that are a function of (seed,
+position).
 
 Nothing here keeps a generator: a random number is a hash of the request's seed, the position in its
-output and what the number is for. The same request therefore draws the same numbers in any batch, on
-any machine, in any retry (DESIGN.md §3).
+output and what the number is for. The same request therefore draws the same numbers in any batch,
+on any machine, in any retry (DESIGN.md §3).
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class SamplingBatch:
         )
 
     def rows(self, index: Tensor) -> SamplingBatch:
-        """The parameters of the rows in `index` [m], which may repeat; the host facts stay valid."""
+        """The parameters of the rows in `index` [m], which may repeat; the host facts stay
+        valid."""
         return SamplingBatch(
             self.temperature[index],
             self.top_k[index],
@@ -118,8 +120,8 @@ def probabilities(logits: Tensor, params: SamplingBatch) -> Tensor:
 def _truncate(probs: Tensor, params: SamplingBatch) -> Tensor:
     """Zero what top-k, top-p and min-p cut from `probs` [n, V] and renormalise.
 
-    Each cut is a floor under the kept probabilities: top-k and top-p keep the `count` likeliest tokens,
-    so their floor is the probability of the last of these.
+    Each cut is a floor under the kept probabilities: top-k and top-p keep the `count` likeliest
+    tokens, so their floor is the probability of the last of these.
     """
     vocab = probs.shape[-1]
     top_k, top_p = params.top_k[:, None], params.top_p[:, None]
@@ -130,7 +132,8 @@ def _truncate(probs: Tensor, params: SamplingBatch) -> Tensor:
         total = torch.where(top_k > 0, running[:, -1:], 1.0)
         if width == vocab or not params.any_top_p or bool((running[:, -1:] >= top_p * total).all()):
             break
-    # The nucleus is the smallest set that reaches top_p: up to the first token at which the mass does.
+    # The nucleus is the smallest set that reaches top_p: up to the first token at which the mass
+    # does.
     nucleus = (running < top_p * total).sum(-1, keepdim=True) + 1
     count = torch.minimum(limit, torch.where(top_p < 1, nucleus, vocab)).clamp(max=width)
     limited = (top_k > 0) | (top_p < 1)
@@ -143,9 +146,9 @@ def _truncate(probs: Tensor, params: SamplingBatch) -> Tensor:
 def _search_widths(params: SamplingBatch, vocab: int, device: str) -> tuple[int, ...]:
     """How many of the likeliest tokens to look at, until the cut is found among them.
 
-    Sorting a whole vocabulary is the cost of truncation on a CPU, and a nucleus is rarely wide, so a CPU
-    looks at a thousand tokens first. On an accelerator a sort is cheap and asking whether it sufficed is
-    not.
+    Sorting a whole vocabulary is the cost of truncation on a CPU, and a nucleus is rarely wide, so
+    a CPU looks at a thousand tokens first. On an accelerator a sort is cheap and asking whether it
+    sufficed is not.
     """
     if not params.any_top_p:
         return (min(max(params.max_top_k, 1), vocab),)
@@ -164,18 +167,21 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
     """
     cumulative = probs.cumsum(-1)
     threshold = u[:, None] * cumulative[:, -1:]
-    # right=True: the first token whose cumulative mass *exceeds* the threshold has positive mass. The
-    # minimum guards the case of u * total rounding up to the total.
-    threshold = torch.minimum(threshold, torch.nextafter(cumulative[:, -1:], torch.zeros_like(threshold)))
+    # right=True: the first token whose cumulative mass *exceeds* the threshold has positive mass.
+    # The minimum guards the case of u * total rounding up to the total.
+    threshold = torch.minimum(
+        threshold, torch.nextafter(cumulative[:, -1:], torch.zeros_like(threshold))
+    )
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
 
 
 def coupled_choice(probs: Tensor, seed: Tensor, position: Tensor) -> Tensor:
     """The token that (seed, position) chooses from a distribution: argmax(log p + Gumbel noise).
 
-    Written as an exponential race, argmax(p / E) with E ~ Exp(1) per token. Two distributions that are
-    close choose the same token with probability at least (1 - TV) / (1 + TV) (Daliri et al., Coupling
-    without communication and drafter-invariant speculative decoding). A one-hot row chooses its token.
+    Written as an exponential race, argmax(p / E) with E ~ Exp(1) per token. Two distributions that
+    are close choose the same token with probability at least (1 - TV) / (1 + TV) (Daliri et al.,
+    Coupling without communication and drafter-invariant speculative decoding). A one-hot row
+    chooses its token.
 
     Args:
         probs: float32 [n, V]; seed, position: int64 [n].
@@ -193,10 +199,12 @@ def uniform(seed: Tensor, position: Tensor, draw: Draw) -> Tensor:
 
 
 def exponential_noise(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
-    """float32 [n, vocab] of Exp(1) noise, a function of (seed, position, token) for seed, position [n].
+    """float32 [n, vocab] of Exp(1) noise, a function of (seed, position, token) for seed, position
+    [n].
 
-    A 64-bit key per row is mixed with the token id by a 32-bit finaliser (two multiply-xorshift rounds,
-    constants of Wellons' lowbias32) that runs in place on int32: this is the widest tensor of a round.
+    A 64-bit key per row is mixed with the token id by a 32-bit finaliser (two multiply-xorshift
+    rounds, constants of Wellons' lowbias32) that runs in place on int32: this is the widest tensor
+    of a round.
     """
     key = _key(seed, position, Draw.COUPLED)
     low, high = key.to(torch.int32), _shift_right(key, 32).to(torch.int32)

@@ -18,8 +18,8 @@ class LiveRow:
     Attributes:
         request: as submitted.
         sampling: the request's, with max_new_tokens cut to what the context has room for.
-        tokens: prompt and output so far. Caches hold a prefix of it, never the last token; what a cache
-            lacks is pending.
+        tokens: prompt and output so far. Caches hold a prefix of it, never the last token; what a
+            cache lacks is pending.
         output_start: where the output begins in `tokens`.
         counts: what speculation did for it.
         memory: what the stop policy remembers about it.
@@ -46,8 +46,8 @@ class LiveRow:
 class Scheduler:
     """Admits waiting rows to slots as slots and memory allow, in order.
 
-    All caches have one shape, slots x capacity, with at most `max_positions` positions; it is changed when
-    the row at the head of the queue does not fit, so long rows trade slots for length.
+    All caches have one shape, slots x capacity, with at most `max_positions` positions; it is
+    changed when the row at the head of the queue does not fit, so long rows trade slots for length.
 
     Args:
         caches: the target's and, if there is one, the draft's.
@@ -66,7 +66,8 @@ class Scheduler:
         return len(self._rows) - self._rows.count(None)
 
     def admit(self) -> list[LiveRow]:
-        """Give slots to waiting rows; return the live rows, which fill slots 0..n-1 in list order."""
+        """Give slots to waiting rows; return the live rows, which fill slots 0..n-1 in list
+        order."""
         while self.queue and self._reserve(self.queue[0].need):
             hole = self._rows.index(None) if None in self._rows else len(self._rows)
             self._rows[hole : hole + 1] = [self.queue.popleft()]
@@ -80,14 +81,16 @@ class Scheduler:
             cache.rollback(slot, 0)
 
     def _reserve(self, need: int) -> bool:
-        """Whether one more row of `need` positions fits, after reshaping the caches if that helps."""
+        """Whether one more row of `need` positions fits, after reshaping the caches if that
+        helps."""
         live, shape = self.live, self.caches[0]
         if live >= self.slots:
             return False
         if need <= shape.capacity and live < shape.slots:
             return True
         least = max([need, *(row.need for row in self._rows if row is not None)])
-        # Look ahead a batch, so that a run of growing prompts does not reshape the caches every time.
+        # Look ahead a batch, so that a run of growing prompts does not reshape the caches every
+        # time.
         ahead = max(row.need for row, _ in zip(self.queue, range(self.slots), strict=False))
         for capacity in (round_to_blocks(max(least, ahead)), round_to_blocks(least)):
             slots = min(self.slots, self.max_positions // capacity)

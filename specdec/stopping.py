@@ -2,14 +2,14 @@
 
 A policy decides per row, in four places of a round:
 
-    budget   before drafting: at most how many candidates for each row (host numbers, no device work)
-    go_on    after each candidate: which rows draft another one (a device tensor, or None for all)
-    submit   before verification: how many of the drafted candidates to submit
+    budget   before drafting: at most how many candidates for each row (host numbers, no device
+    work) go_on    after each candidate: which rows draft another one (a device tensor, or None for
+    all) submit   before verification: how many of the drafted candidates to submit
     observe  after the round: what was accepted
 
-The invariant of rejection sampling: whether candidate y_k is *submitted* may depend on y_1..y_{k-1} and on
-the draft's distributions, never on y_k itself. `go_on` is safe by construction, since it sees y_k and
-decides about y_{k+1}. `submit` must keep to it by itself.
+The invariant of rejection sampling: whether candidate y_k is *submitted* may depend on y_1..y_{k-1}
+and on the draft's distributions, never on y_k itself. `go_on` is safe by construction, since it
+sees y_k and decides about y_{k+1}. `submit` must keep to it by itself.
 """
 
 from __future__ import annotations
@@ -67,14 +67,16 @@ class RoundOutcome:
 
 
 class StopPolicy:
-    """Drafts nothing, submits everything drafted, remembers nothing: the base and the `none` policy."""
+    """Drafts nothing, submits everything drafted, remembers nothing: the base and the `none`
+    policy."""
 
     def budget(self, rows: Sequence[RowMemory]) -> list[int]:
         """At most how many candidates to draft for each row in this round."""
         return [0] * len(rows)
 
     def go_on(self, step: DraftStep) -> Tensor | None:
-        """bool [n]: which rows draft another candidate; None: all of them, without asking the device."""
+        """bool [n]: which rows draft another candidate; None: all of them, without asking the
+        device."""
         return None
 
     def submit(self, rows: Sequence[RowMemory], drafted: Sequence[int]) -> Sequence[int]:
@@ -97,7 +99,8 @@ class Fixed(StopPolicy):
 
 @dataclass
 class Heuristic(StopPolicy):
-    """Hugging Face's schedule, per row: k grows by 2 after a full acceptance and shrinks by 1 otherwise."""
+    """Hugging Face's schedule, per row: k grows by 2 after a full acceptance and shrinks by 1
+    otherwise."""
 
     k: int = 4
     k_min: int = 1
@@ -119,8 +122,8 @@ class Heuristic(StopPolicy):
 class Confidence(StopPolicy):
     """Hugging Face's assisted generation: stop after a candidate less likely than `threshold`.
 
-    The likelihood is the draft's own, before temperature, so that it also means something when greedy.
-    The unlikely candidate itself is still submitted.
+    The likelihood is the draft's own, before temperature, so that it also means something when
+    greedy. The unlikely candidate itself is still submitted.
     """
 
     threshold: float = 0.4

@@ -1,7 +1,8 @@
 """The two lossless verification modes, as pure functions of tensors.
 
-Rows are ragged. Row b submitted `lengths[b]` candidates, so the target scored `lengths[b] + 1` positions
-for it: they lie one after another in a packed tensor, and `first[b]` is where row b's begin.
+Rows are ragged. Row b submitted `lengths[b]` candidates, so the target scored `lengths[b] + 1`
+positions for it: they lie one after another in a packed tensor, and `first[b]` is where row b's
+begin.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ def accepted_prefix(ok: Tensor, lengths: Tensor) -> Tensor:
     return (ok & submitted).long().cumprod(-1).sum(-1)
 
 
-def match(choices: Tensor, first: Tensor, candidates: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def match(
+    choices: Tensor, first: Tensor, candidates: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor]:
     """Coupled matching, and greedy verification: a candidate stands iff the target chooses it too.
 
-    The output is the sequence of the target's own choices, so it depends on the draft in nothing but how
-    many of them one round yields.
+    The output is the sequence of the target's own choices, so it depends on the draft in nothing
+    but how many of them one round yields.
 
     Args:
         choices: int64 [M], the token the target chooses at each packed position.
@@ -65,14 +68,15 @@ def reject(
 ) -> tuple[Tensor, Tensor]:
     """Rejection sampling: accept y with probability min(1, p(y) / q(y)).
 
-    Leviathan et al. (arXiv 2211.17192), algorithm 1; Chen et al. (arXiv 2302.01318), theorem 1. A greedy
-    row is its one-hot case: accepted iff y is the target's argmax.
+    Leviathan et al. (arXiv 2211.17192), algorithm 1; Chen et al. (arXiv 2302.01318), theorem 1. A
+    greedy row is its one-hot case: accepted iff y is the target's argmax.
 
     Args:
         p: float32 [M, V], the target's distributions at the packed positions.
         first: int64 [B].
         q: float32 [D, V], the draft's distributions that the candidates were drawn from.
-        q_row: int64 [B, K], which row of q candidate (b, k) was drawn from; anything valid beyond lengths.
+        q_row: int64 [B, K], which row of q candidate (b, k) was drawn from; anything valid beyond
+            lengths.
         candidates: int64 [B, K]; lengths: int64 [B].
         u: float32 [B, K] uniform numbers in (0, 1), independent of the candidates.
 
@@ -86,11 +90,14 @@ def reject(
     accepted = accepted_prefix(ok, lengths)
 
     target = p[first + accepted]
-    judged = accepted.clamp(max=candidates.shape[1] - 1)[:, None]  # the candidate that fell, if one did
+    judged = accepted.clamp(max=candidates.shape[1] - 1)[
+        :, None
+    ]  # the candidate that fell, if one did
     draft = q[q_row.gather(1, judged).squeeze(1)]
     rejected = (accepted < lengths)[:, None]
     residual = torch.where(rejected, (target - draft).clamp_(min=0), target)
-    # p == q up to rounding can be "rejected" by a hair with nothing left: p is then the right answer.
+    # p == q up to rounding can be "rejected" by a hair with nothing left: p is then the right
+    # answer.
     empty = residual.sum(-1, keepdim=True) <= 0
     return accepted, torch.where(empty, target, residual)
 
@@ -128,7 +135,8 @@ class Proposal:
             self._q.append(q)
 
     def distributions(self) -> tuple[Tensor, Tensor] | None:
-        """(q float32 [D, V], q_row int64 [B, K]): candidate (b, k) was drawn from q[q_row[b, k]]."""
+        """(q float32 [D, V], q_row int64 [B, K]): candidate (b, k) was drawn from q[q_row[b,
+        k]]."""
         if not self._q:
             return None
         return torch.cat(self._q), torch.tensor(self._q_row, device=self.candidates.device)
@@ -187,6 +195,7 @@ class RejectionSampling:
         drawn = proposal.distributions()
         if drawn is None:
             return torch.zeros_like(first), sample(p[first], uniform(seed, start, Draw.BONUS))
+        candidates = proposal.candidates
         steps = torch.arange(candidates.shape[1], device=at.device)
         u = uniform(seed[:, None], start[:, None] + steps, Draw.ACCEPT)
         accepted, residual = reject(p, first, *drawn, candidates, lengths, u)

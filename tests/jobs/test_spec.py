@@ -75,6 +75,10 @@ def test_defaults_are_those_of_the_design(tmp_path: Path) -> None:
         ({"input": {"paths": [], "prompt_column": "p"}}, "input.paths: "),
         ({"models": {"target": "t"}}, "speculation.policy heuristic needs models.draft"),
         ({"models": {"draft": "t"}}, "models.target: required"),
+        (
+            {"models": {"target": "t", "draft": "d", "deterministic": True}},
+            "models: deterministic needs quantization int8wo or int8",
+        ),
         ({"speculation": {"policy": "goodput"}}, "goodput is not in this version; use heuristic"),
         ({"speculation": {"policy": "fast"}}, "speculation.policy: input should be 'none'"),
         ({"speculation": {"control_share": 0.1}}, "not in this version; remove this key"),

@@ -24,7 +24,9 @@ def engine(pair: ModelPair, slots: int = 16) -> Engine:
 
 
 def requests(unit: str, rows: int, new_tokens: int = 12) -> list[Request]:
-    params = [SamplingParams(max_new_tokens=new_tokens, seed=i, ignore_eos=True) for i in range(rows)]
+    params = [
+        SamplingParams(max_new_tokens=new_tokens, seed=i, ignore_eos=True) for i in range(rows)
+    ]
     return [Request(f"{unit}:{i}", (0, 10 + i, 20), p) for i, p in enumerate(params)]
 
 

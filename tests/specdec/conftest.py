@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from tiny_models import TinyPair, make_pair, noisy_copy, tiny_model
@@ -7,9 +9,17 @@ from transformers import PreTrainedModel
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    """The machine is shared, and tiny tensors gain nothing from more."""
+def one_thread() -> None:
+    """Tiny tensors gain nothing from threads, and on a busy machine lose a hundredfold to them."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For tests of bits: work split over threads must not change them either."""
     torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -84,9 +84,7 @@ def test_move_carries_a_row_and_empties_its_slot() -> None:
     assert contents(cache, 0) == [2000, 2001, 2002]
 
 
-@pytest.mark.parametrize(
-    ("slots", "capacity"), [(3, 300), (8, 128), (8, 400), (3, 128)], ids="{0}x{1}".format
-)
+@pytest.mark.parametrize(("slots", "capacity"), [(3, 300), (8, 128), (8, 400), (3, 128)])
 def test_resize_keeps_every_row_that_has_a_slot(slots: int, capacity: int) -> None:
     cache = filled()
     cache.resize(slots, capacity)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specdec.packed import PackedDecoder
-from specdec.quantization import Quantization, quantize_
+from specdec.linear import Quantization, pack_linears
 
 VOCAB = 97
+
+Precision = Literal["plain", "float32"] | Quantization
+"""Linear layers as they are, or one of the three of specdec.linear."""
 
 
 @dataclass
@@ -90,7 +93,7 @@ def make_pair(
     draft: PreTrainedModel | None,
     *,
     eos: frozenset[int] = frozenset(),
-    quantization: Quantization | None = None,
+    precision: Precision = "plain",
     invariant: bool = False,
     draft_context: int | None = None,
 ) -> TinyPair:
@@ -99,8 +102,8 @@ def make_pair(
     def packed(model: PreTrainedModel, invariant: bool) -> PackedDecoder:
         model = copy.deepcopy(model)
         decoder = PackedDecoder(model, invariant=invariant)
-        if quantization:
-            quantize_(model, quantization)
+        if precision != "plain":
+            pack_linears(model, None if precision == "float32" else precision)
         return decoder
 
     context = target.config.max_position_embeddings

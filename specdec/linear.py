@@ -1,0 +1,144 @@
+"""Linear layers for CPUs that are fast for few tokens and give a row the same bits in any batch.
+
+Three precisions: float32 with weights in oneDNN's blocked layout; `int8wo`, int8 weights and bf16
+activations; `int8`, int8 weights and activations. Int8 weights are quantized per output channel.
+Embeddings, norms and attention stay in float32. DESIGN.md §3, "CPU", has the kernels and why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Quantization = Literal["int8wo", "int8"]
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b in float32, with W repacked once for oneDNN.
+
+    For 4 to 64 rows this takes a third to two thirds of what torch's default (MKL, W as stored)
+    takes, and each row's bits are the same whatever the other rows are, except that one row alone
+    would be a matrix-vector product with its own order of summation: it is computed twice instead.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.data
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self.weight = _shape_of(weight)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        rows = len(flat)
+        if rows == 1:
+            flat = flat.expand(2, -1)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            flat.contiguous(), self.packed, self.bias, "none", [], ""
+        )
+        return y[:rows].view(*x.shape[:-1], -1)
+
+
+class Int8WeightOnlyLinear(nn.Module):
+    """y = x W^T + b with int8 weights; x is rounded to bf16, y returned in x's dtype."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.data
+        scales = _channel_scales(weight)
+        # torch's kernel reads past the end of rows that are no multiple of its vectors.
+        self.padding = -weight.shape[1] % 64
+        rounded = (weight.float() / scales[:, None]).round().to(torch.int8)
+        self.packed = nn.Buffer(nn.functional.pad(rounded, (0, self.padding)))
+        self.scales = nn.Buffer(scales.to(torch.bfloat16))
+        self.weight = _shape_of(weight)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+        if self.padding:
+            flat = nn.functional.pad(flat, (0, self.padding))
+        y = torch._weight_int8pack_mm(flat, self.packed, self.scales).to(x.dtype)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Linear(nn.Module):
+    """y = x W^T + b with int8 weights and activations, the latter scaled per token.
+
+    Each row of x is divided by its largest magnitude and quantized with the fixed scale 1/63 and
+    zero point 64: seven bits, because fbgemm's AVX2 kernel saturates with eight.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.data.float()
+        scales = _channel_scales(weight).double()
+        zeros = torch.zeros(len(scales), dtype=torch.int64)
+        engine = torch.backends.quantized.engine
+        with warnings.catch_warnings():
+            # torch announces the removal of quantized tensors; this one only feeds the packing
+            # below.
+            warnings.simplefilter("ignore", UserWarning)
+            torch.backends.quantized.engine = "fbgemm"
+            quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+            self.packed = torch.ops.quantized.linear_prepack(quantized, None)
+            torch.backends.quantized.engine = engine
+        self.weight = _shape_of(weight)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12)
+        y: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            (x / largest).float(), 1 / 63, 64, self.packed
+        )
+        y = (y * largest).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+def _channel_scales(weight: Tensor) -> Tensor:
+    """float32 [out]: what one int8 step of each output channel of weight [out, in] is worth."""
+    return weight.float().abs().amax(1).clamp(min=1e-12) / 127
+
+
+def _shape_of(weight: Tensor) -> Tensor:
+    """Stands in for the weight where a layer is asked for its shape; takes no memory."""
+    return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+
+
+def pack_linears(model: nn.Module, quantization: Quantization | None) -> None:
+    """Replace every linear layer of a float32 model on a CPU in place, the LM head included."""
+    layers = {"int8wo": Int8WeightOnlyLinear, "int8": Int8Linear, None: PackedLinear}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, layers[quantization](child))
+
+
+@torch.inference_mode()
+def is_invariant(model: nn.Module) -> bool:
+    """Whether each kind of linear layer of `model` gives a row the same bits in every batch, here.
+
+    Kernels differ by processor, so this is measured: one layer of each shape, rows alone and among
+    others.
+    """
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            return False
+        if isinstance(module, PackedLinear | Int8WeightOnlyLinear | Int8Linear):
+            if (shape := module.weight.shape) in seen:
+                continue
+            seen.add(shape)
+            x = torch.randn(130, shape[1], generator=generator)
+            whole = module(x)
+            for rows in (1, 2, 3, 7, 16, 33, 64, 129):
+                if not torch.equal(module(x[:rows]), whole[:rows]):
+                    return False
+                if not torch.equal(module(x[-rows:]), whole[-rows:]):
+                    return False
+    return True

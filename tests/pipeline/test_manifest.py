@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from conftest import TinyModels
+
+from pipeline import manifest
+from pipeline.config import JobConfig, S3Config
+from pipeline.errors import UserError
+from pipeline.listing import InputFile
+from pipeline.schema import check_reserved
+from pipeline.stats import UnitRecord, busy_seconds, stats_tables, summarise
+from pipeline.storage import Folder
+from pipeline.units import FilePlan, Unit
+
+
+def job(models: TinyModels, **changes: Any) -> JobConfig:
+    settings: dict[str, Any] = {
+        "input": {"paths": ["x"], "prompt_column": "p"},
+        "output": "out",
+        "models": {"target": models.target, "draft": models.draft},
+    }
+    for dotted, value in changes.items():
+        section, _, key = dotted.partition("__")
+        settings[section] = {**settings.get(section, {}), key: value} if key else value
+    return JobConfig.model_validate(settings)
+
+
+def plans(rows: int = 3, size: int = 100, name: str = "a.parquet") -> list[FilePlan]:
+    unit = Unit("u", "/x", name, "parquet", 0, rows, 0, 1)
+    file = InputFile(f"/x/{name}", name, "parquet", size)
+    return [FilePlan(file, rows, pa.schema([("p", pa.string())]), (unit,))]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"actors__slots": 3},
+        {"actors__min": 3},
+        {"name": "other"},
+        {"output": "elsewhere"},
+        {"speculation__threshold": None},
+        {"speculation__verification": "rejection"},
+    ],
+)
+def test_what_does_not_change_results_is_not_in_the_fingerprint(
+    tiny_models: TinyModels, changes: dict[str, Any]
+) -> None:
+    before = manifest.fingerprint(job(tiny_models), plans())
+    assert manifest.fingerprint(job(tiny_models, **changes), plans()) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"sampling__seed": 1}, "sampling.seed: 0 there, 1 here"),
+        ({"sampling__stop": ["x"]}, 'sampling.stop: [] there, ["x"] here'),
+        ({"input__prompt_column": "q"}, 'input.prompt_column: "p" there, "q" here'),
+        ({"unit_rows": 5}, "unit_rows: 256 there, 5 here"),
+        ({"speculation__k": 5}, "speculation.k: 4 there, 5 here"),
+        ({"models__dtype": "bfloat16"}, 'models.dtype: "float32" there, "bfloat16" here'),
+        ({"speculation__verification": "coupled"}, 'verification: "rejection" there, "coupled"'),
+    ],
+)
+def test_what_changes_results_is_named(
+    tiny_models: TinyModels, tmp_path: Path, changes: dict[str, Any], line: str
+) -> None:
+    output = Folder(str(tmp_path), S3Config())
+    first, second = job(tiny_models), job(tiny_models, **changes)
+    manifest.claim(output, first, plans(), manifest.fingerprint(first, plans()))
+    output.put("completions/u.parquet", b"")
+    manifest.claim(output, first, plans(), manifest.fingerprint(first, plans()))
+    with pytest.raises(UserError, match="holds another job") as caught:
+        manifest.claim(output, second, plans(), manifest.fingerprint(second, plans()))
+    assert line in str(caught.value)
+
+
+def test_coupled_results_depend_on_neither_draft_nor_policy(tiny_models: TinyModels) -> None:
+    coupled = {"speculation__verification": "coupled"}
+    before = manifest.fingerprint(job(tiny_models, **coupled), plans())
+    plain = job(tiny_models, **coupled, speculation__policy="none", models__draft=None)
+    assert manifest.fingerprint(plain, plans()) == before
+
+
+def test_changed_weights_are_another_model(tiny_models: TinyModels, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "target"
+    shutil.copytree(tiny_models.target, copy)
+    before = manifest.model_identity(str(copy))
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    after = manifest.model_identity(str(copy))
+    assert before["digest"] != after["digest"]
+
+
+def test_changed_inputs_are_named(tiny_models: TinyModels, tmp_path: Path) -> None:
+    output = Folder(str(tmp_path), S3Config())
+    config = job(tiny_models)
+    manifest.claim(output, config, plans(), manifest.fingerprint(config, plans()))
+    output.put("completions/u.parquet", b"")
+    for changed, line in (
+        (plans(size=101), "input file a.parquet has changed"),
+        (plans() + plans(name="b.parquet"), "input file b.parquet is new"),
+        (plans(name="b.parquet"), "input file a.parquet is gone"),
+    ):
+        with pytest.raises(UserError, match=line):
+            manifest.claim(output, config, changed, manifest.fingerprint(config, changed))
+
+
+def test_a_job_that_committed_nothing_can_be_corrected(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    output = Folder(str(tmp_path), S3Config())
+    for seed in (1, 2):
+        config = job(tiny_models, sampling__seed=seed)
+        manifest.claim(output, config, plans(), manifest.fingerprint(config, plans()))
+    assert json.loads((tmp_path / manifest.JOB).read_text())["config"]["sampling"]["seed"] == 2
+
+
+def test_a_folder_with_someone_elses_completions(tiny_models: TinyModels, tmp_path: Path) -> None:
+    output = Folder(str(tmp_path), S3Config())
+    output.put("completions/mine.parquet", b"")
+    with pytest.raises(UserError, match=r"has completions but no _specbatch/job\.json"):
+        manifest.claim(output, job(tiny_models), plans(), {})
+    with pytest.raises(UserError, match=r"mine\.parquet is not of this job"):
+        manifest.committed(output, plans()[0].units)
+
+
+def test_the_job_record_holds_no_secret(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
+    output = Folder(str(tmp_path), S3Config())
+    manifest.claim(output, job(tiny_models, s3__profile="mine"), plans(), {})
+    text = (tmp_path / manifest.JOB).read_text()
+    assert json.loads(text)["config"]["s3"]["profile"] == "mine"
+    assert "planted-secret" not in text
+
+
+def test_a_model_that_is_not_there() -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        manifest.model_identity("./nowhere/model")
+
+
+def test_reserved_columns_are_refused() -> None:
+    (plan,) = plans()
+    bad = FilePlan(plan.file, 3, pa.schema([("completion", pa.string())]), plan.units)
+    with pytest.raises(UserError, match=r"a\.parquet: column 'completion' has the name of an out"):
+        check_reserved([bad])
+
+
+# ------------------------------------------------------------------------- stats
+
+
+def record(unit: str = "u", actor: str = "a", **changes: Any) -> UnitRecord:
+    values: dict[str, Any] = {
+        "unit": unit,
+        "job": "j",
+        "input": "a.parquet",
+        "start": 0,
+        "rows": 3,
+        "completions": 2,
+        "errors": {"NullPrompt": 1},
+        "errors_file": "e",
+        "errors_sha256": "0",
+        "prompt_tokens": 10,
+        "output_tokens": 20,
+        "counts": {"rounds": 10, "drafted": 30, "verified": 25, "accepted": 10, "committed": 20},
+        "actor": actor,
+        "node": "n",
+        "started": 0.0,
+        "finished": 10.0,
+        "engine": {"target_forwards": 12},
+        "phase_seconds": {"verify": 4.0, "idle": 1.0},
+        "peak_live": 2,
+    }
+    return UnitRecord(**{**values, **changes})
+
+
+def test_a_record_survives_its_json() -> None:
+    assert UnitRecord.from_json(record().to_json()) == record()
+
+
+def test_a_pause_between_runs_is_not_busy_time() -> None:
+    runs = [(0.0, 4.0), (1.0, 2.0), (3.0, 5.0), (100.0, 103.0)]
+    assert busy_seconds(record(started=s, finished=f) for s, f in runs) == 8.0
+
+
+def test_the_summary_adds_up_and_derives_ratios_from_counts() -> None:
+    summary = summarise([record("u"), record("v", started=10.0, finished=20.0)])
+    assert (summary["rows"], summary["errors"]) == (4, 2)
+    assert summary["errors_by_class"] == {"NullPrompt": 2}
+    assert summary["tokens_per_second"] == 2.0
+    assert summary["acceptance_rate"] == 20 / 50
+    assert summary["block_efficiency"] == 40 / 20
+    assert summary["phase_seconds"] == {"verify": 8.0, "idle": 2.0}
+    assert summary["target_forwards"] == 24
+    assert summary["speedup"] is summary["speedup_ci"] is summary["cost"] is None
+
+
+def test_a_job_without_rows_has_a_summary() -> None:
+    summary = summarise([])
+    assert summary["rows"] == 0
+    assert summary["tokens_per_second"] is None
+    assert all(table.num_rows == 0 for table in stats_tables([]).values())
+
+
+def test_tables_by_actor_and_phase() -> None:
+    tables = stats_tables([record("u", "a"), record("v", "b"), record("w", "b")])
+    assert tables["units"].num_rows == 3
+    assert tables["actors"]["units"].to_pylist() == [1, 2]
+    assert {"actor": "b", "phase": "verify", "seconds": 8.0} in tables["phases"].to_pylist()
