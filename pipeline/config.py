@@ -126,11 +126,9 @@ class ModelsConfig(_Settings):
 
     @model_validator(mode="after")
     def _kernels_exist(self) -> ModelsConfig:
-        if self.deterministic and self.quantization is None:
-            raise ValueError(
-                "deterministic needs quantization int8wo or int8: unquantized linear layers give a "
-                "token different bits in different batches"
-            )
+        if (self.deterministic or self.quantization) and self.dtype != "float32":
+            what = "deterministic" if self.deterministic else f"quantization {self.quantization}"
+            raise ValueError(f"{what} goes with dtype float32, not {self.dtype}")
         return self
 
 

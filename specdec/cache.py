@@ -13,8 +13,7 @@ KEY_BLOCK = 128
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """What one layer caches per position: `heads` key/value heads of key_dim and value_dim
-    numbers."""
+    """What one layer caches per position: `heads` times key_dim and value_dim numbers."""
 
     heads: int
     key_dim: int
@@ -66,8 +65,7 @@ class SlotCache:
     def write(
         self, layer: int, key: Tensor, value: Tensor, slots: Tensor, positions: Tensor
     ) -> None:
-        """Store key and value [n, heads, dim] of one layer at (slots[i], positions[i]), in
-        place."""
+        """Store a layer's key and value [n, heads, dim] at (slots[i], positions[i])."""
         self.keys[layer][slots, :, positions] = key.to(self.dtype)
         self.values[layer][slots, :, positions] = value.to(self.dtype)
 
@@ -83,8 +81,7 @@ class SlotCache:
         self.lengths[target], self.lengths[source] = n, 0
 
     def resize(self, slots: int, capacity: int) -> None:
-        """Take another shape in place, keeping what fits of each slot; layer by layer, to spare
-        memory."""
+        """Take another shape in place, layer by layer, keeping what fits of each slot."""
         kept, n = min(slots, self.slots), max(self.lengths, default=0)
         self.slots, self.capacity = slots, round_to_blocks(capacity)
         self.lengths = self.lengths[:kept] + [0] * (slots - kept)

@@ -48,6 +48,5 @@ def find_ending(
 
 
 def _window(stops: Sequence[str]) -> int:
-    """Tokens that surely cover any stop string: one a byte, and a few for what decoding does at an
-    edge."""
+    """Tokens that cover any stop string: one a byte, and some for what decoding does at an edge."""
     return max(len(stop.encode()) for stop in stops) + 4

@@ -120,8 +120,8 @@ class Engine:
             )
         if prompt >= context:
             raise InvalidRequest(
-                f"the prompt has {prompt} tokens, but the model's context of {context} must also
-                hold " "at least one new token"
+                f"the prompt has {prompt} tokens, but the model's context of {context} must also "
+                "hold at least one new token"
             )
         if request.sampling.stop and self.decode is None:
             raise InvalidRequest("stop strings need an engine with a decode function")
@@ -134,8 +134,8 @@ class Engine:
         )
         if round_to_blocks(row.need) > self.scheduler.max_positions:
             raise InvalidRequest(
-                f"prompt and max_new_tokens need {row.need} cache positions, but the memory for keys
-                " f"and values holds {self.scheduler.max_positions}"
+                f"prompt and max_new_tokens need {row.need} cache positions, but the memory for "
+                f"keys and values holds {self.scheduler.max_positions}"
             )
         return row
 
@@ -189,8 +189,7 @@ class Engine:
         return self._sampling[1]
 
     def _draft(self, rows: list[LiveRow], sampling: SamplingBatch, mode: Mode) -> Proposal:
-        """Draw candidates, all rows that go on in one draft forward, until the policy has had
-        enough."""
+        """Draw candidates until the policy has had enough, one draft forward for all rows."""
         draft, cache = self.pair.draft, self.draft_cache
         budget = self._budget(rows)
         proposal = Proposal(len(rows), max(budget), self.device)
@@ -268,16 +267,13 @@ class Engine:
 
         Returns:
             For each row the tokens to commit: accepted candidates, then the bonus token. Nothing
-                for a row
-            whose prompt is not yet fed to its end.
+            for a row whose prompt is not yet fed to its end.
         """
         candidates, most = proposal.candidates.flatten(), proposal.candidates.shape[1]
         feed: list[Row] = []
         pending: list[int] = []
         order: list[int] = []  # the packed tokens, as indices into candidates followed by pending
-        scored: list[
-            int
-        ] = []  # packed tokens whose logits are needed: the last submitted + 1 of a row
+        scored: list[int] = []  # packed tokens that need logits: the last submitted + 1 of a row
         first: list[int] = []  # where each row's begin among the scored
         owner: list[int] = []  # the row of each scored token, and the output position it predicts
         at: list[int] = []
@@ -338,8 +334,7 @@ class Engine:
             output = row.tokens[row.output_start :]
             ending = find_ending(output, known, row.sampling, self.pair.eos_token_ids, self.decode)
             kept = (ending.length if ending else len(output)) - known
-            # An output that ends inside the accepted prefix drops the rest of it and the bonus
-            # token.
+            # An output that ends inside the accepted prefix drops the rest and the bonus token.
             stands = min(accepted[slot], kept)
             round_counts = Counts(1, drafted[slot], submitted[slot], stands, kept)
             row.counts.add(round_counts)

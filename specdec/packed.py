@@ -51,8 +51,7 @@ def upload(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True, slots=True)
 class LongRow:
-    """A row that attends by itself: packed tokens [begin, end), in `slot` from position `start`
-    on."""
+    """A row that attends by itself: packed tokens [begin, end), from position `start` of `slot`."""
 
     slot: int
     begin: int
@@ -140,8 +139,7 @@ class Packing:
         )
 
     def mask(self, window: int | None) -> Tensor:
-        """Additive float32 [B, T, L]: 0 where a cell may attend, -inf elsewhere; made once per
-        forward."""
+        """Additive float32 [B, T, L]: 0 where a cell may attend, else -inf; made once a forward."""
         if window not in self._masks:
             key = torch.arange(self.keys, device=self.cache.device)
             query = self.cell_position[..., None]
@@ -237,8 +235,7 @@ def _grid(
     heads, kv_heads = queries.shape[1], keys.shape[1]
 
     q = queries if packing.aligned else queries.index_select(0, packing.cell_token)
-    # [B, T, Hkv, G, D] -> [B, Hkv, G, T, D]: the G query heads of one key/value head share its
-    # keys.
+    # [B, T, Hkv, G, D] -> [B, Hkv, G, T, D]: the G query heads of a key/value head share keys.
     q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4)
     kernel = _invariant if packing.invariant else _matmul if q.dtype == torch.float32 else _fused
     out = kernel(q, keys, values, packing.mask(window), scale)  # [B, Hkv, G, T, Dv]
@@ -393,8 +390,8 @@ class PackedDecoder:
         gap = (packed - expected).abs().max().item() / expected.std().item()
         if not gap < tolerance:
             raise UnsupportedModel(
-                f"{name} cannot run packed: its logits differ from the plain forward's by {gap:.2g}
-                " f"standard deviations (at most {tolerance:g} is rounding)"
+                f"{name} cannot run packed: its logits differ from the plain forward's by "
+                f"{gap:.2g} standard deviations (at most {tolerance:g} is rounding)"
             )
 
 

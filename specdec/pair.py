@@ -84,8 +84,7 @@ def find_model(name: str) -> ModelSource:
 
 
 def check_model_name(name: str) -> None:
-    """Raise PairError if `name` cannot be found, without loading anything (hub names are
-    trusted)."""
+    """Raise PairError if `name` cannot be found; load nothing and trust hub names."""
     find_model(name)
 
 
@@ -151,8 +150,8 @@ class ModelPair:
             )
         if deterministic and place.type != "cpu":
             raise PairError(
-                f"deterministic runs on CPUs only: the kernels of {place.type} give a token
-                different " "bits in different batches"
+                f"deterministic runs on CPUs only: the kernels of {place.type} give a token "
+                "different bits in different batches"
             )
         loader = _Loader(dtype, place, trust_remote_code)
         target_source = find_model(target)
@@ -169,8 +168,8 @@ class ModelPair:
         vocab_size = min(model.get_output_embeddings().weight.shape[0] for model in models)
         if len(tokenizer) > vocab_size:
             raise PairError(
-                f"the target's tokenizer has {len(tokenizer)} tokens, but the models share only
-                {vocab_size}"
+                f"the target's tokenizer has {len(tokenizer)} tokens, but the models share only "
+                f"{vocab_size}"
             )
         try:
             packed = [
@@ -278,8 +277,7 @@ class _Loader:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $SPECBATCH_CACHE, or specbatch/ in the user's cache
-    folder."""
+    """Where converted models are kept: $SPECBATCH_CACHE, or specbatch/ in the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("SPECBATCH_CACHE") or f"{base}/specbatch").expanduser()
 
@@ -333,8 +331,8 @@ def _share_modules(target: Any, draft: Any, missing: frozenset[str], name: str) 
     if missing and target.config.hidden_size != draft.config.hidden_size:
         raise PairError(
             f"draft {name} has no {' and '.join(sorted(missing))} and cannot use the target's: "
-            f"its hidden size is {draft.config.hidden_size}, the target's
-            {target.config.hidden_size}"
+            f"its hidden size is {draft.config.hidden_size}, the target's "
+            f"{target.config.hidden_size}"
         )
     if "embed_tokens.weight" in missing:
         draft.set_input_embeddings(target.get_input_embeddings())
@@ -352,8 +350,8 @@ def _check_vocabularies(target: Any, draft: Any, target_name: str, draft_name: s
         left, right = (tokens.get(index) for tokens in by_id)
         if left != right:
             raise PairError(
-                f"the vocabularies differ at token {index}: {left!r} in {target_name}, {right!r} in
-                " f"{draft_name}; a draft must use its target's tokenizer"
+                f"the vocabularies differ at token {index}: {left!r} in {target_name}, {right!r} "
+                f"in {draft_name}; a draft must use its target's tokenizer"
             )
 
 
@@ -378,8 +376,7 @@ def _describe(source: ModelSource, model: nn.Module) -> dict[str, Any]:
 
 
 def model_digest(path: Path) -> str:
-    """A short digest of a model's files: names, sizes, config, and both ends of every weight
-    file."""
+    """A short digest of a model's files: names, sizes, and both ends of each."""
     files = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file())
     digest = hashlib.sha256()
     for file in files:

@@ -1,5 +1,4 @@
-"""From logits to probabilities to tokens, with random numbers that are a function of (seed,
-position).
+"""From logits to tokens, with random numbers that are a function of (seed, position).
 
 Nothing here keeps a generator: a random number is a hash of the request's seed, the position in its
 output and what the number is for. The same request therefore draws the same numbers in any batch,
@@ -77,8 +76,7 @@ class SamplingBatch:
         )
 
     def rows(self, index: Tensor) -> SamplingBatch:
-        """The parameters of the rows in `index` [m], which may repeat; the host facts stay
-        valid."""
+        """The parameters of the rows in `index` [m], which may repeat."""
         return SamplingBatch(
             self.temperature[index],
             self.top_k[index],
@@ -199,8 +197,7 @@ def uniform(seed: Tensor, position: Tensor, draw: Draw) -> Tensor:
 
 
 def exponential_noise(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
-    """float32 [n, vocab] of Exp(1) noise, a function of (seed, position, token) for seed, position
-    [n].
+    """float32 [n, vocab] of Exp(1) noise, a function of (seed [n], position [n], token).
 
     A 64-bit key per row is mixed with the token id by a 32-bit finaliser (two multiply-xorshift
     rounds, constants of Wellons' lowbias32) that runs in place on int32: this is the widest tensor

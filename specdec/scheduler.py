@@ -66,8 +66,7 @@ class Scheduler:
         return len(self._rows) - self._rows.count(None)
 
     def admit(self) -> list[LiveRow]:
-        """Give slots to waiting rows; return the live rows, which fill slots 0..n-1 in list
-        order."""
+        """Give slots to waiting rows; return the live rows, in the order of slots 0..n-1."""
         while self.queue and self._reserve(self.queue[0].need):
             hole = self._rows.index(None) if None in self._rows else len(self._rows)
             self._rows[hole : hole + 1] = [self.queue.popleft()]
@@ -81,8 +80,7 @@ class Scheduler:
             cache.rollback(slot, 0)
 
     def _reserve(self, need: int) -> bool:
-        """Whether one more row of `need` positions fits, after reshaping the caches if that
-        helps."""
+        """Whether one more row of `need` positions fits; reshape the caches if that helps."""
         live, shape = self.live, self.caches[0]
         if live >= self.slots:
             return False

@@ -67,8 +67,7 @@ class RoundOutcome:
 
 
 class StopPolicy:
-    """Drafts nothing, submits everything drafted, remembers nothing: the base and the `none`
-    policy."""
+    """Drafts nothing and remembers nothing: the base, and the policy `none`."""
 
     def budget(self, rows: Sequence[RowMemory]) -> list[int]:
         """At most how many candidates to draft for each row in this round."""
@@ -76,7 +75,8 @@ class StopPolicy:
 
     def go_on(self, step: DraftStep) -> Tensor | None:
         """bool [n]: which rows draft another candidate; None: all of them, without asking the
-        device."""
+        device.
+        """
         return None
 
     def submit(self, rows: Sequence[RowMemory], drafted: Sequence[int]) -> Sequence[int]:
@@ -99,8 +99,7 @@ class Fixed(StopPolicy):
 
 @dataclass
 class Heuristic(StopPolicy):
-    """Hugging Face's schedule, per row: k grows by 2 after a full acceptance and shrinks by 1
-    otherwise."""
+    """Hugging Face's schedule, per row: k grows by 2 after a full acceptance, else shrinks by 1."""
 
     k: int = 4
     k_min: int = 1

@@ -136,7 +136,8 @@ class Proposal:
 
     def distributions(self) -> tuple[Tensor, Tensor] | None:
         """(q float32 [D, V], q_row int64 [B, K]): candidate (b, k) was drawn from q[q_row[b,
-        k]]."""
+        k]].
+        """
         if not self._q:
             return None
         return torch.cat(self._q), torch.tensor(self._q_row, device=self.candidates.device)

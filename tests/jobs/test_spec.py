@@ -76,8 +76,8 @@ def test_defaults_are_those_of_the_design(tmp_path: Path) -> None:
         ({"models": {"target": "t"}}, "speculation.policy heuristic needs models.draft"),
         ({"models": {"draft": "t"}}, "models.target: required"),
         (
-            {"models": {"target": "t", "draft": "d", "deterministic": True}},
-            "models: deterministic needs quantization int8wo or int8",
+            {"models": {"target": "t", "draft": "d", "quantization": "int8", "dtype": "bfloat16"}},
+            "models: quantization int8 goes with dtype float32, not bfloat16",
         ),
         ({"speculation": {"policy": "goodput"}}, "goodput is not in this version; use heuristic"),
         ({"speculation": {"policy": "fast"}}, "speculation.policy: input should be 'none'"),

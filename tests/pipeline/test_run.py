@@ -271,6 +271,7 @@ def test_template_stop_strings_and_sampling_by_row(
     ]
     file = write_rows("in.parquet", rows)
     values = settings(tiny_models, file, tmp_path / "first", unit_rows=2)
+    values["speculation"] = {"policy": "fixed", "k": 3, "verification": "rejection"}
     values["input"] = {"paths": [file], "template": "Q: {{ q }}"}
     run(values)
     short, greedy, twin, _ = rows_of(tmp_path / "first").values()

@@ -60,16 +60,18 @@ def test_a_row_has_the_same_bits_in_any_batch(kind: Kind, shape: tuple[int, int]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("inputs", [200, 201, 216])
-def test_any_input_size_works(kind: Kind, inputs: int) -> None:
+def test_any_input_size_works(kind: Kind) -> None:
     """In another process: torch's int8 weight-only kernel reads past the end of odd-sized rows."""
     code = f"""
 import torch
 from specdec.linear import Int8Linear, Int8WeightOnlyLinear, PackedLinear
-layer = torch.nn.Linear({inputs}, 96, bias=False).requires_grad_(False)
-quantized, x = {KINDS[kind].__name__}(layer), torch.randn(33, {inputs})
-for _ in range(20):
-    assert (quantized(x) - layer(x)).norm() < {ERROR[kind]} * layer(x).norm()
+for inputs in (200, 201, 216):
+    layer = torch.nn.Linear(inputs, 96, bias=False).requires_grad_(False)
+    quantized, x = {KINDS[kind].__name__}(layer), torch.randn(33, inputs)
+    for rows in (1, 4, 33):
+        for _ in range(20):
+            error = (quantized(x[:rows]) - layer(x[:rows])).norm() / layer(x[:rows]).norm()
+            assert error < {ERROR[kind]}, (inputs, rows, error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr or f"killed by signal {-done.returncode}"
@@ -91,7 +93,7 @@ def test_the_bias_is_added_in_full_precision(kind: Kind) -> None:
 
 
 @kinds
-@pytest.mark.parametrize("shape", [(64,), (1, 64), (5, 64), (1, 2, 3, 64)])
+@pytest.mark.parametrize("shape", [(1, 64), (5, 64), (1, 2, 3, 64)])
 def test_leading_dimensions_are_kept(kind: Kind, shape: tuple[int, ...]) -> None:
     y = KINDS[kind](linear(64, 48))(torch.ones(shape))
     assert (y.shape, y.dtype) == ((*shape[:-1], 48), torch.float32)

@@ -1,0 +1,730 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from goodness import chi_square_excess, counted, reference_distribution
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_models import VOCAB, TinyPair, make_pair, noisy_copy, tiny_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.cache import KEY_BLOCK
+from specdec.engine import Engine
+from specdec.request import Completion, Counts, Request, SamplingParams
+from specdec.sampling import SamplingBatch, coupled_choice, probabilities
+from specdec.stopping import DraftStep, Fixed, RowMemory, StopPolicy, make_policy
+
+CPU = torch.device("cpu")
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24)
+Prompt = tuple[int, ...]
+
+
+def prompts(lengths: Sequence[int], seed: int = 0) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randint(VOCAB, (n,), generator=generator).tolist()) for n in lengths]
+
+
+def requests_of(many: Sequence[Prompt], sampling: SamplingParams) -> list[Request]:
+    """One request a prompt, each with a seed of its own."""
+    return [
+        Request(f"r{i}", prompt, replace(sampling, seed=sampling.seed + i))
+        for i, prompt in enumerate(many)
+    ]
+
+
+def letters(ids: Sequence[int]) -> str:
+    """A decode function: one printable character a token."""
+    return "".join(chr(33 + i) for i in ids)
+
+
+def outputs(completions: Sequence[Completion]) -> list[Prompt]:
+    assert all(each.error is None for each in completions)
+    return [each.output_ids for each in completions]
+
+
+@dataclass
+class Scripted(StopPolicy):
+    """Budgets and submissions from a script that never looks at a token; `go_on` may look at them all."""
+
+    budgets: Sequence[int] = (0, 4)
+    submissions: Sequence[int] = (99,)
+    odd_tokens_stop: bool = False
+    turn: int = 0
+
+    def budget(self, rows: Sequence[RowMemory]) -> list[int]:
+        self.turn += 1
+        return [self.budgets[(self.turn + i) % len(self.budgets)] for i in range(len(rows))]
+
+    def go_on(self, step: DraftStep) -> Tensor | None:
+        return step.tokens % 2 == 0 if self.odd_tokens_stop else None
+
+    def submit(self, rows: Sequence[RowMemory], drafted: Sequence[int]) -> Sequence[int]:
+        script = self.submissions
+        return [min(n, script[(self.turn + i) % len(script)]) for i, n in enumerate(drafted)]
+
+
+POLICIES = {
+    "none": lambda: make_policy("none"),
+    "fixed 1": lambda: make_policy("fixed", k=1),
+    "fixed 4": lambda: make_policy("fixed", k=4),
+    "fixed 8": lambda: make_policy("fixed", k=8),
+    "heuristic": lambda: make_policy("heuristic", k=2),
+    "confidence": lambda: make_policy("confidence", threshold=0.5, k_max=6),
+    "scripted": lambda: Scripted((0, 3, 1, 5), (9, 1, 0, 2), odd_tokens_stop=True),
+}
+
+
+# ------------------------------------------------------------------------------------ greedy
+
+LENGTHS = (1, 200, 3, 17, 64, 65, 130, 2, 40, 90, 128, 129, 7, 33, 24, 25, 12, 180, 5, 50)
+
+
+@dataclass
+class Reference:
+    """What transformers' own greedy `generate` says."""
+
+    prompts: list[Prompt]
+    outputs: list[Prompt]
+    eos: int
+
+
+def generate(model: PreTrainedModel, prompt: Prompt, n: int, eos: int | None = None) -> Prompt:
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=n,
+        eos_token_id=eos,
+        pad_token_id=0,
+    )
+    return tuple(out[0, len(prompt) :].tolist())
+
+
+@torch.inference_mode()
+def least_margin(model: PreTrainedModel, prompt: Prompt, output: Prompt) -> float:
+    """The smallest gap between the two top logits along an output."""
+    logits = model(torch.tensor([[*prompt, *output]])).logits[0, len(prompt) - 1 : -1]
+    top = logits.topk(2).values
+    return float((top[:, 0] - top[:, 1]).min())
+
+
+@pytest.fixture(scope="module")
+def reference(target_model: PreTrainedModel) -> Reference:
+    """Outputs without near-ties, some of which an end-of-sequence token cuts short."""
+    many = prompts(LENGTHS)
+    plain = [generate(target_model, prompt, 24) for prompt in many]
+    clear = [
+        (prompt, output)
+        for prompt, output in zip(many, plain, strict=True)
+        if least_margin(target_model, prompt, output) > 1e-3
+    ]
+    assert len(clear) >= 16
+    middle = torch.tensor([token for _, output in clear for token in output[3:20]])
+    eos = int(middle.mode().values)
+    kept = [prompt for prompt, _ in clear]
+    cut = [generate(target_model, prompt, 24, eos) for prompt in kept]
+    assert 0 < sum(len(output) < 24 for output in cut) < len(cut)
+    return Reference(kept, cut, eos)
+
+
+@pytest.mark.parametrize("mode", ["rejection", "coupled"])
+@pytest.mark.parametrize("slots", [1, 4, 16])
+@pytest.mark.parametrize("policy", ["none", "fixed 4", "heuristic", "confidence", "scripted"])
+def test_greedy_equals_transformers_generate(
+    pair: TinyPair, reference: Reference, policy: str, slots: int, mode: str
+) -> None:
+    """Ragged prompts, prefill in chunks, refills of slots, ends of sequence."""
+    engine = Engine(
+        replace(pair, eos_token_ids=frozenset({reference.eos})),
+        policy=POLICIES[policy](),
+        verification=mode,  # type: ignore[arg-type]
+        slots=slots,
+        prefill_chunk=64,
+    )
+    done = engine.generate(requests_of(reference.prompts, GREEDY))
+    assert outputs(done) == reference.outputs
+    for completion, output in zip(done, reference.outputs, strict=True):
+        assert completion.finish_reason == ("stop" if output[-1] == reference.eos else "length")
+    if policy != "none":
+        assert 0.3 < (engine.stats.counts.acceptance_rate or 0) < 0.99
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_greedy_equals_generate_in_every_family(family: str) -> None:
+    extra = {"sliding_window": 16} if family == "mistral" else {}
+    model = tiny_model(family, seed=3, **extra)
+    engine = Engine(
+        make_pair(model, noisy_copy(model, 0.08)), policy=Fixed(4), slots=4, prefill_chunk=32
+    )
+    many = prompts((1, 40, 9, 70, 25, 3))
+    done = outputs(engine.generate(requests_of(many, GREEDY)))
+    assert done == [generate(model, prompt, 24) for prompt in many]
+
+
+def test_greedy_rows_among_sampled_ones_equal_transformers_under_rejection(
+    pair: TinyPair, reference: Reference
+) -> None:
+    engine = Engine(
+        replace(pair, eos_token_ids=frozenset({reference.eos})), policy=Fixed(3), slots=8
+    )
+    greedy = requests_of(reference.prompts, GREEDY)
+    sampled = [
+        Request(f"s{i}", prompt, SamplingParams(max_new_tokens=24, top_p=0.9, seed=i))
+        for i, prompt in enumerate(reference.prompts)
+    ]
+    mixed = [request for both in zip(greedy, sampled, strict=True) for request in both]
+    assert outputs(engine.generate(mixed))[::2] == reference.outputs
+
+
+def test_a_draft_of_another_architecture_changes_nothing(
+    target_model: PreTrainedModel, reference: Reference
+) -> None:
+    draft = tiny_model("qwen3", hidden=32, heads=4, layers=1, seed=9)
+    pair = make_pair(target_model, draft, eos=frozenset({reference.eos}))
+    engine = Engine(pair, policy=Fixed(4), slots=5, prefill_chunk=64)
+    assert outputs(engine.generate(requests_of(reference.prompts, GREEDY))) == reference.outputs
+
+
+def test_without_a_draft_every_policy_decodes_plainly(
+    pair: TinyPair, reference: Reference
+) -> None:
+    alone = replace(pair, draft=None, eos_token_ids=frozenset({reference.eos}))
+    engine = Engine(alone, policy=Fixed(4), slots=4)
+    assert outputs(engine.generate(requests_of(reference.prompts, GREEDY))) == reference.outputs
+    assert engine.stats.counts.drafted == engine.stats.draft_forwards == 0
+    assert engine.stats.counts.rounds == engine.stats.counts.committed
+
+
+# ----------------------------------------------------------------------------------- coupled
+
+SAMPLED = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=20, seed=100)
+SOME = prompts((4, 100, 30, 1, 66, 12, 25, 7, 50, 19, 2, 33), seed=5)
+
+
+@torch.inference_mode()
+def sampled_by_hand(model: PreTrainedModel, request: Request) -> Prompt:
+    """Target-only sampling, one plain forward a token: what `coupled` must reproduce."""
+    batch = SamplingBatch.of([request.sampling], CPU)
+    text = list(request.prompt_ids)
+    for at in range(request.sampling.max_new_tokens):
+        logits = model(torch.tensor([text]), use_cache=False).logits[:, -1]
+        p = probabilities(logits, batch)
+        text.append(int(coupled_choice(p, batch.seed, torch.tensor([at]))))
+    return tuple(text[len(request.prompt_ids) :])
+
+
+@pytest.fixture(scope="module")
+def by_hand(target_model: PreTrainedModel) -> list[Prompt]:
+    return [sampled_by_hand(target_model, request) for request in requests_of(SOME, SAMPLED)]
+
+
+@pytest.mark.parametrize("slots", [1, 16])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_coupled_sampling_equals_plain_target_sampling(
+    pair: TinyPair, by_hand: list[Prompt], policy: str, slots: int
+) -> None:
+    engine = Engine(
+        pair, policy=POLICIES[policy](), verification="coupled", slots=slots, prefill_chunk=64
+    )
+    assert outputs(engine.generate(requests_of(SOME, SAMPLED))) == by_hand
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.5])
+def test_coupled_sampling_is_the_same_for_any_draft(
+    target_model: PreTrainedModel, by_hand: list[Prompt], noise: float
+) -> None:
+    pair = make_pair(target_model, noisy_copy(target_model, noise, seed=17))
+    engine = Engine(pair, policy=Fixed(4), verification="coupled", slots=5)
+    assert outputs(engine.generate(requests_of(SOME, SAMPLED))) == by_hand
+
+
+def test_another_seed_gives_other_tokens(pair: TinyPair) -> None:
+    def run(seed: int) -> list[Prompt]:
+        engine = Engine(pair, policy=Fixed(2), verification="coupled")
+        return outputs(engine.generate(requests_of(SOME[:4], replace(SAMPLED, seed=seed))))
+
+    assert run(1) == run(1)
+    assert all(one != other for one, other in zip(run(1), run(1000), strict=True))
+
+
+MIXED = [
+    SamplingParams(temperature=0.0, max_new_tokens=12),
+    SamplingParams(temperature=1.0, max_new_tokens=20, seed=1),
+    SamplingParams(temperature=0.7, top_k=5, max_new_tokens=5, seed=2),
+    SamplingParams(temperature=1.5, top_p=0.8, max_new_tokens=17, seed=3),
+    SamplingParams(temperature=1.0, min_p=0.2, max_new_tokens=1, seed=4),
+    SamplingParams(temperature=1.3, top_k=20, top_p=0.9, min_p=0.05, max_new_tokens=9, seed=5),
+    SamplingParams(temperature=0.0, max_new_tokens=30, top_p=0.5),
+    SamplingParams(temperature=2.0, max_new_tokens=11, seed=-(2**63)),
+]
+
+
+def test_requests_with_their_own_parameters_give_the_same_alone_and_together(
+    pair: TinyPair,
+) -> None:
+    requests = [Request(f"m{i}", SOME[i], sampling) for i, sampling in enumerate(MIXED)]
+
+    def engine() -> Engine:
+        return Engine(pair, policy=make_policy("heuristic"), verification="coupled", slots=4)
+
+    together = outputs(engine().generate(requests))
+    assert together == [outputs(engine().generate([request]))[0] for request in requests]
+    assert [len(output) for output in together] == [s.max_new_tokens for s in MIXED]
+
+
+@pytest.fixture(scope="module", params=["float32", "int8", "int8wo"])
+def invariant_pair(
+    request: pytest.FixtureRequest, target_model: PreTrainedModel, draft_model: PreTrainedModel
+) -> TinyPair:
+    return make_pair(target_model, draft_model, precision=request.param, invariant=True)
+
+
+@pytest.mark.parametrize("sampling", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
+def test_batch_invariant_pairs_give_the_same_tokens_whatever_runs(
+    invariant_pair: TinyPair, sampling: SamplingParams
+) -> None:
+    requests = requests_of(SOME, sampling)
+
+    def run(policy: StopPolicy, slots: int, pair: TinyPair = invariant_pair) -> list[Prompt]:
+        engine = Engine(
+            pair, policy=policy, verification="coupled", slots=slots, prefill_chunk=64
+        )
+        return outputs(engine.generate(requests))
+
+    alone = run(StopPolicy(), 1, replace(invariant_pair, draft=None))
+    for k in (0, 1, 4, 8):
+        for slots in (1, 16):
+            assert run(Fixed(k), slots) == alone, (k, slots)
+    assert run(POLICIES["scripted"](), 5) == alone
+    # An interrupted job: some requests run again, in another order and company.
+    again = Engine(invariant_pair, policy=Fixed(3), verification="coupled", slots=3)
+    again.prefill_chunk = 64
+    assert outputs(again.generate(requests[:4:-1])) == alone[:4:-1]
+
+
+# --------------------------------------------------------------------------------- rejection
+
+TINY_VOCAB = 5
+
+
+@pytest.fixture(scope="module")
+def tiny_pair() -> TinyPair:
+    shape = {"vocab": TINY_VOCAB, "hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1}
+    model = tiny_model(**shape, peak=60.0, seed=4)  # type: ignore[arg-type]
+    return make_pair(model, noisy_copy(model, 0.4))
+
+
+@torch.inference_mode()
+def first_three(model: PreTrainedModel, prompt: Prompt, params: SamplingParams) -> Tensor:
+    """float64 [V, V, V]: exact joint distribution of the first three output tokens."""
+    vocab = torch.arange(TINY_VOCAB)
+    joint = torch.ones(1, dtype=torch.float64)
+    texts = torch.tensor([prompt])
+    for _ in range(3):
+        p = reference_distribution(model(texts, use_cache=False).logits[:, -1], params)
+        joint = (joint[:, None] * p).flatten()
+        texts = torch.cat(
+            [texts.repeat_interleave(TINY_VOCAB, 0), vocab.repeat(len(texts))[:, None]], 1
+        )
+    return joint.view([TINY_VOCAB] * 3)
+
+
+def excess_of(
+    pair: TinyPair, policy: StopPolicy, sampling: SamplingParams, mode: str, many: int
+) -> float:
+    """Chi-square of the first three output tokens of `many` requests with one prompt."""
+    prompt = (0, 3, 1, 2)
+    engine = Engine(pair, policy=policy, verification=mode, slots=256)  # type: ignore[arg-type]
+    done = engine.generate(requests_of([prompt] * many, replace(sampling, max_new_tokens=4)))
+    tokens = torch.tensor(outputs(done))[:, :3]
+    if not isinstance(policy, PeekingTrim):
+        assert engine.stats.counts.accepted < engine.stats.counts.verified
+    expected = first_three(pair.plain, prompt, sampling)
+    return chi_square_excess(counted(tokens, TINY_VOCAB), expected)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("mode", ["rejection", "coupled"])
+@pytest.mark.parametrize(
+    ("policy", "sampling"),
+    [
+        ("fixed 4", SamplingParams()),
+        ("heuristic", SamplingParams(temperature=0.7, top_k=4)),
+        ("confidence", SamplingParams(temperature=1.3, top_p=0.85)),
+        ("scripted", SamplingParams(temperature=1.0, min_p=0.1)),
+    ],
+)
+def test_the_engines_outputs_have_the_targets_distribution(
+    tiny_pair: TinyPair, policy: str, sampling: SamplingParams, mode: str
+) -> None:
+    """Chi-square of three tokens jointly, 125 cells, 10,000 requests; false alarm 1e-6."""
+    assert excess_of(tiny_pair, POLICIES[policy](), sampling, mode, 10_000) < 1
+
+
+@dataclass
+class PeekingTrim(StopPolicy):
+    """Breaks the invariant of rejection sampling: it submits a candidate only if it likes it."""
+
+    liked: list[bool] = field(default_factory=list)
+
+    def budget(self, rows: Sequence[RowMemory]) -> list[int]:
+        self.liked = [True] * len(rows)
+        return [2] * len(rows)
+
+    def go_on(self, step: DraftStep) -> Tensor:
+        likely = torch.softmax(step.logits, -1).gather(1, step.tokens[:, None]).squeeze(1) > 0.4
+        for row, liked in zip(step.rows, likely.tolist(), strict=True):
+            self.liked[row] = liked
+        return torch.zeros_like(likely)
+
+    def submit(self, rows: Sequence[RowMemory], drafted: Sequence[int]) -> Sequence[int]:
+        return [n * liked for n, liked in zip(drafted, self.liked, strict=True)]
+
+
+@pytest.mark.statistical
+def test_a_policy_that_trims_by_the_candidates_own_score_is_noticed(tiny_pair: TinyPair) -> None:
+    """The same test as above must fail on a policy that breaks the invariant, and only there."""
+    assert excess_of(tiny_pair, PeekingTrim(), SamplingParams(), "rejection", 10_000) > 1
+    assert excess_of(tiny_pair, PeekingTrim(), SamplingParams(), "coupled", 10_000) < 1
+
+
+@pytest.mark.parametrize("mode", ["rejection", "coupled"])
+@pytest.mark.parametrize("sampling", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
+@pytest.mark.parametrize("policy", ["fixed 4", "heuristic", "alternating"])
+def test_a_draft_that_is_the_target_has_everything_accepted(
+    self_pair: TinyPair, policy: str, sampling: SamplingParams, mode: str
+) -> None:
+    """Also after rounds without candidates, in which the draft's cache falls behind."""
+    chosen = Scripted((0, 4, 0, 0, 2)) if policy == "alternating" else POLICIES[policy]()
+    engine = Engine(self_pair, policy=chosen, verification=mode, slots=5)  # type: ignore[arg-type]
+    done = engine.generate(requests_of(SOME, sampling))
+    for completion in done:
+        assert completion.counts.verified == completion.counts.accepted > 0
+    assert engine.stats.counts.acceptance_rate == 1.0
+
+
+def test_block_efficiency_of_full_acceptance_is_k_plus_one(self_pair: TinyPair) -> None:
+    engine = Engine(self_pair, policy=Fixed(4), verification="coupled")
+    (done,) = engine.generate([Request("a", SOME[0], replace(GREEDY, max_new_tokens=21))])
+    # The prompt's forward yields one token, four rounds yield five each.
+    assert done.counts == Counts(rounds=5, drafted=16, verified=16, accepted=16, committed=21)
+    assert done.counts.block_efficiency == 21 / 5
+
+
+# -------------------------------------------------------------------------------------- laws
+
+SCRIPTS = st.lists(st.integers(0, 6), min_size=1, max_size=4)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    budgets=SCRIPTS,
+    submissions=SCRIPTS,
+    odd_tokens_stop=st.booleans(),
+    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=7),
+    slots=st.integers(1, 5),
+    chunk=st.sampled_from([1, 5, 64]),
+    mode=st.sampled_from(["rejection", "coupled"]),
+    temperature=st.sampled_from([0.0, 1.0]),
+    eos=st.frozensets(st.integers(0, VOCAB - 1), max_size=12),
+)
+def test_counts_obey_their_laws(
+    pair: TinyPair,
+    budgets: list[int],
+    submissions: list[int],
+    odd_tokens_stop: bool,
+    lengths: list[tuple[int, int]],
+    slots: int,
+    chunk: int,
+    mode: str,
+    temperature: float,
+    eos: frozenset[int],
+) -> None:
+    engine = Engine(
+        replace(pair, eos_token_ids=eos),
+        policy=Scripted(budgets, submissions, odd_tokens_stop),
+        verification=mode,  # type: ignore[arg-type]
+        slots=slots,
+        prefill_chunk=chunk,
+    )
+    many = prompts([n for n, _ in lengths])
+    requests = [
+        Request(str(i), prompt, SamplingParams(max_new_tokens=n, temperature=temperature, seed=i))
+        for i, (prompt, (_, n)) in enumerate(zip(many, lengths, strict=True))
+    ]
+    done = engine.generate(requests)
+    total = Counts()
+    for request, completion in zip(requests, done, strict=True):
+        counts, output = completion.counts, completion.output_ids
+        total.add(counts)
+        assert counts.committed == len(output) <= request.sampling.max_new_tokens
+        assert 0 <= counts.accepted <= counts.verified <= counts.drafted
+        # Every round adds one bonus token, but for a last one that ends among its candidates.
+        assert counts.committed - counts.accepted in (counts.rounds, counts.rounds - 1)
+        if completion.finish_reason == "length":
+            assert counts.committed - counts.accepted == counts.rounds
+            assert len(output) == request.sampling.max_new_tokens
+            assert not eos & set(output)
+        else:
+            assert completion.stop_reason == output[-1]
+            assert output[-1] in eos and not eos & set(output[:-1])
+    stats = engine.stats
+    assert stats.counts == total
+    assert stats.rounds == stats.target_forwards <= stats.live_rows
+    fed = sum(len(prompt) for prompt in many)
+    assert stats.target_tokens == fed + total.verified + total.rounds - len(requests)
+    assert set(stats.seconds) <= {"prefill", "draft", "verify", "sample", "host"}
+    assert all(seconds >= 0 for seconds in stats.seconds.values())
+    assert not engine.has_work and engine.live == engine.waiting == 0
+
+
+# ------------------------------------------------------------------------------------ endings
+
+KS = (0, 1, 4, 8)
+
+
+def run_with(pair: TinyPair, k: int, sampling: SamplingParams) -> Completion:
+    engine = Engine(pair, policy=Fixed(k), decode=letters)
+    return engine.generate([Request("a", SOME[1], sampling)])[0]
+
+
+@pytest.fixture(scope="module")
+def long_output(self_pair: TinyPair) -> Prompt:
+    """A sampled output; `self_pair` then accepts long prefixes, so that rounds over-commit."""
+    return run_coupled(self_pair, 0, FREE).output_ids
+
+
+FREE = SamplingParams(temperature=1.0, max_new_tokens=40, seed=77)
+
+
+def run_coupled(pair: TinyPair, k: int, sampling: SamplingParams) -> Completion:
+    engine = Engine(pair, policy=Fixed(k), verification="coupled", decode=letters)
+    return engine.generate([Request("a", SOME[1], sampling)])[0]
+
+
+def until(output: Prompt, token: int) -> Prompt:
+    return output[: output.index(token) + 1]
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, 6, 13])
+def test_output_ends_with_the_first_end_of_sequence_for_any_k(
+    self_pair: TinyPair, long_output: Prompt, at: int
+) -> None:
+    eos = long_output[at]
+    for k in KS:
+        pair = replace(self_pair, eos_token_ids=frozenset({eos}))
+        done = run_coupled(pair, k, FREE)
+        assert done.output_ids == until(long_output, eos)
+        assert (done.finish_reason, done.stop_reason) == ("stop", eos)
+        free = run_coupled(pair, k, replace(FREE, ignore_eos=True))
+        assert (free.output_ids, free.finish_reason) == (long_output, "length")
+
+
+@pytest.mark.parametrize("at", [0, 2, 7])
+def test_output_ends_with_the_first_stop_token_for_any_k(
+    self_pair: TinyPair, long_output: Prompt, at: int
+) -> None:
+    stop = long_output[at]
+    for k in KS:
+        done = run_coupled(self_pair, k, replace(FREE, stop_token_ids=(stop, 9999)))
+        assert done.output_ids == until(long_output, stop)
+        assert (done.finish_reason, done.stop_reason) == ("stop", stop)
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 1), (3, 5), (6, 12)])
+def test_output_ends_with_the_token_that_completes_a_stop_string_for_any_k(
+    self_pair: TinyPair, long_output: Prompt, begin: int, end: int
+) -> None:
+    text = letters(long_output)
+    stop = text[begin:end]
+    for k in KS:
+        done = run_coupled(self_pair, k, replace(FREE, stop=("\x00", stop)))
+        assert letters(done.output_ids) == text[: text.index(stop) + len(stop)]
+        assert (done.finish_reason, done.stop_reason) == ("stop", stop)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 6, 11])
+def test_output_ends_at_max_new_tokens_for_any_k(
+    self_pair: TinyPair, long_output: Prompt, most: int
+) -> None:
+    for k in KS:
+        done = run_coupled(self_pair, k, replace(FREE, max_new_tokens=most))
+        assert done.output_ids == long_output[:most]
+        assert (done.finish_reason, done.stop_reason) == ("length", None)
+
+
+def test_output_ends_where_the_context_does(pair: TinyPair) -> None:
+    short = replace(pair, context_length=110, draft_context_length=110)
+    for k in KS:
+        done = run_with(short, k, GREEDY)
+        assert (len(done.output_ids), done.finish_reason) == (10, "length")
+        assert done.prompt_tokens == 100
+
+
+# ---------------------------------------------------------------------------- bad requests
+
+LONG = (1,) * 1024
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request("x", ()), "no tokens"),
+        (Request("x", LONG), "1024 tokens.*context of 1024"),
+        (Request("x", (5, VOCAB)), f"outside the vocabulary of {VOCAB}"),
+        (Request("x", (5, -1)), "outside the vocabulary"),
+        (Request("x", (5,), SamplingParams(stop=("a",))), "decode"),
+    ],
+    ids=["empty", "too long", "unknown token", "negative token", "stop without decode"],
+)
+def test_a_request_that_cannot_be_served_is_its_own_error(
+    pair: TinyPair, reference: Reference, request_: Request, message: str
+) -> None:
+    good = requests_of(reference.prompts[:5], replace(GREEDY, ignore_eos=True))
+    engine = Engine(pair, policy=Fixed(2), slots=2)
+    done = engine.generate([*good[:2], request_, *good[2:]])
+    bad = done.pop(2)
+    assert (bad.id, bad.finish_reason, bad.output_ids) == ("x", "error", ())
+    assert bad.prompt_tokens == len(request_.prompt_ids)
+    assert bad.counts == Counts()
+    assert bad.error is not None
+
+    assert re.search(message, bad.error), bad.error
+    assert outputs(done) == outputs(
+        Engine(pair, policy=Fixed(2), slots=2).generate(good)
+    )
+
+
+def test_an_error_comes_back_even_if_nothing_else_runs(pair: TinyPair) -> None:
+    engine = Engine(pair, policy=Fixed(2))
+    engine.submit(Request("x", ()))
+    assert engine.has_work
+    assert [each.id for each in engine.step()] == ["x"]
+    assert not engine.has_work
+    assert engine.step() == []
+
+
+# ---------------------------------------------------------------------------- memory and slots
+
+
+def bytes_for(pair: TinyPair, positions: int) -> int:
+    assert pair.draft is not None
+    caches = (pair.target.new_cache(0, 0), pair.draft.new_cache(0, 0))
+    return positions * sum(cache.bytes_per_position for cache in caches)
+
+
+def held(engine: Engine) -> int:
+    """Bytes of keys and values that an engine holds now."""
+    caches = {id(cache): cache for cache in (engine.target_cache, engine.draft_cache)}
+    return sum(t.nbytes for cache in caches.values() for t in (*cache.keys, *cache.values))
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 5])
+def test_rows_wait_for_memory_and_all_complete(
+    pair: TinyPair, reference: Reference, blocks: int
+) -> None:
+    """Prompts of 1 to 200 tokens: long rows trade slots for length, short ones get them back."""
+    memory = bytes_for(pair, blocks * KEY_BLOCK)
+    eos = replace(pair, eos_token_ids=frozenset({reference.eos}))
+    engine = Engine(eos, policy=Fixed(3), slots=16, kv_memory_bytes=memory, prefill_chunk=64)
+    for request in requests_of(reference.prompts, GREEDY):
+        engine.submit(request)
+    done, most = {}, 0
+    while engine.has_work:
+        done.update({each.id: each.output_ids for each in engine.step()})
+        most = max(most, engine.live)
+        assert held(engine) <= memory
+    assert most <= blocks
+    assert [done[f"r{i}"] for i in range(len(done))] == reference.outputs
+
+
+def test_a_request_too_large_for_the_memory_is_an_error(pair: TinyPair) -> None:
+    memory = bytes_for(pair, 2 * KEY_BLOCK)
+    engine = Engine(pair, policy=Fixed(3), kv_memory_bytes=memory)
+    fits, large = prompts((200, 300))
+    good, bad = engine.generate([Request("a", fits, GREEDY), Request("b", large, GREEDY)])
+    assert len(good.output_ids) == 24
+    assert bad.finish_reason == "error"
+    assert "324 cache positions" in (bad.error or "") and "256" in (bad.error or "")
+
+
+def test_a_request_that_just_fits_the_memory_is_served(pair: TinyPair) -> None:
+    engine = Engine(pair, policy=Fixed(3), kv_memory_bytes=bytes_for(pair, 2 * KEY_BLOCK))
+    (prompt,) = prompts((232,))
+    (done,) = engine.generate([Request("a", prompt, GREEDY)])
+    assert len(done.output_ids) == 24
+
+
+def test_slots_bound_the_live_rows_and_are_kept_full(pair: TinyPair) -> None:
+    engine = Engine(pair, policy=Fixed(2), slots=3)
+    for request in requests_of(SOME, GREEDY):
+        engine.submit(request)
+    assert (engine.live, engine.waiting) == (0, len(SOME))
+    finished = 0
+    while engine.has_work:
+        finished += len(engine.step())
+        assert engine.live <= 3
+        assert engine.live + engine.waiting + finished == len(SOME)
+    assert engine.stats.live_rows / engine.stats.rounds > 2.5
+
+
+def test_requests_submitted_while_others_run_change_nothing(
+    pair: TinyPair, reference: Reference
+) -> None:
+    engine = Engine(
+        replace(pair, eos_token_ids=frozenset({reference.eos})), policy=Fixed(3), slots=4
+    )
+    todo = requests_of(reference.prompts, GREEDY)
+    done: dict[str, Prompt] = {}
+    while todo or engine.has_work:
+        if todo:
+            engine.submit(todo.pop(0))
+        done.update({each.id: each.output_ids for each in engine.step()})
+    assert [done[f"r{i}"] for i in range(len(done))] == reference.outputs
+
+
+def test_an_engine_can_be_used_again(pair: TinyPair, reference: Reference) -> None:
+    engine = Engine(
+        replace(pair, eos_token_ids=frozenset({reference.eos})), policy=Fixed(3), slots=4
+    )
+    for _ in range(2):
+        done = engine.generate(requests_of(reference.prompts, GREEDY))
+        assert outputs(done) == reference.outputs
+
+
+@pytest.mark.parametrize("context", [1, 20, 60, 110])
+def test_rows_that_outgrow_the_draft_go_on_without_it(
+    pair: TinyPair, reference: Reference, context: int
+) -> None:
+    short = replace(
+        pair, draft_context_length=context, eos_token_ids=frozenset({reference.eos})
+    )
+    engine = Engine(short, policy=Fixed(4), slots=4, prefill_chunk=64)
+    assert outputs(engine.generate(requests_of(reference.prompts, GREEDY))) == reference.outputs
+    assert max(engine.draft_cache.lengths) <= context
+    for request, done in zip(reference.prompts, engine.generate(
+        requests_of(reference.prompts, GREEDY)
+    ), strict=True):
+        if len(request) >= context:
+            assert done.counts.drafted == 0
+
+
+def test_models_with_padded_vocabularies_never_yield_padding(target_model: PreTrainedModel) -> None:
+    """The engine uses the token ids that both models know."""
+    pair = replace(make_pair(target_model, target_model), vocab_size=40)
+    engine = Engine(pair, policy=Fixed(3), verification="coupled")
+    many = [tuple(token % 40 for token in prompt) for prompt in SOME]
+    done = engine.generate(requests_of(many, replace(SAMPLED, top_p=1.0, temperature=2.0)))
+    assert max(token for output in outputs(done) for token in output) < 40
+    assert engine.stats.counts.acceptance_rate == 1.0
