@@ -123,19 +123,28 @@ class EngineLoop:
 
         # The setting belongs to the thread that runs the kernels.
         torch.set_num_threads(self._threads)
-        while True:
-            self._admit()
-            try:
-                completions = self._engine.step()
-            except Exception as error:  # whatever it was, the units must hear of it
-                self._fail_all(error)
-                self._replace_engine()
-                continue
-            self._peak = max(self._peak, self._engine.live + len(completions))
-            for completion in completions:
-                self._deliver(completion)
-            if time.monotonic() - self._reported > _REPORT_SECONDS:
-                self._post()
+        try:
+            while True:
+                self._admit()
+                self._step()
+        except BaseException:
+            # Without this thread all units would wait for ever. Ray starts another actor instead.
+            traceback.print_exc()
+            os._exit(1)
+
+    def _step(self) -> None:
+        """Run one round and hand out what it finished."""
+        try:
+            completions = self._engine.step()
+        except Exception as error:  # whatever it was, the units must hear of it
+            self._fail_all(error)
+            self._replace_engine()
+            return
+        self._peak = max(self._peak, self._engine.live + len(completions))
+        for completion in completions:
+            self._deliver(completion)
+        if time.monotonic() - self._reported > _REPORT_SECONDS:
+            self._post()
 
     def _admit(self) -> None:
         """Take over all units that arrived; with nothing to do, wait for one."""
@@ -179,10 +188,5 @@ class EngineLoop:
         with self._lock:
             # Free the broken engine's memory before a new one asks for its own.
             del self._engine
-            try:
-                self._engine = self._make_engine()
-            except Exception:
-                # This process is past saving; Ray starts another actor and retries the units.
-                traceback.print_exc()
-                os._exit(1)
+            self._engine = self._make_engine()
             self._taken = Usage(phase_seconds={"idle": self._idle})
