@@ -157,13 +157,6 @@ def peers(
         f"generate, batches of {batch}": static,
         "generate_batch": continuous,
     }
-    times: dict[str, list[float]] = {}
-    for name, side in list(sides.items()):
-        try:
-            seconds(side) if name == "generate_batch" else None  # does it run here at all?
-        except Exception as error:
-            console.print(f"generate_batch does not run here: {type(error).__name__}: {error}")
-            del sides[name]
     times = interleave(sides, repeats)
     table = Table("side", "tokens/s", "specbatch is faster by", "same outputs")
     for name, taken in times.items():

@@ -380,7 +380,7 @@ def model_digest(path: Path) -> str:
     files = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file())
     digest = hashlib.sha256()
     for file in files:
-        if file.suffix not in {".gguf", ".safetensors", ".json"}:
+        if file.suffix not in {".gguf", ".safetensors", ".json", ".jinja"}:
             continue
         size, end = file.stat().st_size, 1 << 20
         digest.update(json.dumps([file.name, size]).encode())

@@ -9,7 +9,9 @@ LAYOUT = (LayerLayout(2, 4, 6), LayerLayout(1, 8, 8))
 CPU = torch.device("cpu")
 
 
-def filled(slots: int = 3, capacity: int = KEY_BLOCK, lengths: tuple[int, ...] = (5, 0, 3)) -> SlotCache:
+def filled(
+    slots: int = 3, capacity: int = KEY_BLOCK, lengths: tuple[int, ...] = (5, 0, 3)
+) -> SlotCache:
     """A cache where the number at (slot, position) says which slot and position it is."""
     cache = SlotCache(LAYOUT, slots, capacity, torch.float32, CPU)
     for slot, length in enumerate(lengths):

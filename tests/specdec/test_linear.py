@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tiny_models import VOCAB, make_pair, tiny_model
+from tiny_models import VOCAB, make_pair, seeded, tiny_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 from specdec.cache import SlotCache
 from specdec.linear import (
@@ -144,6 +145,30 @@ def test_a_model_of_these_layers_is_found_invariant(kind: Kind) -> None:
     assert is_invariant(model)
 
 
+NOT_LINEAR = {
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=1, n_head=4, n_positions=64),
+    "mixtral": MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", NOT_LINEAR)
+def test_a_model_that_multiplies_outside_linear_layers_is_not_taken_for_invariant(
+    family: str,
+) -> None:
+    """GPT-2 has Conv1D, mixtures of experts have stacked weights; neither is replaced."""
+    model = seeded(AutoModelForCausalLM.from_config, NOT_LINEAR[family]).eval()
+    pack_linears(model.requires_grad_(False), "int8")
+    assert not is_invariant(model)
+
+
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("rows", [200, 512, 700])
 @kinds
@@ -170,7 +195,9 @@ class Alone:
         return torch.cat([feed(self.decoder, cache, [(0, [token])]) for token in tokens])
 
 
-def feed(decoder: PackedDecoder, cache: SlotCache, rows: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+def feed(
+    decoder: PackedDecoder, cache: SlotCache, rows: Sequence[tuple[int, Sequence[int]]]
+) -> Tensor:
     tokens = torch.tensor([token for _, row in rows for token in row])
     hidden = decoder.forward(cache, [(slot, len(row)) for slot, row in rows], tokens)
     return decoder.logits(hidden)

@@ -33,7 +33,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "mistral": {"sliding_window": WINDOW},
-    "gemma3_text": {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 
 
@@ -228,6 +231,22 @@ def test_older_architectures_that_load_also_agree(name: str) -> None:
     bench.check((1, 40), (0, 5), (4, 1))
     bench.rollback(1, 33)
     bench.check((4, 3), (1, 2), (0, 30))
+
+
+def test_rotary_angles_that_depend_on_the_longest_row_are_refused_or_kept_apart() -> None:
+    """`dynamic` and `longrope` scale by the longest position they see, which may be a neighbour's."""
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = tiny_model(context=64, rope_parameters=scaling)
+    try:
+        bench = bench_of(model)
+    except UnsupportedModel as error:
+        assert "dynamic" in str(error)
+        return
+    short, long = torch.arange(10), torch.arange(150) % VOCAB
+    alone = bench.decoder.forward(bench.cache, [(0, 10)], short)
+    bench.clear()
+    beside = bench.decoder.forward(bench.cache, [(0, 10), (1, 150)], torch.cat([short, long]))
+    torch.testing.assert_close(beside[:10], alone, rtol=0, atol=1e-4)
 
 
 def gemma2(**extra: Any) -> Any:

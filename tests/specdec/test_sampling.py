@@ -132,7 +132,9 @@ def test_uniform_numbers_differ_by_seed_position_and_draw() -> None:
 
 
 def test_extreme_seeds_are_seeds_like_others() -> None:
-    params = [SamplingParams(seed=s) for s in (-1, 0, 2**63 - 1, 2**63, 2**64 - 1, 2**64 + 5, -(2**63))]
+    params = [
+        SamplingParams(seed=s) for s in (-1, 0, 2**63 - 1, 2**63, 2**64 - 1, 2**64 + 5, -(2**63))
+    ]
     numbers = uniform(batch(*params).seed, torch.zeros(7, dtype=torch.int64), Draw.BONUS)
     assert ((numbers > 0) & (numbers < 1)).all()
     assert numbers[0] == numbers[4]  # the same low 64 bits
@@ -220,7 +222,9 @@ def test_choices_of_successive_positions_are_independent() -> None:
     """Chi-square of 100,000 pairs against p x p over 5 tokens; false alarm 1e-6."""
     p = torch.softmax(random_logits(1, 5, 1.0, seed=6)[0], -1)
     seeds = torch.arange(100_000)
-    pair = [coupled_choice(p.expand(100_000, -1), seeds, torch.full_like(seeds, at)) for at in (3, 4)]
+    pair = [
+        coupled_choice(p.expand(100_000, -1), seeds, torch.full_like(seeds, at)) for at in (3, 4)
+    ]
     assert chi_square_excess(counted(torch.stack(pair, 1), 5), p[:, None] * p) < 1
 
 

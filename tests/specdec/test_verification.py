@@ -86,7 +86,13 @@ def round_of(p: Tensor, q: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     u = torch.rand(n, 1, generator=torch.Generator().manual_seed(1)).clamp(1e-6, 1 - 1e-6)
     packed = torch.stack([p, p], 1).flatten(0, 1)
     return reject(
-        packed, 2 * torch.arange(n), q, torch.arange(n)[:, None], candidates, torch.ones(n).long(), u
+        packed,
+        2 * torch.arange(n),
+        q,
+        torch.arange(n)[:, None],
+        candidates,
+        torch.ones(n).long(),
+        u,
     )
 
 
@@ -286,7 +292,9 @@ def test_coupled_tokens_are_the_same_for_any_draft_and_k() -> None:
     for draft in (one.draft, other.draft, one.target):
         for k in (1, 3):
             models = Markov(one.target, draft)
-            assert torch.equal(decode_two(models, params, MODES["coupled"], k, rows=5000).tokens, plain)
+            assert torch.equal(
+                decode_two(models, params, MODES["coupled"], k, rows=5000).tokens, plain
+            )
 
 
 def total_variation(models: Markov, params: SamplingParams) -> float:
@@ -321,7 +329,9 @@ def test_greedy_rows_inside_a_rejection_batch_follow_the_argmax() -> None:
     """One batch, greedy and sampled rows by turns, one candidate each; false alarm 1e-6."""
     models, n = Markov.random(vocab=5, seed=26), 60_000
     sampled = SamplingParams(temperature=1.0, top_k=4)
-    batch = SamplingBatch.of([SamplingParams(temperature=0), sampled], CPU).rows(torch.arange(n) % 2)
+    batch = SamplingBatch.of([SamplingParams(temperature=0), sampled], CPU).rows(
+        torch.arange(n) % 2
+    )
     batch.seed.copy_(torch.arange(n))
     at, mode = torch.zeros(n, dtype=torch.int64), MODES["rejection"]
     proposal = Proposal(n, 1, CPU)
