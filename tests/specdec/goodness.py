@@ -1,7 +1,7 @@
 """Goodness-of-fit tests with a stated false-alarm probability.
 
-All of them run on fixed seeds, so a run is deterministic: FALSE_ALARM is the probability that a *correct*
-implementation with other random numbers would have failed.
+All of them run on fixed seeds, so a run is deterministic: FALSE_ALARM is the probability that a
+*correct* implementation with other random numbers would have failed.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def outputs(completions: Sequence[Completion]) -> list[Prompt]:
 
 @dataclass
 class Scripted(StopPolicy):
-    """Budgets and submissions from a script that never looks at a token; `go_on` may look at them all."""
+    """Budgets and submissions from a script that looks at no token; `go_on` may look at them."""
 
     budgets: Sequence[int] = (0, 4)
     submissions: Sequence[int] = (99,)

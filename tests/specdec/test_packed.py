@@ -62,7 +62,7 @@ class Bench:
         del self.texts[slot][length:]
 
     def check(self, *rows: tuple[int, int], tolerance: float = 2e-3) -> None:
-        """Append random tokens to slots in one packed forward; all logits must be the plain ones."""
+        """Append random tokens to slots in one packed forward; the logits must be plain ones."""
         new = [torch.randint(VOCAB, (n,), generator=self.generator) for _, n in rows]
         hidden = self.decoder.forward(self.cache, rows, torch.cat(new))
         packed = self.decoder.logits(hidden).split([n for _, n in rows])
@@ -234,7 +234,7 @@ def test_older_architectures_that_load_also_agree(name: str) -> None:
 
 
 def test_rotary_angles_that_depend_on_the_longest_row_are_refused_or_kept_apart() -> None:
-    """`dynamic` and `longrope` scale by the longest position they see, which may be a neighbour's."""
+    """`dynamic` and `longrope` scale by the longest position they see, maybe a neighbour's."""
     scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     model = tiny_model(context=64, rope_parameters=scaling)
     try:

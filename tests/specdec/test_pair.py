@@ -374,7 +374,11 @@ def test_a_digest_changes_with_weights_and_config_and_nothing_else(target: Path)
 
 def test_the_demo_pair_loads_and_answers() -> None:
     pair = ModelPair.load(
-        SMOLLM2, str(ROOT / "examples/demo/draft"), quantization="int8", device="cpu"
+        SMOLLM2,
+        str(ROOT / "examples/demo/draft"),
+        quantization="int8",
+        deterministic=True,
+        device="cpu",
     )
     chat = [{"role": "user", "content": "Write a python function that adds two numbers."}]
     text = pair.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

@@ -123,7 +123,7 @@ def test_uniform_numbers_differ_by_seed_position_and_draw() -> None:
     seeds, positions = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
     numbers = [uniform(seeds, positions, draw) for draw in Draw]
     assert torch.equal(numbers[0], uniform(seeds, positions, Draw.CANDIDATE))
-    # 24 bits: among 4096 numbers about half a pair collides; a constant key would collapse thousands.
+    # 24 bits: of 4096 numbers about half a pair collides; a constant key would collapse all.
     for number in numbers:
         assert number.unique().numel() > 4085
     for i, one in enumerate(numbers):

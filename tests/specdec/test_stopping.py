@@ -110,5 +110,5 @@ def test_every_policy_can_be_made_by_name() -> None:
 
 
 def test_an_unknown_policy_is_an_error_that_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="greedily.*none, fixed, heuristic, confidence"):
+    with pytest.raises(ValueError, match=r"greedily.*none, fixed, heuristic, confidence"):
         make_policy("greedily")

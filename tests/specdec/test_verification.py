@@ -141,7 +141,7 @@ def test_proposal_remembers_which_distribution_a_candidate_came_from() -> None:
 
 @dataclass(frozen=True)
 class Markov:
-    """Language models small enough to enumerate: the next token's logits depend on the last token."""
+    """Language models small enough to enumerate: logits depend on the last token alone."""
 
     target: Tensor
     draft: Tensor

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from specdec.packed import PackedDecoder
 from specdec.linear import Quantization, pack_linears
+from specdec.packed import PackedDecoder
 
 VOCAB = 97
 
