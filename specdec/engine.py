@@ -20,7 +20,7 @@ import torch
 from specdec.cache import round_to_blocks
 from specdec.clock import PhaseClock
 from specdec.ending import Decode, find_ending
-from specdec.packed import PackedDecoder, Row, upload
+from specdec.packed import GRID_TOKENS, PackedDecoder, Row, upload
 from specdec.request import Completion, Counts, InvalidRequest, Request
 from specdec.sampling import SamplingBatch
 from specdec.scheduler import LiveRow, Scheduler
@@ -227,6 +227,8 @@ class Engine:
 
     def _budget(self, rows: Sequence[LiveRow]) -> list[int]:
         """Most candidates for each row: none while its prompt is being fed, never past its end."""
+        # A longer row would leave the grid, whose kernels are what makes bits repeat.
+        most = GRID_TOKENS - 1 if self.pair.target.invariant else self.pair.context_length
         wanted = (
             self.policy.budget([row.memory for row in rows]) if self.pair.draft else [0] * len(rows)
         )
@@ -234,7 +236,7 @@ class Engine:
         for slot, (row, k) in enumerate(zip(rows, wanted, strict=True)):
             decoding = len(row.tokens) - self.target_cache.lengths[slot] == 1
             left = row.sampling.max_new_tokens - row.generated - 1  # the bonus token takes one
-            room = min(left, self.pair.draft_context_length - len(row.tokens))
+            room = min(left, self.pair.draft_context_length - len(row.tokens), most)
             budget.append(max(0, min(k, room)) if decoding else 0)
         return budget
 

@@ -370,10 +370,10 @@ class PackedDecoder:
         name = type(self.model).__name__
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.vocab_size, (2, 9), generator=generator).to(self.device)
-        self.model.set_attn_implementation("sdpa")
-        plain = self.model(tokens, use_cache=False).logits.float()
-        self.model.set_attn_implementation(ATTENTION)
         try:
+            self.model.set_attn_implementation("sdpa")
+            plain = self.model(tokens, use_cache=False).logits.float()
+            self.model.set_attn_implementation(ATTENTION)
             probe = LayoutProbe()
             self._run(tokens[0], torch.arange(9, device=self.device), probe)
             self.layout = tuple(probe.layers[i] for i in range(len(probe.layers)))
@@ -382,7 +382,7 @@ class PackedDecoder:
             cache.rollback(0, 4)
             rest = torch.cat([tokens[1, 3:], tokens[0, 4:]])
             hidden = self.forward(cache, [(1, 6), (0, 5)], rest)
-        except (UnsupportedModel, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UnsupportedModel(f"{name} cannot run packed: {error}") from error
         packed = self.logits(hidden).float()
         expected = torch.cat([plain[1, 3:], plain[0, 4:]])[:, : self.vocab_size]
@@ -409,6 +409,13 @@ def _refuse_by_config(model: PreTrainedModel) -> None:
         raise UnsupportedModel(
             f"{name} has {kind}: state that cannot be rolled back to before a rejected candidate"
         )
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if each.get("rope_type") in ("dynamic", "longrope"):
+            raise UnsupportedModel(
+                f"{name} has {each['rope_type']} rotary embeddings, which give a row other angles "
+                "when a longer row is in the same forward"
+            )
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModel(
             f"{name} does not take its attention from transformers' AttentionInterface"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from specdec.linear import Quantization, is_invariant, pack_linears
@@ -76,7 +77,11 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(name, path)
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(name, path)
-    looks_local = name.startswith((".", "/", "~")) or path.suffix == ".gguf" or name.count("/") > 1
+    looks_local = (
+        name.startswith((".", "/", "~"))
+        or path.suffix == ".gguf"
+        or name.partition("@")[0].count("/") > 1
+    )
     if looks_local or not HUB_NAME.fullmatch(name):
         raise PairError(f"model {name}: no such folder or GGUF file")
     hub_name, _, revision = name.partition("@")
@@ -155,7 +160,9 @@ class ModelPair:
             )
         loader = _Loader(dtype, place, trust_remote_code)
         target_source = find_model(target)
-        target_model, _ = loader.model(target_source, device_map)
+        target_model, missing = loader.model(target_source, device_map)
+        if missing:
+            raise PairError(f"target {target}: its weights lack {' and '.join(sorted(missing))}")
         tokenizer = loader.tokenizer(target_source)
         draft_model = None
         if draft is not None:
@@ -238,7 +245,7 @@ class _Loader:
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise PairError(f"model {source.name} cannot be loaded: {reason}") from error
         model, info = loaded
@@ -248,10 +255,6 @@ class _Loader:
         if other:
             raise PairError(
                 f"model {source.name}: its weights lack {other[0]} and {len(other) - 1} more"
-            )
-        if info["mismatched_keys"]:
-            raise PairError(
-                f"model {source.name}: weights do not have the shapes of its config.json"
             )
         if device_map is None:
             model = model.to(self.device)

@@ -55,10 +55,15 @@ class SamplingParams:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             require(name, number and math.isfinite(value), "a finite number")
         require("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
-        require("temperature", self.temperature >= 0, "0 (greedy) or more")
+        hot = self.temperature == 0 or self.temperature >= 1e-5
+        require("temperature", hot, "0 (greedy) or at least 1e-5")
         require("top_k", self.top_k >= 0, "0 (off) or more")
         require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
         require("min_p", 0 <= self.min_p <= 1, "in [0, 1]")
+        for name, kind in (("stop", str), ("stop_token_ids", int)):
+            value = getattr(self, name)
+            listed = isinstance(value, tuple | list) and all(isinstance(v, kind) for v in value)
+            require(name, listed, f"a list of {kind.__name__}")
         require("stop", all(self.stop), "a list of non-empty strings")
 
 

@@ -63,7 +63,7 @@ class SamplingBatch:
         sampled = [p for p in params if p.temperature > 0]
         return cls(
             temperature=floats([p.temperature or 1.0 for p in params]),
-            top_k=ints([p.top_k for p in params]),
+            top_k=ints([min(p.top_k, 2**31) for p in params]),
             top_p=floats([p.top_p for p in params]),
             min_p=floats([p.min_p for p in params]),
             seed=ints([_signed64(p.seed) for p in params]),

@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import specdec
+from specdec import engine
 
 FOREIGN = ("ray", "pyarrow", "boto3", "botocore", "pipeline", "jobs")
-SOURCES = sorted(Path(specdec.__file__).parent.rglob("*.py"))
+SOURCES = sorted(Path(engine.__file__).parent.rglob("*.py"))
 
 
 def test_importing_all_of_specdec_loads_nothing_of_cluster_tables_or_buckets() -> None:
