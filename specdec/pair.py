@@ -244,6 +244,7 @@ class _Loader:
                 attn_implementation="sdpa",
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -255,6 +256,11 @@ class _Loader:
         if other:
             raise PairError(
                 f"model {source.name}: its weights lack {other[0]} and {len(other) - 1} more"
+            )
+        if info["mismatched_keys"]:
+            key = sorted(str(mismatch) for mismatch in info["mismatched_keys"])[0]
+            raise PairError(
+                f"model {source.name}: weights do not have the shapes of its config.json: {key}"
             )
         if device_map is None:
             model = model.to(self.device)
