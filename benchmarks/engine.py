@@ -28,7 +28,7 @@ from rich.table import Table
 
 from specdec.engine import Engine
 from specdec.linear import Quantization
-from specdec.pair import ModelPair
+from specdec.pair import ModelPair, find_model, model_folder
 from specdec.request import Completion, Request, SamplingParams
 from specdec.stopping import StopPolicy, make_policy
 
@@ -62,6 +62,13 @@ def read_prompts(pair: ModelPair, path: Path, rows: int) -> list[tuple[int, ...]
         )
         for prompt in prompts
     ]
+
+
+def plain_target(target: str) -> Any:
+    """The target in fp32 as transformers loads it, with nothing of ours in it."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        model_folder(find_model(target)), dtype=torch.float32
+    ).eval()
 
 
 def run_engine(
@@ -115,9 +122,7 @@ def peers(
     """Our engine without speculation against transformers' generate and generate_batch, fp32."""
     prepare(threads)
     pair = ModelPair.load(target, draft)
-    # A second copy of the target for transformers: ours has its attention switched to packed.
-    other: Any = ModelPair.load(target).target.model
-    other.set_attn_implementation("sdpa")
+    other = plain_target(target)
     ids = read_prompts(pair, prompts, rows)
     pad = pair.tokenizer.pad_token_id or 0
     outputs: dict[str, list[tuple[int, ...]]] = {}

@@ -10,11 +10,11 @@ taken in another order can only swap tokens whose logits nearly tie.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from engine import DRAFT, PROMPTS, TARGET, prepare, read_prompts, score
+from engine import DRAFT, PROMPTS, TARGET, plain_target, prepare, read_prompts, score
 from rich.console import Console
 from rich.table import Table
 
@@ -40,8 +40,7 @@ def main(
     prepare(threads)
     console = Console(width=110)
     pair = ModelPair.load(target, draft)
-    reference: Any = ModelPair.load(target).target.model
-    reference.set_attn_implementation("sdpa")
+    reference = plain_target(target)
     ids = read_prompts(pair, prompts, rows)
     expected = [
         tuple(

@@ -233,7 +233,7 @@ class _Loader:
         """The model, in evaluation mode, and which of SHARED_MODULES its checkpoint lacks."""
         from transformers import AutoModelForCausalLM
 
-        path = _model_folder(source)
+        path = model_folder(source)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -276,7 +276,7 @@ class _Loader:
 
         try:
             return AutoTokenizer.from_pretrained(
-                _model_folder(source),
+                model_folder(source),
                 revision=source.revision,
                 trust_remote_code=self.trust_remote_code,
             )
@@ -291,7 +291,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SPECBATCH_CACHE") or f"{base}/specbatch").expanduser()
 
 
-def _model_folder(source: ModelSource) -> str:
+def model_folder(source: ModelSource) -> str:
     """What from_pretrained takes; a GGUF file is converted once to a folder of safetensors.
 
     The conversion is written beside its place and renamed into it, so that several actors may do it
