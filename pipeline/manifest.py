@@ -201,6 +201,15 @@ def _changed_inputs(output: Folder, plans: Sequence[FilePlan]) -> list[str]:
     return [*lines[:5], f"and {len(lines) - 5} more input files"] if len(lines) > 5 else lines
 
 
+def committed_ids(output: Folder) -> set[str]:
+    """Ids of the units that have a completions file, of whatever job."""
+    return {
+        name.removesuffix(".parquet")
+        for name in output.list("completions")
+        if name.endswith(".parquet")
+    }
+
+
 def committed(output: Folder, units: Iterable[Unit]) -> set[str]:
     """Ids of the units that are done: those whose completions file exists.
 
@@ -208,11 +217,7 @@ def committed(output: Folder, units: Iterable[Unit]) -> set[str]:
         UserError: a file in `completions/` that is none of theirs.
     """
     known = {unit.id for unit in units}
-    found = {
-        name.removesuffix(".parquet")
-        for name in output.list("completions")
-        if name.endswith(".parquet")
-    }
+    found = committed_ids(output)
     foreign = sorted(found - known)
     if foreign:
         raise UserError(

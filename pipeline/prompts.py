@@ -165,11 +165,12 @@ def row_sampling(job: SamplingConfig, override: Any, row_id: str) -> SamplingPar
         # Columns of numbers with nulls often arrive as floats.
         whole = key in _INTEGERS and isinstance(value, float) and value.is_integer()
         values[key] = int(value) if whole else value
+    for key, kind in (("stop", str), ("stop_token_ids", int)):
+        if isinstance(values[key], kind):
+            values[key] = (values[key],)  # one is as good as a list of one
+        elif isinstance(values[key], list):
+            values[key] = tuple(values[key])
     try:
-        for key, kind in (("stop", str), ("stop_token_ids", int)):
-            values[key] = _tuple_of(key, values[key], kind)
-        if not isinstance(values["ignore_eos"], bool):
-            raise InvalidRequest(f"ignore_eos must be true or false, got {values['ignore_eos']!r}")
         return SamplingParams(**values)
     except InvalidRequest as error:
         raise RowError("InvalidSampling", str(error)) from None
@@ -187,13 +188,6 @@ def _override(cell: Any) -> dict[str, Any]:
         kind = type(cell).__name__
         raise RowError("InvalidSampling", f"{SAMPLING_COLUMN} is a {kind}, not an object")
     return {key: value for key, value in cell.items() if value is not None}
-
-
-def _tuple_of(key: str, value: Any, kind: type) -> tuple[Any, ...]:
-    values = (value,) if isinstance(value, kind) else value
-    if not isinstance(values, (list, tuple)) or not all(type(v) is kind for v in values):
-        raise InvalidRequest(f"{key} must be a list of {kind.__name__}, got {value!r}")
-    return tuple(values)
 
 
 def row_seed(job_seed: int, row_id: str) -> int:

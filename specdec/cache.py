@@ -26,8 +26,7 @@ def round_to_blocks(positions: int) -> int:
 
 
 class SlotCache:
-    """A rectangle of `slots` x `capacity` positions per layer, with the current length of each
-    slot.
+    """A rectangle of `slots` x `capacity` positions per layer, with the length of each slot.
 
     Live rows occupy slots 0..n-1 without holes (the engine moves the last row into a hole), so
     attention reads the rectangle as a view and never gathers a slot. Unwritten positions are finite

@@ -47,8 +47,7 @@ class ModelSource:
 
 
 def find_model(name: str) -> ModelSource:
-    """What `name` refers to: a folder, `*.gguf`, `pkg:PACKAGE/FILE.gguf`, or
-    `owner/model[@revision]`.
+    """What `name` is: a folder, `*.gguf`, `pkg:PACKAGE/FILE.gguf`, or `owner/model[@revision]`.
 
     Raises:
         PairError: there is no such folder, file or installed package.
@@ -186,15 +185,17 @@ class ModelPair:
         except UnsupportedModel as error:
             raise PairError(str(error)) from error
         if place.type == "cpu" and dtype == "float32":
-            for model in models:
-                pack_linears(model, quantization)
+            head = target_model.get_output_embeddings()
+            pack_linears(target_model, quantization)
+            if draft_model is not None:
+                if draft_model.get_output_embeddings() is head:
+                    draft_model.set_output_embeddings(target_model.get_output_embeddings())
+                pack_linears(draft_model, quantization)
             if deterministic and not is_invariant(target_model):
                 raise PairError(
                     "deterministic: on this processor the linear layers of "
                     f"{quantization or dtype} give a token different bits in different batches"
                 )
-            if draft_model is not None and "lm_head.weight" in missing:
-                draft_model.set_output_embeddings(target_model.get_output_embeddings())
         contexts = [model.config.max_position_embeddings for model in models]
         return cls(
             target=packed[0],
@@ -319,8 +320,7 @@ def model_folder(source: ModelSource) -> str:
             tokenizer = AutoTokenizer.from_pretrained(**where)
         except (OSError, ValueError, KeyError) as error:
             raise PairError(f"model {source.name}: cannot read this GGUF file: {error}") from error
-        # The weights are plain float32 now, but transformers would not save what it calls
-        # quantized.
+        # The weights are float32 now, but transformers does not save what it calls quantized.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

@@ -62,9 +62,10 @@ class SamplingParams:
         require("min_p", 0 <= self.min_p <= 1, "in [0, 1]")
         for name, kind in (("stop", str), ("stop_token_ids", int)):
             value = getattr(self, name)
-            listed = isinstance(value, tuple | list) and all(isinstance(v, kind) for v in value)
+            listed = isinstance(value, tuple | list) and all(type(v) is kind for v in value)
             require(name, listed, f"a list of {kind.__name__}")
         require("stop", all(self.stop), "a list of non-empty strings")
+        require("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,8 +130,7 @@ def _truncate(probs: Tensor, params: SamplingBatch) -> Tensor:
         total = torch.where(top_k > 0, running[:, -1:], 1.0)
         if width == vocab or not params.any_top_p or bool((running[:, -1:] >= top_p * total).all()):
             break
-    # The nucleus is the smallest set that reaches top_p: up to the first token at which the mass
-    # does.
+    # The nucleus is the smallest set that reaches top_p: up to the token at which the mass does.
     nucleus = (running < top_p * total).sum(-1, keepdim=True) + 1
     count = torch.minimum(limit, torch.where(top_p < 1, nucleus, vocab)).clamp(max=width)
     limited = (top_k > 0) | (top_p < 1)

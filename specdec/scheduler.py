@@ -87,8 +87,7 @@ class Scheduler:
         if need <= shape.capacity and live < shape.slots:
             return True
         least = max([need, *(row.need for row in self._rows if row is not None)])
-        # Look ahead a batch, so that a run of growing prompts does not reshape the caches every
-        # time.
+        # Look ahead a batch, so that a run of growing prompts does not reshape them every time.
         ahead = max(row.need for row, _ in zip(self.queue, range(self.slots), strict=False))
         for capacity in (round_to_blocks(max(least, ahead)), round_to_blocks(least)):
             slots = min(self.slots, self.max_positions // capacity)

@@ -74,9 +74,7 @@ class StopPolicy:
         return [0] * len(rows)
 
     def go_on(self, step: DraftStep) -> Tensor | None:
-        """bool [n]: which rows draft another candidate; None: all of them, without asking the
-        device.
-        """
+        """bool [n]: which rows draft on; None: all of them, without asking the device."""
         return None
 
     def submit(self, rows: Sequence[RowMemory], drafted: Sequence[int]) -> Sequence[int]:

@@ -36,6 +36,12 @@ def accepted_prefix(ok: Tensor, lengths: Tensor) -> Tensor:
     return (ok & submitted).long().cumprod(-1).sum(-1)
 
 
+def candidate_positions(first: Tensor, lengths: Tensor, most: int) -> Tensor:
+    """int64 [B, most]: the packed position that judges candidate (b, k); row b's last beyond it."""
+    steps = torch.arange(most, device=first.device)
+    return first[:, None] + torch.minimum(steps, lengths[:, None])
+
+
 def match(
     choices: Tensor, first: Tensor, candidates: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -51,8 +57,7 @@ def match(
     Returns:
         accepted int64 [B] and bonus int64 [B], the target's choice after the accepted prefix.
     """
-    steps = torch.arange(candidates.shape[1], device=candidates.device)
-    at = first[:, None] + torch.minimum(steps, lengths[:, None])
+    at = candidate_positions(first, lengths, candidates.shape[1])
     accepted = accepted_prefix(choices[at] == candidates, lengths)
     return accepted, choices[first + accepted]
 
@@ -84,20 +89,16 @@ def reject(
         accepted int64 [B], and residual float32 [B, V], what the bonus token is drawn from (not
         normalised): (p - q)+ after a rejection, p after a full acceptance.
     """
-    steps = torch.arange(candidates.shape[1], device=candidates.device)
-    at = first[:, None] + torch.minimum(steps, lengths[:, None])
+    at = candidate_positions(first, lengths, candidates.shape[1])
     ok = u * q[q_row, candidates] < p[at, candidates]
     accepted = accepted_prefix(ok, lengths)
 
     target = p[first + accepted]
-    judged = accepted.clamp(max=candidates.shape[1] - 1)[
-        :, None
-    ]  # the candidate that fell, if one did
-    draft = q[q_row.gather(1, judged).squeeze(1)]
+    fallen = accepted.clamp(max=candidates.shape[1] - 1)  # the rejected candidate, if there is one
+    draft = q[q_row.gather(1, fallen[:, None]).squeeze(1)]
     rejected = (accepted < lengths)[:, None]
     residual = torch.where(rejected, (target - draft).clamp_(min=0), target)
-    # p == q up to rounding can be "rejected" by a hair with nothing left: p is then the right
-    # answer.
+    # p == q up to rounding can be rejected by a hair, with nothing left: p is the right answer.
     empty = residual.sum(-1, keepdim=True) <= 0
     return accepted, torch.where(empty, target, residual)
 
@@ -115,7 +116,6 @@ class Proposal:
         self.candidates = torch.zeros(rows, most, dtype=torch.int64, device=device)
         self._q: list[Tensor] = []
         self._q_row = [[0] * most for _ in range(rows)]
-        self._drawn = 0
 
     def add(self, rows: Sequence[int], index: Tensor, tokens: Tensor, q: Tensor | None) -> None:
         """Append one candidate to each of n rows, all of which have the same number so far.
@@ -127,17 +127,16 @@ class Proposal:
         """
         depth = self.lengths[rows[0]]
         self.candidates[index, depth] = tokens
-        for offset, row in enumerate(rows):
+        for row in rows:
             self.lengths[row] += 1
-            self._q_row[row][depth] = self._drawn + offset
-        self._drawn += len(rows)
         if q is not None:
+            drawn = sum(map(len, self._q))
+            for offset, row in enumerate(rows):
+                self._q_row[row][depth] = drawn + offset
             self._q.append(q)
 
     def distributions(self) -> tuple[Tensor, Tensor] | None:
-        """(q float32 [D, V], q_row int64 [B, K]): candidate (b, k) was drawn from q[q_row[b,
-        k]].
-        """
+        """q float32 [D, V] and q_row int64 [B, K]; candidate (b, k) came from q[q_row[b, k]]."""
         if not self._q:
             return None
         return torch.cat(self._q), torch.tensor(self._q_row, device=self.candidates.device)
