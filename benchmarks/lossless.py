@@ -33,7 +33,7 @@ from rich.table import Table
 from specdec.engine import Engine
 from specdec.pair import ModelPair
 from specdec.request import Request, SamplingParams
-from specdec.stopping import POLICIES, make_policy
+from specdec.policies import POLICIES, make_policy
 
 NEAR_TIE = 1e-3
 """Logit gap below which fp32 rounding (about 1e-4 here) may decide."""

@@ -71,7 +71,7 @@ class GenerateActor:
 
     def _make_engine(self) -> Any:
         from specdec.engine import Engine
-        from specdec.stopping import make_policy
+        from specdec.policies import make_policy
 
         speculation, actors = self._job.speculation, self._job.actors
         memory = actors.kv_memory_gb

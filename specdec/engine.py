@@ -10,21 +10,26 @@ plain decoding are all "feed what is pending".
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
+import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
+from specdec.acceptance import read_signals
 from specdec.cache import round_to_blocks
 from specdec.clock import PhaseClock
 from specdec.ending import Decode, find_ending
 from specdec.packed import GRID_TOKENS, PackedDecoder, Row, upload
-from specdec.request import Completion, Counts, InvalidRequest, Request
+from specdec.request import Completion, Counts, InvalidRequest, Request, RoundTrace
 from specdec.sampling import SamplingBatch
 from specdec.scheduler import LiveRow, Scheduler
-from specdec.stopping import DraftStep, RoundOutcome, StopPolicy
+from specdec.speedup import ControlSchedule, SpeedupMeter
+from specdec.stopping import DraftStep, Explanation, RoundOutcome, RoundStart, StopPolicy
 from specdec.verification import MODES, Mode, Proposal
 
 
@@ -49,7 +54,9 @@ class EngineStats:
         live_rows: summed over these rounds; divided by `rounds`, the mean live batch.
         target_forwards, draft_forwards, target_tokens, draft_tokens: forwards and tokens through
             each.
-        seconds: by phase: prefill, draft, verify, sample, host.
+        seconds: by phase: profile, prefill, draft, verify, sample, host; control: target forwards
+            of control rounds.
+        speedup: rounds with speculation and control rounds.
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -60,6 +67,7 @@ class EngineStats:
     target_tokens: int = 0
     draft_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    speedup: SpeedupMeter = field(default_factory=SpeedupMeter)
 
 
 class Engine:
@@ -73,6 +81,8 @@ class Engine:
         kv_memory_bytes: memory for keys and values of both models; by default half of what is free.
         prefill_chunk: most prompt tokens of one row in one forward.
         decode: token ids to text, needed only for requests with stop strings.
+        control_share: share of rounds without speculation, by which `stats.speedup` is measured.
+        trace: keep for each row what was predicted, decided and accepted in each round.
     """
 
     def __init__(
@@ -85,8 +95,10 @@ class Engine:
         kv_memory_bytes: int | None = None,
         prefill_chunk: int = 512,
         decode: Decode | None = None,
+        control_share: float = 0.0,
+        trace: bool = False,
     ) -> None:
-        self.pair, self.policy, self.decode = pair, policy, decode
+        self.pair, self.policy, self.decode, self.trace = pair, policy, decode, trace
         self.mode, self.prefill_chunk = MODES[verification], prefill_chunk
         self.device = pair.target.device
         decoders = [decoder for decoder in (pair.target, pair.draft) if decoder is not None]
@@ -99,6 +111,8 @@ class Engine:
         self.clock = PhaseClock(self.device)
         self.stats = EngineStats(seconds=self.clock.seconds)
         self._sampling: tuple[list[LiveRow], SamplingBatch] | None = None
+        self._controls = ControlSchedule(control_share if pair.draft is not None else 0.0)
+        self._prepared = False
 
     # ---------------------------------------------------------------- requests
 
@@ -169,18 +183,64 @@ class Engine:
     def step(self) -> list[Completion]:
         """Run one round over the live rows; return the requests that ended."""
         finished, self.rejected = self.rejected, []
+        self._prepare()
+        began = time.perf_counter()
         with self.clock.phase({"host": 1.0}):
             rows = self.scheduler.admit()
         if not rows:
             return finished
         sampling = self._sampling_of(rows)
         mode = MODES["coupled"] if sampling.all_greedy else self.mode
-        proposal = self._draft(rows, sampling, mode)
-        submitted = self.policy.submit([row.memory for row in rows], proposal.lengths)
-        committed = self._verify(rows, sampling, mode, proposal, submitted)
+        start = self._look(rows, free_trimming=mode is MODES["coupled"])
+        control = any(start.room) and self._controls.next()
+        draft_costs: list[tuple[int, float]] = []
+        proposal = self._draft(rows, sampling, mode, start, control, draft_costs)
+        drew = any(proposal.lengths)
+        submitted = self.policy.submit(proposal.lengths) if drew else proposal.lengths
+        committed = self._verify(rows, sampling, mode, proposal, submitted, control)
         self.clock.settle()
         with self.clock.phase({"host": 1.0}):
-            return finished + self._commit(rows, proposal.lengths, submitted, committed)
+            accepted = [max(len(tokens) - 1, 0) for tokens in committed]
+            if self.trace:
+                self._trace(rows, start, proposal, submitted, accepted, control)
+            ended, kept = self._commit(rows, proposal.lengths, submitted, committed)
+        seconds = time.perf_counter() - began - sum(spent for _, spent in draft_costs)
+        self._learn(
+            start, proposal.lengths, submitted, accepted, kept, draft_costs, seconds, control
+        )
+        return finished + ended
+
+    def _prepare(self) -> None:
+        """Let the policy look at the models, once and in the thread that will run them."""
+        if not self._prepared and self.pair.draft is not None:
+            with self.clock.phase({"profile": 1.0}):
+                self.policy.prepare(self.pair.target, self.pair.draft, self.scheduler.slots)
+        self._prepared = True
+
+    def _look(self, rows: Sequence[LiveRow], *, free_trimming: bool) -> RoundStart:
+        """What the policy may know before the round drafts."""
+        # A longer row would leave the grid, whose kernels are what makes bits repeat.
+        most = GRID_TOKENS - 1 if self.pair.target.invariant else self.pair.context_length
+        room, decoding = [], []
+        tokens = 0
+        for slot, row in enumerate(rows):
+            pending = len(row.tokens) - self.target_cache.lengths[slot]
+            tokens += min(pending, self.prefill_chunk)
+            decoding.append(pending == 1)
+            left = row.sampling.max_new_tokens - row.generated - 1  # the bonus token takes one
+            left = min(left, self.pair.draft_context_length - len(row.tokens), most)
+            room.append(max(0, left) if pending == 1 and self.pair.draft is not None else 0)
+        return RoundStart(
+            rows=[row.memory for row in rows],
+            room=room,
+            decoding=decoding,
+            contexts=[len(row.tokens) for row in rows],
+            draft_pending=[
+                len(row.tokens) - self.draft_cache.lengths[slot] for slot, row in enumerate(rows)
+            ],
+            target_tokens=tokens,
+            free_trimming=free_trimming,
+        )
 
     def _sampling_of(self, rows: list[LiveRow]) -> SamplingBatch:
         """The rows' sampling parameters on the device, stacked anew only when the rows changed."""
@@ -188,15 +248,30 @@ class Engine:
             self._sampling = rows, SamplingBatch.of([row.sampling for row in rows], self.device)
         return self._sampling[1]
 
-    def _draft(self, rows: list[LiveRow], sampling: SamplingBatch, mode: Mode) -> Proposal:
-        """Draw candidates until the policy has had enough, one draft forward for all rows."""
+    def _draft(
+        self,
+        rows: list[LiveRow],
+        sampling: SamplingBatch,
+        mode: Mode,
+        start: RoundStart,
+        control: bool,
+        costs: list[tuple[int, float]],
+    ) -> Proposal:
+        """Draw candidates until the policy has had enough, one draft forward for all rows.
+
+        Appends the packed tokens and seconds of each draft step to `costs`.
+        """
         draft, cache = self.pair.draft, self.draft_cache
-        budget = self._budget(rows)
+        if draft is None or control:
+            return Proposal(len(rows), 0, self.device)
+        wanted = self.policy.budget(start)
+        budget = [min(k, room) for k, room in zip(wanted, start.room, strict=True)]
         proposal = Proposal(len(rows), max(budget), self.device)
         active = [slot for slot, k in enumerate(budget) if k > 0]
-        if draft is None or not active:
+        if not active:
             return proposal
 
+        began = time.perf_counter()
         with self.clock.phase({"prefill": 1.0}):
             for slot in active:
                 self._prefill_draft(draft, slot, rows[slot])
@@ -205,9 +280,10 @@ class Engine:
         (tokens,) = upload(self.device, [token for tokens in pending for token in tokens])
         for depth in range(max(budget)):
             with self.clock.phase({"draft": 1.0}):
+                packed = len(tokens)
                 hidden = draft.forward(cache, list(zip(active, counts, strict=True)), tokens)
                 self.stats.draft_forwards += 1
-                self.stats.draft_tokens += len(tokens)
+                self.stats.draft_tokens += packed
                 outputs = [rows[slot].generated + depth for slot in active]
                 index, at, counted = upload(self.device, active, outputs, counts)
                 hidden = hidden[counted.cumsum(0) - 1]
@@ -215,8 +291,11 @@ class Engine:
             with self.clock.phase({"sample": 1.0}):
                 tokens, q = mode.propose(logits, sampling.rows(index), at)
                 proposal.add(active, index, tokens, q)
-                step = DraftStep(active, depth + 1, tokens, logits, hidden)
-                going = self._going_on(step, budget)
+            with self.clock.phase({"decide": 1.0}):
+                going = self._going_on(active, depth + 1, logits, tokens, hidden, budget)
+            ended = time.perf_counter()
+            costs.append((packed, ended - began))
+            began = ended
             if not going:
                 break
             if len(going) < len(active):
@@ -224,21 +303,6 @@ class Engine:
                 tokens = tokens[upload(self.device, going)[0]]
             counts = [1] * len(active)
         return proposal
-
-    def _budget(self, rows: Sequence[LiveRow]) -> list[int]:
-        """Most candidates for each row: none while its prompt is being fed, never past its end."""
-        # A longer row would leave the grid, whose kernels are what makes bits repeat.
-        most = GRID_TOKENS - 1 if self.pair.target.invariant else self.pair.context_length
-        wanted = (
-            self.policy.budget([row.memory for row in rows]) if self.pair.draft else [0] * len(rows)
-        )
-        budget = []
-        for slot, (row, k) in enumerate(zip(rows, wanted, strict=True)):
-            decoding = len(row.tokens) - self.target_cache.lengths[slot] == 1
-            left = row.sampling.max_new_tokens - row.generated - 1  # the bonus token takes one
-            room = min(left, self.pair.draft_context_length - len(row.tokens), most)
-            budget.append(max(0, min(k, room)) if decoding else 0)
-        return budget
 
     def _prefill_draft(self, draft: PackedDecoder, slot: int, row: LiveRow) -> None:
         """Feed the draft what it lacks of a row, until no more than a chunk is pending."""
@@ -248,13 +312,24 @@ class Engine:
             self.stats.draft_forwards += 1
             self.stats.draft_tokens += len(chunk)
 
-    def _going_on(self, step: DraftStep, budget: Sequence[int]) -> list[int]:
-        """Which of the step's rows draft another candidate, as indices into `step.rows`."""
-        within = [i for i, slot in enumerate(step.rows) if budget[slot] > step.depth]
-        wanted = self.policy.go_on(step) if within else None
-        if wanted is None:
+    def _going_on(
+        self,
+        active: Sequence[int],
+        depth: int,
+        logits: Tensor,
+        tokens: Tensor,
+        hidden: Tensor,
+        budget: Sequence[int],
+    ) -> list[int]:
+        """Which of the active rows draft another candidate, as indices into `active`."""
+        policy = self.policy
+        within = [i for i, slot in enumerate(active) if budget[slot] > depth]
+        if not policy.wanted:
             return within
-        flags = wanted.tolist()  # a policy that looks at candidates makes the host wait for them
+        signals = read_signals(logits, tokens, hidden, policy.wanted, policy.head)
+        # A policy that looks at candidates makes the host wait for them: once per draft step.
+        host = signals.cpu().numpy().astype(np.float64)
+        flags = policy.go_on(DraftStep(np.array(active), depth, host))
         return [i for i in within if flags[i]]
 
     def _verify(
@@ -264,6 +339,7 @@ class Engine:
         mode: Mode,
         proposal: Proposal,
         submitted: Sequence[int],
+        control: bool,
     ) -> list[list[int]]:
         """Feed every row's pending tokens and submitted candidates to the target in one forward.
 
@@ -294,7 +370,8 @@ class Engine:
         tensors = upload(self.device, pending, order, scored, first, submitted, owner, at)
         pending_, order_, scored_, first_, lengths, owner_, at_ = tensors
         verifying = len(scored) / len(order)
-        with self.clock.phase({"verify": verifying, "prefill": 1 - verifying}):
+        phase = "control" if control else "verify"
+        with self.clock.phase({phase: verifying, "prefill": 1 - verifying}):
             tokens = torch.cat([candidates, pending_])[order_]
             hidden = self.pair.target.forward(self.target_cache, feed, tokens)
             logits = self.pair.target.logits(hidden[scored_])[:, : self.pair.vocab_size]
@@ -321,11 +398,14 @@ class Engine:
         drafted: Sequence[int],
         submitted: Sequence[int],
         committed: Sequence[Sequence[int]],
-    ) -> list[Completion]:
-        """Append what was committed, roll the caches back to it, retire rows that ended."""
+    ) -> tuple[list[Completion], list[int]]:
+        """Append what was committed, roll the caches back to it, retire rows that ended.
+
+        Returns:
+            The completions of rows that ended, and for each row how many tokens it grew by.
+        """
         finished = []
-        accepted = [max(len(tokens) - 1, 0) for tokens in committed]
-        self.policy.observe(RoundOutcome([r.memory for r in rows], drafted, submitted, accepted))
+        grown = [0] * len(rows)
         self.stats.rounds += 1
         self.stats.live_rows += len(rows)
         for slot, (row, tokens) in enumerate(zip(rows, committed, strict=True)):
@@ -335,28 +415,90 @@ class Engine:
             row.tokens += tokens
             output = row.tokens[row.output_start :]
             ending = find_ending(output, known, row.sampling, self.pair.eos_token_ids, self.decode)
-            kept = (ending.length if ending else len(output)) - known
+            kept = grown[slot] = (ending.length if ending else len(output)) - known
             # An output that ends inside the accepted prefix drops the rest and the bonus token.
-            stands = min(accepted[slot], kept)
+            stands = min(len(tokens) - 1, kept)
             round_counts = Counts(1, drafted[slot], submitted[slot], stands, kept)
             row.counts.add(round_counts)
             self.stats.counts.add(round_counts)
             for cache in self.scheduler.caches:
                 cache.rollback(slot, len(row.tokens) - 1)
             if ending:
-                ids = tuple(output[: ending.length])
                 finished.append(
                     Completion(
                         row.request.id,
                         row.output_start,
-                        ids,
+                        tuple(output[: ending.length]),
                         ending.finish_reason,
                         ending.stop_reason,
                         row.counts,
+                        calibration=row.memory.calibration,
+                        trace=tuple(row.trace),
                     )
                 )
                 self.scheduler.retire(slot)
-        return finished
+        return finished, grown
+
+    def _trace(
+        self,
+        rows: Sequence[LiveRow],
+        start: RoundStart,
+        proposal: Proposal,
+        submitted: Sequence[int],
+        accepted: Sequence[int],
+        control: bool,
+    ) -> None:
+        """Note for each decoding row what the round predicted, decided and met."""
+        candidates = proposal.candidates.tolist()
+        for slot, row in enumerate(rows):
+            if not start.decoding[slot]:
+                continue
+            why = Explanation((), "control round") if control else self.policy.explain(slot)
+            drafted = proposal.lengths[slot]
+            row.trace.append(
+                RoundTrace(
+                    context=len(row.tokens),
+                    live=sum(start.decoding),
+                    candidates=tuple(candidates[slot][:drafted]),
+                    predicted=why.predicted,
+                    submitted=submitted[slot],
+                    accepted=accepted[slot],
+                    reason=why.reason,
+                )
+            )
+
+    def _learn(
+        self,
+        start: RoundStart,
+        drafted: Sequence[int],
+        submitted: Sequence[int],
+        accepted: Sequence[int],
+        kept: Sequence[int],
+        draft_costs: Sequence[tuple[int, float]],
+        seconds: float,
+        control: bool,
+    ) -> None:
+        """Tell the policy and the speedup meter what the round did and took.
+
+        Args:
+            kept: tokens that each row's output grew by.
+            draft_costs: packed tokens and seconds of each draft step.
+            seconds: of the rest of the round.
+        """
+        fed = start.target_tokens + sum(submitted)
+        self.policy.observe(
+            RoundOutcome(start, drafted, submitted, accepted, draft_costs, (fed, seconds))
+        )
+        live = sum(start.decoding)
+        tokens = sum(n for n, ready in zip(kept, start.decoding, strict=True) if ready)
+        whole = seconds + sum(spent for _, spent in draft_costs)
+        if all(start.decoding):
+            self.stats.speedup.book(live, whole, tokens, control=control)
+        elif live:
+            without = seconds * start.target_tokens / fed
+            self.stats.speedup.book_mixed(whole, without, tokens - live)
+        else:
+            self.stats.speedup.book_mixed(whole, whole, 0)
 
 
 def _free_memory(device: torch.device) -> int:

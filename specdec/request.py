@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
+
+from specdec.acceptance import Calibration
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -121,6 +124,28 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundTrace:
+    """One round of one row, kept on request: what was predicted, decided and met.
+
+    Attributes:
+        context: tokens of the row before the round.
+        live: rows that decoded in the round.
+        candidates: the drafted tokens.
+        predicted: estimated probability of acceptance of each candidate, if the policy has one.
+        submitted, accepted: how many of the candidates.
+        reason: why there were not more candidates.
+    """
+
+    context: int
+    live: int
+    candidates: tuple[int, ...]
+    predicted: tuple[float, ...]
+    submitted: int
+    accepted: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """What became of one request.
 
@@ -133,6 +158,9 @@ class Completion:
         stop_reason: the token id or stop string that ended the output, if one did.
         counts: what speculation did for this request.
         error: what was wrong with the request, if finish_reason is "error".
+        calibration: predicted against observed acceptance by class of context length, for policies
+            that predict.
+        trace: its rounds, if the engine keeps them.
     """
 
     id: str
@@ -142,3 +170,5 @@ class Completion:
     stop_reason: int | str | None = None
     counts: Counts = field(default_factory=Counts)
     error: str | None = None
+    calibration: Mapping[int, Calibration] = field(default_factory=dict, compare=False)
+    trace: tuple[RoundTrace, ...] = field(default=(), compare=False)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from specdec.cache import SlotCache, round_to_blocks
-from specdec.request import Counts, Request, SamplingParams
+from specdec.request import Counts, Request, RoundTrace, SamplingParams
 from specdec.stopping import RowMemory
 
 
@@ -23,6 +23,7 @@ class LiveRow:
         output_start: where the output begins in `tokens`.
         counts: what speculation did for it.
         memory: what the stop policy remembers about it.
+        trace: its rounds, if they are kept.
     """
 
     request: Request
@@ -31,6 +32,7 @@ class LiveRow:
     output_start: int
     counts: Counts = field(default_factory=Counts)
     memory: RowMemory = field(default_factory=RowMemory)
+    trace: list[RoundTrace] = field(default_factory=list)
 
     @property
     def generated(self) -> int:

@@ -1,11 +1,14 @@
-"""When to stop drafting: the `StopPolicy` seam and the policies that need no training.
+"""When to stop drafting: the `StopPolicy` seam and the policies that look at one row at a time.
 
 A policy decides per row, in four places of a round:
 
-    budget   before drafting: at most how many candidates for each row (host numbers, no device
-    work) go_on    after each candidate: which rows draft another one (a device tensor, or None for
-    all) submit   before verification: how many of the drafted candidates to submit
-    observe  after the round: what was accepted
+    budget   before drafting: at most how many candidates for each row
+    go_on    after each candidate: which rows draft another one
+    submit   before verification: how many of the drafted candidates to submit
+    observe  after the round: what was accepted, and what it cost
+
+All of it happens on the host, on arrays over rows. What a policy wants to know of the device comes
+as `Signal`s, one transfer per draft step; a policy that wants none never makes the host wait.
 
 The invariant of rejection sampling: whether candidate y_k is *submitted* may depend on y_1..y_{k-1}
 and on the draft's distributions, never on y_k itself. `go_on` is safe by construction, since it
@@ -15,10 +18,26 @@ sees y_k and decides about y_{k+1}. `submit` must keep to it by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+
+from specdec.acceptance import (
+    AcceptanceHead,
+    Array,
+    Calibration,
+    Estimator,
+    Flags,
+    RowHistory,
+    Signal,
+)
+
+if TYPE_CHECKING:
+    from specdec.packed import PackedDecoder
+
+Indices = NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -27,9 +46,36 @@ class RowMemory:
 
     Attributes:
         k: the current candidate length of policies that adapt it; 0 before the row's first round.
+        history: how often its candidates were accepted lately.
+        calibration: predicted against observed acceptance, by context length (`context_class`).
     """
 
     k: int = 0
+    history: RowHistory = field(default_factory=RowHistory)
+    calibration: dict[int, Calibration] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundStart:
+    """What is known before a round drafts, per row (host numbers).
+
+    Attributes:
+        rows: the rows' memories.
+        room: most candidates each row may have; 0 while its prompt is being fed.
+        decoding: whether each row's prompt is fed but for its last token.
+        contexts: tokens of each row so far.
+        draft_pending: tokens that the draft must be fed before it can propose for each row.
+        target_tokens: packed tokens of the verification without any candidate.
+        free_trimming: whether a candidate may be trimmed by its own score: matching modes only.
+    """
+
+    rows: Sequence[RowMemory]
+    room: Sequence[int]
+    decoding: Sequence[bool]
+    contexts: Sequence[int]
+    draft_pending: Sequence[int]
+    target_tokens: int
+    free_trimming: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +83,14 @@ class DraftStep:
     """The candidates just drawn, one for each of n rows.
 
     Attributes:
-        rows: index of each row among the round's rows.
+        rows: int [n], index of each row among the round's rows.
         depth: how many candidates these rows have now.
-        tokens: int64 [n], the candidates.
-        logits: float [n, V], the draft's raw logits they were drawn from.
-        hidden: [n, hidden], the draft's last hidden states behind these logits.
+        signals: float [n, len(Signal)]; columns that the policy does not want are 0.
     """
 
-    rows: Sequence[int]
+    rows: Indices
     depth: int
-    tokens: Tensor
-    logits: Tensor
-    hidden: Tensor
+    signals: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,33 +98,65 @@ class RoundOutcome:
     """What became of a round, per row (host numbers).
 
     Attributes:
-        rows: the rows' memories.
+        start: as it began.
         drafted, submitted, accepted: candidates per row.
+        draft_costs: (packed tokens, seconds) of each draft step.
+        verify_cost: (packed target tokens, seconds of the rest of the round).
     """
 
-    rows: Sequence[RowMemory]
+    start: RoundStart
     drafted: Sequence[int]
     submitted: Sequence[int]
     accepted: Sequence[int]
+    draft_costs: Sequence[tuple[int, float]]
+    verify_cost: tuple[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a row's round went as it did, for `specbatch explain`.
+
+    Attributes:
+        predicted: estimated acceptance of each candidate, if the policy estimates it.
+        reason: one sentence.
+    """
+
+    predicted: tuple[float, ...]
+    reason: str
 
 
 class StopPolicy:
-    """Drafts nothing and remembers nothing: the base, and the policy `none`."""
+    """Drafts nothing and remembers nothing: the base, and the policy `none`.
 
-    def budget(self, rows: Sequence[RowMemory]) -> list[int]:
+    Attributes:
+        wanted: signals to compute for `go_on`; empty: `go_on` is not asked.
+        head: the acceptance head behind the head's signals.
+    """
+
+    wanted: frozenset[Signal] = frozenset()
+    head: AcceptanceHead | None = None
+
+    def prepare(self, target: PackedDecoder, draft: PackedDecoder, slots: int) -> None:
+        """Called once before the first round, with the models that will be run."""
+
+    def budget(self, start: RoundStart) -> Sequence[int]:
         """At most how many candidates to draft for each row in this round."""
-        return [0] * len(rows)
+        return [0] * len(start.rows)
 
-    def go_on(self, step: DraftStep) -> Tensor | None:
-        """bool [n]: which rows draft on; None: all of them, without asking the device."""
-        return None
+    def go_on(self, step: DraftStep) -> Flags:
+        """bool [n]: which rows draft on."""
+        return np.ones(len(step.rows), dtype=bool)
 
-    def submit(self, rows: Sequence[RowMemory], drafted: Sequence[int]) -> Sequence[int]:
+    def submit(self, drafted: Sequence[int]) -> Sequence[int]:
         """How many of each row's drafted candidates to submit; mind the invariant above."""
         return drafted
 
     def observe(self, outcome: RoundOutcome) -> None:
         """Learn from a finished round."""
+
+    def explain(self, row: int) -> Explanation:
+        """Why the round just drafted stopped where it did, for one of its rows."""
+        return Explanation((), type(self).__name__.lower())
 
 
 @dataclass
@@ -91,8 +165,8 @@ class Fixed(StopPolicy):
 
     k: int = 4
 
-    def budget(self, rows: Sequence[RowMemory]) -> list[int]:
-        return [self.k] * len(rows)
+    def budget(self, start: RoundStart) -> Sequence[int]:
+        return [self.k] * len(start.rows)
 
 
 @dataclass
@@ -103,12 +177,12 @@ class Heuristic(StopPolicy):
     k_min: int = 1
     k_max: int = 20
 
-    def budget(self, rows: Sequence[RowMemory]) -> list[int]:
-        return [row.k or self.k for row in rows]
+    def budget(self, start: RoundStart) -> Sequence[int]:
+        return [row.k or self.k for row in start.rows]
 
     def observe(self, outcome: RoundOutcome) -> None:
         for row, submitted, accepted in zip(
-            outcome.rows, outcome.submitted, outcome.accepted, strict=True
+            outcome.start.rows, outcome.submitted, outcome.accepted, strict=True
         ):
             if submitted:
                 k = (row.k or self.k) + (2 if accepted == submitted else -1)
@@ -125,39 +199,162 @@ class Confidence(StopPolicy):
 
     threshold: float = 0.4
     k_max: int = 20
+    wanted = frozenset({Signal.LOG_Q})
 
-    def budget(self, rows: Sequence[RowMemory]) -> list[int]:
-        return [self.k_max] * len(rows)
+    def budget(self, start: RoundStart) -> Sequence[int]:
+        return [self.k_max] * len(start.rows)
 
-    def go_on(self, step: DraftStep) -> Tensor:
-        chosen = step.logits.gather(1, step.tokens[:, None]).squeeze(1).float()
-        return torch.exp(chosen - step.logits.float().logsumexp(-1)) >= self.threshold
-
-
-POLICIES = ("none", "fixed", "heuristic", "confidence")
+    def go_on(self, step: DraftStep) -> Flags:
+        flags: Flags = step.signals[:, Signal.LOG_Q] >= np.log(self.threshold)
+        return flags
 
 
-def make_policy(
-    name: str, *, k: int = 4, k_min: int = 1, k_max: int = 20, threshold: float = 0.4
-) -> StopPolicy:
-    """The policy called `name`, from the numbers of a job file's `speculation` section.
+@dataclass
+class Entropy(StopPolicy):
+    """AdaEDL (arXiv 2410.18351): stop where 1 - sqrt(0.2 H) falls below `threshold`.
+
+    H is the entropy of the draft's distribution; the expression bounds the acceptance rate from
+    below. The candidate drawn from that distribution is still submitted.
+    """
+
+    threshold: float = 0.4
+    k_max: int = 20
+    wanted = frozenset({Signal.ENTROPY})
+
+    def budget(self, start: RoundStart) -> Sequence[int]:
+        return [self.k_max] * len(start.rows)
+
+    def go_on(self, step: DraftStep) -> Flags:
+        flags: Flags = 1 - np.sqrt(0.2 * step.signals[:, Signal.ENTROPY]) >= self.threshold
+        return flags
+
+
+@dataclass(slots=True)
+class _Judgement:
+    """One draft step as an estimator saw it: arrays over its rows."""
+
+    rows: Indices
+    signals: Array
+    before: Array
+    after: Array
+    survival: Array
+
+
+class EstimatingPolicy(StopPolicy):
+    """A policy with an estimator: keeps each row's survival and teaches the estimator.
+
+    The survival of a row is the estimated probability that all its candidates so far are accepted.
 
     Args:
-        name: one of POLICIES.
-        k: candidates of `fixed`, first length of `heuristic`.
-        k_min, k_max: least and most candidates of policies that adapt.
-        threshold: least likelihood of `confidence`.
-
-    Raises:
-        ValueError: there is no such policy.
+        estimator: acceptance probabilities from signals.
+        head: the module behind the head's signals.
     """
-    match name:
-        case "none":
-            return StopPolicy()
-        case "fixed":
-            return Fixed(k)
-        case "heuristic":
-            return Heuristic(k, k_min, k_max)
-        case "confidence":
-            return Confidence(threshold, k_max)
-    raise ValueError(f"no stop policy {name!r}; there are {', '.join(POLICIES)}")
+
+    PRIOR_RATE, PRIOR_WEIGHT = 0.6, 4.0
+    """Acceptance rate before anything was judged, and how many candidates that is worth."""
+
+    FORGET = 0.998
+    """Weight that is left of the pair's old evidence after one more candidate."""
+
+    def __init__(self, estimator: Estimator, head: AcceptanceHead | None = None) -> None:
+        self.estimator, self.head, self.wanted = estimator, head, estimator.wanted
+        self._judged, self._accepted = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * self.PRIOR_RATE
+        self._steps: list[_Judgement] = []
+
+    def _begin(self, start: RoundStart) -> None:
+        """Start a round: nothing drafted, all rows alive."""
+        self._steps = []
+        rate = self._accepted / self._judged
+        self.typical = np.array(
+            [
+                (row.history.accepted + self.PRIOR_WEIGHT * rate)
+                / (row.history.judged + self.PRIOR_WEIGHT)
+                for row in start.rows
+            ]
+        ).clip(0.02, 0.98)
+        self.survival = np.ones(len(start.rows))
+
+    def _judge(self, step: DraftStep) -> _Judgement:
+        """Estimate the candidates just drawn and take them into the rows' survival."""
+        typical = self.typical[step.rows]
+        before, after = self.estimator.predict(step.signals, typical)
+        alive = self.survival[step.rows]
+        self.survival[step.rows] = alive * after
+        judged = _Judgement(step.rows, step.signals, before, after, alive * after)
+        self._steps.append(judged)
+        return judged
+
+    def observe(self, outcome: RoundOutcome) -> None:
+        if not self._steps:
+            return
+        accepted, submitted = np.array(outcome.accepted), np.array(outcome.submitted)
+        seen: list[tuple[Indices, Array, Array, Flags]] = []
+        for depth, step in enumerate(self._steps, start=1):
+            stands = accepted[step.rows] >= depth
+            fell = (accepted[step.rows] == depth - 1) & (submitted[step.rows] >= depth)
+            known = stands | fell
+            seen.append((step.rows[known], step.signals[known], step.after[known], stands[known]))
+        rows, signals, after, stood = (np.concatenate(parts) for parts in zip(*seen, strict=True))
+        if len(rows):
+            self.estimator.learn(signals, self.typical[rows], stood)
+            self._judged = self._judged * self.FORGET ** len(rows) + len(rows)
+            self._accepted = self._accepted * self.FORGET ** len(rows) + int(stood.sum())
+        for row in np.unique(rows):
+            mine = rows == row
+            memory = outcome.start.rows[row]
+            memory.history.add(int(mine.sum()), int(stood[mine].sum()))
+            bucket = context_class(outcome.start.contexts[row])
+            memory.calibration.setdefault(bucket, Calibration()).add(after[mine], stood[mine])
+        self._steps = []
+
+    def explain(self, row: int) -> Explanation:
+        predicted = tuple(
+            float(p)
+            for step in self._steps
+            for p, owner in zip(step.after, step.rows, strict=True)
+            if owner == row
+        )
+        return Explanation(predicted, self._reason(row, len(predicted)))
+
+    def _reason(self, row: int, drafted: int) -> str:
+        raise NotImplementedError
+
+
+class HeadPolicy(EstimatingPolicy):
+    """SpecDec++ (arXiv 2405.19715): stop once P(some candidate is rejected) exceeds `threshold`.
+
+    Args:
+        estimator, head: as published a trained head; any estimator will do.
+        threshold: h, on 1 - prod p. The optimal stop is a threshold (theorem 3.1 there), at
+            (c2 + d) / (c1 + c2 + d) for costs c1 of a draft step and c2 of the rest of a round.
+        k_min, k_max: least and most candidates.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator,
+        head: AcceptanceHead | None = None,
+        threshold: float = 0.7,
+        k_min: int = 2,
+        k_max: int = 20,
+    ) -> None:
+        super().__init__(estimator, head)
+        self.threshold, self.k_min, self.k_max = threshold, k_min, k_max
+
+    def budget(self, start: RoundStart) -> Sequence[int]:
+        self._begin(start)
+        return [self.k_max] * len(start.rows)
+
+    def go_on(self, step: DraftStep) -> Flags:
+        judged = self._judge(step)
+        flags: Flags = (1 - judged.survival <= self.threshold) | (step.depth < self.k_min)
+        return flags
+
+    def _reason(self, row: int, drafted: int) -> str:
+        risk = 1 - self.survival[row]
+        return f"after {drafted}: P(some rejected) {risk:.2f}, threshold {self.threshold:.2f}"
+
+
+def context_class(tokens: int) -> int:
+    """The power of two that a context length falls under, at least 128: a class for reports."""
+    return max(128, 1 << (max(tokens, 1) - 1).bit_length())

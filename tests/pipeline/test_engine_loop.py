@@ -11,7 +11,7 @@ from pipeline.progress import Tally
 from specdec.engine import Engine
 from specdec.pair import ModelPair
 from specdec.request import Request, SamplingParams
-from specdec.stopping import make_policy
+from specdec.policies import make_policy
 
 
 @pytest.fixture(scope="module")

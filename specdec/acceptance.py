@@ -1,0 +1,324 @@
+"""How likely a candidate is accepted: what is read off a draft step, and estimators over it.
+
+An estimator gives two probabilities for a candidate y_k, both on condition that y_1..y_{k-1} are
+accepted:
+
+    before  from the draft's state and distribution alone: what one knows before y_k is drawn
+    after   knowing y_k as well
+
+Rejection sampling may decide whether to *submit* y_k by the first only (specdec/stopping.py).
+
+Everything an estimator looks at is read off the device once per draft step, as a few numbers per
+row (`Signal`). Estimators and policies then work on the host, on arrays over rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+Array = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+
+class Signal(IntEnum):
+    """Columns of what is read off a draft step; logarithms and entropy are in nats.
+
+    All are of the draft's raw distribution (temperature 1), so that they mean something for greedy
+    rows too. The head's two are its logits without the bias that its training weights put in.
+    """
+
+    LOG_Q = 0  # of the candidate
+    LOG_TOP = 1  # of the likeliest token
+    ENTROPY = 2
+    HEAD_BEFORE = 3
+    HEAD_AFTER = 4
+
+
+HEAD_SIGNALS = frozenset({Signal.HEAD_BEFORE, Signal.HEAD_AFTER})
+_TOKEN_SIGNALS = (Signal.LOG_Q, Signal.LOG_TOP, Signal.ENTROPY)
+
+
+class ResidualBlock(nn.Module):
+    """x + SiLU(W x + b)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        # As the identity at first: training starts from a linear head.
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.silu(self.linear(x))
+
+
+class AcceptanceHead(nn.Module):
+    """Predicts acceptance from the draft's last hidden state (SpecDec++, arXiv 2405.19715, §3.2).
+
+    D residual blocks, each with weights of its own, then a linear layer. The published head reads
+    the state after y_k was fed, and so judges y_k one draft step late. This one reads the state
+    that y_k is drawn from; a second linear layer sees y_k's `LOG_Q`, `LOG_TOP` and `ENTROPY` too,
+    and so judges y_k at once.
+
+    Args:
+        width: size of the hidden state.
+        depth: D.
+        reject_weight: w_rej / w_acc of the training loss. A head trained with it estimates
+            P / (P + w (1 - P)); ln w added to the logit takes that back.
+    """
+
+    def __init__(self, width: int, depth: int = 3, reject_weight: float = 1.0) -> None:
+        super().__init__()
+        self.width, self.depth, self.reject_weight = width, depth, reject_weight
+        self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(depth)))
+        self.before = nn.Linear(width, 1)
+        self.after = nn.Linear(width + len(_TOKEN_SIGNALS), 1)
+
+    def forward(self, hidden: Tensor, token_signals: Tensor) -> Tensor:
+        """Weighted logits, as trained.
+
+        Args:
+            hidden: float32 [n, width], states that the candidates are drawn from.
+            token_signals: float32 [n, 3]: LOG_Q, LOG_TOP, ENTROPY.
+
+        Returns:
+            float32 [n, 2]: before and after.
+        """
+        state = self.blocks(hidden)
+        after = self.after(torch.cat([state, token_signals], -1))
+        return torch.cat([self.before(state), after], -1)
+
+    def debiased(self, hidden: Tensor, token_signals: Tensor) -> Tensor:
+        """As `forward`, with the bias of the training weights taken back."""
+        logits: Tensor = self(hidden, token_signals)
+        return logits + float(np.log(self.reject_weight))
+
+
+def read_signals(
+    logits: Tensor,
+    tokens: Tensor,
+    hidden: Tensor,
+    wanted: frozenset[Signal],
+    head: AcceptanceHead | None = None,
+) -> Tensor:
+    """What policies and estimators want to know of the candidates just drawn.
+
+    Args:
+        logits: [n, V], raw; tokens: int64 [n]; hidden: [n, width], the states behind the logits.
+        wanted: the columns to compute; the others are 0.
+        head: needed for its own columns.
+
+    Returns:
+        float32 [n, len(Signal)] on the device.
+    """
+    if head is not None and wanted & HEAD_SIGNALS:
+        wanted = wanted | set(_TOKEN_SIGNALS)
+    columns = logits.new_zeros(len(Signal), len(tokens), dtype=torch.float32)
+    probs = torch.softmax(logits.float(), -1)
+    tiny = torch.finfo(torch.float32).tiny
+    if Signal.LOG_Q in wanted:
+        columns[Signal.LOG_Q] = probs.gather(1, tokens[:, None])[:, 0].clamp_(min=tiny).log_()
+    if Signal.LOG_TOP in wanted:
+        columns[Signal.LOG_TOP] = probs.amax(-1).log_()
+    if Signal.ENTROPY in wanted:
+        # H = ln Z - E[x] over logits x shifted by their maximum: no logarithm per token.
+        shifted = logits.float() - logits.amax(-1, keepdim=True).float()
+        expected = torch.linalg.vecdot(probs, shifted)
+        columns[Signal.ENTROPY] = (-probs.amax(-1).log_() - expected).clamp_(min=0)
+    if head is not None and wanted & HEAD_SIGNALS:
+        judged = head.debiased(hidden.float(), columns[list(_TOKEN_SIGNALS)].T)
+        columns[Signal.HEAD_BEFORE], columns[Signal.HEAD_AFTER] = judged[:, 0], judged[:, 1]
+    return columns.T
+
+
+# ------------------------------------------------------------------ calibration
+
+BINS = 10
+
+
+@dataclass(slots=True, eq=False)
+class Calibration:
+    """Predicted against observed acceptance, in counts that add up over rows, units and actors.
+
+    Attributes:
+        bins: float64 [BINS, 3]: by tenth of the prediction, how many, their predictions' sum, how
+            many were accepted.
+    """
+
+    bins: Array = field(default_factory=lambda: np.zeros((BINS, 3)))
+
+    def add(self, predicted: Array, accepted: Flags) -> None:
+        """Book judged candidates: predictions float [n] in [0, 1], and what happened, bool [n]."""
+        index = np.minimum((predicted * BINS).astype(int), BINS - 1)
+        np.add.at(self.bins, index, np.stack([np.ones_like(predicted), predicted, accepted], -1))
+
+    @property
+    def judged(self) -> float:
+        """Candidates booked."""
+        return float(self.bins[:, 0].sum())
+
+    @property
+    def ece(self) -> float | None:
+        """Expected calibration error: mean over candidates of |mean prediction - frequency|."""
+        if not self.judged:
+            return None
+        return float(np.abs(self.bins[:, 1] - self.bins[:, 2]).sum() / self.judged)
+
+
+# ------------------------------------------------------------------- estimators
+
+
+@dataclass(slots=True)
+class RowHistory:
+    """Candidates of one row that were judged lately; older ones count less.
+
+    Attributes:
+        judged, accepted: decayed counts.
+    """
+
+    judged: float = 0.0
+    accepted: float = 0.0
+
+    def add(self, judged: int, accepted: int) -> None:
+        """Book a round."""
+        self.judged = 0.9 * self.judged + judged
+        self.accepted = 0.9 * self.accepted + accepted
+
+
+class Estimator(Protocol):
+    """Acceptance probabilities from signals."""
+
+    @property
+    def wanted(self) -> frozenset[Signal]:
+        """The signals it looks at."""
+
+    def predict(self, signals: Array, typical: Array) -> tuple[Array, Array]:
+        """Probabilities of acceptance, before and after the draw.
+
+        Args:
+            signals: float [n, len(Signal)].
+            typical: float [n], how often candidates of each candidate's row are accepted.
+
+        Returns:
+            float [n] each, in (0, 1).
+        """
+
+    def learn(self, signals: Array, typical: Array, accepted: Flags) -> None:
+        """Take in what became of judged candidates: the same arrays, and bool [n]."""
+
+
+class OnlineEstimator:
+    """Logistic regression on a few signals, updated as candidates are judged; needs no training.
+
+    Each update is one Newton step on the new candidates, with the curvature of those seen before
+    (slowly forgotten) as the prior.
+
+    Args:
+        before: signals that do not know the candidate.
+        after: signals that do, in addition.
+    """
+
+    FORGET = 0.9998
+    """Weight that is left of old evidence after one more candidate."""
+
+    def __init__(self, before: Sequence[Signal], after: Sequence[Signal] = (Signal.LOG_Q,)) -> None:
+        self._columns = (list(before), [*after, *before])
+        # A guess to begin with: acceptance grows with the draft's confidence and the row's rate.
+        signs = {Signal.ENTROPY: -0.5}
+        self._weights = [
+            np.array([0.5, *(signs.get(column, 0.5) for column in columns), 0.5])
+            for columns in self._columns
+        ]
+        self._precisions = [4.0 * np.eye(len(weights)) for weights in self._weights]
+
+    @property
+    def wanted(self) -> frozenset[Signal]:
+        return frozenset(self._columns[1])
+
+    def predict(self, signals: Array, typical: Array) -> tuple[Array, Array]:
+        before, after = (
+            _sigmoid(_features(signals, columns, typical) @ weights)
+            for columns, weights in zip(self._columns, self._weights, strict=True)
+        )
+        return before, after
+
+    def learn(self, signals: Array, typical: Array, accepted: Flags) -> None:
+        for i, columns in enumerate(self._columns):
+            x = _features(signals, columns, typical)
+            p = _sigmoid(x @ self._weights[i])
+            self._precisions[i] *= self.FORGET ** len(x)
+            self._precisions[i] += x.T @ (x * (p * (1 - p))[:, None])
+            gradient = x.T @ (accepted - p)
+            self._weights[i] += np.linalg.solve(self._precisions[i], gradient)
+
+
+class HeadEstimator:
+    """A trained head, as long as what it says is true; after that, an online estimator.
+
+    Attributes:
+        calibration: the head's predictions after the draw, slowly forgotten.
+        fallen_back: whether the head was found out of calibration.
+    """
+
+    LEAST, MOST_ECE = 500, 0.15
+    """Judged candidates before the head is doubted, and the calibration error that it may have."""
+
+    FORGET = 0.999
+    """Weight that is left of old evidence after one more candidate: 1,000 are remembered."""
+
+    def __init__(self, fallback: OnlineEstimator | None = None) -> None:
+        self.fallback = fallback or online_estimator("confidence")
+        self.calibration = Calibration()
+        self.fallen_back = False
+
+    @property
+    def wanted(self) -> frozenset[Signal]:
+        return HEAD_SIGNALS | self.fallback.wanted
+
+    def predict(self, signals: Array, typical: Array) -> tuple[Array, Array]:
+        if self.fallen_back:
+            return self.fallback.predict(signals, typical)
+        return _sigmoid(signals[:, Signal.HEAD_BEFORE]), _sigmoid(signals[:, Signal.HEAD_AFTER])
+
+    def learn(self, signals: Array, typical: Array, accepted: Flags) -> None:
+        self.fallback.learn(signals, typical, accepted)
+        self.calibration.bins *= self.FORGET ** len(accepted)
+        self.calibration.add(_sigmoid(signals[:, Signal.HEAD_AFTER]), accepted)
+        ece = self.calibration.ece
+        if ece is not None and ece > self.MOST_ECE and self.calibration.judged >= self.LEAST:
+            self.fallen_back = True
+
+
+ONLINE = {
+    "confidence": (Signal.LOG_TOP,),
+    "entropy": (Signal.ENTROPY,),
+}
+"""Online estimators by name, and what they look at besides the candidate's own probability."""
+
+
+def online_estimator(name: str) -> OnlineEstimator:
+    """The online estimator called `name`, one of ONLINE."""
+    return OnlineEstimator(ONLINE[name])
+
+
+def _features(signals: Array, columns: Sequence[Signal], typical: Array) -> Array:
+    """float64 [n, 2 + len(columns)]: one, the signals, and the log odds of the row's rate."""
+    x = np.empty((len(signals), 2 + len(columns)))
+    x[:, 0] = 1.0
+    x[:, 1:-1] = signals[:, list(columns)]
+    np.clip(x, -10.0, 10.0, out=x)
+    x[:, -1] = np.log(typical / (1 - typical))
+    return x
+
+
+def _sigmoid(x: Array) -> Array:
+    """1 / (1 + e^-x), kept off 0 and 1."""
+    return 1 / (1 + np.exp(-np.clip(x, -12.0, 12.0)))

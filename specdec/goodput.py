@@ -1,0 +1,194 @@
+"""The policy `goodput`: SpecDec++'s stopping problem for a batch, under measured costs.
+
+A round commits one token per row plus what is accepted, and takes the time of its draft steps and
+of one verification. Over many rounds tokens per second is largest if every round maximises
+
+    expected tokens - value * seconds,        value = the goodput reached (tokens per second),
+
+the renewal-reward form of the decision process of arXiv 2405.19715, in which `value` takes the
+place of the threshold (DESIGN.md §4). Each decision below is this difference for one more step:
+which rows to draft for, which to draft on for, which candidates to verify, and whether to speculate
+at all. Costs come from a `CostModel`, probabilities from an `Estimator`.
+
+What may be trimmed. In matching modes any candidate may be dropped, so the verified set is chosen
+when all are drawn. Under rejection sampling y_k may be dropped by what was known before it was
+drawn: after the draft step that made its distribution, by the estimate that does not know it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from specdec.acceptance import AcceptanceHead, Array, Estimator, Flags
+from specdec.costs import CostModel
+from specdec.stopping import (
+    DraftStep,
+    EstimatingPolicy,
+    RoundOutcome,
+    RoundStart,
+)
+
+if TYPE_CHECKING:
+    from specdec.packed import PackedDecoder
+
+AHEAD = 8
+"""Draft steps to look ahead: a staircase of costs may repay two candidates where one does not."""
+
+PROBE_FIRST, PROBE_LAST = 16, 256
+"""Rounds without speculation before it is tried again; doubled after each try that lost."""
+
+PROBE_ROWS = 4
+
+CATCH_UP_ROUNDS = 8
+"""Rounds that share the cost of feeding the draft what it missed while it was not used."""
+
+
+class Goodput(EstimatingPolicy):
+    """Maximises committed tokens per second; K = 0 where speculation does not pay.
+
+    Args:
+        estimator, head: where probabilities come from.
+        costs: D(n) and V(n); by default profiled before the first round.
+        k_max: most candidates per row.
+    """
+
+    MEMORY = 0.98
+    """Weight that is left of a round's goodput after one more round."""
+
+    def __init__(
+        self,
+        estimator: Estimator,
+        head: AcceptanceHead | None = None,
+        costs: CostModel | None = None,
+        k_max: int = 20,
+    ) -> None:
+        super().__init__(estimator, head)
+        self.costs, self.k_max = costs, k_max
+        # Tokens per row and seconds, both relative to a round without speculation.
+        self._tokens, self._seconds = 5.0, 5.0
+        # Nothing is known of the pair yet: the first round tries, whatever it promises.
+        self._idle, self._probe_after = PROBE_FIRST, PROBE_FIRST
+
+    def prepare(self, target: PackedDecoder, draft: PackedDecoder, slots: int) -> None:
+        if self.costs is None:
+            self.costs = CostModel.profile(target, draft, slots)
+
+    def budget(self, start: RoundStart) -> Sequence[int]:
+        assert self.costs is not None, "prepare() comes before the first round"
+        self._begin(start)
+        self._free_trimming = start.free_trimming
+        rows = np.flatnonzero(np.array(start.room) > 0)
+        self._kept = np.zeros(len(start.rows), dtype=np.int64)
+        self._tokens_bare = self._tokens_fed = start.target_tokens
+        if not len(rows):
+            return [0] * len(start.rows)
+        # What a second is worth: the tokens that it yields as this pair has been doing of late.
+        plain = len(rows) / float(self.costs.verify(start.target_tokens))
+        self._value = plain * max(1.0, self._tokens / self._seconds)
+
+        rate = self.typical[rows]
+        order = np.argsort(-rate, kind="stable")
+        counts = np.arange(1, len(rows) + 1)
+        pending = np.cumsum(np.array(start.draft_pending)[rows][order])
+        first = self.costs.draft(counts)
+        first = first + np.maximum(self.costs.draft(pending) - first, 0) / CATCH_UP_ROUNDS
+        chosen = rows[order[: self._worth(rate[order], rate[order], first)]]
+        if len(chosen):
+            self._idle, self._probe_after = 0, PROBE_FIRST
+        else:
+            self._idle += 1
+            if self._idle > self._probe_after:
+                self._idle, self._probe_after = 0, min(2 * self._probe_after, PROBE_LAST)
+                cheapest = np.argsort(np.array(start.draft_pending)[rows], kind="stable")
+                chosen = rows[cheapest[:PROBE_ROWS]]
+        budget = np.zeros(len(start.rows), dtype=np.int64)
+        budget[chosen] = self.k_max
+        return [int(k) for k in budget]
+
+    def go_on(self, step: DraftStep) -> Flags:
+        assert self.costs is not None
+        rows, rate = step.rows, self.typical[step.rows]
+        alive = self.survival[rows]
+        judged = self._judge(step)
+        kept = np.ones(len(rows), dtype=bool)
+        if not self._free_trimming:
+            kept = self._best(alive * judged.before, rate, np.zeros(len(rows)))
+        self._kept[rows[kept]] = step.depth
+        self._tokens_fed += int(kept.sum())
+        going = np.zeros(len(rows), dtype=bool)
+        if step.depth < self.k_max and kept.any():
+            next_step = self.costs.draft(np.arange(1, int(kept.sum()) + 1))
+            going[kept] = self._best(judged.survival[kept] * rate[kept], rate[kept], next_step)
+        return going
+
+    def submit(self, drafted: Sequence[int]) -> Sequence[int]:
+        if not self._free_trimming:
+            return [int(k) for k in self._kept]
+        # All candidates by survival: a prefix of this order holds a prefix of every row, since a
+        # row's survival falls with every candidate. So one pass over all sizes is the whole search.
+        rows = np.concatenate([step.rows for step in self._steps])
+        survival = np.concatenate([step.survival for step in self._steps])
+        order = np.argsort(-survival, kind="stable")
+        sizes = np.arange(len(order) + 1)
+        tokens = np.concatenate([[0.0], np.cumsum(survival[order])])
+        assert self.costs is not None
+        seconds = self.costs.verify(self._tokens_bare + sizes)
+        best = int(np.argmax(tokens - self._value * seconds))
+        counts = np.bincount(rows[order[:best]], minlength=len(drafted))
+        return [int(k) for k in counts]
+
+    def observe(self, outcome: RoundOutcome) -> None:
+        super().observe(outcome)
+        if self.costs is None or not all(outcome.start.decoding):
+            return
+        for tokens, seconds in outcome.draft_costs:
+            self.costs.draft.observe(tokens, seconds)
+        tokens, seconds = outcome.verify_cost
+        self.costs.verify.observe(tokens, seconds)
+        rows = len(outcome.start.rows)
+        committed = sum(outcome.accepted) + rows
+        spent = seconds + sum(spent for _, spent in outcome.draft_costs)
+        self._tokens = self.MEMORY * self._tokens + committed / rows
+        # A pause of the machine is not what speculation costs.
+        relative = min(spent / float(self.costs.verify(rows)), 20.0)
+        self._seconds = self.MEMORY * self._seconds + relative
+
+    def _best(self, value: Array, rate: Array, first: Array) -> Flags:
+        """Which of n rows to take one step further: a mask bool [n]; arguments as in `_worth`."""
+        order = np.argsort(-value, kind="stable")
+        chosen = np.zeros(len(value), dtype=bool)
+        chosen[order[: self._worth(value[order], rate[order], first)]] = True
+        return chosen
+
+    def _worth(self, value: Array, rate: Array, first: Array) -> int:
+        """How many of the leading rows to take further; 0 if no number of them repays its cost.
+
+        Considers every number j of rows and up to AHEAD steps: the first adds `value` expected
+        tokens per row, each later one `rate` times the one before.
+
+        Args:
+            value: float [n], expected tokens of the next candidate of each row, falling.
+            rate: float [n], how fast that shrinks with further candidates.
+            first: float [n], seconds that the first step takes for the leading 1..n rows.
+        """
+        assert self.costs is not None
+        j = np.arange(1, len(value) + 1)[:, None]
+        steps = np.arange(1, AHEAD + 1)[None, :]
+        tokens = np.cumsum(value[:, None] * (1 - rate[:, None] ** steps) / (1 - rate[:, None]), 0)
+        drafting = first[:, None] + (steps - 1) * self.costs.draft(j)
+        verify = self.costs.verify
+        verifying = verify(self._tokens_fed + j * steps) - float(verify(self._tokens_fed))
+        gain = tokens - self._value * (drafting + verifying)
+        best = int(np.argmax(gain.max(1)))
+        return best + 1 if gain[best].max() > 0 else 0
+
+    def _reason(self, row: int, drafted: int) -> str:
+        if not drafted:
+            return f"no candidate repays its cost at {self._value:.0f} tokens/s"
+        return (
+            f"after {drafted}: another is reached with probability {self.survival[row]:.2f}, "
+            f"at {self._value:.0f} tokens/s too little for its cost"
+        )

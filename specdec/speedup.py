@@ -1,0 +1,201 @@
+"""Measured speedup: rounds with speculation against control rounds without, at the same live batch.
+
+A small share of rounds, chosen at random, runs without speculation. They give the seconds per token
+that the job would have needed otherwise; nothing is modelled. Only sums are kept, so the meters of
+units and actors add up to a job's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from scipy import stats
+
+LEAST_CONTROLS = 3
+"""Control rounds of one live-batch class before it is judged by itself."""
+
+
+@dataclass(slots=True)
+class Rounds:
+    """Sums over rounds: how many, seconds t, committed tokens k, and their second moments."""
+
+    n: float = 0.0
+    t: float = 0.0
+    k: float = 0.0
+    tt: float = 0.0
+    tk: float = 0.0
+    kk: float = 0.0
+
+    def book(self, seconds: float, tokens: int) -> None:
+        """Add one round."""
+        self.add(Rounds(1, seconds, tokens, seconds**2, seconds * tokens, tokens**2))
+
+    def add(self, other: Rounds) -> None:
+        """Add the rounds of `other`."""
+        for name in Rounds.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    @property
+    def seconds_per_token(self) -> float:
+        """The ratio of the sums."""
+        return self.t / self.k
+
+    @property
+    def variance(self) -> float:
+        """Variance of a round's seconds around what its tokens predict."""
+        r = self.seconds_per_token
+        return max(self.tt - 2 * r * self.tk + r * r * self.kk, 0.0) / max(self.n - 1, 1)
+
+
+@dataclass(slots=True)
+class SpeedupMeter:
+    """Rounds by live batch, with speculation and as control.
+
+    Attributes:
+        speculative, control: by class of live batch (`batch_class`); rounds in which no prompt was
+            being fed.
+        mixed: rounds that fed prompts besides decoding: their seconds, the seconds they would have
+            taken without candidates, and the tokens they committed beyond one per row.
+    """
+
+    speculative: dict[int, Rounds] = field(default_factory=dict)
+    control: dict[int, Rounds] = field(default_factory=dict)
+    mixed: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+
+    def book(self, live: int, seconds: float, tokens: int, *, control: bool) -> None:
+        """Add a round that committed `tokens` for `live` rows."""
+        arm = self.control if control else self.speculative
+        arm.setdefault(batch_class(live), Rounds()).book(seconds, tokens)
+
+    def book_mixed(self, seconds: float, without: float, extra: int) -> None:
+        """Add a round that also fed prompts; see `mixed`."""
+        for i, value in enumerate((seconds, without, extra)):
+            self.mixed[i] += value
+
+    def add(self, other: SpeedupMeter) -> None:
+        """Add the rounds of `other`."""
+        for mine, theirs in (
+            (self.speculative, other.speculative),
+            (self.control, other.control),
+        ):
+            for key, rounds in theirs.items():
+                mine.setdefault(key, Rounds()).add(rounds)
+        self.mixed = [a + b for a, b in zip(self.mixed, other.mixed, strict=True)]
+
+    def minus(self, other: SpeedupMeter) -> SpeedupMeter:
+        """What was booked since `other` was this meter."""
+        result = SpeedupMeter()
+        for target, now, then in (
+            (result.speculative, self.speculative, other.speculative),
+            (result.control, self.control, other.control),
+        ):
+            for key, rounds in now.items():
+                before = then.get(key, Rounds())
+                sums = [getattr(rounds, s) - getattr(before, s) for s in Rounds.__slots__]
+                if sums[0]:
+                    target[key] = Rounds(*sums)
+        result.mixed = [a - b for a, b in zip(self.mixed, other.mixed, strict=True)]
+        return result
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for records."""
+
+        def plain(arm: Mapping[int, Rounds]) -> dict[str, list[float]]:
+            return {str(k): [getattr(r, s) for s in Rounds.__slots__] for k, r in arm.items()}
+
+        return {
+            "speculative": plain(self.speculative),
+            "control": plain(self.control),
+            "mixed": self.mixed,
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> SpeedupMeter:
+        """What `to_json` gave."""
+
+        def arm(name: str) -> dict[int, Rounds]:
+            return {int(k): Rounds(*sums) for k, sums in data[name].items()}
+
+        return SpeedupMeter(arm("speculative"), arm("control"), list(data["mixed"]))
+
+    def estimate(self, confidence: float = 0.95) -> Speedup | None:
+        """Seconds without speculation over seconds with it, for the work of the booked rounds.
+
+        The tokens that were committed at a live batch are charged at what its control rounds took
+        per token; a class with fewer than LEAST_CONTROLS of them borrows the other classes' ratio.
+
+        Returns:
+            None while there are fewer than LEAST_CONTROLS control rounds to compare with.
+        """
+        known = [
+            key
+            for key, rounds in self.control.items()
+            if rounds.n >= LEAST_CONTROLS and key in self.speculative
+        ]
+        if not known:
+            return None
+        with_, without, variance_with, variance_without, controls = 0.0, 0.0, 0.0, 0.0, 0.0
+        for key in known:
+            fast, slow = self.speculative[key], self.control[key]
+            with_ += fast.t
+            without += fast.k * slow.seconds_per_token
+            variance_with += fast.n * fast.variance
+            variance_without += (fast.k / slow.k) ** 2 * slow.n * slow.variance
+            controls += slow.n
+        ratio = without / with_
+        error = math.sqrt(variance_without / without**2 + variance_with / with_**2)
+        spread = float(stats.t.ppf(0.5 + confidence / 2, max(controls - len(known), 1))) * error
+
+        unknown = sum(r.t for key, r in self.speculative.items() if key not in known)
+        committed = sum(self.speculative[key].k for key in known)
+        extra = self.mixed[2] * without / committed
+        total = with_ + unknown + self.mixed[0]
+
+        def whole(decoding: float) -> float:
+            """The speedup of all rounds, given that of rounds that only decode."""
+            scaled = decoding / ratio
+            return (decoding * (with_ + unknown) + self.mixed[1] + extra * scaled) / total
+
+        low, high = (whole(ratio * math.exp(sign * spread)) for sign in (-1, 1))
+        return Speedup(whole(ratio), low, high, int(controls))
+
+
+@dataclass(frozen=True, slots=True)
+class Speedup:
+    """Times faster than without speculation, its confidence interval, and control rounds behind."""
+
+    value: float
+    low: float
+    high: float
+    controls: int
+
+
+def batch_class(live: int) -> int:
+    """The power of two that a live batch falls under: 1, 2, 4 (3-4), 8 (5-8), ..."""
+    return 1 << (live - 1).bit_length()
+
+
+class ControlSchedule:
+    """Picks control rounds: one at random in every block of 1 / share rounds.
+
+    Args:
+        share: of rounds; 0: none.
+    """
+
+    def __init__(self, share: float, seed: int = 0) -> None:
+        self._block = round(1 / share) if share else 0
+        self._random = Random(seed)
+        self._at = self._chosen = -1
+
+    def next(self) -> bool:
+        """Whether this round is a control round."""
+        if not self._block:
+            return False
+        self._at = (self._at + 1) % self._block
+        if self._at == 0:
+            self._chosen = self._random.randrange(self._block)
+        return self._at == self._chosen
