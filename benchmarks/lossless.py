@@ -32,8 +32,8 @@ from rich.table import Table
 
 from specdec.engine import Engine
 from specdec.pair import ModelPair
-from specdec.request import Request, SamplingParams
 from specdec.policies import POLICIES, make_policy
+from specdec.request import Request, SamplingParams
 
 NEAR_TIE = 1e-3
 """Logit gap below which fp32 rounding (about 1e-4 here) may decide."""
@@ -68,7 +68,8 @@ def main(
     wrong = 0
     for batch in map(int, batches.split(",")):
         for policy in POLICIES:
-            engine = Engine(pair, policy=make_policy(policy, k=3, k_max=6), slots=batch)
+            side = make_policy(policy, k=3, k_max=6, estimator="confidence")
+            engine = Engine(pair, policy=side, slots=batch)
             sampling = SamplingParams(max_new_tokens=tokens, temperature=0)
             done = engine.generate([Request(str(i), p, sampling) for i, p in enumerate(ids)])
             gaps = []

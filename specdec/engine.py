@@ -25,12 +25,13 @@ from specdec.cache import round_to_blocks
 from specdec.clock import PhaseClock
 from specdec.ending import Decode, find_ending
 from specdec.packed import GRID_TOKENS, PackedDecoder, Row, upload
-from specdec.request import Completion, Counts, InvalidRequest, Request, RoundTrace
+from specdec.request import Completion, Counts, InvalidRequest, Request
+from specdec.rounds import Round
 from specdec.sampling import SamplingBatch
 from specdec.scheduler import LiveRow, Scheduler
 from specdec.speedup import ControlSchedule, SpeedupMeter
-from specdec.stopping import DraftStep, Explanation, RoundOutcome, RoundStart, StopPolicy
-from specdec.verification import MODES, Mode, Proposal
+from specdec.stopping import DraftStep, RoundStart, StopPolicy
+from specdec.verification import MODES, Proposal
 
 
 class Pair(Protocol):
@@ -189,26 +190,20 @@ class Engine:
             rows = self.scheduler.admit()
         if not rows:
             return finished
-        sampling = self._sampling_of(rows)
-        mode = MODES["coupled"] if sampling.all_greedy else self.mode
-        start = self._look(rows, free_trimming=mode is MODES["coupled"])
-        control = any(start.room) and self._controls.next()
-        draft_costs: list[tuple[int, float]] = []
-        proposal = self._draft(rows, sampling, mode, start, control, draft_costs)
-        drew = any(proposal.lengths)
-        submitted = self.policy.submit(proposal.lengths) if drew else proposal.lengths
-        committed = self._verify(rows, sampling, mode, proposal, submitted, control)
+        this = self._begin(rows)
+        if not this.control:
+            self._draft(this)
+        self._verify(this)
         self.clock.settle()
         with self.clock.phase({"host": 1.0}):
-            accepted = [max(len(tokens) - 1, 0) for tokens in committed]
             if self.trace:
-                self._trace(rows, start, proposal, submitted, accepted, control)
-            ended, kept = self._commit(rows, proposal.lengths, submitted, committed)
-        seconds = time.perf_counter() - began - sum(spent for _, spent in draft_costs)
-        self._learn(
-            start, proposal.lengths, submitted, accepted, kept, draft_costs, seconds, control
-        )
-        return finished + ended
+                this.trace(self.policy)
+            finished += self._commit(this)
+        drafting = sum(seconds for _, seconds in this.draft_costs)
+        this.seconds = time.perf_counter() - began - drafting
+        self.policy.observe(this.outcome())
+        this.book(self.stats.speedup)
+        return finished
 
     def _prepare(self) -> None:
         """Let the policy look at the models, once and in the thread that will run them."""
@@ -217,20 +212,23 @@ class Engine:
                 self.policy.prepare(self.pair.target, self.pair.draft, self.scheduler.slots)
         self._prepared = True
 
-    def _look(self, rows: Sequence[LiveRow], *, free_trimming: bool) -> RoundStart:
-        """What the policy may know before the round drafts."""
+    def _begin(self, rows: list[LiveRow]) -> Round:
+        """A new round, and what the policy may know before it drafts."""
+        if self._sampling is None or self._sampling[0] != rows:
+            self._sampling = rows, SamplingBatch.of([row.sampling for row in rows], self.device)
+        sampling = self._sampling[1]
+        mode = MODES["coupled"] if sampling.all_greedy else self.mode
         # A longer row would leave the grid, whose kernels are what makes bits repeat.
         most = GRID_TOKENS - 1 if self.pair.target.invariant else self.pair.context_length
-        room, decoding = [], []
-        tokens = 0
+        room, decoding, target_tokens = [], [], 0
         for slot, row in enumerate(rows):
             pending = len(row.tokens) - self.target_cache.lengths[slot]
-            tokens += min(pending, self.prefill_chunk)
+            target_tokens += min(pending, self.prefill_chunk)
             decoding.append(pending == 1)
             left = row.sampling.max_new_tokens - row.generated - 1  # the bonus token takes one
             left = min(left, self.pair.draft_context_length - len(row.tokens), most)
             room.append(max(0, left) if pending == 1 and self.pair.draft is not None else 0)
-        return RoundStart(
+        start = RoundStart(
             rows=[row.memory for row in rows],
             room=room,
             decoding=decoding,
@@ -238,38 +236,24 @@ class Engine:
             draft_pending=[
                 len(row.tokens) - self.draft_cache.lengths[slot] for slot, row in enumerate(rows)
             ],
-            target_tokens=tokens,
-            free_trimming=free_trimming,
+            target_tokens=target_tokens,
+            free_trimming=mode is MODES["coupled"],
         )
+        control = any(room) and self._controls.next()
+        nothing = Proposal(len(rows), 0, self.device)
+        return Round(rows, sampling, mode, start, control, nothing, nothing.lengths)
 
-    def _sampling_of(self, rows: list[LiveRow]) -> SamplingBatch:
-        """The rows' sampling parameters on the device, stacked anew only when the rows changed."""
-        if self._sampling is None or self._sampling[0] != rows:
-            self._sampling = rows, SamplingBatch.of([row.sampling for row in rows], self.device)
-        return self._sampling[1]
-
-    def _draft(
-        self,
-        rows: list[LiveRow],
-        sampling: SamplingBatch,
-        mode: Mode,
-        start: RoundStart,
-        control: bool,
-        costs: list[tuple[int, float]],
-    ) -> Proposal:
-        """Draw candidates until the policy has had enough, one draft forward for all rows.
-
-        Appends the packed tokens and seconds of each draft step to `costs`.
-        """
-        draft, cache = self.pair.draft, self.draft_cache
-        if draft is None or control:
-            return Proposal(len(rows), 0, self.device)
-        wanted = self.policy.budget(start)
-        budget = [min(k, room) for k, room in zip(wanted, start.room, strict=True)]
-        proposal = Proposal(len(rows), max(budget), self.device)
+    def _draft(self, this: Round) -> None:
+        """Draw candidates until the policy has had enough, one draft forward for all rows."""
+        draft, cache, rows = self.pair.draft, self.draft_cache, this.rows
+        if draft is None:
+            return
+        wanted = self.policy.budget(this.start)
+        budget = [min(k, room) for k, room in zip(wanted, this.start.room, strict=True)]
         active = [slot for slot, k in enumerate(budget) if k > 0]
         if not active:
-            return proposal
+            return
+        proposal = this.proposal = Proposal(len(rows), max(budget), self.device)
 
         began = time.perf_counter()
         with self.clock.phase({"prefill": 1.0}):
@@ -289,12 +273,12 @@ class Engine:
                 hidden = hidden[counted.cumsum(0) - 1]
                 logits = draft.logits(hidden)[:, : self.pair.vocab_size]
             with self.clock.phase({"sample": 1.0}):
-                tokens, q = mode.propose(logits, sampling.rows(index), at)
+                tokens, q = this.mode.propose(logits, this.sampling.rows(index), at)
                 proposal.add(active, index, tokens, q)
             with self.clock.phase({"decide": 1.0}):
                 going = self._going_on(active, depth + 1, logits, tokens, hidden, budget)
             ended = time.perf_counter()
-            costs.append((packed, ended - began))
+            this.draft_costs.append((packed, ended - began))
             began = ended
             if not going:
                 break
@@ -302,7 +286,7 @@ class Engine:
                 active = [active[i] for i in going]
                 tokens = tokens[upload(self.device, going)[0]]
             counts = [1] * len(active)
-        return proposal
+        this.submitted = self.policy.submit(proposal.lengths)
 
     def _prefill_draft(self, draft: PackedDecoder, slot: int, row: LiveRow) -> None:
         """Feed the draft what it lacks of a row, until no more than a chunk is pending."""
@@ -332,21 +316,9 @@ class Engine:
         flags = policy.go_on(DraftStep(np.array(active), depth, host))
         return [i for i in within if flags[i]]
 
-    def _verify(
-        self,
-        rows: Sequence[LiveRow],
-        sampling: SamplingBatch,
-        mode: Mode,
-        proposal: Proposal,
-        submitted: Sequence[int],
-        control: bool,
-    ) -> list[list[int]]:
-        """Feed every row's pending tokens and submitted candidates to the target in one forward.
-
-        Returns:
-            For each row the tokens to commit: accepted candidates, then the bonus token. Nothing
-            for a row whose prompt is not yet fed to its end.
-        """
+    def _verify(self, this: Round) -> None:
+        """Feed every row's pending tokens and submitted candidates to the target in one forward."""
+        rows, proposal = this.rows, this.proposal
         candidates, most = proposal.candidates.flatten(), proposal.candidates.shape[1]
         feed: list[Row] = []
         pending: list[int] = []
@@ -355,7 +327,7 @@ class Engine:
         first: list[int] = []  # where each row's begin among the scored
         owner: list[int] = []  # the row of each scored token, and the output position it predicts
         at: list[int] = []
-        for slot, (row, k) in enumerate(zip(rows, submitted, strict=True)):
+        for slot, (row, k) in enumerate(zip(rows, this.submitted, strict=True)):
             fed = self.target_cache.lengths[slot]
             chunk = row.tokens[fed : fed + self.prefill_chunk]
             known = len(candidates) + len(pending)
@@ -367,10 +339,10 @@ class Engine:
             owner += [slot] * (k + 1)
             at += range(row.generated, row.generated + k + 1)
 
-        tensors = upload(self.device, pending, order, scored, first, submitted, owner, at)
+        tensors = upload(self.device, pending, order, scored, first, this.submitted, owner, at)
         pending_, order_, scored_, first_, lengths, owner_, at_ = tensors
         verifying = len(scored) / len(order)
-        phase = "control" if control else "verify"
+        phase = "control" if this.control else "verify"
         with self.clock.phase({phase: verifying, "prefill": 1 - verifying}):
             tokens = torch.cat([candidates, pending_])[order_]
             hidden = self.pair.target.forward(self.target_cache, feed, tokens)
@@ -378,37 +350,27 @@ class Engine:
         self.stats.target_forwards += 1
         self.stats.target_tokens += len(order)
         with self.clock.phase({"sample": 1.0}):
-            accepted, bonus = mode.verify(
-                logits, sampling.rows(owner_), at_, first_, lengths, proposal
+            accepted, bonus = this.mode.verify(
+                logits, this.sampling.rows(owner_), at_, first_, lengths, proposal
             )
             verdict = torch.cat([accepted[:, None], bonus[:, None], proposal.candidates], 1)
             result: list[list[int]] = verdict.tolist()  # the round's one transfer to the host
         whole = [
             self.target_cache.lengths[slot] == len(row.tokens) + k
-            for slot, (row, k) in enumerate(zip(rows, submitted, strict=True))
+            for slot, (row, k) in enumerate(zip(rows, this.submitted, strict=True))
         ]
-        return [
+        this.committed = [
             [*drafted[:n], extra] if ready else []
             for ready, (n, extra, *drafted) in zip(whole, result, strict=True)
         ]
 
-    def _commit(
-        self,
-        rows: Sequence[LiveRow],
-        drafted: Sequence[int],
-        submitted: Sequence[int],
-        committed: Sequence[Sequence[int]],
-    ) -> tuple[list[Completion], list[int]]:
-        """Append what was committed, roll the caches back to it, retire rows that ended.
-
-        Returns:
-            The completions of rows that ended, and for each row how many tokens it grew by.
-        """
+    def _commit(self, this: Round) -> list[Completion]:
+        """Append what was committed, roll the caches back to it, retire rows that ended."""
         finished = []
-        grown = [0] * len(rows)
+        this.grown = grown = [0] * len(this.rows)
         self.stats.rounds += 1
-        self.stats.live_rows += len(rows)
-        for slot, (row, tokens) in enumerate(zip(rows, committed, strict=True)):
+        self.stats.live_rows += len(this.rows)
+        for slot, (row, tokens) in enumerate(zip(this.rows, this.committed, strict=True)):
             if not tokens:
                 continue
             known = row.generated
@@ -418,9 +380,10 @@ class Engine:
             kept = grown[slot] = (ending.length if ending else len(output)) - known
             # An output that ends inside the accepted prefix drops the rest and the bonus token.
             stands = min(len(tokens) - 1, kept)
-            round_counts = Counts(1, drafted[slot], submitted[slot], stands, kept)
-            row.counts.add(round_counts)
-            self.stats.counts.add(round_counts)
+            drafted, verified = this.proposal.lengths[slot], this.submitted[slot]
+            counts = Counts(1, drafted, verified, stands, kept)
+            row.counts.add(counts)
+            self.stats.counts.add(counts)
             for cache in self.scheduler.caches:
                 cache.rollback(slot, len(row.tokens) - 1)
             if ending:
@@ -437,68 +400,7 @@ class Engine:
                     )
                 )
                 self.scheduler.retire(slot)
-        return finished, grown
-
-    def _trace(
-        self,
-        rows: Sequence[LiveRow],
-        start: RoundStart,
-        proposal: Proposal,
-        submitted: Sequence[int],
-        accepted: Sequence[int],
-        control: bool,
-    ) -> None:
-        """Note for each decoding row what the round predicted, decided and met."""
-        candidates = proposal.candidates.tolist()
-        for slot, row in enumerate(rows):
-            if not start.decoding[slot]:
-                continue
-            why = Explanation((), "control round") if control else self.policy.explain(slot)
-            drafted = proposal.lengths[slot]
-            row.trace.append(
-                RoundTrace(
-                    context=len(row.tokens),
-                    live=sum(start.decoding),
-                    candidates=tuple(candidates[slot][:drafted]),
-                    predicted=why.predicted,
-                    submitted=submitted[slot],
-                    accepted=accepted[slot],
-                    reason=why.reason,
-                )
-            )
-
-    def _learn(
-        self,
-        start: RoundStart,
-        drafted: Sequence[int],
-        submitted: Sequence[int],
-        accepted: Sequence[int],
-        kept: Sequence[int],
-        draft_costs: Sequence[tuple[int, float]],
-        seconds: float,
-        control: bool,
-    ) -> None:
-        """Tell the policy and the speedup meter what the round did and took.
-
-        Args:
-            kept: tokens that each row's output grew by.
-            draft_costs: packed tokens and seconds of each draft step.
-            seconds: of the rest of the round.
-        """
-        fed = start.target_tokens + sum(submitted)
-        self.policy.observe(
-            RoundOutcome(start, drafted, submitted, accepted, draft_costs, (fed, seconds))
-        )
-        live = sum(start.decoding)
-        tokens = sum(n for n, ready in zip(kept, start.decoding, strict=True) if ready)
-        whole = seconds + sum(spent for _, spent in draft_costs)
-        if all(start.decoding):
-            self.stats.speedup.book(live, whole, tokens, control=control)
-        elif live:
-            without = seconds * start.target_tokens / fed
-            self.stats.speedup.book_mixed(whole, without, tokens - live)
-        else:
-            self.stats.speedup.book_mixed(whole, whole, 0)
+        return finished
 
 
 def _free_memory(device: torch.device) -> int:

@@ -27,6 +27,7 @@ from specdec.costs import CostModel
 from specdec.stopping import (
     DraftStep,
     EstimatingPolicy,
+    Indices,
     RoundOutcome,
     RoundStart,
 )
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 AHEAD = 8
 """Draft steps to look ahead: a staircase of costs may repay two candidates where one does not."""
 
-PROBE_FIRST, PROBE_LAST = 16, 256
-"""Rounds without speculation before it is tried again; doubled after each try that lost."""
+PROBE_SHARE = 0.01
+"""Share of time that is spent on trying speculation again where it has not paid."""
 
 PROBE_ROWS = 4
 
@@ -69,8 +70,8 @@ class Goodput(EstimatingPolicy):
         self.costs, self.k_max = costs, k_max
         # Tokens per row and seconds, both relative to a round without speculation.
         self._tokens, self._seconds = 5.0, 5.0
-        # Nothing is known of the pair yet: the first round tries, whatever it promises.
-        self._idle, self._probe_after = PROBE_FIRST, PROBE_FIRST
+        # Seconds saved up for a probe. Nothing is known of the pair yet, so the first is free.
+        self._allowance = float("inf")
 
     def prepare(self, target: PackedDecoder, draft: PackedDecoder, slots: int) -> None:
         if self.costs is None:
@@ -86,7 +87,7 @@ class Goodput(EstimatingPolicy):
         if not len(rows):
             return [0] * len(start.rows)
         # What a second is worth: the tokens that it yields as this pair has been doing of late.
-        plain = len(rows) / float(self.costs.verify(start.target_tokens))
+        plain = len(rows) / float(self.costs.verify(len(rows)))
         self._value = plain * max(1.0, self._tokens / self._seconds)
 
         rate = self.typical[rows]
@@ -95,38 +96,49 @@ class Goodput(EstimatingPolicy):
         pending = np.cumsum(np.array(start.draft_pending)[rows][order])
         first = self.costs.draft(counts)
         first = first + np.maximum(self.costs.draft(pending) - first, 0) / CATCH_UP_ROUNDS
-        chosen = rows[order[: self._worth(rate[order], rate[order], first)]]
-        if len(chosen):
-            self._idle, self._probe_after = 0, PROBE_FIRST
-        else:
-            self._idle += 1
-            if self._idle > self._probe_after:
-                self._idle, self._probe_after = 0, min(2 * self._probe_after, PROBE_LAST)
-                cheapest = np.argsort(np.array(start.draft_pending)[rows], kind="stable")
-                chosen = rows[cheapest[:PROBE_ROWS]]
+        chosen = rows[order[: self._worth(rate[order], rate[order], first, self.k_max)]]
+        self._probing = not len(chosen)
+        if self._probing:
+            chosen = self._probe(rows, np.array(start.draft_pending)[rows])
         budget = np.zeros(len(start.rows), dtype=np.int64)
         budget[chosen] = self.k_max
         return [int(k) for k in budget]
+
+    def _probe(self, rows: Indices, pending: Indices) -> Indices:
+        """Which of the rows try speculation although it does not promise to pay: mostly none."""
+        assert self.costs is not None
+        cheapest = np.argsort(pending, kind="stable")[:PROBE_ROWS]
+        n, verify = len(cheapest), self.costs.verify
+        cost = float(self.costs.draft(pending[cheapest].sum()))
+        cost += float(verify(self._tokens_bare + n) - verify(self._tokens_bare))
+        if self._allowance < cost:
+            return rows[:0]
+        self._allowance = 0.0
+        return rows[cheapest]
 
     def go_on(self, step: DraftStep) -> Flags:
         assert self.costs is not None
         rows, rate = step.rows, self.typical[step.rows]
         alive = self.survival[rows]
         judged = self._judge(step)
+        left = self.k_max - step.depth
         kept = np.ones(len(rows), dtype=bool)
-        if not self._free_trimming:
-            kept = self._best(alive * judged.before, rate, np.zeros(len(rows)))
+        if not self._free_trimming and not (self._probing and step.depth == 1):
+            kept = self._best(alive * judged.before, rate, np.zeros(len(rows)), left + 1)
         self._kept[rows[kept]] = step.depth
         self._tokens_fed += int(kept.sum())
         going = np.zeros(len(rows), dtype=bool)
-        if step.depth < self.k_max and kept.any():
+        if left and kept.any():
             next_step = self.costs.draft(np.arange(1, int(kept.sum()) + 1))
-            going[kept] = self._best(judged.survival[kept] * rate[kept], rate[kept], next_step)
+            value = judged.survival[kept] * rate[kept]
+            going[kept] = self._best(value, rate[kept], next_step, left)
         return going
 
     def submit(self, drafted: Sequence[int]) -> Sequence[int]:
         if not self._free_trimming:
             return [int(k) for k in self._kept]
+        if self._probing:
+            return drafted
         # All candidates by survival: a prefix of this order holds a prefix of every row, since a
         # row's survival falls with every candidate. So one pass over all sizes is the whole search.
         rows = np.concatenate([step.rows for step in self._steps])
@@ -152,18 +164,19 @@ class Goodput(EstimatingPolicy):
         committed = sum(outcome.accepted) + rows
         spent = seconds + sum(spent for _, spent in outcome.draft_costs)
         self._tokens = self.MEMORY * self._tokens + committed / rows
+        self._allowance += PROBE_SHARE * spent
         # A pause of the machine is not what speculation costs.
         relative = min(spent / float(self.costs.verify(rows)), 20.0)
         self._seconds = self.MEMORY * self._seconds + relative
 
-    def _best(self, value: Array, rate: Array, first: Array) -> Flags:
+    def _best(self, value: Array, rate: Array, first: Array, left: int) -> Flags:
         """Which of n rows to take one step further: a mask bool [n]; arguments as in `_worth`."""
         order = np.argsort(-value, kind="stable")
         chosen = np.zeros(len(value), dtype=bool)
-        chosen[order[: self._worth(value[order], rate[order], first)]] = True
+        chosen[order[: self._worth(value[order], rate[order], first, left)]] = True
         return chosen
 
-    def _worth(self, value: Array, rate: Array, first: Array) -> int:
+    def _worth(self, value: Array, rate: Array, first: Array, left: int) -> int:
         """How many of the leading rows to take further; 0 if no number of them repays its cost.
 
         Considers every number j of rows and up to AHEAD steps: the first adds `value` expected
@@ -173,10 +186,11 @@ class Goodput(EstimatingPolicy):
             value: float [n], expected tokens of the next candidate of each row, falling.
             rate: float [n], how fast that shrinks with further candidates.
             first: float [n], seconds that the first step takes for the leading 1..n rows.
+            left: most candidates that the rows may still get.
         """
         assert self.costs is not None
         j = np.arange(1, len(value) + 1)[:, None]
-        steps = np.arange(1, AHEAD + 1)[None, :]
+        steps = np.arange(1, min(AHEAD, left) + 1)[None, :]
         tokens = np.cumsum(value[:, None] * (1 - rate[:, None] ** steps) / (1 - rate[:, None]), 0)
         drafting = first[:, None] + (steps - 1) * self.costs.draft(j)
         verify = self.costs.verify
