@@ -3,6 +3,7 @@
     python benchmarks/engine.py peers     # 64 prompts, fp32: our engine, generate, generate_batch
     python benchmarks/engine.py policies  # goodput / the best of none and fixed, live batch 1-16
     python benchmarks/engine.py speedup   # reported from control rounds, against two full runs
+    python benchmarks/engine.py overhead  # what goodput's own work costs at 64 rows
     python benchmarks/engine.py quality   # what a precision costs in agreement with fp32
 
 Sides are interleaved in one process, `--repeats` times over; a ratio is the median of the paired
@@ -27,9 +28,10 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
-from specdec.heads import load_head
 
+from specdec.costs import CostModel, CostTable
 from specdec.engine import Engine
+from specdec.heads import load_head
 from specdec.linear import Quantization
 from specdec.pair import ModelPair, find_model, model_folder
 from specdec.policies import make_policy
@@ -312,6 +314,59 @@ def speedup(
             "yes" if inside else "no",
         )
     console.print(table, f"covered in {covered} of {repeats}")
+
+
+@app.command()
+def overhead(
+    target: Target = TARGET,
+    draft: Draft = DRAFT,
+    prompts: Prompts = PROMPTS,
+    tokens: Tokens = 24,
+    batch: Annotated[int, typer.Option(help="slots")] = 64,
+    threads: Threads = 0,
+) -> None:
+    """What goodput's own work costs, as a share of round time, when it speculates in every round.
+
+    Drafting is stated to cost next to nothing, so that the policy has as much to decide as it can.
+    """
+    prepare(threads)
+    pair = load(target, draft, "fp32")
+    ids = read_prompts(pair, prompts, batch)
+    costs = CostModel(CostTable([1], [1e-5]), CostTable([1, 8 * batch], [0.05, 0.06]))
+    costs.draft.observe = costs.verify.observe = lambda *_: None  # type: ignore[method-assign]
+    policy = make_policy("goodput", costs=costs, k_max=8)
+    spent: dict[str, float] = {}
+    for name in ("budget", "go_on", "submit", "observe"):
+        setattr(policy, name, timed(getattr(policy, name), name, spent))
+    run_engine(pair, policy, batch, ids, 4)
+    spent.clear()
+    start = time.perf_counter()
+    _, engine = run_engine(pair, policy, batch, ids, tokens)
+    whole = time.perf_counter() - start
+    spent["signals"] = engine.stats.seconds["decide"] - spent["go_on"]
+    table = Table("part", "share of all time", "ms per round")
+    for name, seconds_ in spent.items():
+        table.add_row(
+            name, f"{seconds_ / whole:.2%}", f"{1000 * seconds_ / engine.stats.rounds:.2f}"
+        )
+    counts = engine.stats.counts
+    console.print(
+        table,
+        f"{engine.stats.rounds} rounds, {whole / engine.stats.rounds:.3f} s each, "
+        f"{counts.drafted / counts.rounds:.1f} candidates a row and round",
+    )
+
+
+def timed(function: Callable[..., Any], name: str, spent: dict[str, float]) -> Callable[..., Any]:
+    """`function`, with the seconds it takes added to spent[name]."""
+
+    def wrapper(*args: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args)
+        spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
+        return result
+
+    return wrapper
 
 
 @app.command()
