@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -155,8 +155,11 @@ class Calibration:
 
     bins: Array = field(default_factory=lambda: np.zeros((BINS, 3)))
 
-    def add(self, predicted: Array, accepted: Flags) -> None:
-        """Book judged candidates: predictions float [n] in [0, 1], and what happened, bool [n]."""
+    def add(self, predicted: Array, accepted: Flags | Array) -> None:
+        """Book judged candidates: predictions float [n] in [0, 1], and what happened.
+
+        That is bool [n], or float [n] where only the probability of acceptance is known.
+        """
         index = np.minimum((predicted * BINS).astype(int), BINS - 1)
         np.add.at(self.bins, index, np.stack([np.ones_like(predicted), predicted, accepted], -1))
 
@@ -184,13 +187,16 @@ class RowHistory:
         judged, accepted: decayed counts.
     """
 
+    FORGET: ClassVar[float] = 0.97
+    """Weight that is left of old candidates after one more round."""
+
     judged: float = 0.0
     accepted: float = 0.0
 
     def add(self, judged: int, accepted: int) -> None:
         """Book a round."""
-        self.judged = 0.9 * self.judged + judged
-        self.accepted = 0.9 * self.accepted + accepted
+        self.judged = self.FORGET * self.judged + judged
+        self.accepted = self.FORGET * self.accepted + accepted
 
 
 class Estimator(Protocol):

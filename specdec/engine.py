@@ -395,7 +395,7 @@ class Engine:
                         ending.finish_reason,
                         ending.stop_reason,
                         row.counts,
-                        calibration=row.memory.calibration,
+                        calibration=row.memory.calibration(),
                         trace=tuple(row.trace),
                     )
                 )

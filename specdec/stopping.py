@@ -47,12 +47,25 @@ class RowMemory:
     Attributes:
         k: the current candidate length of policies that adapt it; 0 before the row's first round.
         history: how often its candidates were accepted lately.
-        calibration: predicted against observed acceptance, by context length (`context_class`).
+        judged: by round, the row's context length and its judged candidates: predicted acceptance
+            and whether each stands.
     """
 
     k: int = 0
     history: RowHistory = field(default_factory=RowHistory)
-    calibration: dict[int, Calibration] = field(default_factory=dict)
+    judged: list[tuple[int, Array, Flags]] = field(default_factory=list)
+
+    def calibration(self) -> dict[int, Calibration]:
+        """Predicted against observed acceptance, by class of context length."""
+        classes: dict[int, list[tuple[Array, Flags]]] = {}
+        for context, predicted, stood in self.judged:
+            classes.setdefault(context_class(context), []).append((predicted, stood))
+        result = {}
+        for key, parts in classes.items():
+            predicted, stood = (np.concatenate(each) for each in zip(*parts, strict=True))
+            result[key] = Calibration()
+            result[key].add(predicted, stood)
+        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +263,7 @@ class EstimatingPolicy(StopPolicy):
         head: the module behind the head's signals.
     """
 
-    PRIOR_RATE, PRIOR_WEIGHT = 0.6, 4.0
+    PRIOR_RATE, PRIOR_WEIGHT = 0.6, 8.0
     """Acceptance rate before anything was judged, and how many candidates that is worth."""
 
     FORGET = 0.998
@@ -295,17 +308,21 @@ class EstimatingPolicy(StopPolicy):
             known = stands | fell
             seen.append((step.rows[known], step.signals[known], step.after[known], stands[known]))
         rows, signals, after, stood = (np.concatenate(parts) for parts in zip(*seen, strict=True))
-        if len(rows):
-            self.estimator.learn(signals, self.typical[rows], stood)
-            self._judged = self._judged * self.FORGET ** len(rows) + len(rows)
-            self._accepted = self._accepted * self.FORGET ** len(rows) + int(stood.sum())
-        for row in np.unique(rows):
-            mine = rows == row
-            memory = outcome.start.rows[row]
-            memory.history.add(int(mine.sum()), int(stood[mine].sum()))
-            bucket = context_class(outcome.start.contexts[row])
-            memory.calibration.setdefault(bucket, Calibration()).add(after[mine], stood[mine])
         self._steps = []
+        if not len(rows):
+            return
+        self.estimator.learn(signals, self.typical[rows], stood)
+        self._judged = self._judged * self.FORGET ** len(rows) + len(rows)
+        self._accepted = self._accepted * self.FORGET ** len(rows) + int(stood.sum())
+        order = np.argsort(rows, kind="stable")
+        rows, after, stood = rows[order], after[order], stood[order]
+        owners, begins = np.unique(rows, return_index=True)
+        ends = [*begins[1:], len(rows)]
+        for row, begin, end in zip(owners.tolist(), begins.tolist(), ends, strict=True):
+            memory = outcome.start.rows[row]
+            mine = stood[begin:end]
+            memory.history.add(len(mine), int(np.count_nonzero(mine)))
+            memory.judged.append((outcome.start.contexts[row], after[begin:end], mine))
 
     def explain(self, row: int) -> Explanation:
         predicted = tuple(
