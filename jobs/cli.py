@@ -1,23 +1,20 @@
-"""The command line: `specbatch run`, `validate`, `report`."""
+"""The command line: `specbatch run`, `validate`, `report`, `distill`, `train-head`."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from jobs.console import err, explained, out
 from jobs.spec import load_job
+from jobs.train_head import train_head
+from jobs.training import distill
 from pipeline.config import JobConfig, S3Config
 from pipeline.errors import UserError
-
-USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 app = typer.Typer(
     name="specbatch",
@@ -29,8 +26,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
 
 JobFile = Annotated[
     Path, typer.Argument(metavar="FILE", help="The job file (YAML).", show_default=False)
@@ -44,30 +39,6 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
-
-
-@contextmanager
-def explained(resume: str | None = None) -> Iterator[None]:
-    """Print errors in one or a few lines and exit with the code that fits.
-
-    Args:
-        resume: what to tell a user whose job has stopped.
-    """
-    try:
-        yield
-    except UserError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(USER_ERROR) from None
-    except KeyboardInterrupt:
-        err.print(f"\n[yellow]stopped[/] {escape(resume or '')}", highlight=False, soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except Exception as error:
-        if os.environ.get("SPECBATCH_DEBUG"):
-            raise
-        message = f"{type(error).__name__}: {error}"
-        err.print(f"[bold red]failed:[/] {escape(message)}", highlight=False, soft_wrap=True)
-        err.print(f"{resume or ''} SPECBATCH_DEBUG=1 shows the traceback.".strip(), soft_wrap=True)
-        raise typer.Exit(FAILURE) from None
 
 
 @app.command()
@@ -183,6 +154,10 @@ def report(
         if not finished:
             out.print("[yellow]This job is not finished; these are its committed units.[/]")
         out.print(render(summary))
+
+
+app.command()(distill)
+app.command()(train_head)
 
 
 def _version(value: bool) -> None:

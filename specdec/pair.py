@@ -127,6 +127,7 @@ class ModelPair:
         device: str | None = None,
         device_map: str | Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
+        trainable: bool = False,
     ) -> ModelPair:
         """Load both models from safetensors (or GGUF) and check that they fit.
 
@@ -140,6 +141,8 @@ class ModelPair:
             device: by default "cuda" if there is one, otherwise "cpu".
             device_map: how transformers spreads the target over several devices.
             trust_remote_code: run Python code that comes with the models.
+            trainable: leave linear layers as they are; those that are repacked for speed on a CPU
+                let no gradient through.
 
         Raises:
             PairError: a model is missing, unsupported, or does not fit the other.
@@ -166,10 +169,7 @@ class ModelPair:
         draft_model = None
         if draft is not None:
             draft_source = find_model(draft)
-            draft_model, missing = loader.model(draft_source, None)
-            _share_modules(target_model, draft_model, missing, draft)
-            if not missing or loader.has_tokenizer(draft_source):
-                _check_vocabularies(tokenizer, loader.tokenizer(draft_source), target, draft)
+            draft_model = loader.draft(draft_source, target_model, tokenizer, target)
         models = [model for model in (target_model, draft_model) if model is not None]
         vocab_size = min(model.get_output_embeddings().weight.shape[0] for model in models)
         if len(tokenizer) > vocab_size:
@@ -184,7 +184,7 @@ class ModelPair:
             ]
         except UnsupportedModel as error:
             raise PairError(str(error)) from error
-        if place.type == "cpu" and dtype == "float32":
+        if place.type == "cpu" and dtype == "float32" and not trainable:
             head = target_model.get_output_embeddings()
             pack_linears(target_model, quantization)
             if draft_model is not None:
@@ -267,6 +267,14 @@ class _Loader:
             model = model.to(self.device)
         return model.eval().requires_grad_(False), shared
 
+    def draft(self, source: ModelSource, target: Any, tokenizer: Any, target_name: str) -> Any:
+        """A model that shares with the target what its checkpoint lacks, vocabularies checked."""
+        model, missing = self.model(source, None)
+        _share_modules(target, model, missing, source.name)
+        if not missing or self.has_tokenizer(source):
+            _check_vocabularies(tokenizer, self.tokenizer(source), target_name, source.name)
+        return model
+
     def has_tokenizer(self, source: ModelSource) -> bool:
         """Whether a local source brings a tokenizer of its own."""
         path = source.path
@@ -284,6 +292,22 @@ class _Loader:
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise PairError(f"model {source.name} has no usable tokenizer: {reason}") from error
+
+
+def load_draft(pair: ModelPair, name: str, *, trust_remote_code: bool = False) -> Any:
+    """A draft for the target of a pair that was loaded with `trainable`, as a transformers model.
+
+    Args:
+        pair: its target's embedding and LM head are used where the draft's checkpoint has none.
+        name: see `find_model`.
+        trust_remote_code: run Python code that comes with the draft.
+
+    Raises:
+        PairError: the draft is missing or does not fit the target.
+    """
+    loader = _Loader(pair.description["dtype"], pair.target.device, trust_remote_code)
+    target_name = pair.description["target"]["name"]
+    return loader.draft(find_model(name), pair.target.model, pair.tokenizer, target_name)
 
 
 def cache_folder() -> Path:

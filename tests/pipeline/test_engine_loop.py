@@ -10,8 +10,8 @@ from pipeline.engine_loop import EngineLoop
 from pipeline.progress import Tally
 from specdec.engine import Engine
 from specdec.pair import ModelPair
-from specdec.request import Request, SamplingParams
 from specdec.policies import make_policy
+from specdec.request import Request, SamplingParams
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,42 @@
+"""The terminal: where commands print, and how their errors end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline.errors import UserError
+
+USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+out = Console()
+err = Console(stderr=True)
+
+
+@contextmanager
+def explained(resume: str | None = None) -> Iterator[None]:
+    """Print errors in one or a few lines and exit with the code that fits.
+
+    Args:
+        resume: what to tell a user whose job has stopped.
+    """
+    try:
+        yield
+    except UserError as error:
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(USER_ERROR) from None
+    except KeyboardInterrupt:
+        err.print(f"\n[yellow]stopped[/] {escape(resume or '')}", highlight=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if os.environ.get("SPECBATCH_DEBUG"):
+            raise
+        message = f"{type(error).__name__}: {error}"
+        err.print(f"[bold red]failed:[/] {escape(message)}", highlight=False, soft_wrap=True)
+        err.print(f"{resume or ''} SPECBATCH_DEBUG=1 shows the traceback.".strip(), soft_wrap=True)
+        raise typer.Exit(FAILURE) from None

@@ -1,0 +1,408 @@
+"""`specbatch train-head`: an acceptance head for a pair, from prompts or the outputs of jobs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from jobs.console import err, explained, out
+from jobs.spec import explain, load_job
+from pipeline.config import JobConfig, S3Config
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
+    from jobs.head_rows import HeadRows, Show
+    from pipeline.sample import Sample
+    from specdec.pair import ModelPair
+    from specdec.training.collect import LabelSettings
+    from specdec.training.head import HeadSettings
+
+_FEW_POSITIONS = 2000
+_LOG_SECONDS = 30
+
+
+def train_head(
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the new head.", show_default=False)
+    ],
+    target: Annotated[
+        str | None, typer.Option(help="The target, if not the job's.", show_default=False)
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="The draft, if not the job's.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Parquet or JSONL files, folders or globs with prompts such as your jobs'; the "
+            "target completes them first.",
+            show_default=False,
+        ),
+    ] = None,
+    job: Annotated[
+        Path | None,
+        typer.Option(
+            help="A job file: its models, sampling, verification and prompts.", show_default=False
+        ),
+    ] = None,
+    outputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Output folders of jobs: their completions, instead of prompts to complete.",
+            show_default=False,
+        ),
+    ] = None,
+    other_prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Prompts of another kind: the head is measured on them, not trained.",
+            show_default=False,
+        ),
+    ] = None,
+    messages_column: Annotated[
+        str | None, typer.Option(help="Column of chat messages.", show_default="messages")
+    ] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="Column of plain prompts.", show_default="prompt")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="jinja2 over the columns.", show_default=False)
+    ] = None,
+    rows: Annotated[
+        int, typer.Option(min=3, help="Rows, at most; of another kind a fifth as many.")
+    ] = 400,
+    max_positions: Annotated[
+        int, typer.Option(min=100, help="Output positions, at most.")
+    ] = 200_000,
+    max_new_tokens: Annotated[int | None, typer.Option(show_default="job's, or 256")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy.", show_default="job's, or 1")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(show_default="job's, or 1")] = None,
+    top_k: Annotated[int | None, typer.Option(show_default="job's, or 0: off")] = None,
+    min_p: Annotated[float | None, typer.Option(show_default="job's, or 0: off")] = None,
+    verification: Annotated[
+        str | None,
+        typer.Option(help="rejection or coupled.", show_default="job's, or rejection"),
+    ] = None,
+    mixing: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of draft tokens in training text.")
+    ] = 0.15,
+    depth: Annotated[int, typer.Option(min=0, help="Residual blocks.")] = 3,
+    reject_weight: Annotated[
+        float, typer.Option(min=0.01, help="Weight of rejections in the loss, beside 1.")
+    ] = 6.0,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the labels, at most.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16.", show_default="job's, or float32"),
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="int8wo or int8, on a CPU.", show_default=False)
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="URL of an S3-compatible server.", show_default=False)
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="AWS profile to use.", show_default=False)
+    ] = None,
+) -> None:
+    """Train a head that predicts, from the draft's state, which candidates the target accepts.
+
+    The target completes the prompts, or a job has. Along its text the draft proposes a candidate at
+    every position, and the target judges it. After a fifth of the rows a first look is printed: if
+    hardly any candidate is accepted, or what is free to know predicts it well, stop with Ctrl-C. At
+    the end the head is measured on rows that it has not seen, beside what needs no training. Writes
+    head.safetensors, card.json and reliability.png.
+
+    [bold]Examples[/]
+
+      specbatch train-head --job job.yaml --out heads/questions
+
+      specbatch train-head --outputs out/questions --other-prompts code.jsonl --out heads/questions
+
+      specbatch train-head --target Qwen/Qwen2.5-7B-Instruct --draft Qwen/Qwen2.5-0.5B-Instruct
+      --prompts prompts.parquet --out heads/qwen
+    """
+    with explained("Nothing was written."):
+        s3 = _s3(job, endpoint, profile)
+        config = _config(
+            _base(job, outputs or [], s3),
+            models={"target": target, "draft": draft, "dtype": dtype, "quantization": quantization},
+            sampling={
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "top_k": top_k,
+                "min_p": min_p,
+                "seed": seed,
+            },
+            verification=verification,
+        )
+        if not prompts and not outputs and job is None:
+            raise UserError("give --prompts, --outputs of a job, or --job")
+        columns: dict[str, str | None] = {
+            "messages_column": messages_column,
+            "prompt_column": prompt_column,
+            "template": template,
+        }
+        if sum(value is not None for value in columns.values()) > 1:
+            raise UserError("give one of --messages-column, --prompt-column and --template")
+        from pipeline.sample import sample_rows
+
+        # Prompts come before models, which take longer to load: mistakes should show at once.
+        mine: Sample | None = None
+        if not outputs:
+            given = columns if prompts or any(columns.values()) else _columns(config)
+            paths = list(map(_absolute, prompts)) if prompts else config.input.paths
+            mine = sample_rows(paths, given, s3, rows, seed)
+        others: Sample | None = None
+        if other_prompts:
+            paths = list(map(_absolute, other_prompts))
+            others = sample_rows(paths, columns, s3, max(8, rows // 5), seed)
+
+        import torch
+
+        from jobs.head_rows import HeadRows
+        from specdec.training.collect import LabelSettings
+        from specdec.training.head import HeadSettings
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        pair = _load(config)
+        source = HeadRows(pair, config, s3, mine, outputs or [], others, rows, max_positions)
+        labelling = LabelSettings(source.sampling, config.speculation.verification, mixing)
+        training = HeadSettings(depth=depth, reject_weight=reject_weight, epochs=epochs, seed=seed)
+        with _showing(err) as show:
+            _train(source, labelling, training, folder, show)
+
+
+# ----------------------------------------------------------------- what is asked
+
+
+def _s3(job: Path | None, endpoint: str | None, profile: str | None) -> S3Config:
+    if job is not None and endpoint is None and profile is None:
+        return load_job(job).s3
+    try:
+        return S3Config(endpoint=endpoint, profile=profile)
+    except ValidationError as error:
+        raise UserError(f"--endpoint: {error.errors()[0]['msg']}") from None
+
+
+def _base(job: Path | None, outputs: Sequence[str], s3: S3Config) -> dict[str, Any]:
+    """The job that the head is for, as in a job file: from the file, from outputs, or empty."""
+    if job is not None:
+        return load_job(job).model_dump()
+    if not outputs:
+        return {"input": {"paths": ["(none)"], "prompt_column": "prompt"}}
+    from pipeline.training_data import open_job
+
+    opened = [open_job(output, s3) for output in outputs]
+    for other in opened[1:]:
+        if other.models.target != opened[0].models.target or other.sampling != opened[0].sampling:
+            raise UserError(
+                f"{other.folder.url} was made by another target or with other sampling than "
+                f"{opened[0].folder.url}; a head is for one of them"
+            )
+    first = opened[0]
+    return {
+        "input": first.input.model_dump(),
+        "models": first.models.model_dump(),
+        "sampling": first.sampling.model_dump(),
+    }
+
+
+def _config(
+    base: dict[str, Any],
+    models: Mapping[str, Any],
+    sampling: Mapping[str, Any],
+    verification: str | None,
+) -> JobConfig:
+    """The job with what the options say; errors name its keys."""
+    speculation = {"policy": "none", "verification": "rejection"}
+    speculation["verification"] = verification or base.get("speculation", speculation).get(
+        "verification"
+    )
+    merged = {
+        **base,
+        "output": base.get("output", "(none)"),
+        "models": {**base.get("models", {}), **_given(models)},
+        "sampling": {**base.get("sampling", {}), **_given(sampling)},
+        "speculation": speculation,
+    }
+    for name in ("target", "draft"):
+        if not merged["models"].get(name):
+            raise UserError(f"give --{name}: a head is for one target and one draft")
+    try:
+        return JobConfig.model_validate(merged)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(error))) from None
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _columns(config: JobConfig) -> dict[str, str | None]:
+    return config.input.model_dump(include={"messages_column", "prompt_column", "template"})
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(Path(path).expanduser())
+
+
+def _load(config: JobConfig) -> ModelPair:
+    from transformers.utils import logging as notices
+
+    from specdec.pair import ModelPair, PairError
+
+    # A draft that shares the target's embedding looks corrupted to transformers; the pair's own
+    # checks say what is wrong with one.
+    notices.set_verbosity_error()  # type: ignore[no-untyped-call]
+    notices.disable_progress_bar()  # type: ignore[no-untyped-call]
+    models = config.models
+    try:
+        return ModelPair.load(
+            models.target,
+            models.draft,
+            dtype=models.dtype,
+            quantization=models.quantization,
+            deterministic=models.deterministic,
+            device=models.device,
+            device_map=models.device_map,
+            trust_remote_code=models.trust_remote_code,
+        )
+    except PairError as error:
+        raise UserError(str(error)) from None
+
+
+# --------------------------------------------------------------------- the whole
+
+
+def _train(
+    source: HeadRows, labelling: LabelSettings, training: HeadSettings, folder: Path, show: Show
+) -> None:
+    from jobs.head_report import plot, tables, verdict
+    from jobs.head_rows import label_all
+    from pipeline.manifest import versions
+    from specdec.heads import save_head
+    from specdec.training.collect import Part
+    from specdec.training.head import Epoch, calibrate, describe_labels, evaluate, train_head
+
+    began = time.monotonic()
+    labels = label_all(source, labelling, show)
+    collected = time.monotonic()
+    for part in (Part.TRAIN, Part.TUNE, Part.HELD_OUT):
+        if not len(labels.of(part)):
+            raise UserError(
+                f"no positions for part {part.name.lower()}: give more rows"
+                f"{source.explain_dropped()}"
+            )
+    if source.dropped:
+        err.print(f"left out{source.explain_dropped()}", highlight=False, soft_wrap=True)
+    curve: list[Epoch] = []
+
+    def trained(epoch: Epoch) -> None:
+        curve.append(epoch)
+        show(f"training, loss {epoch.tune_loss:.4f}", epoch.number / training.epochs)
+
+    head = train_head(labels, training, trained)
+    saved, calibration = calibrate(head, labels)
+    metrics = evaluate(head, saved, labels)
+    sampling = source.config.sampling
+    save_head(
+        folder,
+        saved,
+        source.pair,
+        {
+            "sampling": {
+                name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")
+            },
+            "verification": labelling.verification,
+            "mixing": labelling.mixing,
+            "training": {**asdict(training), "curve": [asdict(epoch) for epoch in curve]},
+            "labels": {
+                part.name.lower(): describe_labels(labels.of(part))
+                for part in Part
+                if len(labels.of(part))
+            },
+            "rows_left_out": source.dropped,
+            "calibration": calibration,
+            "metrics": metrics,
+            "metrics_notes": "on unmixed text; a candidate counts as accepted with its probability "
+            "y and as rejected with 1 - y; ECE over ten bins; log-loss in nats",
+            "seconds": {
+                "collect": round(collected - began, 1),
+                "train": round(time.monotonic() - collected, 1),
+            },
+            "versions": versions(),
+        },
+    )
+    plot(metrics, folder / "reliability.png")
+    held_out = metrics["held_out"]
+    for table in tables(metrics):
+        out.print(table, "")
+    out.print(verdict(metrics), highlight=False, soft_wrap=True)
+    mended = [name for name, found in calibration.items() if found["applied"]]
+    if mended:
+        out.print(
+            f"Logits {' and '.join(mended)} the draw were scaled and shifted to fit the tuning "
+            "rows.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if held_out["positions"] < _FEW_POSITIONS:
+        out.print(
+            f"[yellow]Only {held_out['positions']:,} positions were held out: these figures are "
+            "rough.[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
+    out.print(f"Head: {escape(str(folder))}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _showing(console: Console) -> Iterator[Show]:
+    """Shows progress: a live bar on a terminal, a line twice a minute in a log file."""
+    if not console.is_terminal:
+        yield _log_lines(console)
+        return
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda stage, done: bar.update(task, description=stage, completed=done)
+
+
+def _log_lines(console: Console) -> Show:
+    printed = time.monotonic()
+
+    def show(stage: str, done: float) -> None:
+        nonlocal printed
+        if time.monotonic() - printed >= _LOG_SECONDS:
+            printed = time.monotonic()
+            console.print(f"{stage} {done:.0%}", highlight=False, soft_wrap=True)
+
+    return show

@@ -1,0 +1,337 @@
+"""`specbatch distill`: a draft from the outputs of jobs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from jobs.console import err, explained, out
+from pipeline.config import S3Config
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
+    from pipeline.training_data import JobOutput
+    from specdec.pair import ModelPair
+    from specdec.training.evaluate import Agreements
+    from specdec.training.examples import Example
+    from specdec.training.settings import Moment, Watch
+    from specdec.training.student import Student
+
+_LOG_SECONDS = 30
+
+
+def distill(
+    outputs: Annotated[
+        list[str],
+        typer.Argument(metavar="OUT...", help="Output folders of jobs, local or s3://."),
+    ],
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the new draft.", show_default=False)
+    ],
+    from_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers of the target to begin with, such as 0,29; -1 is the last. Embedding and "
+            "LM head stay the target's. Without --draft: 0,-1",
+            show_default=False,
+        ),
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="A draft to improve instead.", show_default=False)
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The target, if not the jobs'.", show_default=False)
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Another draft to evaluate beside it.", show_default=False)
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the rows, at most.")] = 3,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Of training, at most; the target's pass comes before.", show_default=False
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use so many rows at most.", show_default=False)
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="Share of prompts to evaluate on.")] = 0.05,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="Input column to report results by, instead of the input file.",
+            show_default=False,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int, typer.Option(help="Tokens of the target's distribution to learn from.")
+    ] = 32,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-4,
+    ce_weight: Annotated[
+        float, typer.Option(help="Weight of the target's own tokens, beside 1 for its top-k.")
+    ] = 0.1,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step, prompts included.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the order of the rows.")] = 0,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Compute in bfloat16; weights stay in float32.")
+    ] = False,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to keep the target's pass in, so that other runs can use it.",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.", show_default=False)
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="URL of an S3-compatible server.", show_default=False)
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="AWS profile to use.", show_default=False)
+    ] = None,
+) -> None:
+    """Make a draft, or improve one, from what a target has generated.
+
+    Learns from the completions that the jobs have committed so far; a job may still be running. The
+    target reads them once, then the draft is trained, evaluated on held-out prompts as it goes, and
+    kept at its best. The same command resumes a run that was stopped, with the rows it began with.
+    The folder can be named as `models.draft` in a job file.
+
+    [bold]Examples[/]
+
+      specbatch distill out/questions --out drafts/two-layers --from-layers 0,29
+
+      specbatch distill out/a out/b --out drafts/better --draft drafts/two-layers --minutes 30
+
+      specbatch distill s3://bucket/out --out drafts/new --compare drafts/old --by kind
+    """
+    with explained("Run the same command again to resume."), _user_errors():
+        from pydantic import ValidationError
+
+        from pipeline.training_data import open_job
+        from specdec.training.settings import Settings
+        from specdec.training.workspace import Workspace
+
+        if from_layers is not None and draft is not None:
+            raise UserError("give --from-layers or --draft, not both")
+        layers = None if draft is not None else _layers(from_layers or "0,-1")
+        settings = Settings(
+            epochs=epochs,
+            minutes=minutes,
+            top_k=top_k,
+            lr=lr,
+            ce_weight=ce_weight,
+            held_out=held_out,
+            batch_tokens=batch_tokens,
+            bf16=bf16,
+            seed=seed,
+        )
+        try:
+            s3 = S3Config(endpoint=endpoint, profile=profile)
+        except ValidationError as error:
+            raise UserError(f"--endpoint: {error.errors()[0]['msg']}") from None
+        jobs = [open_job(output, s3) for output in outputs]
+        name = target or _common_target(jobs)
+        arguments = {
+            "outputs": [o if "://" in o else os.path.abspath(o) for o in outputs],
+            "target": name,
+            "from_layers": layers,
+            "draft": draft and (os.path.abspath(draft) if os.path.isdir(draft) else draft),
+            "limit": limit,
+            "by": by,
+            **asdict(settings),
+        }
+        space = Workspace(folder)
+        space.check(arguments)
+        if card := space.card():
+            out.print("Nothing was missing: this draft is done.")
+            out.print(_table(card["held_out"]))
+            return
+        import torch
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        from pipeline.manifest import versions
+        from specdec.pair import ModelPair
+        from specdec.training.distill import distill as run
+
+        trust = jobs[0].models.trust_remote_code
+        pair = ModelPair.load(name, trainable=True, trust_remote_code=trust)
+        examples = space.examples()
+        if examples is None:
+            examples = _examples(jobs, pair, limit, by)
+            space.begin(arguments, examples)
+        tokens = sum(len(e.output_ids) for e in examples)
+        err.print(f"{len(examples):,} rows, {tokens:,} output tokens", highlight=False)
+        with _watching(err) as watch:
+            card = run(
+                pair,
+                _student(pair, layers, draft, trust),
+                examples,
+                settings,
+                space,
+                record={"arguments": arguments, "versions": versions()},
+                watch=watch,
+                incumbent=_student(pair, None, compare, trust) if compare else None,
+                scores=scores,
+            )
+        out.print(_table(card["held_out"]))
+        out.print(f"\nDraft: {escape(str(folder))}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Refusals of specdec are the user's to mend."""
+    from specdec.pair import PairError
+    from specdec.training.student import DistillError
+
+    try:
+        yield
+    except (PairError, DistillError) as error:
+        raise UserError(str(error)) from None
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--from-layers {text}: write layer numbers as 0,29") from None
+
+
+def _common_target(jobs: list[JobOutput]) -> str:
+    """The target of all jobs, if it still is what it was.
+
+    Raises:
+        UserError: it is not.
+    """
+    from pipeline.manifest import model_identity
+
+    pins = {job.folder.url: _pin(job.target) for job in jobs}
+    if len(set(pins.values())) > 1:
+        raise UserError(
+            f"the jobs have other targets: {', '.join(job.models.target for job in jobs)}; "
+            "give jobs of one target, or --target"
+        )
+    name = jobs[0].models.target
+    if _pin(model_identity(name)) != _pin(jobs[0].target):
+        raise UserError(
+            f"target {name} is not what wrote {jobs[0].folder.url}; "
+            f"give --target {name} to use it all the same"
+        )
+    return name
+
+
+def _pin(identity: Mapping[str, str]) -> str:
+    return identity.get("digest") or f"{identity['name']}@{identity['revision']}"
+
+
+def _examples(
+    jobs: list[JobOutput], pair: ModelPair, limit: int | None, by: str | None
+) -> list[Example]:
+    from pipeline.training_data import read_examples
+
+    examples: list[Example] = []
+    for job in jobs:
+        left = None if limit is None else limit - len(examples)
+        examples += read_examples(job, pair.tokenizer, limit=left, by=by)
+    return examples
+
+
+def _student(pair: ModelPair, layers: list[int] | None, draft: str | None, trust: bool) -> Student:
+    from specdec.training.student import Student
+
+    if draft is not None:
+        return Student.from_draft(pair, draft, trust_remote_code=trust)
+    return Student.from_layers(pair, layers or [])
+
+
+@contextmanager
+def _watching(console: Console) -> Iterator[Watch]:
+    """Shows progress: a live bar on a terminal, a line twice a minute in a log file."""
+    from specdec.training.settings import Watch
+
+    def evaluated(name: str, agreements: Agreements) -> None:
+        for group, found in agreements.items():
+            figures = (
+                f"greedy agreement {found.greedy_agreement:.3f}, "
+                f"Σ min(p, q) {found.mean_overlap:.3f}"
+            )
+            label = name if group == next(iter(agreements)) else f"  {group}"
+            line = f"{label:<24} {figures}  ({found.tokens:,} tokens)"
+            console.print(escape(line), highlight=False, soft_wrap=True)
+
+    if not console.is_terminal:
+        yield Watch(_log_lines(console), evaluated)
+        return
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}% {task.fields[figures]}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("evaluating", total=None, figures="")
+
+        def show(moment: Moment) -> None:
+            bar.update(
+                task,
+                description=moment.stage,
+                total=moment.total,
+                completed=moment.done,
+                figures=_figures(moment),
+            )
+
+        yield Watch(show, evaluated)
+
+
+def _log_lines(console: Console) -> Callable[[Moment], None]:
+    printed = time.monotonic()
+
+    def show(moment: Moment) -> None:
+        nonlocal printed
+        if time.monotonic() - printed >= _LOG_SECONDS or moment.done >= moment.total:
+            printed = time.monotonic()
+            line = f"{moment.stage} {moment.done / moment.total:.0%} · {_figures(moment)}"
+            console.print(line, highlight=False, soft_wrap=True)
+
+    return show
+
+
+def _figures(moment: Moment) -> str:
+    speed = f"{moment.tokens_per_second:,.0f} tokens/s"
+    return speed if moment.loss is None else f"loss {moment.loss:.3f} · {speed}"
+
+
+def _table(held_out: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    """Agreements of each draft by group of held-out rows."""
+    table = Table("held-out rows", "tokens", box=None, padding=(0, 2), header_style="bold")
+    names = [name for name in ("start", "incumbent", "result") if name in held_out]
+    for name in names:
+        table.add_column(f"{name}:\ngreedy agreement")
+        table.add_column("\nΣ min(p, q)")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for group, result in held_out["result"].items():
+        figures = [
+            f"{held_out[name][group][key]:.3f}"
+            for name in names
+            for key in ("greedy_agreement", "mean_overlap")
+        ]
+        table.add_row(escape(group), f"{result['tokens']:,}", *figures)
+    return table

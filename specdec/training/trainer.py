@@ -1,0 +1,305 @@
+"""The training loop of a draft: steps, schedule, evaluations and checkpoints.
+
+Nothing here is random but the order of the examples, which is a function of the seed and the epoch.
+A run that was interrupted therefore ends with the same weights as one that was not, unless the
+clock (`Settings.minutes`) set its schedule.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.packed import PackedDecoder
+from specdec.training.evaluate import ALL, Agreements, Batch, batches, evaluate
+from specdec.training.examples import Example, packs
+from specdec.training.scores import LOGIT_ROWS, Scores
+from specdec.training.settings import Moment, Settings, Watch
+from specdec.training.student import Student
+from specdec.training.workspace import Workspace
+
+WARM_UP = 0.05
+"""Share of the schedule in which the learning rate rises."""
+
+LAST_LR = 0.02
+"""What is left of the learning rate at the end."""
+
+LEAST_TAIL = 1e-6
+"""Below this the tail's probability is not believed: it is 1 minus a sum in float32."""
+
+CHECKPOINT_SECONDS = 120.0
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where training is, as kept in a checkpoint.
+
+    Attributes:
+        step: steps taken.
+        evaluations: how many of the schedule's are behind.
+        seconds: spent in them.
+        tokens: output tokens learned from, repetitions included.
+        loss: moving average, nats per output token.
+        best: highest mean overlap of `curve`.
+        curve: evaluations on the same held-out sample, the untrained draft's first.
+        held_out: agreements on all that is held out, by name of the draft.
+    """
+
+    step: int = 0
+    evaluations: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    loss: float | None = None
+    best: float = 0.0
+    curve: list[dict[str, float | None]] = field(default_factory=list)
+    held_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def distill_loss(
+    logits: Tensor, tokens: Tensor, top_ids: Tensor, top_probs: Tensor, ce_weight: float
+) -> Tensor:
+    """Loss of each position: ce_weight * CE(token) + KL(p || q) over top-k and tail.
+
+    Args:
+        logits: of the draft, float32 [n, V].
+        tokens: the target's, int64 [n].
+        top_ids, top_probs: the target's top-k, int64 and float32 [n, k].
+        ce_weight: factor on the cross-entropy.
+
+    Returns:
+        float32 [n], in nats.
+
+    Example:
+        p = (0.5, 0.3 | tail 0.2) and q = (0.5, 0.25 | tail 0.25) are
+        0.3 ln(0.3/0.25) + 0.2 ln(0.2/0.25) = 0.0101 apart.
+    """
+    total = torch.logsumexp(logits, -1)
+    # One gather: its gradient is a tensor as large as the logits.
+    picked = logits.gather(1, torch.cat([top_ids, tokens[:, None]], 1)) - total[:, None]
+    log_q, cross_entropy = picked[:, :-1], -picked[:, -1]
+    q_tail = (1 - log_q.exp().sum(-1)).clamp(min=LEAST_TAIL)
+    p_tail = (1 - top_probs.sum(-1)).clamp(min=0)
+    divergence = (torch.xlogy(top_probs, top_probs) - top_probs * log_q).sum(-1)
+    divergence = divergence + torch.xlogy(p_tail, p_tail) - p_tail * q_tail.log()
+    return ce_weight * cross_entropy + divergence
+
+
+class Trainer:
+    """Trains one draft.
+
+    Args:
+        target: for evaluations.
+        student: the draft; changed in place.
+        settings: how to train.
+        space: where the best weights and checkpoints go.
+        held_out: examples to evaluate on.
+        watch: whom to tell.
+    """
+
+    def __init__(
+        self,
+        target: PackedDecoder,
+        student: Student,
+        settings: Settings,
+        space: Workspace,
+        held_out: Sequence[Example],
+        watch: Watch,
+    ) -> None:
+        self._target, self._student, self._settings = target, student, settings
+        self._space, self._held_out, self._watch = space, held_out, watch
+        self._weights = student.trainable()
+        matrices = [p for p in self._weights.values() if p.ndim > 1]
+        vectors = [p for p in self._weights.values() if p.ndim <= 1]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+            lr=settings.lr,
+            betas=(0.9, 0.95),
+        )
+        self._head = student.head(torch.bfloat16 if settings.bf16 else torch.float32)
+        self._sample: list[Batch] | None = None
+        self.progress = Progress()
+
+    def start(self, incumbent: Student | None) -> None:
+        """Take up the last checkpoint, or evaluate the draft as it is and make it the best so far.
+
+        Args:
+            incumbent: evaluated too, unless a run before did.
+        """
+        drafts: dict[str, Student] = {}
+        if not self._resume():
+            drafts["start"] = self._student
+        if incumbent is not None and "incumbent" not in self.progress.held_out:
+            drafts["incumbent"] = incumbent
+        if drafts:
+            self._evaluate_all(drafts)
+        if "start" in drafts:
+            self._evaluate_sample()
+            self.checkpoint()
+
+    def train(self, examples: Sequence[Example], scores: Scores, checkpoint_seconds: float) -> None:
+        """Run the schedule to its end.
+
+        Args:
+            examples: to learn from.
+            scores: the target's, of the same examples.
+            checkpoint_seconds: between checkpoints.
+        """
+        settings, progress = self._settings, self.progress
+        per_epoch = len(packs(examples, settings.batch_tokens))
+        steps = settings.epochs * per_epoch
+        seconds = settings.minutes * 60 if settings.minutes else math.inf
+        at_start = (progress.tokens, progress.seconds)
+        saved = time.monotonic()
+        for pack in self._order(examples, per_epoch):
+            done = max(progress.step / steps, progress.seconds / seconds)
+            if done >= 1:
+                break
+            began = time.monotonic()
+            ids, probs = scores.of(pack)
+            loss = self._step([examples[i] for i in pack], ids, probs, rate(done + 1 / steps))
+            progress.seconds += time.monotonic() - began
+            progress.step += 1
+            progress.tokens += len(ids)
+            progress.loss = loss if progress.loss is None else 0.95 * progress.loss + 0.05 * loss
+            done = min(1.0, max(progress.step / steps, progress.seconds / seconds))
+            speed = (progress.tokens - at_start[0]) / (progress.seconds - at_start[1])
+            self._watch.moment(Moment("training", done, 1, speed, progress.loss))
+            if int(done * settings.evaluations) > progress.evaluations:
+                progress.evaluations = int(done * settings.evaluations)
+                self._evaluate_sample(done)
+            if time.monotonic() - saved >= checkpoint_seconds:
+                self.checkpoint()
+                saved = time.monotonic()
+        self.checkpoint()
+
+    def finish(self) -> dict[str, Any]:
+        """Give the draft its best weights; returns what all evaluations of all held-out rows said.
+
+        The draft that was best on the sample is the result.
+        """
+        self._student.restore(self._space.out)
+        self._evaluate_all({"result": self._student})
+        return self.progress.held_out
+
+    def checkpoint(self) -> None:
+        """Keep weights, optimizer and progress."""
+        tensors: dict[str, Tensor] = {f"weight.{n}": p for n, p in self._weights.items()}
+        for index, values in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+        self._space.checkpoint(tensors, asdict(self.progress))
+
+    def _resume(self) -> bool:
+        found = self._space.resume()
+        if found is None:
+            return False
+        tensors, state = found
+        self.progress = Progress(**state)
+        moments: dict[int, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                kind, _, rest = name.partition(".")
+                if kind == "weight":
+                    self._weights[rest].copy_(tensor)
+                else:
+                    index, _, key = rest.partition(".")
+                    moments.setdefault(int(index), {})[key] = tensor
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
+        return True
+
+    def _order(self, examples: Sequence[Example], per_epoch: int) -> Iterator[list[int]]:
+        """Packs of examples from the current step on."""
+        epoch, skip = divmod(self.progress.step, per_epoch)
+        while True:
+            generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + epoch)
+            yield from packs(examples, self._settings.batch_tokens, generator)[skip:]
+            epoch, skip = epoch + 1, 0
+
+    def _step(self, examples: list[Example], ids: Tensor, probs: Tensor, lr_share: float) -> float:
+        """One step of AdamW; returns the mean loss per output token, in nats.
+
+        The LM head runs in chunks, each with its own backward pass to the hidden states, so that
+        only LOGIT_ROWS rows of logits exist at a time and none is computed twice.
+        """
+        device = self._target.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._settings.bf16):
+            hidden = self._student.states(examples)
+        states = hidden.detach().to(next(self._head.parameters()).dtype)
+        tokens = torch.tensor([t for e in examples for t in e.output_ids], device=device)
+        ids, probs = ids.to(device), probs.to(device)
+        vocab = min(self._target.vocab_size, self._student.vocab_size)
+        total = torch.zeros((), device=device)
+        gradients = []
+        for begin in range(0, len(tokens), LOGIT_ROWS):
+            rows = slice(begin, begin + LOGIT_ROWS)
+            chunk = states[rows].requires_grad_()
+            losses = distill_loss(
+                self._head(chunk)[:, :vocab].float(),
+                tokens[rows],
+                ids[rows],
+                probs[rows],
+                self._settings.ce_weight,
+            )
+            loss = losses.sum() / len(tokens)
+            gradients += torch.autograd.grad(loss, [chunk])
+            total += loss.detach()
+        torch.autograd.backward([hidden], [torch.cat(gradients).to(hidden.dtype)])
+        nn.utils.clip_grad_norm_(self._weights.values(), 1.0)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._settings.lr * lr_share
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return total.item()
+
+    def _evaluate_all(self, drafts: Mapping[str, Student]) -> None:
+        """Evaluate drafts on all that is held out."""
+        found = evaluate(self._target, drafts, batches(self._target, self._held_out))
+        for name, agreements in found.items():
+            self.progress.held_out[name] = {g: a.as_dict() for g, a in agreements.items()}
+            self._watch.evaluated(name, agreements)
+
+    def _evaluate_sample(self, done: float = 0.0) -> None:
+        """A point of the curve; the weights are saved if they are the best so far."""
+        if self._sample is None:
+            self._sample = list(batches(self._target, self._sampled()))
+        agreements: Agreements
+        (agreements,) = evaluate(self._target, {"": self._student}, self._sample).values()
+        overall, progress = agreements[ALL], self.progress
+        progress.curve.append(
+            {"done": done, "step": progress.step, "seconds": progress.seconds}
+            | {"token_visits": progress.tokens, "loss": progress.loss}
+            | overall.as_dict()
+        )
+        if len(progress.curve) > 1:
+            self._watch.evaluated(f"{done:.0%}", {ALL: overall})
+        if len(progress.curve) == 1 or overall.mean_overlap > progress.best:
+            progress.best = overall.mean_overlap
+            self._student.save(self._space.out)
+
+    def _sampled(self) -> list[Example]:
+        """Some of the held-out examples, in an order that knows nothing of their files."""
+        chosen: list[Example] = []
+        tokens = 0
+        for example in sorted(self._held_out, key=lambda e: e.digest):
+            if tokens >= self._settings.evaluation_tokens:
+                break
+            chosen.append(example)
+            tokens += len(example.output_ids)
+        return chosen
+
+
+def rate(done: float) -> float:
+    """The learning rate's share of its highest value: a linear rise, then half a cosine.
+
+    Args:
+        done: share of the schedule, in (0, 1].
+    """
+    if done < WARM_UP:
+        return done / WARM_UP
+    turn = (min(done, 1.0) - WARM_UP) / (1 - WARM_UP)
+    return LAST_LR + (1 - LAST_LR) * (1 + math.cos(math.pi * turn)) / 2
