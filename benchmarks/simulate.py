@@ -1,274 +1,304 @@
-"""Any stop policy on recorded traces, under this machine's costs or stated ones.
+"""Stop policies over recorded acceptance, under costs that are measured or stated.
 
-    python benchmarks/simulate.py record traces.safetensors             # GSM8K, temperature 1
-    python benchmarks/simulate.py record warm.safetensors --skip 100    # to learn from first
-    python benchmarks/simulate.py replay traces.safetensors --warm warm.safetensors --costs paper
+    python benchmarks/simulate.py record --out traces.safetensors         # both models, minutes
+    python benchmarks/simulate.py record --out warm.safetensors --prompts .../gsm8k_train.parquet
+    python benchmarks/simulate.py replay traces.safetensors --warm warm.safetensors --plot p.png
+    python benchmarks/simulate.py replay traces.safetensors --costs gpu --live 64
 
-Prints SpecDec++'s axes (arXiv 2405.19715: verification rate, discard rate) and tokens per second
-for every policy, the share of the clairvoyant bound at live batch 1, and how much `head` and
-`goodput` win over the best fixed length, with a 95% bootstrap interval over prompts. The fixed
-length is chosen in hindsight, in its favour.
+The axes are those of SpecDec++ (arXiv 2405.19715, figure 1): verification rate, target forwards per
+output token; discard rate, candidates drafted in vain per output token; tokens per second. The
+bound is a clairvoyant policy's, which drafts what will be accepted and nothing else
+(specdec/clairvoyance.py); with more than one live row it ignores that rows wait for each other.
+Intervals are 95%, over prompts, paired (specdec/simulate.py). The best fixed length is chosen on
+the same prompts, which is in its favour.
 
-Costs (`--costs`):
+Cost models (`--costs`):
 
-paper     0.022 s a draft step and 0.108 s a verification of any length, Llama-2-chat 7B and 70B at
-          batch 1 (arXiv 2405.19715, §4).
-gpu       an 8B target and a 1B draft in bf16 on one H100 SXM, from its data sheet: a forward takes
-          the longer of reading the weights (3.35 TB/s) and computing 2 FLOPs per weight and token
-          (989 TFLOP/s), both at 60%, and 0.3 ms more for launches. Keys and values are left out.
-measured  profiled here, with `--target` and `--draft`.
+paper     0.022 s a draft step and 0.108 s a target forward, however many tokens: Llama-2-chat 7B
+          and 70B at batch 1 (arXiv 2405.19715). No more is known of them, so `--live 1` only.
+gpu       a stated roofline, no measurement: Llama 3.1 8B (8.03e9 parameters) with Llama 3.2 1B
+          (1.24e9), bf16, on one H100 SXM with 3.35 TB/s and 989 dense TFLOP/s (its datasheet).
+          seconds(n) = max(2 bytes x parameters / bandwidth, 2 FLOP x parameters x n / peak)
+                       + live x 512 positions x key/value bytes a position / bandwidth + 0.3 ms,
+          with 131,072 and 32,768 bytes a position (2 x layers x 8 heads x 128 or 64 numbers, bf16)
+          and the 0.3 ms an assumption for launches, sampling and the host.
+measured  `CostModel.profile` of a pair on this machine, now.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import json
+from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
-import numpy as np
-import torch
 import typer
-from engine import (
-    DRAFT,
-    PROMPTS,
-    TARGET,
-    Batches,
-    Draft,
-    Prompts,
-    Rows,
-    Target,
-    Threads,
-    load,
-    prepare,
-    read_prompts,
-)
-from numpy.typing import NDArray
+from engine import DRAFT, PROMPTS, TARGET, Draft, Target, Threads, load, prepare, read_prompts
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from specdec.clairvoyance import least_seconds
 from specdec.costs import CostModel, CostTable
 from specdec.engine import Engine
 from specdec.heads import load_head
 from specdec.policies import make_policy
 from specdec.request import Request, SamplingParams
-from specdec.simulate import (
-    Replay,
-    Trace,
-    clairvoyant_seconds,
-    load_traces,
-    replay,
-    save_traces,
-)
+from specdec.simulate import Ratio, Replay, Trace, faster, load_traces, replay, save_traces
 from specdec.stopping import StopPolicy
-from specdec.tracing import record as record_traces
+from specdec.tracing import MOST, Text, record, write_texts
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
-console = Console(width=120)
+console = Console(width=130)
 
-Head = Annotated[Path | None, typer.Option(help="folder of a trained acceptance head")]
-Precision = Annotated[str, typer.Option(help="fp32, int8wo or int8")]
-RESAMPLES = 2000
+Precision = Annotated[str, typer.Option(help="fp32, int8wo or int8; +det")]
 
 
-@app.command()
-def record(
-    out: Path,
+class Costs(StrEnum):
+    """Where D(n) and V(n) come from."""
+
+    PAPER = "paper"
+    GPU = "gpu"
+    MEASURED = "measured"
+
+
+# ------------------------------------------------------------------------ record
+
+
+@app.command("record")
+def record_command(
+    out: Annotated[Path, typer.Option(help="the traces, safetensors")],
     target: Target = TARGET,
     draft: Draft = DRAFT,
-    prompts: Prompts = PROMPTS,
-    rows: Rows = 64,
-    skip: Annotated[int, typer.Option(help="prompts to leave out at the beginning")] = 0,
-    tokens: Annotated[int, typer.Option(help="most new tokens per prompt")] = 128,
-    temperature: Annotated[float, typer.Option(help="0: greedy")] = 1.0,
-    head: Head = None,
+    prompts: Annotated[Path, typer.Option(help="Parquet file with a column `prompt`")] = PROMPTS,
+    rows: Annotated[int, typer.Option(help="how many prompts")] = 48,
+    tokens: Annotated[int, typer.Option(help="new tokens per prompt, at most")] = 96,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 1.0,
+    verification: Annotated[str, typer.Option(help="rejection or coupled")] = "rejection",
+    head: Annotated[Path | None, typer.Option(help="a trained acceptance head")] = None,
     precision: Precision = "fp32",
+    slots: Annotated[int, typer.Option(help="rows that the target completes at once")] = 16,
     threads: Threads = 0,
 ) -> None:
-    """Let the target write, and record what the draft proposes along its texts."""
+    """Let the target complete prompts, and trace what a draft would have met on the way."""
     prepare(threads)
     pair = load(target, draft, precision)
-    ids = read_prompts(pair, prompts, skip + rows)[skip:]
-    sampling = [SamplingParams(tokens, temperature, seed=i) for i in range(rows)]
-    requests = [Request(str(i), p, s) for i, (p, s) in enumerate(zip(ids, sampling, strict=True))]
-    engine = Engine(pair, policy=make_policy("none"), slots=16)
-    with console.status("the target writes"):
-        done = engine.generate(requests)
-    texts = [(prompt, each.output_ids) for prompt, each in zip(ids, done, strict=True)]
     trained = load_head(head, pair) if head else None
-    traces = [
-        record_traces(pair, [text], [params], head=trained)[0]
-        for text, params in track(
-            zip(texts, sampling, strict=True), "recording", len(texts), console=console
-        )
+    mode: Any = verification
+    engine = Engine(pair, policy=make_policy("none"), verification=mode, slots=slots)
+    requests = [
+        Request(str(i), ids, SamplingParams(tokens, temperature, seed=i))
+        for i, ids in enumerate(read_prompts(pair, prompts, rows))
     ]
-    save_traces(out, traces)
-    accepted = np.concatenate([trace.accepted for trace in traces])
-    console.print(f"{len(accepted):,} positions, {accepted.mean():.3f} accepted: {out}")
+    done = {
+        completion.id: completion.output_ids
+        for completion in track(
+            write_texts(engine, requests), "completing", len(requests), console=console
+        )
+    }
+    texts = [Text(request, done[request.id]) for request in requests]
+    traced = record(pair, texts, verification=mode, head=trained, most=MOST)
+    traces = list(track(traced, "tracing", len(texts), console=console))
+    about = {
+        "pair": pair.describe(),
+        "prompts": str(prompts),
+        "temperature": temperature,
+        "verification": verification,
+        "head": str(head) if head else None,
+    }
+    save_traces(out, traces, about)
+    accepted = sum(int(trace.accepted.sum()) for trace in traces)
+    n = sum(len(trace.accepted) for trace in traces)
+    console.print(f"{out}: {len(traces)} rows, {n} positions, {accepted / n:.1%} accepted")
 
 
-@app.command(name="replay")
-def replay_(
-    traces: Path,
-    warm: Annotated[Path | None, typer.Option(help="traces to learn from first")] = None,
-    costs: Annotated[Literal["paper", "gpu", "measured"], typer.Option()] = "paper",
-    batches: Batches = "1",
-    with_head: Annotated[bool, typer.Option(help="the traces have a head's signals")] = False,
-    plot: Annotated[Path | None, typer.Option(help="PNG of the Pareto plot")] = None,
-    target: Target = TARGET,
-    draft: Draft = DRAFT,
-    precision: Precision = "fp32",
-    threads: Threads = 0,
-) -> None:
-    """Replay every policy and compare."""
-    prepare(threads)
-    recorded = load_traces(traces)
-    before = load_traces(warm) if warm else []
-    for batch in map(int, batches.split(",")):
-        model = cost_model(costs, batch, target, draft, precision)
-        compare(recorded, before, model, batch, with_head, plot)
+# ------------------------------------------------------------------------- costs
 
 
-def cost_model(name: str, slots: int, target: str, draft: str, precision: str) -> CostModel:
-    """The costs called `name`; see the module's head."""
-    if name == "paper":
-        # V is flat for a batch of one; this many tokens are never reached.
-        return CostModel(CostTable([1, 1000], [0.022, 0.022]), CostTable([1, 1000], [0.108, 0.108]))
-    if name == "gpu":
-        return CostModel(_roofline(1.24e9), _roofline(8.03e9))
+def gpu_costs(live: int) -> CostModel:
+    """The stated roofline of this file's docstring, for `live` rows."""
+    bandwidth, peak, context, host = 3.35e12, 989e12, 512, 0.3e-3
+    counts = sorted({round(1.15**i) for i in range(70)} | set(range(1, 65)))
+
+    def table(parameters: float, bytes_per_position: int) -> CostTable:
+        weights = 2 * parameters / bandwidth
+        rest = live * context * bytes_per_position / bandwidth + host
+        return CostTable(counts, [max(weights, 2 * parameters * n / peak) + rest for n in counts])
+
+    return CostModel(table(1.24e9, 32_768), table(8.03e9, 131_072))
+
+
+def paper_costs() -> CostModel:
+    """The paper's two numbers, for any number of tokens that a round at batch 1 may have."""
+    return CostModel(CostTable([1, 4096], [0.022] * 2), CostTable([1, 4096], [0.108] * 2))
+
+
+def costs_maker(
+    kind: Costs, live: int, target: str, draft: str, precision: str
+) -> Callable[[], CostModel]:
+    """Makes equal cost models: the clock's, and one for each policy that refines its own."""
+    if kind is Costs.PAPER:
+        if live > 1:
+            raise typer.BadParameter("the paper's costs are known for --live 1 only")
+        return paper_costs
+    if kind is Costs.GPU:
+        return lambda: gpu_costs(live)
     pair = load(target, draft, precision)
     assert pair.draft is not None
-    return CostModel.profile(pair.target, pair.draft, slots, seconds=6)
-
-
-def _roofline(weights: float) -> CostTable:
-    tokens = [1 << i for i in range(14)]
-    reading = 2 * weights / (0.6 * 3.35e12)
-    return CostTable(
-        tokens, [0.0003 + max(reading, 2 * weights * n / (0.6 * 989e12)) for n in tokens]
+    curves = CostModel.profile(pair.target, pair.draft, live, seconds=6).points()
+    console.print("measured (tokens, s):", curves, soft_wrap=True)
+    return lambda: CostModel(
+        *(CostTable(*zip(*curves[name], strict=True)) for name in ("draft", "verify"))
     )
 
 
-def every_policy(costs: CostModel, with_head: bool) -> dict[str, StopPolicy]:
-    """What is compared, by name."""
-    policies: dict[str, StopPolicy] = {"none": make_policy("none")}
+# ------------------------------------------------------------------------ replay
+
+
+def contenders(trained: bool, make: Callable[[], CostModel]) -> dict[str, Callable[[], StopPolicy]]:
+    """Every policy to try, by name."""
+    # Weights are not needed: what a head says of each candidate is in the traces.
+    head: Any = object() if trained else None
+    named: dict[str, Callable[[], StopPolicy]] = {"none": lambda: make_policy("none")}
     for k in range(1, 15):
-        policies[f"fixed {k}"] = make_policy("fixed", k=k)
-    policies["heuristic"] = make_policy("heuristic", k=2)
-    for threshold in (0.2, 0.4, 0.6):
-        policies[f"confidence {threshold}"] = make_policy("confidence", threshold=threshold)
-    for threshold in (0.2, 0.4, 0.6):
-        policies[f"entropy {threshold}"] = make_policy("entropy", threshold=threshold)
+        named[f"fixed {k}"] = lambda k=k: make_policy("fixed", k=k)
+    named["heuristic"] = lambda: make_policy("heuristic")
+    for t in (0.2, 0.4, 0.6):
+        named[f"confidence {t}"] = lambda t=t: make_policy("confidence", threshold=t)
+        named[f"entropy {t}"] = lambda t=t: make_policy("entropy", threshold=t)
     for h in (0.1, 0.3, 0.5, 0.7, 0.9):
-        for estimator in ("confidence", "head") if with_head else ("confidence",):
-            policies[f"head {h} ({estimator})"] = make_policy(
-                "head", threshold=h, k_min=1, estimator=estimator, head=_recorded(estimator)
+        for estimator in ("confidence", *(["head"] if trained else [])):
+            name = "head" if estimator == "head" else "threshold"
+            named[f"{name} {h}"] = lambda h=h, e=estimator: make_policy(
+                "head", k_min=1, threshold=h, estimator=e, head=head
             )
-    for estimator in ("confidence", "entropy", "head") if with_head else ("confidence", "entropy"):
-        policies[f"goodput ({estimator})"] = make_policy(
-            "goodput", estimator=estimator, head=_recorded(estimator), costs=copy.deepcopy(costs)
+    for estimator in ("confidence", "entropy", *(["head"] if trained else [])):
+        named[f"goodput, {estimator}"] = lambda e=estimator: make_policy(
+            "goodput", estimator=e, head=head, costs=make()
         )
-    return policies
+    return named
 
 
-def _recorded(estimator: str) -> torch.nn.Module | None:
-    """The head's signals come from the traces; a module only stands for its being there."""
-    from specdec.acceptance import AcceptanceHead
+def run(
+    traces: list[Trace],
+    warm: list[Trace],
+    named: dict[str, Callable[[], StopPolicy]],
+    clock: CostModel,
+    live: int,
+) -> dict[str, Replay]:
+    """Replay every policy cold and, if it learns and there are traces to learn from, warm."""
+    results = {}
+    for name, build in track(named.items(), "replaying", console=console):
+        results[name] = replay(traces, build(), clock, live, steady=live > 1)
+        if warm and name.startswith(("threshold", "head", "goodput")):
+            policy = build()
+            replay(warm, policy, clock, live)
+            results[f"{name}, warm"] = replay(traces, policy, clock, live, steady=live > 1)
+    return results
 
-    return AcceptanceHead(1, 0) if estimator == "head" else None
 
-
-def compare(
-    traces: Sequence[Trace],
-    warm: Sequence[Trace],
-    costs: CostModel,
-    batch: int,
-    with_head: bool,
-    plot: Path | None,
+@app.command("replay")
+def replay_command(
+    traces: Annotated[Path, typer.Argument(help="traces that `record` wrote")],
+    warm: Annotated[Path | None, typer.Option(help="traces that estimators learn from")] = None,
+    costs: Annotated[Costs, typer.Option(help="see above")] = Costs.PAPER,
+    live: Annotated[int, typer.Option(help="rows side by side")] = 1,
+    plot: Annotated[Path | None, typer.Option(help="Pareto plot, PNG")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="all figures")] = None,
+    target: Target = TARGET,
+    draft: Draft = DRAFT,
+    precision: Precision = "fp32",
+    threads: Threads = 0,
 ) -> None:
-    """Replay all policies at one live batch and print what they did."""
-    results: dict[str, Replay] = {}
-    for name, policy in every_policy(costs, with_head).items():
-        if warm:
-            replay(warm, policy, costs, slots=batch)
-        results[name] = replay(traces, policy, costs, slots=batch)
-    none = results["none"].tokens_per_second
-    bound = None
-    if batch == 1:
-        bound = np.array([clairvoyant_seconds(trace, costs) for trace in traces])
-    table = Table(
-        "policy",
-        "tokens/s",
-        "speedup",
+    """Every policy over the same traces: SpecDec++'s axes, speed, share of the bound."""
+    prepare(threads)
+    loaded, about = load_traces(traces)
+    make = costs_maker(costs, live, target, draft, precision)
+    trained = bool(about["head"])
+    warming = load_traces(warm)[0] if warm else []
+    results = run(loaded, warming, contenders(trained, make), make(), live)
+    tokens = sum(len(trace.accepted) - trace.first for trace in loaded)
+    bound = tokens / float(least_seconds(loaded, make(), live).sum())
+    fixed = max(
+        (name for name in results if name.startswith("fixed")),
+        key=lambda name: results[name].tokens_per_second,
+    )
+    table = Table("policy", title=f"{len(loaded)} rows, {costs} costs, {live} live")
+    for column in (
         "verification rate",
         "discard rate",
-        "block efficiency",
-        *(["share of bound"] if bound is not None else []),
-        title=f"live batch {batch}",
-    )
+        "acceptance",
+        "tokens/s",
+        "/ none",
+        f"/ {fixed}",
+        "of bound",
+    ):
+        table.add_column(column, justify="right")
+    figures = {}
     for name, result in results.items():
-        cells = [
+        against = faster(results[fixed], result)
+        figures[name] = describe(result, results["none"], against, bound)
+        rate = result.counts.acceptance_rate
+        table.add_row(
             name,
-            f"{result.tokens_per_second:.1f}",
-            f"{result.tokens_per_second / none:.3f}",
             f"{result.verification_rate:.3f}",
             f"{result.discard_rate:.3f}",
-            f"{result.counts.block_efficiency:.2f}",
-        ]
-        if bound is not None:
-            cells.append(f"{bound.sum() / result.seconds:.1%}")
-        table.add_row(*cells)
-    console.print(table)
-    fixed = [name for name in results if name == "none" or name.startswith("fixed")]
-    best = max(fixed, key=lambda name: results[name].tokens_per_second)
-    if bound is not None:
-        tokens = results["none"].counts.committed
-        console.print(f"clairvoyant bound: {tokens / bound.sum() / none:.3f} over none")
-    for kind in ("head", "goodput"):
-        for name in (n for n in results if n.startswith(f"{kind} ")):
-            gain = results[name].tokens_per_second / results[best].tokens_per_second
-            line = f"{name} over {best}: {gain - 1:+.1%}"
-            if batch == 1:
-                low, high = interval(results[best].row_seconds, results[name].row_seconds)
-                line += f" (95% {low - 1:+.1%} to {high - 1:+.1%})"
-            console.print(line)
+            "-" if rate is None else f"{rate:.2f}",
+            f"{result.tokens_per_second:.2f}",
+            f"{figures[name]['speedup']:.3f}",
+            spread(against),
+            f"{figures[name]['share_of_bound']:.1%}",
+        )
+    speedup = bound / results["none"].tokens_per_second
+    note = "" if live == 1 else " (ignores that rows wait for each other)"
+    console.print(table, f"clairvoyant bound: {bound:.2f} tokens/s, {speedup:.3f} / none{note}")
+    if as_json:
+        as_json.write_text(json.dumps({"about": about, "bound": bound, "policies": figures}))
     if plot:
-        draw(results, plot, batch)
+        draw(results, plot, f"{costs} costs, {live} live")
 
 
-def interval(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """95% bootstrap interval over prompts of the ratio of two sums of seconds."""
-    pairs: NDArray[np.float64] = np.array([base, other])
-    generator = np.random.default_rng(0)
-    chosen = generator.integers(pairs.shape[1], size=(RESAMPLES, pairs.shape[1]))
-    ratios = pairs[0, chosen].sum(1) / pairs[1, chosen].sum(1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(low), float(high)
+def describe(result: Replay, none: Replay, against: Ratio, bound: float) -> dict[str, Any]:
+    """One policy's figures."""
+    return {
+        "verification_rate": result.verification_rate,
+        "discard_rate": result.discard_rate,
+        "tokens_per_second": result.tokens_per_second,
+        "speedup": result.tokens_per_second / none.tokens_per_second,
+        "against_best_fixed": [against.value, against.low, against.high],
+        "share_of_bound": result.tokens_per_second / bound,
+    }
 
 
-def draw(results: dict[str, Replay], path: Path, batch: int) -> None:
-    """The Pareto plot: discard rate against verification rate, one line per kind of policy."""
-    import matplotlib
+def spread(ratio: Ratio) -> str:
+    """A ratio with its interval."""
+    return f"{ratio.value:.3f} ({ratio.low:.3f}-{ratio.high:.3f})"
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    kinds: dict[str, list[Replay]] = {}
+def draw(results: dict[str, Replay], path: Path, title: str) -> None:
+    """Discard rate against verification rate; towards the lower left is better."""
+    from matplotlib.figure import Figure  # the Agg canvas: no window system is asked for
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
+    families: dict[str, list[tuple[float, float, str]]] = {}
     for name, result in results.items():
-        kind = name.split()[0] + (name[name.index("(") - 1 :] if "(" in name else "")
-        kinds.setdefault(kind, []).append(result)
-    for kind, points in kinds.items():
-        rates = [(p.discard_rate, p.verification_rate) for p in points]
-        axes.plot(*zip(*rates, strict=True), marker="o", markersize=4, label=kind)
-    axes.set(
-        xlabel="discarded candidates per output token",
-        ylabel="target forwards per output token",
-        title=f"Stop policies, live batch {batch} (lower left is better)",
-    )
-    axes.legend()
-    figure.savefig(path, dpi=150)
+        if name != "none":
+            family = name.split()[0].rstrip(",") + (", warm" if name.endswith("warm") else "")
+            label = name.removesuffix(", warm").split()[-1]
+            point = (result.verification_rate, result.discard_rate, label)
+            families.setdefault(family, []).append(point)
+    for family, points in families.items():
+        style = "o-" if family == "fixed" else "s--" if len(points) > 2 else "*"
+        size = 12 if style == "*" else 4
+        x, y, labels = zip(*points, strict=True)
+        axes.plot(x, y, style, markersize=size, label=family)
+        for at in zip(x, y, labels, strict=True):
+            axes.annotate(at[2], at[:2], fontsize=6, textcoords="offset points", xytext=(3, 3))
+    axes.set(xlabel="verification rate", ylabel="discard rate", title=title)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=130)
     console.print(f"plot: {path}")
 
 

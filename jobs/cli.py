@@ -1,4 +1,4 @@
-"""The command line: `specbatch run`, `validate`, `report`, `distill`, `train-head`."""
+"""The command line: `specbatch run`, `validate`, `report`, `distill`, `train-head`, `profile`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from jobs.console import err, explained, out
+from jobs.profile import profile as profile_command
 from jobs.spec import load_job
 from jobs.train_head import train_head
 from jobs.training import distill
@@ -158,6 +159,7 @@ def report(
 
 app.command()(distill)
 app.command()(train_head)
+app.command()(profile_command)
 
 
 def _version(value: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import NOT_YET, JobConfig
+from pipeline.config import JobConfig
 from pipeline.errors import UserError, nearest
 
 
@@ -108,6 +108,9 @@ def _resolve_paths(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(models := result.get("models"), dict):
         names = {k: _model(models[k], folder) for k in ("target", "draft") if models.get(k)}
         result["models"] = {**models, **names}
+    speculation = result.get("speculation")
+    if isinstance(speculation, dict) and isinstance(head := speculation.get("head"), str):
+        result["speculation"] = {**speculation, "head": _absolute(head, folder)}
     return result
 
 
@@ -153,8 +156,6 @@ def _is_branch(part: int | str) -> bool:
 
 def _unknown_key(location: Sequence[str]) -> str:
     dotted = ".".join(location)
-    if dotted in NOT_YET:
-        return f"{dotted}: {NOT_YET[dotted]}; remove this key"
     *section, key = location
     return f"{dotted}: unknown key; {nearest(key, _keys(section))}"
 

@@ -12,18 +12,11 @@ import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-Policy = Literal["none", "fixed", "heuristic", "confidence"]
+Policy = Literal["none", "fixed", "heuristic", "confidence", "entropy", "head", "goodput"]
+Estimator = Literal["confidence", "entropy", "head"]
 
-CONFIDENCE_THRESHOLD = 0.4
-"""Hugging Face's default for the confidence policy."""
-
-NOT_YET: dict[str, str] = {
-    "speculation.control_share": "control rounds (measured speedup) are not in this version",
-    "speculation.head": "the learned acceptance head is not in this version",
-}
-"""Keys that a later version has, and why this one refuses them."""
-
-_LATER_POLICIES = ("entropy", "head", "goodput")
+THRESHOLD_POLICIES = ("confidence", "entropy", "head")
+ESTIMATING_POLICIES = ("head", "goodput")
 
 
 class _Settings(BaseModel):
@@ -166,7 +159,10 @@ class SamplingConfig(_Settings):
 class SpeculationConfig(_Settings):
     """When to stop drafting, and how candidates are verified."""
 
-    policy: Policy = "heuristic"
+    policy: Policy = Field(
+        default="goodput",
+        description="when to stop drafting; goodput weighs what each step brings and costs",
+    )
     verification: Literal["rejection", "coupled"] = Field(
         default="rejection",
         description="coupled: same tokens for any draft, policy and batch; rejection: accepts more",
@@ -174,31 +170,51 @@ class SpeculationConfig(_Settings):
     k: int = Field(
         default=4, ge=0, le=64, description="candidates per round: fixed, and heuristic's first"
     )
-    k_min: int = Field(default=1, ge=0, le=64)
-    k_max: int = Field(default=20, ge=1, le=64)
+    k_min: int = Field(default=1, ge=0, le=64, description="least candidates: heuristic, head")
+    k_max: int = Field(default=20, ge=1, le=64, description="most candidates, of all but fixed")
     threshold: float | None = Field(
-        default=None, gt=0, lt=1, description="confidence: stop below this draft probability (0.4)"
+        default=None,
+        gt=0,
+        lt=1,
+        description="where to stop: confidence, below this draft probability (0.4); entropy, below "
+        "this bound on acceptance (0.4); head, above this risk of a rejection (0.7)",
+    )
+    head: str | None = Field(
+        default=None, description="folder of a trained acceptance head (specbatch train-head)"
+    )
+    estimator: Estimator | None = Field(
+        default=None,
+        description="what head and goodput predict acceptance with; null: the head if there is "
+        "one, else confidence",
+    )
+    control_share: float = Field(
+        default=0.02,
+        ge=0,
+        le=0.5,
+        description="share of rounds without speculation, by which speedup is measured",
+    )
+    trace: bool = Field(
+        default=False, description="keep every round of every row for `specbatch explain`"
     )
 
-    @field_validator("policy", mode="before")
-    @classmethod
-    def _policy_exists(cls, policy: object) -> object:
-        if policy in _LATER_POLICIES:
-            raise ValueError(f"{policy} is not in this version; use heuristic or confidence")
-        return policy
-
     @model_validator(mode="after")
-    def _ordered(self) -> SpeculationConfig:
+    def _settings_of_the_policy(self) -> SpeculationConfig:
         if self.k_min > self.k_max:
             raise ValueError(f"k_min ({self.k_min}) is more than k_max ({self.k_max})")
-        if self.threshold is not None and self.policy != "confidence":
-            raise ValueError(f"threshold belongs to policy confidence, not {self.policy}")
+        if self.threshold is not None and self.policy not in THRESHOLD_POLICIES:
+            names = ", ".join(THRESHOLD_POLICIES)
+            raise ValueError(f"threshold belongs to the policies {names}, not to {self.policy}")
+        for name in ("head", "estimator"):
+            if getattr(self, name) is not None and self.policy not in ESTIMATING_POLICIES:
+                names = " and ".join(ESTIMATING_POLICIES)
+                raise ValueError(f"{name} belongs to the policies {names}, not to {self.policy}")
+        needs_head = self.estimator == "head" or (self.policy == "head" and not self.estimator)
+        if needs_head and self.head is None:
+            raise ValueError(
+                "head: give the folder of a trained head (make one with specbatch train-head), "
+                "or set estimator to confidence"
+            )
         return self
-
-    @property
-    def resolved_threshold(self) -> float:
-        """The threshold in force."""
-        return self.threshold if self.threshold is not None else CONFIDENCE_THRESHOLD
 
 
 class ActorsConfig(_Settings):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.progress import Tally
 from specdec.request import Completion, Request
+from specdec.speedup import SpeedupMeter
 
 if TYPE_CHECKING:
     from specdec.engine import Engine
@@ -31,18 +32,27 @@ class Usage:
         engine: forwards and tokens through each model.
         phase_seconds: seconds by phase, with `idle` (no row to work on).
         peak_live: most rows in slots at once.
+        speedup: rounds with speculation and control rounds.
+        costs: the policy's cost tables as they are now, if it has any.
+        fell_back: whether the policy has given up its acceptance head for an online estimator.
     """
 
     engine: dict[str, int] = field(default_factory=dict)
     phase_seconds: dict[str, float] = field(default_factory=dict)
     peak_live: int = 0
+    speedup: SpeedupMeter = field(default_factory=SpeedupMeter)
+    costs: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    fell_back: bool = False
 
     def minus(self, other: Usage) -> Usage:
-        """What was spent since `other`; the peak is not a difference."""
+        """What was spent since `other`; what is not a sum stays as it is."""
         return Usage(
             {k: v - other.engine.get(k, 0) for k, v in self.engine.items()},
             {k: v - other.phase_seconds.get(k, 0.0) for k, v in self.phase_seconds.items()},
             self.peak_live,
+            self.speedup.minus(other.speedup),
+            self.costs,
+            self.fell_back,
         )
 
 
@@ -112,6 +122,9 @@ class EngineLoop:
                 {name: getattr(stats, name) for name in _ENGINE_COUNTS},
                 {**stats.seconds, "idle": self._idle},
                 self._peak,
+                stats.speedup.copy(),
+                self._engine.policy.costs_table(),
+                self._engine.policy.fell_back,
             )
             spent, self._taken, self._peak = now.minus(self._taken), now, self._engine.live
             return spent

@@ -29,7 +29,9 @@ from pipeline.schema import (
     completions_table,
     errors_table,
     row_id,
+    total_calibration,
     total_counts,
+    trace_table,
 )
 from pipeline.stats import FOOTER_KEY, UnitRecord
 from specdec.request import Completion, Request
@@ -57,6 +59,7 @@ class GenerateActor:
         self._actor, self._node = context.get_actor_id() or "local", context.get_node_id()
         try:
             self._pair = load_pair(job)
+            self._head = load_acceptance_head(job, self._pair)
             self._renderer = PromptRenderer(job.input, self._pair.tokenizer)
         except (PairError, UserError) as error:
             ray.get(monitor.fail.remote(str(error)))
@@ -82,12 +85,16 @@ class GenerateActor:
                 k=speculation.k,
                 k_min=speculation.k_min,
                 k_max=speculation.k_max,
-                threshold=speculation.resolved_threshold,
+                threshold=speculation.threshold,
+                estimator=speculation.estimator,
+                head=self._head,
             ),
             verification=speculation.verification,
             slots=actors.slots,
             kv_memory_bytes=int(memory * 1e9) if memory else None,
             decode=self._decode,
+            control_share=speculation.control_share if speculation.policy != "none" else 0.0,
+            trace=speculation.trace,
         )
 
     async def __call__(self, block: pa.Table) -> pa.Table:
@@ -168,6 +175,13 @@ class GenerateActor:
             # the completions file says which one belongs to it.
             errors_file = f"{unit.id}-{errors_sha256[:8]}.parquet"
             files.append((f"errors/{errors_file}", data))
+        trace_file, trace_sha256, trace_rounds = None, None, 0
+        if self._job.speculation.trace:
+            rounds = trace_table(rows, outcomes, self._decode)
+            data, trace_rounds = _parquet(rounds, {}), rounds.num_rows
+            trace_sha256 = hashlib.sha256(data).hexdigest()
+            trace_file = f"{unit.id}-{trace_sha256[:8]}.parquet"
+            files.append((f"trace/{trace_file}", data))
         finished = [o.completion for o in outcomes if isinstance(o, Finished)]
         counts = total_counts(outcomes)
         usage = self._loop.take_usage()
@@ -182,6 +196,9 @@ class GenerateActor:
             errors=dict(failed),
             errors_file=errors_file,
             errors_sha256=errors_sha256,
+            trace_file=trace_file,
+            trace_sha256=trace_sha256,
+            trace_rounds=trace_rounds,
             prompt_tokens=sum(c.prompt_tokens for c in finished),
             output_tokens=sum(len(c.output_ids) for c in finished),
             counts={name: getattr(counts, name) for name in counts.__slots__},
@@ -192,6 +209,10 @@ class GenerateActor:
             engine=usage.engine,
             phase_seconds={"load": load, **usage.phase_seconds},
             peak_live=usage.peak_live,
+            speedup=usage.speedup.to_json(),
+            calibration=total_calibration(finished),
+            costs=usage.costs,
+            fell_back=usage.fell_back,
         )
         table = completions_table(rows, outcomes)
         files.append(
@@ -221,6 +242,18 @@ def load_pair(job: JobConfig) -> Any:
         device_map=models.device_map,
         trust_remote_code=models.trust_remote_code,
     )
+
+
+def load_acceptance_head(job: JobConfig, pair: Any) -> Any:
+    """The job's acceptance head, or None if it has none.
+
+    Raises:
+        PairError: it is missing, damaged, or was trained for another pair.
+    """
+    from specdec.heads import load_head
+
+    folder = job.speculation.head
+    return load_head(folder, pair) if folder is not None else None
 
 
 def _parquet(table: pa.Table, metadata: dict[bytes, bytes]) -> bytes:

@@ -36,7 +36,10 @@ _POLICY_SETTINGS = {
     "none": (),
     "fixed": ("k",),
     "heuristic": ("k", "k_min", "k_max"),
-    "confidence": ("resolved_threshold", "k_max"),
+    "confidence": ("threshold", "k_max"),
+    "entropy": ("threshold", "k_max"),
+    "head": ("threshold", "k_min", "k_max", "estimator"),
+    "goodput": ("k_max", "estimator"),
 }
 _PACKAGES = ("specbatch", "torch", "transformers", "ray", "pyarrow")
 
@@ -60,6 +63,20 @@ def model_identity(name: str) -> dict[str, str]:
     if source.path is not None:
         return {"name": source.path.name, "digest": model_digest(source.path)}
     return {"name": source.name, "revision": _hub_commit(source.name, source.revision)}
+
+
+def head_identity(folder: str) -> str:
+    """What pins an acceptance head's content.
+
+    Raises:
+        UserError: there is no head in the folder.
+    """
+    from specdec.heads import HeadError, read_card
+
+    try:
+        return str(read_card(folder)["weights_sha256"])[:16]
+    except HeadError as error:
+        raise UserError(f"speculation.head: {error}") from None
 
 
 def _hub_commit(name: str, revision: str | None) -> str:
@@ -105,7 +122,9 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
     if speculation.verification == "rejection":
         result["speculation"]["policy"] = speculation.policy
         for name in _POLICY_SETTINGS[speculation.policy]:
-            result["speculation"][name.removeprefix("resolved_")] = getattr(speculation, name)
+            result["speculation"][name] = getattr(speculation, name)
+        if speculation.head is not None:
+            result["speculation"]["head"] = head_identity(speculation.head)
         if models.draft is not None and speculation.policy != "none":
             result["models"]["draft"] = model_identity(models.draft)
     return result
@@ -283,11 +302,16 @@ def finish(
     files += [
         (f"errors/{r.errors_file}", r.failed, r.errors_sha256) for r in records if r.errors_file
     ]
+    files += [
+        (f"trace/{r.trace_file}", r.trace_rounds, r.trace_sha256) for r in records if r.trace_file
+    ]
     with ThreadPoolExecutor(_THREADS) as pool:
         listed = list(pool.map(lambda file: _checked(output, checksums, *file), files))
+    # Written by attempts at units that other attempts committed.
     for orphan in error_files - {r.errors_file for r in records}:
-        # Written by an attempt at a unit that another attempt committed.
         output.delete(f"errors/{orphan}")
+    for orphan in set(output.list("trace")) - {r.trace_file for r in records}:
+        output.delete(f"trace/{orphan}")
     for name, table in stats_tables(records).items():
         output.put(f"stats/{name}.parquet", table_bytes(table))
     summary = summarise(records)

@@ -10,14 +10,31 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from specdec.acceptance import Calibration
 from specdec.request import Counts
+from specdec.speedup import SpeedupMeter
 
 FOOTER_KEY = b"specbatch.unit"
+
+COSTS_SCHEMA = pa.schema(
+    {"actor": pa.string(), "kind": pa.string(), "tokens": pa.int64(), "seconds": pa.float64()}
+)
+CALIBRATION_SCHEMA = pa.schema(
+    {
+        "by": pa.string(),
+        "name": pa.string(),
+        "judged": pa.int64(),
+        "predicted": pa.float64(),
+        "accepted": pa.float64(),
+        "ece": pa.float64(),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,14 @@ class UnitRecord:
         engine: the actor's forwards and tokens through each model, booked on this unit.
         phase_seconds: the actor's seconds by phase, booked on this unit.
         peak_live: most rows in the engine's slots at once.
+        trace_file, trace_sha256, trace_rounds: the file with its rounds in `trace/`, if there is
+            one, its checksum, and how many rounds.
+        speedup: the actor's rounds with speculation and control rounds, booked on this unit
+            (`SpeedupMeter.to_json`).
+        calibration: predicted against observed acceptance of its rows, by class of context length
+            (`Calibration.bins`).
+        costs: the actor's cost tables when the unit ended.
+        fell_back: whether the actor had given up its acceptance head by then.
     """
 
     unit: str
@@ -62,6 +87,13 @@ class UnitRecord:
     engine: dict[str, int]
     phase_seconds: dict[str, float]
     peak_live: int
+    trace_file: str | None = None
+    trace_sha256: str | None = None
+    trace_rounds: int = 0
+    speedup: dict[str, Any] | None = None
+    calibration: dict[str, list[list[float]]] = field(default_factory=dict)
+    costs: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    fell_back: bool = False
 
     @property
     def failed(self) -> int:
@@ -87,8 +119,55 @@ def busy_seconds(records: Iterable[UnitRecord]) -> float:
     return total
 
 
+def measured_speedup(records: Iterable[UnitRecord]) -> dict[str, Any]:
+    """Speedup over decoding without speculation, with its 95% interval; null where unmeasured."""
+    meter = SpeedupMeter()
+    for record in records:
+        if record.speedup is not None:
+            meter.add(SpeedupMeter.from_json(record.speedup))
+    found = meter.estimate()
+    if found is None:
+        return {"speedup": None, "speedup_ci": None, "speedup_controls": 0}
+    return {
+        "speedup": found.value,
+        "speedup_ci": [found.low, found.high],
+        "speedup_controls": found.controls,
+    }
+
+
+def calibration_rows(records: Iterable[UnitRecord]) -> list[dict[str, Any]]:
+    """How well acceptance was predicted: over all, by input file and by class of context length.
+
+    Returns:
+        Rows of: by ("all", "input" or "context"), name, judged candidates, their mean prediction,
+        the share accepted, and the expected calibration error. None if nothing was predicted.
+    """
+    classes: dict[tuple[str, str], Calibration] = {}
+    for record in records:
+        for context, bins in record.calibration.items():
+            for key in (("all", ""), ("input", record.input), ("context", context)):
+                classes.setdefault(key, Calibration()).bins += np.array(bins)
+    order = {"all": 0, "input": 1, "context": 2}
+    rows = []
+    for (by, name), calibration in sorted(
+        classes.items(), key=lambda c: (order[c[0][0]], len(c[0][1]), c[0][1])
+    ):
+        judged, predicted, accepted = calibration.bins.sum(0)
+        rows.append(
+            {
+                "by": by,
+                "name": name,
+                "judged": int(judged),
+                "predicted": predicted / judged,
+                "accepted": accepted / judged,
+                "ece": calibration.ece,
+            }
+        )
+    return rows
+
+
 def summarise(records: Sequence[UnitRecord]) -> dict[str, Any]:
-    """The job in numbers, JSON-able. `speedup` and `cost` are null until they are measured.
+    """The job in numbers, JSON-able. What was not measured is null.
 
     Args:
         records: one per committed unit.
@@ -113,8 +192,9 @@ def summarise(records: Sequence[UnitRecord]) -> dict[str, Any]:
         **asdict(counts),
         "acceptance_rate": counts.acceptance_rate,
         "block_efficiency": counts.block_efficiency,
-        "speedup": None,
-        "speedup_ci": None,
+        **measured_speedup(records),
+        "calibration": calibration_rows(records),
+        "actors_fell_back": len({r.actor for r in records if r.fell_back}),
         "cost": None,
         **dict(engine),
         "peak_live": max((r.peak_live for r in records), default=0),
@@ -123,23 +203,42 @@ def summarise(records: Sequence[UnitRecord]) -> dict[str, Any]:
 
 
 def stats_tables(records: Sequence[UnitRecord]) -> dict[str, pa.Table]:
-    """The tables of `stats/`: units, actors, and phases (one row per actor and phase)."""
+    """The tables of `stats/`: units, actors, phases, costs and calibration."""
     by_actor: dict[str, list[UnitRecord]] = {}
     for record in records:
         by_actor.setdefault(record.actor, []).append(record)
-    actors, phases = [], []
+    actors, phases, costs = [], [], []
     for actor, mine in sorted(by_actor.items()):
         summary = summarise(mine)
         for phase, seconds in summary.pop("phase_seconds").items():
             phases.append({"actor": actor, "phase": phase, "seconds": seconds})
-        for unmeasured in ("speedup", "speedup_ci", "cost", "errors_by_class"):
-            del summary[unmeasured]
+        for nested in ("speedup_ci", "calibration", "cost", "errors_by_class", "actors_fell_back"):
+            del summary[nested]
+        summary |= _speedup_columns(mine)
+        summary["fell_back"] = any(record.fell_back for record in mine)
         actors.append({"actor": actor, "node": mine[0].node, **summary})
+        latest = max(mine, key=lambda record: record.finished)
+        for kind, points in latest.costs.items():
+            costs += [{"actor": actor, "kind": kind, "tokens": n, "seconds": s} for n, s in points]
     units = [_unit_row(record) for record in records]
     return {
         "units": pa.Table.from_pylist(units),
         "actors": pa.Table.from_pylist(actors),
         "phases": pa.Table.from_pylist(phases),
+        "costs": pa.Table.from_pylist(costs, schema=COSTS_SCHEMA),
+        "calibration": pa.Table.from_pylist(calibration_rows(records), schema=CALIBRATION_SCHEMA),
+    }
+
+
+def _speedup_columns(records: Iterable[UnitRecord]) -> dict[str, Any]:
+    """Speedup and its interval as flat columns."""
+    found = measured_speedup(records)
+    low, high = found["speedup_ci"] or (None, None)
+    return {
+        "speedup": found["speedup"],
+        "speedup_low": low,
+        "speedup_high": high,
+        "speedup_controls": found["speedup_controls"],
     }
 
 
@@ -147,8 +246,11 @@ def _unit_row(record: UnitRecord) -> dict[str, Any]:
     row = asdict(record)
     counts = Counts(**row.pop("counts"))
     engine, phase_seconds = row.pop("engine"), row.pop("phase_seconds")
+    for nested in ("speedup", "calibration", "costs"):
+        del row[nested]
     return {
         **row,
+        **_speedup_columns([record]),
         "errors": record.failed,
         "errors_by_class": json.dumps(record.errors),
         **asdict(counts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,17 @@ class SlotCache:
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :n] = tensor[source, :, :n]
         self.lengths[target], self.lengths[source] = n, 0
+
+    def fork(self, source: int, slots: Sequence[int], lengths: Sequence[int]) -> None:
+        """Make each of `slots` hold the first tokens of slot `source`, as many as `lengths` says.
+
+        What the slots held is overwritten; `source` must have that many tokens.
+        """
+        n = max(lengths, default=0)
+        for tensor in (*self.keys, *self.values):
+            tensor[list(slots), :, :n] = tensor[source, :, :n]
+        for slot, length in zip(slots, lengths, strict=True):
+            self.lengths[slot] = length
 
     def resize(self, slots: int, capacity: int) -> None:
         """Take another shape in place, layer by layer, keeping what fits of each slot."""

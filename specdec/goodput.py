@@ -77,6 +77,9 @@ class Goodput(EstimatingPolicy):
         if self.costs is None:
             self.costs = CostModel.profile(target, draft, slots)
 
+    def costs_table(self) -> dict[str, list[tuple[int, float]]]:
+        return self.costs.points() if self.costs is not None else {}
+
     def budget(self, start: RoundStart) -> Sequence[int]:
         assert self.costs is not None, "prepare() comes before the first round"
         self._begin(start)

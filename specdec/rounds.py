@@ -84,7 +84,12 @@ class Round:
         for slot, row in enumerate(self.rows):
             if not self.start.decoding[slot]:
                 continue
-            why = Explanation((), "control round") if self.control else policy.explain(slot)
+            if self.control:
+                why = Explanation((), "control round")
+            elif not self.start.room[slot]:
+                why = Explanation((), "no room for a candidate")
+            else:
+                why = policy.explain(slot)
             row.trace.append(
                 RoundTrace(
                     context=self.start.contexts[slot],

@@ -86,6 +86,12 @@ class SpeedupMeter:
                 mine.setdefault(key, Rounds()).add(rounds)
         self.mixed = [a + b for a, b in zip(self.mixed, other.mixed, strict=True)]
 
+    def copy(self) -> SpeedupMeter:
+        """The rounds so far."""
+        result = SpeedupMeter()
+        result.add(self)
+        return result
+
     def minus(self, other: SpeedupMeter) -> SpeedupMeter:
         """What was booked since `other` was this meter."""
         result = SpeedupMeter()

@@ -30,6 +30,7 @@ from specdec.acceptance import (
     Calibration,
     Estimator,
     Flags,
+    HeadEstimator,
     RowHistory,
     Signal,
 )
@@ -167,6 +168,15 @@ class StopPolicy:
     def observe(self, outcome: RoundOutcome) -> None:
         """Learn from a finished round."""
 
+    def costs_table(self) -> dict[str, list[tuple[int, float]]]:
+        """Measured seconds by packed tokens, `draft` and `verify`, if the policy knows them."""
+        return {}
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether a trained head was found out of calibration and is no longer believed."""
+        return False
+
     def explain(self, row: int) -> Explanation:
         """Why the round just drafted stopped where it did, for one of its rows."""
         return Explanation((), type(self).__name__.lower())
@@ -273,6 +283,10 @@ class EstimatingPolicy(StopPolicy):
         self.estimator, self.head, self.wanted = estimator, head, estimator.wanted
         self._judged, self._accepted = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * self.PRIOR_RATE
         self._steps: list[_Judgement] = []
+
+    @property
+    def fell_back(self) -> bool:
+        return isinstance(self.estimator, HeadEstimator) and self.estimator.fallen_back
 
     def _begin(self, start: RoundStart) -> None:
         """Start a round: nothing drafted, all rows alive."""

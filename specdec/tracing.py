@@ -1,180 +1,240 @@
-"""Recording what a draft would have proposed along texts of its target, to replay any policy on.
+"""Recording `Trace`s: what speculation would meet along texts that the target wrote itself.
 
-The text x of a trace is the target's own. At each position t, draft and target see x_<t, and a
-candidate y_t is drawn jointly with the given x_t as rejection sampling would have: there, y ~ q,
-the committed token is y with probability min(1, p(y) / q(y)) and otherwise ~ (p - q)+, so that
+Both models read a text x once (teacher forcing). At each output position t, after the true prefix
+x_<t, a candidate y_t is drawn *given* x_t, so that the two have the joint law that they have in
+speculative sampling:
 
-    P(y = x = v) = q(v) min(1, p(v) / q(v)) = min(p(v), q(v)),
+    x_t was drawn from p. Let y_t = x_t with probability min(1, q(x_t) / p(x_t)), otherwise draw y_t
+    from (q - p)+, normalised.
 
-and what is left of q and p is drawn independently. Read the other way round: given x ~ p, y = x
-with probability min(1, q(x) / p(x)), and otherwise y ~ (q - p)+. The joint law is the same, so what
-is replayed on a fixed text has the distribution of a real run (specdec/simulate.py). A matching
-mode draws y_t as it does in the engine.
+Proof: speculative sampling draws y ~ q, lets x = y with probability min(1, p(y) / q(y)), otherwise
+x ~ (p - q)+ / TV. Both ways P(x = y = v) = min(p(v), q(v)), and for v /= w, P(x = v, y = w) =
+(p - q)+(v) (q - p)+(w) / TV. It is the maximal coupling of p and q, read from either end. []
 
-A policy does not know that y_t is wrong and drafts on. For these steps the draft is rolled out from
-x_<t y_t by itself, and what it signals is recorded too.
+So one pass over the text gives, for every position at once, whether a candidate there would be
+accepted, whatever policy is asked later. In matching modes the candidate is the draft's own choice,
+and accepted iff it is x_t.
+
+A policy drafts on behind a candidate that will be rejected, since it cannot know. What it would see
+there is recorded too: from every such candidate the draft is rolled out by its own sampling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.acceptance import AcceptanceHead, Signal, read_signals
-from specdec.cache import SlotCache
+from specdec.acceptance import HEAD_SIGNALS, AcceptanceHead, Signal, read_signals
+from specdec.engine import Engine, Pair
 from specdec.packed import PackedDecoder
-from specdec.request import SamplingParams
-from specdec.sampling import Draw, SamplingBatch, coupled_choice, probabilities, sample, uniform
+from specdec.request import Completion, Request
+from specdec.sampling import Draw, SamplingBatch, probabilities, sample, uniform
 from specdec.simulate import Trace
+from specdec.training.examples import Example
+from specdec.training.scores import target_states
 from specdec.verification import MODES
 
-ROWS = 64
-"""Positions whose logits are computed at once, and branches rolled out together."""
+MOST = 20
+"""Most candidates of a round that the traces can answer for."""
+
+_LOGIT_ROWS = 256
+_BRANCHES = 64
 
 
-class SpeculativePair(Protocol):
-    """What recording needs of a `ModelPair`."""
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A request and the target's own completion of it.
 
-    target: PackedDecoder
-    draft: PackedDecoder | None
-    vocab_size: int
+    Attributes:
+        request: with the sampling that the completion was drawn by.
+        output_ids: the completion, to its end.
+        group: results are reported by it.
+    """
+
+    request: Request
+    output_ids: tuple[int, ...]
+    group: str = ""
 
 
-@torch.inference_mode()
+def write_texts(engine: Engine, requests: Sequence[Request]) -> Iterator[Completion]:
+    """Complete requests, as they end. The engine's policy must be `none`."""
+    for request in requests:
+        engine.submit(request)
+    while engine.has_work:
+        yield from engine.step()
+
+
+def reversed_coupling(p: Tensor, q: Tensor, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Candidates given what the target drew: the maximal coupling from its other end.
+
+    Args:
+        p, q: float32 [n, V], the target's and the draft's distributions.
+        x: int64 [n], drawn from p.
+        u, v: float32 [n], independent uniform numbers in (0, 1).
+
+    Returns:
+        int64 [n], distributed as q, and equal to x as often as rejection sampling accepts.
+    """
+    at = x[:, None]
+    same = u[:, None] * p.gather(1, at) < q.gather(1, at)
+    residual = (q - p).clamp_(min=0)
+    # p == q up to rounding may fail the test by a hair, with nothing left: q is the right answer.
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, q)
+    return torch.where(same[:, 0], x, sample(residual, v))
+
+
 def record(
-    pair: SpeculativePair,
-    texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
-    sampling: Sequence[SamplingParams],
+    pair: Pair,
+    texts: Sequence[Text],
     *,
     verification: Literal["rejection", "coupled"] = "rejection",
     head: AcceptanceHead | None = None,
-    depth: int = 20,
-    progress: Callable[[int], None] | None = None,
-) -> list[Trace]:
-    """Traces of texts that the target generated.
+    most: int = MOST,
+) -> Iterator[Trace]:
+    """Trace texts one by one.
 
     Args:
-        texts: prompt ids and output ids of each, at least one of both.
-        sampling: what each was generated with.
-        head: its signals are recorded, too.
-        depth: most candidates of a policy that the traces are for.
-        progress: called with 1 after each text.
+        pair: both models.
+        texts: the target's. One with a prompt that the draft cannot read is left out; one that
+            outgrows the draft's context is cut there.
+        verification: as in the Engine that is to be simulated. Greedy rows match in both.
+        head: fills the head's signals, if there is one.
+        most: most candidates of a round.
 
     Raises:
         ValueError: the pair has no draft.
     """
     if pair.draft is None:
-        raise ValueError("a trace needs a draft")
-    traces = []
-    for (prompt, output), params in zip(texts, sampling, strict=True):
-        traces.append(_record(pair, pair.draft, prompt, output, params, verification, head, depth))
-        if progress:
-            progress(1)
-    return traces
+        raise ValueError("traces need a pair with a draft")
+    recorder = _Recorder(pair, pair.draft, verification, head, most)
+    for text in texts:
+        room = pair.draft_context_length - len(text.request.prompt_ids) + 1
+        output = text.output_ids[: max(room, 0)]
+        if output:
+            yield recorder.trace(replace(text, output_ids=output))
 
 
-def _record(
-    pair: SpeculativePair,
-    draft: PackedDecoder,
-    prompt: tuple[int, ...],
-    output: tuple[int, ...],
-    params: SamplingParams,
-    verification: Literal["rejection", "coupled"],
-    head: AcceptanceHead | None,
-    depth: int,
-) -> Trace:
-    device, n = pair.target.device, len(output)
-    known = torch.tensor([*prompt, *output[:-1]], device=device)
-    x = torch.tensor(output, device=device)
-    target_hidden = _outputs(pair.target, pair.target.new_cache(1, len(known)), known, n)
-    cache = draft.new_cache(1 + ROWS, len(known) + depth + 1)
-    draft_hidden = _outputs(draft, cache, known, n)
+class _Recorder:
+    """Holds the draft's cache from text to text: slot 0 for the text, the others for branches."""
 
-    candidates, signals, chances = [], [], []
-    for begin in range(0, n, ROWS):
-        part = slice(begin, min(begin + ROWS, n))
-        at = torch.arange(part.start, part.stop, device=device)
-        batch = SamplingBatch.of([params] * len(at), device)
-        q_logits = draft.logits(draft_hidden[part])[:, : pair.vocab_size]
-        p_logits = pair.target.logits(target_hidden[part])[:, : pair.vocab_size]
-        p, q = probabilities(p_logits, batch), probabilities(q_logits, batch)
-        if verification == "coupled" and not batch.all_greedy:
-            y = coupled_choice(q, batch.seed, at)
-        else:
-            y = _reverse_coupling(p, q, x[part], batch.seed, at)
-        candidates.append(y)
-        signals.append(read_signals(q_logits, y, draft_hidden[part], frozenset(Signal), head))
-        index = y[:, None]
-        chances.append(torch.cat([p.gather(1, index), q.gather(1, index)], 1))
-    y = torch.cat(candidates)
-    accepted = y == x
+    def __init__(
+        self,
+        pair: Pair,
+        draft: PackedDecoder,
+        verification: Literal["rejection", "coupled"],
+        head: AcceptanceHead | None,
+        most: int,
+    ) -> None:
+        self.pair, self.draft, self.head, self.most = pair, draft, head, most
+        self.verification = verification
+        self.wanted = frozenset(Signal) if head else frozenset(Signal) - HEAD_SIGNALS
+        self.cache = draft.new_cache(1 + _BRANCHES, 0)
 
-    branches = torch.zeros(n, depth, len(Signal))
-    wrong = torch.nonzero(~accepted)[:, 0].tolist()
-    for begin in range(0, len(wrong), ROWS):
-        some = wrong[begin : begin + ROWS]
-        branches[some] = _roll_out(
-            pair, draft, cache, len(prompt), some, y[some], params, verification, head, depth
+    @torch.inference_mode()
+    def trace(self, text: Text) -> Trace:
+        request, output = text.request, text.output_ids
+        prompt, n = len(request.prompt_ids), len(output)
+        longest = min(request.sampling.max_new_tokens, self.pair.context_length - prompt)
+        limit = min(longest - 1, self.pair.draft_context_length - prompt)
+        matching = self.verification == "coupled" or request.sampling.temperature == 0
+        self.mode = MODES["coupled" if matching else "rejection"]
+        # Coupled choices share the row's noise. Sampled candidates must not share what drew x.
+        seed = request.sampling.seed if matching else _own_seed(request)
+        sampling = SamplingBatch.of([replace(request.sampling, seed=seed)], self.draft.device)
+
+        candidates, signals = self._candidates(text, sampling, matching)
+        accepted = (candidates.cpu() == torch.tensor(output)).numpy()
+        # An accepted end of the text is drafted past as well: the draft does not know of it.
+        starts = [t for t in range(n) if not accepted[t] or t == n - 1]
+        branches = self._branches(starts, candidates[starts], prompt, limit, sampling)
+        branch_of = np.full(n, -1, dtype=np.int64)
+        branch_of[starts] = np.arange(len(starts))
+        return Trace(
+            id=request.id,
+            group=text.group,
+            prompt_tokens=prompt,
+            limit=limit,
+            free_trimming=matching,
+            accepted=accepted,
+            signals=signals.cpu().numpy(),
+            branch_of=branch_of,
+            branches=branches.cpu().numpy(),
         )
-    return Trace(
-        context=len(prompt),
-        accepted=accepted.cpu().numpy(),
-        signals=torch.cat(signals).cpu().numpy().astype(np.float32),
-        branches=branches.numpy().astype(np.float32),
-        chances=torch.cat(chances).cpu().numpy().astype(np.float32),
-    )
+
+    def _candidates(
+        self, text: Text, sampling: SamplingBatch, matching: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Candidates int64 [n] along the text and their signals; slot 0 then holds the text."""
+        pair, draft, request = self.pair, self.draft, text.request
+        example = Example(request.id, request.prompt_ids, text.output_ids)
+        tokens = torch.tensor(example.input_ids, device=draft.device)
+        need = len(tokens) + self.most
+        if need > self.cache.capacity:
+            self.cache.resize(self.cache.slots, need)
+        self.cache.rollback(0, 0)
+        states = draft.forward(self.cache, [(0, len(tokens))], tokens)
+        states = states[len(request.prompt_ids) - 1 :]
+        _, target_states_ = next(target_states(pair.target, [example]))
+        x = torch.tensor(text.output_ids, device=draft.device)
+        found: list[tuple[Tensor, Tensor]] = []
+        for at in torch.split(torch.arange(len(x), device=draft.device), _LOGIT_ROWS):
+            logits = draft.logits(states[at])[:, : pair.vocab_size]
+            rows = sampling.rows(torch.zeros_like(at))
+            if matching:
+                y, _ = self.mode.propose(logits, rows, at)
+            else:
+                judged = target_states_[at.to(target_states_.device)]
+                target_logits = pair.target.logits(judged)[:, : pair.vocab_size]
+                p = probabilities(target_logits.to(draft.device), rows)
+                u, v = (uniform(rows.seed, at, draw) for draw in (Draw.ACCEPT, Draw.BONUS))
+                y = reversed_coupling(p, probabilities(logits, rows), x[at], u, v)
+            found.append((y, read_signals(logits, y, states[at], self.wanted, self.head)))
+        candidates, signals = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return candidates, signals
+
+    def _branches(
+        self,
+        starts: Sequence[int],
+        candidates: Tensor,
+        prompt: int,
+        limit: int,
+        sampling: SamplingBatch,
+    ) -> Tensor:
+        """Signals of what the draft proposes behind candidates at `starts` (rising).
+
+        Returns:
+            float32 [len(starts), most - 1, len(Signal)]; zeros from position `limit` on.
+        """
+        device, depth = self.draft.device, self.most - 1
+        result = torch.zeros(len(starts), depth, len(Signal), device=device)
+        for begin in range(0, len(starts), _BRANCHES):
+            part = starts[begin : begin + _BRANCHES]
+            slots = range(1, 1 + len(part))
+            self.cache.fork(0, slots, [prompt + t for t in part])
+            tokens = candidates[begin : begin + len(part)]
+            for step in range(depth):
+                # The later a branch begins, the sooner it is at the limit: rows leave at the end.
+                at = [t + 1 + step for t in part if t + 1 + step < limit]
+                if not at:
+                    break
+                rows = [(slot, 1) for slot in slots[: len(at)]]
+                hidden = self.draft.forward(self.cache, rows, tokens[: len(at)])
+                logits = self.draft.logits(hidden)[:, : self.pair.vocab_size]
+                places = torch.tensor(at, device=device)
+                same = sampling.rows(torch.zeros_like(places))
+                tokens, _ = self.mode.propose(logits, same, places)
+                result[begin : begin + len(at), step] = read_signals(
+                    logits, tokens, hidden, self.wanted, self.head
+                )
+        return result
 
 
-def _outputs(decoder: PackedDecoder, cache: SlotCache, known: Tensor, n: int) -> Tensor:
-    """Hidden states [n, width] behind the last n tokens' successors; slot 0 of the cache is fed."""
-    return decoder.forward(cache, [(0, len(known))], known)[-n:]
-
-
-def _reverse_coupling(p: Tensor, q: Tensor, x: Tensor, seed: Tensor, at: Tensor) -> Tensor:
-    """Candidates int64 [n] drawn jointly with given tokens x ~ p; see the module's head."""
-    chosen = x[:, None]
-    keep = uniform(seed, at, Draw.ACCEPT) * p.gather(1, chosen)[:, 0] < q.gather(1, chosen)[:, 0]
-    residual = (q - p).clamp_(min=0)
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, q)
-    return torch.where(keep, x, sample(residual, uniform(seed, at, Draw.CANDIDATE)))
-
-
-def _roll_out(
-    pair: SpeculativePair,
-    draft: PackedDecoder,
-    cache: SlotCache,
-    prompt: int,
-    positions: Sequence[int],
-    tokens: Tensor,
-    params: SamplingParams,
-    verification: Literal["rejection", "coupled"],
-    head: AcceptanceHead | None,
-    depth: int,
-) -> Tensor:
-    """Signals [n, depth, len(Signal)] of what the draft proposes after a wrong candidate.
-
-    Args:
-        cache: slot 0 holds prompt and output; the other slots are overwritten.
-        positions: output positions of the n wrong candidates `tokens`.
-    """
-    slots = list(range(1, 1 + len(positions)))
-    for slot, position in zip(slots, positions, strict=True):
-        length = prompt + position
-        for tensor in (*cache.keys, *cache.values):
-            tensor[slot, :, :length] = tensor[0, :, :length]
-        cache.lengths[slot] = length
-    batch = SamplingBatch.of([params] * len(slots), draft.device)
-    mode = MODES["coupled" if batch.all_greedy else verification]
-    at = torch.tensor(positions, device=draft.device)
-    steps = []
-    for _ in range(depth):
-        at = at + 1
-        hidden = draft.forward(cache, [(slot, 1) for slot in slots], tokens)
-        logits = draft.logits(hidden)[:, : pair.vocab_size]
-        tokens, _ = mode.propose(logits, batch, at)
-        steps.append(read_signals(logits, tokens, hidden, frozenset(Signal), head))
-    return torch.stack(steps, 1).cpu()
+def _own_seed(request: Request) -> int:
+    key = f"trace:{request.sampling.seed}:{request.id}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1

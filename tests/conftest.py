@@ -210,3 +210,34 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def write_job_output(tiny_models: TinyModels, tmp_path: Path) -> Callable[..., str]:
+    """Writes the output folder of a job, as far as it would be read, without running one."""
+
+    def write(
+        units: dict[str, list[dict[str, Any]]],
+        name: str = "out",
+        target: str | None = None,
+        **sections: Any,
+    ) -> str:
+        from pipeline import manifest
+        from pipeline.config import JobConfig
+        from pipeline.storage import Folder
+
+        values = {
+            "input": {"paths": "in.parquet", "prompt_column": "prompt"},
+            "output": str(tmp_path / name),
+            "models": {"target": target or tiny_models.target},
+            "speculation": {"policy": "none"},
+        }
+        job = JobConfig.model_validate({**values, **sections})
+        folder = Folder(job.output, job.s3)
+        manifest.claim(folder, job, [], manifest.fingerprint(job, []))
+        for unit, rows in units.items():
+            table = manifest.table_bytes(pa.Table.from_pylist(rows))
+            folder.put(f"completions/{unit}.parquet", table)
+        return job.output
+
+    return write

@@ -40,9 +40,9 @@ def distill(
     Args:
         pair: the target, loaded with `trainable`.
         student: the draft; changed in place, in the end to its best weights.
-        examples: all there are; some are held out.
+        examples: all there are, or, of a run that was begun, `space.examples()`; some are held out.
         settings: how to train.
-        space: the folder of the draft, begun with the same examples.
+        space: the folder of the draft, checked for these arguments.
         record: plain data for the draft's card, `arguments` among it (`Workspace.check`).
         watch: whom to tell.
         incumbent: another draft to evaluate.
@@ -53,13 +53,8 @@ def distill(
         The card, as in training.json.
 
     Raises:
-        DistillError: there are too few examples, or the draft's vocabulary is too small.
+        DistillError: there are too few examples.
     """
-    if student.vocab_size < len(pair.tokenizer):
-        raise DistillError(
-            f"{student.name} has {student.vocab_size} tokens, the target's tokenizer "
-            f"{len(pair.tokenizer)}"
-        )
     usable = cut(examples, min(pair.context_length, student.context_length))
     train, held_out = split(usable, settings.held_out)
     if not train or not held_out:
@@ -67,6 +62,11 @@ def distill(
             f"of {len(usable)} examples {len(held_out)} are held out and {len(train)} left to "
             "learn from; give more examples or another share to hold out"
         )
+    if space.examples() is None:
+        space.begin(record["arguments"], examples)
+    if student.needs_tokenizer:
+        # The same vocabulary as the target's: that was checked when the draft was loaded.
+        pair.tokenizer.save_pretrained(space.out)
     trainer = Trainer(pair.target, student, settings, space, held_out, watch)
     trainer.start(incumbent)
     scored = _score(pair, student, train, settings, scores or space.scores, watch)
@@ -76,6 +76,7 @@ def distill(
         **record,
         "target": pair.describe()["target"],
         "student": student.name,
+        "incumbent": progress.incumbent,
         "parameters": sum(p.numel() for p in student.trainable().values()),
         "settings": asdict(settings),
         "examples": {"trained": len(train), "held_out": len(held_out)},

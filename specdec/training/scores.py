@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,8 @@ def score(
     done = 0
     for shard in missing:
         tensors = _score(target, examples[shard.begin : shard.end], vocab_size, top_k)
-        scratch = shard.path.with_suffix(".writing")
+        # Runs that share the folder may be at the same shard, with the same content.
+        scratch = shard.path.with_suffix(f".writing-{os.getpid()}")
         save_file(tensors, scratch)
         scratch.replace(shard.path)
         done += len(tensors["ids"])

@@ -83,7 +83,8 @@ class Watch:
 
     Attributes:
         moment: called after each shard and step.
-        evaluated: called with a name ("start", "40%", "result", "incumbent") and what was found.
+        evaluated: called with a name ("start", "sample at 40%", "result", "incumbent") and
+            what was found.
     """
 
     moment: Callable[[Moment], None] = lambda moment: None

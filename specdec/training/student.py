@@ -91,9 +91,23 @@ class Student:
 
         Raises:
             PairError: it is missing or does not fit the target.
+            DistillError: it has fewer tokens than the target's tokenizer.
         """
         model = load_draft(pair, name, trust_remote_code=trust_remote_code)
-        return cls(model, pair.target.model, f"draft {name}")
+        student = cls(model, pair.target.model, f"draft {name}")
+        if student.vocab_size < len(pair.tokenizer):
+            raise DistillError(
+                f"draft {name} has {student.vocab_size} tokens, the target's tokenizer "
+                f"{len(pair.tokenizer)}"
+            )
+        return student
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether its checkpoint has an embedding or LM head, and so a vocabulary of its own."""
+        ends = {id(p) for module in _ends(self.model) for p in module.parameters()}
+        named = self.model.state_dict(keep_vars=True)
+        return any(id(named[key]) in ends for key in self._own)
 
     @property
     def vocab_size(self) -> int:

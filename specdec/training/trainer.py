@@ -48,7 +48,8 @@ class Progress:
         loss: moving average, nats per output token.
         best: highest mean overlap of `curve`.
         curve: evaluations on the same held-out sample, the untrained draft's first.
-        held_out: agreements on all that is held out, by name of the draft.
+        held_out: agreements on all that is held out, of "start", "incumbent" and "result".
+        incumbent: the name of that incumbent.
     """
 
     step: int = 0
@@ -59,6 +60,7 @@ class Progress:
     best: float = 0.0
     curve: list[dict[str, float | None]] = field(default_factory=list)
     held_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    incumbent: str | None = None
 
 
 def distill_loss(
@@ -134,8 +136,9 @@ class Trainer:
         drafts: dict[str, Student] = {}
         if not self._resume():
             drafts["start"] = self._student
-        if incumbent is not None and "incumbent" not in self.progress.held_out:
+        if incumbent is not None and self.progress.incumbent != incumbent.name:
             drafts["incumbent"] = incumbent
+            self.progress.incumbent = incumbent.name
         if drafts:
             self._evaluate_all(drafts)
         if "start" in drafts:
@@ -234,7 +237,7 @@ class Trainer:
         ids, probs = ids.to(device), probs.to(device)
         vocab = min(self._target.vocab_size, self._student.vocab_size)
         total = torch.zeros((), device=device)
-        gradients = []
+        gradients: list[Tensor] = []
         for begin in range(0, len(tokens), LOGIT_ROWS):
             rows = slice(begin, begin + LOGIT_ROWS)
             chunk = states[rows].requires_grad_()
@@ -275,8 +278,7 @@ class Trainer:
             | {"token_visits": progress.tokens, "loss": progress.loss}
             | overall.as_dict()
         )
-        if len(progress.curve) > 1:
-            self._watch.evaluated(f"{done:.0%}", {ALL: overall})
+        self._watch.evaluated(f"sample at {done:.0%}", {ALL: overall})
         if len(progress.curve) == 1 or overall.mean_overlap > progress.best:
             progress.best = overall.mean_overlap
             self._student.save(self._space.out)

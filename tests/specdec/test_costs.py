@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tiny_models import TinyPair
+
+from specdec.costs import CostModel, CostTable
+
+
+def test_a_table_is_linear_between_its_tokens() -> None:
+    table = CostTable([1, 3, 7], [1.0, 2.0, 10.0])
+    assert table([1, 2, 3, 4, 5, 6, 7]).tolist() == [1, 1.5, 2, 4, 6, 8, 10]
+    assert float(table(5)) == 6
+
+
+def test_beyond_the_table_costs_grow_in_proportion() -> None:
+    table = CostTable([1, 8], [1.0, 4.0])
+    assert table([8, 16, 80, 8000]).tolist() == [4, 8, 40, 4000]
+    assert float(table(3)) == pytest.approx(1 + 2 * 3 / 7)
+
+
+def test_no_tokens_cost_nothing() -> None:
+    table = CostTable([1, 8], [1.0, 4.0])
+    assert float(table(0)) == 0
+    assert table(np.array([], dtype=int)).tolist() == []
+    assert table(np.array([[0, 1], [8, 16]])).tolist() == [[0, 1], [4, 8]]
+
+
+def test_a_table_of_one_measurement_is_proportional() -> None:
+    table = CostTable([1], [2.0])
+    assert table([1, 2, 10]).tolist() == [2, 4, 20]
+    table.observe(1, 4.0)
+    assert 2 < float(table(1)) < 4
+
+
+@pytest.mark.parametrize("factor", [0.2, 0.7, 1.5, 8.0])
+def test_refinement_finds_a_changed_cost(factor: float) -> None:
+    """The whole curve changes, and only some places of it are visited."""
+    table, tokens = CostTable([1, 2, 4, 8, 16], [1.0, 1.0, 1.5, 2.0, 4.0]), np.arange(1, 17)
+    wanted = factor * table(tokens)
+    random = np.random.default_rng(0)
+    for _ in range(400):
+        n = int(random.integers(4, 13))
+        table.observe(n, wanted[n - 1] * random.lognormal(0, 0.05))
+    np.testing.assert_allclose(table(tokens[3:12]), wanted[3:12], rtol=0.1)
+    # Nobody went there, but what slowed the machine down will be felt there too.
+    assert abs(np.log(float(table(16)) / wanted[15])) < abs(np.log(factor))
+
+
+def test_refinement_finds_a_step_that_profiling_did_not_see() -> None:
+    table = CostTable([1, 4, 8, 12, 16], [1.0] * 5)
+    random = np.random.default_rng(0)
+    for _ in range(2000):
+        n = int(random.choice([2, 6, 8, 12, 16]))
+        table.observe(n, 1.0 if n <= 8 else 2.0)
+    np.testing.assert_allclose(table([2, 6, 8, 12, 16]), [1, 1, 1, 2, 2], rtol=0.1)
+
+
+@pytest.mark.parametrize("outlier", [1e-9, 1e9])
+def test_an_outlier_counts_as_a_factor_of_two(outlier: float) -> None:
+    """Whatever a pause of the machine measures; and no table entry moves further than that."""
+    wild, double = (CostTable([1, 4, 8], [1.0, 2.0, 3.0]) for _ in range(2))
+    before = wild.seconds.copy()
+    wild.observe(5, outlier)
+    double.observe(5, float(double(5)) * (np.exp(0.7) if outlier > 1 else np.exp(-0.7)))
+    np.testing.assert_allclose(wild.seconds, double.seconds)
+    moved = np.abs(np.log(wild.seconds / before))
+    assert (moved > 0).all() and (moved < np.log(2)).all()
+    assert moved[1] > moved[0]  # its neighbours most of all
+
+
+def test_a_measurement_beyond_the_table_moves_its_end() -> None:
+    table = CostTable([1, 4, 8], [1.0, 2.0, 4.0])
+    for _ in range(100):
+        table.observe(32, 32.0)
+    assert float(table(32)) == pytest.approx(32, rel=0.05)
+
+
+def test_a_measurement_that_agrees_changes_nothing() -> None:
+    table = CostTable([1, 4, 8], [1.0, 2.0, 4.0])
+    for tokens in (1, 3, 8, 20):
+        table.observe(tokens, float(table(tokens)))
+    np.testing.assert_allclose(table.seconds, [1, 2, 4])
+
+
+def test_points_are_plain_numbers() -> None:
+    model = CostModel(CostTable([1, 4], [1.0, 2.0]), CostTable([1, 9], [2.0, 5.0]))
+    assert model.points() == {"draft": [(1, 1.0), (4, 2.0)], "verify": [(1, 2.0), (9, 5.0)]}
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16])
+def test_a_profile_covers_the_rounds_that_are_to_come(pair: TinyPair, slots: int) -> None:
+    """Draft steps of all rows, catching up included; verifications of 8 candidates a row."""
+    assert pair.draft is not None
+    model = CostModel.profile(pair.target, pair.draft, slots, seconds=60)
+    for table, most in ((model.draft, 2 * slots), (model.verify, 9 * slots)):
+        assert table.tokens[0] == 1 and (np.diff(table.tokens) > 0).all()
+        assert most / 1.6 < table.tokens[-1] <= most
+        assert (table.seconds > 0).all()
+
+
+def test_a_profile_without_time_is_short_but_of_use(pair: TinyPair) -> None:
+    assert pair.draft is not None
+    model = CostModel.profile(pair.target, pair.draft, 64, seconds=0)
+    for table in (model.draft, model.verify):
+        assert table.tokens.tolist() == [1, 2]
+        assert float(table(64)) > 0
