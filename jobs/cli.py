@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from jobs.console import err, explained, out
+from jobs.explain import explain
 from jobs.profile import profile as profile_command
 from jobs.spec import load_job
 from jobs.train_head import train_head
@@ -157,6 +158,7 @@ def report(
         out.print(render(summary))
 
 
+app.command()(explain)
 app.command()(distill)
 app.command()(train_head)
 app.command()(profile_command)

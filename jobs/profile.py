@@ -225,9 +225,7 @@ def _texts(
         decode=pair.tokenizer.decode,
     )
     texts = {}
-    done = 0
-    for completion in write_texts(engine, list(requests.values())):
-        done += 1
+    for done, completion in enumerate(write_texts(engine, list(requests.values())), start=1):
         show("completing rows", done / len(requests))
         if completion.error is not None:
             left_out[completion.error] = left_out.get(completion.error, 0) + 1
@@ -264,7 +262,8 @@ def _by_class(traces: list[Trace]) -> list[dict[str, Any]]:
 
 
 def _most(job: JobConfig) -> int:
-    return max(job.speculation.k_max, *FIXED)
+    most: int = max(job.speculation.k_max, *FIXED)
+    return most
 
 
 def _batches(slots: int) -> list[int]:
@@ -285,7 +284,9 @@ def _policies(job: JobConfig, costs: CostModel, head: Any) -> dict[str, StopPoli
 
     ours = job.speculation
     k_max = ours.k_max
-    own = {"threshold": ours.threshold, "k_min": ours.k_min} if ours.policy == "head" else {}
+    own: dict[str, Any] = {}
+    if ours.policy == "head":
+        own = {"threshold": ours.threshold, "k_min": ours.k_min}
     policies = {"none": make_policy("none")}
     policies |= {f"fixed {k}": make_policy("fixed", k=k) for k in FIXED}
     policies["heuristic"] = make_policy("heuristic", k=ours.k, k_min=ours.k_min, k_max=k_max)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline import manifest
@@ -50,6 +51,7 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     totals.add_row("tokens/s", _number(summary["tokens_per_second"], ",.1f"))
     totals.add_row("block efficiency", _number(summary["block_efficiency"], ".2f"))
     totals.add_row("acceptance rate", _number(summary["acceptance_rate"], ".1%"))
+    totals.add_row("speedup", _speedup(summary))
 
     phases = Table("phase", "seconds", "share", box=None, padding=(0, 2), header_style="bold")
     for column in phases.columns[1:]:
@@ -58,7 +60,50 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     whole = sum(seconds.values()) or 1.0
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
         phases.add_row(name, f"{value:,.1f}", f"{value / whole:.1%}")
-    return Group(totals, "", phases) if seconds else totals
+    parts: list[RenderableType] = [totals]
+    if seconds:
+        parts += ["", phases]
+    if summary.get("calibration"):
+        parts += ["", _calibration(summary["calibration"])]
+    if fell_back := summary.get("actors_fell_back"):
+        parts += [
+            "",
+            f"[yellow]{fell_back} actors found the acceptance head out of calibration and went on "
+            "with an online estimator; train it again on text like this.[/]",
+        ]
+    return Group(*parts)
+
+
+def _speedup(summary: Mapping[str, Any]) -> str:
+    """Measured speedup with its interval; one that loses stands out, with what to do."""
+    if summary.get("speedup") is None:
+        return "– (too few control rounds)"
+    low, high = summary["speedup_ci"]
+    text = (
+        f"{summary['speedup']:.2f}x (95% CI {low:.2f}-{high:.2f}, "
+        f"{summary['speedup_controls']} control rounds)"
+    )
+    if high >= 1:
+        return text
+    return f"[yellow]{text}: slower than without; try policy goodput or none[/]"
+
+
+def _calibration(rows: list[dict[str, Any]]) -> Table:
+    """How well acceptance was predicted, by kind of text."""
+    table = Table("predicted", "judged", "mean", "accepted", "ECE", box=None, padding=(0, 2))
+    table.header_style = "bold"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        name = {"all": "all", "input": row["name"], "context": f"context ≤ {row['name']}"}
+        table.add_row(
+            escape(name[row["by"]]),
+            f"{row['judged']:,}",
+            f"{row['predicted']:.3f}",
+            f"{row['accepted']:.3f}",
+            f"{row['ece']:.3f}",
+        )
+    return table
 
 
 def _number(value: float | None, form: str) -> str:

@@ -108,6 +108,11 @@ def run_job(job: JobConfig, *, progress: OnProgress | None = None) -> JobResult:
     plan = plan_job(job)
     job, output, units = plan.job, plan.output, plan.units
     mark = manifest.fingerprint(job, plan.files)
+    if job.models.draft is not None and job.speculation.policy != "none":
+        # With `coupled` they are not in the fingerprint, but are missed all the same.
+        manifest.model_identity(job.models.draft)
+    if job.speculation.head is not None:
+        manifest.head_identity(job.speculation.head)
     manifest.claim(output, job, plan.files, mark)
     done = manifest.committed(output, units)
     pending = [unit for unit in units if unit.id not in done]

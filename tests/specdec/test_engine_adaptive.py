@@ -231,7 +231,7 @@ def test_calibration_books_exactly_the_judged_candidates(
 
     A row's last round is learnt from after its completion is out, and is not in it.
     """
-    done, engine = run(with_end, make(policy), mode=mode, share=0.1, trace=True)
+    done, _ = run(with_end, make(policy), mode=mode, share=0.1, trace=True)
     some = 0
     for completion in done:
         judged: dict[int, list[tuple[float, bool]]] = defaultdict(list)
