@@ -106,7 +106,7 @@ def test_mistakes(
         ((output, *out, "--endpoint", "nowhere"), "--endpoint:"),
         ((output, *out, "--by", "sort"), "no column 'sort'"),
         ((output, other, *out), "other targets"),
-        ((other, *out), "has not committed a completion yet"),
+        ((other, *out, "--from-layers", "0"), "has not committed a completion yet"),
         ((output, "--out", tiny_models.draft), "holds another model"),
         ((output, *out, "--limit", 1), "of 1 examples"),
     ]
