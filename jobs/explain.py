@@ -5,7 +5,6 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Annotated, Any
 
-import pyarrow.parquet as pq
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +12,6 @@ from rich.text import Text
 from jobs.console import explained, out
 from pipeline.config import S3Config
 from pipeline.errors import UserError
-from pipeline.schema import ROW_ID
 from pipeline.storage import Folder, check_access, is_s3, resolved
 
 
@@ -53,6 +51,8 @@ def read_rounds(output: Folder, row: str) -> list[dict[str, Any]]:
     Raises:
         UserError: the job kept no rounds, or has no such row.
     """
+    import pyarrow.parquet as pq
+
     files = sorted(output.list("trace"))
     if not files:
         raise UserError(
@@ -63,7 +63,7 @@ def read_rounds(output: Folder, row: str) -> list[dict[str, Any]]:
     for name in files:
         with output.open(f"trace/{name}") as file:
             table = pq.read_table(file)
-        ids = table[ROW_ID].to_pylist()
+        ids = table["row_id"].to_pylist()
         seen.update(ids)
         if row in seen:
             found = [index for index, each in enumerate(ids) if each == row]

@@ -23,7 +23,7 @@ from torch import Tensor
 from specdec.acceptance import read_signals
 from specdec.cache import round_to_blocks
 from specdec.clock import PhaseClock
-from specdec.ending import Decode, find_ending
+from specdec.ending import Decode, Ending, find_ending
 from specdec.packed import GRID_TOKENS, PackedDecoder, Row, upload
 from specdec.request import Completion, Counts, InvalidRequest, Request
 from specdec.rounds import Round
@@ -198,12 +198,12 @@ class Engine:
         with self.clock.phase({"host": 1.0}):
             if self.trace:
                 this.trace(self.policy)
-            finished += self._commit(this)
+            ended = self._commit(this)
         drafting = sum(seconds for _, seconds in this.draft_costs)
         this.seconds = time.perf_counter() - began - drafting
         self.policy.observe(this.outcome())
         this.book(self.stats.speedup)
-        return finished
+        return finished + [self._retire(slot, rows[slot], ending) for slot, ending in ended]
 
     def _prepare(self) -> None:
         """Let the policy look at the models, once and in the thread that will run them."""
@@ -364,9 +364,9 @@ class Engine:
             for ready, (n, extra, *drafted) in zip(whole, result, strict=True)
         ]
 
-    def _commit(self, this: Round) -> list[Completion]:
-        """Append what was committed, roll the caches back to it, retire rows that ended."""
-        finished = []
+    def _commit(self, this: Round) -> list[tuple[int, Ending]]:
+        """Append what was committed, roll the caches back to it; return the slots that ended."""
+        ended = []
         this.grown = grown = [0] * len(this.rows)
         self.stats.rounds += 1
         self.stats.live_rows += len(this.rows)
@@ -387,20 +387,23 @@ class Engine:
             for cache in self.scheduler.caches:
                 cache.rollback(slot, len(row.tokens) - 1)
             if ending:
-                finished.append(
-                    Completion(
-                        row.request.id,
-                        row.output_start,
-                        tuple(output[: ending.length]),
-                        ending.finish_reason,
-                        ending.stop_reason,
-                        row.counts,
-                        calibration=row.memory.calibration(),
-                        trace=tuple(row.trace),
-                    )
-                )
-                self.scheduler.retire(slot)
-        return finished
+                ended.append((slot, ending))
+        return ended
+
+    def _retire(self, slot: int, row: LiveRow, ending: Ending) -> Completion:
+        """Free the slot of a row that ended; after the policy has learnt from its last round."""
+        self.scheduler.retire(slot)
+        end = row.output_start + ending.length
+        return Completion(
+            row.request.id,
+            row.output_start,
+            tuple(row.tokens[row.output_start : end]),
+            ending.finish_reason,
+            ending.stop_reason,
+            row.counts,
+            calibration=row.memory.calibration(),
+            trace=tuple(row.trace),
+        )
 
 
 def _free_memory(device: torch.device) -> int:

@@ -55,7 +55,8 @@ def test_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_defaults_are_those_of_the_design(tmp_path: Path) -> None:
     job = load_job(write(tmp_path))
-    assert job.speculation.policy == "heuristic"
+    assert job.speculation.policy == "goodput"
+    assert job.speculation.control_share == 0.02
     assert job.speculation.verification == "rejection"
     assert job.unit_rows == 256
     assert not job.models.trust_remote_code
@@ -73,16 +74,21 @@ def test_defaults_are_those_of_the_design(tmp_path: Path) -> None:
         ),
         ({"input": {"paths": "a", "template": "{{ x"}}, "input.template: is not a valid jinja2"),
         ({"input": {"paths": [], "prompt_column": "p"}}, "input.paths: "),
-        ({"models": {"target": "t"}}, "speculation.policy heuristic needs models.draft"),
+        ({"models": {"target": "t"}}, "speculation.policy goodput needs models.draft"),
         ({"models": {"draft": "t"}}, "models.target: required"),
         (
             {"models": {"target": "t", "draft": "d", "quantization": "int8", "dtype": "bfloat16"}},
             "models: quantization int8 goes with dtype float32, not bfloat16",
         ),
-        ({"speculation": {"policy": "goodput"}}, "goodput is not in this version; use heuristic"),
+        ({"speculation": {"policy": "head"}}, "head: give the folder of a trained head"),
+        ({"speculation": {"estimator": "head"}}, "make one with specbatch train-head"),
+        (
+            {"speculation": {"policy": "fixed", "head": "h"}},
+            "head belongs to the policies head and goodput, not to fixed",
+        ),
         ({"speculation": {"policy": "fast"}}, "speculation.policy: input should be 'none'"),
-        ({"speculation": {"control_share": 0.1}}, "not in this version; remove this key"),
-        ({"speculation": {"threshold": 0.5}}, "threshold belongs to policy confidence"),
+        ({"speculation": {"control_share": 0.9}}, "speculation.control_share: input should be"),
+        ({"speculation": {"threshold": 0.5}}, "threshold belongs to the policies confidence"),
         ({"speculation": {"k_min": 9, "k_max": 3}}, "k_min (9) is more than k_max (3)"),
         ({"sampling": {"n": 4}}, "sampling.n: must be 1"),
         ({"sampling": {"temperature": -1}}, "sampling.temperature: input should be greater than"),

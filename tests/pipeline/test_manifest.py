@@ -45,6 +45,8 @@ def plans(rows: int = 3, size: int = 100, name: str = "a.parquet") -> list[FileP
         {"output": "elsewhere"},
         {"speculation__threshold": None},
         {"speculation__verification": "rejection"},
+        {"speculation__control_share": 0.2},
+        {"speculation__trace": True},
     ],
 )
 def test_what_does_not_change_results_is_not_in_the_fingerprint(
@@ -61,7 +63,11 @@ def test_what_does_not_change_results_is_not_in_the_fingerprint(
         ({"sampling__stop": ["x"]}, 'sampling.stop: [] there, ["x"] here'),
         ({"input__prompt_column": "q"}, 'input.prompt_column: "p" there, "q" here'),
         ({"unit_rows": 5}, "unit_rows: 256 there, 5 here"),
-        ({"speculation__k": 5}, "speculation.k: 4 there, 5 here"),
+        ({"speculation__k_max": 5}, "speculation.k_max: 20 there, 5 here"),
+        (
+            {"speculation__estimator": "entropy"},
+            'speculation.estimator: null there, "entropy" here',
+        ),
         ({"models__dtype": "bfloat16"}, 'models.dtype: "float32" there, "bfloat16" here'),
         ({"speculation__verification": "coupled"}, 'verification: "rejection" there, "coupled"'),
     ],

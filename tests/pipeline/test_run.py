@@ -20,10 +20,12 @@ import yaml
 from conftest import S3Server, TinyModels
 from ray.data import DataContext
 
-from pipeline.config import ActorsConfig, JobConfig
+from jobs.explain import read_rounds
+from pipeline.config import ActorsConfig, JobConfig, S3Config
 from pipeline.errors import UserError
 from pipeline.progress import JobProgress
 from pipeline.run import JobResult, check_resources, run_job
+from pipeline.storage import Folder
 
 pytestmark = pytest.mark.ray
 
@@ -228,6 +230,43 @@ def test_coupled_tokens_depend_on_nothing_but_seed_and_target(
     assert result.summary["verified"] == 0
     assert texts(tmp_path / "plain") == texts(output)
     assert pq.read_table(tmp_path / "plain" / "stats" / "actors.parquet").num_rows == 2
+
+
+def test_speedup_calibration_and_rounds_are_recorded(
+    local_ray: None, tiny_models: TinyModels, prompts: Path, finished: Finished, tmp_path: Path
+) -> None:
+    """goodput, measured and traced, writes the same completions and explains each of them."""
+    speculation = {
+        "policy": "goodput",
+        "verification": "coupled",
+        "control_share": 0.3,
+        "trace": True,
+    }
+    output = tmp_path / "out"
+    result = run(settings(tiny_models, str(prompts), output, speculation=speculation))
+    assert texts(output) == texts(finished[1])
+
+    low, high = result.summary["speedup_ci"]
+    assert 0 < low <= result.summary["speedup"] <= high
+    assert result.summary["speedup_controls"] >= 3
+    units = pq.read_table(output / "stats/units.parquet")
+    assert {"speedup", "speedup_low", "speedup_high"} <= set(units.column_names)
+    costs = pq.read_table(output / "stats/costs.parquet").to_pylist()
+    assert {row["kind"] for row in costs} == {"draft", "verify"}
+    assert all(row["seconds"] > 0 for row in costs)
+
+    manifest = json.loads((output / "_specbatch/manifest.json").read_text())
+    assert sum(file["name"].startswith("trace/") for file in manifest["files"]) == len(units)
+    for name, row in rows_of(output).items():
+        rounds = read_rounds(Folder(str(output), S3Config()), name)
+        # The round that feeds the last prompt token is not one of decoding.
+        assert len(rounds) in (row["rounds"], row["rounds"] - 1)
+        assert sum(len(each["candidates"]) for each in rounds) == row["drafted"]
+        assert sum(each["submitted"] for each in rounds) == row["verified"]
+    with pytest.raises(UserError, match="no rounds of such a row"):
+        read_rounds(Folder(str(output), S3Config()), "nothing")
+    with pytest.raises(UserError, match=r"speculation\.trace=true"):
+        read_rounds(Folder(str(finished[1]), S3Config()), "nothing")
 
 
 def test_each_kind_of_bad_row_becomes_an_error_row(

@@ -70,7 +70,9 @@ def test_goodput_speculates_and_trims_where_costs_make_it(
     """Else the tests of losslessness would have run it without testing it."""
     _, engine = run(pair, make(policy), mode=mode, slots=8)
     counts = engine.stats.counts
-    assert counts.drafted > counts.verified > counts.accepted > 0
+    assert counts.drafted >= counts.verified > counts.accepted > 0
+    if mode == "coupled":  # rejection rarely has a reason to drop what it knew before the draw
+        assert counts.drafted > counts.verified
 
 
 # ------------------------------------------------------------------------------- control
@@ -227,15 +229,12 @@ def test_rounds_without_room_for_candidates_are_explained_too(
 def test_calibration_books_exactly_the_judged_candidates(
     with_end: TinyPair, policy: str, mode: str
 ) -> None:
-    """Accepted ones and the first refused one of a round; what was trimmed was not judged.
-
-    A row's last round is learnt from after its completion is out, and is not in it.
-    """
+    """Accepted ones and the first refused one of a round; what was trimmed was not judged."""
     done, _ = run(with_end, make(policy), mode=mode, share=0.1, trace=True)
     some = 0
     for completion in done:
         judged: dict[int, list[tuple[float, bool]]] = defaultdict(list)
-        for each in completion.trace[:-1]:
+        for each in completion.trace:
             seen = each.accepted + (each.submitted > each.accepted)
             size = max(128, 1 << (each.context - 1).bit_length())
             judged[size] += [(each.predicted[i], i < each.accepted) for i in range(seen)]
