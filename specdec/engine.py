@@ -55,8 +55,8 @@ class EngineStats:
         live_rows: summed over these rounds; divided by `rounds`, the mean live batch.
         target_forwards, draft_forwards, target_tokens, draft_tokens: forwards and tokens through
             each.
-        seconds: by phase: profile, prefill, draft, verify, sample, host; control: target forwards
-            of control rounds.
+        seconds: by phase: profile, prefill, draft, decide (the policy, between draft steps),
+            verify, sample, host; control: target forwards of control rounds.
         speedup: rounds with speculation and control rounds.
     """
 

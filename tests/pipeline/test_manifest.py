@@ -66,7 +66,7 @@ def test_what_does_not_change_results_is_not_in_the_fingerprint(
         ({"speculation__k_max": 5}, "speculation.k_max: 20 there, 5 here"),
         (
             {"speculation__estimator": "entropy"},
-            'speculation.estimator: null there, "entropy" here',
+            'estimator: null there, "entropy" here',
         ),
         ({"models__dtype": "bfloat16"}, 'models.dtype: "float32" there, "bfloat16" here'),
         ({"speculation__verification": "coupled"}, 'verification: "rejection" there, "coupled"'),
