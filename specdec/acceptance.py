@@ -131,6 +131,7 @@ def read_signals(
     if Signal.ENTROPY in wanted:
         # H = ln Z - E[x] over logits x shifted by their maximum: no logarithm per token.
         shifted = logits.float() - logits.amax(-1, keepdim=True).float()
+        shifted.clamp_(min=torch.finfo(torch.float32).min)  # 0 * -inf is no number
         expected = torch.linalg.vecdot(probs, shifted)
         columns[Signal.ENTROPY] = (-probs.amax(-1).log_() - expected).clamp_(min=0)
     if head is not None and wanted & HEAD_SIGNALS:

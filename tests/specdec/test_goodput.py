@@ -14,7 +14,7 @@ from workloads import StatedGoodput, draft_step, linear, memories, outcome, roun
 
 from specdec.acceptance import Array, Estimator, Signal, online_estimator
 from specdec.costs import CostModel, CostTable
-from specdec.goodput import PROBE_SHARE
+from specdec.goodput import PROBE_SHARE, Goodput
 from specdec.stopping import RowMemory
 
 FREE = CostTable([1, 4096], [1e-9, 1e-9])
@@ -381,9 +381,7 @@ def test_a_round_that_feeds_prompts_teaches_no_costs() -> None:
     policy.budget(feeding)
     assert policy.costs is not None
     before = policy.costs.points()
-    Measured = type(policy).__bases__[0]
-    this = outcome(feeding, [0, 0], [0, 0])
-    Measured.observe(policy, this)
+    Goodput.observe(policy, outcome(feeding, [0, 0], [0, 0]))
     assert policy.costs.points() == before
 
 
@@ -416,7 +414,7 @@ def test_decisions_of_64_rows_take_a_bounded_number_of_array_operations(
 ) -> None:
     """They are made of arrays: 64 rows ask the cost tables no more often than 4 do."""
 
-    def calls(rows: int) -> list[int]:
+    def calls(rows: int) -> list[float]:
         done = world([0.8] * rows, CHEAP, FLAT)
         asked = [0]
         original: Callable[..., Array] = CostTable.__call__

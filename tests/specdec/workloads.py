@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -92,8 +92,9 @@ def outcome(
 
 
 def draft_step(
-    rows: Sequence[int], depth: int, columns: dict[Signal, Sequence[float]]
+    rows: Sequence[int], depth: int, columns: Mapping[Signal, Sequence[float] | Array]
 ) -> DraftStep:
+    """What a policy sees of one draft step: these columns, the others 0."""
     signals = np.zeros((len(rows), len(Signal)))
     for column, values in columns.items():
         signals[:, column] = values
