@@ -94,6 +94,7 @@ class EngineLoop:
         self._lock = threading.Lock()
         self._taken = Usage()
         self._engine = make_engine()
+        self._spent = _spending(self._engine)
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     def submit(self, requests: Sequence[Request]) -> Future[list[Completion]]:
@@ -117,14 +118,13 @@ class EngineLoop:
     def take_usage(self) -> Usage:
         """What the engine spent since the last call: each second is handed out once."""
         with self._lock:
-            stats = self._engine.stats
-            now = Usage(
-                {name: getattr(stats, name) for name in _ENGINE_COUNTS},
-                {**stats.seconds, "idle": self._idle},
-                self._peak,
-                stats.speedup.copy(),
-                self._engine.policy.costs_table(),
-                self._engine.policy.fell_back,
+            policy = self._engine.policy
+            now = replace(
+                self._spent,
+                phase_seconds={**self._spent.phase_seconds, "idle": self._idle},
+                peak_live=self._peak,
+                costs=policy.costs_table(),
+                fell_back=policy.fell_back,
             )
             spent, self._taken, self._peak = now.minus(self._taken), now, self._engine.live
             return spent
@@ -153,7 +153,9 @@ class EngineLoop:
             self._fail_all(error)
             self._replace_engine()
             return
-        self._peak = max(self._peak, self._engine.live + len(completions))
+        with self._lock:
+            self._spent = _spending(self._engine)
+            self._peak = max(self._peak, self._engine.live + len(completions))
         for completion in completions:
             self._deliver(completion)
         if time.monotonic() - self._reported > _REPORT_SECONDS:
@@ -202,4 +204,15 @@ class EngineLoop:
             # Free the broken engine's memory before a new one asks for its own.
             del self._engine
             self._engine = self._make_engine()
+            self._spent = _spending(self._engine)
             self._taken = Usage(phase_seconds={"idle": self._idle})
+
+
+def _spending(engine: Engine) -> Usage:
+    """A copy of what the engine has spent; the thread that books it makes it, between rounds."""
+    stats = engine.stats
+    return Usage(
+        {name: getattr(stats, name) for name in _ENGINE_COUNTS},
+        dict(stats.seconds),
+        speedup=stats.speedup.copy(),
+    )
