@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tiny_models import VOCAB
 
-from specdec.acceptance import AcceptanceHead, Flags, Signal
+from specdec.acceptance import AcceptanceHead, Array, Flags, Signal
 from specdec.costs import CostModel, CostTable
 from specdec.goodput import Goodput
 from specdec.policies import make_policy
