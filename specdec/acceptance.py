@@ -236,6 +236,9 @@ class OnlineEstimator:
     FORGET = 0.9998
     """Weight that is left of old evidence after one more candidate."""
 
+    PRIOR = 4.0
+    """Precision of each first weight."""
+
     def __init__(self, before: Sequence[Signal], after: Sequence[Signal] = (Signal.LOG_Q,)) -> None:
         self._columns = (list(before), [*after, *before])
         # A guess to begin with: acceptance grows with the draft's confidence and the row's rate.
@@ -244,7 +247,7 @@ class OnlineEstimator:
             np.array([0.5, *(signs.get(column, 0.5) for column in columns), 0.5])
             for columns in self._columns
         ]
-        self._precisions = [4.0 * np.eye(len(weights)) for weights in self._weights]
+        self._precisions = [self.PRIOR * np.eye(len(weights)) for weights in self._weights]
 
     @property
     def wanted(self) -> frozenset[Signal]:
@@ -261,7 +264,11 @@ class OnlineEstimator:
         for i, columns in enumerate(self._columns):
             x = _features(signals, columns, typical)
             p = _sigmoid(x @ self._weights[i])
-            self._precisions[i] *= self.FORGET ** len(x)
+            kept = self.FORGET ** len(x)
+            # Evidence is forgotten, the prior is not: signals may be collinear (greedy candidates
+            # are the likeliest token), and without it the system would become singular.
+            prior = self.PRIOR * np.eye(x.shape[1])
+            self._precisions[i] = kept * self._precisions[i] + (1 - kept) * prior
             self._precisions[i] += x.T @ (x * (p * (1 - p))[:, None])
             gradient = x.T @ (accepted - p)
             self._weights[i] += np.linalg.solve(self._precisions[i], gradient)

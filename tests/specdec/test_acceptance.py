@@ -363,3 +363,16 @@ def test_a_head_that_goes_wrong_later_is_noticed() -> None:
         for at in np.array_split(np.arange(len(signals)), 200):
             estimator.learn(signals[at], typical[at], accepted[at])
     assert estimator.fallen_back
+
+
+def test_the_online_estimator_learns_for_ever_from_greedy_candidates() -> None:
+    """Their two probabilities are one; once the prior was forgotten, the system was singular."""
+    rng = np.random.default_rng(0)
+    estimator = online_estimator("confidence")
+    typical = np.full(20, 0.5)
+    signals = np.zeros((20, len(Signal)))
+    for _ in range(15_000):
+        log_q = -rng.exponential(1, 20)
+        signals[:, Signal.LOG_Q] = signals[:, Signal.LOG_TOP] = log_q
+        estimator.learn(signals, typical, rng.random(20) < np.exp(log_q))
+    assert all(np.isfinite(p).all() for p in estimator.predict(signals, typical))
