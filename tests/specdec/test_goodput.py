@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
@@ -311,13 +311,15 @@ def test_speculation_resumes_when_it_pays_again(free_trimming: bool) -> None:
     assert done.goodput(100) > 2 * 6 / float(FLAT(6))
 
 
-def best_fixed(rate: float, rows: int, draft: CostTable, verify: CostTable) -> float:
-    """Tokens per second of the best fixed K, 0 included, by the law of large numbers."""
+def best_fixed(
+    rate: float, rows: int, draft: CostTable, verify: CostTable, ks: Sequence[int] = range(13)
+) -> float:
+    """Tokens per second of the best fixed K of some, by the law of large numbers."""
     return max(
         rows
         * sum(rate**i for i in range(k + 1))
         / (k * float(draft(rows)) + float(verify(rows * (k + 1))))
-        for k in range(13)
+        for k in ks
     )
 
 
@@ -333,6 +335,56 @@ def test_goodput_comes_near_the_best_fixed_k_without_being_told(
     """All rows and candidates are alike here, so that a fixed K is as good as any policy."""
     done = world([rate] * rows, CHEAP, verify, free_trimming=free_trimming).run(300)
     assert done.goodput(200) > 0.9 * best_fixed(rate, rows, CHEAP, verify)
+
+
+def test_as_much_is_verified_as_the_best_fixed_k_would() -> None:
+    """A second is worth what speculation yields, not what plain rounds do: that drafts too much."""
+    rates, verify = [0.8] * 6, linear(1.0, 0.1)
+    done = world(rates, CHEAP, verify).run(300)
+    paces = [best_fixed(0.8, 6, CHEAP, verify, [k]) for k in range(13)]
+    assert float(np.mean(done.verified[-200:])) == pytest.approx(int(np.argmax(paces)), abs=0.75)
+
+
+def test_a_pause_of_the_machine_is_soon_forgotten() -> None:
+    done = world([0.8] * 6, CHEAP, linear(1.0, 0.1)).run(300)
+    usual = float(np.mean(done.verified[-200:]))
+    costs = done.policy.costs
+    assert costs is not None
+    start = round_start(done.rows)
+    pause = replace(outcome(start, [0] * 6, [0] * 6, costs=costs), verify_cost=(6, 1e6))
+    Goodput.observe(done.policy, pause)
+    done.policy.costs = CostModel(CHEAP, linear(1.0, 0.1))  # refinement has a test of its own
+    done.run(300)
+    assert float(np.mean(done.verified[-150:])) == pytest.approx(usual, abs=0.5)
+
+
+def test_a_jump_that_one_candidate_does_not_repay_is_taken_for_several() -> None:
+    """A second token doubles the cost of a round, the next seven are free."""
+    verify = CostTable([1, 2, 9, 10, 4096], [1.0, 2.0, 2.0, 9.0, 4096.0])
+    done = world([0.9], CHEAP, verify).run(300)
+    assert done.speculating(200) > 0.9
+    assert done.goodput(200) > 0.9 * best_fixed(0.9, 1, CHEAP, verify)
+
+
+def test_feeding_the_draft_what_it_missed_is_an_investment() -> None:
+    """1.5 seconds of catching up are more than one round gains, and less than eight rounds do."""
+    done = world([0.02] * 6, CHEAP, FLAT).run(100)  # spends the first probe, which is free
+    done.rates = [0.9] * 6
+    done.run(300)
+    for pending, rows in ((1, 6), (250, 6), (10_000, 0)):  # a probe would be 4 rows
+        budget = done.policy.budget(round_start(done.rows, pending=pending))
+        assert np.count_nonzero(budget) == rows
+
+
+def test_every_round_refines_the_costs() -> None:
+    policy = policy_of(linear(0.05, 0.001), linear(1.0, 0.01))
+    real = CostModel(linear(0.1, 0.004), linear(0.3, 0.01))
+    start = round_start(memories(6))
+    for _ in range(200):
+        Goodput.observe(policy, outcome(start, [3] * 6, [1] * 6, costs=real))
+    assert policy.costs is not None
+    assert float(policy.costs.draft(6)) == pytest.approx(float(real.draft(6)), rel=0.05)
+    assert float(policy.costs.verify(24)) == pytest.approx(float(real.verify(24)), rel=0.05)
 
 
 @pytest.mark.parametrize("free_trimming", [True, False], ids=["matching", "rejection"])
