@@ -22,7 +22,8 @@ gpu       a stated roofline, no measurement: Llama 3.1 8B (8.03e9 parameters) wi
                        + live x 512 positions x key/value bytes a position / bandwidth + 0.3 ms,
           with 131,072 and 32,768 bytes a position (2 x layers x 8 heads x 128 or 64 numbers, bf16)
           and the 0.3 ms an assumption for launches, sampling and the host.
-measured  `CostModel.profile` of a pair on this machine, now.
+measured  both curves of a pair on this machine, now (`measure_costs`). goodput is given the same
+          curves, better ones than the few seconds of profiling that an Engine allows.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from specdec.policies import make_policy
 from specdec.request import Request, SamplingParams
 from specdec.simulate import Ratio, Replay, Trace, faster, load_traces, replay, save_traces
 from specdec.stopping import StopPolicy
-from specdec.tracing import MOST, Text, record, write_texts
+from specdec.tracing import MOST, Text, measure_costs, record, write_texts
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
 console = Console(width=130)
@@ -135,7 +136,7 @@ def paper_costs() -> CostModel:
 
 
 def costs_maker(
-    kind: Costs, live: int, target: str, draft: str, precision: str
+    kind: Costs, live: int, prompt: int, target: str, draft: str, precision: str
 ) -> Callable[[], CostModel]:
     """Makes equal cost models: the clock's, and one for each policy that refines its own."""
     if kind is Costs.PAPER:
@@ -145,8 +146,7 @@ def costs_maker(
     if kind is Costs.GPU:
         return lambda: gpu_costs(live)
     pair = load(target, draft, precision)
-    assert pair.draft is not None
-    curves = CostModel.profile(pair.target, pair.draft, live, seconds=6).points()
+    curves = measure_costs(pair, live, prompt, 20.0).points()
     console.print("measured (tokens, s):", curves, soft_wrap=True)
     return lambda: CostModel(
         *(CostTable(*zip(*curves[name], strict=True)) for name in ("draft", "verify"))
@@ -214,7 +214,8 @@ def replay_command(
     """Every policy over the same traces: SpecDec++'s axes, speed, share of the bound."""
     prepare(threads)
     loaded, about = load_traces(traces)
-    make = costs_maker(costs, live, target, draft, precision)
+    prompt = sum(trace.prompt_tokens for trace in loaded) // len(loaded)
+    make = costs_maker(costs, live, prompt, target, draft, precision)
     trained = bool(about["head"])
     warming = load_traces(warm)[0] if warm else []
     results = run(loaded, warming, contenders(trained, make), make(), live)

@@ -20,17 +20,18 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of i
     from pipeline.sample import Sample
     from specdec.costs import CostModel
     from specdec.pair import ModelPair
-    from specdec.simulate import Replay, Trace
+    from specdec.simulate import Trace
     from specdec.stopping import StopPolicy
     from specdec.tracing import Text
 
 FIXED = range(1, 9)
 """Lengths of `fixed` that are tried."""
 
-_COST_SECONDS = 2.0
-"""Spent on the cost curves at each live batch."""
+_COST_SECONDS = 20.0
+"""Spent on the cost curves, about."""
 
-_FEW_ROWS = 30
+_FEW_ROWS, _LEAST_ROWS = 30, 5
+"""Rows below which figures are called rough, and a class is given no interval."""
 
 Show = Callable[[str, float], None]
 
@@ -92,8 +93,8 @@ def profile(
             return
         from jobs.profile_report import tables
 
-        for table in tables(found):
-            out.print(table, "")
+        for title, table in tables(found):
+            out.print(f"[bold]{title}[/]", table, "", highlight=False, sep="\n")
         for note in found["notes"]:
             out.print(f"[yellow]{note}[/]", highlight=False, soft_wrap=True)
         out.print("[bold]Recommendation[/]")
@@ -109,7 +110,7 @@ def _profile(
 
     from jobs.profile_report import recommend
     from specdec.simulate import acceptance_by_position
-    from specdec.tracing import record
+    from specdec.tracing import measure_costs, record
 
     torch.set_num_threads(max(1, int(job.actors.num_cpus)))
     show("loading models", 0.0)
@@ -128,13 +129,14 @@ def _profile(
             "the rows tried have outputs of one token: there is nothing to speculate on"
         )
     batches = _batches(job.actors.slots)
-    costs: dict[int, CostModel] = {}
+    prompt = sum(trace.prompt_tokens for trace in traces) // len(traces)
+    show("measuring costs", 0.0)
+    costs = measure_costs(pair, job.actors.slots, prompt, _COST_SECONDS)
     predictions = []
     for number, live in enumerate(batches):
-        show(f"measuring costs at {live} live rows", number / len(batches))
-        costs[live] = _measure(pair, live)
-        show(f"replaying policies at {live} live rows", (number + 0.5) / len(batches))
-        predictions.append(_predict(job, traces, costs[live], live, head))
+        show(f"replaying policies at {live} live rows", number / len(batches))
+        policies = _policies(job, pair, live, head)
+        predictions.append(_predict(traces, policies, costs, live))
     return {
         "rows": len(traces),
         "rows_left_out": left_out,
@@ -146,7 +148,7 @@ def _profile(
             for i, (rate, met) in enumerate(acceptance_by_position(traces), start=1)
         ],
         "acceptance_by_class": _by_class(traces),
-        "costs": costs[batches[-1]].points(),
+        "costs": costs.points(),
         "predictions": predictions,
         "recommendation": recommend(predictions),
         "notes": list(_notes(len(traces), left_out)),
@@ -183,15 +185,13 @@ def _load(job: JobConfig) -> ModelPair:
 
 def _head(job: JobConfig, pair: ModelPair) -> Any:
     """The job's acceptance head, or None."""
-    folder = getattr(job.speculation, "head", None)
-    if folder is None:
-        return None
-    from specdec.heads import HeadError, load_head
+    from pipeline.generate import load_acceptance_head
+    from specdec.pair import PairError
 
     try:
-        return load_head(folder, pair)
-    except HeadError as error:
-        raise UserError(f"speculation.head: {error}") from None
+        return load_acceptance_head(job, pair)
+    except PairError as error:
+        raise UserError(str(error)) from None
 
 
 def _texts(
@@ -251,8 +251,8 @@ def _by_class(traces: list[Trace]) -> list[dict[str, Any]]:
                 "rows": len(members),
                 "positions": sum(len(trace.accepted) for trace in members),
                 "rate": rate.value,
-                "low": rate.low,
-                "high": rate.high,
+                "low": rate.low if len(members) >= _LEAST_ROWS else None,
+                "high": rate.high if len(members) >= _LEAST_ROWS else None,
             }
         )
     return result
@@ -271,47 +271,42 @@ def _batches(slots: int) -> list[int]:
     return [*(1 << i for i in range(slots.bit_length()) if 1 << i < slots), slots]
 
 
-def _measure(pair: ModelPair, live: int) -> CostModel:
-    from specdec.costs import CostModel
-
-    assert pair.draft is not None, "a profile loads the draft"
-    return CostModel.profile(pair.target, pair.draft, live, _COST_SECONDS)
-
-
-def _policies(job: JobConfig, costs: CostModel, head: Any) -> dict[str, StopPolicy]:
-    """What is tried, by the names of reports."""
+def _policies(job: JobConfig, pair: ModelPair, live: int, head: Any) -> dict[str, StopPolicy]:
+    """What is tried, by the names of reports; prepared as an Engine would prepare it."""
     from specdec.policies import make_policy
 
     ours = job.speculation
-    k_max = ours.k_max
-    own: dict[str, Any] = {}
-    if ours.policy == "head":
-        own = {"threshold": ours.threshold, "k_min": ours.k_min}
     policies = {"none": make_policy("none")}
     policies |= {f"fixed {k}": make_policy("fixed", k=k) for k in FIXED}
-    policies["heuristic"] = make_policy("heuristic", k=ours.k, k_min=ours.k_min, k_max=k_max)
-    for name in ("confidence", "entropy"):
-        threshold = ours.threshold if ours.policy == name else None
-        policies[name] = make_policy(name, k_max=k_max, threshold=threshold)
-    if head is not None:
-        policies["head"] = make_policy("head", k_max=k_max, head=head, **own)
-    policies["goodput"] = make_policy("goodput", k_max=k_max, head=head, costs=costs)
+    policies["heuristic"] = make_policy("heuristic", k=ours.k, k_min=ours.k_min, k_max=ours.k_max)
+    for name in ("confidence", "entropy", *(["head"] if head or ours.policy == "head" else [])):
+        own = ours.policy == name
+        policies[name] = make_policy(
+            name,
+            k_min=ours.k_min,
+            k_max=ours.k_max,
+            threshold=ours.threshold if own else None,
+            estimator=ours.estimator if own else None,
+            head=head,
+        )
+    policies["goodput"] = make_policy(
+        "goodput", k_max=ours.k_max, estimator=ours.estimator, head=head
+    )
+    assert pair.draft is not None, "a profile loads the draft"
+    for policy in policies.values():
+        policy.prepare(pair.target, pair.draft, live)
     return policies
 
 
 def _predict(
-    job: JobConfig, traces: list[Trace], costs: CostModel, live: int, head: Any
+    traces: list[Trace], policies: dict[str, StopPolicy], costs: CostModel, live: int
 ) -> dict[str, Any]:
     """Every policy at one live batch, as it does once it has learned from these rows."""
     from specdec.clairvoyance import least_seconds
-    from specdec.costs import CostModel, CostTable
-    from specdec.simulate import faster, replay
+    from specdec.simulate import Replay, faster, replay
 
-    curves = costs.points()
-    # goodput refines its costs, and the clock must not move with them.
-    own = CostModel(*(CostTable(*zip(*curves[n], strict=True)) for n in ("draft", "verify")))
     results: dict[str, Replay] = {}
-    for name, policy in _policies(job, own, head).items():
+    for name, policy in policies.items():
         replay(traces, policy, costs, live)
         results[name] = replay(traces, policy, costs, live, steady=live > 1)
     none = results["none"]
@@ -326,7 +321,6 @@ def _predict(
         "best_fixed": max((f"fixed {k}" for k in FIXED), key=lambda name: speedup[name]),
         "goodput_interval": [interval.low, interval.high],
         "bound": tokens / float(least_seconds(traces, costs, live).sum()) / speeds["none"],
-        "costs": curves,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 PAYS = 1.03
@@ -14,42 +15,49 @@ CLEARLY = 1.02
 """How much faster another policy must be than `goodput` before it is recommended instead."""
 
 
-def tables(found: Mapping[str, Any]) -> Iterator[Table]:
-    """Acceptance by position and class, cost curves, predicted speedups."""
-    yield _positions(found["acceptance_by_position"])
-    yield _classes(found["acceptance_by_class"])
-    yield _curves(found["costs"])
-    yield _speedups(found["predictions"])
+def tables(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
+    """Titles and tables: acceptance by position and class, cost curves, predicted speedups."""
+    yield (
+        "P(candidate i is accepted | those before it are)",
+        _positions(found["acceptance_by_position"]),
+    )
+    yield "Acceptance by class of prompt", _classes(found["acceptance_by_class"])
+    yield "Milliseconds by packed tokens", _curves(found["costs"])
+    yield (
+        "Predicted speedup over no speculation; 95%: of goodput, over rows",
+        _speedups(found["predictions"]),
+    )
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2))
+def _table(*columns: str) -> Table:
+    table = Table(*columns, box=None, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     return table
 
 
+def _interval(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{low:.2f}-{high:.2f}"
+
+
 def _positions(positions: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table(
-        "P(candidate i is accepted | those before it are)", "i", "accepted", "95%", "met"
-    )
+    table = _table("i", "accepted", "95%", "met")
     for each in positions:
-        interval = f"{each['low']:.2f}-{each['high']:.2f}"
+        interval = _interval(each["low"], each["high"])
         table.add_row(str(each["position"]), f"{each['rate']:.2f}", interval, f"{each['met']:,}")
     return table
 
 
 def _classes(classes: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("Acceptance by prompt class", "class", "rows", "positions", "accepted", "95%")
+    table = _table("class", "rows", "positions", "accepted", "95%")
     for each in classes:
-        interval = f"{each['low']:.2f}-{each['high']:.2f}"
-        counts = (f"{each['rows']:,}", f"{each['positions']:,}")
-        table.add_row(each["class"], *counts, f"{each['rate']:.2f}", interval)
+        counts = (f"{each['rows']:,}", f"{each['positions']:,}", f"{each['rate']:.2f}")
+        table.add_row(escape(each["class"]), *counts, _interval(each["low"], each["high"]))
     return table
 
 
 def _curves(costs: Mapping[str, Sequence[tuple[int, float]]]) -> Table:
-    table = _table("Milliseconds by packed tokens", "tokens", "draft step", "verification")
+    table = _table("tokens", "draft step", "verification")
     draft, verify = dict(costs["draft"]), dict(costs["verify"])
     for tokens in sorted({*draft, *verify}):
         cells = (f"{1000 * c[tokens]:.1f}" if tokens in c else "" for c in (draft, verify))
@@ -59,25 +67,17 @@ def _curves(costs: Mapping[str, Sequence[tuple[int, float]]]) -> Table:
 
 def _speedups(predictions: Sequence[Mapping[str, Any]]) -> Table:
     names = list(predictions[0]["speedup"])
-    adaptive = [name for name in names if name != "none" and not name.startswith("fixed")]
-    table = _table(
-        "Predicted speedup over no speculation",
-        "live rows",
-        "none, tokens/s",
-        "best fixed",
-        *adaptive,
-        "goodput, 95%",
-        "bound",
-    )
+    adaptive = [name for name in names if name not in ("none", "goodput") and " " not in name]
+    table = _table("live", "none t/s", "fixed (k)", *adaptive, "goodput", "95%", "bound")
     for each in predictions:
         best, speedup = each["best_fixed"], each["speedup"]
-        low, high = each["goodput_interval"]
         table.add_row(
             str(each["live"]),
             f"{each['none_tokens_per_second']:.1f}",
-            f"{speedup[best]:.2f} (k = {best.split()[1]})",
+            f"{speedup[best]:.2f} ({best.split()[1]})",
             *(f"{speedup[name]:.2f}" for name in adaptive),
-            f"{low:.2f}-{high:.2f}",
+            f"{speedup['goodput']:.2f}",
+            _interval(*each["goodput_interval"]),
             f"{each['bound']:.2f}",
         )
     return table
@@ -107,11 +107,13 @@ def recommend(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     policy, _, k = name.partition(" ")
     reasons = []
     if name == "none":
-        best = max(at["speedup"], key=lambda each: at["speedup"][each])
+        others = [each for each in at["speedup"] if each not in ("none", "goodput")]
+        best = max(others, key=lambda each: at["speedup"][each])
         reasons.append(
-            f"Do not speculate at {at['live']} live rows: the fastest policy would be {best}, at "
-            f"{at['speedup'][best]:.2f} times the speed of none. goodput would switch speculation "
-            f"off by itself, and reach {at['speedup']['goodput']:.2f}."
+            f"Do not speculate at {at['live']} live rows: {best}, the best of the other policies, "
+            f"would be {at['speedup'][best]:.2f} times as fast as none. goodput switches "
+            "speculation off by itself where it does not pay, and would reach "
+            f"{at['speedup']['goodput']:.2f}."
         )
     else:
         reasons.append(

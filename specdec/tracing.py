@@ -22,8 +22,10 @@ there is recorded too: from every such candidate the draft is rolled out by its 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Literal
 
 import numpy as np
@@ -31,6 +33,7 @@ import torch
 from torch import Tensor
 
 from specdec.acceptance import HEAD_SIGNALS, AcceptanceHead, Signal, read_signals
+from specdec.costs import CostModel, CostTable
 from specdec.engine import Engine, Pair
 from specdec.packed import PackedDecoder
 from specdec.request import Completion, Request
@@ -238,3 +241,43 @@ class _Recorder:
 def _own_seed(request: Request) -> int:
     key = f"trace:{request.sampling.seed}:{request.id}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+
+
+# ------------------------------------------------------------------------- costs
+
+
+def measure_costs(pair: Pair, slots: int, prompt: int, seconds: float) -> CostModel:
+    """A virtual clock for traces: both models' curves as they are on this machine, now.
+
+    Measured twice, the smaller counts, against what else the machine was doing. `CostModel.profile`
+    ends at a few tokens a slot and goes on in proportion, which is far too steep for a prompt that
+    the draft reads; so that is measured too.
+
+    Args:
+        slots: most live rows.
+        prompt: tokens of a typical prompt.
+        seconds: for all of it, about.
+
+    Raises:
+        ValueError: the pair has no draft.
+    """
+    draft = pair.draft
+    if draft is None:
+        raise ValueError("costs of speculation need a pair with a draft")
+    passes = [CostModel.profile(pair.target, draft, slots, seconds / 2).points() for _ in range(2)]
+    curves: list[list[tuple[int, float]]] = []
+    for name in ("draft", "verify"):
+        first, second = (dict(each[name]) for each in passes)
+        tokens = sorted({*first, *second})
+        curves.append([(n, min(first.get(n, inf), second.get(n, inf))) for n in tokens])
+    if prompt > curves[0][-1][0]:
+        ids = torch.zeros(prompt, dtype=torch.int64, device=draft.device)
+        taken = []
+        for _ in range(3):
+            cache = draft.new_cache(1, prompt)
+            began = time.perf_counter()
+            draft.logits(draft.forward(cache, [(0, prompt)], ids)[-1:]).argmax(-1).tolist()
+            taken.append(time.perf_counter() - began)
+        curves[0].append((prompt, max(min(taken), curves[0][-1][1])))
+    draft_table, verify_table = (CostTable(*zip(*curve, strict=True)) for curve in curves)
+    return CostModel(draft_table, verify_table)
