@@ -12,10 +12,10 @@ from rich.markup import escape
 from jobs.console import err, explained, out
 from jobs.explain import explain
 from jobs.profile import profile as profile_command
-from jobs.spec import load_job
+from jobs.spec import load_job, s3_options
 from jobs.train_head import train_head
 from jobs.training import distill
-from pipeline.config import JobConfig, S3Config
+from pipeline.config import JobConfig
 from pipeline.errors import UserError
 
 app = typer.Typer(
@@ -92,6 +92,10 @@ def validate(file: JobFile, overrides: Overrides = None) -> None:
         job = load_job(file, overrides or [])
         for name in filter(None, (job.models.target, job.models.draft)):
             _check_model(name)
+        if job.speculation.head is not None:
+            from pipeline.models import head_identity
+
+            head_identity(job.speculation.head)
         from pipeline.listing import list_inputs
         from pipeline.storage import check_access, is_s3, resolved
 
@@ -141,15 +145,9 @@ def report(
       specbatch report out/demo --json | jq .tokens_per_second
     """
     with explained():
-        from pydantic import ValidationError
-
         from jobs.report import read_summary, render
 
-        try:
-            s3 = S3Config(endpoint=endpoint, profile=profile)
-        except ValidationError as error:
-            raise UserError(f"--endpoint: {error.errors()[0]['msg']}") from None
-        summary, finished = read_summary(output, s3)
+        summary, finished = read_summary(output, s3_options(endpoint, profile))
         if as_json:
             print(json.dumps({**summary, "finished": finished}))
             return

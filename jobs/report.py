@@ -12,9 +12,9 @@ from rich.table import Table
 
 from pipeline import manifest
 from pipeline.config import S3Config
-from pipeline.errors import UserError
 from pipeline.stats import summarise
-from pipeline.storage import Folder, check_access, is_s3, resolved
+
+_INPUTS_SHOWN = 10
 
 
 def read_summary(url: str, s3: S3Config) -> tuple[dict[str, Any], bool]:
@@ -27,13 +27,10 @@ def read_summary(url: str, s3: S3Config) -> tuple[dict[str, Any], bool]:
     Raises:
         UserError: there is no job in this folder.
     """
-    s3 = resolved(s3, used=is_s3(url))
-    check_access(url, s3)
-    output = Folder(url, s3)
+    output = manifest.open_output(url, s3)
     if output.read(manifest.SUCCESS) is not None and (data := output.read(manifest.MANIFEST)):
-        return json.loads(data)["summary"], True
-    if output.read(manifest.JOB) is None:
-        raise UserError(f"{url}: no job's output here: there is no {manifest.JOB}")
+        # An older version's summary lacks what it did not measure.
+        return {**summarise([]), **json.loads(data)["summary"]}, True
     return summarise(manifest.read_records(output, manifest.committed_ids(output))), False
 
 
@@ -63,21 +60,21 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [totals]
     if seconds:
         parts += ["", phases]
-    if summary.get("calibration"):
+    if summary["calibration"]:
         parts += ["", _calibration(summary["calibration"])]
-    if fell_back := summary.get("actors_fell_back"):
+    if fell_back := summary["actors_fell_back"]:
         parts += [
             "",
-            f"[yellow]{fell_back} actors found the acceptance head out of calibration and went on "
-            "with an online estimator; train it again on text like this.[/]",
+            f"[yellow]{fell_back} of the actors found the acceptance head out of calibration and "
+            "went on with an online estimator; train it again on text like this.[/]",
         ]
     return Group(*parts)
 
 
 def _speedup(summary: Mapping[str, Any]) -> str:
     """Measured speedup with its interval; one that loses stands out, with what to do."""
-    if summary.get("speedup") is None:
-        return "– (too few control rounds)"
+    if summary["speedup"] is None:
+        return "– (too few control rounds)" if summary["drafted"] else "–"
     low, high = summary["speedup_ci"]
     text = (
         f"{summary['speedup']:.2f}x (95% CI {low:.2f}-{high:.2f}, "
@@ -94,7 +91,12 @@ def _calibration(rows: list[dict[str, Any]]) -> Table:
     table.header_style = "bold"
     for column in table.columns[1:]:
         column.justify = "right"
+    inputs = [row["name"] for row in rows if row["by"] == "input"]
+    # One input is all of them.
+    shown = set(inputs[:_INPUTS_SHOWN] if len(inputs) > 1 else [])
     for row in rows:
+        if row["by"] == "input" and row["name"] not in shown:
+            continue
         name = {"all": "all", "input": row["name"], "context": f"context ≤ {row['name']}"}
         table.add_row(
             escape(name[row["by"]]),
@@ -103,6 +105,8 @@ def _calibration(rows: list[dict[str, Any]]) -> Table:
             f"{row['accepted']:.3f}",
             f"{row['ece']:.3f}",
         )
+    if len(inputs) > _INPUTS_SHOWN:
+        table.add_row(f"{len(inputs) - _INPUTS_SHOWN:,} more inputs: stats/calibration.parquet")
     return table
 
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import JobConfig
+from pipeline.config import JobConfig, S3Config
 from pipeline.errors import UserError, nearest
 
 
@@ -60,6 +60,19 @@ def _read(file: Path) -> Any:
         raise JobFileError(f"{file}: line {line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise JobFileError(f"{file}: not valid YAML: {error}") from None
+
+
+def s3_options(endpoint: str | None, profile: str | None) -> S3Config:
+    """How to reach S3, as the options --endpoint and --profile say.
+
+    Raises:
+        UserError: an endpoint that is no URL.
+    """
+    try:
+        return S3Config(endpoint=endpoint, profile=profile)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"--endpoint: {message}") from None
 
 
 # --------------------------------------------------------------------- overrides

@@ -223,7 +223,7 @@ def _common_target(jobs: list[JobOutput]) -> str:
     Raises:
         UserError: it is not.
     """
-    from pipeline.manifest import model_identity
+    from pipeline.models import model_identity
 
     pins = {job.folder.url: _pin(job.target) for job in jobs}
     if len(set(pins.values())) > 1:

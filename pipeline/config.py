@@ -208,6 +208,10 @@ class SpeculationConfig(_Settings):
             if getattr(self, name) is not None and self.policy not in ESTIMATING_POLICIES:
                 names = " and ".join(ESTIMATING_POLICIES)
                 raise ValueError(f"{name} belongs to the policies {names}, not to {self.policy}")
+        if self.head is not None and self.estimator not in (None, "head"):
+            raise ValueError(
+                f"head is not used with estimator {self.estimator}; remove one of them"
+            )
         needs_head = self.estimator == "head" or (self.policy == "head" and not self.estimator)
         if needs_head and self.head is None:
             raise ValueError(

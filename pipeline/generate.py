@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
@@ -31,9 +32,9 @@ from pipeline.schema import (
     row_id,
     total_calibration,
     total_counts,
-    trace_table,
 )
 from pipeline.stats import FOOTER_KEY, UnitRecord
+from pipeline.trace import trace_table
 from specdec.request import Completion, Request
 
 
@@ -154,6 +155,10 @@ class GenerateActor:
         )
         return str(text)
 
+    def _token_text(self, token: int) -> str:
+        """A token as `trace/` shows it; special tokens are shown, too."""
+        return str(self._pair.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
     def _outcome(self, completion: Completion) -> Outcome:
         if completion.finish_reason == "error":
             return Failed(RowError("InvalidRequest", completion.error or "refused"), attempts=1)
@@ -177,7 +182,7 @@ class GenerateActor:
             files.append((f"errors/{errors_file}", data))
         trace_file, trace_sha256, trace_rounds = None, None, 0
         if self._job.speculation.trace:
-            rounds = trace_table(rows, outcomes, self._decode)
+            rounds = trace_table(rows, outcomes, cache(self._token_text))
             data, trace_rounds = _parquet(rounds, {}), rounds.num_rows
             trace_sha256 = hashlib.sha256(data).hexdigest()
             trace_file = f"{unit.id}-{trace_sha256[:8]}.parquet"

@@ -20,10 +20,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import JobConfig
+from pipeline.config import JobConfig, S3Config
 from pipeline.errors import UserError
+from pipeline.models import digest, head_identity, model_identity
 from pipeline.stats import FOOTER_KEY, UnitRecord, stats_tables, summarise
-from pipeline.storage import Folder
+from pipeline.storage import Folder, check_access, is_s3, resolved
 from pipeline.units import FilePlan, Unit
 
 JOB = "_specbatch/job.json"
@@ -46,53 +47,6 @@ _PACKAGES = ("specbatch", "torch", "transformers", "ray", "pyarrow")
 
 class Inconsistent(RuntimeError):
     """Committed files that do not add up. It takes a bug, or a hand in the output folder."""
-
-
-def model_identity(name: str) -> dict[str, str]:
-    """What pins a model's content: digest of local files, or the commit of a hub name.
-
-    Raises:
-        UserError: the model is not there.
-    """
-    from specdec.pair import PairError, find_model, model_digest
-
-    try:
-        source = find_model(name)
-    except PairError as error:
-        raise UserError(str(error)) from None
-    if source.path is not None:
-        return {"name": source.path.name, "digest": model_digest(source.path)}
-    return {"name": source.name, "revision": _hub_commit(source.name, source.revision)}
-
-
-def head_identity(folder: str) -> str:
-    """What pins an acceptance head's content.
-
-    Raises:
-        UserError: there is no head in the folder.
-    """
-    from specdec.heads import HeadError, read_card
-
-    try:
-        return str(read_card(folder)["weights_sha256"])[:16]
-    except HeadError as error:
-        raise UserError(f"speculation.head: {error}") from None
-
-
-def _hub_commit(name: str, revision: str | None) -> str:
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json", revision=revision)
-    if isinstance(cached, str):
-        # …/snapshots/COMMIT/config.json
-        return cached.replace("\\", "/").split("/")[-2]
-    try:
-        return str(HfApi().model_info(name, revision=revision, timeout=20).sha)
-    except Exception as error:  # network, HTTP and validation errors have no common class
-        raise UserError(
-            f"model {name}: not in the local Hugging Face cache, and the hub did not give it "
-            f"({type(error).__name__}); check the name, the network, or give a folder"
-        ) from None
 
 
 def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
@@ -128,11 +82,6 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
         if models.draft is not None and speculation.policy != "none":
             result["models"]["draft"] = model_identity(models.draft)
     return result
-
-
-def digest(value: object) -> str:
-    """A short digest of plain data."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def claim(output: Folder, job: JobConfig, plans: Sequence[FilePlan], mark: dict[str, Any]) -> None:
@@ -218,6 +167,24 @@ def _changed_inputs(output: Folder, plans: Sequence[FilePlan]) -> list[str]:
         elif there[name] != here[name]:
             lines.append(f"input file {name} has changed")
     return [*lines[:5], f"and {len(lines) - 5} more input files"] if len(lines) > 5 else lines
+
+
+def open_output(url: str, s3: S3Config) -> Folder:
+    """The output folder of a job, finished or not.
+
+    Args:
+        url: the folder, local or s3://.
+        s3: how to reach it, if it is on S3.
+
+    Raises:
+        UserError: there is no job in this folder, or it is out of reach.
+    """
+    s3 = resolved(s3, used=is_s3(url))
+    check_access(url, s3)
+    output = Folder(url, s3)
+    if output.read(JOB) is None:
+        raise UserError(f"{url}: no job's output here: there is no {JOB}")
+    return output
 
 
 def committed_ids(output: Folder) -> set[str]:

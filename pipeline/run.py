@@ -22,6 +22,7 @@ from pipeline.config import ActorsConfig, JobConfig
 from pipeline.errors import UserError
 from pipeline.generate import GenerateActor
 from pipeline.listing import list_inputs
+from pipeline.models import check_models, digest
 from pipeline.progress import JobProgress, OnProgress, Tally, start_monitor
 from pipeline.prompts import required_columns
 from pipeline.schema import check_reserved
@@ -108,11 +109,7 @@ def run_job(job: JobConfig, *, progress: OnProgress | None = None) -> JobResult:
     plan = plan_job(job)
     job, output, units = plan.job, plan.output, plan.units
     mark = manifest.fingerprint(job, plan.files)
-    if job.models.draft is not None and job.speculation.policy != "none":
-        # With `coupled` they are not in the fingerprint, but are missed all the same.
-        manifest.model_identity(job.models.draft)
-    if job.speculation.head is not None:
-        manifest.head_identity(job.speculation.head)
+    check_models(job)
     manifest.claim(output, job, plan.files, mark)
     done = manifest.committed(output, units)
     pending = [unit for unit in units if unit.id not in done]
@@ -125,7 +122,7 @@ def run_job(job: JobConfig, *, progress: OnProgress | None = None) -> JobResult:
         with connected():
             check_resources(job.actors, _node_resources())
             rows_before = plan.rows - sum(unit.rows for unit in pending)
-            checksums = _generate(plan, pending, manifest.digest(mark), rows_before, progress)
+            checksums = _generate(plan, pending, digest(mark), rows_before, progress)
     summary = manifest.finish(output, units, mark, checksums)
     return JobResult(job.output, summary, units_run=len(pending))
 

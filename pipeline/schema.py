@@ -6,8 +6,8 @@ from them by `specdec.request.Counts`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -152,43 +152,6 @@ def _table(
         for name, t in zip(names, (a.type for a in arrays), strict=True)
     ]
     return pa.table(arrays, schema=pa.schema(fields))
-
-
-TRACE_SCHEMA = pa.schema(
-    {
-        ROW_ID: pa.string(),
-        "round": pa.int64(),
-        "context": pa.int64(),
-        "live": pa.int64(),
-        "candidates": pa.list_(pa.int64()),
-        "texts": pa.list_(pa.string()),
-        "predicted": pa.list_(pa.float64()),
-        "submitted": pa.int64(),
-        "accepted": pa.int64(),
-        "reason": pa.string(),
-    }
-)
-"""Columns of `trace/`: one row per round of a completed row."""
-
-
-def trace_table(
-    rows: UnitRows, outcomes: Sequence[Outcome], decode: Callable[[Sequence[int]], str]
-) -> pa.Table:
-    """The rounds of the unit's completed rows.
-
-    Args:
-        rows: the unit as it was read.
-        outcomes: one per row.
-        decode: token ids to text.
-    """
-    rounds = []
-    for index, outcome in enumerate(outcomes):
-        if isinstance(outcome, Finished):
-            name = row_id(rows.unit, index)
-            for number, trace in enumerate(outcome.completion.trace):
-                texts = [decode([token]) for token in trace.candidates]
-                rounds.append({ROW_ID: name, "round": number, "texts": texts, **asdict(trace)})
-    return pa.Table.from_pylist(rounds, schema=TRACE_SCHEMA)
 
 
 def total_calibration(completions: Iterable[Completion]) -> dict[str, list[list[float]]]:

@@ -222,12 +222,21 @@ def stats_tables(records: Sequence[UnitRecord]) -> dict[str, pa.Table]:
             costs += [{"actor": actor, "kind": kind, "tokens": n, "seconds": s} for n, s in points]
     units = [_unit_row(record) for record in records]
     return {
-        "units": pa.Table.from_pylist(units),
-        "actors": pa.Table.from_pylist(actors),
+        "units": _typed(pa.Table.from_pylist(units)),
+        "actors": _typed(pa.Table.from_pylist(actors)),
         "phases": pa.Table.from_pylist(phases),
         "costs": pa.Table.from_pylist(costs, schema=COSTS_SCHEMA),
         "calibration": pa.Table.from_pylist(calibration_rows(records), schema=CALIBRATION_SCHEMA),
     }
+
+
+def _typed(table: pa.Table) -> pa.Table:
+    """The table with types for columns that are null in every row: files, or ratios."""
+    for i, column in enumerate(table.schema):
+        if pa.types.is_null(column.type):
+            kind = pa.string() if column.name.endswith(("_file", "_sha256")) else pa.float64()
+            table = table.set_column(i, column.name, table[i].cast(kind))
+    return table
 
 
 def _speedup_columns(records: Iterable[UnitRecord]) -> dict[str, Any]:

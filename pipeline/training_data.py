@@ -35,7 +35,7 @@ class JobOutput:
         input: which columns were the prompt, and how.
         models: the job's target and draft.
         sampling: the job's sampling.
-        target: what pins the target's content (`manifest.model_identity`).
+        target: what pins the target's content (`models.model_identity`).
     """
 
     folder: Folder

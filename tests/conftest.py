@@ -100,6 +100,19 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 
 
 @pytest.fixture(scope="session")
+def tiny_head(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of an untrained acceptance head for the tiny pair."""
+    from specdec.acceptance import AcceptanceHead
+    from specdec.heads import save_head
+    from specdec.pair import ModelPair
+
+    folder = tmp_path_factory.mktemp("heads") / "head"
+    pair = ModelPair.load(tiny_models.target, tiny_models.draft, device="cpu")
+    save_head(folder, AcceptanceHead(width=64, depth=1), pair, {})
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray of two cores for all tests; workers find the packages where they are."""
     import ray

@@ -87,6 +87,37 @@ def test_run_report_and_run_again(local_ray: None, job_file: JobFile, tmp_path: 
     assert "holds another job" in one_error(call("run", file, "--set", "sampling.seed=1"))
 
 
+@pytest.mark.ray
+def test_explain_a_row(
+    local_ray: None, job_file: JobFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    speculation = {"policy": "goodput", "control_share": 0.2, "trace": True}
+    file, output = job_file(speculation=speculation), tmp_path / "out"
+    assert call("run", file, "--quiet").exit_code == 0
+    result = call("explain", output, "--row", "in.parquet:0:0")
+    assert result.exit_code == 0, result.output
+    assert "candidates" in result.stdout
+    limited = call("explain", output, "--row", "in.parquet:0:0", "--limit", 1)
+    assert "more rounds: --limit" in limited.stdout
+    assert len(limited.stdout.splitlines()) < len(result.stdout.splitlines())
+    assert "not completed" in one_error(call("explain", output, "--row", "in.parquet:8:0"))
+    message = one_error(call("explain", output, "--row", "in.parquet:99:0"))
+    assert "no such row; nearest: in.parquet:8:0" in message
+
+    # Rounds are not kept unless asked for, and a job that kept none can say so.
+    plain = call("run", file, "--quiet", "--set", "speculation.trace=false", "--set", "output=x")
+    assert plain.exit_code == 0
+    message = one_error(call("explain", Path("x").resolve(), "--row", "in.parquet:0:0"))
+    assert "speculation.trace=true" in message
+
+
+def test_explain_of_what_is_no_job(tmp_path: Path) -> None:
+    assert "no job's output here" in one_error(call("explain", tmp_path, "--row", "x"))
+    message = one_error(call("explain", tmp_path, "--row", "x", "--endpoint", "nowhere"))
+    assert message == "--endpoint: must be a URL such as https://s3.example.com"
+
+
 def test_validate_says_what_will_run(job_file: JobFile) -> None:
     result = call("validate", job_file(), "--set", "speculation.policy=none")
     assert result.exit_code == 0, result.output
@@ -101,6 +132,7 @@ def test_validate_says_what_will_run(job_file: JobFile) -> None:
         ({"outputs": "x"}, "outputs: unknown key; did you mean 'output'?"),
         ({"input": {"paths": "no/*.parquet", "prompt_column": "p"}}, "no files match this glob"),
         ({"models": {"target": "./gone", "draft": "./gone"}}, "gone: no such folder"),
+        ({"speculation": {"head": "gone"}}, "no acceptance head here"),
         ({"s3": {"profile": "nobody"}, "output": "s3://b/x"}, "no AWS profile named 'nobody'"),
     ],
 )
@@ -139,7 +171,7 @@ def test_report_of_what_is_no_job(tmp_path: Path) -> None:
 
 def test_version_and_help() -> None:
     assert call("--version").stdout.startswith("specbatch ")
-    for command in ("run", "validate", "report"):
+    for command in ("run", "validate", "report", "explain"):
         result = call(command, "--help")
         assert result.exit_code == 0
         assert f"specbatch {command}" in result.stdout

@@ -42,6 +42,18 @@ def test_model_folder_beside_the_job_file(tmp_path: Path) -> None:
     assert job.models.draft == "theirs"
 
 
+def test_head_folder_beside_the_job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path, speculation={"head": "heads/mine"})
+    assert load_job(file).speculation.head == f"{tmp_path}/heads/mine"
+    monkeypatch.chdir("/")
+    assert load_job(file, ["speculation.head=other"]).speculation.head == "/other"
+
+
+def test_head_policy_may_use_an_estimator_without_training(tmp_path: Path) -> None:
+    job = load_job(write(tmp_path, speculation={"policy": "head", "estimator": "entropy"}))
+    assert job.speculation.head is None
+
+
 def test_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     overrides = ["sampling.temperature=0", "sampling.stop=[a, b]", "output=x", "unit_rows=8"]
@@ -86,6 +98,15 @@ def test_defaults_are_those_of_the_design(tmp_path: Path) -> None:
             {"speculation": {"policy": "fixed", "head": "h"}},
             "head belongs to the policies head and goodput, not to fixed",
         ),
+        (
+            {"speculation": {"policy": "fixed", "estimator": "entropy"}},
+            "estimator belongs to the policies head and goodput, not to fixed",
+        ),
+        (
+            {"speculation": {"head": "h", "estimator": "entropy"}},
+            "head is not used with estimator entropy",
+        ),
+        ({"speculation": {"policy": "head", "head": "h", "threshold": 1}}, "speculation.threshold"),
         ({"speculation": {"policy": "fast"}}, "speculation.policy: input should be 'none'"),
         ({"speculation": {"control_share": 0.9}}, "speculation.control_share: input should be"),
         ({"speculation": {"threshold": 0.5}}, "threshold belongs to the policies confidence"),

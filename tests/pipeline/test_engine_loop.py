@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from specdec.engine import Engine
 from specdec.pair import ModelPair
 from specdec.policies import make_policy
 from specdec.request import Request, SamplingParams
+from specdec.speedup import SpeedupMeter
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,39 @@ def test_each_second_and_forward_is_handed_out_once(pair: ModelPair) -> None:
     assert first.engine["target_forwards"] > 0 < second.engine["target_forwards"]
     assert "idle" in first.phase_seconds
     assert shared.take_usage().engine["target_forwards"] == 0
+
+
+def test_the_rounds_of_units_add_up_to_the_engines(pair: ModelPair) -> None:
+    def measured() -> Engine:
+        policy = make_policy("goodput", k_max=4)
+        return Engine(pair, policy=policy, verification="coupled", slots=4, control_share=0.25)
+
+    shared = EngineLoop(measured, threads=1, report=lambda _: None)
+    total, stop = SpeedupMeter(), threading.Event()
+
+    def ask() -> None:
+        # Units end while other units' rounds are booked.
+        while not stop.is_set():
+            total.add(shared.take_usage().speedup)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    for future in [shared.submit(requests(unit, 3)) for unit in "abcdef"]:
+        future.result(60)
+    stop.set()
+    asking.join()
+    last = shared.take_usage()
+    total.add(last.speedup)
+    booked = shared._engine.stats.speedup
+    assert booked.control
+    for arm, whole in ((total.speculative, booked.speculative), (total.control, booked.control)):
+        assert arm.keys() == whole.keys()
+        for key, rounds in arm.items():
+            assert (rounds.n, rounds.k) == (whole[key].n, whole[key].k)
+            assert rounds.t == pytest.approx(whole[key].t)
+    assert total.mixed == pytest.approx(booked.mixed)
+    assert {kind for kind, points in last.costs.items() if points} == {"draft", "verify"}
+    assert not last.fell_back
 
 
 def test_progress_counts_rows_and_errors(pair: ModelPair) -> None:

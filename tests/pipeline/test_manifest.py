@@ -1,21 +1,25 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pytest
 from conftest import TinyModels
 
-from pipeline import manifest
-from pipeline.config import JobConfig, S3Config
+from pipeline import manifest, models
+from pipeline.config import THRESHOLD_POLICIES, Estimator, JobConfig, Policy, S3Config
 from pipeline.errors import UserError
 from pipeline.listing import InputFile
 from pipeline.schema import check_reserved
 from pipeline.stats import UnitRecord, busy_seconds, stats_tables, summarise
 from pipeline.storage import Folder
 from pipeline.units import FilePlan, Unit
+from specdec.policies import ESTIMATORS, POLICIES, THRESHOLDS
+from specdec.speedup import SpeedupMeter
 
 
 def job(models: TinyModels, **changes: Any) -> JobConfig:
@@ -92,17 +96,72 @@ def test_coupled_results_depend_on_neither_draft_nor_policy(tiny_models: TinyMod
     assert manifest.fingerprint(plain, plans()) == before
 
 
-def test_changed_weights_are_another_model(tiny_models: TinyModels, tmp_path: Path) -> None:
-    import shutil
+def test_the_names_of_policies_are_those_of_specdec() -> None:
+    assert get_args(Policy) == POLICIES
+    assert set(get_args(Estimator)) == set(ESTIMATORS)
+    assert set(THRESHOLD_POLICIES) == set(THRESHOLDS)
 
+
+@pytest.mark.parametrize("policy", get_args(Policy))
+def test_every_policy_has_a_fingerprint_that_coupled_leaves_out(
+    tiny_models: TinyModels, tiny_head: str, policy: str
+) -> None:
+    chosen = {"policy": policy, "head": tiny_head if policy == "head" else None}
+    rejection = manifest.fingerprint(job(tiny_models, speculation=chosen), plans())["speculation"]
+    assert rejection["policy"] == policy
+    assert ("head" in rejection) == (policy == "head")
+    assert not {"control_share", "trace"} & rejection.keys()
+    coupled = job(tiny_models, speculation={**chosen, "verification": "coupled"})
+    mark = manifest.fingerprint(coupled, plans())
+    assert mark["speculation"] == {"verification": "coupled"}
+    assert "draft" not in mark["models"]
+
+
+def test_another_head_is_another_job(
+    tiny_models: TinyModels, tiny_head: str, tmp_path: Path
+) -> None:
+    def digest_of(head: str) -> str:
+        speculation = {"policy": "goodput", "head": head}
+        mark = manifest.fingerprint(job(tiny_models, speculation=speculation), plans())
+        return str(mark["speculation"]["head"])
+
+    moved = shutil.copytree(tiny_head, tmp_path / "moved")
+    assert digest_of(str(moved)) == digest_of(tiny_head)
+    card = json.loads((moved / "card.json").read_text())
+    (moved / "card.json").write_text(json.dumps({**card, "weights_sha256": "0" * 64}))
+    assert digest_of(str(moved)) != digest_of(tiny_head)
+
+
+@pytest.mark.parametrize("verification", ["rejection", "coupled"])
+def test_draft_and_head_are_looked_for_before_anything_starts(
+    tiny_models: TinyModels, tiny_head: str, tmp_path: Path, verification: str
+) -> None:
+    def check(head: str, draft: str) -> None:
+        speculation = {"policy": "goodput", "head": head, "verification": verification}
+        models.check_models(job(tiny_models, speculation=speculation, models__draft=draft))
+
+    check(tiny_head, tiny_models.draft)
+    with pytest.raises(UserError, match="no such folder"):
+        check(tiny_head, "./gone/draft")
+    with pytest.raises(UserError, match=r"speculation\.head: .*no acceptance head here"):
+        check(str(tmp_path), tiny_models.draft)
+    with pytest.raises(UserError, match=r"trained for another draft, .*specbatch train-head"):
+        check(tiny_head, tiny_models.other_vocabulary)
+    half = shutil.copytree(tiny_head, tmp_path / "half")
+    (half / "head.safetensors").unlink()
+    with pytest.raises(UserError, match=r"half has no head\.safetensors"):
+        check(str(half), tiny_models.draft)
+
+
+def test_changed_weights_are_another_model(tiny_models: TinyModels, tmp_path: Path) -> None:
     copy = tmp_path / "target"
     shutil.copytree(tiny_models.target, copy)
-    before = manifest.model_identity(str(copy))
+    before = models.model_identity(str(copy))
     weights = copy / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    after = manifest.model_identity(str(copy))
+    after = models.model_identity(str(copy))
     assert before["digest"] != after["digest"]
 
 
@@ -152,7 +211,7 @@ def test_the_job_record_holds_no_secret(
 
 def test_a_model_that_is_not_there() -> None:
     with pytest.raises(UserError, match="no such folder"):
-        manifest.model_identity("./nowhere/model")
+        models.model_identity("./nowhere/model")
 
 
 def test_reserved_columns_are_refused() -> None:
@@ -192,6 +251,94 @@ def record(unit: str = "u", actor: str = "a", **changes: Any) -> UnitRecord:
 
 def test_a_record_survives_its_json() -> None:
     assert UnitRecord.from_json(record().to_json()) == record()
+
+
+def test_a_record_of_an_older_version_is_read() -> None:
+    new = ("trace_file", "trace_sha256", "trace_rounds", "speedup", "calibration", "costs")
+    old = {k: v for k, v in asdict(record()).items() if k not in (*new, "fell_back")}
+    read = UnitRecord.from_json(json.dumps(old).encode())
+    assert read == record()
+    summary = summarise([read])
+    assert summary["speedup"] is summary["speedup_ci"] is None
+    assert summary["calibration"] == []
+    assert stats_tables([read])["costs"].num_rows == 0
+
+
+def meter(speculative: float, control: float, rounds: int = 20) -> dict[str, Any]:
+    """Rounds of four rows and seconds each; with speculation they commit twice as much."""
+    result = SpeedupMeter()
+    for i in range(rounds):
+        result.book(4, speculative * (1 + 0.01 * (i % 3)), 8, control=False)
+        result.book(4, control * (1 + 0.01 * (i % 3)), 4, control=True)
+    return result.to_json()
+
+
+def test_speedup_is_measured_over_units_and_per_unit_and_actor() -> None:
+    records = [
+        record("u", "a", speedup=meter(0.1, 0.1)),
+        record("v", "b", speedup=meter(0.3, 0.1)),
+        record("w", "b", speedup=meter(0.3, 0.1, rounds=2)),
+    ]
+    summary = summarise(records)
+    low, high = summary["speedup_ci"]
+    assert low < summary["speedup"] < high
+    assert 2 / 3 < summary["speedup"] < 2
+    assert summary["speedup_controls"] == 42
+    tables = stats_tables(records)
+    fast, slow, unknown = tables["units"].to_pylist()
+    assert fast["speedup"] == pytest.approx(2)
+    assert slow["speedup"] == pytest.approx(2 / 3)
+    assert slow["speedup_low"] < slow["speedup"] < slow["speedup_high"]
+    assert (unknown["speedup"], unknown["speedup_controls"]) == (None, 0)
+    assert [a["speedup_controls"] for a in tables["actors"].to_pylist()] == [20, 22]
+
+
+def test_columns_that_are_null_in_every_row_have_types() -> None:
+    tables = stats_tables([record(counts=dict.fromkeys(record().counts, 0))])
+    for table in tables.values():
+        assert not any(pa.types.is_null(column.type) for column in table.schema)
+    assert tables["units"].schema.field("trace_file").type == pa.string()
+    assert tables["units"].schema.field("speedup").type == pa.float64()
+
+
+def test_calibration_by_input_and_context() -> None:
+    def bins(judged: int, predicted: float, accepted: int) -> list[list[float]]:
+        result = [[0.0, 0.0, 0.0] for _ in range(10)]
+        result[int(predicted * 10)] = [judged, judged * predicted, accepted]
+        return result
+
+    records = [
+        record("u", calibration={"128": bins(10, 0.55, 5), "256": bins(10, 0.95, 9)}),
+        record("v", input="b.parquet", calibration={"128": bins(20, 0.35, 1)}),
+    ]
+    rows = {(row["by"], row["name"]): row for row in summarise(records)["calibration"]}
+    assert list(rows) == [
+        ("all", ""),
+        ("input", "a.parquet"),
+        ("input", "b.parquet"),
+        ("context", "128"),
+        ("context", "256"),
+    ]
+    assert rows["all", ""]["judged"] == 40
+    assert rows["all", ""]["accepted"] == 15 / 40
+    assert rows["all", ""]["ece"] == pytest.approx((0.5 + 0.5 + 6) / 40)
+    assert rows["input", "b.parquet"]["predicted"] == pytest.approx(0.35)
+    assert rows["context", "128"]["judged"] == 30
+    assert stats_tables(records)["calibration"].to_pylist() == list(rows.values())
+
+
+def test_costs_are_an_actors_latest_and_fallen_heads_are_counted() -> None:
+    records = [
+        record("u", "a", finished=5.0, costs={"draft": [(1, 0.1)]}),
+        record("v", "a", finished=9.0, costs={"draft": [(1, 0.2)]}, fell_back=True),
+        record("w", "b", finished=9.0),
+    ]
+    assert summarise(records)["actors_fell_back"] == 1
+    tables = stats_tables(records)
+    assert [a["fell_back"] for a in tables["actors"].to_pylist()] == [True, False]
+    assert tables["costs"].to_pylist() == [
+        {"actor": "a", "kind": "draft", "tokens": 1, "seconds": 0.2}
+    ]
 
 
 def test_a_pause_between_runs_is_not_busy_time() -> None:

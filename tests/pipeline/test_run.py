@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -20,12 +21,14 @@ import yaml
 from conftest import S3Server, TinyModels
 from ray.data import DataContext
 
-from jobs.explain import read_rounds
+from pipeline import manifest
 from pipeline.config import ActorsConfig, JobConfig, S3Config
 from pipeline.errors import UserError
 from pipeline.progress import JobProgress
 from pipeline.run import JobResult, check_resources, run_job
 from pipeline.storage import Folder
+from pipeline.trace import read_rounds
+from specdec.speedup import SpeedupMeter
 
 pytestmark = pytest.mark.ray
 
@@ -150,9 +153,9 @@ def test_progress_is_told_while_units_run(finished: Finished) -> None:
 
 def test_manifest_statistics_and_marker(finished: Finished) -> None:
     _, output, result, _ = finished
-    manifest = json.loads((output / "_specbatch" / "manifest.json").read_text())
-    assert manifest["rows_in"] == manifest["rows_out"] == ROWS
-    assert sum(file["rows"] for file in manifest["files"]) == ROWS
+    listed = json.loads((output / "_specbatch" / "manifest.json").read_text())
+    assert listed["rows_in"] == listed["rows_out"] == ROWS
+    assert sum(file["rows"] for file in listed["files"]) == ROWS
     assert (output / "_SUCCESS").exists()
     assert not (output / "_specbatch" / "staging").exists()
     units = pq.read_table(output / "stats" / "units.parquet")
@@ -255,18 +258,81 @@ def test_speedup_calibration_and_rounds_are_recorded(
     assert {row["kind"] for row in costs} == {"draft", "verify"}
     assert all(row["seconds"] > 0 for row in costs)
 
-    manifest = json.loads((output / "_specbatch/manifest.json").read_text())
-    assert sum(file["name"].startswith("trace/") for file in manifest["files"]) == len(units)
+    folder = Folder(str(output), S3Config())
+    records = manifest.read_records(folder, manifest.committed_ids(folder))
+    meter = SpeedupMeter()
+    for record in records:
+        assert record.speedup is not None
+        meter.add(SpeedupMeter.from_json(record.speedup))
+    whole = meter.estimate()
+    assert whole is not None
+    assert (whole.value, whole.controls) == pytest.approx(
+        (result.summary["speedup"], result.summary["speedup_controls"])
+    )
+
+    listed = json.loads((output / "_specbatch/manifest.json").read_text())["files"]
+    traces = {f["name"]: f for f in listed if f["name"].startswith("trace/")}
+    assert set(traces) == {f"trace/{record.trace_file}" for record in records}
+    for name, file in traces.items():
+        assert hashlib.sha256((output / name).read_bytes()).hexdigest() == file["sha256"]
+        assert pq.read_metadata(output / name).num_rows == file["rows"]
     for name, row in rows_of(output).items():
-        rounds = read_rounds(Folder(str(output), S3Config()), name)
+        rounds = read_rounds(folder, name)
+        assert [each["round"] for each in rounds] == list(range(len(rounds)))
         # The round that feeds the last prompt token is not one of decoding.
         assert len(rounds) in (row["rounds"], row["rounds"] - 1)
         assert sum(len(each["candidates"]) for each in rounds) == row["drafted"]
         assert sum(each["submitted"] for each in rounds) == row["verified"]
-    with pytest.raises(UserError, match="no rounds of such a row"):
-        read_rounds(Folder(str(output), S3Config()), "nothing")
     with pytest.raises(UserError, match=r"speculation\.trace=true"):
-        read_rounds(Folder(str(finished[1]), S3Config()), "nothing")
+        read_rounds(Folder(str(finished[1]), S3Config()), "part-0.parquet:0:0")
+
+    # A trace that another attempt left is no part of the job.
+    (output / "trace" / "left-over.parquet").write_bytes(b"")
+    (output / "_SUCCESS").unlink()
+    (output / "_specbatch/manifest.json").unlink()
+    run(settings(tiny_models, str(prompts), output, speculation=speculation))
+    assert {f"trace/{f.name}" for f in (output / "trace").iterdir()} == set(traces)
+
+
+@pytest.mark.parametrize("policy", ["entropy", "head"])
+def test_coupled_tokens_are_the_same_under_every_policy(
+    local_ray: None,
+    tiny_models: TinyModels,
+    tiny_head: str,
+    prompts: Path,
+    finished: Finished,
+    tmp_path: Path,
+    policy: str,
+) -> None:
+    speculation: dict[str, Any] = {"policy": policy, "verification": "coupled", "k_max": 3}
+    if policy == "head":
+        speculation["head"] = tiny_head
+    values = settings(tiny_models, str(prompts), tmp_path / "out", speculation=speculation)
+    summary = run(values).summary
+    assert texts(tmp_path / "out") == texts(finished[1])
+    judged = sum(row["judged"] for row in summary["calibration"] if row["by"] == "all")
+    # The candidates up to the first rejection are judged, in policies that predict.
+    assert (0 < judged <= summary["verified"]) == (policy == "head")
+
+
+@pytest.mark.parametrize(("missing", "message"), [("draft", "no such folder"), ("head", "no acc")])
+def test_a_missing_draft_or_head_is_found_before_ray_starts(
+    tiny_models: TinyModels,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr("pipeline.run.connected", lambda: pytest.fail("Ray was wanted"))
+    values = settings(tiny_models, str(prompts), tmp_path / "out")
+    if missing == "draft":
+        values["models"]["draft"] = "./gone/draft"
+    else:
+        values["speculation"] = {"head": str(tmp_path / "gone"), "verification": "coupled"}
+    with pytest.raises(UserError, match=message):
+        run(values)
+    assert not (tmp_path / "out").exists()
 
 
 def test_each_kind_of_bad_row_becomes_an_error_row(
