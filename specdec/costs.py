@@ -23,6 +23,15 @@ RATE, DRIFT = 0.1, 0.02
 CONTEXT = 192
 """Cached positions of each row while profiling; refinement finds the job's own."""
 
+PROMPT = 256
+"""Tokens that the draft is profiled up to: one it has not followed must read the row's prompt."""
+
+REPEATS, LEAST_POINTS = 3, 4
+"""Timings of each number of tokens if there is time, and numbers of tokens even if there is none."""
+
+BEYOND = 1.25
+"""A measurement at more than so many times the tokens of a table makes the table longer."""
+
 
 class CostTable:
     """Seconds of one kind of forward by packed tokens; linear between the tokens of the table.
@@ -38,9 +47,9 @@ class CostTable:
         self._dense = np.zeros(0)
 
     def __call__(self, tokens: Any) -> Any:
-        """Seconds at integer token counts (a number or an array); beyond the table, in proportion.
+        """Seconds at integer token counts (a number or an array); no tokens cost nothing.
 
-        No tokens cost nothing.
+        Beyond the table seconds grow as they do over its upper half.
         """
         most = int(np.max(tokens)) if np.size(tokens) else 0
         if most >= len(self._dense):
@@ -48,7 +57,14 @@ class CostTable:
         return self._dense[tokens]
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Move the table towards a measurement; an outlier moves it no more than a factor of 2."""
+        """Move the table towards a measurement; an outlier moves it no more than a factor of 2.
+
+        One far beyond the table becomes its new end: what is extrapolated is not kept for good.
+        """
+        if tokens > BEYOND * self.tokens[-1]:
+            end = float(self(tokens))
+            self.tokens = np.append(self.tokens, tokens)
+            self.seconds = np.append(self.seconds, end)
         error = float(np.clip(np.log(seconds / float(self(tokens))), -0.7, 0.7))
         weights = np.zeros(len(self.tokens))
         above = min(int(np.searchsorted(self.tokens, tokens)), len(self.tokens) - 1)
@@ -64,7 +80,11 @@ class CostTable:
         counts = np.arange(most + 1)
         self._dense = np.interp(counts, self.tokens, self.seconds)
         beyond = counts > self.tokens[-1]
-        self._dense[beyond] = self.seconds[-1] * counts[beyond] / self.tokens[-1]
+        tokens, seconds = float(self.tokens[-1]), float(self.seconds[-1])
+        # Over half the table: a single step of a staircase may be flat, or a jump.
+        rise = seconds - float(np.interp(tokens / 2, self.tokens, self.seconds))
+        slope = max(rise, 0.0) / (tokens / 2) if len(self.tokens) > 1 else seconds / tokens
+        self._dense[beyond] = seconds + slope * (counts[beyond] - tokens)
         self._dense[0] = 0.0
 
     def points(self) -> list[tuple[int, float]]:
@@ -91,10 +111,10 @@ class CostModel:
 
         Args:
             slots: most rows in a round.
-            seconds: when to stop, about; what is larger than was reached is extrapolated.
+            seconds: for both, about; the fewer forwards fit into it, the coarser the tables.
         """
         return cls(
-            _profile(draft, slots, 2 * slots, seconds / 3),
+            _profile(draft, slots, max(2 * slots, PROMPT), seconds / 3),
             _profile(target, slots, 9 * slots, seconds * 2 / 3),
         )
 
@@ -105,17 +125,33 @@ class CostModel:
 
 @torch.inference_mode()
 def _profile(decoder: PackedDecoder, slots: int, most: int, budget: float) -> CostTable:
-    cache = decoder.new_cache(slots, CONTEXT + 16)
-    table: list[tuple[int, float]] = []
+    cache = decoder.new_cache(slots, CONTEXT + max(most // slots + 1, 16))
+    ladder = list(_ladder(most))
+    table: dict[int, float] = {}
     began = time.perf_counter()
     _time(decoder, cache, slots, 1)  # the first forward of a shape allocates
-    for tokens in _ladder(most):
-        best = min(_time(decoder, cache, slots, tokens) for _ in range(3))
-        table.append((tokens, best))
-        # The next step of the ladder takes about as long as the last two together.
-        if time.perf_counter() - began + 6 * best > budget and tokens > 1:
+    for tokens in (ladder[i] for i in _coarse_to_fine(len(ladder))):
+        if len(table) >= LEAST_POINTS and time.perf_counter() - began > budget:
             break
-    return CostTable(*zip(*table, strict=True))
+        left = max(budget - (time.perf_counter() - began), 0.0)
+        table[tokens] = _time(decoder, cache, slots, tokens)
+        # More often, against what else the machine is doing, if there is the time for it.
+        for _ in range(REPEATS - 1):
+            if table[tokens] < left / len(ladder):
+                table[tokens] = min(table[tokens], _time(decoder, cache, slots, tokens))
+    return CostTable(*zip(*sorted(table.items()), strict=True))
+
+
+def _coarse_to_fine(n: int) -> Iterator[int]:
+    """0..n-1: both ends, then what halves the widest gap, so that any beginning covers it all."""
+    yield from sorted({0, n - 1})
+    gaps = [(0, n - 1)]
+    while gaps:
+        low, high = gaps.pop(0)
+        if high - low > 1:
+            middle = (low + high) // 2
+            yield middle
+            gaps += [(low, middle), (middle, high)]
 
 
 def _ladder(most: int) -> Iterator[int]:

@@ -264,10 +264,12 @@ class Engine:
         (tokens,) = upload(self.device, [token for tokens in pending for token in tokens])
         for depth in range(max(budget)):
             with self.clock.phase({"draft": 1.0}):
-                packed = len(tokens)
+                # The first step reads all that the draft lacks, in chunks if it is long.
+                lacked = sum(this.start.draft_pending[slot] for slot in active)
+                packed = len(tokens) if depth else lacked
                 hidden = draft.forward(cache, list(zip(active, counts, strict=True)), tokens)
                 self.stats.draft_forwards += 1
-                self.stats.draft_tokens += packed
+                self.stats.draft_tokens += len(tokens)
                 outputs = [rows[slot].generated + depth for slot in active]
                 index, at, counted = upload(self.device, active, outputs, counts)
                 hidden = hidden[counted.cumsum(0) - 1]

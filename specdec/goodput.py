@@ -43,8 +43,11 @@ PROBE_SHARE = 0.01
 
 PROBE_ROWS = 4
 
-CATCH_UP_ROUNDS = 8
-"""Rounds that share the cost of feeding the draft what it missed while it was not used."""
+PROBE_SAVINGS = 10.0
+"""Rounds' worth of time that may be saved up for a probe, and that the first one may take."""
+
+CATCH_UP_ROUNDS = 64
+"""Most rounds that share the cost of feeding the draft what it missed while it was not used."""
 
 
 class Goodput(EstimatingPolicy):
@@ -70,8 +73,8 @@ class Goodput(EstimatingPolicy):
         self.costs, self.k_max = costs, k_max
         # Tokens per row and seconds, both relative to a round without speculation.
         self._tokens, self._seconds = 5.0, 5.0
-        # Seconds saved up for a probe. Nothing is known of the pair yet, so the first is free.
-        self._allowance = float("inf")
+        # Time saved up for a probe, in rounds without speculation.
+        self._allowance = PROBE_SAVINGS
 
     def prepare(self, target: PackedDecoder, draft: PackedDecoder, slots: int) -> None:
         if self.costs is None:
@@ -96,9 +99,8 @@ class Goodput(EstimatingPolicy):
         rate = self.typical[rows]
         order = np.argsort(-rate, kind="stable")
         counts = np.arange(1, len(rows) + 1)
-        pending = np.cumsum(np.array(start.draft_pending)[rows][order])
         first = self.costs.draft(counts)
-        first = first + np.maximum(self.costs.draft(pending) - first, 0) / CATCH_UP_ROUNDS
+        first = first + self._catch_up(start, rows[order], first)
         chosen = rows[order[: self._worth(rate[order], rate[order], first, self.k_max)]]
         self._probing = not len(chosen)
         if self._probing:
@@ -107,6 +109,19 @@ class Goodput(EstimatingPolicy):
         budget[chosen] = self.k_max
         return [int(k) for k in budget]
 
+    def _catch_up(self, start: RoundStart, rows: Indices, first: Array) -> Array:
+        """Seconds a round for what the draft lacks of the leading 1..n rows: float [n].
+
+        It is read once, in the first of the rounds that a row has left.
+        """
+        assert self.costs is not None
+        lacking = np.array(start.draft_pending)[rows]
+        # A round commits about two tokens where speculation pays.
+        rounds = np.clip(np.array(start.room)[rows] / 2, 1, CATCH_UP_ROUNDS)
+        extra = np.maximum(self.costs.draft(np.cumsum(lacking)) - first, 0)
+        share: Array = extra * np.cumsum(lacking / rounds) / np.maximum(np.cumsum(lacking), 1)
+        return share
+
     def _probe(self, rows: Indices, pending: Indices) -> Indices:
         """Which of the rows try speculation although it does not promise to pay: mostly none."""
         assert self.costs is not None
@@ -114,7 +129,7 @@ class Goodput(EstimatingPolicy):
         n, verify = len(cheapest), self.costs.verify
         cost = float(self.costs.draft(pending[cheapest].sum()))
         cost += float(verify(self._tokens_bare + n) - verify(self._tokens_bare))
-        if self._allowance < cost:
+        if self._allowance * float(verify(self._tokens_bare)) < cost:
             return rows[:0]
         self._allowance = 0.0
         return rows[cheapest]
@@ -167,10 +182,11 @@ class Goodput(EstimatingPolicy):
         committed = sum(outcome.accepted) + rows
         spent = seconds + sum(spent for _, spent in outcome.draft_costs)
         self._tokens = self.MEMORY * self._tokens + committed / rows
-        self._allowance += PROBE_SHARE * spent
         # A pause of the machine is not what speculation costs.
         relative = min(spent / float(self.costs.verify(rows)), 20.0)
         self._seconds = self.MEMORY * self._seconds + relative
+        if not any(outcome.drafted):
+            self._allowance = min(self._allowance + PROBE_SHARE * relative, PROBE_SAVINGS)
 
     def _best(self, value: Array, rate: Array, first: Array, left: int) -> Flags:
         """Which of n rows to take one step further: a mask bool [n]; arguments as in `_worth`."""

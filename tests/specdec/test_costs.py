@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiny_models import TinyPair
 
-from specdec.costs import CostModel, CostTable
+from specdec.costs import LEAST_POINTS, PROMPT, CostModel, CostTable
 
 
 def test_a_table_is_linear_between_its_tokens() -> None:
@@ -13,17 +13,20 @@ def test_a_table_is_linear_between_its_tokens() -> None:
     assert float(table(5)) == 6
 
 
-def test_beyond_the_table_costs_grow_in_proportion() -> None:
-    table = CostTable([1, 8], [1.0, 4.0])
-    assert table([8, 16, 80, 8000]).tolist() == [4, 8, 40, 4000]
-    assert float(table(3)) == pytest.approx(1 + 2 * 3 / 7)
+def test_beyond_the_table_costs_grow_as_over_its_upper_half() -> None:
+    """A flat curve stays flat: in proportion, twice the tokens would seem to cost twice as much."""
+    assert CostTable([1, 2, 16], [65.0, 65.0, 65.0])([32, 320]).tolist() == [65, 65]
+    table = CostTable([1, 4, 8], [1.0, 2.0, 6.0])
+    np.testing.assert_allclose(table([8, 9, 16, 808]), [6, 7, 14, 806])
+    falling = CostTable([1, 4, 8], [1.0, 3.0, 2.0])  # noise: no tokens are ever cheaper than fewer
+    assert table([8, 16]).tolist()[0] == 6 and falling([8, 16]).tolist() == [2, 2]
 
 
 def test_no_tokens_cost_nothing() -> None:
     table = CostTable([1, 8], [1.0, 4.0])
     assert float(table(0)) == 0
     assert table(np.array([], dtype=int)).tolist() == []
-    assert table(np.array([[0, 1], [8, 16]])).tolist() == [[0, 1], [4, 8]]
+    assert table(np.array([[0, 1], [8, 8]])).tolist() == [[0, 1], [4, 4]]
 
 
 def test_a_table_of_one_measurement_is_proportional() -> None:
@@ -74,13 +77,25 @@ def test_a_measurement_beyond_the_table_moves_its_end() -> None:
     for _ in range(100):
         table.observe(32, 32.0)
     assert float(table(32)) == pytest.approx(32, rel=0.05)
+    assert table.tokens.tolist() == [1, 4, 8, 32]
+    table.observe(36, 36.0)  # not so far beyond: it speaks of the end that there is
+    assert table.tokens.tolist() == [1, 4, 8, 32]
+
+
+def test_a_long_prompt_that_is_measured_once_does_not_make_small_steps_dear() -> None:
+    table = CostTable([1, 2, 4], [1.0, 1.0, 1.0])
+    for _ in range(50):
+        table.observe(400, 40.0)
+        table.observe(2, 1.0)
+    assert float(table(2)) == pytest.approx(1.0, rel=0.3)
+    assert float(table(400)) == pytest.approx(40, rel=0.3)
 
 
 def test_a_measurement_that_agrees_changes_nothing() -> None:
     table = CostTable([1, 4, 8], [1.0, 2.0, 4.0])
     for tokens in (1, 3, 8, 20):
         table.observe(tokens, float(table(tokens)))
-    np.testing.assert_allclose(table.seconds, [1, 2, 4])
+    np.testing.assert_allclose(table.seconds[:3], [1, 2, 4])
 
 
 def test_points_are_plain_numbers() -> None:
@@ -90,10 +105,10 @@ def test_points_are_plain_numbers() -> None:
 
 @pytest.mark.parametrize("slots", [1, 3, 16])
 def test_a_profile_covers_the_rounds_that_are_to_come(pair: TinyPair, slots: int) -> None:
-    """Draft steps of all rows, catching up included; verifications of 8 candidates a row."""
+    """Draft steps of all rows, a prompt to catch up with included; verifications of 8 candidates a row."""
     assert pair.draft is not None
     model = CostModel.profile(pair.target, pair.draft, slots, seconds=60)
-    for table, most in ((model.draft, 2 * slots), (model.verify, 9 * slots)):
+    for table, most in ((model.draft, max(2 * slots, PROMPT)), (model.verify, 9 * slots)):
         assert table.tokens[0] == 1 and (np.diff(table.tokens) > 0).all()
         assert most / 1.6 < table.tokens[-1] <= most
         assert (table.seconds > 0).all()
@@ -103,5 +118,6 @@ def test_a_profile_without_time_is_short_but_of_use(pair: TinyPair) -> None:
     assert pair.draft is not None
     model = CostModel.profile(pair.target, pair.draft, 64, seconds=0)
     for table in (model.draft, model.verify):
-        assert table.tokens.tolist() == [1, 2]
-        assert float(table(64)) > 0
+        tokens = table.tokens.tolist()
+        assert len(tokens) == LEAST_POINTS and tokens[0] == 1 and tokens[-1] > 64
+        assert (table.seconds > 0).all()
