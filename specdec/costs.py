@@ -27,7 +27,7 @@ PROMPT = 256
 """Tokens that the draft is profiled up to: one it has not followed must read the row's prompt."""
 
 REPEATS, LEAST_POINTS = 3, 4
-"""Timings of each number of tokens if there is time, and numbers of tokens even if there is none."""
+"""Timings of each number of tokens if there is time, and numbers tried even if there is none."""
 
 BEYOND = 1.25
 """A measurement at more than so many times the tokens of a table makes the table longer."""

@@ -249,9 +249,8 @@ def _own_seed(request: Request) -> int:
 def measure_costs(pair: Pair, slots: int, prompt: int, seconds: float) -> CostModel:
     """A virtual clock for traces: both models' curves as they are on this machine, now.
 
-    Measured twice, the smaller counts, against what else the machine was doing. `CostModel.profile`
-    ends at a few tokens a slot and goes on in proportion, which is far too steep for a prompt that
-    the draft reads; so that is measured too.
+    Measured twice, the smaller counts, against what else the machine was doing. What the draft
+    takes to read a typical prompt is measured too, if the profile ends before it.
 
     Args:
         slots: most live rows.

@@ -105,7 +105,7 @@ def test_points_are_plain_numbers() -> None:
 
 @pytest.mark.parametrize("slots", [1, 3, 16])
 def test_a_profile_covers_the_rounds_that_are_to_come(pair: TinyPair, slots: int) -> None:
-    """Draft steps of all rows, a prompt to catch up with included; verifications of 8 candidates a row."""
+    """Draft steps of all rows, a prompt to catch up with; verifications of 8 candidates a row."""
     assert pair.draft is not None
     model = CostModel.profile(pair.target, pair.draft, slots, seconds=60)
     for table, most in ((model.draft, max(2 * slots, PROMPT)), (model.verify, 9 * slots)):

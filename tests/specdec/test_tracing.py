@@ -160,11 +160,11 @@ def test_a_pair_without_a_draft_has_no_traces(target_model: PreTrainedModel) -> 
 
 
 def test_the_clock_knows_what_a_prompt_takes(pair: TinyPair) -> None:
-    costs = measure_costs(pair, slots=2, prompt=200, seconds=0.4)
+    costs = measure_costs(pair, slots=2, prompt=400, seconds=0.4)
     tokens = [n for n, _ in costs.draft.points()]
-    assert tokens[0] == 1 and tokens[-1] == 200
-    # In proportion to the last point before, 200 tokens would take 50 times as long as 4.
-    assert costs.draft(200) < 25 * costs.draft(4)
+    assert tokens[0] == 1 and tokens[-1] == 400
+    # In proportion, 400 tokens would take 100 times as long as 4.
+    assert costs.draft(400) < 50 * costs.draft(4)
     assert costs.verify.points()[-1][0] <= 18
 
 
