@@ -118,13 +118,10 @@ class EngineLoop:
     def take_usage(self) -> Usage:
         """What the engine spent since the last call: each second is handed out once."""
         with self._lock:
-            policy = self._engine.policy
             now = replace(
                 self._spent,
                 phase_seconds={**self._spent.phase_seconds, "idle": self._idle},
                 peak_live=self._peak,
-                costs=policy.costs_table(),
-                fell_back=policy.fell_back,
             )
             spent, self._taken, self._peak = now.minus(self._taken), now, self._engine.live
             return spent
@@ -209,10 +206,15 @@ class EngineLoop:
 
 
 def _spending(engine: Engine) -> Usage:
-    """A copy of what the engine has spent; the thread that books it makes it, between rounds."""
+    """A copy of what the engine has spent and measured.
+
+    The thread that books it makes it, between rounds: a cost table may grow in a round.
+    """
     stats = engine.stats
     return Usage(
         {name: getattr(stats, name) for name in _ENGINE_COUNTS},
         dict(stats.seconds),
         speedup=stats.speedup.copy(),
+        costs=engine.policy.costs_table(),
+        fell_back=engine.policy.fell_back,
     )
