@@ -20,7 +20,7 @@ from pipeline.config import InputConfig, ModelsConfig, S3Config, SamplingConfig
 from pipeline.errors import RowError, UserError, nearest
 from pipeline.prompts import SAMPLING_COLUMN, PromptRenderer, required_columns, row_sampling
 from pipeline.schema import ROW_ID
-from pipeline.storage import Folder, check_access, is_s3, resolved
+from pipeline.storage import Folder
 from specdec.training.examples import Example
 
 _CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
@@ -55,14 +55,9 @@ def open_job(output_url: str, s3: S3Config) -> JobOutput:
     Raises:
         UserError: there is no job in this folder, or none that this version can read.
     """
-    s3 = resolved(s3, used=is_s3(output_url))
-    check_access(output_url, s3)
-    folder = Folder(output_url, s3)
-    data = folder.read(manifest.JOB)
-    if data is None:
-        raise UserError(f"{output_url}: no job's output here: there is no {manifest.JOB}")
+    folder = manifest.open_output(output_url, s3)
     try:
-        record = json.loads(data)
+        record = json.loads(folder.read(manifest.JOB) or b"")
         config = record["config"]
         return JobOutput(
             folder,

@@ -131,9 +131,9 @@ def _profile(decoder: PackedDecoder, slots: int, most: int, budget: float) -> Co
     began = time.perf_counter()
     _time(decoder, cache, slots, 1)  # the first forward of a shape allocates
     for tokens in (ladder[i] for i in _coarse_to_fine(len(ladder))):
-        if len(table) >= LEAST_POINTS and time.perf_counter() - began > budget:
+        left = budget - (time.perf_counter() - began)
+        if left < 0 and len(table) >= LEAST_POINTS:
             break
-        left = max(budget - (time.perf_counter() - began), 0.0)
         table[tokens] = _time(decoder, cache, slots, tokens)
         # More often, against what else the machine is doing, if there is the time for it.
         for _ in range(REPEATS - 1):

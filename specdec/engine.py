@@ -262,11 +262,10 @@ class Engine:
         pending = [rows[slot].tokens[cache.lengths[slot] :] for slot in active]
         counts = [len(tokens) for tokens in pending]
         (tokens,) = upload(self.device, [token for tokens in pending for token in tokens])
+        # The first step reads all that the draft lacks, in chunks if it is long.
+        packed = sum(this.start.draft_pending[slot] for slot in active)
         for depth in range(max(budget)):
             with self.clock.phase({"draft": 1.0}):
-                # The first step reads all that the draft lacks, in chunks if it is long.
-                lacked = sum(this.start.draft_pending[slot] for slot in active)
-                packed = len(tokens) if depth else lacked
                 hidden = draft.forward(cache, list(zip(active, counts, strict=True)), tokens)
                 self.stats.draft_forwards += 1
                 self.stats.draft_tokens += len(tokens)
@@ -287,7 +286,7 @@ class Engine:
             if len(going) < len(active):
                 active = [active[i] for i in going]
                 tokens = tokens[upload(self.device, going)[0]]
-            counts = [1] * len(active)
+            counts, packed = [1] * len(active), len(active)
         this.submitted = self.policy.submit(proposal.lengths)
 
     def _prefill_draft(self, draft: PackedDecoder, slot: int, row: LiveRow) -> None:

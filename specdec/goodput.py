@@ -96,38 +96,37 @@ class Goodput(EstimatingPolicy):
         plain = len(rows) / float(self.costs.verify(len(rows)))
         self._value = plain * max(1.0, self._tokens / self._seconds)
 
-        rate = self.typical[rows]
+        rate, lacking = self.typical[rows], np.array(start.draft_pending)[rows]
         order = np.argsort(-rate, kind="stable")
-        counts = np.arange(1, len(rows) + 1)
-        first = self.costs.draft(counts)
-        first = first + self._catch_up(start, rows[order], first)
+        first = self.costs.draft(np.arange(1, len(rows) + 1))
+        first = first + self._catch_up(lacking[order], np.array(start.room)[rows][order], first)
         chosen = rows[order[: self._worth(rate[order], rate[order], first, self.k_max)]]
         self._probing = not len(chosen)
         if self._probing:
-            chosen = self._probe(rows, np.array(start.draft_pending)[rows])
+            chosen = self._probe(rows, lacking)
         budget = np.zeros(len(start.rows), dtype=np.int64)
         budget[chosen] = self.k_max
         return [int(k) for k in budget]
 
-    def _catch_up(self, start: RoundStart, rows: Indices, first: Array) -> Array:
+    def _catch_up(self, lacking: Indices, room: Indices, first: Array) -> Array:
         """Seconds a round for what the draft lacks of the leading 1..n rows: float [n].
 
         It is read once, in the first of the rounds that a row has left.
         """
         assert self.costs is not None
-        lacking = np.array(start.draft_pending)[rows]
         # A round commits about two tokens where speculation pays.
-        rounds = np.clip(np.array(start.room)[rows] / 2, 1, CATCH_UP_ROUNDS)
-        extra = np.maximum(self.costs.draft(np.cumsum(lacking)) - first, 0)
-        share: Array = extra * np.cumsum(lacking / rounds) / np.maximum(np.cumsum(lacking), 1)
+        rounds = np.clip(room / 2, 1, CATCH_UP_ROUNDS)
+        together = np.cumsum(lacking)
+        extra = np.maximum(self.costs.draft(together) - first, 0)
+        share: Array = extra * np.cumsum(lacking / rounds) / np.maximum(together, 1)
         return share
 
-    def _probe(self, rows: Indices, pending: Indices) -> Indices:
+    def _probe(self, rows: Indices, lacking: Indices) -> Indices:
         """Which of the rows try speculation although it does not promise to pay: mostly none."""
         assert self.costs is not None
-        cheapest = np.argsort(pending, kind="stable")[:PROBE_ROWS]
+        cheapest = np.argsort(lacking, kind="stable")[:PROBE_ROWS]
         n, verify = len(cheapest), self.costs.verify
-        cost = float(self.costs.draft(pending[cheapest].sum()))
+        cost = float(self.costs.draft(lacking[cheapest].sum()))
         cost += float(verify(self._tokens_bare + n) - verify(self._tokens_bare))
         if self._allowance * float(verify(self._tokens_bare)) < cost:
             return rows[:0]
