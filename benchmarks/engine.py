@@ -17,11 +17,12 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 import transformers
@@ -85,13 +86,18 @@ def run_engine(
     policy: StopPolicy,
     slots: int,
     prompts: list[tuple[int, ...]],
-    tokens: int,
+    tokens: int | Sequence[int],
     control_share: float = 0.0,
 ) -> tuple[list[Completion], Engine]:
-    """Complete the prompts greedily, `tokens` each."""
+    """Complete the prompts greedily, `tokens` each, or each to its own length."""
     engine = Engine(pair, policy=policy, slots=slots, control_share=control_share)
-    sampling = SamplingParams(max_new_tokens=tokens, temperature=0, ignore_eos=True)
-    requests = [Request(str(i), prompt, sampling) for i, prompt in enumerate(prompts)]
+    lengths = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
+    requests = [
+        Request(
+            str(i), prompt, SamplingParams(max_new_tokens=length, temperature=0, ignore_eos=True)
+        )
+        for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+    ]
     return engine.generate(requests), engine
 
 
@@ -277,34 +283,35 @@ def speedup(
     repeats: Repeats = 10,
     threads: Threads = 0,
 ) -> None:
-    """The speedup that a job reports from its control rounds against that of two full runs."""
+    """The speedup that a job reports from its control rounds against that of full runs.
+
+    Rows have lengths of their own, as in a job: rows of one length would end in lockstep without
+    speculation and only there. Each truth is of two runs with and two without speculation, in the
+    order without, with, with, without, so that a drift of the machine cancels.
+    """
     prepare(threads)
     pair = load(target, draft, "fp32")
     ids = read_prompts(pair, prompts, rows)
-    instance = make_policy(policy, k=k, k_max=16)
-    run_engine(pair, make_policy("none"), batch, ids, tokens)
-    run_engine(pair, instance, batch, ids, tokens)
-    table = Table("repetition", "reported", "95% interval", "controls", "two full runs", "covered")
+    lengths = [int(n) for n in np.random.default_rng(0).integers(tokens // 2, tokens * 2, rows)]
+    instance, plain = make_policy(policy, k=k, k_max=16), make_policy("none")
+
+    def run(policy: StopPolicy) -> float:
+        return seconds(partial(run_engine, pair, policy, batch, ids, lengths))
+
+    run(plain), run(instance)  # what the first run of each allocates and learns
+    table = Table("repetition", "reported", "95% interval", "controls", "full runs", "covered")
     covered = 0
     for repetition in range(repeats):
-        engines: list[Engine] = []
-
-        def with_controls(engines: list[Engine] = engines) -> None:
-            _, engine = run_engine(pair, instance, batch, ids, tokens, control_share=share)
-            engines.append(engine)
-
-        sides = {
-            "with": partial(run_engine, pair, instance, batch, ids, tokens),
-            "without": partial(run_engine, pair, make_policy("none"), batch, ids, tokens),
-            "measured": with_controls,
-        }
-        times = interleave(sides, 1)
-        truth = times["without"][0] / times["with"][0]
-        found = engines[0].stats.speedup.estimate()
+        before, first = run(plain), run(instance)
+        _, engine = run_engine(pair, instance, batch, ids, lengths, control_share=share)
+        second, after = run(instance), run(plain)
+        truth = (before + after) / (first + second)
+        found = engine.stats.speedup.estimate()
         if found is None:
             raise typer.BadParameter("too few control rounds: raise --share, --rows or --tokens")
         inside = found.low <= truth <= found.high
         covered += inside
+        console.log(f"{found.low:.3f}-{found.high:.3f}, full runs {truth:.3f}")
         table.add_row(
             str(repetition + 1),
             f"{found.value:.3f}",
