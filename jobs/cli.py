@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from jobs.console import err, explained, out
+from jobs.console import err, explained, out, stop_signals
 from jobs.explain import explain
 from jobs.profile import profile as profile_command
 from jobs.spec import load_job, s3_options
@@ -54,7 +54,8 @@ def run(
     """Run a job, or what is missing of it.
 
     Uses the Ray cluster at RAY_ADDRESS, or starts a local one. The same command resumes a job that
-    was stopped, and does nothing if the job is done.
+    was stopped, and does nothing if the job is done. Ctrl-C (or SIGTERM) once: units in flight are
+    completed and committed, then it stops. Twice: it stops at once.
 
     [bold]Examples[/]
 
@@ -67,13 +68,14 @@ def run(
         from pipeline.run import run_job
 
         if quiet:
-            run_job(job)
+            with stop_signals() as stop:
+                run_job(job, stop=stop)
             return
         from jobs.display import progress_bar
         from jobs.report import render
 
-        with progress_bar(err) as show:
-            result = run_job(job, progress=show)
+        with progress_bar(err) as show, stop_signals() as stop:
+            result = run_job(job, progress=show, stop=stop)
         if not result.units_run:
             out.print("Nothing was missing: this job is done.")
         out.print(render(result.summary))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.errors import UserError
+from pipeline.errors import JobStopped, UserError
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -30,7 +32,7 @@ def explained(resume: str | None = None) -> Iterator[None]:
     except UserError as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(USER_ERROR) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, JobStopped):
         err.print(f"\n[yellow]stopped[/] {escape(resume or '')}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
@@ -40,3 +42,27 @@ def explained(resume: str | None = None) -> Iterator[None]:
         err.print(f"[bold red]failed:[/] {escape(message)}", highlight=False, soft_wrap=True)
         err.print(f"{resume or ''} SPECBATCH_DEBUG=1 shows the traceback.".strip(), soft_wrap=True)
         raise typer.Exit(FAILURE) from None
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM as a wish, once; after that Ctrl-C is what it always was.
+
+    Yields:
+        The event that the first signal sets.
+    """
+    stop = threading.Event()
+
+    def wish(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        message = "[yellow]stopping[/] once the units in flight are committed; Ctrl-C: at once"
+        err.print(f"\n{message}", highlight=False, soft_wrap=True)
+
+    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -72,7 +72,7 @@ class UnitFiles:
     Attributes:
         unit_id: the unit.
         files: names in the output folder and contents, in the order in which they must be written:
-            the last one is the commit.
+            the last one is the commit. None if the unit was not generated.
     """
 
     unit_id: str
@@ -80,7 +80,8 @@ class UnitFiles:
 
     def to_block(self) -> pa.Table:
         """One row that Ray Data carries without looking inside."""
-        names, contents = zip(*self.files, strict=True)
+        names = [name for name, _ in self.files]
+        contents = [data for _, data in self.files]
         return pa.table(
             {
                 "unit": [self.unit_id],

@@ -240,6 +240,11 @@ class ActorsConfig(_Settings):
         ge=1,
         description="units handed to an actor at once; null: enough to keep slots full",
     )
+    hang_seconds: float | None = Field(
+        default=900,
+        gt=0,
+        description="an engine whose round takes longer than this is restarted; null: never",
+    )
     autoscaling_cluster: bool = Field(
         default=False,
         description="true: wait for nodes that the cluster adds instead of refusing to start",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import os
 import queue
@@ -56,6 +57,10 @@ class Usage:
         )
 
 
+class EngineFailed(RuntimeError):
+    """A round raised; what it was working on is lost, and the engine has been replaced."""
+
+
 class _Batch:
     """The requests of one unit, and the future that gets all their completions at once."""
 
@@ -76,14 +81,21 @@ class EngineLoop:
             then unknown.
         threads: torch threads of the engine's thread.
         report: called about twice a second, and whenever a unit ends, with the totals so far.
+        hang_seconds: a round that takes longer ends the process: what hangs cannot be interrupted,
+            and another process can go on. None: never.
     """
 
     def __init__(
-        self, make_engine: Callable[[], Engine], threads: int, report: Callable[[Tally], None]
+        self,
+        make_engine: Callable[[], Engine],
+        threads: int,
+        report: Callable[[Tally], None],
+        hang_seconds: float | None = None,
     ) -> None:
         self._make_engine = make_engine
         self._threads = threads
         self._report = report
+        self._hang_seconds = hang_seconds
         self._inbox: queue.Queue[_Batch] = queue.Queue()
         self._ids = map(str, itertools.count())
         self._waiting: dict[str, tuple[_Batch, int]] = {}
@@ -101,7 +113,7 @@ class EngineLoop:
         """Queue a unit's requests. Their ids need not be unique.
 
         Returns:
-            A future of their completions, in order. It raises what a round raised.
+            A future of their completions, in order. It raises `EngineFailed` if a round raised.
         """
         batch = _Batch(requests)
         if requests:
@@ -144,12 +156,22 @@ class EngineLoop:
 
     def _step(self) -> None:
         """Run one round and hand out what it finished."""
+        import torch
+
+        if self._hang_seconds is not None:
+            # A watchdog of its own thread that needs no GIL; it also prints where the round hangs.
+            faulthandler.dump_traceback_later(self._hang_seconds, exit=True)
         try:
             completions = self._engine.step()
+        except torch.AcceleratorError:
+            raise  # after this the device refuses everything else in this process, too
         except Exception as error:  # whatever it was, the units must hear of it
-            self._fail_all(error)
+            traceback.print_exc()
             self._replace_engine()
+            self._fail_all(EngineFailed(f"{type(error).__name__}: {error}"))
             return
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         with self._lock:
             self._spent = _spending(self._engine)
             self._peak = max(self._peak, self._engine.live + len(completions))

@@ -1,4 +1,4 @@
-"""The two kinds of error that are not bugs: the user's mistake, and the row's."""
+"""What is not a bug: the user's mistake, the row's, and a job that was asked to stop."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ class RowError(Exception):
         super().__init__(f"{error_class}: {message}")
         self.error_class = error_class
         self.message = message
+
+
+class JobStopped(Exception):
+    """The job was asked to stop, and has: what was in flight is committed. It can be resumed."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from pipeline.attempts import History, Turns
 from pipeline.blocks import UnitFiles, UnitRows
 from pipeline.config import JobConfig
-from pipeline.engine_loop import EngineLoop
+from pipeline.engine_loop import EngineFailed, EngineLoop
 from pipeline.errors import RowError, UserError
 from pipeline.prompts import SAMPLING_COLUMN, PromptRenderer, required_columns, row_sampling
 from pipeline.schema import (
@@ -55,7 +56,10 @@ class GenerateActor:
         from specdec.pair import PairError
 
         began = time.monotonic()
+        ray.get(monitor.start.remote())
         context = ray.get_runtime_context()
+        self._monitor = monitor
+        self._turns = Turns()
         self._job, self._digest = job, digest
         self._actor, self._node = context.get_actor_id() or "local", context.get_node_id()
         try:
@@ -65,11 +69,13 @@ class GenerateActor:
         except (PairError, UserError) as error:
             ray.get(monitor.fail.remote(str(error)))
             raise UserError(str(error)) from error
+        self._failure: str | None = None
         self._columns = [*required_columns(job.input), SAMPLING_COLUMN]
         self._loop = EngineLoop(
             self._make_engine,
             threads=max(1, int(job.actors.num_cpus)),
             report=lambda tally: monitor.post.remote(self._actor, tally),
+            hang_seconds=job.actors.hang_seconds,
         )
         self._load_seconds = time.monotonic() - began
 
@@ -109,22 +115,64 @@ class GenerateActor:
         """
         started = time.time()
         rows = UnitRows.from_block(block)
-        prepared = await asyncio.to_thread(self._prepare, rows)
-        requests = [p for p in prepared if isinstance(p, Request)]
-        self._loop.note_errors(len(prepared) - len(requests))
-        completed = await asyncio.wrap_future(self._loop.submit(requests))
-        remaining = iter(completed)
-        outcomes = [
-            self._outcome(next(remaining)) if isinstance(p, Request) else p for p in prepared
-        ]
+        unit = rows.unit.id
+        while True:
+            history = await self._tell("begin", unit)
+            if history is None:
+                return UnitFiles(unit, ()).to_block()
+            try:
+                if history.quarantined:
+                    async with self._turns.alone():
+                        outcomes = await self._in_quarantine(rows, history)
+                else:
+                    async with self._turns.shared():
+                        outcomes = await self._complete(rows, range(rows.unit.rows))
+                break
+            except EngineFailed as failure:
+                if history.hopeless:
+                    raise
+                # The engine was replaced, so this process can go on; the attempt counts as dead.
+                self._failure = str(failure)
         files = await asyncio.to_thread(self._files, rows, outcomes, started)
+        await self._tell("end", unit)
         return files.to_block()
 
-    def _prepare(self, rows: UnitRows) -> list[Request | Failed]:
+    async def _tell(self, what: str, *arguments: object) -> Any:
+        """Call the monitor and wait for its answer."""
+        return await asyncio.wrap_future(getattr(self._monitor, what).remote(*arguments).future())
+
+    async def _in_quarantine(self, rows: UnitRows, history: History) -> list[Outcome]:
+        """Complete a unit that has killed its engine; rows that killed it alone become errors."""
+        if history.hopeless:
+            raise EngineFailed(f"the engine dies whatever row it works on: {self._poison()}")
+        outcomes: dict[int, Outcome] = {}
+        for group in history.groups(rows.unit.rows, self._job.actors.slots):
+            if history.poisonous(group):
+                outcomes[group[0]] = Failed(self._poison(), attempts=history.deaths)
+                continue
+            await self._tell("trial", rows.unit.id, group)
+            outcomes.update(zip(group, await self._complete(rows, group), strict=True))
+            await self._tell("passed", rows.unit.id)
+        return [outcomes[index] for index in range(rows.unit.rows)]
+
+    def _poison(self) -> RowError:
+        why = self._failure or "the process died; too little memory is the usual reason"
+        return RowError("EngineDied", f"the engine died whenever it worked on this row: {why}")
+
+    async def _complete(self, rows: UnitRows, indices: Sequence[int]) -> list[Outcome]:
+        """Outcomes of some of a unit's rows."""
+        prepared = await asyncio.to_thread(self._prepare, rows, indices)
+        requests = [p for p in prepared if isinstance(p, Request)]
+        self._loop.note_errors(len(prepared) - len(requests))
+        completions = await asyncio.wrap_future(self._loop.submit(requests))
+        remaining = iter(completions)
+        return [self._outcome(next(remaining)) if isinstance(p, Request) else p for p in prepared]
+
+    def _prepare(self, rows: UnitRows, indices: Sequence[int]) -> list[Request | Failed]:
         """A request for each row, or why there is none."""
         table = rows.table.select([c for c in self._columns if c in rows.table.column_names])
         prepared: list[Request | Failed] = []
-        for index in range(rows.unit.rows):
+        for index in indices:
             try:
                 prepared.append(self._request(rows, table, index))
             except RowError as error:

@@ -10,8 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.attempts import Attempts, History
 from specdec.request import Counts
+
+_STARTS_PER_ACTOR = 4
+_LEAST_STARTS = 20
 
 
 @dataclass
@@ -63,18 +68,62 @@ OnProgress = Callable[[JobProgress], None]
 
 
 class Monitor:
-    """The actors' notice board.
+    """The actors' notice board: how far they are, what they have begun, whether to stop.
 
     Every actor posts its own running totals, so a report that is lost or late does no harm.
+
+    Args:
+        actors: how many the job has at most.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, actors: int) -> None:
         self._tallies: dict[str, Tally] = {}
         self._user_error: str | None = None
+        self._attempts = Attempts()
+        self._stopping = False
+        self._starts = 0
+        self._most_starts = _LEAST_STARTS + _STARTS_PER_ACTOR * actors
 
     def post(self, actor: str, tally: Tally) -> None:
         """An actor's totals so far."""
         self._tallies[actor] = tally
+
+    def start(self) -> None:
+        """An actor starts to load. Fails the job if they die again and again and finish nothing."""
+        self._starts += 1
+        if self._starts > self._most_starts:
+            self.fail(
+                f"actors were started {self._starts} times without completing a unit: they die "
+                "while loading or at once after it; look for lack of memory, or fewer actors.slots"
+            )
+            raise RuntimeError(self._user_error)
+
+    def begin(self, unit: str) -> History | None:
+        """An attempt at a unit begins; None: leave it, the job is stopping."""
+        return None if self._stopping else self._attempts.begin(unit)
+
+    def trial(self, unit: str, group: tuple[int, ...]) -> None:
+        """These rows of a quarantined unit are alone in an engine now."""
+        self._attempts.trial(unit, group)
+
+    def passed(self, unit: str) -> None:
+        """They were completed."""
+        self._attempts.passed(unit)
+
+    def end(self, unit: str) -> None:
+        """An attempt has completed its unit."""
+        self._starts = 0
+        self._attempts.end(unit)
+
+    def committed(self, units: list[str]) -> None:
+        """These units' files are written."""
+        for unit in units:
+            self._attempts.committed(unit)
+
+    def stop(self) -> int:
+        """Begin no more units. Returns how many are in flight."""
+        self._stopping = True
+        return self._attempts.in_flight
 
     def fail(self, message: str) -> None:
         """A mistake of the user's that only an actor could see. The first one stands."""
@@ -86,6 +135,12 @@ class Monitor:
         return total, self._user_error
 
 
-def start_monitor() -> Any:
-    """A `Monitor` on the cluster; costs no CPU slot. Returns its actor handle."""
-    return ray.remote(num_cpus=0)(Monitor).remote()
+def start_monitor(actors: int) -> Any:
+    """A `Monitor` beside the driver; costs no CPU slot. Returns its actor handle.
+
+    On the driver's node, since it must outlive any other node; if it dies all the same, what it
+    knew is forgotten and learnt again.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Monitor)
+    return remote.options(scheduling_strategy=here).remote(actors)

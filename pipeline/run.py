@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -19,7 +21,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import manifest
 from pipeline.config import ActorsConfig, JobConfig
-from pipeline.errors import UserError
+from pipeline.errors import JobStopped, UserError
 from pipeline.generate import GenerateActor
 from pipeline.listing import list_inputs
 from pipeline.models import check_models, digest
@@ -33,7 +35,9 @@ from pipeline.units import FilePlan, Unit, check_columns, plan_files
 
 _POLL_SECONDS = 0.5
 _UNIT_RETRIES = 2
-_ACTOR_TASK_RETRIES = 5
+# Far more than a unit needs until its poisonous rows are found (`pipeline.attempts`); only so that
+# nothing goes on for ever.
+_ACTOR_TASK_RETRIES = 200
 
 
 class JobFailed(RuntimeError):
@@ -95,15 +99,19 @@ def plan_job(job: JobConfig) -> JobPlan:
     return JobPlan(job, Folder(job.output, job.s3), tuple(files))
 
 
-def run_job(job: JobConfig, *, progress: OnProgress | None = None) -> JobResult:
+def run_job(
+    job: JobConfig, *, progress: OnProgress | None = None, stop: threading.Event | None = None
+) -> JobResult:
     """Run a job, or what is missing of it. On return the output folder has `_SUCCESS`.
 
     Args:
         job: the job; its paths are absolute or relative to the working directory.
         progress: told about twice a second how far the job is.
+        stop: once it is set, no more units are begun; those in flight are completed and committed.
 
     Raises:
         UserError: something the user can fix.
+        JobStopped: it was asked to stop before all was done.
         JobFailed: anything else; the same call resumes the job.
     """
     plan = plan_job(job)
@@ -122,7 +130,7 @@ def run_job(job: JobConfig, *, progress: OnProgress | None = None) -> JobResult:
         with connected():
             check_resources(job.actors, _node_resources())
             rows_before = plan.rows - sum(unit.rows for unit in pending)
-            checksums = _generate(plan, pending, digest(mark), rows_before, progress)
+            checksums = _generate(plan, pending, digest(mark), rows_before, progress, stop)
     summary = manifest.finish(output, units, mark, checksums)
     return JobResult(job.output, summary, units_run=len(pending))
 
@@ -217,18 +225,24 @@ def check_resources(actors: ActorsConfig, nodes: list[dict[str, float]]) -> None
 
 
 def _generate(
-    plan: JobPlan, pending: list[Unit], digest: str, rows_before: int, progress: OnProgress | None
+    plan: JobPlan,
+    pending: list[Unit],
+    digest: str,
+    rows_before: int,
+    progress: OnProgress | None,
+    stop: threading.Event | None,
 ) -> dict[str, str]:
     """Generate and commit the pending units. Returns checksums of the files written."""
     job = plan.job
-    monitor = start_monitor()
+    monitor = start_monitor(job.actors.max_actors)
     schemas = {f.file.name: f.schema for f in plan.files if f.file.format == "jsonl"}
     source = UnitDatasource(pending, schemas, job.s3)
-    sink = CommitSink(plan.output)
+    sink = CommitSink(plan.output, partial(_committed, monitor))
     # Reading and writing are mostly waiting. They ask for no CPU, so that actors may hold all of
     # them and the job still moves; instead they are few.
     few = 2 + job.actors.max_actors
-    with _data_context(), _reported(monitor, plan.rows, rows_before, progress):
+    watch = _Watch(monitor, plan.rows, rows_before, progress, stop)
+    with _data_context(), watch.running():
         try:
             ray.data.read_datasource(
                 source, num_cpus=0, concurrency=few, override_num_blocks=source.read_tasks
@@ -249,11 +263,22 @@ def _generate(
                 # Ray's default is to retry for ever a unit that kills its actor.
                 max_task_retries=_ACTOR_TASK_RETRIES,
             ).write_datasink(sink, ray_remote_args={"num_cpus": 0}, concurrency=few)
+        except KeyboardInterrupt:
+            if not watch.drained:
+                raise
+            raise JobStopped from None
         except Exception as error:
             raise _explained(error, monitor) from error
         finally:
+            watch.end()
             ray.kill(monitor)
+    if watch.stopping:
+        raise JobStopped
     return sink.checksums
+
+
+def _committed(monitor: Any, units: list[str]) -> None:
+    monitor.committed.remote(units)
 
 
 @contextmanager
@@ -280,38 +305,66 @@ def _data_context() -> Iterator[None]:
             yield
 
 
-@contextmanager
-def _reported(
-    monitor: Any, rows_total: int, rows_before: int, progress: OnProgress | None
-) -> Iterator[None]:
-    """Tell `progress` how far the job is, from a thread, until the block ends."""
-    if progress is None:
-        yield
-        return
-    over = threading.Event()
+class _Watch:
+    """A thread beside the job that reports its progress and passes on the wish to stop.
 
-    def watch() -> None:
-        began: float | None = None
-        progress(JobProgress("starting actors", rows_total, rows_before))
-        while not over.wait(_POLL_SECONDS):
+    Attributes:
+        stopping: whether the job was told to begin no more units.
+        drained: whether it was then interrupted, because nothing was in flight any more.
+    """
+
+    def __init__(
+        self,
+        monitor: Any,
+        rows_total: int,
+        rows_before: int,
+        progress: OnProgress | None,
+        stop: threading.Event | None,
+    ) -> None:
+        self._monitor, self._stop = monitor, stop
+        self._rows_total, self._rows_before = rows_total, rows_before
+        self._tell = progress or (lambda _: None)
+        self._over = threading.Event()
+        self._began: float | None = None
+        self.stopping = self.drained = False
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Watch until the block ends."""
+        thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.end()
+            thread.join()
+        rows = self._rows_total - self._rows_before
+        self._tell(JobProgress("checking", self._rows_total, self._rows_before, Tally(rows)))
+
+    def end(self) -> None:
+        """Watch no longer."""
+        self._over.set()
+
+    def _run(self) -> None:
+        self._tell(JobProgress("starting actors", self._rows_total, self._rows_before))
+        while not self._over.wait(_POLL_SECONDS):
             try:
-                tally, _ = ray.get(monitor.read.remote(), timeout=5)
+                if self._stop is not None and self._stop.is_set():
+                    self.stopping = True
+                    if not ray.get(self._monitor.stop.remote(), timeout=5):
+                        break
+                tally, _ = ray.get(self._monitor.read.remote(), timeout=5)
             except ray.exceptions.RayError:
                 continue
-            if tally is None:
-                continue
-            began = began or time.monotonic()
-            seconds = time.monotonic() - began
-            progress(JobProgress("generating", rows_total, rows_before, tally, seconds))
-
-    thread = threading.Thread(target=watch, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-    progress(JobProgress("checking", rows_total, rows_before, Tally(rows_total - rows_before)))
+            if tally is not None:
+                self._began = self._began or time.monotonic()
+                seconds = time.monotonic() - self._began
+                stage = "finishing units in flight" if self.stopping else "generating"
+                self._tell(JobProgress(stage, self._rows_total, self._rows_before, tally, seconds))
+        if self.stopping and not self._over.is_set():
+            # All that is left to Ray Data is to pass on units that no actor takes any more.
+            self.drained = True
+            _thread.interrupt_main()
 
 
 def _explained(error: Exception, monitor: Any) -> Exception:

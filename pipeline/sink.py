@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ray.data import Datasink
 from ray.data.block import Block
@@ -20,21 +20,30 @@ class CommitSink(Datasink[dict[str, str]]):
     is generated twice is committed once. The completions file is written last: where it exists,
     the unit is done.
 
+    Args:
+        output: the folder.
+        committed: called with the ids of units after their files are written; travels to workers.
+
     Attributes:
         checksums: after the write, SHA-256 by name of the files that it wrote.
     """
 
-    def __init__(self, output: Folder) -> None:
-        self._output = output
+    def __init__(
+        self, output: Folder, committed: Callable[[list[str]], object] = lambda units: None
+    ) -> None:
+        self._output, self._committed = output, committed
         self.checksums: dict[str, str] = {}
 
     def write(self, blocks: Iterable[Block], ctx: object) -> dict[str, str]:
         """Commit every unit in `blocks`. Returns checksums of the files that it wrote."""
-        written = {}
+        written, units = {}, []
         for block in blocks:
-            for name, data in UnitFiles.from_block(block).files:
+            unit = UnitFiles.from_block(block)
+            for name, data in unit.files:
                 if self._output.put_if_absent(name, data):
                     written[name] = hashlib.sha256(data).hexdigest()
+            units.append(unit.unit_id)
+        self._committed(units)
         return written
 
     def on_write_complete(self, write_result: WriteResult[dict[str, str]]) -> None:
