@@ -130,7 +130,7 @@ def test_poisonous_rows_become_errors_and_nothing_else_does(
     monkeypatch.setattr(run_module, "GenerateActor", actor)
     poison = {5, 6} if actor is RaisingActor else {6}
     inputs = write(tmp_path / "in", poison)
-    hang = 4 if actor is HangingActor else None
+    hang = 2 if actor is HangingActor else None
     result = run(settings(tiny_models, inputs, tmp_path / "out", hang_seconds=hang))
     assert (result.summary["rows"], result.summary["errors"]) == (ROWS - len(poison), len(poison))
     errors = rows_of(tmp_path / "out", "errors")
@@ -156,7 +156,7 @@ def test_an_engine_that_fails_on_every_row_fails_the_job(
 def test_stopping_commits_what_is_in_flight_and_a_resume_does_the_rest(
     local_ray: None, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
-    inputs = write(tmp_path / "in", set(), rows=200)
+    inputs = write(tmp_path / "in", set(), rows=80)
     values = settings(tiny_models, inputs, tmp_path / "out", units_in_flight=1)
     stop = threading.Event()
 
@@ -167,12 +167,12 @@ def test_stopping_commits_what_is_in_flight_and_a_resume_does_the_rest(
     with pytest.raises(JobStopped):
         run(values, progress=stop_after_the_first, stop=stop)
     done = len(rows_of(tmp_path / "out"))
-    assert 8 <= done < 200
+    assert 8 <= done < 80
     assert done % 8 == 0
     assert not (tmp_path / "out" / "_SUCCESS").exists()
     result = run(values)
-    assert result.units_run == (200 - done) // 8
-    assert len(rows_of(tmp_path / "out")) == result.summary["rows"] == 200
+    assert result.units_run == (80 - done) // 8
+    assert len(rows_of(tmp_path / "out")) == result.summary["rows"] == 80
 
 
 @pytest.mark.parametrize("twice", [False, True])
