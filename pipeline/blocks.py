@@ -72,7 +72,7 @@ class UnitFiles:
     Attributes:
         unit_id: the unit.
         files: names in the output folder and contents, in the order in which they must be written:
-            the last one is the commit. None if the unit was not generated.
+            the last one is the commit. Empty if the unit was not generated.
     """
 
     unit_id: str

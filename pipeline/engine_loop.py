@@ -156,16 +156,16 @@ class EngineLoop:
 
     def _step(self) -> None:
         """Run one round and hand out what it finished."""
-        import torch
-
         if self._hang_seconds is not None:
             # A watchdog of its own thread that needs no GIL; it also prints where the round hangs.
             faulthandler.dump_traceback_later(self._hang_seconds, exit=True)
         try:
             completions = self._engine.step()
-        except torch.AcceleratorError:
-            raise  # after this the device refuses everything else in this process, too
         except Exception as error:  # whatever it was, the units must hear of it
+            import torch
+
+            if isinstance(error, torch.AcceleratorError):
+                raise  # after this the device refuses everything else in this process, too
             traceback.print_exc()
             self._replace_engine()
             self._fail_all(EngineFailed(f"{type(error).__name__}: {error}"))

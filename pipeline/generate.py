@@ -120,6 +120,8 @@ class GenerateActor:
             history = await self._tell("begin", unit)
             if history is None:
                 return UnitFiles(unit, ()).to_block()
+            if history.hopeless:
+                raise EngineFailed(f"the engine dies whatever row it works on: {self._poison()}")
             try:
                 if history.quarantined:
                     async with self._turns.alone():
@@ -129,8 +131,6 @@ class GenerateActor:
                         outcomes = await self._complete(rows, range(rows.unit.rows))
                 break
             except EngineFailed as failure:
-                if history.hopeless:
-                    raise
                 # The engine was replaced, so this process can go on; the attempt counts as dead.
                 self._failure = str(failure)
         files = await asyncio.to_thread(self._files, rows, outcomes, started)
@@ -143,8 +143,6 @@ class GenerateActor:
 
     async def _in_quarantine(self, rows: UnitRows, history: History) -> list[Outcome]:
         """Complete a unit that has killed its engine; rows that killed it alone become errors."""
-        if history.hopeless:
-            raise EngineFailed(f"the engine dies whatever row it works on: {self._poison()}")
         outcomes: dict[int, Outcome] = {}
         for group in history.groups(rows.unit.rows, self._job.actors.slots):
             if history.poisonous(group):

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.attempts import Attempts, History
+from pipeline.attempts import Attempts, Group, History
 from specdec.request import Counts
 
 _STARTS_PER_ACTOR = 4
@@ -102,7 +102,7 @@ class Monitor:
         """An attempt at a unit begins; None: leave it, the job is stopping."""
         return None if self._stopping else self._attempts.begin(unit)
 
-    def trial(self, unit: str, group: tuple[int, ...]) -> None:
+    def trial(self, unit: str, group: Group) -> None:
         """These rows of a quarantined unit are alone in an engine now."""
         self._attempts.trial(unit, group)
 

@@ -270,7 +270,6 @@ def _generate(
         except Exception as error:
             raise _explained(error, monitor) from error
         finally:
-            watch.end()
             ray.kill(monitor)
     if watch.stopping:
         raise JobStopped
@@ -336,14 +335,10 @@ class _Watch:
         try:
             yield
         finally:
-            self.end()
+            self._over.set()
             thread.join()
         rows = self._rows_total - self._rows_before
         self._tell(JobProgress("checking", self._rows_total, self._rows_before, Tally(rows)))
-
-    def end(self) -> None:
-        """Watch no longer."""
-        self._over.set()
 
     def _run(self) -> None:
         self._tell(JobProgress("starting actors", self._rows_total, self._rows_before))

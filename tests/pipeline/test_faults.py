@@ -15,14 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
-import yaml
 from conftest import TinyModels
+from small_jobs import rows_of, run, started
 
 from pipeline import run as run_module
-from pipeline.config import JobConfig
 from pipeline.errors import JobStopped
 from pipeline.generate import GenerateActor
-from pipeline.run import JobFailed, JobResult, run_job
+from pipeline.run import JobFailed
 from specdec.request import Request
 
 pytestmark = pytest.mark.ray
@@ -85,18 +84,6 @@ def settings(models: TinyModels, inputs: Path, output: Path, **actors: Any) -> d
         "actors": {"num_cpus": 2, "slots": 4, **actors},
         "unit_rows": 8,
     }
-
-
-def run(values: dict[str, Any], **options: Any) -> JobResult:
-    return run_job(JobConfig.model_validate(values), **options)
-
-
-def rows_of(output: Path, kind: str = "completions") -> dict[str, dict[str, Any]]:
-    rows = [
-        r for f in sorted((output / kind).glob("*.parquet")) for r in pq.read_table(f).to_pylist()
-    ]
-    assert len({row["row_id"] for row in rows}) == len(rows)
-    return {row["row_id"]: row for row in rows}
 
 
 def texts(output: Path) -> dict[int, str]:
@@ -180,22 +167,14 @@ def test_ctrl_c(tiny_models: TinyModels, tmp_path: Path, twice: bool) -> None:
     """Sent to the whole process group, as a terminal does."""
     values = settings(tiny_models, write(tmp_path / "in", set(), rows=2000), tmp_path / "out")
     values["sampling"]["max_new_tokens"] = 40
-    job = tmp_path / "job.yaml"
-    job.write_text(yaml.safe_dump(values))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", "run", str(job)],
-        env=environment,
+    process = started(
+        values,
+        tmp_path / "job.yaml",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if len(list((tmp_path / "out").glob("completions/*"))) >= 2:
-            break
-        time.sleep(0.05)
     for _ in range(1 + twice):
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.5)

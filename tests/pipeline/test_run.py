@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +15,15 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from conftest import S3Server, TinyModels
 from ray.data import DataContext
+from small_jobs import rows_of, run, started
 
 from pipeline import manifest
-from pipeline.config import ActorsConfig, JobConfig, S3Config
+from pipeline.config import ActorsConfig, S3Config
 from pipeline.errors import UserError
 from pipeline.progress import JobProgress
-from pipeline.run import JobResult, check_resources, run_job
+from pipeline.run import JobResult, check_resources
 from pipeline.storage import Folder
 from pipeline.trace import read_rounds
 from specdec.speedup import SpeedupMeter
@@ -48,18 +46,6 @@ def settings(models: TinyModels, inputs: str, output: Path | str, **more: Any) -
         "unit_rows": 4,
         **more,
     }
-
-
-def run(values: dict[str, Any], **options: Any) -> JobResult:
-    return run_job(JobConfig.model_validate(values), **options)
-
-
-def rows_of(output: Path, kind: str = "completions") -> dict[str, dict[str, Any]]:
-    rows = [
-        r for f in sorted((output / kind).glob("*.parquet")) for r in pq.read_table(f).to_pylist()
-    ]
-    assert len({row["row_id"] for row in rows}) == len(rows)
-    return {row["row_id"]: row for row in rows}
 
 
 def texts(output: Path) -> dict[str, str]:
@@ -446,16 +432,7 @@ def test_a_killed_job_is_resumed(
     _, undisturbed, _, _ = finished
     values = settings(tiny_models, str(prompts), tmp_path / "out")
     values["actors"] = {"num_cpus": 1, "slots": 2, "units_in_flight": 1}
-    job = tmp_path / "job.yaml"
-    job.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "jobs.cli", "run", str(job), "--quiet"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if len(list((tmp_path / "out").glob("completions/*"))) >= 2:
-            break
-        time.sleep(0.01)
+    process = started(values, tmp_path / "job.yaml", "--quiet", stderr=subprocess.DEVNULL)
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = len(list((tmp_path / "out" / "completions").glob("*.parquet")))

@@ -1,0 +1,55 @@
+"""Running small jobs, in this process or as a command, and reading what they wrote."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from pipeline.config import JobConfig
+from pipeline.run import JobResult, run_job
+
+
+def run(values: dict[str, Any], **options: Any) -> JobResult:
+    """Run the job that a job file with these values describes."""
+    return run_job(JobConfig.model_validate(values), **options)
+
+
+def rows_of(output: Path, kind: str = "completions") -> dict[str, dict[str, Any]]:
+    """All rows of one kind of file by row id; no id may be there twice."""
+    rows = [
+        r for f in sorted((output / kind).glob("*.parquet")) for r in pq.read_table(f).to_pylist()
+    ]
+    assert len({row["row_id"] for row in rows}) == len(rows)
+    return {row["row_id"]: row for row in rows}
+
+
+def started(
+    values: dict[str, Any], job: Path, *options: str, **popen: Any
+) -> subprocess.Popen[Any]:
+    """`specbatch run` in a process of its own, once at least two units are committed.
+
+    Args:
+        values: the job.
+        job: where its job file is written.
+        options: of the command.
+        popen: of `subprocess.Popen`.
+    """
+    job.write_text(yaml.safe_dump(values))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "run", str(job), *options],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        **popen,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if len(list(Path(values["output"]).glob("completions/*"))) >= 2:
+            break
+        time.sleep(0.01)
+    return process
