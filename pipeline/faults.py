@@ -64,8 +64,9 @@ _NETWORK = (
     aws.IncompleteReadError,
     ResponseParserError,  # an answer that was cut short
 )
-# pyarrow says what happened in its message only; HEAD has no code, just the status.
-_ARROW = re.compile(r"AWS Error (\w+)(?: \(HTTP status (\d+)\))? during \w+ operation")
+# pyarrow says what happened in its message only: a name, for HEAD just the status, and for codes
+# that it has no name for, a number of its own.
+_ARROW = re.compile(r"AWS Error (\w+|\[code \d+\])(?: \(HTTP status (\d+)\))?")
 _CURL = re.compile(r"curlCode: (\d+), ([^;]+)")
 _CURL_CERTIFICATE = {"51", "60", "77"}
 _DISK = {
@@ -113,7 +114,8 @@ def s3_answer(error: BaseException) -> Answer | None:
         name, number = found.groups()
         if name == "NETWORK_CONNECTION":
             return _disconnected(str(error))
-        return _answered("" if name == "UNKNOWN" else _camel(name), int(number or 0))
+        named = name != "UNKNOWN" and not name.startswith("[")
+        return _answered(_camel(name) if named else "", int(number or 0))
     return None
 
 

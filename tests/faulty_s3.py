@@ -24,6 +24,7 @@ _ANSWERS = {
     "error": (500, "InternalError", "We encountered an internal error. Please try again."),
     "slow_down": (503, "SlowDown", "Please reduce your request rate."),
     "denied": (403, "AccessDenied", "Access Denied."),
+    "chatty": (400, "InvalidRequest", "Invalid."),
 }
 
 
@@ -35,7 +36,7 @@ class FaultyS3(ThreadingHTTPServer):
     lost: break the connection after the server has done what was asked.
     truncated: break it in the middle of the answer's body (without a body: as `lost`).
     delay: answer late.
-    denied (only where asked for): answer 403 and repeat the request's secrets in the message.
+    denied, chatty (only where asked for): answer 403 or 400 and repeat the request's headers.
 
     Whether a request is hit depends on the seed, its name, and how often that name was asked for;
     not on how threads take turns.
@@ -61,6 +62,7 @@ class FaultyS3(ThreadingHTTPServer):
         self.delay = delay
         self.injected: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
+        self.last_authorization = ""
         self.on_request: Callable[[str, str], None] | None = None
         self._seed = seed
         self._asked: Counter[str] = Counter()
@@ -99,6 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.server.on_request is not None:
             self.server.on_request(self.command, self.path)
+        self.server.last_authorization = self.headers.get("Authorization", "")
         fault = self.server.fault_for(self.command, self.path)
         if fault in _ANSWERS:
             self._refuse(*_ANSWERS[fault])
@@ -142,9 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        if code == "AccessDenied":
-            message += f" {self.headers.get('Authorization')}"
-            message += f" {self.headers.get('X-Amz-Security-Token')}"
+        if status in {400, 403}:
+            message += f" {self.headers}"
         xml = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
         headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(xml)))]
         self._answer(status, headers, xml.encode())
