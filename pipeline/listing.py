@@ -7,13 +7,15 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow.fs as pafs
 from fsspec.implementations.arrow import ArrowFSWrapper  # type: ignore[import-untyped]
 
 from pipeline.config import S3Config
 from pipeline.errors import UserError
-from pipeline.storage import check_access, check_scheme, explained, filesystem, is_s3, split_s3
+from pipeline.faults import patiently
+from pipeline.storage import check_access, check_scheme, filesystem, is_s3, split_s3
 
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _EXTENSIONS = ", ".join(FORMATS)
@@ -66,24 +68,13 @@ def _distinct(file: InputFile) -> InputFile:
 def _matches(pattern: str, s3: S3Config) -> list[InputFile]:
     check_scheme(pattern)
     fs, path = filesystem(pattern, s3)
-    with explained(pattern, s3):
-        info = fs.get_file_info(path)
-        if info.type == pafs.FileType.File:
-            return [_input_file(info, os.path.dirname(path), pattern)]
-        if info.type == pafs.FileType.Directory:
-            infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
-            base, what = path, "folder"
-        elif any(c in path for c in "*?["):
-            base, what = _glob_base(path), "glob"
-            infos = _glob(fs, path)
-        else:
-            raise UserError(f"input.paths: {pattern}: no such file or folder")
+    infos, base, what = patiently(pattern, s3, lambda: _look(fs, path, pattern, s3))
     files = [
         _input_file(i, base, pattern)
         for i in infos
         if i.type == pafs.FileType.File
         and not _hidden(i.path[len(base) :])
-        and (what == "glob" or os.path.splitext(i.path)[1] in FORMATS)
+        and (what != "folder" or os.path.splitext(i.path)[1] in FORMATS)
     ]
     if not files:
         raise UserError(
@@ -92,16 +83,40 @@ def _matches(pattern: str, s3: S3Config) -> list[InputFile]:
     return files
 
 
+def _look(
+    fs: pafs.FileSystem, path: str, pattern: str, s3: S3Config
+) -> tuple[list[pafs.FileInfo], str, str]:
+    """What a pattern names, the folder that names are relative to, and what the pattern is."""
+    info = fs.get_file_info(path)
+    if info.type == pafs.FileType.File:
+        return [info], os.path.dirname(path), "file"
+    if info.type == pafs.FileType.Directory:
+        return fs.get_file_info(pafs.FileSelector(path, recursive=True)), path, "folder"
+    if any(c in path for c in "*?["):
+        names = _PatientGlob(fs, pattern, s3).glob(path)
+        return fs.get_file_info(sorted(names)) if names else [], _glob_base(path), "glob"
+    raise UserError(f"input.paths: {pattern}: no such file or folder")
+
+
+class _PatientGlob(ArrowFSWrapper):  # type: ignore[misc]
+    """fsspec's globbing, which takes a folder that it fails to list for an empty one."""
+
+    cachable = False
+
+    def __init__(self, fs: pafs.FileSystem, pattern: str, s3: S3Config) -> None:
+        super().__init__(fs)
+        self._pattern, self._s3 = pattern, s3
+
+    def ls(self, path: str, detail: bool = False, **options: Any) -> Any:
+        listed = super().ls
+        return patiently(self._pattern, self._s3, lambda: listed(path, detail, **options))
+
+
 def _glob_base(path: str) -> str:
     """The folder above the first part with a wildcard."""
     parts = path.split("/")
     first = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
     return "/".join(parts[:first])
-
-
-def _glob(fs: pafs.FileSystem, path: str) -> list[pafs.FileInfo]:
-    names = ArrowFSWrapper(fs).glob(path)
-    return list(fs.get_file_info(sorted(names))) if names else []
 
 
 def _hidden(relative: str) -> bool:

@@ -14,8 +14,9 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.blocks import UnitRows
 from pipeline.config import S3Config
+from pipeline.faults import explained
 from pipeline.rows import parse_line, to_table
-from pipeline.storage import filesystem
+from pipeline.storage import open_file
 from pipeline.units import Unit
 
 _BATCH_ROWS = 4096
@@ -84,14 +85,14 @@ def read_units(units: list[Unit], schema: pa.Schema | None, s3: S3Config) -> Ite
         schema: for JSONL, the file's columns and types; None for Parquet.
         s3: how to reach files on S3.
     """
-    fs, path = filesystem(units[0].url, s3)
     if units[0].format == "jsonl":
         (unit,) = units
-        with fs.open_input_file(path) as file:
+        with explained(unit.url, s3), open_file(unit.url, s3) as file:
             file.seek(unit.offset)
-            yield parse_jsonl(unit, file.read(unit.end - unit.offset), schema)
+            data = file.read(unit.end - unit.offset)
+        yield parse_jsonl(unit, data, schema)
         return
-    with pq.ParquetFile(path, filesystem=fs) as parquet:
+    with open_file(units[0].url, s3) as file, pq.ParquetFile(file) as parquet:
         groups = range(units[0].offset, max(u.end for u in units))
         position, wanted = 0, iter(units)
         unit, pieces = next(wanted), list[pa.RecordBatch]()

@@ -19,19 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import pyarrow as pa
 import pyarrow.fs as pafs
 from botocore import exceptions as aws
 from botocore.config import Config
-from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from pipeline.config import S3Config
 from pipeline.errors import UserError
+from pipeline.faults import CutShort, explained, is_transient, patiently, s3_answer
 
 _STAGING = "_specbatch/staging"
-_CREDENTIALS_FIX = (
-    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile of ~/.aws with s3.profile"
-)
-_DENIED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "ExpiredToken"}
+_CONNECT_SECONDS = 5
+_SILENCE_SECONDS = 30  # that a connection may send nothing
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 
 
@@ -49,6 +48,11 @@ def split_s3(url: str) -> tuple[str, str]:
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if not bucket:
         raise UserError(f"{url}: no bucket in this URL; write s3://BUCKET/PATH")
+    if "@" in bucket:
+        raise UserError(
+            f"s3://...@{bucket.rpartition('@')[2]}: a URL must not hold a user name or password; "
+            "use the AWS environment"
+        )
     return bucket, key.strip("/")
 
 
@@ -78,9 +82,9 @@ def _session(profile: str | None) -> boto3.Session:
 def _client(s3: S3Config) -> Any:
     # botocore clients are thread-safe and refresh their own credentials.
     config = Config(
-        retries={"mode": "standard", "max_attempts": 4},
-        connect_timeout=5,
-        read_timeout=60,
+        retries={"mode": "standard", "total_max_attempts": 1},  # `patiently` retries
+        connect_timeout=_CONNECT_SECONDS,
+        read_timeout=_SILENCE_SECONDS,
         s3={"addressing_style": "path"} if s3.endpoint else {},
     )
     return _session(s3.profile).client(
@@ -98,8 +102,9 @@ def _s3_filesystem(
         session_token=token,
         region=region,
         endpoint_override=endpoint,
-        connect_timeout=5,
-        request_timeout=60,
+        connect_timeout=_CONNECT_SECONDS,
+        request_timeout=_SILENCE_SECONDS,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=1),
     )
 
 
@@ -134,37 +139,6 @@ def filesystem(url: str, s3: S3Config) -> tuple[pafs.FileSystem, str]:
     return fs, f"{bucket}/{key}".rstrip("/")
 
 
-@contextmanager
-def explained(url: str, s3: S3Config) -> Iterator[None]:
-    """Turn what S3 or the disk answers into one line that names `url` and the fix."""
-    try:
-        yield
-    except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.TokenRetrievalError):
-        raise UserError(f"{url}: no AWS credentials found; {_CREDENTIALS_FIX}") from None
-    except (aws.EndpointConnectionError, aws.ConnectTimeoutError, aws.ConnectionClosedError):
-        where = s3.endpoint or "AWS S3"
-        raise UserError(
-            f"{url}: cannot reach {where}; check s3.endpoint and that the server is up"
-        ) from None
-    except aws.ClientError as error:
-        raise UserError(f"{url}: {_client_error(url, error)}") from None
-    except PermissionError:
-        raise UserError(f"{url}: permission denied; check who owns the folder") from None
-    except NotADirectoryError:
-        raise UserError(f"{url}: part of this path is a file, not a folder") from None
-
-
-def _client_error(url: str, error: aws.ClientError) -> str:
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    if code in _DENIED:
-        return f"the server refused these credentials ({code}); {_CREDENTIALS_FIX}"
-    if code in {"NoSuchBucket", "404"}:
-        return f"no such bucket: {split_s3(url)[0]}; create it or correct the URL"
-    if code in {"PermanentRedirect", "AuthorizationHeaderMalformed", "301"}:
-        return f"the bucket is in another region ({code}); set s3.region"
-    return f"S3 answered {code or 'an error'}: {error.response.get('Error', {}).get('Message')}"
-
-
 def check_access(url: str, s3: S3Config) -> None:
     """Ask S3 for one name under `url`, so that a wrong setting shows now and in plain words.
 
@@ -174,16 +148,70 @@ def check_access(url: str, s3: S3Config) -> None:
     check_scheme(url)
     if is_s3(url):
         bucket, _ = split_s3(url)
-        with explained(url, s3):
-            _client(s3).list_objects_v2(Bucket=bucket, MaxKeys=1)
+        patiently(
+            url,
+            s3,
+            lambda: _client(s3).list_objects_v2(Bucket=bucket, MaxKeys=1),
+            # Most likely a wrong endpoint: a job that has not begun loses nothing by stopping.
+            at_once=(aws.EndpointConnectionError,),
+        )
 
 
-def _is_conflict(error: BaseException) -> bool:
-    # Two conditional PUTs of one name at the same moment: S3 asks one of them to try again.
-    return (
-        isinstance(error, aws.ClientError)
-        and error.response.get("Error", {}).get("Code") == "ConditionalRequestConflict"
-    )
+class _PatientFile:
+    """A file on S3, for `pyarrow.PythonFile`: each ranged read is repeated until it succeeds."""
+
+    def __init__(self, url: str, s3: S3Config) -> None:
+        fs, path = filesystem(url, s3)
+        self._file = patiently(url, s3, lambda: fs.open_input_file(path))
+        self._url, self._s3 = url, s3
+        self._size: int = self._file.size()
+        self._position = 0
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._file.closed)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int | None = None) -> bytes:
+        left = max(0, self._size - self._position)
+        wanted = left if size is None or size < 0 else min(size, left)
+
+        def read() -> bytes:
+            data = bytes(self._file.read_at(wanted, self._position))
+            if len(data) != wanted:
+                raise CutShort
+            return data
+
+        data = patiently(self._url, self._s3, read) if wanted else b""
+        self._position += len(data)
+        return data
+
+
+def open_file(url: str, s3: S3Config) -> pa.NativeFile:
+    """A file for random access, whose reads outlast what goes wrong with S3 for a while.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: the storage refuses, now or while the file is read.
+    """
+    if is_s3(url):
+        return pa.PythonFile(_PatientFile(url, s3), mode="r")
+    fs, path = filesystem(url, s3)
+    with explained(url, s3):
+        return fs.open_input_file(path)
 
 
 @dataclass(frozen=True)
@@ -213,9 +241,9 @@ class Folder:
         Raises:
             UserError: the storage refuses.
         """
+        if is_s3(self.url):
+            return self._put_object(name, data, if_absent=True)
         with explained(self.join(name), self.s3):
-            if is_s3(self.url):
-                return self._put_object(name, data, if_absent=True)
             target = Path(self.url, name)
             if target.exists():
                 return False
@@ -228,34 +256,37 @@ class Folder:
         Raises:
             UserError: the storage refuses.
         """
+        if is_s3(self.url):
+            self._put_object(name, data, if_absent=False)
+            return
         with explained(self.join(name), self.s3):
-            if is_s3(self.url):
-                self._put_object(name, data, if_absent=False)
-                return
             target = Path(self.url, name)
             with self._staged(target, data) as staged:
                 os.replace(staged, target)
 
-    @retry(
-        retry=retry_if_exception(_is_conflict),
-        stop=stop_after_attempt(8),
-        wait=wait_random_exponential(multiplier=0.1, max=5),
-        reraise=True,
-    )
-    def _put_object(self, name: str, data: bytes, *, if_absent: bool) -> bool:
+    def _key(self, name: str) -> dict[str, str]:
         bucket, prefix = split_s3(self.url)
-        key = f"{prefix}/{name}" if prefix else name
-        try:
-            if if_absent:
-                _client(self.s3).put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-            else:
-                _client(self.s3).put_object(Bucket=bucket, Key=key, Body=data)
-        except aws.ClientError as error:
-            # Also the answer to a repeated PUT whose first answer was lost: the file is there.
-            if error.response.get("Error", {}).get("Code") in {"PreconditionFailed", "412"}:
-                return False
-            raise
-        return True
+        return {"Bucket": bucket, "Key": f"{prefix}/{name}" if prefix else name}
+
+    def _put_object(self, name: str, data: bytes, *, if_absent: bool) -> bool:
+        options = {**self._key(name), **({"IfNoneMatch": "*"} if if_absent else {})}
+        unsure = False  # whether an earlier attempt may have written the file
+
+        def put() -> bool:
+            nonlocal unsure
+            try:
+                _client(self.s3).put_object(**options, Body=data)
+            except (aws.BotoCoreError, aws.ClientError) as error:
+                answer = s3_answer(error)
+                if answer is not None and answer.code in {"PreconditionFailed", "412"}:
+                    # Either our own PUT whose answer was lost, or another writer's. If the
+                    # content is ours, it is true of both that this data is in the file.
+                    return unsure and self.read(name) == data
+                unsure = unsure or is_transient(error)
+                raise
+            return True
+
+        return patiently(self.join(name), self.s3, put)
 
     @contextmanager
     def _staged(self, target: Path, data: bytes) -> Iterator[Path]:
@@ -274,35 +305,35 @@ class Folder:
 
     def read(self, name: str) -> bytes | None:
         """The content of a file, or None if there is none."""
-        fs, root = filesystem(self.url, self.s3)
-        with explained(self.join(name), self.s3):
-            try:
-                with fs.open_input_stream(f"{root}/{name}", compression=None) as stream:
-                    return bytes(stream.read())
-            except FileNotFoundError:
-                return None
+        try:
+            with open_file(self.join(name), self.s3) as file:
+                return bytes(file.read())
+        except FileNotFoundError:
+            return None
 
-    def open(self, name: str) -> Any:
-        """A file for random access (`pyarrow.NativeFile`)."""
-        fs, root = filesystem(self.url, self.s3)
-        return fs.open_input_file(f"{root}/{name}")
+    def open(self, name: str) -> pa.NativeFile:
+        """A file for random access. See `open_file`."""
+        return open_file(self.join(name), self.s3)
 
     def list(self, name: str) -> dict[str, int]:
         """Names (relative to `name`) and sizes in bytes of the files directly in a subfolder."""
         fs, root = filesystem(self.url, self.s3)
         selector = pafs.FileSelector(f"{root}/{name}".rstrip("/"), allow_not_found=True)
-        with explained(self.join(name), self.s3):
-            infos = fs.get_file_info(selector)
+        infos = patiently(self.join(name), self.s3, lambda: fs.get_file_info(selector))
         return {i.base_name: i.size for i in infos if i.type == pafs.FileType.File}
 
     def delete(self, name: str) -> None:
-        """Remove a file if it exists."""
-        fs, root = filesystem(self.url, self.s3)
-        # FileNotFoundError locally; S3 deletes are silent about what is not there.
-        try:
-            fs.delete_file(f"{root}/{name}")
-        except FileNotFoundError:
+        """Remove a file if it exists.
+
+        Raises:
+            UserError: the storage refuses.
+        """
+        if is_s3(self.url):
+            options = self._key(name)
+            patiently(self.join(name), self.s3, lambda: _client(self.s3).delete_object(**options))
             return
+        with explained(self.join(name), self.s3):
+            Path(self.url, name).unlink(missing_ok=True)
 
     def clear_staging(self) -> None:
         """Remove half-written files that killed writers left. S3 never has any."""

@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 
 from pipeline.config import S3Config
 from pipeline.errors import UserError
+from pipeline.faults import explained
 from pipeline.listing import InputFile
 from pipeline.rows import jsonl_schema
-from pipeline.storage import explained, filesystem
+from pipeline.storage import open_file
 
 _THREADS = 16
 _SAMPLE_BYTES = 1 << 20
@@ -111,9 +112,8 @@ def plan_files(files: Sequence[InputFile], s3: S3Config, unit_rows: int) -> list
 
 
 def _plan_parquet(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
-    fs, path = filesystem(file.url, s3)
     try:
-        with pq.ParquetFile(path, filesystem=fs) as parquet:
+        with open_file(file.url, s3) as opened, pq.ParquetFile(opened) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"{file.url}: not a readable Parquet file: {error}") from None
@@ -180,12 +180,11 @@ def cut_row_groups(groups: Sequence[int], unit_rows: int) -> list[Cut]:
 
 
 def _plan_jsonl(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
-    fs, path = filesystem(file.url, s3)
     # Row count and byte offset where each unit begins; a unit then reads its own bytes only.
     starts: list[tuple[int, int]] = []
     row = position = 0
     sample: list[bytes] = []
-    with fs.open_input_stream(path, compression=None) as stream:
+    with open_file(file.url, s3) as stream:
         for line in io.BufferedReader(stream, 1 << 20):
             if line.strip():
                 if row % unit_rows == 0:
