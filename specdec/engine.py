@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from specdec.acceptance import read_signals
+from specdec.attention import GRID_TOKENS, Row, upload
 from specdec.cache import round_to_blocks
 from specdec.clock import PhaseClock
 from specdec.ending import Decode, Ending, find_ending
-from specdec.packed import GRID_TOKENS, PackedDecoder, Row, upload
+from specdec.packed import PackedDecoder
 from specdec.request import Completion, Counts, InvalidRequest, Request
 from specdec.rounds import Round
 from specdec.sampling import SamplingBatch

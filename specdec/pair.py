@@ -17,8 +17,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from specdec.attention import UnsupportedModel
 from specdec.linear import Quantization, is_invariant, pack_linears
-from specdec.packed import PackedDecoder, UnsupportedModel
+from specdec.packed import PackedDecoder
 
 PACKAGE_PREFIX = "pkg:"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
@@ -179,7 +180,11 @@ class ModelPair:
             )
         try:
             packed = [
-                PackedDecoder(model, invariant=deterministic and model is target_model)
+                PackedDecoder(
+                    model,
+                    invariant=deterministic and model is target_model,
+                    fuse=not trainable,
+                )
                 for model in models
             ]
         except UnsupportedModel as error:

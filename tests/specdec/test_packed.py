@@ -24,8 +24,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from specdec.attention import GRID_TOKENS, UnsupportedModel, upload
 from specdec.cache import KEY_BLOCK, SlotCache
-from specdec.packed import GRID_TOKENS, PackedDecoder, UnsupportedModel, upload
+from specdec.packed import PackedDecoder
 
 WINDOW = 12
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -38,6 +39,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
 }
+
+FUSED = ("llama", "qwen2", "qwen3", "mistral")
+"""Families whose layers are known; the others run with their own."""
 
 
 @dataclass
@@ -79,14 +83,22 @@ def plain_logits(model: PreTrainedModel, text: list[int]) -> Tensor:
     return model(torch.tensor([text]), use_cache=False).logits[0]
 
 
-def bench_of(model: PreTrainedModel, invariant: bool = False) -> Bench:
-    return Bench(model, PackedDecoder(copy.deepcopy(model), invariant=invariant))
+def bench_of(model: PreTrainedModel, **options: bool) -> Bench:
+    return Bench(model, PackedDecoder(copy.deepcopy(model), **options))
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, "llama, invariant"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        *FAMILIES,
+        *(f"{family}, fuse" for family in FUSED),
+        "llama, invariant",
+        "llama, fuse, invariant",
+    ],
+)
 def bench(request: pytest.FixtureRequest) -> Bench:
-    family, _, invariant = request.param.partition(", ")
-    return bench_of(tiny_model(family, **FAMILIES[family]), bool(invariant))
+    family, *options = request.param.split(", ")
+    return bench_of(tiny_model(family, **FAMILIES[family]), **dict.fromkeys(options, True))
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def make_pair(
 
     def packed(model: PreTrainedModel, invariant: bool) -> PackedDecoder:
         model = copy.deepcopy(model)
-        decoder = PackedDecoder(model, invariant=invariant)
+        decoder = PackedDecoder(model, invariant=invariant, fuse=precision != "plain")
         if precision != "plain":
             pack_linears(model, None if precision == "float32" else precision)
         return decoder
