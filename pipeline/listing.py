@@ -140,18 +140,26 @@ def _modified(info: pafs.FileInfo, url: str) -> int:
     return modified // 10**9 * 10**9 if is_s3(url) else modified
 
 
-def check_unchanged(file: InputFile, s3: S3Config) -> None:
+def check_unchanged(url: str, size: int, modified: int, s3: S3Config) -> None:
     """Check that an input file is still the one that was planned.
+
+    Args:
+        url: the file.
+        size: its bytes then.
+        modified: when it had been written (`InputFile.modified`); 0: not known, nothing is checked.
+        s3: how to reach it, if it is on S3.
 
     Raises:
         UserError: it is gone or has changed.
     """
-    fs, path = filesystem(file.url, s3)
-    info = patiently(file.url, s3, lambda: fs.get_file_info(path))
-    now = (info.size, _modified(info, file.url))
-    if info.type != pafs.FileType.File or now != (file.size, file.modified):
-        what = "has changed" if info.type == pafs.FileType.File else "is gone"
+    if not modified:
+        return
+    fs, path = filesystem(url, s3)
+    info = patiently(url, s3, lambda: fs.get_file_info(path))
+    there = info.type == pafs.FileType.File
+    if not there or (info.size, _modified(info, url)) != (size, modified):
+        what = "has changed" if there else "is gone"
         raise UserError(
-            f"input file {file.name} {what} while the job ran ({file.url}); restore it and run the "
-            "same command again: what is committed is kept"
+            f"{url}: this input file {what} since the job was planned; restore it and run the same "
+            "command again: what is committed is kept"
         )

@@ -312,7 +312,7 @@ def _generate(
     rows_before = plan.rows - sum(len(unit.wanted) for unit in pending)
     monitor = start_monitor(job.actors.max_actors)
     schemas = {f.file.name: f.schema for f in plan.files if f.file.format == "jsonl"}
-    source = UnitDatasource(pending, schemas, job.s3, {f.file.name: f.file for f in plan.files})
+    source = UnitDatasource(pending, schemas, job.s3)
     sink = (RetrySink if retry else CommitSink)(plan.output, partial(_committed, monitor))
     # Reading and writing are mostly waiting. They ask for no CPU, so that actors may hold all of
     # them and the job still moves; instead they are few.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
 import pyarrow as pa
@@ -15,7 +15,7 @@ from ray.data.datasource import Datasource, ReadTask
 from pipeline.blocks import UnitRows
 from pipeline.config import S3Config
 from pipeline.faults import explained
-from pipeline.listing import InputFile, check_unchanged
+from pipeline.listing import check_unchanged
 from pipeline.rows import parse_line, to_table
 from pipeline.storage import open_file
 from pipeline.units import Unit
@@ -30,20 +30,12 @@ class UnitDatasource(Datasource):
         units: what to read; units of one file next to each other and in row order.
         schemas: per file name, the columns and types that JSONL rows are read as.
         s3: how to reach files on S3.
-        files: per file name, the file as it was planned, which must not change while it is read.
     """
 
-    def __init__(
-        self,
-        units: Sequence[Unit],
-        schemas: dict[str, pa.Schema],
-        s3: S3Config,
-        files: Mapping[str, InputFile] | None = None,
-    ) -> None:
+    def __init__(self, units: Sequence[Unit], schemas: dict[str, pa.Schema], s3: S3Config) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._groups = [list(g) for _, g in groupby(units, key=_read_together)]
         self._schemas = schemas
-        self._files = files or {}
         self._s3 = s3
 
     @property
@@ -62,12 +54,7 @@ class UnitDatasource(Datasource):
     ) -> list[ReadTask]:
         return [
             ReadTask(
-                _reader(
-                    group,
-                    self._schemas.get(group[0].name),
-                    self._s3,
-                    self._files.get(group[0].name),
-                ),
+                _reader(group, self._schemas.get(group[0].name), self._s3),
                 BlockMetadata(
                     num_rows=len(group), size_bytes=None, exec_stats=None, input_files=None
                 ),
@@ -81,12 +68,10 @@ def _read_together(unit: Unit) -> tuple[str, int]:
 
 
 def _reader(
-    units: list[Unit], schema: pa.Schema | None, s3: S3Config, file: InputFile | None
+    units: list[Unit], schema: pa.Schema | None, s3: S3Config
 ) -> Callable[[], Iterable[Block]]:
     # A plain closure over plain values: what is pickled to the worker stays small.
     def read() -> Iterable[Block]:
-        if file is not None:
-            check_unchanged(file, s3)
         for rows in read_units(units, schema, s3):
             yield rows.to_block()
 
@@ -100,7 +85,11 @@ def read_units(units: list[Unit], schema: pa.Schema | None, s3: S3Config) -> Ite
         units: of one file, in row order, all with the same `offset`.
         schema: for JSONL, the file's columns and types; None for Parquet.
         s3: how to reach files on S3.
+
+    Raises:
+        UserError: the file is not the one that was planned.
     """
+    check_unchanged(units[0].url, units[0].size, units[0].modified, s3)
     if units[0].format == "jsonl":
         (unit,) = units
         with explained(unit.url, s3), open_file(unit.url, s3) as file:
