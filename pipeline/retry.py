@@ -8,6 +8,7 @@ file still is the one that the new rows were made for (`Folder.replace`). See `p
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -41,13 +42,24 @@ def failed_units(output: Folder, units: Iterable[Unit]) -> list[Unit]:
     failed = [unit for unit in units if records[unit.id].failed]
 
     def narrowed(unit: Unit) -> Unit:
-        with output.open(f"completions/{unit.id}.parquet") as file:
-            there = set(map(row_number, pq.read_table(file, columns=[ROW_ID])[ROW_ID].to_pylist()))
-        only = tuple(i for i in range(unit.rows) if unit.start + i not in there)
-        return replace(unit, only=only, generation=records[unit.id].generation + 1)
+        record = records[unit.id]
+        completed = _row_numbers(output.read(f"completions/{unit.id}.parquet"))
+        # Those that are named, and should their file be lost, all that nothing is left of.
+        wanted = _row_numbers(output.read(f"errors/{record.errors_file}"))
+        wanted |= set(range(unit.start, unit.start + unit.rows)) - completed
+        only = tuple(sorted(number - unit.start for number in wanted))
+        return replace(unit, only=only, generation=record.generation + 1)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(narrowed, failed))
+
+
+def _row_numbers(data: bytes | None) -> set[int]:
+    """Numbers of the rows that a file holds."""
+    if data is None:
+        return set()
+    table = pq.read_table(pa.BufferReader(data), columns=[ROW_ID])
+    return set(map(row_number, table[ROW_ID].to_pylist()))
 
 
 def row_number(row_id: str) -> int:
@@ -112,13 +124,15 @@ def _together(
     """
     old, new = before.record, tried.record
     found: list[tuple[str, bytes]] = []
+    errors: Counter[str] = Counter()
     errors_file = errors_sha256 = trace_file = trace_sha256 = None
     failed_before = output.read(f"errors/{old.errors_file}")
     if failed_before is not None:
         found.append((f"{manifest.HISTORY}/{old.errors_file}", failed_before))
     if new.errors_file is not None:
-        errors = _add_attempts(_read(files[f"errors/{new.errors_file}"]), failed_before)
-        errors_file, errors_sha256, content = named(old.unit, errors)
+        failed = _add_attempts(_read(files[f"errors/{new.errors_file}"]), failed_before)
+        errors.update(failed["error_class"].to_pylist())
+        errors_file, errors_sha256, content = named(old.unit, failed)
         found.append((f"errors/{errors_file}", content))
     traces = [
         _read(data)
@@ -132,10 +146,13 @@ def _together(
     if trace is not None:
         trace_file, trace_sha256, content = named(old.unit, trace)
         found.append((f"trace/{trace_file}", content))
+    table = _in_order([before.table, tried.table])
     record = replace(
         new,
         rows=old.rows,
-        completions=old.completions + new.completions,
+        retried=new.rows,
+        completions=table.num_rows,
+        errors=dict(errors),
         errors_file=errors_file,
         errors_sha256=errors_sha256,
         prompt_tokens=old.prompt_tokens + new.prompt_tokens,
@@ -146,9 +163,8 @@ def _together(
         trace_rounds=0 if trace is None else trace.num_rows,
         earlier=[*old.earlier, asdict(replace(old, earlier=[]))],
     )
-    table = _in_order([before.table, tried.table])
     ids = table[ROW_ID].to_pylist()
-    if len(set(ids)) != len(ids) or old.failed != new.rows:
+    if len(set(ids)) != len(ids) or len(ids) + record.failed != old.completions + old.failed:
         raise manifest.Inconsistent(f"unit {old.unit}: retried rows are not those that failed")
     found.append((f"completions/{old.unit}.parquet", parquet_bytes(table, record)))
     return found

@@ -70,6 +70,7 @@ class UnitRecord:
         generation: how often the unit's failed rows were tried again (`pipeline.retry`). What
             counts rows, tokens and errors is about all rows in the file; what measures an actor,
             about the last generation.
+        retried: how many rows that generation tried; 0 for the first, which tried all.
         earlier: the records that this one superseded, oldest first.
     """
 
@@ -100,6 +101,7 @@ class UnitRecord:
     costs: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     fell_back: bool = False
     generation: int = 0
+    retried: int = 0
     earlier: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -123,26 +125,22 @@ def parts(record: UnitRecord) -> list[UnitRecord]:
     Rows that failed and were tried again belong to the generation that tried them last, so the
     parts sum to the whole.
     """
+    wholes = [*(UnitRecord(**each) for each in record.earlier), replace(record, earlier=[])]
     found: list[UnitRecord] = []
-    last = replace(record, earlier=[])
-    completions = prompt_tokens = output_tokens = 0
-    counts = Counter[str]()
-    for whole in (*(UnitRecord(**each) for each in record.earlier), last):
-        errors = whole.errors if whole is last else {}
-        settled = whole.completions - completions
-        found.append(
-            replace(
-                whole,
-                rows=settled + sum(errors.values()),
-                completions=settled,
-                errors=errors,
-                prompt_tokens=whole.prompt_tokens - prompt_tokens,
-                output_tokens=whole.output_tokens - output_tokens,
-                counts={name: n - counts[name] for name, n in whole.counts.items()},
+    for before, whole, after in zip([None, *wholes], wholes, [*wholes[1:], None], strict=False):
+        tried = whole.rows if before is None else whole.retried
+        part = replace(whole, rows=tried - (after.retried if after else 0))
+        if after is not None:
+            part = replace(part, errors={})
+        if before is not None:
+            part = replace(
+                part,
+                completions=whole.completions - before.completions,
+                prompt_tokens=whole.prompt_tokens - before.prompt_tokens,
+                output_tokens=whole.output_tokens - before.output_tokens,
+                counts={k: n - before.counts.get(k, 0) for k, n in whole.counts.items()},
             )
-        )
-        completions, prompt_tokens = whole.completions, whole.prompt_tokens
-        output_tokens, counts = whole.output_tokens, Counter(whole.counts)
+        found.append(part)
     return found
 
 
