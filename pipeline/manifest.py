@@ -391,7 +391,8 @@ def attached(record: UnitRecord) -> list[NamedFile]:
 def superseded(record: UnitRecord) -> list[NamedFile]:
     """The error rows of a unit that were tried again, by generation."""
     earlier = [UnitRecord(**each) for each in record.earlier]
-    return [(f"{HISTORY}/{r.errors_file}", r.failed, r.errors_sha256) for r in earlier]
+    kept = [record for record in earlier if record.errors_file]
+    return [(f"{HISTORY}/{r.errors_file}", r.failed, r.errors_sha256) for r in kept]
 
 
 def _reconcile(

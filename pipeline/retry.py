@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import manifest
@@ -122,31 +123,31 @@ def _together(
         tried: its failed rows, tried again.
         files: what the new attempt would commit.
     """
-    old, new = before.record, tried.record
+    old, new, completed = before.record, tried.record, before.table[ROW_ID]
     found: list[tuple[str, bytes]] = []
     errors: Counter[str] = Counter()
     errors_file = errors_sha256 = trace_file = trace_sha256 = None
     failed_before = output.read(f"errors/{old.errors_file}")
     if failed_before is not None:
         found.append((f"{manifest.HISTORY}/{old.errors_file}", failed_before))
+    else:
+        old = replace(old, errors_file=None, errors_sha256=None)  # lost: nothing to keep
     if new.errors_file is not None:
-        failed = _add_attempts(_read(files[f"errors/{new.errors_file}"]), failed_before)
+        failed = _unless(completed, _read(files[f"errors/{new.errors_file}"]))
+        failed = _add_attempts(failed, failed_before)
         errors.update(failed["error_class"].to_pylist())
         errors_file, errors_sha256, content = named(old.unit, failed)
         found.append((f"errors/{errors_file}", content))
-    traces = [
-        _read(data)
-        for data in (
-            output.read(f"trace/{old.trace_file}") if old.trace_file else None,
-            files[f"trace/{new.trace_file}"] if new.trace_file else None,
-        )
-        if data is not None
-    ]
+    traces = []
+    if old.trace_file and (data := output.read(f"trace/{old.trace_file}")) is not None:
+        traces.append(_read(data))
+    if new.trace_file:
+        traces.append(_unless(completed, _read(files[f"trace/{new.trace_file}"])))
     trace = _in_order(traces) if traces else None
     if trace is not None:
         trace_file, trace_sha256, content = named(old.unit, trace)
         found.append((f"trace/{trace_file}", content))
-    table = _in_order([before.table, tried.table])
+    table = _in_order([before.table, _unless(completed, tried.table)])
     record = replace(
         new,
         rows=old.rows,
@@ -155,8 +156,8 @@ def _together(
         errors=dict(errors),
         errors_file=errors_file,
         errors_sha256=errors_sha256,
-        prompt_tokens=old.prompt_tokens + new.prompt_tokens,
-        output_tokens=old.output_tokens + new.output_tokens,
+        prompt_tokens=sum(table["prompt_tokens"].to_pylist()),
+        output_tokens=sum(table["output_tokens"].to_pylist()),
         counts={name: n + old.counts.get(name, 0) for name, n in new.counts.items()},
         trace_file=trace_file,
         trace_sha256=trace_sha256,
@@ -187,6 +188,11 @@ def _read(data: bytes) -> pa.Table:
 
 def _plain(table: pa.Table) -> pa.Table:
     return table.replace_schema_metadata(None)
+
+
+def _unless(completed: pa.ChunkedArray, table: pa.Table) -> pa.Table:
+    """The rows that are not completed already: of a row's samples some may have been."""
+    return table.filter(pc.invert(pc.is_in(table[ROW_ID], completed)))
 
 
 def _in_order(tables: Sequence[pa.Table]) -> pa.Table:

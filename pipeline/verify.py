@@ -23,6 +23,7 @@ from pipeline import inputs, manifest
 from pipeline.config import S3Config
 from pipeline.manifest import NamedFile
 from pipeline.models import digest
+from pipeline.prompts import SAMPLING_COLUMN
 from pipeline.schema import ROW_ID
 from pipeline.stats import FOOTER_KEY, UnitRecord
 from pipeline.storage import STAGING, Folder
@@ -114,7 +115,8 @@ def verify(
         for folder in ("completions", "errors", "trace", manifest.HISTORY, STAGING)
     }
     units = sorted(n.removesuffix(".parquet") for n in there["completions"] if _is_unit(n))
-    check = _UnitCheck(output, manifest.accepted_digests(job), listed)
+    samples = job.get("fingerprint", {}).get("sampling", {}).get("n", 1)
+    check = _UnitCheck(output, manifest.accepted_digests(job), samples, listed)
     spans: dict[str, list[tuple[int, int, str]]] = {}
     named: set[str] = set()
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -179,6 +181,7 @@ class _UnitCheck:
 
     output: Folder
     digests: set[str]
+    samples: int
     listed: _Listed
 
     def __call__(self, unit: str) -> _Unit:
@@ -190,7 +193,8 @@ class _UnitCheck:
         try:
             with pq.ParquetFile(pa.BufferReader(data)) as parquet:
                 record = UnitRecord.from_json(parquet.metadata.metadata[FOOTER_KEY])
-                ids = parquet.read()[ROW_ID].to_pylist()
+                table = parquet.read()
+            ids = table[ROW_ID].to_pylist()
         except _UNREADABLE as error:
             found.wrong("unreadable", name, f"not a file that specbatch wrote: {_line(error)}")
             return found
@@ -202,7 +206,8 @@ class _UnitCheck:
             found.wrong("foreign", name, "was committed by a job with other settings")
         if record.completions != len(ids):
             found.wrong("count", name, f"{len(ids)} rows, its footer says {record.completions}")
-        found.problems += _wrong_ids(name, ids, record, [*ids, *self._errors(found, record)])
+        samples = None if SAMPLING_COLUMN in table.column_names else self.samples
+        found.problems += _wrong_ids(name, record, samples, ids, self._errors(found, record))
         self._trace(found, record, set(ids))
         for earlier in manifest.superseded(record):
             self._table(found, earlier)
@@ -264,18 +269,38 @@ class _UnitCheck:
 
 
 def _wrong_ids(
-    name: str, completed: Sequence[str], record: UnitRecord, ids: Sequence[str]
+    name: str, record: UnitRecord, samples: int | None, completed: Sequence[str], failed: list[str]
 ) -> Iterator[Problem]:
-    """Compare the row ids of a unit's completions and errors with its row range."""
-    numbers = range(record.start, record.start + record.rows)
-    expected = {f"{record.input}:{number}:0" for number in numbers}
-    counts = Counter(ids)
+    """Compare the row ids of a unit's completions and errors with its row range.
+
+    Args:
+        name: of the completions file.
+        record: the unit's.
+        samples: how many each row has; None: each may have as many as it asked for.
+        completed, failed: the ids.
+    """
+    counts = Counter([*completed, *failed])
     if repeated := [each for each, n in counts.items() if n > 1]:
         where = "in completions" if len(set(completed)) < len(completed) else "in errors, too"
         yield Problem("duplicate", name, f"rows that are there twice, {where}: {_some(repeated)}")
-    if others := counts.keys() - expected:
+    others: list[str] = []
+    there: dict[int, int] = {}  # samples by row
+    for each in counts:
+        own, *numbers = each.rsplit(":", 2)
+        row, sample = map(int, numbers) if all(n.isdigit() for n in numbers) else (-1, -1)
+        known = own == record.input and 0 <= row - record.start < record.rows
+        if known and (samples is None or 0 <= sample < samples):
+            there[row] = there.get(row, 0) + 1
+        else:
+            others.append(each)
+    if others:
         yield Problem("foreign", name, f"rows that are not the unit's: {_some(others)}")
-    if missing := expected - counts.keys():
+    missing = [
+        f"{record.input}:{row}"
+        for row in range(record.start, record.start + record.rows)
+        if there.get(row, 0) < (samples or 1)
+    ]
+    if missing:
         text = f"rows neither in completions nor in errors: {_some(missing)}"
         yield Problem("missing", name, text)
 
