@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -317,18 +316,17 @@ class UnluckyActor(GenerateActor):
 
     unlucky: tuple[str, ...] = ("p.jsonl:1:0", "p.jsonl:2:0", "p.jsonl:9:0")
 
-    def _make_engine(self) -> Any:
-        engine = super()._make_engine()
-        decode = self._renderer.prompt_ids
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        prompt_ids = self._renderer.prompt_ids
 
-        def prompt_ids(row: Any) -> Any:
+        def prompt_ids_or_not(row: Any) -> Any:
             if f"p.jsonl:{row['id']}:0" in self.unlucky:
                 raise RowError("Unlucky", "a bad day")
-            return decode(row)
+            return prompt_ids(row)
 
-        self._renderer.prompt_ids = prompt_ids  # type: ignore[method-assign]
+        self._renderer.prompt_ids = prompt_ids_or_not  # type: ignore[method-assign]
         self._columns = [*self._columns, "id"]
-        return engine
 
 
 class LessUnluckyActor(UnluckyActor):
@@ -495,7 +493,7 @@ def test_a_retry_that_is_killed_leaves_every_row_where_it_was_or_is(
     records = manifest.read_records(folder, manifest.committed_ids(folder))
     assert len(records) == files
     retried = [record for record in records if record.generation]
-    assert 0 < len(retried)
+    assert retried
     for record in records:
         data = folder.read(f"errors/{record.errors_file}")
         failed = pq.read_table(pa.BufferReader(data)).to_pylist()
@@ -545,6 +543,3 @@ def test_a_retry_that_is_asked_to_stop_keeps_what_it_has(
         run(values, mode=Mode(only_failed=True), stop=stop)
     assert before.items() <= texts(tmp_path / "out").items()
     assert run(values).summary["rows"] >= 9
-
-
-WriteRows = Callable[..., str]
