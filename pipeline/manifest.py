@@ -130,7 +130,7 @@ def claim(
     before = {**mark, "input": _input_mark(job, kept)} if added else mark
     changed = inputs.changes(planned, kept, times=not same_content) if planned else []
     known = digest(before) in digests if added else not difference(there, before)
-    if not known or changed:
+    if found is None or not known or changed:
         if found is not None and output.list("completions"):
             if digest(mark) in digests and not changed:
                 raise UserError(
