@@ -276,7 +276,8 @@ class Folder:
             UserError: the storage refuses.
         """
         if not is_s3(self.url):
-            data = Path(self.url, name).read_bytes()
+            with explained(self.join(name), self.s3):
+                data = Path(self.url, name).read_bytes()
             return data, hashlib.sha256(data).hexdigest()
         key = self._key(name)
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
 from conftest import S3Server, TinyModels
+from faulty_s3 import faulty_s3
 from small_jobs import rows_of, run, started
 
 from pipeline import manifest
@@ -265,6 +266,22 @@ def test_of_many_retries_at_once_one_wins(folder: Folder) -> None:
     assert {completed[f"{NAME}:{i}:0"] for i in (1, 4, 5)} == {f"{wins[0]}{i}" for i in (1, 4, 5)}
     assert not failed
     assert manifest.read_record(folder, UNIT).generation == 1
+
+
+@pytest.mark.s3
+def test_through_answers_that_are_lost(s3_env: S3Server) -> None:
+    """A PUT whose answer was lost is repeated, and finds that it has replaced the file itself."""
+    s3_env.client().create_bucket(Bucket="lost")
+    faults = ("lost", "reset", "error", "truncated")
+    with faulty_s3(s3_env.endpoint, probability=0.3, seed=2, faults=faults) as proxy:
+        folder = Folder("s3://lost/out", S3Config(endpoint=proxy.endpoint))
+        CommitSink(folder).commit(attempt(0, [0, 2, 3], [1, 4, 5]))
+        assert COMPLETIONS in RetrySink(folder).commit(attempt(1, [4], [1, 5], text="y"))
+        assert COMPLETIONS in RetrySink(folder).commit(attempt(2, [1, 5], [], text="z"))
+        assert proxy.injected["lost"] >= 2
+    completed, failed = seen(Folder("s3://lost/out", S3Config(endpoint=s3_env.endpoint)))
+    assert list(completed) == [f"{NAME}:{i}:0" for i in range(ROWS)]
+    assert not failed
 
 
 def test_only_failed_rows_are_wanted_even_if_their_file_is_lost(folder: Folder) -> None:
