@@ -230,7 +230,7 @@ app.command()(profile_command)
 
 def _version(value: bool) -> None:
     if value:
-        from pipeline.provenance import versions
+        from pipeline.manifest import versions
 
         print(f"specbatch {versions()['specbatch']}")
         raise typer.Exit

@@ -299,7 +299,7 @@ def _train(
 ) -> None:
     from jobs.head_report import plot, tables, verdict
     from jobs.head_rows import label_all
-    from pipeline.provenance import versions
+    from pipeline.manifest import versions
     from specdec.heads import save_head
     from specdec.training.collect import Part
     from specdec.training.head import Epoch, calibrate, describe_labels, evaluate, train_head

@@ -168,7 +168,7 @@ def distill(
             torch.set_num_threads(threads)
         from transformers.utils import logging as notices
 
-        from pipeline.provenance import versions
+        from pipeline.manifest import versions
         from specdec.pair import ModelPair
         from specdec.training.distill import distill as run
 

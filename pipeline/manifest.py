@@ -9,13 +9,13 @@ _SUCCESS                    last, once rows in = rows out + rows in errors
 
 from __future__ import annotations
 
-import hashlib
+import importlib.metadata
 import json
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -25,8 +25,7 @@ from pipeline import inputs
 from pipeline.config import JobConfig, S3Config
 from pipeline.errors import UserError
 from pipeline.models import digest, head_identity, model_identity
-from pipeline.provenance import commits, versions
-from pipeline.stats import FOOTER_KEY, UnitRecord, stats_tables, summarise
+from pipeline.stats import FOOTER_KEY, UnitRecord
 from pipeline.storage import Folder, check_access, is_s3, resolved
 from pipeline.units import FilePlan, Unit
 
@@ -46,6 +45,7 @@ _POLICY_SETTINGS = {
     "goodput": ("k_max", "estimator"),
 }
 _SHOWN_CHARACTERS = 80
+_PACKAGES = ("specbatch", "torch", "transformers", "ray", "pyarrow")
 
 
 class Inconsistent(RuntimeError):
@@ -142,7 +142,7 @@ def claim(
         _record(output, job, plans, mark, {"created": _now(), **_fork(forked_from, mark)})
     elif added:
         _record(output, job, plans, mark, _extended(record, added))
-    elif same_content:
+    elif same_content or not planned:
         output.put(inputs.INPUTS, inputs.to_bytes(plans))
 
 
@@ -303,77 +303,6 @@ def read_records(output: Folder, units: Iterable[str]) -> list[UnitRecord]:
         return list(pool.map(lambda unit: read_record(output, unit), sorted(units)))
 
 
-def finish(
-    output: Folder,
-    job: JobConfig,
-    units: Sequence[Unit],
-    mark: dict[str, Any],
-    checksums: Mapping[str, str],
-    job_folder: Path | None = None,
-) -> dict[str, Any]:
-    """Check that every row is accounted for; write statistics, manifest and `_SUCCESS`.
-
-    Args:
-        output: the folder; all units are committed.
-        job: the job.
-        units: its units.
-        mark: its fingerprint.
-        checksums: SHA-256 of files, where it is known; other files are read.
-        job_folder: where the job file is, for the record of what it was made from.
-
-    Returns:
-        The job's summary (`stats.summarise`).
-
-    Raises:
-        Inconsistent: the files do not add up.
-    """
-    missing = {unit.id for unit in units} - committed(output, units)
-    if missing:
-        raise Inconsistent(f"{len(missing)} units were not committed, {min(missing)} among them")
-    records = read_records(output, [unit.id for unit in units])
-    digests = {digest(mark), *accepted_digests(json.loads(output.read(JOB) or b"{}"))}
-    _reconcile(output, units, records, digests)
-    files: list[NamedFile]
-    files = [(f"completions/{r.unit}.parquet", r.completions, None) for r in records]
-    history: list[NamedFile] = []
-    for record in records:
-        files += attached(record)
-        history += superseded(record)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        listed = list(pool.map(lambda file: _checked(output, checksums, *file), files))
-        kept = list(pool.map(lambda file: _checked(output, {}, *file), history))
-    # Written by attempts at units that other attempts committed.
-    named = {name for name, _, _ in (*files, *history)}
-    for folder in ("errors", "trace", HISTORY):
-        for name in output.list(folder):
-            if f"{folder}/{name}" not in named:
-                output.delete(f"{folder}/{name}")
-    tables = []
-    for name, table in stats_tables(records).items():
-        content = table_bytes(table)
-        output.put(f"stats/{name}.parquet", content)
-        tables.append(_entry(f"stats/{name}.parquet", table.num_rows, content))
-    summary = summarise(records)
-    manifest = {
-        "finished": _now(),
-        "fingerprint": digest(mark),
-        "versions": versions(),
-        "git": commits(job_folder),
-        "config": job.model_dump(mode="json"),
-        "rows_in": sum(unit.rows for unit in units),
-        "rows_out": summary["rows"],
-        "rows_in_errors": summary["errors"],
-        "summary": summary,
-        "files": listed,
-        "history": kept,
-        "stats": tables,
-    }
-    output.put(MANIFEST, json.dumps(manifest, indent=1).encode())
-    output.put(SUCCESS, b"")
-    output.clear_staging()
-    return summary
-
-
 NamedFile = tuple[str, int, str | None]
 """A file's name in the output folder, its rows, and its checksum if a footer says it."""
 
@@ -395,40 +324,19 @@ def superseded(record: UnitRecord) -> list[NamedFile]:
     return [(f"{HISTORY}/{r.errors_file}", r.failed, r.errors_sha256) for r in kept]
 
 
-def _reconcile(
-    output: Folder, units: Sequence[Unit], records: Sequence[UnitRecord], digests: set[str]
-) -> None:
-    """Check rows in = rows out + errors for each unit, and that its errors are there."""
-    rows = {unit.id: unit.rows for unit in units}
-    error_files = set(output.list("errors"))
-    for record in records:
-        if record.job not in digests:
-            raise Inconsistent(f"unit {record.unit} was committed by a job with other settings")
-        if not record.rows == rows[record.unit] == record.completions + record.failed:
-            raise Inconsistent(
-                f"unit {record.unit}: {rows[record.unit]} rows in, {record.completions} completed, "
-                f"{record.failed} in errors"
-            )
-        if record.errors_file and record.errors_file not in error_files:
-            raise Inconsistent(f"{output.join(f'errors/{record.errors_file}')} is missing")
-
-
-def _checked(
-    output: Folder, checksums: Mapping[str, str], name: str, rows: int, expected: str | None
-) -> dict[str, Any]:
-    """A file's entry in the manifest; its checksum must be the one expected, if one is."""
-    sha256 = checksums.get(name) or hashlib.sha256(output.read(name) or b"").hexdigest()
-    if expected not in (None, sha256):
-        raise Inconsistent(f"{output.join(name)}: its content has changed since it was written")
-    return {"name": name, "rows": rows, "sha256": sha256}
-
-
-def _entry(name: str, rows: int, content: bytes) -> dict[str, Any]:
-    return {"name": name, "rows": rows, "sha256": hashlib.sha256(content).hexdigest()}
-
-
 def table_bytes(table: pa.Table) -> bytes:
     """A table as a Parquet file."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return bytes(sink.getvalue())
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what its results depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found

@@ -1,26 +1,13 @@
-"""Which code a job ran with: versions of packages, and commits where there is a repository."""
+"""Which code a job ran with: commits, where there is a repository."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import platform
 import subprocess
 from pathlib import Path
 
-_PACKAGES = ("specbatch", "torch", "transformers", "ray", "pyarrow")
 _PATIENCE = 10  # seconds for git
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package and of what its results depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
 
 
 def commits(job_folder: Path | None = None) -> dict[str, str | None]:

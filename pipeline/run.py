@@ -23,6 +23,7 @@ from ray.util.annotations import RayDeprecationWarning
 from pipeline import inputs, manifest
 from pipeline.config import ActorsConfig, JobConfig
 from pipeline.errors import JobStopped, UserError
+from pipeline.finish import finish
 from pipeline.generate import GenerateActor
 from pipeline.listing import InputFile, list_inputs
 from pipeline.models import check_models, digest
@@ -194,7 +195,7 @@ def run_job(
     if mode.only_failed and missing:
         summary = summarise(manifest.read_records(output, done))
         return JobResult(job.output, summary, len(pending), missing=len(missing))
-    summary = manifest.finish(output, job, units, mark, checksums, mode.job_folder)
+    summary = finish(output, job, units, mark, checksums, mode.job_folder)
     return JobResult(job.output, summary, units_run=len(pending))
 
 

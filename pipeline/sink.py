@@ -40,7 +40,7 @@ attempts one wins; and a straggler of an earlier retry cannot undo a later one. 
 away before the first unit is replaced and comes back when all adds up again; a retry that is killed
 has replaced some units and left the others as they were, and any later run puts it in order.
 
-*The end* (`manifest.finish`). Rows in = rows completed + rows in errors is checked for each unit;
+*The end* (`pipeline.finish`). Rows in = rows completed + rows in errors is checked for each unit;
 then statistics and manifest are written, then `_SUCCESS`.
 """
 

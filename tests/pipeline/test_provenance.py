@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import provenance
+from pipeline import manifest, provenance
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -38,4 +38,4 @@ def test_without_git_nothing_is_known(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_versions_of_what_results_depend_on() -> None:
-    assert {"python", "specbatch", "torch", "transformers", "ray"} <= set(provenance.versions())
+    assert {"python", "specbatch", "torch", "transformers", "ray"} <= set(manifest.versions())
