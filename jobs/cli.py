@@ -15,6 +15,7 @@ from jobs.profile import profile as profile_command
 from jobs.spec import load_job, s3_options
 from jobs.train_head import train_head
 from jobs.training import distill
+from jobs.verify import verify
 from pipeline.config import JobConfig
 from pipeline.errors import UserError
 
@@ -47,6 +48,29 @@ Overrides = Annotated[
 def run(
     file: JobFile,
     overrides: Overrides = None,
+    only_failed: Annotated[
+        bool, typer.Option("--only-failed", help="Try the rows in errors/ again, and no others.")
+    ] = False,
+    extend: Annotated[
+        bool,
+        typer.Option("--extend", help="Input files that are new become part of the job."),
+    ] = False,
+    fork: Annotated[
+        str | None,
+        typer.Option(
+            "--fork",
+            metavar="OUT",
+            help="Leave the job's output alone and start a new one, which reuses nothing.",
+            show_default=False,
+        ),
+    ] = None,
+    same_content: Annotated[
+        bool,
+        typer.Option(
+            "--same-content",
+            help="Take input files whose time of change alone differs for unchanged.",
+        ),
+    ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")
     ] = False,
@@ -62,24 +86,63 @@ def run(
       specbatch run job.yaml
 
       specbatch run job.yaml --set output=out/greedy --set sampling.temperature=0
+
+      specbatch run job.yaml --only-failed                        # rows in errors/, once more
+
+      specbatch run job.yaml --extend                             # with prompts that came since
+
+      specbatch run job.yaml --set sampling.seed=1 --fork out/b   # another job beside this one
     """
     with explained("Committed rows are kept; run the same command again to resume."):
         job = load_job(file, overrides or [])
-        from pipeline.run import run_job
+        if fork is not None:
+            if only_failed or extend:
+                raise UserError("--fork starts a new output; leave out --only-failed and --extend")
+            original, job = job, load_job(file, [*(overrides or []), f"output={json.dumps(fork)}"])
+            _check_fork(original, job)
+        from pipeline.run import Mode, run_job
 
+        mode = Mode(
+            only_failed=only_failed,
+            extend=extend,
+            same_content=same_content,
+            forked_from=original.output if fork is not None else None,
+            job_folder=file.resolve().parent,
+        )
         if quiet:
             with stop_signals() as stop:
-                run_job(job, stop=stop)
+                run_job(job, mode=mode, stop=stop, note=_note)
             return
         from jobs.display import progress_bar
         from jobs.report import render
 
         with progress_bar(err) as show, stop_signals() as stop:
-            result = run_job(job, progress=show, stop=stop)
+            result = run_job(job, mode=mode, progress=show, stop=stop, note=_note)
         if not result.units_run:
-            out.print("Nothing was missing: this job is done.")
+            out.print(_nothing_to_do(only_failed))
+        if result.missing:
+            _note(f"{result.missing:,} units are not generated yet; without --only-failed they are")
         out.print(render(result.summary))
         out.print(f"\nOutputs: {escape(result.output)}", highlight=False, soft_wrap=True)
+
+
+def _note(line: str) -> None:
+    err.print(f"[yellow]note:[/] {escape(line)}", highlight=False, soft_wrap=True)
+
+
+def _nothing_to_do(only_failed: bool) -> str:
+    if only_failed:
+        return "No row is in errors: there is nothing to try again."
+    return "Nothing was missing: this job is done."
+
+
+def _check_fork(original: JobConfig, job: JobConfig) -> None:
+    """Check that there is a job to fork from, and that it is left alone."""
+    from pipeline.manifest import open_output
+
+    if original.output.rstrip("/") == job.output.rstrip("/"):
+        raise UserError(f"--fork {job.output}: this is the job's own output; name another")
+    open_output(original.output, original.s3)
 
 
 @app.command()
@@ -158,6 +221,7 @@ def report(
         out.print(render(summary))
 
 
+app.command()(verify)
 app.command()(explain)
 app.command()(distill)
 app.command()(train_head)

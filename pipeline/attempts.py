@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -56,12 +56,12 @@ class History:
         """Whether this is a row not to be tried again."""
         return len(group) == 1 and self.killed.get(group, 0) >= POISON_DEATHS
 
-    def groups(self, rows: int, size: int) -> list[Group]:
-        """How a quarantined unit of `rows` rows is split: suspects first and row by row.
+    def groups(self, rows: Sequence[int], size: int) -> list[Group]:
+        """How these rows of a quarantined unit are split: suspects first and row by row.
 
         What dies early in an attempt wastes little of it.
         """
-        whole = [tuple(range(i, min(i + size, rows))) for i in range(0, rows, size)]
+        whole = [tuple(rows[i : i + size]) for i in range(0, len(rows), size)]
         suspects = [(i,) for group in whole if group in self.killed for i in group]
         return [*suspects, *(group for group in whole if group not in self.killed)]
 

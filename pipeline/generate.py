@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from pipeline.attempts import History, Turns
@@ -34,7 +33,7 @@ from pipeline.schema import (
     total_calibration,
     total_counts,
 )
-from pipeline.stats import FOOTER_KEY, UnitRecord
+from pipeline.stats import UnitRecord, parquet_bytes
 from pipeline.trace import trace_table
 from specdec.request import Completion, Request
 
@@ -128,7 +127,7 @@ class GenerateActor:
                         outcomes = await self._in_quarantine(rows, history)
                 else:
                     async with self._turns.shared():
-                        outcomes = await self._complete(rows, range(rows.unit.rows))
+                        outcomes = await self._complete(rows, rows.unit.wanted)
                 break
             except EngineFailed as failure:
                 # The engine was replaced, so this process can go on; the attempt counts as dead.
@@ -144,14 +143,14 @@ class GenerateActor:
     async def _in_quarantine(self, rows: UnitRows, history: History) -> list[Outcome]:
         """Complete a unit that has killed its engine; rows that killed it alone become errors."""
         outcomes: dict[int, Outcome] = {}
-        for group in history.groups(rows.unit.rows, self._job.actors.slots):
+        for group in history.groups(rows.unit.wanted, self._job.actors.slots):
             if history.poisonous(group):
                 outcomes[group[0]] = Failed(self._poison(), attempts=history.deaths)
                 continue
             await self._tell("trial", rows.unit.id, group)
             outcomes.update(zip(group, await self._complete(rows, group), strict=True))
             await self._tell("passed", rows.unit.id)
-        return [outcomes[index] for index in range(rows.unit.rows)]
+        return [outcomes[index] for index in rows.unit.wanted]
 
     def _poison(self) -> RowError:
         why = self._failure or "the process died; too little memory is the usual reason"
@@ -213,14 +212,17 @@ class GenerateActor:
             text = text.split(completion.stop_reason, 1)[0]
         return Finished(text, completion)
 
-    def _files(self, rows: UnitRows, outcomes: list[Outcome], started: float) -> UnitFiles:
+    def _files(self, rows: UnitRows, wanted: list[Outcome], started: float) -> UnitFiles:
         """The unit's output files; the completions file, which commits the unit, comes last."""
         unit = rows.unit
+        outcomes: list[Outcome | None] = [None] * unit.rows
+        for index, outcome in zip(unit.wanted, wanted, strict=True):
+            outcomes[index] = outcome
         failed = Counter(o.error.error_class for o in outcomes if isinstance(o, Failed))
         files: list[tuple[str, bytes]] = []
         errors_file = errors_sha256 = None
         if failed:
-            data = _parquet(errors_table(rows, outcomes), {})
+            data = parquet_bytes(errors_table(rows, outcomes))
             errors_sha256 = hashlib.sha256(data).hexdigest()
             # Named after its content too: a retry that failed other rows writes another file, and
             # the completions file says which one belongs to it.
@@ -229,7 +231,7 @@ class GenerateActor:
         trace_file, trace_sha256, trace_rounds = None, None, 0
         if self._job.speculation.trace:
             rounds = trace_table(rows, outcomes, cache(self._token_text))
-            data, trace_rounds = _parquet(rounds, {}), rounds.num_rows
+            data, trace_rounds = parquet_bytes(rounds), rounds.num_rows
             trace_sha256 = hashlib.sha256(data).hexdigest()
             trace_file = f"{unit.id}-{trace_sha256[:8]}.parquet"
             files.append((f"trace/{trace_file}", data))
@@ -242,7 +244,7 @@ class GenerateActor:
             job=self._digest,
             input=unit.name,
             start=unit.start,
-            rows=unit.rows,
+            rows=len(wanted),
             completions=len(finished),
             errors=dict(failed),
             errors_file=errors_file,
@@ -264,11 +266,10 @@ class GenerateActor:
             calibration=total_calibration(finished),
             costs=usage.costs,
             fell_back=usage.fell_back,
+            generation=unit.generation,
         )
         table = completions_table(rows, outcomes)
-        files.append(
-            (f"completions/{unit.id}.parquet", _parquet(table, {FOOTER_KEY: record.to_json()}))
-        )
+        files.append((f"completions/{unit.id}.parquet", parquet_bytes(table, record)))
         return UnitFiles(unit.id, tuple(files))
 
 
@@ -305,12 +306,3 @@ def load_acceptance_head(job: JobConfig, pair: Any) -> Any:
 
     folder = job.speculation.head
     return load_head(folder, pair) if folder is not None else None
-
-
-def _parquet(table: pa.Table, metadata: dict[bytes, bytes]) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
-        writer.write_table(table)
-        if metadata:
-            writer.add_key_value_metadata(metadata)
-    return bytes(sink.getvalue())

@@ -31,12 +31,14 @@ class InputFile:
             for. Row ids start with it.
         format: "parquet" or "jsonl".
         size: bytes.
+        modified: nanoseconds since the epoch (whole seconds on S3); 0: not known.
     """
 
     url: str
     name: str
     format: str
     size: int
+    modified: int = 0
 
 
 def list_inputs(patterns: Sequence[str], s3: S3Config) -> list[InputFile]:
@@ -128,4 +130,36 @@ def _input_file(info: pafs.FileInfo, base: str, pattern: str) -> InputFile:
     if extension not in FORMATS:
         raise UserError(f"input.paths: {info.path}: not one of {_EXTENSIONS}")
     url = f"s3://{info.path}" if is_s3(pattern) else info.path
-    return InputFile(url, os.path.relpath(info.path, base), FORMATS[extension], info.size)
+    name = os.path.relpath(info.path, base)
+    return InputFile(url, name, FORMATS[extension], info.size, _modified(info, pattern))
+
+
+def _modified(info: pafs.FileInfo, url: str) -> int:
+    """When a file was written. S3 says it to the second in some answers, more exactly in others."""
+    modified = info.mtime_ns or 0
+    return modified // 10**9 * 10**9 if is_s3(url) else modified
+
+
+def check_unchanged(url: str, size: int, modified: int, s3: S3Config) -> None:
+    """Check that an input file is still the one that was planned.
+
+    Args:
+        url: the file.
+        size: its bytes then.
+        modified: when it had been written (`InputFile.modified`); 0: not known, nothing is checked.
+        s3: how to reach it, if it is on S3.
+
+    Raises:
+        UserError: it is gone or has changed.
+    """
+    if not modified:
+        return
+    fs, path = filesystem(url, s3)
+    info = patiently(url, s3, lambda: fs.get_file_info(path))
+    there = info.type == pafs.FileType.File
+    if not there or (info.size, _modified(info, url)) != (size, modified):
+        what = "has changed" if there else "is gone"
+        raise UserError(
+            f"{url}: this input file {what} since the job was planned; restore it and run the same "
+            "command again: what is committed is kept"
+        )

@@ -2,34 +2,36 @@
 
 _specbatch/job.json         the job and its fingerprint: all that changes results
 _specbatch/inputs.parquet   the input files that the job was planned on
+_specbatch/history/         error rows that a later run with --only-failed tried again
 _specbatch/manifest.json    at the end: every file with rows and checksum, versions, totals
 _SUCCESS                    last, once rows in = rows out + rows in errors
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from itertools import zip_longest
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import inputs
 from pipeline.config import JobConfig, S3Config
 from pipeline.errors import UserError
 from pipeline.models import digest, head_identity, model_identity
-from pipeline.stats import FOOTER_KEY, UnitRecord, stats_tables, summarise
+from pipeline.stats import FOOTER_KEY, UnitRecord
 from pipeline.storage import Folder, check_access, is_s3, resolved
 from pipeline.units import FilePlan, Unit
 
 JOB = "_specbatch/job.json"
-INPUTS = "_specbatch/inputs.parquet"
 MANIFEST = "_specbatch/manifest.json"
+HISTORY = "_specbatch/history"
 SUCCESS = "_SUCCESS"
 
 _THREADS = 16
@@ -42,6 +44,7 @@ _POLICY_SETTINGS = {
     "head": ("threshold", "k_min", "k_max", "estimator"),
     "goodput": ("k_max", "estimator"),
 }
+_SHOWN_CHARACTERS = 80
 _PACKAGES = ("specbatch", "torch", "transformers", "ray", "pyarrow")
 
 
@@ -59,12 +62,7 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
     """
     models, speculation = job.models, job.speculation
     result: dict[str, Any] = {
-        "input": {
-            **job.input.model_dump(mode="json", exclude={"paths"}),
-            "files": len(plans),
-            "rows": sum(p.rows for p in plans),
-            "digest": digest([[p.file.name, p.file.size, p.rows] for p in plans]),
-        },
+        "input": _input_mark(job, plans),
         "unit_rows": job.unit_rows,
         "models": {
             "target": model_identity(models.target),
@@ -84,7 +82,25 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
     return result
 
 
-def claim(output: Folder, job: JobConfig, plans: Sequence[FilePlan], mark: dict[str, Any]) -> None:
+def _input_mark(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
+    return {
+        **job.input.model_dump(mode="json", exclude={"paths"}),
+        "files": len(plans),
+        "rows": sum(p.rows for p in plans),
+        "digest": digest([[p.file.name, p.file.size, p.rows] for p in plans]),
+    }
+
+
+def claim(
+    output: Folder,
+    job: JobConfig,
+    plans: Sequence[FilePlan],
+    mark: dict[str, Any],
+    *,
+    extend: bool = False,
+    same_content: bool = False,
+    forked_from: Folder | None = None,
+) -> None:
     """Make the output folder this job's, or make sure that it already is.
 
     Args:
@@ -92,36 +108,105 @@ def claim(output: Folder, job: JobConfig, plans: Sequence[FilePlan], mark: dict[
         job: the job.
         plans: its input.
         mark: its fingerprint.
+        extend: input files that the job was not planned on become part of it.
+        same_content: input files of which only the time of change differs have not changed.
+        forked_from: the output of the job that this one was made from, for the record.
 
     Raises:
-        UserError: the folder holds another job's output; the message shows the difference.
+        UserError: the folder holds another job's output, or the input has changed; the message
+            shows the difference.
     """
     found = output.read(JOB)
-    if found is not None:
-        differences = difference(json.loads(found).get("fingerprint", {}), mark)
-        if not differences:
-            return
-        if output.list("completions"):
-            lines = [*differences, *_changed_inputs(output, plans)]
-            raise UserError(
-                f"output: {output.url} holds another job; choose another output, or restore:\n"
-                + "\n".join(f"  {line}" for line in lines)
-            )
-        # A job that never committed anything, perhaps for a mistake that is corrected now.
-    elif output.list("completions"):
+    if found is None and output.list("completions"):
         raise UserError(
             f"output: {output.url} has completions but no {JOB}; "
             "choose another output folder, or empty this one"
         )
+    record = json.loads(found) if found is not None else {}
+    planned = inputs.read_planned(output)
+    there, digests = record.get("fingerprint", {}), accepted_digests(record)
+    added = [p for p in plans if p.file.name not in planned] if extend and planned else []
+    kept = [p for p in plans if p.file.name in planned] if added else plans
+    before = {**mark, "input": _input_mark(job, kept)} if added else mark
+    changed = inputs.changes(planned, kept, times=not same_content) if planned else []
+    known = digest(before) in digests if added else not difference(there, before)
+    if found is None or not known or changed:
+        if found is not None and output.list("completions"):
+            if digest(mark) in digests and not changed:
+                raise UserError(
+                    f"output: {output.url} was being extended with new input files when that was "
+                    "stopped; run again with --extend"
+                )
+            raise _refusal(output, difference(there, before), changed)
+        # A job that never committed anything, perhaps for a mistake that is corrected now.
+        _record(output, job, plans, mark, {"created": _now(), **_fork(forked_from, mark)})
+    elif added:
+        _record(output, job, plans, mark, _extended(record, added))
+    elif same_content or not planned:
+        output.put(inputs.INPUTS, inputs.to_bytes(plans))
+
+
+def _record(
+    output: Folder,
+    job: JobConfig,
+    plans: Sequence[FilePlan],
+    mark: dict[str, Any],
+    more: Mapping[str, Any],
+) -> None:
     record = {
         "name": job.name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
+        **more,
         "fingerprint": mark,
         "config": job.model_dump(mode="json"),
     }
-    output.put(INPUTS, table_bytes(_inputs_table(plans)))
+    # In this order: a job whose input list is behind is told to extend it again.
     output.put(JOB, json.dumps(record, indent=2).encode())
+    output.put(inputs.INPUTS, inputs.to_bytes(plans))
+
+
+def _extended(record: Mapping[str, Any], added: Sequence[FilePlan]) -> dict[str, Any]:
+    """What the record keeps when files are added: units of the job before stay valid."""
+    step = {
+        "at": _now(),
+        "files": len(added),
+        "rows": sum(p.rows for p in added),
+        "fingerprint": digest(record["fingerprint"]),
+    }
+    kept = {name: record[name] for name in ("created", "forked_from") if name in record}
+    return {**kept, "extended": [*record.get("extended", []), step]}
+
+
+def _fork(source: Folder | None, mark: dict[str, Any]) -> dict[str, Any]:
+    if source is None:
+        return {}
+    there = json.loads(source.read(JOB) or b"{}").get("fingerprint", {})
+    return {"forked_from": {"output": source.url, "differences": difference(there, mark)}}
+
+
+def accepted_digests(record: Mapping[str, Any]) -> set[str]:
+    """Digests of the fingerprints whose units belong to a job: its own, and before extensions."""
+    earlier = {step["fingerprint"] for step in record.get("extended", [])}
+    return {digest(record.get("fingerprint", {})), *earlier}
+
+
+def _refusal(output: Folder, differences: list[str], changed: list[str]) -> UserError:
+    if changed:
+        # These say the same as sums over all files, in plain words.
+        sums = tuple(f"input.{name}:" for name in ("files", "rows", "digest"))
+        differences = [line for line in differences if not line.startswith(sums)]
+    what = "another job" if differences or not changed else "a job on other input"
+    fix = "restore this" if what == "another job" else "restore these files"
+    if changed and all(": modified " in line for line in changed):
+        fix = "if only their times differ, say --same-content"
+    lines = "".join(f"\n  {line}" for line in [*differences, *changed])
+    return UserError(
+        f"output: {output.url} holds {what}; choose another output (--fork OUT), or {fix}:{lines}"
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -132,41 +217,20 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = 
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += difference(old, new, f"{prefix}{key}.")
         elif old != new:
-            lines.append(f"{prefix}{key}: {_short(old)} there, {_short(new)} here")
+            first, second = _pair(old, new)
+            lines.append(f"{prefix}{key}: {first} there, {second} here")
     return lines
 
 
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _inputs_table(plans: Sequence[FilePlan]) -> pa.Table:
-    return pa.table(
-        {
-            "name": pa.array([p.file.name for p in plans], pa.string()),
-            "size": pa.array([p.file.size for p in plans], pa.int64()),
-            "rows": pa.array([p.rows for p in plans], pa.int64()),
-        }
-    )
-
-
-def _changed_inputs(output: Folder, plans: Sequence[FilePlan]) -> list[str]:
-    """Which input files differ from those that the job was planned on; the first few by name."""
-    data = output.read(INPUTS)
-    if data is None:
-        return []
-    there = {row["name"]: row for row in pq.read_table(pa.BufferReader(data)).to_pylist()}
-    here = {row["name"]: row for row in _inputs_table(plans).to_pylist()}
-    lines = []
-    for name in sorted(there.keys() | here.keys()):
-        if name not in here:
-            lines.append(f"input file {name} is gone")
-        elif name not in there:
-            lines.append(f"input file {name} is new")
-        elif there[name] != here[name]:
-            lines.append(f"input file {name} has changed")
-    return [*lines[:5], f"and {len(lines) - 5} more input files"] if len(lines) > 5 else lines
+def _pair(old: object, new: object) -> tuple[str, str]:
+    """Both values in a line; of long texts, the place where they begin to differ."""
+    texts = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
+    same = next((i for i, (a, b) in enumerate(zip_longest(*texts)) if a != b), 0)
+    start = max(0, same - 20) if max(map(len, texts)) > _SHOWN_CHARACTERS else 0
+    short = [f"...{text[start:]}" if start else text for text in texts]
+    most = _SHOWN_CHARACTERS
+    first, second = (text if len(text) <= most else f"{text[: most - 3]}..." for text in short)
+    return first, second
 
 
 def open_output(url: str, s3: S3Config) -> Folder:
@@ -239,92 +303,25 @@ def read_records(output: Folder, units: Iterable[str]) -> list[UnitRecord]:
         return list(pool.map(lambda unit: read_record(output, unit), sorted(units)))
 
 
-def finish(
-    output: Folder,
-    units: Sequence[Unit],
-    mark: dict[str, Any],
-    checksums: Mapping[str, str],
-) -> dict[str, Any]:
-    """Check that every row is accounted for; write statistics, manifest and `_SUCCESS`.
-
-    Args:
-        output: the folder; all units are committed.
-        units: the job's.
-        mark: its fingerprint.
-        checksums: SHA-256 of files, where it is known; other files are read.
-
-    Returns:
-        The job's summary (`stats.summarise`).
-
-    Raises:
-        Inconsistent: the files do not add up.
-    """
-    missing = {unit.id for unit in units} - committed(output, units)
-    if missing:
-        raise Inconsistent(f"{len(missing)} units were not committed, {min(missing)} among them")
-    records = read_records(output, [unit.id for unit in units])
-    error_files = _reconcile(output, units, records, digest(mark))
-    files: list[tuple[str, int, str | None]]
-    files = [(f"completions/{r.unit}.parquet", r.completions, None) for r in records]
-    files += [
-        (f"errors/{r.errors_file}", r.failed, r.errors_sha256) for r in records if r.errors_file
-    ]
-    files += [
-        (f"trace/{r.trace_file}", r.trace_rounds, r.trace_sha256) for r in records if r.trace_file
-    ]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        listed = list(pool.map(lambda file: _checked(output, checksums, *file), files))
-    # Written by attempts at units that other attempts committed.
-    for orphan in error_files - {r.errors_file for r in records}:
-        output.delete(f"errors/{orphan}")
-    for orphan in set(output.list("trace")) - {r.trace_file for r in records}:
-        output.delete(f"trace/{orphan}")
-    for name, table in stats_tables(records).items():
-        output.put(f"stats/{name}.parquet", table_bytes(table))
-    summary = summarise(records)
-    manifest = {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "fingerprint": digest(mark),
-        "versions": versions(),
-        "rows_in": sum(unit.rows for unit in units),
-        "rows_out": summary["rows"],
-        "rows_in_errors": summary["errors"],
-        "summary": summary,
-        "files": listed,
-    }
-    output.put(MANIFEST, json.dumps(manifest, indent=1).encode())
-    output.put(SUCCESS, b"")
-    output.clear_staging()
-    return summary
+NamedFile = tuple[str, int, str | None]
+"""A file's name in the output folder, its rows, and its checksum if a footer says it."""
 
 
-def _reconcile(
-    output: Folder, units: Sequence[Unit], records: Sequence[UnitRecord], job: str
-) -> set[str]:
-    """Check rows in = rows out + errors for each unit. Returns the names in `errors/`."""
-    rows = {unit.id: unit.rows for unit in units}
-    error_files = set(output.list("errors"))
-    for record in records:
-        if record.job != job:
-            raise Inconsistent(f"unit {record.unit} was committed by a job with other settings")
-        if not record.rows == rows[record.unit] == record.completions + record.failed:
-            raise Inconsistent(
-                f"unit {record.unit}: {rows[record.unit]} rows in, {record.completions} completed, "
-                f"{record.failed} in errors"
-            )
-        if record.errors_file and record.errors_file not in error_files:
-            raise Inconsistent(f"{output.join(f'errors/{record.errors_file}')} is missing")
-    return error_files
+def attached(record: UnitRecord) -> list[NamedFile]:
+    """The files of a unit that the footer of its completions file names."""
+    found: list[NamedFile] = []
+    if record.errors_file:
+        found.append((f"errors/{record.errors_file}", record.failed, record.errors_sha256))
+    if record.trace_file:
+        found.append((f"trace/{record.trace_file}", record.trace_rounds, record.trace_sha256))
+    return found
 
 
-def _checked(
-    output: Folder, checksums: Mapping[str, str], name: str, rows: int, expected: str | None
-) -> dict[str, Any]:
-    """A file's entry in the manifest; its checksum must be the one expected, if one is."""
-    sha256 = checksums.get(name) or hashlib.sha256(output.read(name) or b"").hexdigest()
-    if expected not in (None, sha256):
-        raise Inconsistent(f"{output.join(name)}: its content has changed since it was written")
-    return {"name": name, "rows": rows, "sha256": sha256}
+def superseded(record: UnitRecord) -> list[NamedFile]:
+    """The error rows of a unit that were tried again, by generation."""
+    earlier = [UnitRecord(**each) for each in record.earlier]
+    kept = [record for record in earlier if record.errors_file]
+    return [(f"{HISTORY}/{r.errors_file}", r.failed, r.errors_sha256) for r in kept]
 
 
 def table_bytes(table: pa.Table) -> bytes:

@@ -9,27 +9,31 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 
-from pipeline import manifest
+from pipeline import inputs, manifest
 from pipeline.config import ActorsConfig, JobConfig
 from pipeline.errors import JobStopped, UserError
+from pipeline.finish import finish
 from pipeline.generate import GenerateActor
-from pipeline.listing import list_inputs
+from pipeline.listing import InputFile, list_inputs
 from pipeline.models import check_models, digest
 from pipeline.progress import JobProgress, OnProgress, Tally, start_monitor
 from pipeline.prompts import required_columns
+from pipeline.retry import RetrySink, failed_units
 from pipeline.schema import check_reserved
 from pipeline.sink import CommitSink
 from pipeline.source import UnitDatasource
+from pipeline.stats import summarise
 from pipeline.storage import Folder, check_access, is_s3, resolved
 from pipeline.units import FilePlan, Unit, check_columns, plan_files
 
@@ -46,17 +50,19 @@ class JobFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class JobResult:
-    """A finished job.
+    """A finished job, or with `missing` units one whose failed rows alone were tried again.
 
     Attributes:
         output: its folder.
         summary: the job in numbers (`stats.summarise`).
         units_run: units that this run generated; 0 if nothing was missing.
+        missing: units that are not generated yet.
     """
 
     output: str
     summary: dict[str, Any]
     units_run: int
+    missing: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,13 @@ class JobPlan:
         job: with S3 endpoint and region filled in from this machine.
         output: its folder.
         files: what each input file holds.
+        left_out: input files that are new since the output was begun, and not part of the job.
     """
 
     job: JobConfig
     output: Folder
     files: tuple[FilePlan, ...]
+    left_out: tuple[InputFile, ...] = ()
 
     @property
     def units(self) -> list[Unit]:
@@ -84,8 +92,12 @@ class JobPlan:
         return sum(file.rows for file in self.files)
 
 
-def plan_job(job: JobConfig) -> JobPlan:
+def plan_job(job: JobConfig, *, extend: bool = False) -> JobPlan:
     """Look at the input and the output folder; load no model and start nothing.
+
+    Args:
+        job: the job.
+        extend: input files that are new since the output was begun become part of the job.
 
     Raises:
         UserError: no such files, missing or reserved columns, S3 or disk out of reach.
@@ -93,50 +105,114 @@ def plan_job(job: JobConfig) -> JobPlan:
     on_s3 = any(map(is_s3, (*job.input.paths, job.output)))
     job = job.model_copy(update={"s3": resolved(job.s3, used=on_s3)})
     check_access(job.output, job.s3)
-    files = plan_files(list_inputs(job.input.paths, job.s3), job.s3, job.unit_rows)
+    output = Folder(job.output, job.s3)
+    listed = list_inputs(job.input.paths, job.s3)
+    left_out = set() if extend else set(_new_files(output, listed))
+    files = plan_files([f for f in listed if f not in left_out], job.s3, job.unit_rows)
     check_columns(files, required_columns(job.input))
     check_reserved(files)
-    return JobPlan(job, Folder(job.output, job.s3), tuple(files))
+    return JobPlan(job, output, tuple(files), tuple(sorted(left_out, key=lambda f: f.name)))
+
+
+def _new_files(output: Folder, listed: list[InputFile]) -> list[InputFile]:
+    """Input files that came after the output was begun, if there still are some from before."""
+    planned = inputs.read_planned(output)
+    new = inputs.new_files(listed, planned) if planned else []
+    return new if len(new) < len(listed) and new and output.list("completions") else []
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What a run is to do, other than what is missing.
+
+    Attributes:
+        only_failed: try failed rows again, and nothing else.
+        extend: input files that are new since the output was begun become part of the job.
+        same_content: input files of which only the time of change differs have not changed.
+        forked_from: output of the job that this one was made from.
+        job_folder: where the job file is; its commit goes into the manifest.
+    """
+
+    only_failed: bool = False
+    extend: bool = False
+    same_content: bool = False
+    forked_from: str | None = None
+    job_folder: Path | None = None
 
 
 def run_job(
-    job: JobConfig, *, progress: OnProgress | None = None, stop: threading.Event | None = None
+    job: JobConfig,
+    *,
+    mode: Mode | None = None,
+    progress: OnProgress | None = None,
+    stop: threading.Event | None = None,
+    note: Callable[[str], object] = lambda _: None,
 ) -> JobResult:
     """Run a job, or what is missing of it. On return the output folder has `_SUCCESS`.
 
     Args:
         job: the job; its paths are absolute or relative to the working directory.
+        mode: what to do other than that.
         progress: told about twice a second how far the job is.
         stop: once it is set, no more units are begun; those in flight are completed and committed.
+        note: told what the user should know, in one line each.
 
     Raises:
         UserError: something the user can fix.
         JobStopped: it was asked to stop before all was done.
         JobFailed: anything else; the same call resumes the job.
     """
-    plan = plan_job(job)
+    mode = mode or Mode()
+    plan = plan_job(job, extend=mode.extend)
     job, output, units = plan.job, plan.output, plan.units
     mark = manifest.fingerprint(job, plan.files)
     check_models(job)
-    manifest.claim(output, job, plan.files, mark)
+    manifest.claim(
+        output,
+        job,
+        plan.files,
+        mark,
+        extend=mode.extend,
+        same_content=mode.same_content,
+        forked_from=Folder(mode.forked_from, job.s3) if mode.forked_from else None,
+    )
+    if plan.left_out:
+        note(_left_out(plan.left_out))
     done = manifest.committed(output, units)
-    pending = [unit for unit in units if unit.id not in done]
-    if not pending and (recorded := output.read(manifest.MANIFEST)) and _succeeded(output):
-        return JobResult(job.output, json.loads(recorded)["summary"], units_run=0)
+    missing = [unit for unit in units if unit.id not in done]
+    pending = missing
+    if mode.only_failed:
+        pending = failed_units(output, [unit for unit in units if unit.id in done])
+    if not pending and not missing and (recorded := _finished(output)):
+        return JobResult(job.output, recorded["summary"], units_run=0)
 
     checksums: dict[str, str] = {}
     if pending:
-        output.delete(manifest.SUCCESS)
         with connected():
             check_resources(job.actors, _node_resources())
-            rows_before = plan.rows - sum(unit.rows for unit in pending)
-            checksums = _generate(plan, pending, digest(mark), rows_before, progress, stop)
-    summary = manifest.finish(output, units, mark, checksums)
+            output.delete(manifest.SUCCESS)
+            checksums = _generate(plan, pending, digest(mark), mode.only_failed, progress, stop)
+    if mode.only_failed and missing:
+        summary = summarise(manifest.read_records(output, done))
+        return JobResult(job.output, summary, len(pending), missing=len(missing))
+    summary = finish(output, job, units, mark, checksums, mode.job_folder)
     return JobResult(job.output, summary, units_run=len(pending))
 
 
-def _succeeded(output: Folder) -> bool:
-    return output.read(manifest.SUCCESS) is not None
+def _finished(output: Folder) -> dict[str, Any] | None:
+    """The manifest of a job that is finished."""
+    recorded = output.read(manifest.MANIFEST)
+    if recorded is None or output.read(manifest.SUCCESS) is None:
+        return None
+    found: dict[str, Any] = json.loads(recorded)
+    return found
+
+
+def _left_out(files: Sequence[InputFile]) -> str:
+    names = ", ".join(file.name for file in files[:3])
+    more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
+    what = "input file is" if len(files) == 1 else "input files are"
+    return f"{len(files):,} new {what} not part of this job; --extend adds: {names}{more}"
 
 
 # ------------------------------------------------------------------ the cluster
@@ -228,16 +304,17 @@ def _generate(
     plan: JobPlan,
     pending: list[Unit],
     digest: str,
-    rows_before: int,
+    retry: bool,
     progress: OnProgress | None,
     stop: threading.Event | None,
 ) -> dict[str, str]:
     """Generate and commit the pending units. Returns checksums of the files written."""
     job = plan.job
+    rows_before = plan.rows - sum(len(unit.wanted) for unit in pending)
     monitor = start_monitor(job.actors.max_actors)
     schemas = {f.file.name: f.schema for f in plan.files if f.file.format == "jsonl"}
     source = UnitDatasource(pending, schemas, job.s3)
-    sink = CommitSink(plan.output, partial(_committed, monitor))
+    sink = (RetrySink if retry else CommitSink)(plan.output, partial(_committed, monitor))
     # Reading and writing are mostly waiting. They ask for no CPU, so that actors may hold all of
     # them and the job still moves; instead they are few.
     few = 2 + job.actors.max_actors

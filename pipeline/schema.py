@@ -88,12 +88,12 @@ def check_reserved(plans: Iterable[FilePlan]) -> None:
                 )
 
 
-def completions_table(rows: UnitRows, outcomes: Sequence[Outcome]) -> pa.Table:
+def completions_table(rows: UnitRows, outcomes: Sequence[Outcome | None]) -> pa.Table:
     """The unit's completed rows, in input order; no row if all failed.
 
     Args:
         rows: the unit as it was read.
-        outcomes: one per row.
+        outcomes: one per row; None: not this time.
     """
     indices = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Finished)]
     finished = [outcome for outcome in outcomes if isinstance(outcome, Finished)]
@@ -112,12 +112,12 @@ RATIOS = ("acceptance_rate", "block_efficiency")
 """Properties of `Counts`; null where nothing was verified."""
 
 
-def errors_table(rows: UnitRows, outcomes: Sequence[Outcome]) -> pa.Table:
+def errors_table(rows: UnitRows, outcomes: Sequence[Outcome | None]) -> pa.Table:
     """The unit's failed rows, in input order.
 
     Args:
         rows: the unit as it was read.
-        outcomes: one per row.
+        outcomes: one per row; None: not this time.
     """
     indices = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Failed)]
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
@@ -163,7 +163,7 @@ def total_calibration(completions: Iterable[Completion]) -> dict[str, list[list[
     return {str(key): calibration.bins.tolist() for key, calibration in sorted(total.items())}
 
 
-def total_counts(outcomes: Iterable[Outcome]) -> Counts:
+def total_counts(outcomes: Iterable[Outcome | None]) -> Counts:
     """The sum of the finished rows' counts."""
     total = Counts()
     for outcome in outcomes:

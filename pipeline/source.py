@@ -15,6 +15,7 @@ from ray.data.datasource import Datasource, ReadTask
 from pipeline.blocks import UnitRows
 from pipeline.config import S3Config
 from pipeline.faults import explained
+from pipeline.listing import check_unchanged
 from pipeline.rows import parse_line, to_table
 from pipeline.storage import open_file
 from pipeline.units import Unit
@@ -84,7 +85,11 @@ def read_units(units: list[Unit], schema: pa.Schema | None, s3: S3Config) -> Ite
         units: of one file, in row order, all with the same `offset`.
         schema: for JSONL, the file's columns and types; None for Parquet.
         s3: how to reach files on S3.
+
+    Raises:
+        UserError: the file is not the one that was planned.
     """
+    check_unchanged(units[0].url, units[0].size, units[0].modified, s3)
     if units[0].format == "jsonl":
         (unit,) = units
         with explained(unit.url, s3), open_file(unit.url, s3) as file:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from specdec.acceptance import Calibration
 from specdec.request import Counts
@@ -66,6 +67,11 @@ class UnitRecord:
             (`Calibration.bins`).
         costs: the actor's cost tables when the unit ended.
         fell_back: whether the actor had given up its acceptance head by then.
+        generation: how often the unit's failed rows were tried again (`pipeline.retry`). What
+            counts rows, tokens and errors is about all rows in the file; what measures an actor,
+            about the last generation.
+        retried: how many rows that generation tried; 0 for the first, which tried all.
+        earlier: the records that this one superseded, oldest first.
     """
 
     unit: str
@@ -94,6 +100,9 @@ class UnitRecord:
     calibration: dict[str, list[list[float]]] = field(default_factory=dict)
     costs: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     fell_back: bool = False
+    generation: int = 0
+    retried: int = 0
+    earlier: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def failed(self) -> int:
@@ -108,6 +117,31 @@ class UnitRecord:
     def from_json(data: bytes) -> UnitRecord:
         """What `to_json` wrote."""
         return UnitRecord(**json.loads(data))
+
+
+def parts(record: UnitRecord) -> list[UnitRecord]:
+    """A record by generation: what each of them took, and the rows that it settled.
+
+    Rows that failed and were tried again belong to the generation that tried them last, so the
+    parts sum to the whole.
+    """
+    wholes = [*(UnitRecord(**each) for each in record.earlier), replace(record, earlier=[])]
+    found: list[UnitRecord] = []
+    for before, whole, after in zip([None, *wholes], wholes, [*wholes[1:], None], strict=False):
+        tried = whole.rows if before is None else whole.retried
+        part = replace(whole, rows=tried - (after.retried if after else 0))
+        if after is not None:
+            part = replace(part, errors={})
+        if before is not None:
+            part = replace(
+                part,
+                completions=whole.completions - before.completions,
+                prompt_tokens=whole.prompt_tokens - before.prompt_tokens,
+                output_tokens=whole.output_tokens - before.output_tokens,
+                counts={k: n - before.counts.get(k, 0) for k, n in whole.counts.items()},
+            )
+        found.append(part)
+    return found
 
 
 def busy_seconds(records: Iterable[UnitRecord]) -> float:
@@ -172,6 +206,7 @@ def summarise(records: Sequence[UnitRecord]) -> dict[str, Any]:
     Args:
         records: one per committed unit.
     """
+    records = [part for record in records for part in parts(record)]
     counts, errors, phases, engine = Counts(), Counter[str](), Counter[str](), Counter[str]()
     for record in records:
         counts.add(Counts(**record.counts))
@@ -184,7 +219,7 @@ def summarise(records: Sequence[UnitRecord]) -> dict[str, Any]:
         "rows": sum(r.completions for r in records),
         "errors": sum(errors.values()),
         "errors_by_class": dict(errors.most_common()),
-        "units": len(records),
+        "units": len({r.unit for r in records}),
         "prompt_tokens": sum(r.prompt_tokens for r in records),
         "output_tokens": output_tokens,
         "seconds": seconds,
@@ -203,7 +238,8 @@ def summarise(records: Sequence[UnitRecord]) -> dict[str, Any]:
 
 
 def stats_tables(records: Sequence[UnitRecord]) -> dict[str, pa.Table]:
-    """The tables of `stats/`: units, actors, phases, costs and calibration."""
+    """The tables of `stats/`: units (by generation), actors, phases, costs and calibration."""
+    records = [part for record in records for part in parts(record)]
     by_actor: dict[str, list[UnitRecord]] = {}
     for record in records:
         by_actor.setdefault(record.actor, []).append(record)
@@ -255,7 +291,7 @@ def _unit_row(record: UnitRecord) -> dict[str, Any]:
     row = asdict(record)
     counts = Counts(**row.pop("counts"))
     engine, phase_seconds = row.pop("engine"), row.pop("phase_seconds")
-    for nested in ("speedup", "calibration", "costs"):
+    for nested in ("speedup", "calibration", "costs", "earlier"):
         del row[nested]
     return {
         **row,
@@ -268,3 +304,13 @@ def _unit_row(record: UnitRecord) -> dict[str, Any]:
         **engine,
         "phase_seconds": json.dumps(phase_seconds),
     }
+
+
+def parquet_bytes(table: pa.Table, record: UnitRecord | None = None) -> bytes:
+    """A table as a Parquet file, with the unit's record in its footer if there is one."""
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        if record is not None:
+            writer.add_key_value_metadata({FOOTER_KEY: record.to_json()})
+    return bytes(sink.getvalue())

@@ -8,11 +8,13 @@ role), looked up on the machine that needs them: a `Folder` can be pickled and h
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,9 +30,11 @@ from pipeline.config import S3Config
 from pipeline.errors import UserError
 from pipeline.faults import CutShort, explained, is_transient, patiently, s3_answer
 
-_STAGING = "_specbatch/staging"
+STAGING = "_specbatch/staging"
+_LOCK = "_specbatch/lock"
 _CONNECT_SECONDS = 5
 _SILENCE_SECONDS = 30  # that a connection may send nothing
+_CONDITION_FAILED = {"PreconditionFailed", "412", "NoSuchKey"}  # the last: If-Match of no file
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 
 
@@ -242,7 +246,7 @@ class Folder:
             UserError: the storage refuses.
         """
         if is_s3(self.url):
-            return self._put_object(name, data, if_absent=True)
+            return self._put_object(name, data, IfNoneMatch="*")
         with explained(self.join(name), self.s3):
             target = Path(self.url, name)
             if target.exists():
@@ -257,19 +261,72 @@ class Folder:
             UserError: the storage refuses.
         """
         if is_s3(self.url):
-            self._put_object(name, data, if_absent=False)
+            self._put_object(name, data)
             return
         with explained(self.join(name), self.s3):
             target = Path(self.url, name)
             with self._staged(target, data) as staged:
                 os.replace(staged, target)
 
+    def read_version(self, name: str) -> tuple[bytes, str]:
+        """A file's content, and what `replace` calls this version of it.
+
+        Raises:
+            FileNotFoundError: there is none.
+            UserError: the storage refuses.
+        """
+        if not is_s3(self.url):
+            with explained(self.join(name), self.s3):
+                data = Path(self.url, name).read_bytes()
+            return data, hashlib.sha256(data).hexdigest()
+        key = self._key(name)
+
+        def get() -> tuple[bytes, str]:
+            try:
+                answer = _client(self.s3).get_object(**key)
+            except _client(self.s3).exceptions.NoSuchKey:
+                raise FileNotFoundError(self.join(name)) from None
+            return answer["Body"].read(), answer["ETag"]
+
+        return patiently(self.join(name), self.s3, get)
+
+    def replace(self, name: str, data: bytes, version: str) -> bool:
+        """Replace a file in one atomic step if it still is this version.
+
+        A reader sees the old file or the new one. Of several writers that have read one version
+        exactly one wins. On a disk they take turns by a lock; on S3 the PUT is conditional.
+
+        Returns:
+            True if this call replaced the file, False if it was another version or gone.
+
+        Raises:
+            UserError: the storage refuses.
+        """
+        if is_s3(self.url):
+            return self._put_object(name, data, IfMatch=version)
+        with explained(self.join(name), self.s3):
+            target = Path(self.url, name)
+            with self._staged(target, data) as staged, self._locked():
+                if not target.exists() or self.read_version(name)[1] != version:
+                    return False
+                os.replace(staged, target)
+        return True
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone among all writers of this folder; a writer that dies lets go of it."""
+        with Path(self.url, _LOCK).open("ab") as lock:
+            # A filesystem without locks (some network ones): as good as it gets without.
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
     def _key(self, name: str) -> dict[str, str]:
         bucket, prefix = split_s3(self.url)
         return {"Bucket": bucket, "Key": f"{prefix}/{name}" if prefix else name}
 
-    def _put_object(self, name: str, data: bytes, *, if_absent: bool) -> bool:
-        options = {**self._key(name), **({"IfNoneMatch": "*"} if if_absent else {})}
+    def _put_object(self, name: str, data: bytes, **condition: str) -> bool:
+        options = {**self._key(name), **condition}
         unsure = False  # whether an earlier attempt may have written the file
 
         def put() -> bool:
@@ -278,7 +335,7 @@ class Folder:
                 _client(self.s3).put_object(**options, Body=data)
             except (aws.BotoCoreError, aws.ClientError) as error:
                 answer = s3_answer(error)
-                if answer is not None and answer.code in {"PreconditionFailed", "412"}:
+                if answer is not None and answer.code in _CONDITION_FAILED:
                     # Either our own PUT whose answer was lost, or another writer's. If the
                     # content is ours, it is true of both that this data is in the file.
                     return unsure and self.read(name) == data
@@ -291,7 +348,7 @@ class Folder:
     @contextmanager
     def _staged(self, target: Path, data: bytes) -> Iterator[Path]:
         """A complete, synced copy of `data` on the target's own filesystem."""
-        staged = Path(self.url, _STAGING, f"{uuid.uuid4().hex}-{target.name}")
+        staged = Path(self.url, STAGING, f"{uuid.uuid4().hex}-{target.name}")
         staged.parent.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -322,6 +379,15 @@ class Folder:
         infos = patiently(self.join(name), self.s3, lambda: fs.get_file_info(selector))
         return {i.base_name: i.size for i in infos if i.type == pafs.FileType.File}
 
+    def tree(self, name: str) -> dict[str, int]:
+        """Names (relative to `name`) and sizes in bytes of the files at any depth below it."""
+        fs, root = filesystem(self.url, self.s3)
+        base = f"{root}/{name}".rstrip("/")
+        selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
+        infos = patiently(self.join(name), self.s3, lambda: fs.get_file_info(selector))
+        files = (i for i in infos if i.type == pafs.FileType.File)
+        return {i.path[len(base) + 1 :]: i.size for i in files}
+
     def delete(self, name: str) -> None:
         """Remove a file if it exists.
 
@@ -338,7 +404,7 @@ class Folder:
     def clear_staging(self) -> None:
         """Remove half-written files that killed writers left. S3 never has any."""
         if not is_s3(self.url):
-            shutil.rmtree(Path(self.url, _STAGING), ignore_errors=True)
+            shutil.rmtree(Path(self.url, STAGING), ignore_errors=True)
 
 
 def _link(staged: Path, target: Path) -> bool:

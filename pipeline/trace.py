@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pipeline import manifest
 from pipeline.blocks import UnitRows
 from pipeline.errors import UserError
+from pipeline.inputs import INPUTS
 from pipeline.schema import ROW_ID, Finished, Outcome, row_id
 from pipeline.stats import UnitRecord
 from pipeline.storage import Folder
@@ -37,13 +38,13 @@ TRACE_SCHEMA = pa.schema(
 
 
 def trace_table(
-    rows: UnitRows, outcomes: Sequence[Outcome], text: Callable[[int], str]
+    rows: UnitRows, outcomes: Sequence[Outcome | None], text: Callable[[int], str]
 ) -> pa.Table:
     """The rounds of the unit's completed rows.
 
     Args:
         rows: the unit as it was read.
-        outcomes: one per row.
+        outcomes: one per row; None: not this time.
         text: of a token.
     """
     rounds = []
@@ -112,7 +113,7 @@ def _unit_of(output: Folder, row: str) -> UnitRecord | None:
 
 def _instead(output: Folder, row: str) -> str:
     """What may have been meant by an id that no committed row has."""
-    data = output.read(manifest.INPUTS)
+    data = output.read(INPUTS)
     inputs = pq.read_table(pa.BufferReader(data)).to_pylist() if data else []
     rows = {each["name"]: each["rows"] for each in inputs if each["rows"]}
     name, index = _parsed(row) or _parsed(f"{row}:0") or (row, 0)

@@ -43,6 +43,9 @@ class Unit:
         offset: where reading starts: first row group (Parquet) or byte (JSONL).
         end: where it ends: one past the last row group or byte.
         skip: rows before `start` in the first row group; 0 for JSONL.
+        size, modified: of the file when it was planned (`InputFile`).
+        generation: how often its files were replaced when this work on it is committed.
+        only: the rows to complete, by their index in it; None: all.
     """
 
     id: str
@@ -54,6 +57,15 @@ class Unit:
     offset: int
     end: int
     skip: int = 0
+    size: int = 0
+    modified: int = 0
+    generation: int = 0
+    only: tuple[int, ...] | None = None
+
+    @property
+    def wanted(self) -> Sequence[int]:
+        """The rows to complete, by their index in the unit."""
+        return range(self.rows) if self.only is None else self.only
 
     def to_json(self) -> str:
         """One line that `from_json` reads back."""
@@ -62,7 +74,9 @@ class Unit:
     @staticmethod
     def from_json(line: str) -> Unit:
         """The unit that `to_json` wrote."""
-        return Unit(**json.loads(line))
+        values = json.loads(line)
+        only = values.pop("only")
+        return Unit(**values, only=None if only is None else tuple(only))
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,8 @@ def _plan_parquet(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
             offset=cut.first_group,
             end=cut.end_group,
             skip=cut.skip,
+            size=file.size,
+            modified=file.modified,
         )
         for cut in cut_row_groups(groups, unit_rows)
     )
@@ -204,6 +220,8 @@ def _plan_jsonl(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
             rows=end - start,
             offset=offset,
             end=limit,
+            size=file.size,
+            modified=file.modified,
         )
         for (start, offset), (end, limit) in pairwise(bounds)
     )

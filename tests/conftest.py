@@ -209,6 +209,20 @@ def s3_env(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     return s3_server
 
 
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """An empty output folder of each kind: the same tests must pass on both."""
+    from pipeline.config import S3Config
+    from pipeline.storage import Folder
+
+    if request.param == "local":
+        return Folder(str(tmp_path / "out"), S3Config())
+    server: S3Server = request.getfixturevalue("s3_env")
+    bucket = f"b{abs(hash(tmp_path))}"
+    server.client().create_bucket(Bucket=bucket)
+    return Folder(f"s3://{bucket}/out", S3Config(endpoint=server.endpoint))
+
+
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., str]:
     """Writes rows as a Parquet or JSONL file under tmp_path; returns its path."""

@@ -21,7 +21,7 @@ def condemned(poison: set[int], rows: int, size: int) -> tuple[set[int], int]:
                 continue  # dies
             return set(), history.deaths
         given_up = set()
-        for group in history.groups(rows, size):
+        for group in history.groups(range(rows), size):
             if history.poisonous(group):
                 given_up.add(group[0])
                 continue

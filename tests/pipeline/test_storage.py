@@ -14,17 +14,6 @@ from pipeline.listing import list_inputs
 from pipeline.storage import Folder, check_access, filesystem
 
 
-@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    """An empty output folder of each kind: the same tests must pass on both."""
-    if request.param == "local":
-        return Folder(str(tmp_path / "out"), S3Config())
-    server: S3Server = request.getfixturevalue("s3_env")
-    bucket = f"b{abs(hash(tmp_path))}"
-    server.client().create_bucket(Bucket=bucket)
-    return Folder(f"s3://{bucket}/out", S3Config(endpoint=server.endpoint))
-
-
 def test_put_if_absent_never_overwrites(folder: Folder) -> None:
     assert folder.put_if_absent("completions/u.parquet", b"first")
     assert not folder.put_if_absent("completions/u.parquet", b"second")
@@ -51,6 +40,44 @@ def test_put_replaces(folder: Folder) -> None:
     folder.put("a/x", b"first")
     folder.put("a/x", b"second")
     assert folder.read("a/x") == b"second"
+
+
+def test_replace_is_for_who_knows_the_version(folder: Folder) -> None:
+    folder.put("x", b"first")
+    data, version = folder.read_version("x")
+    assert data == b"first"
+    assert folder.replace("x", b"second", version)
+    assert not folder.replace("x", b"third", version)
+    assert folder.read("x") == b"second"
+    assert not folder.replace("gone", b"third", version)
+    assert folder.read("gone") is None
+    with pytest.raises(FileNotFoundError):
+        folder.read_version("gone")
+
+
+def test_of_many_who_replace_one_version_one_wins(folder: Folder) -> None:
+    folder.put("x", b"first")
+    _, version = folder.read_version("x")
+    wins: list[int] = []
+
+    def write(number: int) -> None:
+        if folder.replace("x", str(number).encode() * 1000, version):
+            wins.append(number)
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wins) == 1
+    assert folder.read("x") == str(wins[0]).encode() * 1000
+
+
+def test_tree_names_files_at_any_depth(folder: Folder) -> None:
+    assert folder.tree("a") == {}
+    folder.put("a/x", b"12")
+    folder.put("a/deep/y", b"1")
+    assert folder.tree("a") == {"x": 2, "deep/y": 1}
 
 
 def test_list_names_files_and_nothing_else(folder: Folder) -> None:

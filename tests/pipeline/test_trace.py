@@ -14,6 +14,7 @@ from pipeline import manifest
 from pipeline.blocks import UnitRows
 from pipeline.config import S3Config
 from pipeline.errors import RowError, UserError
+from pipeline.inputs import INPUTS
 from pipeline.schema import Failed, Finished, Outcome
 from pipeline.stats import FOOTER_KEY
 from pipeline.storage import Folder
@@ -53,7 +54,7 @@ def job(tmp_path: Path) -> Callable[..., Folder]:
         folder = Folder(str(tmp_path), S3Config())
         folder.put(manifest.JOB, b"{}")
         sizes = pa.table({"name": ["a.parquet", "a-.parquet"], "size": [1, 1], "rows": [6, 3]})
-        folder.put(manifest.INPUTS, manifest.table_bytes(sizes))
+        folder.put(INPUTS, manifest.table_bytes(sizes))
         for each in units:
             rows = UnitRows(each, pa.table({"p": ["x"] * each.rows}), {})
             trace = f"{each.id}-0.parquet"

@@ -1,0 +1,78 @@
+"""`specbatch verify`: is everything there, once, and as it was written?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jobs.console import FAILURE, err, explained, out
+from jobs.spec import s3_options
+
+_PROBLEMS_SHOWN = 100
+
+
+def verify(
+    output: Annotated[
+        str, typer.Argument(metavar="OUT", help="A job's output folder, local or s3://.")
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object instead of a text.")
+    ] = False,
+    endpoint: Annotated[
+        str | None, typer.Option(help="URL of an S3-compatible server.", show_default=False)
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="AWS profile to use.", show_default=False)
+    ] = None,
+) -> None:
+    """Check a job's output again, from its files: every row there once, every file as written.
+
+    Reads all that the job committed: rows in = rows completed + rows in errors, row ids against the
+    plan, counts and checksums, the manifest against the files, and files that belong to no unit.
+    Exits with 1 and names each problem if there is one.
+
+    [bold]Examples[/]
+
+      specbatch verify out/demo
+
+      specbatch verify s3://bucket/out --endpoint http://s3.example.com --json | jq .problems
+    """
+    with explained():
+        s3 = s3_options(endpoint, profile)
+        from pipeline.verify import verify as check
+
+        with _bar() as show:
+            found = check(output, s3, show)
+        if as_json:
+            print(json.dumps({"ok": found.ok, **asdict(found)}))
+        else:
+            for problem in found.problems[:_PROBLEMS_SHOWN]:
+                line = f"[red]{problem.kind}[/] {escape(problem.file)}: {escape(problem.message)}"
+                out.print(line, highlight=False, soft_wrap=True)
+            if (more := found.problems_found - _PROBLEMS_SHOWN) > 0:
+                out.print(f"and {more:,} more: --json lists them")
+            rows = f"{found.rows_out:,} completed + {found.rows_in_errors:,} in errors"
+            read = f"{found.units:,} units, {found.files:,} files, {found.bytes / 1e6:,.1f} MB read"
+            line = f"rows: {found.rows_in:,} in, {rows}; {read}"
+            out.print(line, highlight=False, soft_wrap=True)
+            verdict = "[green]ok[/]" if found.ok else f"[red]{found.problems_found:,} problems[/]"
+            out.print(f"{verdict}: {escape(found.output)}", highlight=False, soft_wrap=True)
+    if not found.ok:
+        raise typer.Exit(FAILURE)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over units, on a terminal."""
+    columns = (TextColumn("checking units"), BarColumn(), MofNCompleteColumn())
+    bar = Progress(*columns, TimeRemainingColumn(), console=err, transient=True)
+    with bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
