@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import jinja2
-from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from pipeline.templates import PromptTemplate
 
 Policy = Literal["none", "fixed", "heuristic", "confidence", "entropy", "head", "goodput"]
 Estimator = Literal["confidence", "entropy", "head"]
@@ -76,10 +76,7 @@ class InputConfig(_Settings):
     @classmethod
     def _template_compiles(cls, template: str | None) -> str | None:
         if template is not None:
-            try:
-                SandboxedEnvironment().from_string(template)
-            except jinja2.TemplateSyntaxError as error:
-                raise ValueError(f"is not a valid jinja2 template: {error}") from None
+            PromptTemplate(template)
         return template
 
     @model_validator(mode="after")
@@ -147,6 +144,13 @@ class SamplingConfig(_Settings):
         if not all(stop):
             raise ValueError("holds an empty string, which would stop every row at once")
         return stop
+
+    @field_validator("temperature")
+    @classmethod
+    def _hot_or_greedy(cls, temperature: float) -> float:
+        if 0 < temperature < 1e-5:
+            raise ValueError("must be 0 (greedy) or at least 1e-5")
+        return temperature
 
     @field_validator("n")
     @classmethod
