@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.templates import PromptTemplate
 
@@ -26,6 +34,15 @@ class _Settings(BaseModel):
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
+
+def _no_null_byte(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a null byte, which no path or name can have")
+    return text
+
+
+PlainString = Annotated[str, AfterValidator(_no_null_byte)]
+"""A string that can be a path or a name."""
 
 StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 """A list of strings; a single string is a list of one."""
@@ -59,7 +76,7 @@ class S3Config(_Settings):
 class InputConfig(_Settings):
     """Where the rows are, and which column, or template over columns, is the prompt."""
 
-    paths: StringList = Field(
+    paths: Annotated[tuple[PlainString, ...], BeforeValidator(_as_list)] = Field(
         min_length=1, description="files, folders and globs of .parquet, .jsonl or .ndjson"
     )
     messages_column: str | None = Field(
@@ -97,8 +114,12 @@ class InputConfig(_Settings):
 class ModelsConfig(_Settings):
     """The target whose distribution the output has, and the draft that proposes."""
 
-    target: str = Field(description="hub name, folder, *.gguf file, or pkg:PACKAGE/FILE.gguf")
-    draft: str | None = Field(default=None, description="same forms; not needed with policy none")
+    target: PlainString = Field(
+        min_length=1, description="hub name, folder, *.gguf file, or pkg:PACKAGE/FILE.gguf"
+    )
+    draft: PlainString | None = Field(
+        default=None, min_length=1, description="same forms; not needed with policy none"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: Literal["int8wo", "int8"] | None = Field(default=None, description="CPU only")
     deterministic: bool = Field(
@@ -270,7 +291,7 @@ class JobConfig(_Settings):
 
     name: str = Field(default="job", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     input: InputConfig
-    output: str = Field(min_length=1, description="folder, local or s3://")
+    output: PlainString = Field(min_length=1, description="folder, local or s3://")
     s3: S3Config = Field(default_factory=S3Config)
     models: ModelsConfig
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -254,9 +255,9 @@ def check_columns(plans: Iterable[FilePlan], required: Iterable[str]) -> None:
     required = list(required)
     for plan in plans:
         names = plan.schema.names
-        repeated = {name for name in names if names.count(name) > 1}
+        repeated = sorted(name for name, count in Counter(names).items() if count > 1)
         if repeated:
-            raise UserError(f"{plan.file.url}: two columns are named {sorted(repeated)[0]!r}")
+            raise UserError(f"{plan.file.url}: two columns are named {repeated[0]!r}; rename one")
         for column in required:
             if column not in names and plan.rows:
                 have = ", ".join(names) or "none"

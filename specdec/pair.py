@@ -24,6 +24,8 @@ PACKAGE_PREFIX = "pkg:"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 SHARED_MODULES = ("embed_tokens.weight", "lm_head.weight")
 
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -73,6 +75,7 @@ def find_model(name: str) -> ModelSource:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise PairError(f"model folder {name} has no config.json")
+        _check_weights(name, path)
         return ModelSource(name, path)
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(name, path)
@@ -85,6 +88,19 @@ def find_model(name: str) -> ModelSource:
         raise PairError(f"model {name}: no such folder or GGUF file")
     hub_name, _, revision = name.partition("@")
     return ModelSource(hub_name, None, revision or None)
+
+
+def _check_weights(name: str, folder: Path) -> None:
+    """Pickle files run code when they are loaded, so safetensors are the only weights read."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(each.name for end in PICKLES for each in folder.glob(end))
+    if pickles:
+        raise PairError(
+            f"model folder {name} has no safetensors, only {pickles[0]}, a pickle file, which may "
+            "run any code; convert it with transformers' save_pretrained"
+        )
+    raise PairError(f"model folder {name} has no weights: no *.safetensors file")
 
 
 def check_model_name(name: str) -> None:
@@ -165,7 +181,7 @@ class ModelPair:
         target_model, missing = loader.model(target_source, device_map)
         if missing:
             raise PairError(f"target {target}: its weights lack {' and '.join(sorted(missing))}")
-        tokenizer = loader.tokenizer(target_source)
+        tokenizer = load_tokenizer(target_source, trust_remote_code)
         draft_model = None
         if draft is not None:
             draft_source = find_model(draft)
@@ -272,7 +288,8 @@ class _Loader:
         model, missing = self.model(source, None)
         _share_modules(target, model, missing, source.name)
         if not missing or self.has_tokenizer(source):
-            _check_vocabularies(tokenizer, self.tokenizer(source), target_name, source.name)
+            own = load_tokenizer(source, self.trust_remote_code)
+            compare_vocabularies(tokenizer, own, target_name, source.name)
         return model
 
     def has_tokenizer(self, source: ModelSource) -> bool:
@@ -280,18 +297,22 @@ class _Loader:
         path = source.path
         return path is None or path.is_file() or any(path.glob("tokenizer*"))
 
-    def tokenizer(self, source: ModelSource) -> Any:
-        from transformers import AutoTokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(
-                model_folder(source),
-                revision=source.revision,
-                trust_remote_code=self.trust_remote_code,
-            )
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise PairError(f"model {source.name} has no usable tokenizer: {reason}") from error
+def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
+    """A model's tokenizer (transformers).
+
+    Raises:
+        PairError: it has none, or one that cannot be used.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            model_folder(source), revision=source.revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PairError(f"model {source.name} has no usable tokenizer: {reason}") from error
 
 
 def load_draft(pair: ModelPair, name: str, *, trust_remote_code: bool = False) -> Any:
@@ -316,6 +337,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SPECBATCH_CACHE") or f"{base}/specbatch").expanduser()
 
 
+def _converted(gguf: Path) -> Path:
+    """Where the conversion of a GGUF file is, or will be."""
+    stat = gguf.stat()
+    key = hashlib.sha256(
+        f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()
+    ).hexdigest()[:16]
+    return cache_folder() / "gguf" / f"{gguf.stem}-{key}"
+
+
+def local_folder(source: ModelSource) -> Path | None:
+    """The folder that a model would be loaded from; it may not be there yet."""
+    path = source.path
+    return _converted(path) if path is not None and path.suffix == ".gguf" else path
+
+
 def model_folder(source: ModelSource) -> str:
     """What from_pretrained takes; a GGUF file is converted once to a folder of safetensors.
 
@@ -327,11 +363,7 @@ def model_folder(source: ModelSource) -> str:
         return source.name
     if path.suffix != ".gguf":
         return str(path)
-    stat = path.stat()
-    key = hashlib.sha256(
-        f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()
-    ).hexdigest()[:16]
-    folder = cache_folder() / "gguf" / f"{path.stem}-{key}"
+    folder = _converted(path)
     if folder.is_dir():
         return str(folder)
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -373,8 +405,12 @@ def _share_modules(target: Any, draft: Any, missing: frozenset[str], name: str) 
         draft.set_output_embeddings(target.get_output_embeddings())
 
 
-def _check_vocabularies(target: Any, draft: Any, target_name: str, draft_name: str) -> None:
-    """Both tokenizers must give the same token to every id; only padding rows may differ."""
+def compare_vocabularies(target: Any, draft: Any, target_name: str, draft_name: str) -> None:
+    """Check that both tokenizers give the same token to every id; only padding rows may differ.
+
+    Raises:
+        PairError: names the first token that differs.
+    """
     ours, theirs = target.get_vocab(), draft.get_vocab()
     if ours == theirs:
         return

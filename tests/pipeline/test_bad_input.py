@@ -161,7 +161,10 @@ CHAT: dict[str, tuple[bytes | pa.Table, list[str]]] = {
         [OK, "MalformedMessages", "MalformedMessages", OK, "MalformedMessages"],
     ),
     "nested-100-deep.jsonl": (jsonl({"messages": HI, "deep": json.loads(nested(100))}), [OK]),
-    "nested-900-deep.jsonl": (jsonl({"messages": HI, "deep": json.loads(nested(900))}), [OK]),
+    "nested-900-deep.jsonl": (
+        said(HI) + jsonl({"messages": HI, "deep": json.loads(nested(900))}),
+        [OK, "MalformedLine"],
+    ),
     "nested-100000-deep.jsonl": (
         said(HI) + nested(100_000).encode() + b"\n",
         [OK, "MalformedLine"],
@@ -421,7 +424,10 @@ def test_every_row_becomes_what_the_table_says(
         "actors": {"num_cpus": 2},
     }
     run(values)
-    completed, failed = classes(tmp_path / "out", "completions"), classes(tmp_path / "out", "errors")
+    completed, failed = (
+        classes(tmp_path / "out", "completions"),
+        classes(tmp_path / "out", "errors"),
+    )
     became = completed | failed
     expected = {
         f"{name}:{i}:0": outcome
