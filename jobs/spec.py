@@ -16,6 +16,12 @@ from pipeline.errors import UserError, nearest
 
 
 _MOST_LINES = 20
+_OWN_WORDS = {
+    "model_type": "must be a section of keys and values (leave it out for the defaults)",
+    "tuple_type": "must be a list",
+    "string_unicode": "must be text without half characters",
+}
+"""What to say instead of pydantic's words, by its type of error."""
 
 
 class JobFileError(UserError):
@@ -152,7 +158,12 @@ def _resolve_paths(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _absolute(path: str, folder: Path) -> str:
     if "://" in path:
         return path
-    return os.path.normpath(folder / os.path.expanduser(path))
+    path = os.path.expanduser(path)
+    if path.startswith("~"):
+        raise JobFileError(
+            f"{path}: no user of this name; for a folder of this name write ./{path}"
+        )
+    return os.path.normpath(folder / path) if path else path
 
 
 def _model(name: Any, folder: Path) -> Any:
@@ -181,7 +192,9 @@ def explain(error: ValidationError) -> Iterator[str]:
                 message = detail["msg"].removeprefix("Value error, ")
                 yield f"{dotted}: {message}" if dotted else message
             case _:
-                message = detail["msg"][0].lower() + detail["msg"][1:]
+                message = _OWN_WORDS.get(
+                    detail["type"], detail["msg"][0].lower() + detail["msg"][1:]
+                )
                 # Somebody may have put a credential there.
                 got = "" if location[:1] == ["s3"] else f", got {_short(detail['input'])}"
                 yield f"{dotted}: {message}{got}"

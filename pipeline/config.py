@@ -76,7 +76,7 @@ class S3Config(_Settings):
 class InputConfig(_Settings):
     """Where the rows are, and which column, or template over columns, is the prompt."""
 
-    paths: Annotated[tuple[PlainString, ...], BeforeValidator(_as_list)] = Field(
+    paths: StringList = Field(
         min_length=1, description="files, folders and globs of .parquet, .jsonl or .ndjson"
     )
     messages_column: str | None = Field(
@@ -88,6 +88,13 @@ class InputConfig(_Settings):
     template: str | None = Field(
         default=None, description="jinja2 over the columns; its text is completed as it is"
     )
+
+    @field_validator("paths")
+    @classmethod
+    def _paths_can_be(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(paths):
+            raise ValueError("holds an empty path")
+        return tuple(map(_no_null_byte, paths))
 
     @field_validator("template")
     @classmethod

@@ -163,7 +163,10 @@ class ModelPair:
         Raises:
             PairError: a model is missing, unsupported, or does not fit the other.
         """
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError:
+            raise PairError(f"device {device}: torch knows no such device") from None
         if quantization and place.type != "cpu":
             raise PairError(f"quantization {quantization} runs on CPUs only, not on {place.type}")
         if (deterministic or quantization) and dtype != "float32":
@@ -264,8 +267,7 @@ class _Loader:
                 ignore_mismatched_sizes=True,  # they are refused below, by name
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise PairError(f"model {source.name} cannot be loaded: {reason}") from error
+            raise PairError(f"model {source.name} cannot be loaded: {_reason(error)}") from error
         model, info = loaded
         missing = {name for name in info["missing_keys"] if "rotary" not in name}
         shared = frozenset(end for end in SHARED_MODULES for name in missing if name.endswith(end))
@@ -311,8 +313,15 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
             model_folder(source), revision=source.revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PairError(f"model {source.name} has no usable tokenizer: {reason}") from error
+        raise PairError(f"model {source.name} has no usable tokenizer: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs Python code of its own; if you trust it, set models.trust_remote_code to true"
+        )
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_draft(pair: ModelPair, name: str, *, trust_remote_code: bool = False) -> Any:
