@@ -14,7 +14,6 @@ from pydantic import BaseModel, ValidationError
 from pipeline.config import JobConfig, S3Config
 from pipeline.errors import UserError, nearest
 
-
 _MOST_LINES = 20
 _OWN_WORDS = {
     "model_type": "must be a section of keys and values (leave it out for the defaults)",
@@ -65,7 +64,7 @@ def _read(file: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise JobFileError(f"{file}: cannot be read: {error}") from None
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 (a safe one)
+        return yaml.load(text, _Loader)
     except RecursionError:
         raise JobFileError(f"{file}: not a job file: it is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
@@ -113,7 +112,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     if not separator or not all(path):
         raise JobFileError(f"--set {override}: write it as key=value, such as sampling.seed=1")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 (a safe one)
+        value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise JobFileError(f"--set {override}: the value is not valid YAML") from None
     for key in reversed(path):

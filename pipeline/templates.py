@@ -94,7 +94,7 @@ class _Sandbox(SandboxedEnvironment):
         self.filters = {name: _counted_filter(f) for name, f in self.filters.items()}
         self.filters |= {"counted items": _counted_items, "concatenation": _concatenation}
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         _step()
         _check_arguments([*args, *kwargs.values()])
         if getattr(__obj, "__name__", "") in {"format", "format_map"}:

@@ -14,8 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import CONTEXT, TinyModels
-from small_jobs import rows_of, run
+from small_jobs import run
 
-from pipeline.config import InputConfig, JobConfig, S3Config
+from pipeline.config import JobConfig, S3Config
 from pipeline.errors import UserError
-from pipeline.listing import list_inputs
-from pipeline.run import plan_job
-from pipeline.schema import RESERVED
+from pipeline.run import JobPlan, plan_job
 from pipeline.source import read_units
-from pipeline.units import plan_files
+from pipeline.stats import FOOTER_KEY, UnitRecord
 
 OK = "OK"
 HI = [{"role": "user", "content": "hi"}]
@@ -285,6 +282,7 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
                     {"temprature": 1},
                     {"max_tokens": 3},
                     {"best_of": 2},
+                    {"stop": ["\ud800"]},
                     7,
                     [1],
                     "text",
@@ -293,7 +291,7 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
                 )
             )
         ),
-        ["InvalidSampling"] * 31,
+        ["InvalidSampling"] * 32,
     ),
     "sampling-extremes.jsonl": (
         jsonl(
@@ -314,7 +312,7 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
                     {"top_p": 1e-300},
                     {"min_p": 1, "temperature": 5},
                     {"stop_token_ids": [-1, 10**30]},
-                    {"stop": ["\ud800", "\0"]},
+                    {"stop": ["\0", "👩"]},
                     {"stop": [str(i) * 9 for i in range(2000)]},
                 )
             )
@@ -335,7 +333,8 @@ TEMPLATE = (
     "{{ range(10 ** 9) | list }}{% elif kind == 'loops' %}{% for a in range(99999) %}"
     "{% for b in range(99999) %}{% endfor %}{% endfor %}{% elif kind == 'product' %}"
     "{{ 'x' * 10 ** 11 }}{% elif kind == 'power' %}{{ 9 ** (9 ** 9) }}{% elif kind == 'doubling' %}"
-    "{% set ns = namespace(x='xx') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+    "{% set ns = namespace(x='xx') %}"
+    "{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
     "{% elif kind == 'macro' %}{% macro m(n) %}{{ m(n + 1) }}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}"
     "{% elif kind == 'pad' %}{{ 'x'.ljust(10 ** 11) }}{% elif kind == 'filter' %}"
     "{{ 'x' | center(10 ** 11) }}{% elif kind == 'width' %}{{ '%99999999999d' | format(1) }}"
@@ -411,28 +410,243 @@ def test_every_row_becomes_what_the_table_says(
     local_ray: None, tiny_models: TinyModels, strict_target: str, tmp_path: Path, job: str
 ) -> None:
     how, files = JOBS[job]
-    folder = tmp_path / "in put %41 ü" / ".." / "in"
-    folder.parent.parent.mkdir()
-    (tmp_path / "in").mkdir()
+    folder, output = tmp_path / "in %41 ü", tmp_path / "out"
+    folder.mkdir()
     write(folder, files)
     values = {
-        "input": {"paths": [str(folder)], **how},
-        "output": str(tmp_path / "out"),
+        "input": {"paths": [f"{tmp_path}/x/../{folder.name}"], **how},
+        "output": str(output),
         "models": {"target": strict_target, "draft": tiny_models.draft},
         "sampling": {"max_new_tokens": 4},
         "speculation": {"policy": "fixed", "k": 2, "verification": "coupled"},
         "actors": {"num_cpus": 2},
     }
     run(values)
-    completed, failed = (
-        classes(tmp_path / "out", "completions"),
-        classes(tmp_path / "out", "errors"),
-    )
-    became = completed | failed
     expected = {
         f"{name}:{i}:0": outcome
         for name, (_, outcomes) in files.items()
         for i, outcome in enumerate(outcomes)
     }
-    assert became == expected
-    assert len(completed) + len(failed) == len(expected)
+    assert classes(output, "completions") | classes(output, "errors") == expected
+    for name, (content, outcomes) in files.items():
+        rows = written_rows(output, name)
+        assert rows is not None or not outcomes
+        if rows is None:
+            continue
+        assert rows.num_rows == len(outcomes)
+        if isinstance(content, bytes):
+            lines = [line for line in content.split(b"\n") if line.strip()]
+            for line, row in zip(lines, rows.to_pylist(), strict=True):
+                assert kept(line.strip(b"\r\n"), row), name
+        else:
+            original = content.replace_schema_metadata(None)
+            copy = rows.select(original.column_names)
+            assert copy.schema.equals(original.schema), name
+            # A NaN is not equal to itself, but prints the same.
+            assert copy.equals(original) or copy.to_string() == original.to_string(), name
+    # Whatever the names were, nothing was written elsewhere.
+    assert {each.name for each in tmp_path.iterdir()} == {folder.name, "out"}
+
+
+def written_rows(output: Path, name: str) -> pa.Table | None:
+    """All rows that came of an input file, completed or not, in its order."""
+    tables = []
+    for file in (output / "completions").glob("*.parquet"):
+        record = UnitRecord.from_json(pq.read_metadata(file).metadata[FOOTER_KEY])
+        if record.input == name:
+            tables.append(pq.read_table(file))
+            if record.errors_file:
+                tables.append(pq.read_table(output / "errors" / record.errors_file))
+    if not tables:
+        return None
+    rows = pa.concat_tables(tables, promote_options="default")
+    numbers = [int(each.split(":")[-2]) for each in rows["row_id"].to_pylist()]
+    return rows.take(sorted(range(len(numbers)), key=numbers.__getitem__))
+
+
+def kept(line: bytes, row: dict[str, Any]) -> bool:
+    """Whether an output row still says all that an input line said."""
+    if row.get("raw_line") is not None:
+        return bool(row["raw_line"] == line.decode(errors="replace"))
+    values = json.loads(line)
+    return all(
+        plain(row[key]) == plain(value) or as_value(row[key]) == plain(value)
+        for key, value in values.items()
+    )
+
+
+def plain(value: Any) -> str:
+    """A value as text, without the nulls that Arrow fills missing fields with."""
+
+    def full(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: full(v) for k, v in value.items() if v is not None}
+        return [full(v) for v in value] if isinstance(value, list) else value
+
+    return json.dumps(full(value), sort_keys=True)
+
+
+def as_value(text: Any) -> str | None:
+    """The same for a value that had no column's type and was kept as JSON."""
+    try:
+        return plain(json.loads(text))
+    except (TypeError, ValueError):
+        return None
+
+
+# ----------------------------------------------------- files that no job begins with
+
+TABLE = table(["x"])
+
+
+def parquet(rows: pa.Table = TABLE) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink)
+    return bytes(sink.getvalue())
+
+
+TWICE = pa.table([pa.array(["x"]), INT, INT], names=["prompt", "a", "a"])
+LINE = jsonl({"prompt": "x"})
+
+REFUSED = {
+    "empty.parquet": (b"", "not a readable Parquet file"),
+    "text.parquet": (b"prompt\nhello\n" * 9, "not a readable Parquet file"),
+    "cut-off.parquet": (parquet()[:-20], "not a readable Parquet file"),
+    "beginning-lost.parquet": (parquet()[200:], "not a readable Parquet file"),
+    "broken-footer.parquet": (
+        parquet()[:-60] + b"\xff" * 52 + parquet()[-8:],
+        "not a readable Parquet file",
+    ),
+    "lines.parquet": (LINE, "not a readable Parquet file"),
+    "gzip.jsonl": (gzip.compress(LINE), "is compressed with gzip, though its name says JSON li"),
+    "zstd.jsonl": (pa.compress(LINE, "zstd", asbytes=True), "is compressed with zstd"),
+    "parquet.jsonl": (parquet(), "is a Parquet file, though its name says JSON lines"),
+    "utf16.jsonl": (LINE.decode().encode("utf-16"), "is text in UTF-16, not UTF-8"),
+    "named.jsonl.gz": (gzip.compress(LINE), "compressed files cannot be cut into units"),
+    "named.parquet.zst": (b"", "compressed files cannot be cut into units"),
+    "table.csv": (b"prompt\nx", "not one of .parquet, .jsonl, .ndjson"),
+    "reserved.parquet": (parquet(table(["x"], completion=INT)), "column 'completion' has the name"),
+    "reserved.jsonl": (jsonl({"prompt": "x", "row_id": 1}), "column 'row_id' has the name of an"),
+    "columns-twice.parquet": (parquet(TWICE), "two columns are named 'a'; rename one"),
+    "no-such-column.parquet": (parquet(pa.table({"q": ["x"]})), "no column 'prompt'; its columns"),
+    "no-such-key.jsonl": (jsonl({"q": "x"}), "no column 'prompt'; its columns: q"),
+    "no-object-at-all.jsonl": (b"hello\n", "no column 'prompt'; its columns: none"),
+}
+
+
+def planned(path: Path | str, output: Path) -> JobPlan:
+    values = {
+        "input": {"paths": [str(path)], "prompt_column": "prompt"},
+        "output": str(output),
+        "models": {"target": "any"},
+        "speculation": {"policy": "none"},
+    }
+    return plan_job(JobConfig.model_validate(values))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_files_that_are_refused(tmp_path: Path, name: str) -> None:
+    content, message = REFUSED[name]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.jsonl").write_bytes(LINE)
+    file = tmp_path / "in" / name
+    file.write_bytes(content)
+    # By name, by glob, and (what is of another kind is left out there) in a folder.
+    for path in (
+        file,
+        tmp_path / "in" / "*",
+        *([tmp_path / "in"] if file.suffix != ".csv" else []),
+    ):
+        with pytest.raises(UserError) as caught:
+            planned(path, tmp_path / "out")
+        assert message in str(caught.value)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_files_of_odd_names_are_found(tmp_path: Path) -> None:
+    names = ["_hidden.jsonl", "[a].jsonl", "per%20cent.jsonl", "new\nline.jsonl", "-x.jsonl"]
+    for name in names:
+        (tmp_path / name).write_bytes(LINE)
+        assert planned(tmp_path / name, tmp_path / "out").rows == 1
+    assert planned(f"{tmp_path}/nothing/../*.jsonl", tmp_path / "out").rows == len(names) - 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to be root to become somebody else")
+def test_files_that_may_not_be_read(tmp_path: Path) -> None:
+    folder = Path(tempfile.mkdtemp())  # tmp_path is in a folder of root's
+    try:
+        folder.chmod(0o755)
+        (folder / "a.jsonl").write_bytes(LINE)
+        (folder / "a.jsonl").chmod(0o600)
+        (folder / "closed").mkdir(mode=0o700)
+        (folder / "closed" / "b.jsonl").write_bytes(LINE)
+        os.seteuid(65534)
+        for path in ("a.jsonl", "closed", "closed/b.jsonl", "closed/*.jsonl"):
+            with pytest.raises(UserError) as caught:
+                planned(folder / path, tmp_path / "out")
+            assert str(folder) in str(caught.value), path
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(folder)
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "is gone": lambda file: file.unlink(),
+    "has changed since the job was planned": lambda file: change(file, 5),
+    "not a readable Parquet file": lambda file: damage(file),
+}
+
+
+def change(file: Path, rows: int) -> None:
+    if file.suffix == ".parquet":
+        pq.write_table(table(["y"] * rows), file)
+    else:
+        file.write_bytes(b"\n" * file.stat().st_size)
+
+
+def damage(file: Path) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[:4] + b"\xff" * 200 + data[204:])
+
+
+@pytest.mark.parametrize("message", CHANGES)
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_files_that_change_after_the_plan(tmp_path: Path, suffix: str, message: str) -> None:
+    file = tmp_path / f"a.{suffix}"
+    prompts = [f"row {i}" for i in range(100)]
+    if suffix == "parquet":
+        pq.write_table(table(prompts), file)
+    elif "Parquet" in message:
+        pytest.skip("any bytes are lines")
+    else:
+        file.write_bytes(jsonl(*({"prompt": prompt} for prompt in prompts)))
+    plan = planned(file, tmp_path / "out")
+    CHANGES[message](file)
+    with pytest.raises(UserError) as caught:
+        list(read_units(plan.units, plan.files[0].schema, S3Config()))
+    assert message in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.ray
+def test_a_job_whose_input_vanishes(
+    local_ray: None, tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINE)
+    (tmp_path / "b.jsonl").write_bytes(LINE)
+    monkeypatch.setattr("pipeline.run.check_resources", lambda *_: (tmp_path / "b.jsonl").unlink())
+    values = {
+        "input": {"paths": [f"{tmp_path}/*.jsonl"], "prompt_column": "prompt"},
+        "output": str(tmp_path / "out"),
+        "models": {"target": tiny_models.target},
+        "sampling": {"max_new_tokens": 4},
+        "speculation": {"policy": "none"},
+        "actors": {"num_cpus": 2},
+    }
+    with pytest.raises(UserError, match=r"b\.jsonl: was there when .* is gone; restore it"):
+        run(values)
+    # The same command resumes, once the file is there again.
+    (tmp_path / "b.jsonl").write_bytes(LINE)
+    monkeypatch.undo()
+    assert run(values).summary["rows"] == 2
