@@ -98,7 +98,8 @@ class _Sandbox(SandboxedEnvironment):
         _step()
         _check_arguments([*args, *kwargs.values()])
         if getattr(__obj, "__name__", "") in {"format", "format_map"}:
-            _check_width(getattr(__obj, "__self__", ""))
+            # The sandbox wraps it, to look at the names inside.
+            _check_width(getattr(getattr(__obj, "__wrapped__", __obj), "__self__", ""))
         return _checked(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
