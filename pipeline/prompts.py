@@ -106,7 +106,7 @@ class PromptRenderer:
         messages = check_messages(value)
         for number, message in enumerate(messages):
             self._check_length(message["content"])
-            if "tool_calls" in message and not self._knows_tools:
+            if message.get("tool_calls") and not self._knows_tools:
                 raise RowError(
                     "MalformedMessages",
                     f"message {number} has tool_calls, which the target's chat template ignores",

@@ -92,6 +92,11 @@ CHAT: dict[str, tuple[bytes | pa.Table, list[str]]] = {
         said([{"role": "system", "content": "be"}, *HI]),
         ["MalformedMessages"],
     ),
+    "surrogates-in-names.jsonl": (
+        said([{"role": "\ud800", "content": "x"}], user([{"type": "\ud800"}])),
+        ["MalformedMessages"] * 2,
+    ),
+    "no-tool-calls.jsonl": (said(user("hi", tool_calls=[])), [OK]),
     "content-parts.jsonl": (
         said(user([{"type": "text", "text": "hi"}, {"type": "text", "text": " you"}])),
         [OK],
@@ -283,6 +288,8 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
                     {"max_tokens": 3},
                     {"best_of": 2},
                     {"stop": ["\ud800"]},
+                    {"\ud800": 1},
+                    {"stop_token_ids": "x" * 10_000},
                     7,
                     [1],
                     "text",
@@ -291,7 +298,7 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
                 )
             )
         ),
-        ["InvalidSampling"] * 32,
+        ["InvalidSampling"] * 34,
     ),
     "sampling-extremes.jsonl": (
         jsonl(
