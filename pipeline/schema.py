@@ -149,17 +149,13 @@ def _table(
     columns: dict[str, pa.DataType],
 ) -> pa.Table:
     ids = pa.array([row_id(rows.unit, i) for i in indices], pa.string())
-    table = rows.table.take(pa.array(indices, pa.int64())) if rows.table.num_columns else None
-    names, arrays = [ROW_ID], [ids]
-    if table is not None:
-        names += table.column_names
+    arrays, fields = [ids], [pa.field(ROW_ID, ids.type)]
+    if rows.table.num_columns:
+        table = rows.table.take(pa.array(indices, pa.int64()))
         arrays += table.columns
-    names += columns
+        fields += list(table.schema)
     arrays += [pa.array(values[name], type) for name, type in columns.items()]
-    fields = [
-        table.schema.field(name) if table is not None and name in table.column_names else (name, t)
-        for name, t in zip(names, (a.type for a in arrays), strict=True)
-    ]
+    fields += [pa.field(name, type) for name, type in columns.items()]
     return pa.table(arrays, schema=pa.schema(fields))
 
 
