@@ -119,6 +119,8 @@ def test_secrets_are_nowhere(s3_server: S3Server, tiny_models: TinyModels, tmp_p
         texts["the refusal"] = printed.encode()
     finally:
         shutil.rmtree(ray_folder, ignore_errors=True)
+    # What is not secret is found, so the search is one.
+    assert b"s3://secrets/out" in texts["out/_specbatch/job.json"]
     found = [
         (where, secret)
         for where, text in texts.items()
