@@ -94,6 +94,10 @@ def validate(file: JobFile, overrides: Overrides = None) -> None:
         job = load_job(file, overrides or [])
         for name in filter(None, (job.models.target, job.models.draft)):
             _check_model(name)
+        if job.speculation.policy != "none":
+            from pipeline.models import check_tokenizers
+
+            check_tokenizers(job.models)
         if job.speculation.head is not None:
             from pipeline.models import head_identity
 

@@ -50,7 +50,7 @@ def check_models(job: JobConfig) -> None:
     if models.draft is None or job.speculation.policy == "none":
         return
     ours = {"draft": model_identity(models.draft)}
-    _check_tokenizers(models)
+    check_tokenizers(models)
     if folder is None:
         return
     ours["target"] = model_identity(models.target)
@@ -64,14 +64,20 @@ def check_models(job: JobConfig) -> None:
             )
 
 
-def _check_tokenizers(models: ModelsConfig) -> None:
-    from specdec.pair import PairError
-    from specdec.vocabulary import check_tokenizers
+def check_tokenizers(models: ModelsConfig) -> None:
+    """Check that the draft has its target's vocabulary, where both are local.
 
+    Raises:
+        UserError: names the first token that differs.
+    """
+    from specdec import vocabulary
+    from specdec.pair import PairError
+
+    if models.draft is None:
+        return
+    code = models.trust_remote_code
     try:
-        check_tokenizers(
-            models.target, models.draft or "", trust_remote_code=models.trust_remote_code
-        )
+        vocabulary.check_tokenizers(models.target, models.draft, trust_remote_code=code)
     except PairError as error:
         raise UserError(f"models.draft: {error}") from None
 

@@ -159,7 +159,7 @@ def _message(number: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise RowError("MalformedMessages", f"message {number} is not an object")
     # Arrow fills fields that a message does not have with null; templates must not see those.
-    message = _without_nulls(message)
+    message = {key: _without_nulls(v) for key, v in message.items() if v is not None}
     content = message.get("content")
     if isinstance(content, list):
         message["content"] = _joined(number, content)

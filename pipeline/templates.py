@@ -15,8 +15,9 @@ from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
-from jinja2.sandbox import SandboxedEnvironment, SecurityError
+from jinja2.sandbox import SandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MAX_STEPS = 1_000_000
@@ -132,9 +133,10 @@ class _Bounded(NodeTransformer):
         self.generic_visit(node)
         return self._filtered(nodes.List(node.nodes, lineno=node.lineno), "concatenation")
 
-    def _filtered(self, node: nodes.Expr, name: str) -> nodes.Filter:
+    def _filtered(self, node: nodes.Node, name: str) -> nodes.Filter:
         result = nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-        return result.set_environment(self._environment)  # type: ignore[return-value]
+        result.set_environment(self._environment)
+        return result
 
 
 # Filters of the context are not evaluated while the template is compiled.

@@ -27,8 +27,8 @@ def check_tokenizers(target: str, draft: str, *, trust_remote_code: bool = False
     if None in files or _same_vocabulary(*(file for file in files if file is not None)):
         return
     # Special tokens may be said elsewhere, too: the last word is transformers'.
-    tokenizers = (load_tokenizer(source, trust_remote_code) for source in sources)
-    compare_vocabularies(*tokenizers, target, draft)
+    ours, theirs = (load_tokenizer(source, trust_remote_code) for source in sources)
+    compare_vocabularies(ours, theirs, target, draft)
 
 
 def _tokenizer_file(source: ModelSource) -> Path | None:

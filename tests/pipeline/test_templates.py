@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from jinja2 import UndefinedError
-from jinja2.sandbox import SecurityError
+from jinja2.exceptions import SecurityError
 
 from pipeline.templates import MAX_SIZE, PromptTemplate
 
