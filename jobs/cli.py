@@ -157,14 +157,20 @@ def validate(file: JobFile, overrides: Overrides = None) -> None:
         job = load_job(file, overrides or [])
         for name in filter(None, (job.models.target, job.models.draft)):
             _check_model(name)
+        if job.speculation.policy != "none":
+            from pipeline.models import check_tokenizers
+
+            check_tokenizers(job.models)
         if job.speculation.head is not None:
             from pipeline.models import head_identity
 
             head_identity(job.speculation.head)
         from pipeline.listing import list_inputs
+        from pipeline.preflight import check_output
         from pipeline.storage import check_access, is_s3, resolved
 
         s3 = resolved(job.s3, used=any(map(is_s3, (*job.input.paths, job.output))))
+        check_output(job.output, job.input.paths)
         check_access(job.output, s3)
         files = list_inputs(job.input.paths, s3)
         out.print(f"[green]valid[/]: {escape(str(file))}", highlight=False, soft_wrap=True)

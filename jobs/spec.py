@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +13,14 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config import JobConfig, S3Config
 from pipeline.errors import UserError, nearest
+
+_MOST_LINES = 20
+_OWN_WORDS = {
+    "model_type": "must be a section of keys and values (leave it out for the defaults)",
+    "tuple_type": "must be a list",
+    "string_unicode": "must be text without half characters",
+}
+"""What to say instead of pydantic's words, by its type of error."""
 
 
 class JobFileError(UserError):
@@ -43,7 +52,8 @@ def load_job(file: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
         return JobConfig.model_validate(job)
     except ValidationError as error:
         lines = [f"{file}: {line}" for line in explain(error)]
-        raise JobFileError("\n".join(lines)) from None
+        more = [f"{file}: and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+        raise JobFileError("\n".join([*lines[:_MOST_LINES], *more])) from None
 
 
 def _read(file: Path) -> Any:
@@ -54,12 +64,29 @@ def _read(file: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise JobFileError(f"{file}: cannot be read: {error}") from None
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise JobFileError(f"{file}: not a job file: it is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise JobFileError(f"{file}: line {line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise JobFileError(f"{file}: not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date such as 2026-13-45 is a ValueError
+        reason = " ".join(str(error).split())
+        raise JobFileError(f"{file}: not valid YAML: {reason}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only, in which no key is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key {key.value!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def s3_options(endpoint: str | None, profile: str | None) -> S3Config:
@@ -85,8 +112,8 @@ def _parse_override(override: str) -> dict[str, Any]:
     if not separator or not all(path):
         raise JobFileError(f"--set {override}: write it as key=value, such as sampling.seed=1")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise JobFileError(f"--set {override}: the value is not valid YAML") from None
     for key in reversed(path):
         value = {key: value}
@@ -128,7 +155,14 @@ def _resolve_paths(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _absolute(path: str, folder: Path) -> str:
-    return path if "://" in path else os.path.normpath(folder / Path(path).expanduser())
+    if "://" in path:
+        return path
+    path = os.path.expanduser(path)
+    if path.startswith("~"):
+        raise JobFileError(
+            f"{path}: no user of this name; for a folder of this name write ./{path}"
+        )
+    return os.path.normpath(folder / path) if path else path
 
 
 def _model(name: Any, folder: Path) -> Any:
@@ -157,9 +191,12 @@ def explain(error: ValidationError) -> Iterator[str]:
                 message = detail["msg"].removeprefix("Value error, ")
                 yield f"{dotted}: {message}" if dotted else message
             case _:
-                got = _short(detail["input"])
-                message = detail["msg"][0].lower() + detail["msg"][1:]
-                yield f"{dotted}: {message}, got {got}"
+                message = _OWN_WORDS.get(
+                    detail["type"], detail["msg"][0].lower() + detail["msg"][1:]
+                )
+                # Somebody may have put a credential there.
+                got = "" if location[:1] == ["s3"] else f", got {_short(detail['input'])}"
+                yield f"{dotted}: {message}{got}"
 
 
 def _is_branch(part: int | str) -> bool:
@@ -187,5 +224,5 @@ def _keys(section: Iterable[str]) -> list[str]:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)  # which looks at the first items only
     return text if len(text) <= 60 else f"{text[:57]}..."

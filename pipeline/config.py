@@ -8,9 +8,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import jinja2
-from jinja2.sandbox import SandboxedEnvironment
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from pipeline.templates import PromptTemplate
 
 Policy = Literal["none", "fixed", "heuristic", "confidence", "entropy", "head", "goodput"]
 Estimator = Literal["confidence", "entropy", "head"]
@@ -26,6 +34,15 @@ class _Settings(BaseModel):
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
+
+def _no_null_byte(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a null byte, which no path or name can have")
+    return text
+
+
+PlainString = Annotated[str, AfterValidator(_no_null_byte)]
+"""A string that can be a path or a name."""
 
 StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 """A list of strings; a single string is a list of one."""
@@ -72,14 +89,18 @@ class InputConfig(_Settings):
         default=None, description="jinja2 over the columns; its text is completed as it is"
     )
 
+    @field_validator("paths")
+    @classmethod
+    def _paths_can_be(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(paths):
+            raise ValueError("holds an empty path")
+        return tuple(map(_no_null_byte, paths))
+
     @field_validator("template")
     @classmethod
     def _template_compiles(cls, template: str | None) -> str | None:
         if template is not None:
-            try:
-                SandboxedEnvironment().from_string(template)
-            except jinja2.TemplateSyntaxError as error:
-                raise ValueError(f"is not a valid jinja2 template: {error}") from None
+            PromptTemplate(template)
         return template
 
     @model_validator(mode="after")
@@ -100,8 +121,12 @@ class InputConfig(_Settings):
 class ModelsConfig(_Settings):
     """The target whose distribution the output has, and the draft that proposes."""
 
-    target: str = Field(description="hub name, folder, *.gguf file, or pkg:PACKAGE/FILE.gguf")
-    draft: str | None = Field(default=None, description="same forms; not needed with policy none")
+    target: PlainString = Field(
+        min_length=1, description="hub name, folder, *.gguf file, or pkg:PACKAGE/FILE.gguf"
+    )
+    draft: PlainString | None = Field(
+        default=None, min_length=1, description="same forms; not needed with policy none"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: Literal["int8wo", "int8"] | None = Field(default=None, description="CPU only")
     deterministic: bool = Field(
@@ -147,6 +172,13 @@ class SamplingConfig(_Settings):
         if not all(stop):
             raise ValueError("holds an empty string, which would stop every row at once")
         return stop
+
+    @field_validator("temperature")
+    @classmethod
+    def _hot_or_greedy(cls, temperature: float) -> float:
+        if 0 < temperature < 1e-5:
+            raise ValueError("must be 0 (greedy) or at least 1e-5")
+        return temperature
 
     @field_validator("n")
     @classmethod
@@ -266,7 +298,7 @@ class JobConfig(_Settings):
 
     name: str = Field(default="job", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     input: InputConfig
-    output: str = Field(min_length=1, description="folder, local or s3://")
+    output: PlainString = Field(min_length=1, description="folder, local or s3://")
     s3: S3Config = Field(default_factory=S3Config)
     models: ModelsConfig
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)

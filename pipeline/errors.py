@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST_MESSAGE = 1000  # characters
+
 
 class UserError(Exception):
     """Something the user can fix. The message says what is wrong, where, and what to do.
@@ -18,10 +20,12 @@ class RowError(Exception):
 
     Attributes:
         error_class: a short stable name that rows can be grouped by, such as `NullPrompt`.
-        message: what is wrong with this row.
+        message: what is wrong with this row; cut where it is very long.
     """
 
     def __init__(self, error_class: str, message: str) -> None:
+        # It may quote the row: half characters and megabytes are kept out of the error column.
+        message = message[:_LONGEST_MESSAGE].encode(errors="backslashreplace").decode()
         super().__init__(f"{error_class}: {message}")
         self.error_class = error_class
         self.message = message

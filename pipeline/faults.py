@@ -215,6 +215,8 @@ def _in_words(url: str, s3: S3Config, error: BaseException) -> str | None:
         return "permission denied; check who owns the folder"
     if isinstance(error, NotADirectoryError):
         return "part of this path is a file, not a folder"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return "a name in this path is too long for the file system; shorten it"
     if isinstance(error, OSError) and error.errno in _DISK:
         return f"{_DISK[error.errno]}; {_RESUME}"
     return None

@@ -29,6 +29,7 @@ from pipeline.schema import (
     Outcome,
     completions_table,
     errors_table,
+    line_error,
     row_id,
     total_calibration,
     total_counts,
@@ -64,7 +65,9 @@ class GenerateActor:
         try:
             self._pair = load_pair(job)
             self._head = load_acceptance_head(job, self._pair)
-            self._renderer = PromptRenderer(job.input, self._pair.tokenizer)
+            self._renderer = PromptRenderer(
+                job.input, self._pair.tokenizer, self._pair.context_length
+            )
         except (PairError, UserError) as error:
             ray.get(monitor.fail.remote(str(error)))
             raise UserError(str(error)) from error
@@ -178,11 +181,13 @@ class GenerateActor:
 
     def _request(self, rows: UnitRows, table: pa.Table, index: int) -> Request:
         if index in rows.raw_lines:
-            raise RowError("MalformedLine", "the line is not a JSON object")
+            raise line_error(rows.raw_lines[index])
         try:
             (row,) = table.slice(index, 1).to_pylist()
         except UnicodeDecodeError as error:
             raise RowError("MalformedText", f"a column is not valid UTF-8: {error}") from None
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            raise RowError("MalformedValue", f"a column holds no usable value: {error}") from None
         name = row_id(rows.unit, index)
         sampling = row_sampling(self._job.sampling, row.get(SAMPLING_COLUMN), name)
         prompt = self._renderer.prompt_ids(row)

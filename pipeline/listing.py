@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from pipeline.storage import check_access, check_scheme, filesystem, is_s3, spli
 
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _EXTENSIONS = ", ".join(FORMATS)
+_COMPRESSED = re.compile(r"\.(parquet|jsonl|ndjson)\.(gz|gzip|bz2|xz|zst|zstd|lz4|zip|br)$", re.I)
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ def _matches(pattern: str, s3: S3Config) -> list[InputFile]:
         _input_file(i, base, pattern)
         for i in infos
         if i.type == pafs.FileType.File
-        and not _hidden(i.path[len(base) :])
-        and (what != "folder" or os.path.splitext(i.path)[1] in FORMATS)
+        and (what == "file" or not _hidden(i.path[len(base) :]))
+        and (what != "folder" or _extension(i.path) in FORMATS or _COMPRESSED.search(i.path))
     ]
     if not files:
         raise UserError(
@@ -121,12 +123,21 @@ def _glob_base(path: str) -> str:
     return "/".join(parts[:first])
 
 
+def _extension(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
 def _hidden(relative: str) -> bool:
     return any(part.startswith((".", "_")) for part in relative.split("/") if part)
 
 
 def _input_file(info: pafs.FileInfo, base: str, pattern: str) -> InputFile:
-    extension = os.path.splitext(info.path)[1]
+    if _COMPRESSED.search(info.path):
+        raise UserError(
+            f"input.paths: {info.path}: compressed files cannot be cut into units; unpack it "
+            "(Parquet compresses inside), or name the files to read with a glob"
+        )
+    extension = _extension(info.path)
     if extension not in FORMATS:
         raise UserError(f"input.paths: {info.path}: not one of {_EXTENSIONS}")
     url = f"s3://{info.path}" if is_s3(pattern) else info.path

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import JobConfig
+from pipeline.config import JobConfig, ModelsConfig
 from pipeline.errors import UserError
 
 
@@ -50,6 +50,7 @@ def check_models(job: JobConfig) -> None:
     if models.draft is None or job.speculation.policy == "none":
         return
     ours = {"draft": model_identity(models.draft)}
+    check_tokenizers(models)
     if folder is None:
         return
     ours["target"] = model_identity(models.target)
@@ -61,6 +62,24 @@ def check_models(job: JobConfig) -> None:
                 f"speculation.head: {folder} was trained for another {role}, "
                 f"{theirs.get('name')}; train one for this pair with `specbatch train-head`"
             )
+
+
+def check_tokenizers(models: ModelsConfig) -> None:
+    """Check that the draft has its target's vocabulary, where both are local.
+
+    Raises:
+        UserError: names the first token that differs.
+    """
+    from specdec import vocabulary
+    from specdec.pair import PairError
+
+    if models.draft is None:
+        return
+    code = models.trust_remote_code
+    try:
+        vocabulary.check_tokenizers(models.target, models.draft, trust_remote_code=code)
+    except PairError as error:
+        raise UserError(f"models.draft: {error}") from None
 
 
 def _head_card(folder: str) -> dict[str, Any]:

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
-import jinja2.meta
-from jinja2.sandbox import SandboxedEnvironment
-
 from pipeline.config import InputConfig, SamplingConfig
 from pipeline.errors import RowError, UserError, nearest
+from pipeline.templates import PromptTemplate
 from specdec.request import InvalidRequest, SamplingParams
 
 SAMPLING_COLUMN = "sampling_params"
 """A column of this name overrides the job's sampling, row by row (struct or JSON text)."""
 
+_DROPPED = 4  # characters of a text for one that a normalizer keeps: more than any does
 _INTEGERS = ("max_new_tokens", "top_k", "seed")
 _SAMPLING_KEYS = SamplingParams.__dataclass_fields__.keys()
 
@@ -29,8 +28,7 @@ _SAMPLING_KEYS = SamplingParams.__dataclass_fields__.keys()
 def required_columns(config: InputConfig) -> list[str]:
     """The columns that every input file must have."""
     if config.template is not None:
-        environment = SandboxedEnvironment()
-        return sorted(jinja2.meta.find_undeclared_variables(environment.parse(config.template)))
+        return PromptTemplate(config.template).columns
     column = config.messages_column or config.prompt_column
     return [column] if column else []
 
@@ -41,20 +39,18 @@ class PromptRenderer:
     Args:
         config: which column or template is the prompt.
         tokenizer: the target's (transformers).
+        context: the target's most positions; texts far beyond it are not even tokenized.
 
     Raises:
         UserError: messages are asked for and the tokenizer has no chat template.
     """
 
-    def __init__(self, config: InputConfig, tokenizer: Any) -> None:
+    def __init__(self, config: InputConfig, tokenizer: Any, context: int | None = None) -> None:
         self._config = config
         self._tokenizer = tokenizer
-        self._template: jinja2.Template | None = None
-        if config.template is not None:
-            environment = SandboxedEnvironment(
-                undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-            )
-            self._template = environment.from_string(config.template)
+        self._template = PromptTemplate(config.template) if config.template is not None else None
+        self._most_characters = _longest_text(tokenizer, context) if context else math.inf
+        self._knows_tools = "tool_calls" in str(tokenizer.chat_template)
         if config.messages_column is not None and not tokenizer.chat_template:
             raise UserError(
                 "input.messages_column: the target's tokenizer has no chat template; "
@@ -96,6 +92,7 @@ class PromptRenderer:
     def _plain(self, text: str) -> list[int]:
         if not text:
             raise RowError("EmptyPrompt", "the prompt is empty")
+        self._check_length(text)
         bos = self._tokenizer.bos_token
         # A prompt that was rendered elsewhere may bring its own beginning-of-sequence token.
         own_bos = bool(bos) and text.startswith(bos)
@@ -107,18 +104,35 @@ class PromptRenderer:
 
     def _chat(self, value: Any) -> list[int]:
         messages = check_messages(value)
+        for number, message in enumerate(messages):
+            self._check_length(message["content"])
+            if message.get("tool_calls") and not self._knows_tools:
+                raise RowError(
+                    "MalformedMessages",
+                    f"message {number} has tool_calls, which the target's chat template ignores",
+                )
         try:
             # The template writes the special tokens itself, so none are added here.
             ids = self._tokenizer.apply_chat_template(
                 messages, tokenize=True, add_generation_prompt=True, return_dict=False
             )
-        except (jinja2.TemplateError, UnicodeError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # a template may run into anything the messages hold
             raise RowError("MalformedMessages", f"the chat template refused it: {error}") from None
         return list(ids)
+
+    def _check_length(self, text: str) -> None:
+        """Refuse what no tokenizer makes short enough, before it takes minutes to find out."""
+        if len(text) > self._most_characters:
+            raise RowError(
+                "PromptTooLong",
+                f"a text of {len(text):,} characters does not fit the target's context",
+            )
 
 
 def check_messages(value: Any) -> list[dict[str, Any]]:
     """The chat messages in a cell: a list of {role, content}, or the same as JSON text.
+
+    Content may be a list of text parts. An assistant's message may have `tool_calls` instead.
 
     Raises:
         RowError: names the message that is wrong.
@@ -128,20 +142,62 @@ def check_messages(value: Any) -> list[dict[str, Any]]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RowError("MalformedMessages", "messages are text, but not JSON") from None
+        if value is None:
+            raise RowError("NullPrompt", "messages are null")
     if not isinstance(value, list):
         raise RowError("MalformedMessages", f"messages are a {type(value).__name__}, not a list")
     if not value:
         raise RowError("EmptyMessages", "messages are an empty list")
-    for number, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise RowError("MalformedMessages", f"message {number} is not an object")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise RowError("MalformedMessages", f"message {number} has no text in {key!r}")
+    return [_message(number, message) for number, message in enumerate(value)]
+
+
+def _message(number: int, message: Any) -> dict[str, Any]:
+    if isinstance(message, list) and all(isinstance(pair, tuple) for pair in message):
+        message = dict(message)  # a map, as Arrow gives it
+    if not isinstance(message, dict):
+        raise RowError("MalformedMessages", f"message {number} is not an object")
     # Arrow fills fields that a message does not have with null; templates must not see those.
-    return [{k: v for k, v in message.items() if v is not None} for message in value]
+    message: dict[str, Any] = {
+        key: _without_nulls(v) for key, v in message.items() if v is not None
+    }
+    content = message.get("content")
+    if isinstance(content, list):
+        message["content"] = _joined(number, content)
+    elif content is None and message.get("tool_calls"):
+        message["content"] = ""
+    for key in ("role", "content"):
+        if not isinstance(message.get(key), str):
+            raise RowError("MalformedMessages", f"message {number} has no text in {key!r}")
+    return message
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(v) for key, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _joined(number: int, parts: list[Any]) -> str:
+    """The text of a content that is a list of parts, as chat APIs have it."""
+    texts = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise RowError(
+                "MalformedMessages", f"message {number} has a content part of {kind}, not of text"
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _longest_text(tokenizer: Any, context: int) -> int:
+    """Characters above which a text cannot fit the context.
+
+    No token stands for more characters than it has itself, but a normalizer may drop some.
+    """
+    return _DROPPED * context * max(map(len, tokenizer.get_vocab()))
 
 
 def row_sampling(job: SamplingConfig, override: Any, row_id: str) -> SamplingParams:
@@ -180,8 +236,10 @@ def _override(cell: Any) -> dict[str, Any]:
     if isinstance(cell, str):
         try:
             cell = json.loads(cell)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RowError("InvalidSampling", f"{SAMPLING_COLUMN} is text, but not JSON") from None
+    if isinstance(cell, list) and cell and all(isinstance(pair, tuple) for pair in cell):
+        cell = dict(cell)  # a map, as Arrow gives it
     if cell is None:
         return {}
     if not isinstance(cell, dict):

@@ -8,17 +8,24 @@ from typing import Any
 
 import pyarrow as pa
 
+_MAX_DEPTH = 200  # of lists and objects in each other: what Python can read, walk and write
+_MAX_TYPE_DEPTH = 20  # the same for columns: Arrow's files end at 64, where a list counts twice
+
 RAW_LINE = "raw_line"
 """Column of `errors/` that holds a line that is not a JSON object."""
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The object on one line, or None if the line is not one JSON object."""
+    """The object on one line, or None if the line is not one JSON object, or nested too deeply."""
     try:
         value = json.loads(line)
+        deep = line.count(b"{") + line.count(b"[") > _MAX_DEPTH and _deeper(value, _MAX_DEPTH)
+        if isinstance(value, dict) and not deep:
+            "".join(value).encode()  # a lone surrogate is no part of a column's name
+            return value
     except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+        pass
+    return None
 
 
 def jsonl_schema(lines: Iterable[bytes]) -> pa.Schema:
@@ -64,11 +71,22 @@ def _column(values: list[Any], expected: pa.DataType | None) -> pa.Array:
         return pa.array(texts, pa.string())
 
 
-def _storable(kind: pa.DataType) -> bool:
+def _deeper(value: Any, depth: int) -> bool:
+    """Whether lists and objects are nested more than `depth` deep."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return False
+    return not depth or any(_deeper(each, depth - 1) for each in value)
+
+
+def _storable(kind: pa.DataType, depth: int = _MAX_TYPE_DEPTH) -> bool:
     """Parquet has no structs without fields, which is what `{}` alone is taken for."""
+    if not depth:
+        return False
     if pa.types.is_struct(kind):
-        return bool(kind.num_fields) and all(_storable(field.type) for field in kind)
-    return not pa.types.is_list(kind) or _storable(kind.value_type)
+        return bool(kind.num_fields) and all(_storable(field.type, depth - 1) for field in kind)
+    return not pa.types.is_list(kind) or _storable(kind.value_type, depth - 1)
 
 
 def _is_text(value: object) -> bool:

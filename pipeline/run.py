@@ -27,10 +27,11 @@ from pipeline.finish import finish
 from pipeline.generate import GenerateActor
 from pipeline.listing import InputFile, list_inputs
 from pipeline.models import check_models, digest
+from pipeline.preflight import check_output
 from pipeline.progress import JobProgress, OnProgress, Tally, start_monitor
 from pipeline.prompts import required_columns
 from pipeline.retry import RetrySink, failed_units
-from pipeline.schema import check_reserved
+from pipeline.schema import RESERVED, check_reserved
 from pipeline.sink import CommitSink
 from pipeline.source import UnitDatasource
 from pipeline.stats import summarise
@@ -104,6 +105,7 @@ def plan_job(job: JobConfig, *, extend: bool = False) -> JobPlan:
     """
     on_s3 = any(map(is_s3, (*job.input.paths, job.output)))
     job = job.model_copy(update={"s3": resolved(job.s3, used=on_s3)})
+    check_output(job.output, job.input.paths)
     check_access(job.output, job.s3)
     output = Folder(job.output, job.s3)
     listed = list_inputs(job.input.paths, job.s3)
@@ -313,7 +315,7 @@ def _generate(
     rows_before = plan.rows - sum(len(unit.wanted) for unit in pending)
     monitor = start_monitor(job.actors.max_actors)
     schemas = {f.file.name: f.schema for f in plan.files if f.file.format == "jsonl"}
-    source = UnitDatasource(pending, schemas, job.s3)
+    source = UnitDatasource(pending, schemas, job.s3, RESERVED)
     sink = (RetrySink if retry else CommitSink)(plan.output, partial(_committed, monitor))
     # Reading and writing are mostly waiting. They ask for no CPU, so that actors may hold all of
     # them and the job still moves; instead they are few.

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.blocks import UnitRows
 from pipeline.errors import RowError, UserError
-from pipeline.rows import RAW_LINE
+from pipeline.rows import RAW_LINE, parse_line
 from pipeline.units import FilePlan, Unit
 from specdec.acceptance import Calibration
 from specdec.request import Completion, Counts
@@ -41,7 +41,7 @@ ERROR_COLUMNS: dict[str, pa.DataType] = {
 }
 """Columns of `errors/`, after `row_id` and the input columns; JSONL input adds `raw_line`."""
 
-RESERVED = {ROW_ID, RAW_LINE, *COMPLETION_COLUMNS, *ERROR_COLUMNS}
+RESERVED = frozenset({ROW_ID, RAW_LINE, *COMPLETION_COLUMNS, *ERROR_COLUMNS})
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,15 @@ def check_reserved(plans: Iterable[FilePlan]) -> None:
                     f"{plan.file.url}: column {name!r} has the name of an output column; "
                     f"rename it in the input, for example to {'input_' + name!r}"
                 )
+
+
+def line_error(line: str) -> RowError:
+    """Why a line of JSONL was kept as text."""
+    taken = sorted(RESERVED & (parse_line(line.encode()) or {}).keys())
+    if taken:
+        why = f"the line has a key {taken[0]!r}, the name of an output column; rename it"
+        return RowError("ReservedColumn", why)
+    return RowError("MalformedLine", "the line is not a JSON object, or is nested too deeply")
 
 
 def completions_table(rows: UnitRows, outcomes: Sequence[Outcome | None]) -> pa.Table:
@@ -140,17 +149,13 @@ def _table(
     columns: dict[str, pa.DataType],
 ) -> pa.Table:
     ids = pa.array([row_id(rows.unit, i) for i in indices], pa.string())
-    table = rows.table.take(pa.array(indices, pa.int64())) if rows.table.num_columns else None
-    names, arrays = [ROW_ID], [ids]
-    if table is not None:
-        names += table.column_names
+    arrays, fields = [ids], [pa.field(ROW_ID, ids.type)]
+    if rows.table.num_columns:
+        table = rows.table.take(pa.array(indices, pa.int64()))
         arrays += table.columns
-    names += columns
+        fields += list(table.schema)
     arrays += [pa.array(values[name], type) for name, type in columns.items()]
-    fields = [
-        table.schema.field(name) if table is not None and name in table.column_names else (name, t)
-        for name, t in zip(names, (a.type for a in arrays), strict=True)
-    ]
+    fields += [pa.field(name, type) for name, type in columns.items()]
     return pa.table(arrays, schema=pa.schema(fields))
 
 

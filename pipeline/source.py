@@ -14,11 +14,12 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.blocks import UnitRows
 from pipeline.config import S3Config
+from pipeline.errors import UserError
 from pipeline.faults import explained
 from pipeline.listing import check_unchanged
 from pipeline.rows import parse_line, to_table
 from pipeline.storage import open_file
-from pipeline.units import Unit
+from pipeline.units import Unit, readable
 
 _BATCH_ROWS = 4096
 
@@ -30,10 +31,18 @@ class UnitDatasource(Datasource):
         units: what to read; units of one file next to each other and in row order.
         schemas: per file name, the columns and types that JSONL rows are read as.
         s3: how to reach files on S3.
+        reserved: names that no column may have; lines of JSONL with such a key are kept as text.
     """
 
-    def __init__(self, units: Sequence[Unit], schemas: dict[str, pa.Schema], s3: S3Config) -> None:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        schemas: dict[str, pa.Schema],
+        s3: S3Config,
+        reserved: frozenset[str] = frozenset(),
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._reserved = reserved
         self._groups = [list(g) for _, g in groupby(units, key=_read_together)]
         self._schemas = schemas
         self._s3 = s3
@@ -54,7 +63,7 @@ class UnitDatasource(Datasource):
     ) -> list[ReadTask]:
         return [
             ReadTask(
-                _reader(group, self._schemas.get(group[0].name), self._s3),
+                _reader(group, self._schemas.get(group[0].name), self._s3, self._reserved),
                 BlockMetadata(
                     num_rows=len(group), size_bytes=None, exec_stats=None, input_files=None
                 ),
@@ -68,35 +77,55 @@ def _read_together(unit: Unit) -> tuple[str, int]:
 
 
 def _reader(
-    units: list[Unit], schema: pa.Schema | None, s3: S3Config
+    units: list[Unit], schema: pa.Schema | None, s3: S3Config, reserved: frozenset[str]
 ) -> Callable[[], Iterable[Block]]:
     # A plain closure over plain values: what is pickled to the worker stays small.
     def read() -> Iterable[Block]:
-        for rows in read_units(units, schema, s3):
+        for rows in read_units(units, schema, s3, reserved):
             yield rows.to_block()
 
     return read
 
 
-def read_units(units: list[Unit], schema: pa.Schema | None, s3: S3Config) -> Iterator[UnitRows]:
+def read_units(
+    units: list[Unit],
+    schema: pa.Schema | None,
+    s3: S3Config,
+    reserved: frozenset[str] = frozenset(),
+) -> Iterator[UnitRows]:
     """Read units that start in the same row group, or one unit of JSONL.
 
     Args:
         units: of one file, in row order, all with the same `offset`.
         schema: for JSONL, the file's columns and types; None for Parquet.
         s3: how to reach files on S3.
+        reserved: names that no column may have.
 
     Raises:
-        UserError: the file is not the one that was planned.
+        UserError: the file is gone, damaged, or not the one that was planned on.
     """
-    check_unchanged(units[0].url, units[0].size, units[0].modified, s3)
-    if units[0].format == "jsonl":
-        (unit,) = units
-        with explained(unit.url, s3), open_file(unit.url, s3) as file:
-            file.seek(unit.offset)
-            data = file.read(unit.end - unit.offset)
-        yield parse_jsonl(unit, data, schema)
-        return
+    url = units[0].url
+    check_unchanged(url, units[0].size, units[0].modified, s3)
+    with readable(url), explained(url, s3):
+        if units[0].format == "jsonl":
+            (unit,) = units
+            with open_file(url, s3) as file:
+                file.seek(unit.offset)
+                data = file.read(unit.end - unit.offset)
+            read = iter([parse_jsonl(unit, data, schema, reserved)])
+        else:
+            read = _read_parquet(units, s3)
+        for unit in units:
+            rows = next(read, None)
+            if rows is None or rows.table.num_rows != unit.rows:
+                raise UserError(
+                    f"{url}: has changed since the job was planned: it had {unit.rows} rows from "
+                    f"row {unit.start} on; restore it, or start again with another output"
+                )
+            yield rows
+
+
+def _read_parquet(units: list[Unit], s3: S3Config) -> Iterator[UnitRows]:
     with open_file(units[0].url, s3) as file, pq.ParquetFile(file) as parquet:
         groups = range(units[0].offset, max(u.end for u in units))
         position, wanted = 0, iter(units)
@@ -123,10 +152,13 @@ def _whole(pieces: list[pa.RecordBatch]) -> pa.Table:
     return pa.Table.from_batches(pieces).replace_schema_metadata(None)
 
 
-def parse_jsonl(unit: Unit, data: bytes, schema: pa.Schema | None) -> UnitRows:
-    """Rows of a unit's bytes; a line that is not a JSON object becomes a row of nulls."""
+def parse_jsonl(
+    unit: Unit, data: bytes, schema: pa.Schema | None, reserved: frozenset[str] = frozenset()
+) -> UnitRows:
+    """Rows of a unit's bytes; a line that cannot be one of columns becomes a row of nulls."""
     lines = [line for line in io.BytesIO(data) if line.strip()]
     parsed = [parse_line(line) for line in lines]
+    parsed = [None if row and reserved & row.keys() else row for row in parsed]
     table = to_table([row or {} for row in parsed], schema or pa.schema([]))
     malformed = {
         i: line.decode(errors="replace").rstrip("\r\n")

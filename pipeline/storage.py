@@ -60,6 +60,15 @@ def split_s3(url: str) -> tuple[str, str]:
     return bucket, key.strip("/")
 
 
+def shown(url: str) -> str:
+    """A URL for messages: without user name, password and query, which may be secrets."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    host, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 def check_scheme(url: str) -> None:
     """Refuse what is neither a local path nor s3://.
 
@@ -68,7 +77,7 @@ def check_scheme(url: str) -> None:
     """
     scheme, separator, _ = url.partition("://")
     if separator and scheme != "s3":
-        raise UserError(f"{url}: {scheme}:// is not supported; use a local path or s3://")
+        raise UserError(f"{shown(url)}: {scheme}:// is not supported; use a local path or s3://")
 
 
 @lru_cache(maxsize=16)

@@ -10,8 +10,10 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -27,6 +29,18 @@ from pipeline.storage import open_file
 
 _THREADS = 16
 _SAMPLE_BYTES = 1 << 20
+# What a file begins with that has the name of JSON lines and is something else.
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "compressed with gzip",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zXZ": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\xff\xfe": "text in UTF-16, not UTF-8",
+    b"\xfe\xff": "text in UTF-16, not UTF-8",
+}
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,7 @@ def plan_files(files: Sequence[InputFile], s3: S3Config, unit_rows: int) -> list
     """
 
     def plan(file: InputFile) -> FilePlan:
-        with explained(file.url, s3):
+        with readable(file.url), explained(file.url, s3):
             if file.format == "parquet":
                 return _plan_parquet(file, s3, unit_rows)
             return _plan_jsonl(file, s3, unit_rows)
@@ -125,12 +139,26 @@ def plan_files(files: Sequence[InputFile], s3: S3Config, unit_rows: int) -> list
         return list(pool.map(plan, files))
 
 
-def _plan_parquet(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
+@contextmanager
+def readable(url: str) -> Iterator[None]:
+    """Turn what a file's content or its absence raises into one line that names it."""
     try:
-        with open_file(file.url, s3) as opened, pq.ParquetFile(opened) as parquet:
-            metadata, schema = parquet.metadata, parquet.schema_arrow
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise UserError(f"{file.url}: not a readable Parquet file: {error}") from None
+        yield
+    except FileNotFoundError:
+        raise UserError(
+            f"{url}: was there when the input was listed, but is gone; restore it, and run the "
+            "same command again"
+        ) from None
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's, not the content's
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{url}: not a readable Parquet file: {reason}") from None
+
+
+def _plan_parquet(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
+    with open_file(file.url, s3) as opened, pq.ParquetFile(opened) as parquet:
+        metadata, schema = parquet.metadata, parquet.schema_arrow
     groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     units = tuple(
         Unit(
@@ -201,7 +229,9 @@ def _plan_jsonl(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
     row = position = 0
     sample: list[bytes] = []
     with open_file(file.url, s3) as stream:
-        for line in io.BufferedReader(stream, 1 << 20):
+        lines = io.BufferedReader(stream, 1 << 20)
+        _check_format(file, lines.peek(8))
+        for line in lines:
             if line.strip():
                 if row % unit_rows == 0:
                     starts.append((row, position))
@@ -228,6 +258,12 @@ def _plan_jsonl(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
     return FilePlan(file, row, jsonl_schema(sample), units)
 
 
+def _check_format(file: InputFile, start: bytes) -> None:
+    for magic, what in _OTHER_FORMATS.items():
+        if start.startswith(magic):
+            raise UserError(f"{file.url}: is {what}, though its name says JSON lines; convert it")
+
+
 def check_columns(plans: Iterable[FilePlan], required: Iterable[str]) -> None:
     """Check that every file has the columns that prompts are made of.
 
@@ -237,9 +273,9 @@ def check_columns(plans: Iterable[FilePlan], required: Iterable[str]) -> None:
     required = list(required)
     for plan in plans:
         names = plan.schema.names
-        repeated = {name for name in names if names.count(name) > 1}
+        repeated = sorted(name for name, count in Counter(names).items() if count > 1)
         if repeated:
-            raise UserError(f"{plan.file.url}: two columns are named {sorted(repeated)[0]!r}")
+            raise UserError(f"{plan.file.url}: two columns are named {repeated[0]!r}; rename one")
         for column in required:
             if column not in names and plan.rows:
                 have = ", ".join(names) or "none"

@@ -175,8 +175,8 @@ def packed_attention(
         raise UnsupportedModel("it does not pass keyword arguments on to its attention layers")
     layer: int = module.layer_idx  # type: ignore[assignment]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    rows = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attend(packing, layer, *rows, scale, sliding_window)[None], None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(packing, layer, q, k, v, scale, sliding_window)[None], None
 
 
 def attend(

@@ -67,16 +67,16 @@ class FusedLayer(nn.Module):
         heads = self.qkv(self.input_norm(x))[0].unflatten(-1, (-1, self.head_dim))
         turning = heads[:, : self.query_heads + self.key_heads]
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = turning.split([self.query_heads, self.key_heads], 1)
+            query, key = turning[:, : self.query_heads], turning[:, self.query_heads :]
             turning = torch.cat([self.query_norm(query), self.key_norm(key)], 1)
-        query, key = _rotated(turning, *position_embeddings).split(
-            [self.query_heads, self.key_heads], 1
-        )
+        turned = _rotated(turning, *position_embeddings)
+        query, key = turned[:, : self.query_heads], turned[:, self.query_heads :]
         value = heads[:, self.query_heads + self.key_heads :]
         mixed = attend(packing, self.layer_idx, query, key, value, self.scale, self.window)
         x = x + self.output(mixed.flatten(1))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
-        return x + self.down(self.activation(gate) * up)
+        y: Tensor = x + self.down(self.activation(gate) * up)
+        return y
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def _joined(*layers: nn.Linear) -> nn.Linear:
     return joined
 
 
-def _together(parameters: list[nn.Parameter]) -> nn.Parameter:
+def _together(parameters: list[Tensor]) -> nn.Parameter:
     return nn.Parameter(torch.cat([each.data for each in parameters]), requires_grad=False)
 
 

@@ -25,6 +25,8 @@ PACKAGE_PREFIX = "pkg:"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 SHARED_MODULES = ("embed_tokens.weight", "lm_head.weight")
 
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -74,6 +76,7 @@ def find_model(name: str) -> ModelSource:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise PairError(f"model folder {name} has no config.json")
+        _check_weights(name, path)
         return ModelSource(name, path)
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(name, path)
@@ -86,6 +89,19 @@ def find_model(name: str) -> ModelSource:
         raise PairError(f"model {name}: no such folder or GGUF file")
     hub_name, _, revision = name.partition("@")
     return ModelSource(hub_name, None, revision or None)
+
+
+def _check_weights(name: str, folder: Path) -> None:
+    """Pickle files run code when they are loaded, so safetensors are the only weights read."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(each.name for end in PICKLES for each in folder.glob(end))
+    if pickles:
+        raise PairError(
+            f"model folder {name} has no safetensors, only {pickles[0]}, a pickle file, which may "
+            "run any code; convert it with transformers' save_pretrained"
+        )
+    raise PairError(f"model folder {name} has no weights: no *.safetensors file")
 
 
 def check_model_name(name: str) -> None:
@@ -148,7 +164,10 @@ class ModelPair:
         Raises:
             PairError: a model is missing, unsupported, or does not fit the other.
         """
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError:
+            raise PairError(f"device {device}: torch knows no such device") from None
         if quantization and place.type != "cpu":
             raise PairError(f"quantization {quantization} runs on CPUs only, not on {place.type}")
         if (deterministic or quantization) and dtype != "float32":
@@ -166,7 +185,7 @@ class ModelPair:
         target_model, missing = loader.model(target_source, device_map)
         if missing:
             raise PairError(f"target {target}: its weights lack {' and '.join(sorted(missing))}")
-        tokenizer = loader.tokenizer(target_source)
+        tokenizer = load_tokenizer(target_source, trust_remote_code)
         draft_model = None
         if draft is not None:
             draft_source = find_model(draft)
@@ -253,8 +272,7 @@ class _Loader:
                 ignore_mismatched_sizes=True,  # they are refused below, by name
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise PairError(f"model {source.name} cannot be loaded: {reason}") from error
+            raise PairError(f"model {source.name} cannot be loaded: {_reason(error)}") from error
         model, info = loaded
         missing = {name for name in info["missing_keys"] if "rotary" not in name}
         shared = frozenset(end for end in SHARED_MODULES for name in missing if name.endswith(end))
@@ -277,7 +295,8 @@ class _Loader:
         model, missing = self.model(source, None)
         _share_modules(target, model, missing, source.name)
         if not missing or self.has_tokenizer(source):
-            _check_vocabularies(tokenizer, self.tokenizer(source), target_name, source.name)
+            own = load_tokenizer(source, self.trust_remote_code)
+            compare_vocabularies(tokenizer, own, target_name, source.name)
         return model
 
     def has_tokenizer(self, source: ModelSource) -> bool:
@@ -285,18 +304,29 @@ class _Loader:
         path = source.path
         return path is None or path.is_file() or any(path.glob("tokenizer*"))
 
-    def tokenizer(self, source: ModelSource) -> Any:
-        from transformers import AutoTokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(
-                model_folder(source),
-                revision=source.revision,
-                trust_remote_code=self.trust_remote_code,
-            )
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise PairError(f"model {source.name} has no usable tokenizer: {reason}") from error
+def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
+    """A model's tokenizer (transformers).
+
+    Raises:
+        PairError: it has none, or one that cannot be used.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            model_folder(source), revision=source.revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise PairError(f"model {source.name} has no usable tokenizer: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs Python code of its own; if you trust it, set models.trust_remote_code to true"
+        )
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_draft(pair: ModelPair, name: str, *, trust_remote_code: bool = False) -> Any:
@@ -321,6 +351,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SPECBATCH_CACHE") or f"{base}/specbatch").expanduser()
 
 
+def _converted(gguf: Path) -> Path:
+    """Where the conversion of a GGUF file is, or will be."""
+    stat = gguf.stat()
+    key = hashlib.sha256(
+        f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()
+    ).hexdigest()[:16]
+    return cache_folder() / "gguf" / f"{gguf.stem}-{key}"
+
+
+def local_folder(source: ModelSource) -> Path | None:
+    """The folder that a model would be loaded from; it may not be there yet."""
+    path = source.path
+    return _converted(path) if path is not None and path.suffix == ".gguf" else path
+
+
 def model_folder(source: ModelSource) -> str:
     """What from_pretrained takes; a GGUF file is converted once to a folder of safetensors.
 
@@ -332,11 +377,7 @@ def model_folder(source: ModelSource) -> str:
         return source.name
     if path.suffix != ".gguf":
         return str(path)
-    stat = path.stat()
-    key = hashlib.sha256(
-        f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()
-    ).hexdigest()[:16]
-    folder = cache_folder() / "gguf" / f"{path.stem}-{key}"
+    folder = _converted(path)
     if folder.is_dir():
         return str(folder)
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -378,8 +419,12 @@ def _share_modules(target: Any, draft: Any, missing: frozenset[str], name: str) 
         draft.set_output_embeddings(target.get_output_embeddings())
 
 
-def _check_vocabularies(target: Any, draft: Any, target_name: str, draft_name: str) -> None:
-    """Both tokenizers must give the same token to every id; only padding rows may differ."""
+def compare_vocabularies(target: Any, draft: Any, target_name: str, draft_name: str) -> None:
+    """Check that both tokenizers give the same token to every id; only padding rows may differ.
+
+    Raises:
+        PairError: names the first token that differs.
+    """
     ours, theirs = target.get_vocab(), draft.get_vocab()
     if ours == theirs:
         return

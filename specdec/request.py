@@ -67,8 +67,13 @@ class SamplingParams:
             value = getattr(self, name)
             listed = isinstance(value, tuple | list) and all(type(v) is kind for v in value)
             require(name, listed, f"a list of {kind.__name__}")
-        require("stop", all(self.stop), "a list of non-empty strings")
+        require("stop", all(map(_is_text, self.stop)), "a list of non-empty strings of whole text")
         require("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
+
+
+def _is_text(stop: str) -> bool:
+    """Whether a string can be found in a text: not empty, and without half of a character."""
+    return bool(stop) and not any("\ud800" <= letter <= "\udfff" for letter in stop)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,212 @@
+"""The template of a job file: jinja2 over a row's columns, in a sandbox and with an end.
+
+A job file is data and may come from elsewhere. Its template reaches no Python internals, no files
+and no other templates, and is stopped when it takes too many steps or makes a text that is too
+long, so that neither a mistake nor a joke keeps an actor busy for ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.runtime import Context
+from jinja2.sandbox import SandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+MAX_STEPS = 1_000_000
+"""Most loop iterations, calls and filters of one rendering."""
+
+MAX_SIZE = 10_000_000
+"""Longest text or list that a template may make, and largest number that it may pass on."""
+
+_MAX_BITS = 10_000  # of an integer
+_WIDE = re.compile(r"\d{7,}")
+_steps_left: ContextVar[list[int] | None] = ContextVar("steps_left", default=None)
+
+
+class PromptTemplate:
+    """A template that was checked and compiled.
+
+    Args:
+        source: jinja2.
+
+    Attributes:
+        columns: what it takes from a row, sorted.
+
+    Raises:
+        ValueError: it is not valid, or wants other templates; the message says what is wrong.
+    """
+
+    def __init__(self, source: str) -> None:
+        environment = _Sandbox(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+        try:
+            tree = environment.parse(source)
+            if any(True for _ in meta.find_referenced_templates(tree)):
+                raise ValueError("must not include, import or extend other templates")
+            names = meta.find_undeclared_variables(tree) - _own_names(tree)
+            self._template = environment.from_string(_Bounded(environment).visit(tree))
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(
+                f"is not a valid jinja2 template: line {error.lineno}: {error.message}"
+            ) from None
+        except RecursionError:
+            raise ValueError("is not a valid jinja2 template: it is nested too deeply") from None
+        self.columns = sorted(names - environment.globals.keys())
+
+    def render(self, row: Mapping[str, Any]) -> str:
+        """The text for a row. Raises whatever the template runs into."""
+        token = _steps_left.set([MAX_STEPS])
+        try:
+            pieces, size = [], 0
+            for piece in self._template.generate(row):
+                pieces.append(piece)
+                size += len(piece)
+                _check_size(size)
+            return "".join(pieces)
+        finally:
+            _steps_left.reset(token)
+
+
+def _own_names(tree: nodes.Template) -> set[str]:
+    """Macros and namespaces: jinja2 takes those for variables of the outside in some places."""
+    names = {macro.name for macro in tree.find_all(nodes.Macro)}
+    for assign in tree.find_all(nodes.Assign):
+        if isinstance(assign.target, nodes.Name) and isinstance(assign.node, nodes.Call):
+            made_by = assign.node.node
+            if isinstance(made_by, nodes.Name) and made_by.name == "namespace":
+                names.add(assign.target.name)
+    return names
+
+
+class _Sandbox(SandboxedEnvironment):
+    """Jinja2's sandbox, in which all that can repeat or grow is counted."""
+
+    intercepted_binops = frozenset(["*", "**", "+", "%"])
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.filters = {name: _counted_filter(f) for name, f in self.filters.items()}
+        self.filters |= {"counted items": _counted_items, "concatenation": _concatenation}
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        _step()
+        _check_arguments([*args, *kwargs.values()])
+        if getattr(__obj, "__name__", "") in {"format", "format_map"}:
+            # The sandbox wraps it, to look at the names inside.
+            _check_width(getattr(getattr(__obj, "__wrapped__", __obj), "__self__", ""))
+        return _checked(super().call(__context, __obj, *args, **kwargs))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        _step()
+        if operator == "**" and isinstance(left, int) and isinstance(right, int):
+            _check_bits(left.bit_length() * abs(right))
+        elif operator == "*" and isinstance(left, int) and isinstance(right, int):
+            _check_bits(left.bit_length() + right.bit_length())
+        elif operator == "*":
+            _check_size(_size(left) * _size(right))
+        elif operator == "+":
+            _check_size(_size(left) + _size(right))
+        elif operator == "%":
+            _check_width(left)
+        return super().call_binop(context, operator, left, right)
+
+
+class _Bounded(NodeTransformer):
+    """Puts what loops go over, and what `~` joins, through filters that count."""
+
+    def __init__(self, environment: _Sandbox) -> None:
+        self._environment = environment
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.iter = self._filtered(node.iter, "counted items")
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return self._filtered(nodes.List(node.nodes, lineno=node.lineno), "concatenation")
+
+    def _filtered(self, node: nodes.Node, name: str) -> nodes.Filter:
+        result = nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+        result.set_environment(self._environment)
+        return result
+
+
+# Filters of the context are not evaluated while the template is compiled.
+@jinja2.pass_context
+def _counted_items(context: Context, items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        _step()
+        yield item
+
+
+@jinja2.pass_context
+def _concatenation(context: Context, items: Iterable[Any]) -> str:
+    _step()
+    texts = [str(item) for item in items]
+    _check_size(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def _counted_filter(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)  # with the marks by which jinja2 knows what a filter is passed
+    def filtered(*args: Any, **kwargs: Any) -> Any:
+        _step()
+        _check_arguments([*args, *kwargs.values()])
+        if function.__name__ == "do_format":
+            _check_width(args[0])
+        return _checked(function(*args, **kwargs))
+
+    return filtered
+
+
+# ------------------------------------------------------------------------ limits
+
+
+def _step() -> None:
+    left = _steps_left.get()
+    if left is not None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise SecurityError(f"the template takes more than {MAX_STEPS:,} steps")
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_SIZE:
+        raise SecurityError(f"the template makes more than {MAX_SIZE:,} characters or items")
+
+
+def _checked(value: Any) -> Any:
+    if isinstance(value, str):
+        _check_size(len(value))
+    return value
+
+
+def _check_arguments(arguments: Iterable[Any]) -> None:
+    for value in arguments:
+        if isinstance(value, int) and abs(value) > MAX_SIZE:
+            raise SecurityError(f"the template passes on a number beyond {MAX_SIZE:,}")
+
+
+def _check_width(text: object) -> None:
+    if isinstance(text, str) and _WIDE.search(text):
+        raise SecurityError("the template formats to a width of millions")
+
+
+def _check_bits(bits: int) -> None:
+    if bits > _MAX_BITS:
+        raise SecurityError(f"the template makes a number of more than {_MAX_BITS:,} bits")
+
+
+def _size(value: object) -> int:
+    """How often a value repeats what it is multiplied by, or how long it is."""
+    if isinstance(value, int):
+        return abs(value)
+    return len(value) if isinstance(value, str | bytes | list | tuple) else 1
