@@ -23,6 +23,7 @@ from pipeline.blocks import UnitFiles, UnitRows
 from pipeline.config import JobConfig
 from pipeline.engine_loop import EngineFailed, EngineLoop
 from pipeline.errors import RowError, UserError
+from pipeline.pool import group_of
 from pipeline.prompts import SAMPLING_COLUMN, PromptRenderer, required_columns, row_sampling
 from pipeline.schema import (
     Failed,
@@ -60,6 +61,8 @@ class GenerateActor:
         context = ray.get_runtime_context()
         self._monitor = monitor
         self._turns = Turns()
+        self._group = group_of(context.get_actor_name())
+        job = job.in_group(self._group)
         self._job, self._digest = job, digest
         self._actor, self._node = context.get_actor_id() or "local", context.get_node_id()
         try:
@@ -264,6 +267,7 @@ class GenerateActor:
             calibration=total_calibration(finished),
             costs=usage.costs,
             fell_back=usage.fell_back,
+            group=self._group or None,
         )
         table = completions_table(rows, outcomes)
         files.append(

@@ -66,6 +66,7 @@ class UnitRecord:
             (`Calibration.bins`).
         costs: the actor's cost tables when the unit ended.
         fell_back: whether the actor had given up its acceptance head by then.
+        group: the actor's group, if the pool has groups.
     """
 
     unit: str
@@ -94,6 +95,7 @@ class UnitRecord:
     calibration: dict[str, list[list[float]]] = field(default_factory=dict)
     costs: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     fell_back: bool = False
+    group: str | None = None
 
     @property
     def failed(self) -> int:
@@ -216,7 +218,7 @@ def stats_tables(records: Sequence[UnitRecord]) -> dict[str, pa.Table]:
             del summary[nested]
         summary |= _speedup_columns(mine)
         summary["fell_back"] = any(record.fell_back for record in mine)
-        actors.append({"actor": actor, "node": mine[0].node, **summary})
+        actors.append({"actor": actor, "node": mine[0].node, "group": mine[0].group, **summary})
         latest = max(mine, key=lambda record: record.finished)
         for kind, points in latest.costs.items():
             costs += [{"actor": actor, "kind": kind, "tokens": n, "seconds": s} for n, s in points]
@@ -231,10 +233,12 @@ def stats_tables(records: Sequence[UnitRecord]) -> dict[str, pa.Table]:
 
 
 def _typed(table: pa.Table) -> pa.Table:
-    """The table with types for columns that are null in every row: files, or ratios."""
+    """The table with types for columns that are null in every row: names, or ratios."""
     for i, column in enumerate(table.schema):
         if pa.types.is_null(column.type):
-            kind = pa.string() if column.name.endswith(("_file", "_sha256")) else pa.float64()
+            kind = (
+                pa.string() if column.name.endswith(("_file", "_sha256", "group")) else pa.float64()
+            )
             table = table.set_column(i, column.name, table[i].cast(kind))
     return table
 
