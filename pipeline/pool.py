@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -92,12 +92,15 @@ def check_workers(nodes: Sequence[str]) -> None:
     answers = {}
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node, soft=False)
-        answers[node] = probe.options(scheduling_strategy=there).remote(_NEEDED)
-    for node, answer in answers.items():
+        answers[probe.options(scheduling_strategy=there).remote(_NEEDED)] = node
+    # A node that is too busy to say is taken on trust.
+    said, _ = ray.wait(list(answers), num_returns=len(answers), timeout=_PROBE_SECONDS)
+    for answer in said:
+        node = answers[answer]
         try:
-            lacking = ray.get(answer, timeout=_PROBE_SECONDS)
-        except (GetTimeoutError, RayError):
-            continue  # a node that has left, or is too busy to say
+            lacking = ray.get(answer)
+        except RayError:
+            continue  # it has left meanwhile
         if lacking:
             raise UserError(
                 f"node {node[:8]} of the Ray cluster cannot import {', '.join(lacking)}; install "

@@ -24,6 +24,7 @@ from ray.cluster_utils import Cluster
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("actor", "node", "driver", "worker")
+_WORKERS = ("ray::Read", "ray::Write", "ray::Monitor")
 _POLL_SECONDS = 0.05
 _PATIENCE = 120.0  # seconds that a victim is waited for
 _OBJECT_STORE = 80 * 1024 * 1024  # bytes; little more than Ray's least
@@ -181,38 +182,35 @@ class Chaos:
         return self._kill_one(actors(self.cluster))
 
     def _kill_worker(self) -> bool:
-        """A process that reads, writes or keeps the account of units."""
-        ours = {process.pid for process in actors(self.cluster)}
-        return self._kill_one([p for p in workers(self.cluster) if p.pid not in ours])
+        """A process that reads or writes units, or keeps the account of them."""
+        return self._kill_one(processes(self.cluster, lambda title: title.startswith(_WORKERS)))
 
-    def _kill_one(self, processes: Sequence[psutil.Process]) -> bool:
-        if not processes:
+    def _kill_one(self, found: Sequence[psutil.Process]) -> bool:
+        if not found:
             return False
         with suppress(psutil.NoSuchProcess):
-            self._random.choice(processes).kill()
+            self._random.choice(found).kill()
             return True
         return False
 
 
-def workers(cluster: Cluster) -> list[psutil.Process]:
-    """Ray's worker processes that do something for a job now: tasks and actors."""
+def processes(cluster: Cluster, wanted: Callable[[str], bool]) -> list[psutil.Process]:
+    """Worker processes of all nodes whose title (such as `ray::Write`) is a wanted one."""
     found = []
     for node in cluster.list_all_nodes():
         for info in node.all_processes.get("raylet", []):
             with suppress(psutil.NoSuchProcess):
                 for process in psutil.Process(info.process.pid).children(recursive=True):
                     with suppress(psutil.NoSuchProcess, IndexError):
-                        title = process.cmdline()[0]
-                        if title.startswith("ray::") and not title.startswith("ray::IDLE"):
+                        if wanted(process.cmdline()[0]):
                             found.append(process)
     return found
 
 
 def actors(cluster: Cluster) -> list[psutil.Process]:
     """The processes of the job's actors."""
-    found = []
-    for process in workers(cluster):
-        with suppress(psutil.NoSuchProcess, IndexError):
-            if "GenerateActor" in process.cmdline()[0]:
-                found.append(process)
-    return found
+    return processes(cluster, _is_actor)
+
+
+def _is_actor(title: str) -> bool:
+    return "GenerateActor" in title

@@ -18,6 +18,7 @@ from pipeline import pool
 from pipeline.config import ActorsConfig
 from pipeline.errors import UserError
 from pipeline.pool import check_resources, check_workers, group_of, next_group
+from pipeline.run import _data_context
 
 GROUPS = ActorsConfig.model_validate(
     {
@@ -142,3 +143,21 @@ def test_groups_share_a_job_and_a_node_that_joins_is_used(
     assert {name: row["peak_live"] for name, row in actors.items()} == {"large": 6, "small": 3}
     assert actors["large"]["node"] != actors["small"]["node"]
     assert actors["large"]["units"] + actors["small"]["units"] == rows // 2
+
+
+def test_what_the_user_must_mend_is_not_tried_again_and_the_rest_is() -> None:
+    from ray._common.retry import format_exception, matches_error
+    from ray.data import DataContext
+
+    with _data_context():
+        patterns = DataContext.get_current().retried_map_errors
+    assert isinstance(patterns, list)
+
+    def retried(error: Exception) -> bool:
+        wrapped = RuntimeError("in a map function")
+        wrapped.__cause__ = error
+        text = format_exception(wrapped, include_cause=True)
+        return any(matches_error(pattern, text) for pattern in patterns)
+
+    assert retried(ValueError("some\nlines"))
+    assert not retried(UserError("s3://b: S3 answered SlowDown;\ngave up after 120 s"))
