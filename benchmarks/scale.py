@@ -155,7 +155,7 @@ def workspace() -> Iterator[Path]:
 
 def write_files(root: Path, files: int, rows: int) -> int:
     """Input files of `rows` prompts each. Returns the bytes of one of them."""
-    words = np.random.default_rng(0).integers(0, 1000, (rows, 8))
+    words = np.random.default_rng(0).integers(0, 1000, (rows, 30))
     prompts = [" ".join(map(str, row)) for row in words]
     size = 0
     for first in range(0, files, _FOLDER_FILES):

@@ -93,7 +93,7 @@ def check(store: Store, output: str, calm: Path, rows: int) -> None:
         pytest.param(1, 120, ["driver", "node", "actor", "actor", "worker"], id="short"),
         pytest.param(
             5,
-            480,
+            200,
             [*KINDS] * 5 + ["actor"],
             id="long",
             marks=[pytest.mark.slow, pytest.mark.timeout(7200)],
