@@ -109,6 +109,7 @@ def test_a_node_without_the_packages_is_named(
         check_workers(nodes)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_groups_share_a_job_and_a_node_that_joins_is_used(
     tiny_models: TinyModels, tmp_path: Path
