@@ -128,7 +128,12 @@ def cluster(nodes: int, cpus: int, seconds_per_row: float = 0.0) -> Iterator[Non
     os.environ |= {"PYTHONPATH": str(ROOT), "RAY_BACKEND_LOG_LEVEL": "fatal"}
     os.environ["DOUBLE_SECONDS"] = str(seconds_per_row)
     raylets = Cluster()
-    raylets.add_node(num_cpus=0, include_dashboard=False, object_store_memory=500 * 2**20)
+    raylets.add_node(
+        num_cpus=0,
+        include_dashboard=False,
+        object_store_memory=500 * 2**20,
+        _system_config=run_module._LOCAL_RAY,
+    )
     for _ in range(nodes):
         raylets.add_node(num_cpus=cpus, object_store_memory=500 * 2**20)
     ray.init(address=raylets.address, log_to_driver=False, logging_level="ERROR")
