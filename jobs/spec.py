@@ -215,7 +215,9 @@ def _keys(section: Iterable[str]) -> list[str]:
     model: type[BaseModel] = JobConfig
     for name in section:
         field = model.model_fields.get(name)
-        candidates = (field.annotation, *get_args(field.annotation)) if field else ()
+        if field is None:  # the name of an actor group
+            continue
+        candidates = (field.annotation, *get_args(field.annotation))
         inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
         if not inner:
             return []

@@ -6,7 +6,7 @@ recorded. The names are an interface: add to them, do not rename them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -253,8 +253,15 @@ class SpeculationConfig(_Settings):
         return self
 
 
+GroupName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
 class ActorsConfig(_Settings):
-    """The pool: each actor holds one draft and target pair and runs one engine."""
+    """The pool: each actor holds one draft and target pair and runs one engine.
+
+    With `groups` the pool has actors of several kinds, which take units as they get free. A group
+    has all of these settings for itself; what it does not set, it takes from beside `groups`.
+    """
 
     min: int = Field(default=1, ge=1)
     max: int | None = Field(default=None, ge=1, description="null: the same as min")
@@ -281,16 +288,46 @@ class ActorsConfig(_Settings):
         default=False,
         description="true: wait for nodes that the cluster adds instead of refusing to start",
     )
+    groups: dict[GroupName, ActorsConfig] = Field(
+        default_factory=dict,
+        description="kinds of actors by name, such as A100 and L4, each with its own settings",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _groups_inherit(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(groups := values.get("groups"), dict):
+            return values
+        shared = {key: value for key, value in values.items() if key != "groups"}
+        inherited = {
+            name: {**shared, **(group or {})} if isinstance(group, dict | None) else group
+            for name, group in groups.items()
+        }
+        return {**values, "groups": inherited}
 
     @model_validator(mode="after")
     def _ordered(self) -> ActorsConfig:
         if self.max is not None and self.max < self.min:
             raise ValueError(f"max ({self.max}) is less than min ({self.min})")
+        for name, group in self.groups.items():
+            if group.groups:
+                raise ValueError(f"groups.{name}: a group cannot have groups of its own")
         return self
 
     @property
+    def pools(self) -> dict[str, ActorsConfig]:
+        """The groups by name; a pool of one kind is a single group without a name."""
+        return dict(self.groups) or {"": self}
+
+    @property
+    def min_actors(self) -> int:
+        """Least actors, of all groups together."""
+        return sum(group.min for group in self.pools.values())
+
+    @property
     def max_actors(self) -> int:
-        return self.max if self.max is not None else self.min
+        """Most actors, of all groups together."""
+        return sum(group.max or group.min for group in self.pools.values())
 
 
 class JobConfig(_Settings):
@@ -317,7 +354,15 @@ class JobConfig(_Settings):
 
     @property
     def units_in_flight(self) -> int:
-        """Units that an actor holds at once: at least one more than its slots work on."""
-        if self.actors.units_in_flight is not None:
-            return self.actors.units_in_flight
-        return 2 + -(-self.actors.slots // self.unit_rows)
+        """Units that an actor holds at once: at least one more than its slots work on.
+
+        It is the same for all groups: what the one with the most slots needs.
+        """
+        return max(
+            group.units_in_flight or 2 + -(-group.slots // self.unit_rows)
+            for group in self.actors.pools.values()
+        )
+
+    def in_group(self, name: str) -> JobConfig:
+        """The job as an actor of this group sees it: `actors` are the group's settings."""
+        return self.model_copy(update={"actors": self.actors.pools[name]})

@@ -22,6 +22,7 @@ from pipeline.blocks import UnitFiles, UnitRows
 from pipeline.config import JobConfig
 from pipeline.engine_loop import EngineFailed, EngineLoop
 from pipeline.errors import RowError, UserError
+from pipeline.pool import group_of
 from pipeline.prompts import SAMPLING_COLUMN, PromptRenderer, required_columns, row_sampling
 from pipeline.schema import (
     Failed,
@@ -60,6 +61,8 @@ class GenerateActor:
         context = ray.get_runtime_context()
         self._monitor = monitor
         self._turns = Turns()
+        self._group = group_of(context.get_actor_name())
+        job = job.in_group(self._group)
         self._job, self._digest = job, digest
         self._actor, self._node = context.get_actor_id() or "local", context.get_node_id()
         try:
@@ -272,6 +275,7 @@ class GenerateActor:
             costs=usage.costs,
             fell_back=usage.fell_back,
             generation=unit.generation,
+            group=self._group or None,
         )
         table = completions_table(rows, outcomes)
         files.append((f"completions/{unit.id}.parquet", parquet_bytes(table, record)))

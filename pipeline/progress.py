@@ -89,13 +89,18 @@ class Monitor:
         self._tallies[actor] = tally
 
     def start(self) -> None:
-        """An actor starts to load. Fails the job if they die again and again and finish nothing."""
+        """An actor starts to load. Fails the job if they die again and again and finish nothing.
+
+        Raises:
+            RuntimeError: the job has failed already, or does now.
+        """
         self._starts += 1
         if self._starts > self._most_starts:
             self.fail(
                 f"actors were started {self._starts} times without completing a unit: they die "
                 "while loading or at once after it; look for lack of memory, or fewer actors.slots"
             )
+        if self._user_error:  # loading the models again would only take longer
             raise RuntimeError(self._user_error)
 
     def begin(self, unit: str) -> History | None:

@@ -159,18 +159,16 @@ def _message(number: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise RowError("MalformedMessages", f"message {number} is not an object")
     # Arrow fills fields that a message does not have with null; templates must not see those.
-    message: dict[str, Any] = {
-        key: _without_nulls(v) for key, v in message.items() if v is not None
-    }
-    content = message.get("content")
+    kept: dict[str, Any] = {k: _without_nulls(v) for k, v in message.items() if v is not None}
+    content = kept.get("content")
     if isinstance(content, list):
-        message["content"] = _joined(number, content)
-    elif content is None and message.get("tool_calls"):
-        message["content"] = ""
+        kept["content"] = _joined(number, content)
+    elif content is None and kept.get("tool_calls"):
+        kept["content"] = ""
     for key in ("role", "content"):
-        if not isinstance(message.get(key), str):
+        if not isinstance(kept.get(key), str):
             raise RowError("MalformedMessages", f"message {number} has no text in {key!r}")
-    return message
+    return kept
 
 
 def _without_nulls(value: Any) -> Any:

@@ -11,8 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from pipeline.finish import finish
 from pipeline.generate import GenerateActor
 from pipeline.listing import InputFile, list_inputs
 from pipeline.models import check_models, digest
+from pipeline.pool import actor_options, check_resources, check_workers
 from pipeline.preflight import check_output
 from pipeline.progress import JobProgress, OnProgress, Tally, start_monitor
 from pipeline.prompts import required_columns
@@ -43,6 +43,14 @@ _UNIT_RETRIES = 2
 # Far more than a unit needs until its poisonous rows are found (`pipeline.attempts`); only so that
 # nothing goes on for ever.
 _ACTOR_TASK_RETRIES = 200
+_ACTOR_INIT_DEATHS = 3
+# Share of the units that its actors can hold above which a pool grows.
+_FULL = 0.75
+
+
+# While actors hold all cores, Ray ends the processes that read and write after a second of idleness
+# and then starts new ones, which takes seconds of the cores that the engine should have.
+_LOCAL_RAY = {"idle_worker_killing_time_threshold_ms": 600_000}
 
 
 class JobFailed(RuntimeError):
@@ -191,7 +199,7 @@ def run_job(
     checksums: dict[str, str] = {}
     if pending:
         with connected():
-            check_resources(job.actors, _node_resources())
+            _check_cluster(job.actors)
             output.delete(manifest.SUCCESS)
             checksums = _generate(plan, pending, digest(mark), mode.only_failed, progress, stop)
     if mode.only_failed and missing:
@@ -236,6 +244,7 @@ def connected() -> Iterator[None]:
             ray.init(
                 address=address or "local",
                 include_dashboard=None if address else False,
+                _system_config=None if address else _LOCAL_RAY,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
@@ -260,43 +269,10 @@ def _silent_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _node_resources() -> list[dict[str, float]]:
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    return [node["Resources"] for node in nodes if node["Alive"]]
-
-
-def check_resources(actors: ActorsConfig, nodes: list[dict[str, float]]) -> None:
-    """Check that the cluster can hold the smallest pool asked for, instead of waiting for ever.
-
-    Args:
-        actors: the pool.
-        nodes: resources of each live node, as Ray names them.
-
-    Raises:
-        UserError: names the resource that is short and what the cluster has.
-    """
-    if actors.autoscaling_cluster:
-        return
-    need = {"CPU": actors.num_cpus, "GPU": actors.num_gpus}
-    if actors.accelerator_type:
-        # Ray marks a node that has accelerators of a type with one unit of this resource.
-        need[f"accelerator_type:{actors.accelerator_type}"] = 0.001
-    need = {resource: amount for resource, amount in need.items() if amount}
-    fix = "ask for less in actors, or set actors.autoscaling_cluster: true if it adds nodes"
-    for resource, amount in need.items():
-        most = max((node.get(resource, 0.0) for node in nodes), default=0.0)
-        if amount > most:
-            raise UserError(
-                f"actors: an actor needs {amount:g} {resource}, but the largest node of this Ray "
-                f"cluster has {most:g}; {fix}"
-            )
-    fitting = sum(int(min(node.get(r, 0.0) // n for r, n in need.items())) for node in nodes)
-    if fitting < actors.min:
-        asked = ", ".join(f"{amount:g} {resource}" for resource, amount in need.items())
-        raise UserError(
-            f"actors.min: {actors.min} actors of {asked} do not fit on this Ray cluster, "
-            f"only {fitting}; {fix}"
-        )
+def _check_cluster(actors: ActorsConfig) -> None:
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    check_resources(actors, [node["Resources"] for node in nodes])
+    check_workers([node["NodeID"] for node in nodes])
 
 
 # ------------------------------------------------------------------- generation
@@ -316,7 +292,7 @@ def _generate(
     monitor = start_monitor(job.actors.max_actors)
     schemas = {f.file.name: f.schema for f in plan.files if f.file.format == "jsonl"}
     source = UnitDatasource(pending, schemas, job.s3, RESERVED)
-    sink = (RetrySink if retry else CommitSink)(plan.output, partial(_committed, monitor))
+    sink = (RetrySink if retry else CommitSink)(plan.output, monitor)
     # Reading and writing are mostly waiting. They ask for no CPU, so that actors may hold all of
     # them and the job still moves; instead they are few.
     few = 2 + job.actors.max_actors
@@ -330,15 +306,13 @@ def _generate(
                 batch_size=None,
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(
-                    min_size=job.actors.min,
+                    min_size=job.actors.min_actors,
                     max_size=job.actors.max_actors,
                     max_tasks_in_flight_per_actor=job.units_in_flight,
                     max_concurrent_calls_per_actor=job.units_in_flight,
                 ),
                 fn_constructor_args=(job, digest, monitor),
-                num_cpus=job.actors.num_cpus,
-                num_gpus=job.actors.num_gpus or None,
-                accelerator_type=job.actors.accelerator_type,
+                **actor_options(job.actors),
                 # Ray's default is to retry for ever a unit that kills its actor.
                 max_task_retries=_ACTOR_TASK_RETRIES,
             ).write_datasink(sink, ray_remote_args={"num_cpus": 0}, concurrency=few)
@@ -355,10 +329,6 @@ def _generate(
     return sink.checksums
 
 
-def _committed(monitor: Any, units: list[str]) -> None:
-    monitor.committed.remote(units)
-
-
 @contextmanager
 def _data_context() -> Iterator[None]:
     """Ray Data's settings for this job: a block is a unit, failed units are retried, silence."""
@@ -372,8 +342,16 @@ def _data_context() -> Iterator[None]:
         context = DataContext.get_current().copy()
         # Blocks smaller than this are joined: with one row per unit, every unit stays by itself.
         context.target_max_block_size = 1
-        context.retried_map_errors = True
+        # What storage says in the end it says after minutes of patience, and all that is the
+        # user's to mend stays as it is: neither is tried again.
+        context.retried_map_errors = [r"(?s)^(?!.*\bUserError\b)"]
         context.max_map_retries = _UNIT_RETRIES
+        # An actor whose constructor raised is replaced; one bad node is not the job's end.
+        context.max_consecutive_actor_init_deaths = _ACTOR_INIT_DEATHS
+        # Ray Data's own threshold is one that actors which queue nothing never reach.
+        context.autoscaling_config = replace(
+            context.autoscaling_config, actor_pool_util_upscaling_threshold=_FULL
+        )
         context.raise_original_map_exception = True
         # A unit may take hours, and a cluster may take long to bring a node.
         context.execution_no_progress_timeout_s = -1
@@ -453,12 +431,18 @@ def _explained(error: Exception, monitor: Any) -> Exception:
     for cause in causes:
         if type(cause) is UserError:
             return UserError(_own_words(cause))
-    return JobFailed(f"{type(causes[-1]).__name__}: {_own_words(causes[-1])}")
+    # Ray Data marks what is not the user's code by an error without words at the end.
+    telling = [cause for cause in causes if str(cause)] or causes
+    return JobFailed(f"{type(telling[-1]).__name__}: {_own_words(telling[-1])}")
 
 
 def _own_words(error: BaseException) -> str:
-    """An error's message without what Ray Data adds after retries."""
-    return str(error).split("\nFailed to apply UDF transform")[0].strip() or "no message"
+    """An error's message without tracebacks and what Ray Data adds after retries."""
+    text = str(error).split("\nFailed to apply UDF transform")[0].strip()
+    if "raceback (most recent call last)" in text:
+        first, last = text.splitlines()[0], text.splitlines()[-1]
+        text = f"{first} … {last}"
+    return text or "no message"
 
 
 def _causes(error: BaseException) -> list[BaseException]:

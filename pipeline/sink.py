@@ -47,7 +47,8 @@ then statistics and manifest are written, then `_SUCCESS`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 from ray.data import Datasink
 from ray.data.block import Block
@@ -66,16 +67,14 @@ class CommitSink(Datasink[dict[str, str]]):
 
     Args:
         output: the folder.
-        committed: called with the ids of units after their files are written; travels to workers.
+        monitor: actor handle of the job's `Monitor`, which is told what was committed; or None.
 
     Attributes:
         checksums: after the write, SHA-256 by name of the files that it wrote.
     """
 
-    def __init__(
-        self, output: Folder, committed: Callable[[list[str]], object] = lambda units: None
-    ) -> None:
-        self._output, self._committed = output, committed
+    def __init__(self, output: Folder, monitor: Any = None) -> None:
+        self._output, self._monitor = output, monitor
         self.checksums: dict[str, str] = {}
 
     def write(self, blocks: Iterable[Block], ctx: object) -> dict[str, str]:
@@ -85,7 +84,8 @@ class CommitSink(Datasink[dict[str, str]]):
             unit = UnitFiles.from_block(block)
             written.update(self.commit(unit))
             units.append(unit.unit_id)
-        self._committed(units)
+        if self._monitor is not None:
+            self._monitor.committed.remote(units)
         return written
 
     def commit(self, unit: UnitFiles) -> dict[str, str]:

@@ -22,10 +22,14 @@ from pipeline.storage import open_file
 from pipeline.units import Unit, readable
 
 _BATCH_ROWS = 4096
+_MOST_TASKS = 1000
 
 
 class UnitDatasource(Datasource):
     """Reads units. Units cut from one row group share a read task, which decodes it once.
+
+    A job of very many units has read tasks of several row groups or files each: Ray Data keeps
+    every task in the driver. A task hands its units on one by one, as fast as they are taken.
 
     Args:
         units: what to read; units of one file next to each other and in row order.
@@ -43,14 +47,16 @@ class UnitDatasource(Datasource):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._reserved = reserved
-        self._groups = [list(g) for _, g in groupby(units, key=_read_together)]
+        groups = [list(g) for _, g in groupby(units, key=_read_together)]
+        size = -(-len(groups) // _MOST_TASKS) or 1
+        self._tasks = [groups[i : i + size] for i in range(0, len(groups), size)]
         self._schemas = schemas
         self._s3 = s3
 
     @property
     def read_tasks(self) -> int:
         """How many read tasks there are."""
-        return len(self._groups)
+        return len(self._tasks)
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -63,12 +69,17 @@ class UnitDatasource(Datasource):
     ) -> list[ReadTask]:
         return [
             ReadTask(
-                _reader(group, self._schemas.get(group[0].name), self._s3, self._reserved),
+                _reader(
+                    [(g, self._schemas.get(g[0].name)) for g in groups], self._s3, self._reserved
+                ),
                 BlockMetadata(
-                    num_rows=len(group), size_bytes=None, exec_stats=None, input_files=None
+                    num_rows=sum(map(len, groups)),
+                    size_bytes=None,
+                    exec_stats=None,
+                    input_files=None,
                 ),
             )
-            for group in self._groups
+            for groups in self._tasks
         ]
 
 
@@ -77,12 +88,13 @@ def _read_together(unit: Unit) -> tuple[str, int]:
 
 
 def _reader(
-    units: list[Unit], schema: pa.Schema | None, s3: S3Config, reserved: frozenset[str]
+    groups: list[tuple[list[Unit], pa.Schema | None]], s3: S3Config, reserved: frozenset[str]
 ) -> Callable[[], Iterable[Block]]:
     # A plain closure over plain values: what is pickled to the worker stays small.
     def read() -> Iterable[Block]:
-        for rows in read_units(units, schema, s3, reserved):
-            yield rows.to_block()
+        for units, schema in groups:
+            for rows in read_units(units, schema, s3, reserved):
+                yield rows.to_block()
 
     return read
 

@@ -72,6 +72,7 @@ class UnitRecord:
             about the last generation.
         retried: how many rows that generation tried; 0 for the first, which tried all.
         earlier: the records that this one superseded, oldest first.
+        group: the actor's group, if the pool has groups.
     """
 
     unit: str
@@ -103,6 +104,7 @@ class UnitRecord:
     generation: int = 0
     retried: int = 0
     earlier: list[dict[str, Any]] = field(default_factory=list)
+    group: str | None = None
 
     @property
     def failed(self) -> int:
@@ -252,7 +254,7 @@ def stats_tables(records: Sequence[UnitRecord]) -> dict[str, pa.Table]:
             del summary[nested]
         summary |= _speedup_columns(mine)
         summary["fell_back"] = any(record.fell_back for record in mine)
-        actors.append({"actor": actor, "node": mine[0].node, **summary})
+        actors.append({"actor": actor, "node": mine[0].node, "group": mine[0].group, **summary})
         latest = max(mine, key=lambda record: record.finished)
         for kind, points in latest.costs.items():
             costs += [{"actor": actor, "kind": kind, "tokens": n, "seconds": s} for n, s in points]
@@ -267,10 +269,12 @@ def stats_tables(records: Sequence[UnitRecord]) -> dict[str, pa.Table]:
 
 
 def _typed(table: pa.Table) -> pa.Table:
-    """The table with types for columns that are null in every row: files, or ratios."""
+    """The table with types for columns that are null in every row: names, or ratios."""
     for i, column in enumerate(table.schema):
         if pa.types.is_null(column.type):
-            kind = pa.string() if column.name.endswith(("_file", "_sha256")) else pa.float64()
+            kind = (
+                pa.string() if column.name.endswith(("_file", "_sha256", "group")) else pa.float64()
+            )
             table = table.set_column(i, column.name, table[i].cast(kind))
     return table
 

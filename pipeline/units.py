@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 
 import pyarrow as pa
@@ -43,7 +43,7 @@ _OTHER_FORMATS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a job may have a million of them
 class Unit:
     """The smallest piece of work that is committed.
 
@@ -93,14 +93,14 @@ class Unit:
         return Unit(**values, only=None if only is None else tuple(only))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FilePlan:
     """What planning learned about one input file.
 
     Attributes:
         file: the file.
         rows: how many rows it has; malformed lines count.
-        schema: its columns. For JSONL: of its first lines.
+        schema: its columns, without the schema's metadata. For JSONL: of its first lines.
         units: its units, in row order.
     """
 
@@ -128,12 +128,17 @@ def plan_files(files: Sequence[InputFile], s3: S3Config, unit_rows: int) -> list
     Raises:
         UserError: a file that cannot be read; the message names it.
     """
+    known: dict[pa.Schema, pa.Schema] = {}
 
     def plan(file: InputFile) -> FilePlan:
         with readable(file.url), explained(file.url, s3):
             if file.format == "parquet":
-                return _plan_parquet(file, s3, unit_rows)
-            return _plan_jsonl(file, s3, unit_rows)
+                plan = _plan_parquet(file, s3, unit_rows)
+            else:
+                plan = _plan_jsonl(file, s3, unit_rows)
+        # Most files of a job have the same schema: it is kept once.
+        schema = plan.schema.remove_metadata()
+        return replace(plan, schema=known.setdefault(schema, schema))
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(plan, files))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from specdec.acceptance import Calibration
+if TYPE_CHECKING:  # so that who only counts and passes on need not import torch
+    from specdec.acceptance import Calibration
 
 FinishReason = Literal["stop", "length", "error"]
 

@@ -79,6 +79,10 @@ def test_defaults_are_those_of_the_design(tmp_path: Path) -> None:
     [
         ({"outputs": "x"}, "outputs: unknown key; did you mean 'output'?"),
         ({"actors": {"num_gpu": 1}}, "actors.num_gpu: unknown key; did you mean 'num_gpus'?"),
+        (
+            {"actors": {"groups": {"L4": {"num_gpu": 1}}}},
+            "actors.groups.L4.num_gpu: unknown key; did you mean 'num_gpus'?",
+        ),
         ({"input": {"paths": "a"}}, "exactly one of messages_column, prompt_column, template"),
         (
             {"input": {"paths": "a", "prompt_column": "p", "template": "t"}},

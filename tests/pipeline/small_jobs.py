@@ -31,7 +31,7 @@ def rows_of(output: Path, kind: str = "completions") -> dict[str, dict[str, Any]
 
 
 def started(
-    values: dict[str, Any], job: Path, *options: str, **popen: Any
+    values: dict[str, Any], job: Path, *options: str, address: str | None = None, **popen: Any
 ) -> subprocess.Popen[Any]:
     """`specbatch run` in a process of its own, once at least two units are committed.
 
@@ -39,12 +39,14 @@ def started(
         values: the job.
         job: where its job file is written.
         options: of the command.
+        address: of the Ray cluster that it runs on; None: one of its own.
         popen: of `subprocess.Popen`.
     """
     job.write_text(yaml.safe_dump(values))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
         [sys.executable, "-m", "jobs.cli", "run", str(job), *options],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env=environment | ({"RAY_ADDRESS": address} if address else {}),
         **popen,
     )
     deadline = time.monotonic() + 120

@@ -20,10 +20,10 @@ from ray.data import DataContext
 from small_jobs import rows_of, run, started
 
 from pipeline import manifest
-from pipeline.config import ActorsConfig, S3Config
+from pipeline.config import S3Config
 from pipeline.errors import UserError
 from pipeline.progress import JobProgress
-from pipeline.run import JobResult, check_resources
+from pipeline.run import JobResult
 from pipeline.storage import Folder
 from pipeline.trace import read_rounds
 from specdec.speedup import SpeedupMeter
@@ -412,18 +412,6 @@ def test_more_than_the_cluster_has_is_refused_at_once(
     ):
         with pytest.raises(UserError, match=message):
             run(settings(tiny_models, str(prompts), tmp_path / "out", actors=actors))
-
-
-def test_resources_are_counted_by_node() -> None:
-    nodes = [{"CPU": 8.0, "GPU": 1.0, "accelerator_type:A100": 1.0}, {"CPU": 8.0}]
-    check_resources(ActorsConfig(num_gpus=1, accelerator_type="A100"), nodes)
-    check_resources(ActorsConfig(num_gpus=0.5, min=2), nodes)
-    check_resources(ActorsConfig(min=4, num_cpus=4), nodes)
-    with pytest.raises(UserError, match="accelerator_type:H100"):
-        check_resources(ActorsConfig(num_gpus=1, accelerator_type="H100"), nodes)
-    with pytest.raises(UserError, match="2 actors of 1 CPU, 1 GPU do not fit"):
-        check_resources(ActorsConfig(num_gpus=1, min=2), nodes)
-    check_resources(ActorsConfig(num_gpus=1, min=2, autoscaling_cluster=True), nodes)
 
 
 def test_a_killed_job_is_resumed(

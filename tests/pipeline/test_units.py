@@ -7,9 +7,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import source as source_module
 from pipeline.blocks import UnitRows
 from pipeline.config import S3Config
 from pipeline.errors import UserError
@@ -20,6 +21,7 @@ from pipeline.units import Unit, check_columns, cut_row_groups, plan_files, unit
 S3 = S3Config()
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.integers(0, 50), max_size=20), st.integers(1, 30))
 def test_cuts_cover_every_row_once_in_order(groups: list[int], unit_rows: int) -> None:
     cuts = cut_row_groups(groups, unit_rows)
@@ -34,6 +36,7 @@ def test_cuts_cover_every_row_once_in_order(groups: list[int], unit_rows: int) -
     assert position == sum(groups)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 30))
 def test_small_row_groups_are_kept_whole(groups: list[int], unit_rows: int) -> None:
     for cut in cut_row_groups(groups, unit_rows):
@@ -64,14 +67,20 @@ def inputs(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("most_tasks", [2, 7, 1000])
 @pytest.mark.parametrize("unit_rows", [1, 16, 250, 5000])
-def test_reading_units_gives_every_row_once(inputs: Path, unit_rows: int) -> None:
+def test_reading_units_gives_every_row_once(
+    inputs: Path, unit_rows: int, most_tasks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "_MOST_TASKS", most_tasks)
     plans = plan_files(list_inputs([str(inputs)], S3), S3, unit_rows)
     units = [unit for plan in plans for unit in plan.units]
     assert len({unit.id for unit in units}) == len(units)
     schemas = {plan.file.name: plan.schema for plan in plans}
     rows: dict[str, list[int]] = {plan.file.name: [] for plan in plans}
-    for task in UnitDatasource(units, schemas, S3).get_read_tasks(1):
+    source = UnitDatasource(units, schemas, S3)
+    assert source.read_tasks <= most_tasks
+    for task in source.get_read_tasks(1):
         for block in task():
             read = UnitRows.from_block(block)
             assert read.table.num_rows == read.unit.rows <= unit_rows
@@ -82,6 +91,15 @@ def test_reading_units_gives_every_row_once(inputs: Path, unit_rows: int) -> Non
         "b.jsonl": list(range(50)),
         "deep/small.parquet": list(range(30)),
     }
+
+
+def test_files_of_one_schema_share_it(inputs: Path, tmp_path: Path) -> None:
+    table = pa.table({"i": [1], "p": ["x"]}).replace_schema_metadata({"pandas": "of this file"})
+    pq.write_table(table, inputs / "z.parquet")
+    plans = plan_files(list_inputs([str(inputs)], S3), S3, 100)
+    assert [p.file.format for p in plans] == ["parquet", "jsonl", "parquet", "parquet"]
+    assert len({id(plan.schema) for plan in plans}) == 1
+    assert plans[0].schema.names == ["i", "p"]
 
 
 def test_some_units_of_a_row_group(inputs: Path) -> None:
