@@ -282,6 +282,7 @@ def _load(config: JobConfig) -> ModelPair:
             models.draft,
             dtype=models.dtype,
             quantization=models.quantization,
+            draft_quantization=models.draft_quantization,
             deterministic=models.deterministic,
             device=models.device,
             device_map=models.device_map,

@@ -129,6 +129,10 @@ class ModelsConfig(_Settings):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: Literal["int8wo", "int8"] | None = Field(default=None, description="CPU only")
+    draft_quantization: Literal["int8wo", "int8", "none"] | None = Field(
+        default=None,
+        description="of the draft alone; null: int8 on a CPU, since it only proposes",
+    )
     deterministic: bool = Field(
         default=False, description="batch-invariant kernels: bit-exact results under any batching"
     )

@@ -298,6 +298,7 @@ def load_pair(job: JobConfig) -> Any:
         models.draft if job.speculation.policy != "none" else None,
         dtype=models.dtype,
         quantization=models.quantization,
+        draft_quantization=models.draft_quantization,
         deterministic=models.deterministic,
         device=device,
         device_map=models.device_map,

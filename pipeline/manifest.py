@@ -79,6 +79,7 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
             result["speculation"]["head"] = head_identity(speculation.head)
         if models.draft is not None and speculation.policy != "none":
             result["models"]["draft"] = model_identity(models.draft)
+            result["models"]["draft_quantization"] = models.draft_quantization
     return result
 
 

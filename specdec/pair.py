@@ -140,6 +140,7 @@ class ModelPair:
         *,
         dtype: DType = "float32",
         quantization: Quantization | None = None,
+        draft_quantization: Quantization | Literal["none"] | None = None,
         deterministic: bool = False,
         device: str | None = None,
         device_map: str | Mapping[str, Any] | None = None,
@@ -153,6 +154,8 @@ class ModelPair:
                 the target's.
             dtype: of weights and activations.
             quantization: int8 linear layers, on a CPU (specdec/linear.py).
+            draft_quantization: the same for the draft alone, or "none". By default int8 on a CPU: a
+                draft only proposes, so that this costs some acceptance and no quality.
             deterministic: batch-invariant kernels for the target: float32 or a quantization, on a
                 CPU.
             device: by default "cuda" if there is one, otherwise "cpu".
@@ -168,8 +171,11 @@ class ModelPair:
             place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except RuntimeError:
             raise PairError(f"device {device}: torch knows no such device") from None
-        if quantization and place.type != "cpu":
-            raise PairError(f"quantization {quantization} runs on CPUs only, not on {place.type}")
+        if draft_quantization is None:
+            draft_quantization = "int8" if place.type == "cpu" else "none"
+        for kind in (quantization, draft_quantization):
+            if kind not in (None, "none") and place.type != "cpu":
+                raise PairError(f"quantization {kind} runs on CPUs only, not on {place.type}")
         if (deterministic or quantization) and dtype != "float32":
             raise PairError(
                 f"deterministic and quantization keep everything but linear layers in float32; "
@@ -209,12 +215,11 @@ class ModelPair:
         except UnsupportedModel as error:
             raise PairError(str(error)) from error
         if place.type == "cpu" and dtype == "float32" and not trainable:
-            head = target_model.get_output_embeddings()
-            pack_linears(target_model, quantization)
+            # The draft first: it may use the target's LM head, of which it packs a copy.
             if draft_model is not None:
-                if draft_model.get_output_embeddings() is head:
-                    draft_model.set_output_embeddings(target_model.get_output_embeddings())
-                pack_linears(draft_model, quantization)
+                kind = None if draft_quantization == "none" else draft_quantization
+                pack_linears(draft_model, kind)
+            pack_linears(target_model, quantization)
             if deterministic and not is_invariant(target_model):
                 raise PairError(
                     "deterministic: on this processor the linear layers of "
@@ -234,6 +239,7 @@ class ModelPair:
                 "draft": _describe(draft_source, draft_model) if draft_model is not None else None,
                 "dtype": dtype,
                 "quantization": quantization,
+                "draft_quantization": draft_quantization if draft_model is not None else None,
                 "deterministic": deterministic,
                 "device": place.type,
             },
