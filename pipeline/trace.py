@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from difflib import get_close_matches
 from typing import Any
@@ -15,7 +15,7 @@ from pipeline import manifest
 from pipeline.blocks import UnitRows
 from pipeline.errors import UserError
 from pipeline.inputs import INPUTS
-from pipeline.schema import ROW_ID, Finished, Outcome, row_id
+from pipeline.schema import ROW_ID, Finished, Outcomes, by_sample, row_id
 from pipeline.stats import UnitRecord
 from pipeline.storage import Folder
 from pipeline.units import unit_id
@@ -37,20 +37,18 @@ TRACE_SCHEMA = pa.schema(
 """Columns of `trace/`: one row per round of a completed row."""
 
 
-def trace_table(
-    rows: UnitRows, outcomes: Sequence[Outcome | None], text: Callable[[int], str]
-) -> pa.Table:
-    """The rounds of the unit's completed rows.
+def trace_table(rows: UnitRows, outcomes: Outcomes, text: Callable[[int], str]) -> pa.Table:
+    """The rounds of the unit's completed samples.
 
     Args:
         rows: the unit as it was read.
-        outcomes: one per row; None: not this time.
+        outcomes: of its rows.
         text: of a token.
     """
     rounds = []
-    for index, outcome in enumerate(outcomes):
+    for index, sample, outcome in by_sample(outcomes):
         if isinstance(outcome, Finished):
-            name = row_id(rows.unit, index)
+            name = row_id(rows.unit, index, sample)
             for number, trace in enumerate(outcome.completion.trace):
                 texts = [text(token) for token in trace.candidates]
                 rounds.append({ROW_ID: name, "round": number, "texts": texts, **asdict(trace)})
@@ -68,6 +66,8 @@ def read_rounds(output: Folder, row: str) -> list[dict[str, Any]]:
         raise UserError(f"--row {row}: {_instead(output, row)}")
     with output.open(f"completions/{record.unit}.parquet") as file:
         if row not in pq.read_table(file, columns=[ROW_ID])[ROW_ID].to_pylist():
+            if record.errors_file is None:
+                raise UserError(f"--row {row}: the row has no such sample; the first one is 0")
             raise UserError(
                 f"--row {row}: this row was not completed; "
                 f"{output.join(f'errors/{record.errors_file}')} says why"
@@ -94,7 +94,7 @@ def _parsed(row: str) -> tuple[str, int] | None:
 def _unit_of(output: Folder, row: str) -> UnitRecord | None:
     """The committed unit that a row belongs to. Names of units tell where to look."""
     parsed = _parsed(row)
-    if parsed is None or not row.endswith(":0"):
+    if parsed is None:
         return None
     name, index = parsed
     stem = unit_id(name, 0, 0).rsplit("-", 2)[0]
@@ -117,7 +117,7 @@ def _instead(output: Folder, row: str) -> str:
     inputs = pq.read_table(pa.BufferReader(data)).to_pylist() if data else []
     rows = {each["name"]: each["rows"] for each in inputs if each["rows"]}
     name, index = _parsed(row) or _parsed(f"{row}:0") or (row, 0)
-    if 0 <= index < rows.get(name, 0) and row == f"{name}:{index}:0":
+    if 0 <= index < rows.get(name, 0) and _parsed(row):
         return "this row is not committed yet; run the job to its end"
     names = [name] if name in rows else get_close_matches(name, rows, 3, 0.0)
     near = [f"{each}:{min(index, rows[each] - 1)}:0" for each in names]
