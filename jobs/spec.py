@@ -69,10 +69,9 @@ def build_job(
         return JobConfig.model_validate(job)
     except ValidationError as error:
         lines = [f"{source}: {line}" for line in explain(error)]
-        more = (
-            [f"{source}: and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
-        )
-        raise JobFileError("\n".join([*lines[:_MOST_LINES], *more])) from None
+        if (more := len(lines) - _MOST_LINES) > 0:
+            lines = [*lines[:_MOST_LINES], f"{source}: and {more} more"]
+        raise JobFileError("\n".join(lines)) from None
 
 
 def _read(file: Path) -> Any:
