@@ -66,8 +66,6 @@ def read_rounds(output: Folder, row: str) -> list[dict[str, Any]]:
         raise UserError(f"--row {row}: {_instead(output, row)}")
     with output.open(f"completions/{record.unit}.parquet") as file:
         if row not in pq.read_table(file, columns=[ROW_ID])[ROW_ID].to_pylist():
-            if record.errors_file is None:
-                raise UserError(f"--row {row}: the row has no such sample; the first one is 0")
             raise UserError(
                 f"--row {row}: this row was not completed; "
                 f"{output.join(f'errors/{record.errors_file}')} says why"
@@ -107,8 +105,14 @@ def _unit_of(output: Folder, row: str) -> UnitRecord | None:
         record = manifest.read_record(output, unit)
         # Files whose names differ in signs only share a stem.
         if record.input == name:
-            return record if index < record.start + record.rows else None
+            most = None if record.own_n else record.samples // record.rows
+            there = index < record.start + record.rows and (most is None or _sample(row) < most)
+            return record if there else None
     return None
+
+
+def _sample(row: str) -> int:
+    return int(row.rsplit(":", 1)[1])
 
 
 def _instead(output: Folder, row: str) -> str:
@@ -117,7 +121,7 @@ def _instead(output: Folder, row: str) -> str:
     inputs = pq.read_table(pa.BufferReader(data)).to_pylist() if data else []
     rows = {each["name"]: each["rows"] for each in inputs if each["rows"]}
     name, index = _parsed(row) or _parsed(f"{row}:0") or (row, 0)
-    if 0 <= index < rows.get(name, 0) and _parsed(row):
+    if 0 <= index < rows.get(name, 0) and row == f"{name}:{index}:0":
         return "this row is not committed yet; run the job to its end"
     names = [name] if name in rows else get_close_matches(name, rows, 3, 0.0)
     near = [f"{each}:{min(index, rows[each] - 1)}:0" for each in names]
