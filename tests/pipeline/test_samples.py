@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import TinyModels
 from small_jobs import rows_of, run
+from test_manifest import record
 
 from pipeline import manifest
 from pipeline.config import S3Config, SamplingConfig
 from pipeline.errors import RowError
 from pipeline.prompts import row_sampling, sample_count
+from pipeline.stats import parts
 from pipeline.storage import Folder
 from pipeline.trace import read_rounds
 
@@ -122,3 +125,16 @@ def test_a_row_says_how_many_samples(cell: Any, n: int) -> None:
 def test_what_is_no_number_of_samples(n: Any) -> None:
     with pytest.raises(RowError, match="n must be 1 to 10000"):
         sample_count(SamplingConfig(), {"n": n})
+
+
+def test_samples_that_were_tried_again_count_once() -> None:
+    first = record(samples=6, completions=4, errors={"EngineDied": 2})
+    again = record(
+        samples=6,
+        completions=5,
+        errors={"EngineDied": 1},
+        retried=1,
+        generation=1,
+        earlier=[asdict(first)],
+    )
+    assert [part.samples for part in parts(again)] == [4, 2]
