@@ -4,6 +4,7 @@
     python benchmarks/engine.py policies  # goodput / the best of none and fixed, live batch 1-16
     python benchmarks/engine.py speedup   # reported from control rounds, against two full runs
     python benchmarks/engine.py overhead  # what goodput's own work costs at 64 rows
+    python benchmarks/engine.py prefixes  # 8 samples a prompt, a few-shot block: shared or not
     python benchmarks/engine.py quality   # what a precision costs in agreement with fp32
 
 Sides are interleaved in one process, `--repeats` times over; a ratio is the median of the paired
@@ -88,9 +89,10 @@ def run_engine(
     prompts: list[tuple[int, ...]],
     tokens: int | Sequence[int],
     control_share: float = 0.0,
+    **options: Any,
 ) -> tuple[list[Completion], Engine]:
     """Complete the prompts greedily, `tokens` each, or each to its own length."""
-    engine = Engine(pair, policy=policy, slots=slots, control_share=control_share)
+    engine = Engine(pair, policy=policy, slots=slots, control_share=control_share, **options)
     lengths = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
     requests = [
         Request(
@@ -374,6 +376,56 @@ def timed(function: Callable[..., Any], name: str, spent: dict[str, float]) -> C
         return result
 
     return wrapper
+
+
+@app.command()
+def prefixes(
+    target: Target = TARGET,
+    draft: Draft = DRAFT,
+    prompts: Prompts = PROMPTS,
+    precision: Annotated[
+        str, typer.Option(help="fp32, int8wo, int8; +det: deterministic")
+    ] = "int8",
+    tokens: Tokens = 32,
+    slots: Annotated[int, typer.Option(help="rows in flight")] = 16,
+    policy: Annotated[str, typer.Option(help="stop policy")] = "goodput",
+    repeats: Repeats = 3,
+    threads: Threads = 0,
+) -> None:
+    """Prompts that begin alike: their beginning computed once, against computed for every row."""
+    prepare(threads)
+    pair = load(target, draft, precision)
+    questions = read_prompts(pair, prompts, 64)
+    block = tuple(token for question in questions[32:] for token in question)
+    work = {
+        "4 prompts of 400 tokens x 8 samples": [
+            block[start : start + 400] for start in range(0, 1600, 400) for _ in range(8)
+        ],
+        "32 prompts behind a block of 600": [(*block[:600], *q) for q in questions[:32]],
+    }
+    costs = CostModel.profile(pair.target, pair.draft, slots) if pair.draft else None
+    table = Table("work", "shared, s", "not shared, s", "times faster", "tokens copied", "equal")
+    for name, rows in work.items():
+        found: dict[str, tuple[list[Completion], Engine]] = {}
+
+        def side(key: str, rows: list[tuple[int, ...]], found: dict[str, Any]) -> None:
+            made = make_policy(policy, costs=costs) if policy == "goodput" else make_policy(policy)
+            found[key] = run_engine(
+                pair, made, slots, rows, tokens, least_shared=10**9 if key == "apart" else 32
+            )
+
+        sides = {key: partial(side, key, rows, found) for key in ("apart", "shared")}
+        times = interleave(sides, repeats)
+        outputs = [[c.output_ids for c in found[key][0]] for key in sides]
+        table.add_row(
+            name,
+            f"{statistics.median(times['shared']):.1f}",
+            f"{statistics.median(times['apart']):.1f}",
+            spread(ratios(times["apart"], times["shared"])),
+            f"{found['shared'][1].stats.shared_tokens:,}",
+            f"{sum(a == b for a, b in zip(*outputs, strict=True))} of {len(rows)}",
+        )
+    console.print(table)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from rich.markup import escape
 from jobs.console import err, explained, out, stop_signals
 from jobs.explain import explain
 from jobs.profile import profile as profile_command
+from jobs.run_batch import run_batch
 from jobs.spec import load_job, s3_options
 from jobs.train_head import train_head
 from jobs.training import distill
@@ -228,6 +229,7 @@ def report(
 
 
 app.command()(verify)
+app.command()(run_batch)
 app.command()(explain)
 app.command()(distill)
 app.command()(train_head)

@@ -45,15 +45,33 @@ def load_job(file: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     job = _read(file)
     if not isinstance(job, dict):
         raise JobFileError(f"{file}: not a job file: its top level must be keys and values")
-    job = _resolve_paths(job, file.resolve().parent)
+    return build_job(job, file.resolve().parent, overrides, str(file))
+
+
+def build_job(
+    job: Mapping[str, Any], folder: Path, overrides: Sequence[str], source: str
+) -> JobConfig:
+    """Check what a job file, or a command in place of one, says.
+
+    Args:
+        job: its keys and values.
+        folder: that relative paths count from.
+        overrides: as of `load_job`.
+        source: what mistakes are said to be in.
+
+    Raises:
+        JobFileError: it says what it may not.
+    """
+    job = _resolve_paths(job, folder)
     for override in overrides:
         job = _merged(job, _resolve_paths(_parse_override(override), Path.cwd()))
     try:
         return JobConfig.model_validate(job)
     except ValidationError as error:
-        lines = [f"{file}: {line}" for line in explain(error)]
-        more = [f"{file}: and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
-        raise JobFileError("\n".join([*lines[:_MOST_LINES], *more])) from None
+        lines = [f"{source}: {line}" for line in explain(error)]
+        if (more := len(lines) - _MOST_LINES) > 0:
+            lines = [*lines[:_MOST_LINES], f"{source}: and {more} more"]
+        raise JobFileError("\n".join(lines)) from None
 
 
 def _read(file: Path) -> Any:

@@ -26,6 +26,9 @@ Estimator = Literal["confidence", "entropy", "head"]
 THRESHOLD_POLICIES = ("confidence", "entropy", "head")
 ESTIMATING_POLICIES = ("head", "goodput")
 
+MAX_SAMPLES = 10_000
+"""Most samples of one prompt. A unit holds all samples of its rows: lower unit_rows with many."""
+
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -79,6 +82,11 @@ class InputConfig(_Settings):
     paths: StringList = Field(
         min_length=1, description="files, folders and globs of .parquet, .jsonl or .ndjson"
     )
+    format: Literal["openai"] | None = Field(
+        default=None,
+        description="openai: lines of OpenAI's batch API, which bring prompt and sampling; null: "
+        "columns",
+    )
     messages_column: str | None = Field(
         default=None, description="column of chat messages; goes through the target's chat template"
     )
@@ -110,6 +118,10 @@ class InputConfig(_Settings):
             for name in ("messages_column", "prompt_column", "template")
             if getattr(self, name) is not None
         ]
+        if self.format is not None:
+            if given:
+                raise ValueError(f"{given[0]} does not go with format {self.format}; remove it")
+            return self
         if len(given) != 1:
             what = f"{' and '.join(given)} are all given" if given else "none is given"
             raise ValueError(
@@ -168,7 +180,7 @@ class SamplingConfig(_Settings):
     seed: int = Field(
         default=0, description="with the row id, the key of all random numbers of a row"
     )
-    n: int = Field(default=1, ge=1, description="samples per prompt")
+    n: int = Field(default=1, ge=1, le=MAX_SAMPLES, description="samples per prompt")
 
     @field_validator("stop")
     @classmethod
@@ -183,13 +195,6 @@ class SamplingConfig(_Settings):
         if 0 < temperature < 1e-5:
             raise ValueError("must be 0 (greedy) or at least 1e-5")
         return temperature
-
-    @field_validator("n")
-    @classmethod
-    def _one_sample(cls, n: int) -> int:
-        if n != 1:
-            raise ValueError("must be 1: this version makes one sample per prompt")
-        return n
 
 
 class SpeculationConfig(_Settings):

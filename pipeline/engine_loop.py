@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from specdec.engine import Engine
 
 _REPORT_SECONDS = 0.5
-_ENGINE_COUNTS = ("target_forwards", "draft_forwards", "target_tokens", "draft_tokens")
+_ENGINE_COUNTS = (
+    "target_forwards",
+    "draft_forwards",
+    "target_tokens",
+    "draft_tokens",
+    "shared_tokens",
+)
 
 
 @dataclass

@@ -52,7 +52,7 @@ def finish(
     records = manifest.read_records(output, [unit.id for unit in units])
     record_of_job = json.loads(output.read(manifest.JOB) or b"{}")
     digests = {digest(mark), *manifest.accepted_digests(record_of_job)}
-    _reconcile(output, units, records, digests)
+    _reconcile(output, units, records, digests, job.sampling.n)
     files: list[NamedFile]
     files = [(f"completions/{r.unit}.parquet", r.completions, None) for r in records]
     history: list[NamedFile] = []
@@ -81,6 +81,7 @@ def finish(
         "git": commits(job_folder),
         "config": job.model_dump(mode="json"),
         "rows_in": sum(unit.rows for unit in units),
+        "samples": sum(record.samples for record in records),
         "rows_out": summary["rows"],
         "rows_in_errors": summary["errors"],
         "summary": summary,
@@ -95,18 +96,28 @@ def finish(
 
 
 def _reconcile(
-    output: Folder, units: Sequence[Unit], records: Sequence[UnitRecord], digests: set[str]
+    output: Folder,
+    units: Sequence[Unit],
+    records: Sequence[UnitRecord],
+    digests: set[str],
+    n: int,
 ) -> None:
-    """Check rows in = rows out + errors for each unit, and that its errors are there."""
+    """Check samples asked for = rows out + errors for each unit, and that its errors are there.
+
+    A unit's rows are those of the plan. Each has the job's `n` samples, unless rows may have an `n`
+    of their own: then only the actor that read them could count.
+    """
     rows = {unit.id: unit.rows for unit in units}
     error_files = set(output.list("errors"))
     for record in records:
         if record.job not in digests:
             raise Inconsistent(f"unit {record.unit} was committed by a job with other settings")
-        if not record.rows == rows[record.unit] == record.completions + record.failed:
+        asked = record.samples if record.own_n else n * rows[record.unit]
+        found = record.completions + record.failed
+        if record.rows != rows[record.unit] or not record.samples == asked == found:
             raise Inconsistent(
-                f"unit {record.unit}: {rows[record.unit]} rows in, {record.completions} completed, "
-                f"{record.failed} in errors"
+                f"unit {record.unit}: {rows[record.unit]} rows in, which ask for {asked} samples; "
+                f"{record.completions} completed, {record.failed} in errors"
             )
         if record.errors_file and record.errors_file not in error_files:
             raise Inconsistent(f"{output.join(f'errors/{record.errors_file}')} is missing")

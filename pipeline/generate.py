@@ -22,12 +22,21 @@ from pipeline.blocks import UnitFiles, UnitRows
 from pipeline.config import JobConfig
 from pipeline.engine_loop import EngineFailed, EngineLoop
 from pipeline.errors import RowError, UserError
+from pipeline.openai_requests import REQUEST, request_cells
 from pipeline.pool import group_of
-from pipeline.prompts import SAMPLING_COLUMN, PromptRenderer, required_columns, row_sampling
+from pipeline.prompts import (
+    SAMPLING_COLUMN,
+    PromptRenderer,
+    required_columns,
+    row_sampling,
+    sample_count,
+)
 from pipeline.schema import (
     Failed,
     Finished,
     Outcome,
+    Outcomes,
+    by_sample,
     completions_table,
     errors_table,
     line_error,
@@ -146,12 +155,13 @@ class GenerateActor:
         """Call the monitor and wait for its answer."""
         return await asyncio.wrap_future(getattr(self._monitor, what).remote(*arguments).future())
 
-    async def _in_quarantine(self, rows: UnitRows, history: History) -> list[Outcome]:
+    async def _in_quarantine(self, rows: UnitRows, history: History) -> Outcomes:
         """Complete a unit that has killed its engine; rows that killed it alone become errors."""
-        outcomes: dict[int, Outcome] = {}
+        outcomes: dict[int, Sequence[Outcome]] = {}
         for group in history.groups(rows.unit.wanted, self._job.actors.slots):
             if history.poisonous(group):
-                outcomes[group[0]] = Failed(self._poison(), attempts=history.deaths)
+                poison = Failed(self._poison(), attempts=history.deaths)
+                outcomes[group[0]] = [poison] * self._samples(rows, group[0])
                 continue
             await self._tell("trial", rows.unit.id, group)
             outcomes.update(zip(group, await self._complete(rows, group), strict=True))
@@ -162,45 +172,57 @@ class GenerateActor:
         why = self._failure or "the process died; too little memory is the usual reason"
         return RowError("EngineDied", f"the engine died whenever it worked on this row: {why}")
 
-    async def _complete(self, rows: UnitRows, indices: Sequence[int]) -> list[Outcome]:
+    async def _complete(self, rows: UnitRows, indices: Sequence[int]) -> Outcomes:
         """Outcomes of some of a unit's rows."""
-        prepared = await asyncio.to_thread(self._prepare, rows, indices)
-        requests = [p for p in prepared if isinstance(p, Request)]
-        self._loop.note_errors(len(prepared) - len(requests))
+        prepared = await asyncio.to_thread(lambda: [self._requests(rows, i) for i in indices])
+        requests = [each for row in prepared for each in row if isinstance(each, Request)]
+        self._loop.note_errors(sum(map(len, prepared)) - len(requests))
         completions = await asyncio.wrap_future(self._loop.submit(requests))
         remaining = iter(completions)
-        return [self._outcome(next(remaining)) if isinstance(p, Request) else p for p in prepared]
+        return [
+            [self._outcome(next(remaining)) if isinstance(p, Request) else p for p in row]
+            for row in prepared
+        ]
 
-    def _prepare(self, rows: UnitRows, indices: Sequence[int]) -> list[Request | Failed]:
-        """A request for each row, or why there is none."""
-        table = rows.table.select([c for c in self._columns if c in rows.table.column_names])
-        prepared: list[Request | Failed] = []
-        for index in indices:
-            try:
-                prepared.append(self._request(rows, table, index))
-            except RowError as error:
-                prepared.append(Failed(error, attempts=1))
-        return prepared
+    def _requests(self, rows: UnitRows, index: int) -> list[Request | Failed]:
+        """A request for each of a row's samples, or why there is none."""
+        job, unit = self._job.sampling, rows.unit
+        try:
+            row = self._cells(rows, index)
+            override = row.get(SAMPLING_COLUMN)
+            names = [row_id(unit, index, s) for s in range(sample_count(job, override))]
+            sampling = [row_sampling(job, override, name, s) for s, name in enumerate(names)]
+            prompt = self._renderer.prompt_ids(row)
+            if len(prompt) >= self._pair.context_length:
+                raise RowError(
+                    "PromptTooLong",
+                    f"the prompt has {len(prompt)} tokens; the target's context of "
+                    f"{self._pair.context_length} must also hold at least one new token",
+                )
+        except RowError as error:
+            return [Failed(error, attempts=1)] * self._samples(rows, index)
+        return [Request(name, prompt, each) for name, each in zip(names, sampling, strict=True)]
 
-    def _request(self, rows: UnitRows, table: pa.Table, index: int) -> Request:
+    def _cells(self, rows: UnitRows, index: int) -> dict[str, Any]:
+        """The columns of a row that its request is made of."""
         if index in rows.raw_lines:
             raise line_error(rows.raw_lines[index])
+        there = [column for column in self._columns if column in rows.table.column_names]
         try:
-            (row,) = table.slice(index, 1).to_pylist()
+            (row,) = rows.table.select(there).slice(index, 1).to_pylist()
         except UnicodeDecodeError as error:
             raise RowError("MalformedText", f"a column is not valid UTF-8: {error}") from None
         except (pa.ArrowException, ValueError, OverflowError) as error:
             raise RowError("MalformedValue", f"a column holds no usable value: {error}") from None
-        name = row_id(rows.unit, index)
-        sampling = row_sampling(self._job.sampling, row.get(SAMPLING_COLUMN), name)
-        prompt = self._renderer.prompt_ids(row)
-        if len(prompt) >= self._pair.context_length:
-            raise RowError(
-                "PromptTooLong",
-                f"the prompt has {len(prompt)} tokens; the target's context of "
-                f"{self._pair.context_length} must also hold at least one new token",
-            )
-        return Request(name, prompt, sampling)
+        return request_cells(row[REQUEST]) if self._job.input.format else dict(row)
+
+    def _samples(self, rows: UnitRows, index: int) -> int:
+        """How many samples a row has; the job's `n` if it does not say so itself, or wrongly."""
+        try:
+            cell = self._cells(rows, index).get(SAMPLING_COLUMN)
+            return sample_count(self._job.sampling, cell)
+        except RowError:
+            return self._job.sampling.n
 
     def _decode(self, ids: Sequence[int]) -> str:
         text = self._pair.tokenizer.decode(
@@ -220,13 +242,14 @@ class GenerateActor:
             text = text.split(completion.stop_reason, 1)[0]
         return Finished(text, completion)
 
-    def _files(self, rows: UnitRows, wanted: list[Outcome], started: float) -> UnitFiles:
+    def _files(self, rows: UnitRows, wanted: Outcomes, started: float) -> UnitFiles:
         """The unit's output files; the completions file, which commits the unit, comes last."""
         unit = rows.unit
-        outcomes: list[Outcome | None] = [None] * unit.rows
-        for index, outcome in zip(unit.wanted, wanted, strict=True):
-            outcomes[index] = outcome
-        failed = Counter(o.error.error_class for o in outcomes if isinstance(o, Failed))
+        outcomes: list[Sequence[Outcome]] = [()] * unit.rows
+        for index, samples in zip(unit.wanted, wanted, strict=True):
+            outcomes[index] = samples
+        flat = [outcome for _, _, outcome in by_sample(outcomes)]
+        failed = Counter(o.error.error_class for o in flat if isinstance(o, Failed))
         files: list[tuple[str, bytes]] = []
         errors_file = errors_sha256 = None
         if failed:
@@ -243,7 +266,7 @@ class GenerateActor:
             trace_sha256 = hashlib.sha256(data).hexdigest()
             trace_file = f"{unit.id}-{trace_sha256[:8]}.parquet"
             files.append((f"trace/{trace_file}", data))
-        finished = [o.completion for o in outcomes if isinstance(o, Finished)]
+        finished = [o.completion for o in flat if isinstance(o, Finished)]
         counts = total_counts(outcomes)
         usage = self._loop.take_usage()
         load, self._load_seconds = self._load_seconds, 0.0
@@ -253,6 +276,8 @@ class GenerateActor:
             input=unit.name,
             start=unit.start,
             rows=len(wanted),
+            samples=len(flat),
+            own_n=bool(self._job.input.format) or SAMPLING_COLUMN in rows.table.column_names,
             completions=len(finished),
             errors=dict(failed),
             errors_file=errors_file,

@@ -4,7 +4,7 @@ _specbatch/job.json         the job and its fingerprint: all that changes result
 _specbatch/inputs.parquet   the input files that the job was planned on
 _specbatch/history/         error rows that a later run with --only-failed tried again
 _specbatch/manifest.json    at the end: every file with rows and checksum, versions, totals
-_SUCCESS                    last, once rows in = rows out + rows in errors
+_SUCCESS                    last, once rows in, times samples = rows out + rows in errors
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
 
 def _input_mark(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
     return {
-        **job.input.model_dump(mode="json", exclude={"paths"}),
+        **job.input.model_dump(mode="json", exclude={"paths", "format"}),
+        **({"format": job.input.format} if job.input.format else {}),
         "files": len(plans),
         "rows": sum(p.rows for p in plans),
         "digest": digest([[p.file.name, p.file.size, p.rows] for p in plans]),
@@ -320,7 +321,7 @@ def attached(record: UnitRecord) -> list[NamedFile]:
 
 def superseded(record: UnitRecord) -> list[NamedFile]:
     """The error rows of a unit that were tried again, by generation."""
-    earlier = [UnitRecord(**each) for each in record.earlier]
+    earlier = [UnitRecord.of(each) for each in record.earlier]
     kept = [record for record in earlier if record.errors_file]
     return [(f"{HISTORY}/{r.errors_file}", r.failed, r.errors_sha256) for r in kept]
 

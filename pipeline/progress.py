@@ -50,8 +50,8 @@ class JobProgress:
 
     Attributes:
         stage: what is happening, in a few words.
-        rows_total: rows of the job.
-        rows_before: rows that earlier runs committed.
+        rows_total: output rows of the job: all samples, if no row has an `n` of its own.
+        rows_before: those that earlier runs committed.
         tally: what this run's actors did.
         seconds: since the first actor reported; 0 before.
     """

@@ -10,10 +10,12 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from pipeline.config import InputConfig, SamplingConfig
+from pipeline.config import MAX_SAMPLES, InputConfig, SamplingConfig
 from pipeline.errors import RowError, UserError, nearest
+from pipeline.openai_requests import REQUEST
 from pipeline.templates import PromptTemplate
 from specdec.request import InvalidRequest, SamplingParams
 
@@ -27,6 +29,8 @@ _SAMPLING_KEYS = SamplingParams.__dataclass_fields__.keys()
 
 def required_columns(config: InputConfig) -> list[str]:
     """The columns that every input file must have."""
+    if config.format is not None:
+        return [REQUEST]
     if config.template is not None:
         return PromptTemplate(config.template).columns
     column = config.messages_column or config.prompt_column
@@ -61,12 +65,17 @@ class PromptRenderer:
         """Token ids of the row's prompt.
 
         Args:
-            row: the input columns.
+            row: the input columns; of an OpenAI request, its cells.
 
         Raises:
             RowError: the row has no usable prompt.
         """
-        if self._config.messages_column is not None:
+        if self._config.format is not None:
+            if "messages" in row:
+                ids = self._chat(row["messages"])
+            else:
+                ids = row["prompt_ids"] if "prompt_ids" in row else self._plain(row["prompt"])
+        elif self._config.messages_column is not None:
             ids = self._chat(row[self._config.messages_column])
         else:
             ids = self._plain(self._text(row))
@@ -198,13 +207,29 @@ def _longest_text(tokenizer: Any, context: int) -> int:
     return _DROPPED * context * max(map(len, tokenizer.get_vocab()))
 
 
-def row_sampling(job: SamplingConfig, override: Any, row_id: str) -> SamplingParams:
+def sample_count(job: SamplingConfig, override: Any) -> int:
+    """How many samples a row asks for: the `n` of its `sampling_params` cell, or the job's.
+
+    Raises:
+        RowError: it is not a number of samples.
+    """
+    n = _override(override).get("n", job.n)
+    n = int(n) if isinstance(n, float) and n.is_integer() else n
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_SAMPLES:
+        raise RowError("InvalidSampling", f"n must be 1 to {MAX_SAMPLES}, got {n!r}")
+    return n
+
+
+def row_sampling(
+    job: SamplingConfig, override: Any, row_id: str, sample: int = 0
+) -> SamplingParams:
     """The row's sampling: the job's, with what the row's `sampling_params` cell overrides.
 
     Args:
         job: the job's sampling.
         override: a mapping, JSON text of one, or None.
-        row_id: with the job's seed, the key of the row's random numbers, unless it has a `seed`.
+        row_id: with the job's seed, the key of the sample's random numbers, unless it has a `seed`.
+        sample: which sample of the row this is; a row's own `seed` gives each another one.
 
     Raises:
         RowError: unknown key or invalid value.
@@ -212,10 +237,11 @@ def row_sampling(job: SamplingConfig, override: Any, row_id: str) -> SamplingPar
     values: dict[str, Any] = job.model_dump(exclude={"n"})
     values["seed"] = row_seed(job.seed, row_id)
     for key, value in _override(override).items():
-        if key == "n" and value == 1:
-            continue
+        if key == "n":
+            continue  # of all samples: see `sample_count`
         if key not in _SAMPLING_KEYS:
-            raise RowError("InvalidSampling", f"{key}: unknown; {nearest(key, _SAMPLING_KEYS)}")
+            known = [*_SAMPLING_KEYS, "n"]
+            raise RowError("InvalidSampling", f"{key}: unknown; {nearest(key, known)}")
         # Columns of numbers with nulls often arrive as floats.
         whole = key in _INTEGERS and isinstance(value, float) and value.is_integer()
         values[key] = int(value) if whole else value
@@ -225,9 +251,12 @@ def row_sampling(job: SamplingConfig, override: Any, row_id: str) -> SamplingPar
         elif isinstance(values[key], list):
             values[key] = tuple(values[key])
     try:
-        return SamplingParams(**values)
+        params = SamplingParams(**values)
     except InvalidRequest as error:
         raise RowError("InvalidSampling", str(error)) from None
+    if sample and "seed" in _override(override):
+        return replace(params, seed=row_seed(params.seed, str(sample)))
+    return params
 
 
 def _override(cell: Any) -> dict[str, Any]:

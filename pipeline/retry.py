@@ -151,6 +151,7 @@ def _together(
     record = replace(
         new,
         rows=old.rows,
+        samples=old.samples,
         retried=new.rows,
         completions=table.num_rows,
         errors=dict(errors),

@@ -36,7 +36,7 @@ from pipeline.sink import CommitSink
 from pipeline.source import UnitDatasource
 from pipeline.stats import summarise
 from pipeline.storage import Folder, check_access, is_s3, resolved
-from pipeline.units import FilePlan, Unit, check_columns, plan_files
+from pipeline.units import FilePlan, Unit, check_columns, plan_files, request_lines
 
 _POLL_SECONDS = 0.5
 _UNIT_RETRIES = 2
@@ -119,6 +119,8 @@ def plan_job(job: JobConfig, *, extend: bool = False) -> JobPlan:
     listed = list_inputs(job.input.paths, job.s3)
     left_out = set() if extend else set(_new_files(output, listed))
     files = plan_files([f for f in listed if f not in left_out], job.s3, job.unit_rows)
+    if job.input.format is not None:
+        files = [request_lines(file) for file in files]
     check_columns(files, required_columns(job.input))
     check_reserved(files)
     return JobPlan(job, output, tuple(files), tuple(sorted(left_out, key=lambda f: f.name)))
@@ -296,7 +298,8 @@ def _generate(
     # Reading and writing are mostly waiting. They ask for no CPU, so that actors may hold all of
     # them and the job still moves; instead they are few.
     few = 2 + job.actors.max_actors
-    watch = _Watch(monitor, plan.rows, rows_before, progress, stop)
+    n = job.sampling.n
+    watch = _Watch(monitor, plan.rows * n, rows_before * n, progress, stop)
     with _data_context(), watch.running():
         try:
             ray.data.read_datasource(

@@ -63,7 +63,7 @@ def sample_rows(
     plans = plan_files(list_inputs(paths, s3), s3, UNIT_ROWS)
     if not any(columns.values()):
         columns = _usual_columns(plans[0].schema.names, plans[0].file.url)
-    config = InputConfig(paths=tuple(paths), **columns)
+    config = InputConfig.model_validate({"paths": tuple(paths), **columns})
     check_columns(plans, required_columns(config))
     chance = random.Random(seed)
     units = [(plan, unit) for plan in plans for unit in plan.units]

@@ -6,7 +6,7 @@ from them by `specdec.request.Counts`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -67,6 +67,9 @@ class Failed:
 
 Outcome = Finished | Failed
 
+Outcomes = Sequence[Sequence[Outcome]]
+"""What became of a unit: for each of its rows, an outcome per sample; none: not this time."""
+
 
 def row_id(unit: Unit, index: int, sample: int = 0) -> str:
     """The stable name of a row's sample: input file, row number in it, sample."""
@@ -97,15 +100,22 @@ def line_error(line: str) -> RowError:
     return RowError("MalformedLine", "the line is not a JSON object, or is nested too deeply")
 
 
-def completions_table(rows: UnitRows, outcomes: Sequence[Outcome | None]) -> pa.Table:
-    """The unit's completed rows, in input order; no row if all failed.
+def by_sample(outcomes: Outcomes) -> Iterator[tuple[int, int, Outcome]]:
+    """Index of the row, index of the sample, and its outcome, in this order."""
+    for index, samples in enumerate(outcomes):
+        for sample, outcome in enumerate(samples):
+            yield index, sample, outcome
+
+
+def completions_table(rows: UnitRows, outcomes: Outcomes) -> pa.Table:
+    """The unit's completed samples, in input order; no row if all failed.
 
     Args:
         rows: the unit as it was read.
-        outcomes: one per row; None: not this time.
+        outcomes: of its rows.
     """
-    indices = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Finished)]
-    finished = [outcome for outcome in outcomes if isinstance(outcome, Finished)]
+    places = [(i, s) for i, s, outcome in by_sample(outcomes) if isinstance(outcome, Finished)]
+    finished = [outcome for _, _, outcome in by_sample(outcomes) if isinstance(outcome, Finished)]
     values: dict[str, list[object]] = {
         "completion": [f.text for f in finished],
         "finish_reason": [f.completion.finish_reason for f in finished],
@@ -114,22 +124,22 @@ def completions_table(rows: UnitRows, outcomes: Sequence[Outcome | None]) -> pa.
     }
     for name in ("rounds", "drafted", "verified", "accepted", *RATIOS):
         values[name] = [getattr(f.completion.counts, name) for f in finished]
-    return _table(rows, indices, values, COMPLETION_COLUMNS)
+    return _table(rows, places, values, COMPLETION_COLUMNS)
 
 
 RATIOS = ("acceptance_rate", "block_efficiency")
 """Properties of `Counts`; null where nothing was verified."""
 
 
-def errors_table(rows: UnitRows, outcomes: Sequence[Outcome | None]) -> pa.Table:
-    """The unit's failed rows, in input order.
+def errors_table(rows: UnitRows, outcomes: Outcomes) -> pa.Table:
+    """The unit's failed samples, in input order.
 
     Args:
         rows: the unit as it was read.
-        outcomes: one per row; None: not this time.
+        outcomes: of its rows.
     """
-    indices = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Failed)]
-    failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
+    places = [(i, s) for i, s, outcome in by_sample(outcomes) if isinstance(outcome, Failed)]
+    failed = [outcome for _, _, outcome in by_sample(outcomes) if isinstance(outcome, Failed)]
     columns = dict(ERROR_COLUMNS)
     values: dict[str, list[object]] = {
         "error_class": [f.error.error_class for f in failed],
@@ -138,20 +148,20 @@ def errors_table(rows: UnitRows, outcomes: Sequence[Outcome | None]) -> pa.Table
     }
     if rows.unit.format == "jsonl":
         columns[RAW_LINE] = pa.string()
-        values[RAW_LINE] = [rows.raw_lines.get(i) for i in indices]
-    return _table(rows, indices, values, columns)
+        values[RAW_LINE] = [rows.raw_lines.get(i) for i, _ in places]
+    return _table(rows, places, values, columns)
 
 
 def _table(
     rows: UnitRows,
-    indices: list[int],
+    places: list[tuple[int, int]],
     values: dict[str, list[object]],
     columns: dict[str, pa.DataType],
 ) -> pa.Table:
-    ids = pa.array([row_id(rows.unit, i) for i in indices], pa.string())
+    ids = pa.array([row_id(rows.unit, i, sample) for i, sample in places], pa.string())
     arrays, fields = [ids], [pa.field(ROW_ID, ids.type)]
     if rows.table.num_columns:
-        table = rows.table.take(pa.array(indices, pa.int64()))
+        table = rows.table.take(pa.array([i for i, _ in places], pa.int64()))
         arrays += table.columns
         fields += list(table.schema)
     arrays += [pa.array(values[name], type) for name, type in columns.items()]
@@ -168,10 +178,10 @@ def total_calibration(completions: Iterable[Completion]) -> dict[str, list[list[
     return {str(key): calibration.bins.tolist() for key, calibration in sorted(total.items())}
 
 
-def total_counts(outcomes: Iterable[Outcome | None]) -> Counts:
-    """The sum of the finished rows' counts."""
+def total_counts(outcomes: Outcomes) -> Counts:
+    """The sum of the finished samples' counts."""
     total = Counts()
-    for outcome in outcomes:
+    for _, _, outcome in by_sample(outcomes):
         if isinstance(outcome, Finished):
             total.add(outcome.completion.counts)
     return total

@@ -17,6 +17,7 @@ from pipeline.config import S3Config
 from pipeline.errors import UserError
 from pipeline.faults import explained
 from pipeline.listing import check_unchanged
+from pipeline.openai_requests import LINES_SCHEMA, REQUEST
 from pipeline.rows import parse_line, to_table
 from pipeline.storage import open_file
 from pipeline.units import Unit, readable
@@ -169,6 +170,8 @@ def parse_jsonl(
 ) -> UnitRows:
     """Rows of a unit's bytes; a line that cannot be one of columns becomes a row of nulls."""
     lines = [line for line in io.BytesIO(data) if line.strip()]
+    if schema is not None and schema.equals(LINES_SCHEMA, check_metadata=True):
+        return _whole_lines(unit, lines)
     parsed = [parse_line(line) for line in lines]
     parsed = [None if row and reserved & row.keys() else row for row in parsed]
     table = to_table([row or {} for row in parsed], schema or pa.schema([]))
@@ -178,3 +181,16 @@ def parse_jsonl(
         if row is None
     }
     return UnitRows(unit, table, malformed)
+
+
+def _whole_lines(unit: Unit, lines: list[bytes]) -> UnitRows:
+    """A unit of requests: each line in one column, null if it is no text."""
+    texts: list[str | None] = []
+    malformed = {}
+    for index, line in enumerate(lines):
+        try:
+            texts.append(line.decode().strip())
+        except UnicodeDecodeError:
+            texts.append(None)
+            malformed[index] = line.decode(errors="replace").rstrip("\r\n")
+    return UnitRows(unit, pa.table({REQUEST: pa.array(texts, pa.string())}), malformed)

@@ -46,9 +46,11 @@ class UnitRecord:
         unit: its id.
         job: digest of the fingerprint of the job that it was generated for.
         input: name of its input file.
-        start, rows: its row range; `rows` = `completions` + all of `errors`.
-        completions: rows completed.
-        errors: failed rows by error class.
+        start, rows: its row range.
+        samples: how many samples its rows asked for: `completions` + all of `errors`.
+        own_n: whether its rows may say how many, each for itself.
+        completions: samples completed.
+        errors: failed samples by error class.
         errors_file: name of the file that holds them, in `errors/`; None if there is none.
         errors_sha256: its checksum.
         prompt_tokens, output_tokens: of completed rows.
@@ -105,10 +107,12 @@ class UnitRecord:
     retried: int = 0
     earlier: list[dict[str, Any]] = field(default_factory=list)
     group: str | None = None
+    samples: int = 0
+    own_n: bool = False
 
     @property
     def failed(self) -> int:
-        """Rows in errors."""
+        """Samples in errors."""
         return sum(self.errors.values())
 
     def to_json(self) -> bytes:
@@ -118,7 +122,12 @@ class UnitRecord:
     @staticmethod
     def from_json(data: bytes) -> UnitRecord:
         """What `to_json` wrote."""
-        return UnitRecord(**json.loads(data))
+        return UnitRecord.of(json.loads(data))
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> UnitRecord:
+        """A record as plain data. In an older version's, a row is one sample."""
+        return UnitRecord(**{"samples": values["rows"], **values})
 
 
 def parts(record: UnitRecord) -> list[UnitRecord]:
@@ -127,7 +136,7 @@ def parts(record: UnitRecord) -> list[UnitRecord]:
     Rows that failed and were tried again belong to the generation that tried them last, so the
     parts sum to the whole.
     """
-    wholes = [*(UnitRecord(**each) for each in record.earlier), replace(record, earlier=[])]
+    wholes = [*(UnitRecord.of(each) for each in record.earlier), replace(record, earlier=[])]
     found: list[UnitRecord] = []
     for before, whole, after in zip([None, *wholes], wholes, [*wholes[1:], None], strict=False):
         tried = whole.rows if before is None else whole.retried
@@ -142,7 +151,7 @@ def parts(record: UnitRecord) -> list[UnitRecord]:
                 output_tokens=whole.output_tokens - before.output_tokens,
                 counts={k: n - before.counts.get(k, 0) for k, n in whole.counts.items()},
             )
-        found.append(part)
+        found.append(replace(part, samples=part.completions + part.failed))
     return found
 
 
@@ -221,6 +230,7 @@ def summarise(records: Sequence[UnitRecord]) -> dict[str, Any]:
         "rows": sum(r.completions for r in records),
         "errors": sum(errors.values()),
         "errors_by_class": dict(errors.most_common()),
+        "prompts": sum(r.rows for r in records),
         "units": len({r.unit for r in records}),
         "prompt_tokens": sum(r.prompt_tokens for r in records),
         "output_tokens": output_tokens,

@@ -444,3 +444,42 @@ def resolved(s3: S3Config, *, used: bool) -> S3Config:
         meta = _client(s3).meta
     custom = s3.endpoint or (None if "amazonaws.com" in meta.endpoint_url else meta.endpoint_url)
     return s3.model_copy(update={"endpoint": custom, "region": meta.region_name})
+
+
+def publish(file: Path, url: str, s3: S3Config) -> None:
+    """Put a local file at a path or an s3:// URL in one step, replacing what is there.
+
+    Raises:
+        UserError: the storage refuses.
+    """
+    if is_s3(url):
+        bucket, key = split_s3(url)
+
+        def upload() -> None:
+            # In parts, if it is large; what is there changes when all have arrived.
+            with file.open("rb") as opened:
+                _client(s3).upload_fileobj(opened, bucket, key)
+
+        patiently(url, s3, upload)
+        return
+    target = Path(url)
+    with explained(url, s3):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        try:
+            shutil.copyfile(file, staged)
+            with staged.open("rb") as copied:
+                os.fsync(copied.fileno())
+            os.replace(staged, target)
+        finally:
+            staged.unlink(missing_ok=True)
+
+
+def remove(url: str, s3: S3Config) -> None:
+    """Remove a file, local or on S3, if there is one.
+
+    Raises:
+        UserError: the storage refuses.
+    """
+    folder, _, name = url.rpartition("/")
+    Folder(folder or ".", s3).delete(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from difflib import get_close_matches
 from typing import Any
@@ -15,7 +15,7 @@ from pipeline import manifest
 from pipeline.blocks import UnitRows
 from pipeline.errors import UserError
 from pipeline.inputs import INPUTS
-from pipeline.schema import ROW_ID, Finished, Outcome, row_id
+from pipeline.schema import ROW_ID, Finished, Outcomes, by_sample, row_id
 from pipeline.stats import UnitRecord
 from pipeline.storage import Folder
 from pipeline.units import unit_id
@@ -37,20 +37,18 @@ TRACE_SCHEMA = pa.schema(
 """Columns of `trace/`: one row per round of a completed row."""
 
 
-def trace_table(
-    rows: UnitRows, outcomes: Sequence[Outcome | None], text: Callable[[int], str]
-) -> pa.Table:
-    """The rounds of the unit's completed rows.
+def trace_table(rows: UnitRows, outcomes: Outcomes, text: Callable[[int], str]) -> pa.Table:
+    """The rounds of the unit's completed samples.
 
     Args:
         rows: the unit as it was read.
-        outcomes: one per row; None: not this time.
+        outcomes: of its rows.
         text: of a token.
     """
     rounds = []
-    for index, outcome in enumerate(outcomes):
+    for index, sample, outcome in by_sample(outcomes):
         if isinstance(outcome, Finished):
-            name = row_id(rows.unit, index)
+            name = row_id(rows.unit, index, sample)
             for number, trace in enumerate(outcome.completion.trace):
                 texts = [text(token) for token in trace.candidates]
                 rounds.append({ROW_ID: name, "round": number, "texts": texts, **asdict(trace)})
@@ -94,7 +92,7 @@ def _parsed(row: str) -> tuple[str, int] | None:
 def _unit_of(output: Folder, row: str) -> UnitRecord | None:
     """The committed unit that a row belongs to. Names of units tell where to look."""
     parsed = _parsed(row)
-    if parsed is None or not row.endswith(":0"):
+    if parsed is None:
         return None
     name, index = parsed
     stem = unit_id(name, 0, 0).rsplit("-", 2)[0]
@@ -107,8 +105,14 @@ def _unit_of(output: Folder, row: str) -> UnitRecord | None:
         record = manifest.read_record(output, unit)
         # Files whose names differ in signs only share a stem.
         if record.input == name:
-            return record if index < record.start + record.rows else None
+            most = None if record.own_n else record.samples // record.rows
+            there = index < record.start + record.rows and (most is None or _sample(row) < most)
+            return record if there else None
     return None
+
+
+def _sample(row: str) -> int:
+    return int(row.rsplit(":", 1)[1])
 
 
 def _instead(output: Folder, row: str) -> str:

@@ -24,6 +24,7 @@ from pipeline.config import S3Config
 from pipeline.errors import UserError
 from pipeline.faults import explained
 from pipeline.listing import InputFile
+from pipeline.openai_requests import LINES_SCHEMA
 from pipeline.rows import jsonl_schema
 from pipeline.storage import open_file
 
@@ -267,6 +268,17 @@ def _check_format(file: InputFile, start: bytes) -> None:
     for magic, what in _OTHER_FORMATS.items():
         if start.startswith(magic):
             raise UserError(f"{file.url}: is {what}, though its name says JSON lines; convert it")
+
+
+def request_lines(plan: FilePlan) -> FilePlan:
+    """A file of JSON lines as one of requests, each of which stays whole.
+
+    Raises:
+        UserError: it is no file of lines.
+    """
+    if plan.file.format != "jsonl":
+        raise UserError(f"{plan.file.url}: input.format openai needs .jsonl files")
+    return replace(plan, schema=LINES_SCHEMA)
 
 
 def check_columns(plans: Iterable[FilePlan], required: Iterable[str]) -> None:

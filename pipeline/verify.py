@@ -206,7 +206,9 @@ class _UnitCheck:
             found.wrong("foreign", name, "was committed by a job with other settings")
         if record.completions != len(ids):
             found.wrong("count", name, f"{len(ids)} rows, its footer says {record.completions}")
-        samples = None if SAMPLING_COLUMN in table.column_names else self.samples
+        samples = None if record.own_n or SAMPLING_COLUMN in table.column_names else self.samples
+        if record.samples != record.completions + record.failed:
+            found.wrong("count", name, f"its rows ask for {record.samples} samples")
         found.problems += _wrong_ids(name, record, samples, ids, self._errors(found, record))
         self._trace(found, record, set(ids))
         for earlier in manifest.superseded(record):

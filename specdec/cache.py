@@ -34,7 +34,8 @@ class SlotCache:
     (zero or stale) and masked.
 
     Attributes:
-        lengths: per slot, how many positions hold this row's tokens.
+        lengths: per slot, how many positions hold the tokens of its row, or of the row that left it
+            last.
         keys, values: per layer, [slots, heads, capacity, dim].
     """
 
@@ -93,9 +94,10 @@ class SlotCache:
 
     def resize(self, slots: int, capacity: int) -> None:
         """Take another shape in place, layer by layer, keeping what fits of each slot."""
-        kept, n = min(slots, self.slots), max(self.lengths, default=0)
+        kept = min(slots, self.slots)
         self.slots, self.capacity = slots, round_to_blocks(capacity)
-        self.lengths = self.lengths[:kept] + [0] * (slots - kept)
+        fitting = [min(length, self.capacity) for length in self.lengths[:kept]]
+        self.lengths, n = fitting + [0] * (slots - kept), max(fitting, default=0)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 tensors[layer] = self._zeros(old.shape[1], old.shape[3])

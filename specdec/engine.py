@@ -5,7 +5,7 @@ token also yields the first output token. From then on each round drafts candida
 in the one target forward that all rows share, and commits the accepted ones plus one bonus token,
 until the row ends and its slot goes to the next request. At any time a model's cache holds a prefix
 of the row's tokens, and what it lacks is *pending*: prefill, catch-up after a full acceptance and
-plain decoding are all "feed what is pending".
+plain decoding are all "feed what is pending". A long prefix that several rows lack is fed once.
 """
 
 from __future__ import annotations
@@ -26,13 +26,21 @@ from specdec.cache import round_to_blocks
 from specdec.clock import PhaseClock
 from specdec.ending import Decode, Ending, find_ending
 from specdec.packed import PackedDecoder
+from specdec.prefill import feed, feed_shared
 from specdec.request import Completion, Counts, InvalidRequest, Request
 from specdec.rounds import Round
 from specdec.sampling import SamplingBatch
-from specdec.scheduler import LiveRow, Scheduler
+from specdec.scheduler import LEAST_SHARED, LiveRow, Scheduler
 from specdec.speedup import ControlSchedule, SpeedupMeter
 from specdec.stopping import DraftStep, RoundStart, StopPolicy
 from specdec.verification import MODES, Proposal
+
+INVARIANT_CHUNK = 128
+"""Most prompt tokens in one forward where bits must repeat.
+
+A prompt's bits there are those of its chunks, which begin at multiples of their size, so that rows
+can share whole chunks only: small ones cost little and share more.
+"""
 
 
 class Pair(Protocol):
@@ -56,6 +64,7 @@ class EngineStats:
         live_rows: summed over these rounds; divided by `rounds`, the mean live batch.
         target_forwards, draft_forwards, target_tokens, draft_tokens: forwards and tokens through
             each.
+        shared_tokens: prompt tokens that the target did not compute, since another row had.
         seconds: by phase: profile, prefill, draft, decide (the policy, between draft steps),
             verify, sample, host; control: target forwards of control rounds.
         speedup: rounds with speculation and control rounds.
@@ -68,6 +77,7 @@ class EngineStats:
     draft_forwards: int = 0
     target_tokens: int = 0
     draft_tokens: int = 0
+    shared_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     speedup: SpeedupMeter = field(default_factory=SpeedupMeter)
 
@@ -81,10 +91,12 @@ class Engine:
         verification: "rejection" or "coupled" (DESIGN.md §3). Greedy rows match in both.
         slots: most rows in flight.
         kv_memory_bytes: memory for keys and values of both models; by default half of what is free.
-        prefill_chunk: most prompt tokens of one row in one forward.
+        prefill_chunk: most prompt tokens of one row in one forward. With batch-invariant models at
+            most INVARIANT_CHUNK.
         decode: token ids to text, needed only for requests with stop strings.
         control_share: share of rounds without speculation, by which `stats.speedup` is measured.
         trace: keep for each row what was predicted, decided and accepted in each round.
+        least_shared: rows that begin with this many equal tokens share their prefill.
     """
 
     def __init__(
@@ -99,16 +111,19 @@ class Engine:
         decode: Decode | None = None,
         control_share: float = 0.0,
         trace: bool = False,
+        least_shared: int = LEAST_SHARED,
     ) -> None:
         self.pair, self.policy, self.decode, self.trace = pair, policy, decode, trace
-        self.mode, self.prefill_chunk = MODES[verification], prefill_chunk
-        self.device = pair.target.device
+        self.mode, self.device = MODES[verification], pair.target.device
+        invariant = pair.target.invariant
+        self.prefill_chunk = min(prefill_chunk, INVARIANT_CHUNK) if invariant else prefill_chunk
         decoders = [decoder for decoder in (pair.target, pair.draft) if decoder is not None]
         caches = [decoder.new_cache(0, 0) for decoder in decoders]
         self.target_cache, self.draft_cache = caches[0], caches[-1]
         memory = kv_memory_bytes or _free_memory(self.device) // 2
         position = sum(cache.bytes_per_position for cache in caches)
-        self.scheduler = Scheduler(caches, slots, memory // position)
+        grain = self.prefill_chunk if invariant else 1
+        self.scheduler = Scheduler(caches, slots, memory // position, grain, least_shared)
         self.rejected: list[Completion] = []
         self.clock = PhaseClock(self.device)
         self.stats = EngineStats(seconds=self.clock.seconds)
@@ -191,6 +206,7 @@ class Engine:
             rows = self.scheduler.admit()
         if not rows:
             return finished
+        began += self._feed_shared(rows)
         this = self._begin(rows)
         if not this.control:
             self._draft(this)
@@ -212,6 +228,22 @@ class Engine:
             with self.clock.phase({"profile": 1.0}):
                 self.policy.prepare(self.pair.target, self.pair.draft, self.scheduler.slots)
         self._prepared = True
+
+    def _feed_shared(self, rows: list[LiveRow]) -> float:
+        """Feed the target the beginnings that prompts share. Returns the seconds it took."""
+        began = time.perf_counter()
+        target, cache, scheduler = self.pair.target, self.target_cache, self.scheduler
+        with self.clock.phase({"prefill": 1.0}):
+            slots = range(len(rows))
+            fed = feed_shared(target, cache, scheduler, rows, slots, self.prefill_chunk)
+        self.stats.target_forwards += len(fed)
+        self.stats.target_tokens += sum(fed)
+        self.stats.shared_tokens = scheduler.shared_tokens
+        if not fed:
+            return 0.0
+        seconds = time.perf_counter() - began
+        self.stats.speedup.book_mixed(seconds, seconds, 0)
+        return seconds
 
     def _begin(self, rows: list[LiveRow]) -> Round:
         """A new round, and what the policy may know before it drafts."""
@@ -257,14 +289,18 @@ class Engine:
         proposal = this.proposal = Proposal(len(rows), max(budget), self.device)
 
         began = time.perf_counter()
+        # The first step reads all that the draft lacks; what is shared or long, in forwards before.
+        chunk = self.prefill_chunk
         with self.clock.phase({"prefill": 1.0}):
+            fed = feed_shared(draft, cache, self.scheduler, rows, active, chunk)
             for slot in active:
-                self._prefill_draft(draft, slot, rows[slot])
+                fed += feed(draft, cache, slot, rows[slot], len(rows[slot].tokens) - chunk, chunk)
+        self.stats.draft_forwards += len(fed)
+        self.stats.draft_tokens += sum(fed)
         pending = [rows[slot].tokens[cache.lengths[slot] :] for slot in active]
         counts = [len(tokens) for tokens in pending]
         (tokens,) = upload(self.device, [token for tokens in pending for token in tokens])
-        # The first step reads all that the draft lacks, in chunks if it is long.
-        packed = sum(this.start.draft_pending[slot] for slot in active)
+        packed = sum(fed) + len(tokens)
         for depth in range(max(budget)):
             with self.clock.phase({"draft": 1.0}):
                 hidden = draft.forward(cache, list(zip(active, counts, strict=True)), tokens)
@@ -289,14 +325,6 @@ class Engine:
                 tokens = tokens[upload(self.device, going)[0]]
             counts, packed = [1] * len(active), len(active)
         this.submitted = self.policy.submit(proposal.lengths)
-
-    def _prefill_draft(self, draft: PackedDecoder, slot: int, row: LiveRow) -> None:
-        """Feed the draft what it lacks of a row, until no more than a chunk is pending."""
-        while len(row.tokens) - (fed := self.draft_cache.lengths[slot]) > self.prefill_chunk:
-            (chunk,) = upload(self.device, row.tokens[fed : fed + self.prefill_chunk])
-            draft.forward(self.draft_cache, [(slot, len(chunk))], chunk)
-            self.stats.draft_forwards += 1
-            self.stats.draft_tokens += len(chunk)
 
     def _going_on(
         self,

@@ -1,4 +1,9 @@
-"""Who is in flight: the queue, the rows in slots, and the caches that hold them."""
+"""Who is in flight: the queue, the rows in slots, and the caches that hold them.
+
+Rows that begin alike (samples of one prompt, one system prompt, one few-shot block) share what they
+have in common: a row takes over keys and values that another slot holds of the same tokens, be its
+row in flight or retired and not yet overwritten.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,19 @@ from dataclasses import dataclass, field
 from specdec.cache import SlotCache, round_to_blocks
 from specdec.request import Counts, Request, RoundTrace, SamplingParams
 from specdec.stopping import RowMemory
+
+LEAST_SHARED = 32
+"""Fewer tokens in common than this are not worth a forward of their own."""
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences have in common from their beginning."""
+    n, most = 0, min(len(a), len(b))
+    while n < most and a[n : n + 64] == b[n : n + 64]:  # many at once, not one by one in Python
+        n += 64
+    while n < most and a[n] == b[n]:
+        n += 1
+    return min(n, most)
 
 
 @dataclass(slots=True, eq=False)
@@ -55,12 +73,29 @@ class Scheduler:
         caches: the target's and, if there is one, the draft's.
         slots: most rows in flight.
         max_positions: most cache positions over all slots.
+        grain: rows share multiples of this many tokens of their prompts in the target's cache, or,
+            if it is 1, whatever they have in common.
+        least_shared: fewer tokens than this are not shared.
+
+    Attributes:
+        shared_tokens: positions of the target's cache that were taken over, not computed.
     """
 
-    def __init__(self, caches: Sequence[SlotCache], slots: int, max_positions: int) -> None:
+    def __init__(
+        self,
+        caches: Sequence[SlotCache],
+        slots: int,
+        max_positions: int,
+        grain: int = 1,
+        least_shared: int = LEAST_SHARED,
+    ) -> None:
         self.caches, self.slots, self.max_positions = caches, slots, max_positions
+        self.grain, self.least_shared, self.shared_tokens = grain, least_shared, 0
         self.queue: deque[LiveRow] = deque()
         self._rows: list[LiveRow | None] = []  # by slot; None is a hole left by a retired row
+        # Whose tokens each slot of the caches holds, as many as its length says: its row's, or
+        # those of the row that left it last.
+        self._held: list[LiveRow | None] = []
 
     @property
     def live(self) -> int:
@@ -71,15 +106,61 @@ class Scheduler:
         """Give slots to waiting rows; return the live rows, in the order of slots 0..n-1."""
         while self.queue and self._reserve(self.queue[0].need):
             hole = self._rows.index(None) if None in self._rows else len(self._rows)
-            self._rows[hole : hole + 1] = [self.queue.popleft()]
+            row = self.queue.popleft()
+            self._rows[hole : hole + 1] = [row]
+            self._place(row, hole)
         self._compact()
         return [row for row in self._rows if row is not None]
 
     def retire(self, slot: int) -> None:
-        """Free a slot."""
+        """Free a slot. What it holds stays there for others to share until it is overwritten."""
         self._rows[slot] = None
+
+    def share(self, cache: SlotCache, slot: int) -> None:
+        """Let a slot take over what another one holds of its row's tokens, if that is much more.
+
+        Args:
+            cache: one of `caches`.
+            slot: of a live row; its length grows by what it took over.
+        """
+        row, length = self._held[slot], cache.lengths[slot]
+        if row is None:
+            return
+        held = [
+            (min(self.common(cache, row, other), cache.lengths[source]), source)
+            for source, other in enumerate(self._held)
+            if other is not None and other is not row
+        ]
+        most, source = max(held, default=(0, slot))
+        if most - length >= self.least_shared:
+            cache.fork(source, [slot], [most])
+            self._count(cache, most - length)
+
+    def common(self, cache: SlotCache, row: LiveRow, other: LiveRow) -> int:
+        """How many tokens two rows may share in a cache.
+
+        The last two of a row are always left to it. Its first round then feeds a prompt's end and
+        yields one token, as it does without sharing: what is drawn does not depend on who is there.
+        """
+        most = min(len(row.tokens), len(other.tokens)) - 2
+        n = max(0, min(common_prefix(row.tokens, other.tokens), most))
+        if self.grain == 1 or cache is not self.caches[0]:
+            return n
+        return min(n, row.output_start, other.output_start) // self.grain * self.grain
+
+    def _place(self, row: LiveRow, slot: int) -> None:
+        """Give a slot to a row, with what the slot, or a better one, holds of its tokens."""
+        before, self._held[slot] = self._held[slot], row
         for cache in self.caches:
-            cache.rollback(slot, 0)
+            cache.rollback(slot, self.common(cache, row, before) if before is not None else 0)
+            if cache.lengths[slot] < self.least_shared:
+                cache.rollback(slot, 0)
+            self._count(cache, cache.lengths[slot])
+            self.share(cache, slot)
+
+    def _count(self, cache: SlotCache, tokens: int) -> None:
+        if cache is self.caches[0]:
+            self.shared_tokens += tokens
 
     def _reserve(self, need: int) -> bool:
         """Whether one more row of `need` positions fits; reshape the caches if that helps."""
@@ -97,6 +178,7 @@ class Scheduler:
                 self._compact()
                 for cache in self.caches:
                     cache.resize(slots, capacity)
+                self._held = [*self._held, *[None] * slots][:slots]
                 return True
         return False
 
@@ -105,6 +187,6 @@ class Scheduler:
         for hole in reversed([slot for slot, row in enumerate(self._rows) if row is None]):
             last = self._rows.pop()
             if hole < len(self._rows):
-                self._rows[hole] = last
+                self._rows[hole] = self._held[hole] = last
                 for cache in self.caches:
                     cache.move(len(self._rows), hole)

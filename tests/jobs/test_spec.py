@@ -115,7 +115,7 @@ def test_defaults_are_those_of_the_design(tmp_path: Path) -> None:
         ({"speculation": {"control_share": 0.9}}, "speculation.control_share: input should be"),
         ({"speculation": {"threshold": 0.5}}, "threshold belongs to the policies confidence"),
         ({"speculation": {"k_min": 9, "k_max": 3}}, "k_min (9) is more than k_max (3)"),
-        ({"sampling": {"n": 4}}, "sampling.n: must be 1"),
+        ({"sampling": {"n": 0}}, "sampling.n: input should be greater than or equal to 1, got 0"),
         ({"sampling": {"temperature": -1}}, "sampling.temperature: input should be greater than"),
         ({"sampling": {"temperature": float("nan")}}, "sampling.temperature"),
         ({"sampling": {"stop": ["a", ""]}}, "sampling.stop: holds an empty string"),

@@ -231,6 +231,7 @@ def record(unit: str = "u", actor: str = "a", **changes: Any) -> UnitRecord:
         "input": "a.parquet",
         "start": 0,
         "rows": 3,
+        "samples": 3,
         "completions": 2,
         "errors": {"NullPrompt": 1},
         "errors_file": "e",
@@ -255,7 +256,8 @@ def test_a_record_survives_its_json() -> None:
 
 def test_a_record_of_an_older_version_is_read() -> None:
     new = ("trace_file", "trace_sha256", "trace_rounds", "speedup", "calibration", "costs")
-    old = {k: v for k, v in asdict(record()).items() if k not in (*new, "fell_back")}
+    new += ("fell_back", "samples", "own_n")
+    old = {k: v for k, v in asdict(record()).items() if k not in new}
     read = UnitRecord.from_json(json.dumps(old).encode())
     assert read == record()
     summary = summarise([read])

@@ -15,7 +15,7 @@ from pipeline.blocks import UnitRows
 from pipeline.config import S3Config
 from pipeline.errors import RowError, UserError
 from pipeline.inputs import INPUTS
-from pipeline.schema import Failed, Finished, Outcome
+from pipeline.schema import Failed, Finished, Outcomes
 from pipeline.stats import FOOTER_KEY
 from pipeline.storage import Folder
 from pipeline.trace import TRACE_SCHEMA, read_rounds, trace_table
@@ -32,13 +32,13 @@ def unit(name: str = "a.parquet", start: int = 0, rows: int = 3) -> Unit:
     return Unit(unit_id(name, start, rows), "/x", name, "parquet", start, rows, 0, 1)
 
 
-def outcomes() -> list[Outcome]:
+def outcomes() -> Outcomes:
     """A row with two rounds, one that failed, one whose only token came with its prompt."""
     traced = Completion("x", 20, (5, 8, 9), "length", trace=ROUNDS)
     return [
-        Finished("abc", traced),
-        Failed(RowError("NullPrompt", "null"), 1),
-        Finished("a", replace(traced, trace=())),
+        [Finished("abc", traced)],
+        [Failed(RowError("NullPrompt", "null"), 1)],
+        [Finished("a", replace(traced, trace=()))],
     ]
 
 

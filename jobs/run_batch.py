@@ -1,0 +1,157 @@
+"""`specbatch run-batch`: a request file of OpenAI's batch API in, its output file out.
+
+Underneath it is a job like any other, in a folder beside the output file; so it is resumed by the
+same command, and no request is answered twice. When the job is done its units become the file.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from jobs.console import err, explained, out, stop_signals
+from jobs.spec import build_job, s3_options
+from pipeline.config import JobConfig
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.openai_responses import Written
+    from pipeline.run import JobPlan
+
+FOLDER_SUFFIX = ".specbatch"
+
+
+def run_batch(
+    requests: Annotated[
+        str,
+        typer.Option("--input-file", "-i", help="The request file (JSONL), local or s3://."),
+    ],
+    responses: Annotated[
+        str,
+        typer.Option("--output-file", "-o", help="Where responses go, local or s3://."),
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", help="The target: hub name, folder, *.gguf, or pkg:PACKAGE/FILE.gguf."
+        ),
+    ],
+    draft: Annotated[
+        str | None,
+        typer.Option("--draft", help="The draft, in the same forms.", show_default="none"),
+    ] = None,
+    errors: Annotated[
+        str | None,
+        typer.Option(
+            "--error-file", "-e", help="Where errors go.", show_default="OUT.errors.jsonl"
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(help="Most tokens of a chat response whose request does not say.")
+    ] = 1024,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any key of a job file, as often as needed: --set actors.num_gpus=1",
+            show_default=False,
+        ),
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="URL of an S3-compatible server.", show_default=False)
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="AWS profile to use.", show_default=False)
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")
+    ] = False,
+) -> None:
+    """Answer a request file of OpenAI's batch API.
+
+    Takes /v1/chat/completions and /v1/completions with custom_id, messages or prompt, max_tokens,
+    max_completion_tokens, temperature, top_p, n, stop and seed. Responses have the API's form, one
+    line each in the order of the requests. A request that cannot be served becomes a line of the
+    error file and stops nothing. The model given here answers all, whatever a request's `model`.
+
+    The same command resumes what was stopped. What it has committed is in OUT.specbatch, a job
+    folder like any other: specbatch report OUT.specbatch.
+
+    [bold]Examples[/]
+
+      specbatch run-batch -i in.jsonl -o out.jsonl --model Qwen/Qwen2.5-7B-Instruct
+      --draft Qwen/Qwen2.5-0.5B-Instruct --set models.dtype=bfloat16
+
+      specbatch run-batch -i s3://bucket/in.jsonl -o s3://bucket/out.jsonl --model ./model
+    """
+    with explained("What is answered is kept; run the same command again to resume."):
+        if responses.endswith("/") or os.path.isdir(responses):
+            raise UserError(f"--output-file: {responses} is a folder; give a file")
+        values: dict[str, Any] = {
+            "name": "run-batch",
+            "input": {"paths": [requests], "format": "openai"},
+            "output": responses + FOLDER_SUFFIX,
+            "models": {"target": model, "draft": draft},
+            "sampling": {"max_new_tokens": max_tokens},
+            "speculation": {} if draft else {"policy": "none"},
+            "actors": _this_machine(),
+            "s3": s3_options(endpoint, profile).model_dump(),
+        }
+        job = build_job(values, Path.cwd(), overrides or [], "run-batch")
+        failed = errors or f"{responses.removesuffix('.jsonl')}.errors.jsonl"
+        _run(job, responses, failed, model, quiet)
+
+
+def _this_machine() -> dict[str, Any]:
+    """One actor with all that this machine has; on a cluster, the job file's defaults."""
+    if os.environ.get("RAY_ADDRESS"):
+        return {}
+    import torch
+
+    if torch.cuda.is_available():
+        return {"num_gpus": 1}
+    return {"num_cpus": len(os.sched_getaffinity(0))}
+
+
+def _run(job: JobConfig, responses: str, errors: str, model: str, quiet: bool) -> None:
+    from jobs.display import progress_bar
+    from jobs.report import render
+    from pipeline.run import plan_job, run_job
+
+    if quiet:
+        with stop_signals() as stop:
+            result = run_job(job, stop=stop)
+    else:
+        with progress_bar(err) as show, stop_signals() as stop:
+            result = run_job(job, progress=show, stop=stop)
+    written = _write(plan_job(job), responses, errors, model)
+    if quiet:
+        return
+    out.print(render(result.summary))
+    out.print(f"\n{written.responses:,} responses: {escape(responses)}", soft_wrap=True)
+    if written.errors:
+        out.print(f"[yellow]{written.errors:,} errors[/]: {escape(errors)}", soft_wrap=True)
+
+
+def _write(plan: JobPlan, responses: str, errors: str, model: str) -> Written:
+    """The output files, each replaced in one step; no error file if there are no errors."""
+    from pipeline.openai_responses import write_responses
+    from pipeline.storage import publish, remove
+
+    s3 = plan.job.s3
+    with tempfile.TemporaryDirectory() as scratch:
+        files = Path(scratch, "responses"), Path(scratch, "errors")
+        with files[0].open("w") as good, files[1].open("w") as bad:
+            written = write_responses(plan.output, plan.units, model, good, bad)
+        publish(files[0], responses, s3)
+        if written.errors:
+            publish(files[1], errors, s3)
+        else:
+            remove(errors, s3)
+    return written

@@ -1,0 +1,204 @@
+"""Lines of OpenAI's batch API as rows: what a request asks for, or why it cannot be served.
+
+A line is kept as it is, in one column: requests of one file have bodies of many shapes, and what
+an error says must be found in the line. What the API has and this package has not is an error of
+that line alone, unless the request gives it the value that changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import RowError, nearest
+
+REQUEST = "request"
+"""The column that holds a line."""
+
+LINES_SCHEMA = pa.schema([(REQUEST, pa.string())], metadata={b"specbatch.format": b"openai"})
+"""Marks a file whose lines are requests, among those whose lines are rows of columns."""
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+COMPLETION_TOKENS = 16
+"""`max_tokens` of a /v1/completions request that gives none, as the API documents it."""
+
+_SAMPLING = ("temperature", "top_p", "n", "stop", "seed")
+_EXTENSIONS = ("top_k", "min_p", "stop_token_ids", "ignore_eos")  # that vLLM added to the API
+_LENGTHS = {CHAT: ("max_completion_tokens", "max_tokens"), COMPLETIONS: ("max_tokens",)}
+_PROMPT = {CHAT: "messages", COMPLETIONS: "prompt"}
+
+_IGNORED = {
+    "model",  # the one that this job has answers all
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "stream_options",
+    "parallel_tool_calls",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+}
+"""Parameters without influence on what is generated here."""
+
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+    "prompt_logprobs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+}
+"""Parameters that are not supported, and the values with which they ask for nothing."""
+
+
+def request_cells(line: str | None) -> dict[str, Any]:
+    """What a row of columns would hold: `messages`, `prompt` or `prompt_ids`, `sampling_params`.
+
+    Args:
+        line: a request, as it stands in the file.
+
+    Raises:
+        RowError: names what is wrong with it.
+    """
+    request = _object(line)
+    custom_id_of(request)
+    method, url, body = (request.get(key) for key in ("method", "url", "body"))
+    if method not in (None, "POST"):
+        raise RowError("InvalidRequest", f"method must be POST, got {_short(method)}")
+    if url not in _PROMPT:
+        known = " and ".join(_PROMPT)
+        raise RowError("UnknownEndpoint", f"url {_short(url)} is not served; known: {known}")
+    if not isinstance(body, dict):
+        raise RowError("InvalidRequest", "body must be an object")
+    body = {key: value for key, value in body.items() if value is not None}
+    _refuse(body, url)
+    cells = _chat(body) if url == CHAT else _completion(body)
+    sampling = {key: body[key] for key in (*_SAMPLING, *_EXTENSIONS) if key in body}
+    if sampling.get("top_k") == -1:
+        sampling["top_k"] = 0  # vLLM's way to switch it off
+    given = [name for name in _LENGTHS[url] if name in body]
+    for name in given:
+        if type(body[name]) is not int or body[name] < 1:
+            got = _short(body[name])
+            raise RowError("InvalidSampling", f"{name} must be an integer of at least 1, got {got}")
+    if given:
+        sampling["max_new_tokens"] = body[given[0]]
+    elif url == COMPLETIONS:
+        sampling["max_new_tokens"] = COMPLETION_TOKENS
+    return {**cells, "sampling_params": sampling}
+
+
+def _object(line: str | None) -> dict[str, Any]:
+    try:
+        request = json.loads(line or "")
+    except (ValueError, RecursionError) as error:
+        raise RowError("MalformedLine", f"the line is not JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise RowError("MalformedLine", f"the line is not a JSON object but {_short(request)}")
+    return request
+
+
+def custom_id_of(request: Mapping[str, Any]) -> str:
+    """The request's `custom_id`.
+
+    Raises:
+        RowError: it has none.
+    """
+    custom_id = request.get("custom_id")
+    if not isinstance(custom_id, str) or not custom_id:
+        raise RowError("MissingCustomId", "custom_id must be a text that is not empty")
+    return custom_id
+
+
+def parsed(line: str | None) -> dict[str, Any]:
+    """The line's object, or an empty one if the line is none."""
+    try:
+        return _object(line)
+    except RowError:
+        return {}
+
+
+def _refuse(body: Mapping[str, Any], url: str) -> None:
+    """Raise for the first parameter that is unknown, or not supported and not neutral."""
+    known = {_PROMPT[url], *_LENGTHS[url], *_SAMPLING, *_EXTENSIONS, *_IGNORED}
+    for name, value in body.items():
+        if name in known:
+            continue
+        if name not in _UNSUPPORTED:
+            hint = nearest(name, known)
+            raise RowError("UnsupportedParameter", f"{name}: unknown parameter; {hint}")
+        if not any(_same(value, neutral) for neutral in _UNSUPPORTED[name]):
+            raise RowError("UnsupportedParameter", f"{name} {_short(value)} is not supported")
+
+
+def _same(a: Any, b: Any) -> bool:
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
+
+
+def _chat(body: Mapping[str, Any]) -> dict[str, Any]:
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        raise RowError("MalformedMessages", f"messages must be a list, got {_short(messages)}")
+    return {"messages": [_message(each, number) for number, each in enumerate(messages)]}
+
+
+def _message(message: Any, number: int) -> Any:
+    """A message with plain text as its content."""
+    if not isinstance(message, dict):
+        return message  # which `check_messages` refuses
+    for key in ("tool_calls", "function_call", "audio"):
+        if message.get(key):
+            raise RowError("UnsupportedParameter", f"message {number}: {key} is not supported")
+    content, role = message.get("content"), message.get("role")
+    if isinstance(content, list):
+        content = "".join(_text(part, number) for part in content)
+    # Chat templates know the newer name of the system's role rarely.
+    return {**message, "content": content, "role": "system" if role == "developer" else role}
+
+
+def _text(part: Any, number: int) -> str:
+    """The text of one part of a message's content."""
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise RowError("UnsupportedParameter", f"message {number}: only text is supported")
+    return text
+
+
+def _completion(body: Mapping[str, Any]) -> dict[str, Any]:
+    prompt = body.get("prompt")
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+        return {"prompt_ids": prompt}
+    if isinstance(prompt, list):
+        raise RowError("MalformedPrompt", "prompt is a list; give each prompt a line of its own")
+    raise RowError("MalformedPrompt", f"prompt must be text or token ids, got {_short(prompt)}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
