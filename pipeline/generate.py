@@ -22,7 +22,9 @@ from pipeline.blocks import UnitFiles, UnitRows
 from pipeline.config import JobConfig
 from pipeline.engine_loop import EngineFailed, EngineLoop
 from pipeline.errors import RowError, UserError
+from pipeline.ledger import Run, Timesheet
 from pipeline.pool import group_of
+from pipeline.progress import Tally
 from pipeline.prompts import SAMPLING_COLUMN, PromptRenderer, required_columns, row_sampling
 from pipeline.schema import (
     Failed,
@@ -36,6 +38,7 @@ from pipeline.schema import (
     total_counts,
 )
 from pipeline.stats import UnitRecord, parquet_bytes
+from pipeline.storage import Folder
 from pipeline.trace import trace_table
 from specdec.request import Completion, Request
 
@@ -47,13 +50,16 @@ class GenerateActor:
         job: the job; paths in it are valid on this machine.
         digest: of the job's fingerprint, for the record.
         monitor: actor handle of the job's `Monitor`.
+        run: the run of the job, for the ledger.
 
     Raises:
         UserError: the models do not fit together or cannot be used; the monitor is told first,
             since Ray wraps what an actor's constructor raises.
     """
 
-    def __init__(self, job: JobConfig, digest: str, monitor: Any) -> None:
+    def __init__(self, job: JobConfig, digest: str, monitor: Any, run: Run) -> None:
+        self._timesheet = Timesheet(run, Folder(job.output, job.s3), monitor.book.remote)
+        self._spent: dict[str, dict[str, float]] = {}  # seconds by phase of each unit in flight
         from specdec.pair import PairError
 
         began = time.monotonic()
@@ -79,10 +85,15 @@ class GenerateActor:
         self._loop = EngineLoop(
             self._make_engine,
             threads=max(1, int(job.actors.num_cpus)),
-            report=lambda tally: monitor.post.remote(self._actor, tally),
+            report=self._report,
             hang_seconds=job.actors.hang_seconds,
         )
+        self._timesheet.loaded(self._loop.seconds, lambda: self._loop.busy)
         self._load_seconds = time.monotonic() - began
+
+    def _report(self, tally: Tally) -> None:
+        self._monitor.post.remote(self._actor, tally)
+        self._timesheet.nudge()
 
     def _make_engine(self) -> Any:
         from specdec.engine import Engine
@@ -122,7 +133,8 @@ class GenerateActor:
         rows = UnitRows.from_block(block)
         unit = rows.unit.id
         while True:
-            history = await self._tell("begin", unit)
+            self._spent[unit] = {}  # what an attempt before this one took is lost
+            history = await self._tell("begin", unit, len(rows.unit.wanted))
             if history is None:
                 return UnitFiles(unit, ()).to_block()
             if history.hopeless:
@@ -167,7 +179,9 @@ class GenerateActor:
         prepared = await asyncio.to_thread(self._prepare, rows, indices)
         requests = [p for p in prepared if isinstance(p, Request)]
         self._loop.note_errors(len(prepared) - len(requests))
-        completions = await asyncio.wrap_future(self._loop.submit(requests))
+        completions = await asyncio.wrap_future(
+            self._loop.submit(requests, self._spent[rows.unit.id])
+        )
         remaining = iter(completions)
         return [self._outcome(next(remaining)) if isinstance(p, Request) else p for p in prepared]
 
@@ -247,6 +261,8 @@ class GenerateActor:
         counts = total_counts(outcomes)
         usage = self._loop.take_usage()
         load, self._load_seconds = self._load_seconds, 0.0
+        seconds, spent = {"load": load, **usage.phase_seconds}, self._spent.pop(unit.id)
+        seconds |= {phase: seconds.get(phase, 0.0) + spent[phase] for phase in spent}
         record = UnitRecord(
             unit=unit.id,
             job=self._digest,
@@ -268,7 +284,7 @@ class GenerateActor:
             started=started,
             finished=time.time(),
             engine=usage.engine,
-            phase_seconds={"load": load, **usage.phase_seconds},
+            phase_seconds=seconds,
             peak_live=usage.peak_live,
             speedup=usage.speedup.to_json(),
             calibration=total_calibration(finished),
@@ -276,6 +292,7 @@ class GenerateActor:
             fell_back=usage.fell_back,
             generation=unit.generation,
             group=self._group or None,
+            worker=self._timesheet.worker,
         )
         table = completions_table(rows, outcomes)
         files.append((f"completions/{unit.id}.parquet", parquet_bytes(table, record)))

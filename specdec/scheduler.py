@@ -67,13 +67,18 @@ class Scheduler:
         """Rows in slots."""
         return len(self._rows) - self._rows.count(None)
 
+    @property
+    def rows(self) -> list[LiveRow]:
+        """The rows in slots, in the order of slots."""
+        return [row for row in self._rows if row is not None]
+
     def admit(self) -> list[LiveRow]:
         """Give slots to waiting rows; return the live rows, in the order of slots 0..n-1."""
         while self.queue and self._reserve(self.queue[0].need):
             hole = self._rows.index(None) if None in self._rows else len(self._rows)
             self._rows[hole : hole + 1] = [self.queue.popleft()]
         self._compact()
-        return [row for row in self._rows if row is not None]
+        return self.rows
 
     def retire(self, slot: int) -> None:
         """Free a slot."""
