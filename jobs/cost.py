@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from pipeline.errors import UserError
 from pipeline.ledger import WORK, Account, Reconciliation, Run, read_ledger, reconcile
 from pipeline.prices import Prices, price
-from pipeline.stats import UnitRecord
+from pipeline.stats import UnitRecord, parts
 from pipeline.storage import Folder
 
 STATES = (
@@ -153,7 +153,7 @@ Committed = Mapping[str, Mapping[str, float]]
 
 def committed_seconds(records: Iterable[UnitRecord]) -> Committed:
     """What the committed units took, from their records."""
-    return _by_worker((record.worker, record.phase_seconds) for record in records)
+    return _by_worker((p.worker, p.phase_seconds) for record in records for p in parts(record))
 
 
 def committed_seconds_of(output: Folder) -> Committed:
