@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from jobs.console import err, explained, out, stop_signals
 from jobs.explain import explain
+from jobs.plan import plan
 from jobs.profile import profile as profile_command
 from jobs.spec import load_job, load_prices, s3_options
 from jobs.train_head import train_head
@@ -235,6 +236,7 @@ def report(
 
 
 app.command()(verify)
+app.command()(plan)
 app.command()(explain)
 app.command()(distill)
 app.command()(train_head)

@@ -90,7 +90,7 @@ def _phases(seconds: Mapping[str, float], cost: Mapping[str, Any] | None) -> Tab
     whole = sum(seconds.values()) or 1.0
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
         figures = [f"{value:,.1f}", f"{value / whole:.1%}"]
-        table.add_row(name, *figures, *([_money(money[name])] if money else []))
+        table.add_row(name, *figures, *([money(money[name])] if money else []))
     return table
 
 
@@ -101,13 +101,13 @@ def _add_cost(totals: Table, cost: Mapping[str, Any]) -> None:
         totals.add_row("cost", f"[yellow]no price for {unknown}; give --prices FILE[/]")
         return
     currency = cost["currency"]
-    totals.add_row("cost", f"{_money(cost['total'])} {currency}")
-    totals.add_row("  per million output tokens", _money(cost["per_million_output_tokens"]))
-    totals.add_row("  per thousand rows", _money(cost["per_thousand_rows"]))
+    totals.add_row("cost", f"{money(cost['total'])} {currency}")
+    totals.add_row("  per million output tokens", money(cost["per_million_output_tokens"]))
+    totals.add_row("  per thousand rows", money(cost["per_thousand_rows"]))
     if cost["saved"] is not None:
         low, high = cost["saved_ci"]
-        interval = f"95% CI {_money(low)} to {_money(high)}"
-        totals.add_row("  saved by speculation", f"{_money(cost['saved'])} ({interval})")
+        interval = f"95% CI {money(low)} to {money(high)}"
+        totals.add_row("  saved by speculation", f"{money(cost['saved'])} ({interval})")
     totals.add_row("  prices", escape(cost["price_source"]))
 
 
@@ -118,7 +118,7 @@ def _unreconciled(found: Mapping[str, Any]) -> str:
     )
 
 
-def _money(value: float | None) -> str:
+def money(value: float | None) -> str:
     """Money with cents, or for less than a unit with four digits."""
     if value is None:
         return "–"

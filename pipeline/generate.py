@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -96,29 +96,7 @@ class GenerateActor:
         self._timesheet.nudge()
 
     def _make_engine(self) -> Any:
-        from specdec.engine import Engine
-        from specdec.policies import make_policy
-
-        speculation, actors = self._job.speculation, self._job.actors
-        memory = actors.kv_memory_gb
-        return Engine(
-            self._pair,
-            policy=make_policy(
-                speculation.policy,
-                k=speculation.k,
-                k_min=speculation.k_min,
-                k_max=speculation.k_max,
-                threshold=speculation.threshold,
-                estimator=speculation.estimator,
-                head=self._head,
-            ),
-            verification=speculation.verification,
-            slots=actors.slots,
-            kv_memory_bytes=int(memory * 1e9) if memory else None,
-            decode=self._decode,
-            control_share=speculation.control_share if speculation.policy != "none" else 0.0,
-            trace=speculation.trace,
-        )
+        return make_engine(self._job, self._pair, self._head, self._decode)
 
     async def __call__(self, block: pa.Table) -> pa.Table:
         """Complete one unit.
@@ -319,6 +297,40 @@ def load_pair(job: JobConfig) -> Any:
         device=device,
         device_map=models.device_map,
         trust_remote_code=models.trust_remote_code,
+    )
+
+
+def make_engine(job: JobConfig, pair: Any, head: Any, decode: Callable[..., str]) -> Any:
+    """The job's engine (`specdec.engine.Engine`).
+
+    Args:
+        job: the job.
+        pair: its models.
+        head: its acceptance head, if it has one.
+        decode: token ids to text.
+    """
+    from specdec.engine import Engine
+    from specdec.policies import make_policy
+
+    speculation, actors = job.speculation, job.actors
+    memory = actors.kv_memory_gb
+    return Engine(
+        pair,
+        policy=make_policy(
+            speculation.policy,
+            k=speculation.k,
+            k_min=speculation.k_min,
+            k_max=speculation.k_max,
+            threshold=speculation.threshold,
+            estimator=speculation.estimator,
+            head=head,
+        ),
+        verification=speculation.verification,
+        slots=actors.slots,
+        kv_memory_bytes=int(memory * 1e9) if memory else None,
+        decode=decode,
+        control_share=speculation.control_share if speculation.policy != "none" else 0.0,
+        trace=speculation.trace,
     )
 
 

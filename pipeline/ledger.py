@@ -242,7 +242,7 @@ class Timesheet:
         self._began = now
         self._work: Callable[[], dict[str, float]] = lambda: {"load": time.monotonic() - now}
         self._busy: Callable[[], bool] = lambda: False
-        start = 0.0 if _ready_made(run.began) else _age()
+        start = 0.0 if _ready_made(run.began) else process_age()
         self._loaded: dict[str, float] = {"start": start}
         self._account = Account(
             run=run.run,
@@ -304,10 +304,10 @@ def _ready_made(run_began: float) -> bool:
 
     manager = getattr(global_worker, "function_actor_manager", None)
     ran = getattr(manager, "_num_task_executions", {})
-    return time.time() - _age() < run_began or any(number for number in ran.values())
+    return time.time() - process_age() < run_began or any(number for number in ran.values())
 
 
-def _age() -> float:
+def process_age() -> float:
     """Seconds since this process was created."""
     process = psutil.Process()
     if hasattr(time, "CLOCK_BOOTTIME"):
