@@ -11,9 +11,10 @@ from rich.markup import escape
 
 from jobs.console import err, explained, out, stop_signals
 from jobs.explain import explain
+from jobs.plan import plan
 from jobs.profile import profile as profile_command
 from jobs.run_batch import run_batch
-from jobs.spec import load_job, s3_options
+from jobs.spec import load_job, load_prices, s3_options
 from jobs.train_head import train_head
 from jobs.training import distill
 from jobs.verify import verify
@@ -115,7 +116,7 @@ def run(
                 run_job(job, mode=mode, stop=stop, note=_note)
             return
         from jobs.display import progress_bar
-        from jobs.report import render
+        from jobs.report import read_summary, render
 
         with progress_bar(err) as show, stop_signals() as stop:
             result = run_job(job, mode=mode, progress=show, stop=stop, note=_note)
@@ -123,7 +124,7 @@ def run(
             out.print(_nothing_to_do(only_failed))
         if result.missing:
             _note(f"{result.missing:,} units are not generated yet; without --only-failed they are")
-        out.print(render(result.summary))
+        out.print(render(read_summary(result.output, job.s3)[0]))
         out.print(f"\nOutputs: {escape(result.output)}", highlight=False, soft_wrap=True)
 
 
@@ -207,6 +208,10 @@ def report(
     profile: Annotated[
         str | None, typer.Option(help="AWS profile to use.", show_default=False)
     ] = None,
+    prices: Annotated[
+        Path | None,
+        typer.Option(help="A price table (YAML).", show_default="the one that the job ran with"),
+    ] = None,
 ) -> None:
     """Say what a job did, from the files that it has committed so far.
 
@@ -215,11 +220,14 @@ def report(
       specbatch report out/demo
 
       specbatch report out/demo --json | jq .tokens_per_second
+
+      specbatch report out/demo --prices our-prices.yaml
     """
     with explained():
         from jobs.report import read_summary, render
 
-        summary, finished = read_summary(output, s3_options(endpoint, profile))
+        table = load_prices(prices) if prices else None
+        summary, finished = read_summary(output, s3_options(endpoint, profile), table)
         if as_json:
             print(json.dumps({**summary, "finished": finished}))
             return
@@ -230,6 +238,7 @@ def report(
 
 app.command()(verify)
 app.command()(run_batch)
+app.command()(plan)
 app.command()(explain)
 app.command()(distill)
 app.command()(train_head)

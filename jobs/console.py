@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.errors import JobStopped, UserError
+from pipeline.errors import BudgetReached, JobStopped, UserError
 
-USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+USER_ERROR, FAILURE, OVER_BUDGET, INTERRUPTED = 2, 1, 3, 130
 
 out = Console()
 err = Console(stderr=True)
@@ -32,6 +32,10 @@ def explained(resume: str | None = None) -> Iterator[None]:
     except UserError as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(USER_ERROR) from None
+    except BudgetReached as reached:
+        message = f"{reached}. What was in flight is committed; to go on, raise the budget."
+        err.print(f"\n[yellow]stopped[/] at {escape(message)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(OVER_BUDGET) from None
     except (KeyboardInterrupt, JobStopped):
         err.print(f"\n[yellow]stopped[/] {escape(resume or '')}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from jobs.console import err
 from pipeline.progress import JobProgress, OnProgress
 
 _LOG_SECONDS = 30
+
+Show = Callable[[str, float], None]
+"""Told a stage of a command, and how far it is, from 0 to 1."""
 
 
 @contextmanager
@@ -81,11 +85,42 @@ def figures(progress: JobProgress) -> str:
     done = tally.rows + tally.errors
     left = progress.rows_total - completed_rows(progress)
     if seconds > 5 and done and left:
-        parts.append(f"{_duration(seconds * left / done)} left")
+        parts.append(f"{duration(seconds * left / done)} left")
     return " · ".join(parts)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextmanager
+def stages() -> Iterator[Show]:
+    """Yields what to call with a stage and how far it is, from 0 to 1.
+
+    A live bar on a terminal; in a log file, a line for each new stage.
+    """
+    if not err.is_terminal:
+        seen: set[str] = set()
+
+        def line(stage: str, done: float) -> None:
+            if stage not in seen:
+                seen.add(stage)
+                err.print(stage, highlight=False, soft_wrap=True)
+
+        yield line
+        return
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda stage, done: bar.update(task, description=stage, completed=done)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from jobs.console import err, explained, out
+from jobs.console import explained, out
+from jobs.display import Show, stages
 from jobs.spec import load_job
 from pipeline.config import JobConfig
 from pipeline.errors import RowError, UserError, nearest
@@ -32,8 +31,6 @@ _COST_SECONDS = 20.0
 
 _FEW_ROWS, _LEAST_ROWS = 30, 5
 """Rows below which figures are called rough, and a class is given no interval."""
-
-Show = Callable[[str, float], None]
 
 
 def profile(
@@ -86,7 +83,7 @@ def profile(
                     raise UserError(f"{each.file.url}: no column {class_column!r}; {hint}")
         columns = job.input.model_dump(include={"messages_column", "prompt_column", "template"})
         sample = sample_rows(job.input.paths, columns, plan.job.s3, rows, seed)
-        with _progress() as show:
+        with stages() as show:
             found = _profile(plan.job, sample, class_column, show)
         if as_json:
             print(json.dumps(found, allow_nan=False))
@@ -322,33 +319,3 @@ def _predict(
         "goodput_interval": [interval.low, interval.high],
         "bound": tokens / float(least_seconds(traces, costs, live).sum()) / speeds["none"],
     }
-
-
-# ---------------------------------------------------------------------- progress
-
-
-@contextmanager
-def _progress() -> Iterator[Show]:
-    """A live bar on a terminal; in a log file, a line for each new stage."""
-    if not err.is_terminal:
-        stages: set[str] = set()
-
-        def line(stage: str, done: float) -> None:
-            if stage not in stages:
-                stages.add(stage)
-                err.print(stage, highlight=False, soft_wrap=True)
-
-        yield line
-        return
-    bar = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        console=err,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("starting", total=1.0)
-        yield lambda stage, done: bar.update(task, description=stage, completed=done)

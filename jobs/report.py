@@ -10,19 +10,24 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from jobs.cost import committed_seconds, committed_seconds_of, read_cost
 from pipeline import manifest
 from pipeline.config import S3Config
+from pipeline.prices import Prices
 from pipeline.stats import summarise
 
 _INPUTS_SHOWN = 10
 
 
-def read_summary(url: str, s3: S3Config) -> tuple[dict[str, Any], bool]:
-    """A job's summary, and whether the job is finished.
+def read_summary(
+    url: str, s3: S3Config, prices: Prices | None = None
+) -> tuple[dict[str, Any], bool]:
+    """A job's summary with its cost, and whether the job is finished.
 
     Args:
         url: the job's output folder.
         s3: how to reach it, if it is on S3.
+        prices: a price table; None: that of the job's last run.
 
     Raises:
         UserError: there is no job in this folder.
@@ -30,8 +35,14 @@ def read_summary(url: str, s3: S3Config) -> tuple[dict[str, Any], bool]:
     output = manifest.open_output(url, s3)
     if output.read(manifest.SUCCESS) is not None and (data := output.read(manifest.MANIFEST)):
         # An older version's summary lacks what it did not measure.
-        return {**summarise([]), **json.loads(data)["summary"]}, True
-    return summarise(manifest.read_records(output, manifest.committed_ids(output))), False
+        summary, finished = {**summarise([]), **json.loads(data)["summary"]}, True
+        committed = committed_seconds_of(output)
+    else:
+        records = manifest.read_records(output, manifest.committed_ids(output))
+        summary, finished = summarise(records), False
+        committed = committed_seconds(records)
+    cost = read_cost(output, summary, committed, prices)
+    return {**summary, "cost": cost.to_json() if cost else None}, finished
 
 
 def render(summary: Mapping[str, Any]) -> RenderableType:
@@ -50,16 +61,14 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     totals.add_row("acceptance rate", _number(summary["acceptance_rate"], ".1%"))
     totals.add_row("speedup", _speedup(summary))
 
-    phases = Table("phase", "seconds", "share", box=None, padding=(0, 2), header_style="bold")
-    for column in phases.columns[1:]:
-        column.justify = "right"
-    seconds = summary["phase_seconds"]
-    whole = sum(seconds.values()) or 1.0
-    for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
-        phases.add_row(name, f"{value:,.1f}", f"{value / whole:.1%}")
+    cost = summary["cost"]
+    if cost:
+        _add_cost(totals, cost)
     parts: list[RenderableType] = [totals]
-    if seconds:
-        parts += ["", phases]
+    if seconds := cost["seconds_by_state"] if cost else summary["phase_seconds"]:
+        parts += ["", _phases(seconds, cost)]
+    if cost and cost["reconciled"]["ok"] is False:
+        parts += ["", f"[yellow]{_unreconciled(cost['reconciled'])}[/]"]
     if summary["calibration"]:
         parts += ["", _calibration(summary["calibration"])]
     if fell_back := summary["actors_fell_back"]:
@@ -69,6 +78,51 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
             "went on with an online estimator; train it again on text like this.[/]",
         ]
     return Group(*parts)
+
+
+def _phases(seconds: Mapping[str, float], cost: Mapping[str, Any] | None) -> Table:
+    """Where the time went and, if it is known, the money."""
+    money = cost["cost_by_state"] if cost else None
+    names = ["phase", "seconds", "share", *([cost["currency"]] if cost and money else [])]
+    table = Table(*names, box=None, padding=(0, 2), header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    whole = sum(seconds.values()) or 1.0
+    for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
+        figures = [f"{value:,.1f}", f"{value / whole:.1%}"]
+        table.add_row(name, *figures, *([money(money[name])] if money else []))
+    return table
+
+
+def _add_cost(totals: Table, cost: Mapping[str, Any]) -> None:
+    """Rows that say what the job cost."""
+    if cost["total"] is None:
+        unknown = escape(", ".join(cost["unpriced"]))
+        totals.add_row("cost", f"[yellow]no price for {unknown}; give --prices FILE[/]")
+        return
+    currency = cost["currency"]
+    totals.add_row("cost", f"{money(cost['total'])} {currency}")
+    totals.add_row("  per million output tokens", money(cost["per_million_output_tokens"]))
+    totals.add_row("  per thousand rows", money(cost["per_thousand_rows"]))
+    if cost["saved"] is not None:
+        low, high = cost["saved_ci"]
+        interval = f"95% CI {money(low)} to {money(high)}"
+        totals.add_row("  saved by speculation", f"{money(cost['saved'])} ({interval})")
+    totals.add_row("  prices", escape(cost["price_source"]))
+
+
+def _unreconciled(found: Mapping[str, Any]) -> str:
+    return (
+        f"The ledger does not add up: {found['booked']:,.1f} s are booked, but Ray held "
+        f"{found['held']:,.1f} s ({found['difference']:.1%} apart)."
+    )
+
+
+def money(value: float | None) -> str:
+    """Money with cents, or for less than a unit with four digits."""
+    if value is None:
+        return "–"
+    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.4g}"
 
 
 def _speedup(summary: Mapping[str, Any]) -> str:

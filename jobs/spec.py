@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config import JobConfig, S3Config
 from pipeline.errors import UserError, nearest
+from pipeline.prices import Prices
 
 _MOST_LINES = 20
 _OWN_WORDS = {
@@ -65,6 +66,8 @@ def build_job(
     job = _resolve_paths(job, folder)
     for override in overrides:
         job = _merged(job, _resolve_paths(_parse_override(override), Path.cwd()))
+    if isinstance(prices := job.get("prices"), str):
+        job = {**job, "prices": load_prices(prices).model_dump()}
     try:
         return JobConfig.model_validate(job)
     except ValidationError as error:
@@ -74,11 +77,11 @@ def build_job(
         raise JobFileError("\n".join(lines)) from None
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path, what: str = "job file") -> Any:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise JobFileError(f"{file}: no such job file") from None
+        raise JobFileError(f"{file}: no such {what}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise JobFileError(f"{file}: cannot be read: {error}") from None
     try:
@@ -105,6 +108,20 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def load_prices(file: str | Path) -> Prices:
+    """Read a price table.
+
+    Raises:
+        JobFileError: it cannot be read, is not YAML, or says what it may not.
+    """
+    values = _read(Path(file), "price table")
+    try:
+        return Prices.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{file}: {line}" for line in explain(error, Prices)]
+        raise JobFileError("\n".join(lines)) from None
 
 
 def s3_options(endpoint: str | None, profile: str | None) -> S3Config:
@@ -154,8 +171,9 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _resolve_paths(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """`job` with paths that are relative to `folder` made absolute; it may be wrong in any way."""
     result = dict(job)
-    if isinstance(output := result.get("output"), str):
-        result["output"] = _absolute(output, folder)
+    for key in ("output", "prices"):
+        if isinstance(path := result.get(key), str):
+            result[key] = _absolute(path, folder)
     if isinstance(given := result.get("input"), dict):
         paths = given.get("paths")
         if isinstance(paths, str):
@@ -194,14 +212,14 @@ def _model(name: Any, folder: Path) -> Any:
 # ------------------------------------------------------------------------ errors
 
 
-def explain(error: ValidationError) -> Iterator[str]:
+def explain(error: ValidationError, model: type[BaseModel] = JobConfig) -> Iterator[str]:
     """One line for each mistake: the dotted key, what is wrong, and the fix."""
     for detail in error.errors():
         location = [str(part) for part in detail["loc"] if not _is_branch(part)]
         dotted = ".".join(location)
         match detail["type"]:
             case "extra_forbidden":
-                yield _unknown_key(location)
+                yield _unknown_key(location, model)
             case "missing":
                 yield f"{dotted}: required, but not given"
             case "value_error":
@@ -222,15 +240,14 @@ def _is_branch(part: int | str) -> bool:
     return isinstance(part, str) and ("[" in part or part in {"str", "int"})
 
 
-def _unknown_key(location: Sequence[str]) -> str:
+def _unknown_key(location: Sequence[str], model: type[BaseModel]) -> str:
     dotted = ".".join(location)
     *section, key = location
-    return f"{dotted}: unknown key; {nearest(key, _keys(section))}"
+    return f"{dotted}: unknown key; {nearest(key, _keys(section, model))}"
 
 
-def _keys(section: Iterable[str]) -> list[str]:
-    """The keys that a section of the job file may have."""
-    model: type[BaseModel] = JobConfig
+def _keys(section: Iterable[str], model: type[BaseModel]) -> list[str]:
+    """The keys that a section of a file may have."""
     for name in section:
         field = model.model_fields.get(name)
         if field is None:  # the name of an actor group

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.prices import Prices
 from pipeline.templates import PromptTemplate
 
 Policy = Literal["none", "fixed", "heuristic", "confidence", "entropy", "head", "goodput"]
@@ -339,6 +340,15 @@ class ActorsConfig(_Settings):
         return sum(group.max or group.min for group in self.pools.values())
 
 
+class BudgetConfig(_Settings):
+    """What a job may spend, all its runs together; it stops before it spends more."""
+
+    dollars: float | None = Field(
+        default=None, gt=0, description="money in the price table's currency"
+    )
+    hours: float | None = Field(default=None, gt=0, description="hours of running")
+
+
 class JobConfig(_Settings):
     """One job: everything in a job file, with defaults filled in."""
 
@@ -351,6 +361,10 @@ class JobConfig(_Settings):
     speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
     actors: ActorsConfig = Field(default_factory=ActorsConfig)
     unit_rows: int = Field(default=256, ge=1, description="rows committed together, about")
+    budget: BudgetConfig | None = Field(default=None, description="null: none")
+    prices: Prices | None = Field(
+        default=None, description="a price table, or the file that holds it; null: the packaged one"
+    )
 
     @model_validator(mode="after")
     def _draft_if_speculating(self) -> JobConfig:

@@ -9,7 +9,8 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -37,7 +38,8 @@ class Usage:
 
     Attributes:
         engine: forwards and tokens through each model.
-        phase_seconds: seconds by phase, with `idle` (no row to work on).
+        phase_seconds: seconds by phase that were spent on no unit: `idle` (no row to work on),
+            `profile`; what units were worked on for is booked on them (`EngineLoop.submit`).
         peak_live: most rows in slots at once.
         speedup: rounds with speculation and control rounds.
         costs: the policy's cost tables as they are now, if it has any.
@@ -70,8 +72,8 @@ class EngineFailed(RuntimeError):
 class _Batch:
     """The requests of one unit, and the future that gets all their completions at once."""
 
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self.requests = requests
+    def __init__(self, requests: Sequence[Request], spent: dict[str, float]) -> None:
+        self.requests, self.spent = requests, spent
         self.done: dict[int, Completion] = {}
         self.future: Future[list[Completion]] = Future()
 
@@ -107,21 +109,31 @@ class EngineLoop:
         self._waiting: dict[str, tuple[_Batch, int]] = {}
         self._tally = Tally()
         self._reported = 0.0
-        self._idle = 0.0
         self._peak = 0
         self._lock = threading.Lock()
         self._taken = Usage()
         self._engine = make_engine()
         self._spent = _spending(self._engine)
+        # Every second of the engine's thread, by phase; those on no unit; and those since `_mark`,
+        # which will be known when the step or the wait ends.
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._unclaimed: defaultdict[str, float] = defaultdict(float)
+        self._mark, self._doing = time.monotonic(), "idle"
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
-    def submit(self, requests: Sequence[Request]) -> Future[list[Completion]]:
+    def submit(
+        self, requests: Sequence[Request], spent: dict[str, float] | None = None
+    ) -> Future[list[Completion]]:
         """Queue a unit's requests. Their ids need not be unique.
+
+        Args:
+            requests: the requests.
+            spent: the unit's share of each round's seconds is added to it, by phase.
 
         Returns:
             A future of their completions, in order. It raises `EngineFailed` if a round raised.
         """
-        batch = _Batch(requests)
+        batch = _Batch(requests, {} if spent is None else spent)
         if requests:
             self._inbox.put(batch)
         else:
@@ -133,14 +145,23 @@ class EngineLoop:
         with self._lock:
             self._tally.errors += rows
 
+    def seconds(self) -> dict[str, float]:
+        """Every second since the loop was made, by phase, up to now."""
+        with self._lock:
+            now = self._seconds.copy()
+            now[self._doing] += time.monotonic() - self._mark
+            return dict(now)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any unit is in flight."""
+        return bool(self._waiting) or not self._inbox.empty()
+
     def take_usage(self) -> Usage:
         """What the engine spent since the last call: each second is handed out once."""
         with self._lock:
-            now = replace(
-                self._spent,
-                phase_seconds={**self._spent.phase_seconds, "idle": self._idle},
-                peak_live=self._peak,
-            )
+            unclaimed = {"idle": 0.0, **self._unclaimed}
+            now = replace(self._spent, phase_seconds=unclaimed, peak_live=self._peak)
             spent, self._taken, self._peak = now.minus(self._taken), now, self._engine.live
             return spent
 
@@ -165,6 +186,7 @@ class EngineLoop:
         if self._hang_seconds is not None:
             # A watchdog of its own thread that needs no GIL; it also prints where the round hangs.
             faulthandler.dump_traceback_later(self._hang_seconds, exit=True)
+        before = dict(self._engine.stats.seconds)
         try:
             completions = self._engine.step()
         except Exception as error:  # whatever it was, the units must hear of it
@@ -173,11 +195,15 @@ class EngineLoop:
             if isinstance(error, torch.AcceleratorError):
                 raise  # after this the device refuses everything else in this process, too
             traceback.print_exc()
+            self._book({}, list(self._waiting))
             self._replace_engine()
             self._fail_all(EngineFailed(f"{type(error).__name__}: {error}"))
             return
         finally:
             faulthandler.cancel_dump_traceback_later()
+        phases = self._engine.stats.seconds
+        worked = {name: phases[name] - before.get(name, 0.0) for name in phases}
+        self._book(worked, [*self._engine.live_ids, *(c.id for c in completions)])
         with self._lock:
             self._spent = _spending(self._engine)
             self._peak = max(self._peak, self._engine.live + len(completions))
@@ -189,17 +215,35 @@ class EngineLoop:
     def _admit(self) -> None:
         """Take over all units that arrived; with nothing to do, wait for one."""
         while True:
-            began = time.monotonic()
+            with self._lock:
+                self._doing = "host" if self._engine.has_work else "idle"
             try:
                 batch = self._inbox.get(block=not self._engine.has_work)
             except queue.Empty:
                 return
-            with self._lock:
-                self._idle += time.monotonic() - began
+            if self._doing == "idle":
+                self._book({}, [])
             for index, request in enumerate(batch.requests):
                 name = next(self._ids)
                 self._waiting[name] = (batch, index)
                 self._engine.submit(replace(request, id=name))
+
+    def _book(self, phases: Mapping[str, float], rows: Sequence[str]) -> None:
+        """Book the time since the last call: on phases as far as known, and on the rows' units."""
+        with self._lock:
+            now = time.monotonic()
+            rest = now - self._mark - sum(phases.values())
+            lap = {**phases, self._doing: phases.get(self._doing, 0.0) + rest}
+            self._mark, self._doing = now, "host"
+            batches = Counter(self._waiting[row][0] for row in rows if row in self._waiting)
+            for phase, seconds in lap.items():
+                self._seconds[phase] += seconds
+                if phase in ("idle", "profile") or not batches:
+                    self._unclaimed[phase] += seconds
+                    continue
+                for batch, count in batches.items():
+                    share = seconds * count / batches.total()
+                    batch.spent[phase] = batch.spent.get(phase, 0.0) + share
 
     def _deliver(self, completion: Completion) -> None:
         batch, index = self._waiting.pop(completion.id)
@@ -230,7 +274,7 @@ class EngineLoop:
             del self._engine
             self._engine = self._make_engine()
             self._spent = _spending(self._engine)
-            self._taken = Usage(phase_seconds={"idle": self._idle})
+            self._taken = Usage(phase_seconds=self._taken.phase_seconds)
 
 
 def _spending(engine: Engine) -> Usage:
@@ -241,7 +285,6 @@ def _spending(engine: Engine) -> Usage:
     stats = engine.stats
     return Usage(
         {name: getattr(stats, name) for name in _ENGINE_COUNTS},
-        dict(stats.seconds),
         speedup=stats.speedup.copy(),
         costs=engine.policy.costs_table(),
         fell_back=engine.policy.fell_back,

@@ -35,6 +35,10 @@ class JobStopped(Exception):
     """The job was asked to stop, and has: what was in flight is committed. It can be resumed."""
 
 
+class BudgetReached(JobStopped):
+    """The job stopped at its budget. The message says what was spent of it."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint that names the known name nearest to `name`, or lists them all."""
     known = sorted(known)

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,8 +22,10 @@ from pipeline.blocks import UnitFiles, UnitRows
 from pipeline.config import JobConfig
 from pipeline.engine_loop import EngineFailed, EngineLoop
 from pipeline.errors import RowError, UserError
+from pipeline.ledger import Run, Timesheet
 from pipeline.openai_requests import REQUEST, request_cells
 from pipeline.pool import group_of
+from pipeline.progress import Tally
 from pipeline.prompts import (
     SAMPLING_COLUMN,
     PromptRenderer,
@@ -45,6 +47,7 @@ from pipeline.schema import (
     total_counts,
 )
 from pipeline.stats import UnitRecord, parquet_bytes
+from pipeline.storage import Folder
 from pipeline.trace import trace_table
 from specdec.request import Completion, Request
 
@@ -56,13 +59,16 @@ class GenerateActor:
         job: the job; paths in it are valid on this machine.
         digest: of the job's fingerprint, for the record.
         monitor: actor handle of the job's `Monitor`.
+        run: the run of the job, for the ledger.
 
     Raises:
         UserError: the models do not fit together or cannot be used; the monitor is told first,
             since Ray wraps what an actor's constructor raises.
     """
 
-    def __init__(self, job: JobConfig, digest: str, monitor: Any) -> None:
+    def __init__(self, job: JobConfig, digest: str, monitor: Any, run: Run) -> None:
+        self._timesheet = Timesheet(run, Folder(job.output, job.s3), monitor.book.remote)
+        self._spent: dict[str, dict[str, float]] = {}  # seconds by phase of each unit in flight
         from specdec.pair import PairError
 
         began = time.monotonic()
@@ -88,35 +94,18 @@ class GenerateActor:
         self._loop = EngineLoop(
             self._make_engine,
             threads=max(1, int(job.actors.num_cpus)),
-            report=lambda tally: monitor.post.remote(self._actor, tally),
+            report=self._report,
             hang_seconds=job.actors.hang_seconds,
         )
+        self._timesheet.loaded(self._loop.seconds, lambda: self._loop.busy)
         self._load_seconds = time.monotonic() - began
 
-    def _make_engine(self) -> Any:
-        from specdec.engine import Engine
-        from specdec.policies import make_policy
+    def _report(self, tally: Tally) -> None:
+        self._monitor.post.remote(self._actor, tally)
+        self._timesheet.nudge()
 
-        speculation, actors = self._job.speculation, self._job.actors
-        memory = actors.kv_memory_gb
-        return Engine(
-            self._pair,
-            policy=make_policy(
-                speculation.policy,
-                k=speculation.k,
-                k_min=speculation.k_min,
-                k_max=speculation.k_max,
-                threshold=speculation.threshold,
-                estimator=speculation.estimator,
-                head=self._head,
-            ),
-            verification=speculation.verification,
-            slots=actors.slots,
-            kv_memory_bytes=int(memory * 1e9) if memory else None,
-            decode=self._decode,
-            control_share=speculation.control_share if speculation.policy != "none" else 0.0,
-            trace=speculation.trace,
-        )
+    def _make_engine(self) -> Any:
+        return make_engine(self._job, self._pair, self._head, self._decode)
 
     async def __call__(self, block: pa.Table) -> pa.Table:
         """Complete one unit.
@@ -131,7 +120,8 @@ class GenerateActor:
         rows = UnitRows.from_block(block)
         unit = rows.unit.id
         while True:
-            history = await self._tell("begin", unit)
+            self._spent[unit] = {}  # what an attempt before this one took is lost
+            history = await self._tell("begin", unit, len(rows.unit.wanted))
             if history is None:
                 return UnitFiles(unit, ()).to_block()
             if history.hopeless:
@@ -177,7 +167,9 @@ class GenerateActor:
         prepared = await asyncio.to_thread(lambda: [self._requests(rows, i) for i in indices])
         requests = [each for row in prepared for each in row if isinstance(each, Request)]
         self._loop.note_errors(sum(map(len, prepared)) - len(requests))
-        completions = await asyncio.wrap_future(self._loop.submit(requests))
+        completions = await asyncio.wrap_future(
+            self._loop.submit(requests, self._spent[rows.unit.id])
+        )
         remaining = iter(completions)
         return [
             [self._outcome(next(remaining)) if isinstance(p, Request) else p for p in row]
@@ -270,6 +262,8 @@ class GenerateActor:
         counts = total_counts(outcomes)
         usage = self._loop.take_usage()
         load, self._load_seconds = self._load_seconds, 0.0
+        seconds, spent = {"load": load, **usage.phase_seconds}, self._spent.pop(unit.id)
+        seconds |= {phase: seconds.get(phase, 0.0) + spent[phase] for phase in spent}
         record = UnitRecord(
             unit=unit.id,
             job=self._digest,
@@ -293,7 +287,7 @@ class GenerateActor:
             started=started,
             finished=time.time(),
             engine=usage.engine,
-            phase_seconds={"load": load, **usage.phase_seconds},
+            phase_seconds=seconds,
             peak_live=usage.peak_live,
             speedup=usage.speedup.to_json(),
             calibration=total_calibration(finished),
@@ -301,6 +295,7 @@ class GenerateActor:
             fell_back=usage.fell_back,
             generation=unit.generation,
             group=self._group or None,
+            worker=self._timesheet.worker,
         )
         table = completions_table(rows, outcomes)
         files.append((f"completions/{unit.id}.parquet", parquet_bytes(table, record)))
@@ -328,6 +323,40 @@ def load_pair(job: JobConfig) -> Any:
         device=device,
         device_map=models.device_map,
         trust_remote_code=models.trust_remote_code,
+    )
+
+
+def make_engine(job: JobConfig, pair: Any, head: Any, decode: Callable[..., str]) -> Any:
+    """The job's engine (`specdec.engine.Engine`).
+
+    Args:
+        job: the job.
+        pair: its models.
+        head: its acceptance head, if it has one.
+        decode: token ids to text.
+    """
+    from specdec.engine import Engine
+    from specdec.policies import make_policy
+
+    speculation, actors = job.speculation, job.actors
+    memory = actors.kv_memory_gb
+    return Engine(
+        pair,
+        policy=make_policy(
+            speculation.policy,
+            k=speculation.k,
+            k_min=speculation.k_min,
+            k_max=speculation.k_max,
+            threshold=speculation.threshold,
+            estimator=speculation.estimator,
+            head=head,
+        ),
+        verification=speculation.verification,
+        slots=actors.slots,
+        kv_memory_bytes=int(memory * 1e9) if memory else None,
+        decode=decode,
+        control_share=speculation.control_share if speculation.policy != "none" else 0.0,
+        trace=speculation.trace,
     )
 
 

@@ -13,6 +13,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.attempts import Attempts, Group, History
+from pipeline.ledger import Account
 from specdec.request import Counts
 
 _STARTS_PER_ACTOR = 4
@@ -78,6 +79,8 @@ class Monitor:
 
     def __init__(self, actors: int) -> None:
         self._tallies: dict[str, Tally] = {}
+        self._accounts: dict[str, Account] = {}
+        self._begun: dict[str, int] = {}
         self._user_error: str | None = None
         self._attempts = Attempts()
         self._stopping = False
@@ -103,9 +106,21 @@ class Monitor:
         if self._user_error:  # loading the models again would only take longer
             raise RuntimeError(self._user_error)
 
-    def begin(self, unit: str) -> History | None:
-        """An attempt at a unit begins; None: leave it, the job is stopping."""
-        return None if self._stopping else self._attempts.begin(unit)
+    def book(self, account: Account) -> None:
+        """What a process has booked so far."""
+        self._accounts[account.worker] = account
+
+    def books(self) -> tuple[list[Account], int, int]:
+        """All accounts, the rows of all units that were begun, and those that are done."""
+        done = Tally.sum(self._tallies.values())
+        return list(self._accounts.values()), sum(self._begun.values()), done.rows + done.errors
+
+    def begin(self, unit: str, rows: int = 0) -> History | None:
+        """An attempt at a unit of so many rows begins; None: leave it, the job is stopping."""
+        if self._stopping:
+            return None
+        self._begun[unit] = rows
+        return self._attempts.begin(unit)
 
     def trial(self, unit: str, group: Group) -> None:
         """These rows of a quarantined unit are alone in an engine now."""

@@ -20,6 +20,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import inputs, manifest
+from pipeline.books import Books
 from pipeline.config import ActorsConfig, JobConfig
 from pipeline.errors import JobStopped, UserError
 from pipeline.finish import finish
@@ -171,7 +172,8 @@ def run_job(
 
     Raises:
         UserError: something the user can fix.
-        JobStopped: it was asked to stop before all was done.
+        JobStopped: it was asked to stop before all was done, or its budget is spent
+            (`BudgetReached`).
         JobFailed: anything else; the same call resumes the job.
     """
     mode = mode or Mode()
@@ -200,10 +202,14 @@ def run_job(
 
     checksums: dict[str, str] = {}
     if pending:
+        books = Books(output, job, stop or threading.Event())
         with connected():
             _check_cluster(job.actors)
             output.delete(manifest.SUCCESS)
-            checksums = _generate(plan, pending, digest(mark), mode.only_failed, progress, stop)
+            with books.open():
+                checksums = _generate(
+                    plan, pending, digest(mark), mode.only_failed, books, progress
+                )
     if mode.only_failed and missing:
         summary = summarise(manifest.read_records(output, done))
         return JobResult(job.output, summary, len(pending), missing=len(missing))
@@ -285,8 +291,8 @@ def _generate(
     pending: list[Unit],
     digest: str,
     retry: bool,
+    books: Books,
     progress: OnProgress | None,
-    stop: threading.Event | None,
 ) -> dict[str, str]:
     """Generate and commit the pending units. Returns checksums of the files written."""
     job = plan.job
@@ -299,7 +305,8 @@ def _generate(
     # them and the job still moves; instead they are few.
     few = 2 + job.actors.max_actors
     n = job.sampling.n
-    watch = _Watch(monitor, plan.rows * n, rows_before * n, progress, stop)
+    watch = _Watch(monitor, plan.rows * n, rows_before * n, progress, books.stop)
+    books.keep(monitor)
     with _data_context(), watch.running():
         try:
             ray.data.read_datasource(
@@ -314,7 +321,7 @@ def _generate(
                     max_tasks_in_flight_per_actor=job.units_in_flight,
                     max_concurrent_calls_per_actor=job.units_in_flight,
                 ),
-                fn_constructor_args=(job, digest, monitor),
+                fn_constructor_args=(job, digest, monitor, books.run),
                 **actor_options(job.actors),
                 # Ray's default is to retry for ever a unit that kills its actor.
                 max_task_retries=_ACTOR_TASK_RETRIES,
@@ -326,6 +333,7 @@ def _generate(
         except Exception as error:
             raise _explained(error, monitor) from error
         finally:
+            books.last_look()
             ray.kill(monitor)
     if watch.stopping:
         raise JobStopped

@@ -2,7 +2,8 @@
 
 A record travels in the footer of the unit's completions file, so that statistics are committed
 with the rows they describe and any set of committed files adds up, whatever run they come from.
-Every second and forward of an actor is booked on the unit that finished next.
+An engine's seconds of a round are booked on the units of the rows that took part, in proportion;
+its forwards, and seconds spent on no unit, on the unit that finished next.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class UnitRecord:
         node: and where that was.
         started, finished: seconds since the epoch.
         engine: the actor's forwards and tokens through each model, booked on this unit.
-        phase_seconds: the actor's seconds by phase, booked on this unit.
+        phase_seconds: the actor's seconds by phase, booked on this unit: its share of the rounds
+            that its rows took part in, and load, profile and idle since the last unit.
         peak_live: most rows in the engine's slots at once.
         trace_file, trace_sha256, trace_rounds: the file with its rounds in `trace/`, if there is
             one, its checksum, and how many rounds.
@@ -75,6 +77,7 @@ class UnitRecord:
         retried: how many rows that generation tried; 0 for the first, which tried all.
         earlier: the records that this one superseded, oldest first.
         group: the actor's group, if the pool has groups.
+        worker: the actor's process, by Ray's worker id.
     """
 
     unit: str
@@ -109,6 +112,7 @@ class UnitRecord:
     group: str | None = None
     samples: int = 0
     own_n: bool = False
+    worker: str = ""
 
     @property
     def failed(self) -> int:

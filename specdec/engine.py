@@ -176,6 +176,11 @@ class Engine:
         return self.scheduler.live
 
     @property
+    def live_ids(self) -> list[str]:
+        """Ids of the requests in slots."""
+        return [row.request.id for row in self.scheduler.rows]
+
+    @property
     def waiting(self) -> int:
         """Requests queued for a slot."""
         return len(self.scheduler.queue)

@@ -102,6 +102,11 @@ class Scheduler:
         """Rows in slots."""
         return len(self._rows) - self._rows.count(None)
 
+    @property
+    def rows(self) -> list[LiveRow]:
+        """The rows in slots, in the order of slots."""
+        return [row for row in self._rows if row is not None]
+
     def admit(self) -> list[LiveRow]:
         """Give slots to waiting rows; return the live rows, in the order of slots 0..n-1."""
         while self.queue and self._reserve(self.queue[0].need):
@@ -110,7 +115,7 @@ class Scheduler:
             self._rows[hole : hole + 1] = [row]
             self._place(row, hole)
         self._compact()
-        return [row for row in self._rows if row is not None]
+        return self.rows
 
     def retire(self, slot: int) -> None:
         """Free a slot. What it holds stays there for others to share until it is overwritten."""

@@ -1,0 +1,394 @@
+"""`specbatch plan`: what a job will take and cost, from a few of its rows, before it is run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from scipy import stats
+
+from jobs.console import explained, out
+from jobs.display import duration, stages
+from jobs.report import money
+from jobs.spec import load_job, load_prices
+from pipeline.config import JobConfig
+from pipeline.prices import Hardware, Priced, Prices, default_prices, price
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
+    from jobs.display import Show
+    from pipeline.rehearsal import Rehearsal, Round
+    from pipeline.run import JobPlan
+
+_BLOCKS = 8
+"""Groups of rounds whose speeds are compared, to know how sure the speed is."""
+
+_FEW_ROWS = 16
+"""Rows below which an estimate is called rough."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def times(self, factor: float, plus: float = 0.0) -> Estimate:
+        """The same of a multiple, and something certain added."""
+        return Estimate(*(factor * x + plus for x in (self.value, self.low, self.high)))
+
+
+@dataclass(frozen=True)
+class Done:
+    """What an existing output already has: rows, tokens, money (None: unknown) and hours."""
+
+    rows: int = 0
+    units: int = 0
+    output_tokens: int = 0
+    dollars: float | None = 0.0
+    hours: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `specbatch plan --json` prints. Of what is left to do, unless it says otherwise.
+
+    Attributes:
+        files, rows, units: of the whole input.
+        done: what an existing output already has.
+        rows_left: rows to generate.
+        sample_rows: rows that were generated to tell.
+        left_out: share of the sampled rows that cannot be completed.
+        prompt_tokens, output_tokens: in all, with 95% intervals.
+        actors: actors that the estimate reckons with.
+        tokens_per_second: output tokens, of one actor whose slots are full.
+        hours: of running, with its interval.
+        dollars: money, with its interval; None without a price.
+        currency, hardware, market, price_per_hour, price_source: of an actor.
+        budget: the job's, if it has one.
+        notes: what the reader should know.
+    """
+
+    files: int
+    rows: int
+    units: int
+    done: Done
+    rows_left: int
+    sample_rows: int
+    left_out: float
+    prompt_tokens: Estimate
+    output_tokens: Estimate
+    actors: int
+    tokens_per_second: float
+    hours: Estimate
+    dollars: Estimate | None
+    currency: str
+    hardware: str
+    market: str
+    price_per_hour: float | None
+    price_source: str
+    budget: dict[str, float | None] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def plan(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The job file (YAML).", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a key of the job file.", show_default=False
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=2, help="Rows of the input to generate, at most.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of the choice of rows.")] = 0,
+    prices: Annotated[
+        Path | None,
+        typer.Option(help="A price table (YAML).", show_default="the job's, or the packaged one"),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object instead of a table.")
+    ] = False,
+) -> None:
+    """Tell what a job will take and cost, from some of its rows; write nothing.
+
+    Generates a sample of rows as an actor of the job would, with its slots full, and reckons from
+    it: tokens, hours and money with 95% intervals, for what an existing output does not have yet.
+    With RAY_ADDRESS the sample runs on that cluster, on what an actor asks for; otherwise here.
+
+    [bold]Examples[/]
+
+      specbatch plan job.yaml
+
+      specbatch plan job.yaml --rows 128 --json | jq .dollars
+    """
+    with explained("Nothing was written."):
+        job = load_job(file, overrides or [])
+        table = load_prices(prices) if prices else job.prices or default_prices()
+        from pipeline.run import plan_job
+
+        planned = plan_job(job)
+        with stages() as show:
+            found = make_plan(planned, table, rows, seed, show)
+        if as_json:
+            print(json.dumps(asdict(found), allow_nan=False))
+            return
+        out.print(render(found))
+
+
+def make_plan(planned: JobPlan, prices: Prices, count: int, seed: int, show: Show) -> Plan:
+    """Rehearse some rows and reckon from them.
+
+    Raises:
+        UserError: no row can be completed, or the models do not fit.
+    """
+    from pipeline import manifest
+    from pipeline.sample import sample_rows
+
+    job = planned.job
+    finished = manifest.committed(planned.output, planned.units)
+    left = [unit for unit in planned.units if unit.id not in finished]
+    done = _done(planned, finished, prices)
+    columns = job.input.model_dump(include={"messages_column", "prompt_column", "template"})
+    sample = sample_rows(job.input.paths, columns, job.s3, count, seed)
+    # Of several kinds of actors, the first in the job file.
+    group = next(iter(job.actors.pools))
+    own = job.in_group(group)
+    tried, start, hardware = _rehearse(own, sample.rows, show)
+
+    rows_left = sum(unit.rows for unit in left)
+    share = len(tried.output_tokens) / (len(tried.output_tokens) + sum(tried.left_out.values()))
+    completed = rows_left * share
+    actors = max(1, min(job.actors.max_actors, len(left)))
+    work = seconds_per_row(tried)
+    fixed = start + tried.load + tried.profile
+    # At the end the slots run empty: half of the last rows' time, about, is nobody's.
+    tail = work.value * tried.live / 2
+    held = work.times(completed, plus=actors * (fixed + tail if rows_left else 0.0))
+    priced = price(hardware, prices)
+    return Plan(
+        files=len(planned.files),
+        rows=planned.rows,
+        units=len(planned.units),
+        done=done,
+        rows_left=rows_left,
+        sample_rows=len(tried.output_tokens),
+        left_out=1 - share,
+        prompt_tokens=mean(tried.prompt_tokens).times(completed),
+        output_tokens=mean(tried.output_tokens).times(completed),
+        actors=actors,
+        tokens_per_second=_speed(tried.rounds),
+        hours=held.times(1 / actors / 3600),
+        dollars=None if priced.per_hour is None else held.times(priced.per_hour / 3600),
+        currency=prices.currency,
+        hardware=priced.hardware,
+        market=priced.market,
+        price_per_hour=priced.per_hour,
+        price_source=prices.described,
+        budget=job.budget.model_dump() if job.budget else None,
+        notes=list(_notes(job, tried, priced)),
+    )
+
+
+def _done(planned: JobPlan, units: set[str], prices: Prices) -> Done:
+    from pipeline import manifest
+    from pipeline.books import spent
+    from pipeline.ledger import read_ledger
+
+    records = manifest.read_records(planned.output, units)
+    before = spent(read_ledger(planned.output), prices)
+    return Done(
+        rows=sum(record.rows for record in records),
+        units=len(records),
+        output_tokens=sum(record.output_tokens for record in records),
+        dollars=before.dollars,
+        hours=before.hours,
+    )
+
+
+def _notes(job: JobConfig, tried: Rehearsal, priced: Priced) -> Iterable[str]:
+    if len(tried.output_tokens) < _FEW_ROWS:
+        yield f"Only {len(tried.output_tokens)} rows were generated: these figures are rough."
+    if tried.left_out:
+        reason, number = max(tried.left_out.items(), key=lambda item: item[1])
+        yield f"{sum(tried.left_out.values())} rows cannot be completed, {number} of them: {reason}"
+    if job.actors.groups:
+        name = next(iter(job.actors.groups))
+        yield f"All actors are taken to be of the group {name}."
+    if not os.environ.get("RAY_ADDRESS"):
+        yield "Measured on this machine; set RAY_ADDRESS to measure on the cluster."
+    if priced.per_hour is None:
+        yield f"There is no price for {priced.hardware} ({priced.market}); give --prices FILE."
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+def _rehearse(job: JobConfig, rows: Any, show: Show) -> tuple[Rehearsal, float, Hardware]:
+    """The rehearsal, the seconds in which a process starts, and what it held.
+
+    On the cluster at RAY_ADDRESS, in a task that asks for what an actor would; or else here.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        from pipeline.ledger import process_age
+        from pipeline.rehearsal import rehearse
+
+        start = process_age()
+        return rehearse(job, rows, show), start, _this_machine(job)
+    import ray
+
+    from pipeline.pool import actor_options, check_resources
+    from pipeline.run import connected
+
+    with connected():
+        nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        check_resources(job.actors, [node["Resources"] for node in nodes])
+        show("generating on the cluster", 0.0)
+        options = {name: value for name, value in actor_options(job.actors).items() if value}
+        found: tuple[Rehearsal, float, Hardware] = ray.get(
+            ray.remote(**options)(_rehearse_there).remote(job, rows)
+        )
+        return found
+
+
+def _rehearse_there(job: JobConfig, rows: Any) -> tuple[Rehearsal, float, Hardware]:
+    """On the cluster."""
+    from pipeline.ledger import process_age, this_hardware
+    from pipeline.rehearsal import rehearse
+
+    start = process_age()
+    return rehearse(job, rows), start, this_hardware()
+
+
+def _this_machine(job: JobConfig) -> Hardware:
+    """What an actor of the job would hold if it ran here."""
+    held = {"CPU": float(job.actors.num_cpus), "GPU": float(job.actors.num_gpus)}
+    there = {"CPU": float(os.cpu_count() or 1), "GPU": 0.0}
+    if job.actors.num_gpus:
+        import torch
+
+        there["GPU"] = float(torch.cuda.device_count())
+    instance = os.environ.get("RAY_CLOUD_INSTANCE_TYPE_NAME")
+    return Hardware(held, there, instance, job.actors.accelerator_type)
+
+
+# ---------------------------------------------------------------------- reckoning
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean of a population, from a sample of it."""
+    center = statistics.fmean(values)
+    if len(values) < 2:
+        return Estimate(center, 0.0, math.inf)
+    spread = _t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return Estimate(center, max(0.0, center - spread), center + spread)
+
+
+def seconds_per_row(tried: Rehearsal) -> Estimate:
+    """Seconds of an actor with full slots for one row of the job.
+
+    Prompt tokens and output tokens are charged at what they took in the rehearsal. How sure that
+    is depends on how much rows differ, and on how much the speed did.
+    """
+    feeding = sum(r.prefill for r in tried.rounds) / max(1, tried.fed_tokens)
+    decoding = _decoding(tried.rounds)
+    rows = [
+        feeding * prompt + decoding * output
+        for prompt, output in zip(tried.prompt_tokens, tried.output_tokens, strict=True)
+    ]
+    center = statistics.fmean(rows)
+    size = min(_BLOCKS, len(tried.rounds))
+    cuts = [len(tried.rounds) * i // size for i in range(size + 1)]
+    blocks = [_decoding(tried.rounds[a:b]) for a, b in pairwise(cuts)]
+    speed = statistics.stdev(blocks) / math.sqrt(size) / decoding if size > 1 else 0.0
+    differing = statistics.stdev(rows) / math.sqrt(len(rows)) / center if len(rows) > 1 else 0.0
+    freedom = max(1, min(len(rows), size) - 1)
+    spread = _t(freedom) * math.hypot(speed, differing)
+    return Estimate(center, center * math.exp(-spread), center * math.exp(spread))
+
+
+def _decoding(rounds: Sequence[Round]) -> float:
+    """Seconds per output token, those for prompts apart."""
+    tokens = sum(r.tokens for r in rounds)
+    return sum(r.seconds - r.prefill for r in rounds) / max(1, tokens)
+
+
+def _speed(rounds: Sequence[Round]) -> float:
+    return sum(r.tokens for r in rounds) / sum(r.seconds for r in rounds)
+
+
+def _t(freedom: int) -> float:
+    return float(stats.t.ppf(0.975, freedom))
+
+
+# ------------------------------------------------------------------------- showing
+
+
+def render(found: Plan) -> RenderableType:
+    """The plan as a table for the terminal."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    table.add_row("input files", f"{found.files:,}")
+    table.add_row("rows", f"{found.rows:,}", f"{found.units:,} units")
+    done = found.done
+    if done.units or done.hours:
+        cost = f", {money(done.dollars)} {found.currency}" if done.dollars is not None else ""
+        what = f"{done.units:,} units, {done.output_tokens:,} output tokens{cost}"
+        table.add_row("  done already", f"{done.rows:,}", what)
+        table.add_row("  left", f"{found.rows_left:,}")
+    of = f"from {found.sample_rows:,} rows generated"
+    table.add_row("prompt tokens", *_range(found.prompt_tokens, "{:,.0f}"))
+    table.add_row("output tokens", *_range(found.output_tokens, "{:,.0f}"))
+    table.add_row("tokens/s of an actor", f"{found.tokens_per_second:,.1f}", of)
+    actors = "actor" if found.actors == 1 else "actors"
+    low, high = (duration(3600 * hours) for hours in (found.hours.low, found.hours.high))
+    table.add_row(
+        f"time with {found.actors} {actors}",
+        duration(3600 * found.hours.value),
+        f"95% CI {low} to {high}",
+    )
+    if found.dollars is not None and found.price_per_hour is not None:
+        low, high = money(found.dollars.low), money(found.dollars.high)
+        table.add_row(
+            "cost", f"{money(found.dollars.value)} {found.currency}", f"95% CI {low} to {high}"
+        )
+        rate = f"{money(found.price_per_hour)} per hour and actor"
+        table.add_row("  price", rate, escape(f"{found.hardware}, {found.price_source}"))
+    for key, cap in (found.budget or {}).items():
+        if cap is not None:
+            table.add_row(f"budget.{key}", f"{cap:g}", _against(found, key, cap))
+    notes = [f"[yellow]{escape(note)}[/]" for note in found.notes]
+    return Group(table, *(["", *notes] if notes else []))
+
+
+def _range(estimate: Estimate, form: str) -> tuple[str, str]:
+    low, high = form.format(estimate.low), form.format(estimate.high)
+    return form.format(estimate.value), f"95% CI {low} to {high}"
+
+
+def _against(found: Plan, key: str, cap: float) -> str:
+    """Whether the rest fits the budget."""
+    need = found.dollars if key == "dollars" else found.hours
+    used = found.done.dollars if key == "dollars" else found.done.hours
+    if need is None or used is None:
+        return "unknown without a price"
+    if used + need.high <= cap:
+        return "enough"
+    if used + need.low > cap:
+        return f"[yellow]not enough: about {(cap - used) / need.value:.0%} of what is left[/]"
+    return "[yellow]may not be enough[/]"

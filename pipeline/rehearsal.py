@@ -1,0 +1,149 @@
+"""A few rows of a job really generated, to tell what all of them will take. Writes nothing."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import Any
+
+from pipeline.config import JobConfig
+from pipeline.errors import RowError, UserError
+from pipeline.generate import load_acceptance_head, load_pair, make_engine
+from pipeline.prompts import SAMPLING_COLUMN, PromptRenderer, row_sampling
+from specdec.request import Request
+
+Show = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round: its seconds, those of them for prompts, and the tokens that it committed."""
+
+    seconds: float
+    prefill: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What some rows took in an engine whose slots were always full.
+
+    Attributes:
+        load, profile: seconds before the first round: models, and measuring forwards.
+        prompt_tokens, output_tokens: of each row that was completed.
+        fed_tokens: prompt tokens that were fed in the rounds, those of rows that only kept the
+            slots full included.
+        rounds: the rounds until the last of the rows was completed.
+        live: mean rows in slots.
+        left_out: rows that cannot be completed, by why.
+    """
+
+    load: float
+    profile: float
+    prompt_tokens: tuple[int, ...]
+    output_tokens: tuple[int, ...]
+    fed_tokens: int
+    rounds: tuple[Round, ...]
+    live: float
+    left_out: Mapping[str, int]
+
+
+def rehearse(
+    job: JobConfig, rows: Mapping[str, Mapping[str, Any]], show: Show = lambda *_: None
+) -> Rehearsal:
+    """Complete rows as an actor of the job would.
+
+    A job's slots are full nearly all the time, and those of a small sample are not, so when the
+    sample runs out its rows are begun again, until the last one of the first turn is completed.
+
+    Args:
+        job: the job.
+        rows: a sample, by row id.
+        show: told what is happening and how far it is, from 0 to 1.
+
+    Raises:
+        UserError: the models do not fit, or none of the rows can be completed.
+    """
+    import torch
+
+    from specdec.pair import PairError
+
+    torch.set_num_threads(max(1, int(job.actors.num_cpus)))
+    show("loading models", 0.0)
+    began = time.monotonic()
+    try:
+        pair = load_pair(job)
+        head = load_acceptance_head(job, pair)
+    except PairError as error:
+        raise UserError(str(error)) from None
+    engine = make_engine(job, pair, head, pair.tokenizer.decode)
+    load = time.monotonic() - began
+
+    left_out: Counter[str] = Counter()
+    requests = []
+    for request in _requests(job, pair, rows, left_out):
+        engine.submit(request)
+        if engine.rejected:
+            left_out[str(engine.rejected.pop().error)] += 1
+        else:
+            requests.append(request)
+    if not requests:
+        why = left_out.most_common(1)[0][0] if left_out else "there are none"
+        raise UserError(f"none of the {len(rows)} rows tried can be completed: {why}")
+
+    wanted = {request.id for request in requests}
+    prompts = {request.id: len(request.prompt_ids) for request in requests}
+    outputs: dict[str, int] = {}
+    rounds: list[Round] = []
+    again = enumerate(cycle(requests))
+    fed = live = 0
+    while len(outputs) < len(requests):
+        while not engine.waiting:
+            number, request = next(again)
+            engine.submit(replace(request, id=f"{request.id}:{number}"))
+            prompts[f"{request.id}:{number}"] = len(request.prompt_ids)
+        before, spent = engine.stats.counts.committed, dict(engine.stats.seconds)
+        there, started = set(engine.live_ids), time.monotonic()
+        completions = engine.step()
+        whole = time.monotonic() - started
+        took = {name: s - spent.get(name, 0.0) for name, s in engine.stats.seconds.items()}
+        rounds.append(
+            Round(
+                whole - took.get("profile", 0.0),
+                took.get("prefill", 0.0),
+                engine.stats.counts.committed - before,
+            )
+        )
+        ended = [completion.id for completion in completions]
+        fed += sum(prompts[name] for name in {*engine.live_ids, *ended} - there)
+        live += engine.live + len(ended)
+        for completion in completions:
+            if completion.id in wanted:
+                outputs[completion.id] = len(completion.output_ids)
+        show("completing rows", len(outputs) / len(requests))
+    return Rehearsal(
+        load,
+        engine.stats.seconds.get("profile", 0.0),
+        tuple(prompts[name] for name in outputs),
+        tuple(outputs.values()),
+        fed,
+        tuple(rounds),
+        live / len(rounds),
+        dict(left_out),
+    )
+
+
+def _requests(
+    job: JobConfig, pair: Any, rows: Mapping[str, Mapping[str, Any]], left_out: Counter[str]
+) -> Iterator[Request]:
+    """Requests of the rows; why others are none is counted."""
+    renderer = PromptRenderer(job.input, pair.tokenizer, pair.context_length)
+    for name, row in rows.items():
+        try:
+            sampling = row_sampling(job.sampling, row.get(SAMPLING_COLUMN), name)
+            yield Request(name, renderer.prompt_ids(row), sampling)
+        except RowError as error:
+            left_out[str(error)] += 1
