@@ -360,6 +360,7 @@ def actors(
                 with watch.running():
                     run_job(job_of(root, f"out-{count}", unit_rows, count), progress=watch.told)
             found.append((count, watch.rows_per_second, watch.rows_per_second * row_ms / 1e3))
+            console.print(f"{count} actors: {watch.rows_per_second:,.0f} rows/s")
     most = 1e3 / row_ms if row_ms else float("nan")
     table(
         f"{row_ms:g} ms per row and actor: at most {most:,.0f} rows/s each",
@@ -393,6 +394,7 @@ def resume(
             seconds = time.monotonic() - began - listed
             row = (units, unit_rows, units * unit_rows, listed, seconds, seconds * 1e3 / units)
             found.append(row)
+            console.print(f"{shape}: {listed:.2f} s, {seconds:.2f} s")
     columns = ["units", "unit_rows", "rows", "what is missing, s", "check and manifest, s"]
     table("resume", [*columns, "ms per unit"], found)
 
