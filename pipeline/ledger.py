@@ -209,7 +209,7 @@ def read_ledger(output: Folder) -> list[Run]:
             run = Run.from_json(data)
         except (ValueError, TypeError, KeyError):
             raise UserError(
-                f"{output.join(f'{LEDGER}/{name}')}: not a ledger that specbatch wrote; move it away"
+                f"{output.join(f'{LEDGER}/{name}')}: not what specbatch wrote; move it away"
             ) from None
         if run.ended is None:
             run = replace(run, accounts=tuple(_accounts(output, run.run)))
