@@ -113,7 +113,9 @@ class Books:
             end = "stopped"
             raise
         finally:
-            self._close(self._now(), end, since=self.run.began)
+            # A ledger that cannot be written hides nothing else; the accounts stay as they are.
+            with suppress(UserError):
+                self._close(self._now(), end, since=self.run.began)
 
     # ------------------------------------------------------------------ while it runs
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from pipeline.errors import UserError
 from pipeline.prices import Hardware
 from pipeline.storage import Folder
 
@@ -194,13 +195,22 @@ def new_run() -> str:
 
 
 def read_ledger(output: Folder) -> list[Run]:
-    """All runs of a job, settled or not, in order of time."""
+    """All runs of a job, settled or not, in order of time.
+
+    Raises:
+        UserError: a file is not what it should be.
+    """
     runs = []
     for name in sorted(output.list(LEDGER)):
         data = output.read(f"{LEDGER}/{name}") if name.endswith(".json") else None
         if data is None:
             continue
-        run = Run.from_json(data)
+        try:
+            run = Run.from_json(data)
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f"{output.join(f'{LEDGER}/{name}')}: not what specbatch wrote; move it away"
+            ) from None
         if run.ended is None:
             run = replace(run, accounts=tuple(_accounts(output, run.run)))
         runs.append(run)
