@@ -11,10 +11,12 @@ from rich.markup import escape
 
 from jobs.console import err, explained, out, stop_signals
 from jobs.explain import explain
+from jobs.grafana import grafana
 from jobs.plan import plan
 from jobs.profile import profile as profile_command
+from jobs.report_command import ReportCommand, page_at_the_end, page_of, report
 from jobs.run_batch import run_batch
-from jobs.spec import load_job, load_prices, s3_options
+from jobs.spec import load_job
 from jobs.train_head import train_head
 from jobs.training import distill
 from jobs.verify import verify
@@ -112,13 +114,13 @@ def run(
             job_folder=file.resolve().parent,
         )
         if quiet:
-            with stop_signals() as stop:
+            with stop_signals() as stop, page_at_the_end(job):
                 run_job(job, mode=mode, stop=stop, note=_note)
             return
         from jobs.display import progress_bar
         from jobs.report import read_summary, render
 
-        with progress_bar(err) as show, stop_signals() as stop:
+        with progress_bar(err) as show, stop_signals() as stop, page_at_the_end(job):
             result = run_job(job, mode=mode, progress=show, stop=stop, note=_note)
         if not result.units_run:
             out.print(_nothing_to_do(only_failed))
@@ -126,6 +128,7 @@ def run(
             _note(f"{result.missing:,} units are not generated yet; without --only-failed they are")
         out.print(render(read_summary(result.output, job.s3)[0]))
         out.print(f"\nOutputs: {escape(result.output)}", highlight=False, soft_wrap=True)
+        out.print(f"Report:  {escape(page_of(job))}", highlight=False, soft_wrap=True)
 
 
 def _note(line: str) -> None:
@@ -194,53 +197,13 @@ def _described(job: JobConfig) -> dict[str, Any]:
     return job.model_dump(mode="json", exclude_none=True)
 
 
-@app.command()
-def report(
-    output: Annotated[
-        str, typer.Argument(metavar="OUT", help="A job's output folder, local or s3://.")
-    ],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object instead of a table.")
-    ] = False,
-    endpoint: Annotated[
-        str | None, typer.Option(help="URL of an S3-compatible server.", show_default=False)
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="AWS profile to use.", show_default=False)
-    ] = None,
-    prices: Annotated[
-        Path | None,
-        typer.Option(help="A price table (YAML).", show_default="the one that the job ran with"),
-    ] = None,
-) -> None:
-    """Say what a job did, from the files that it has committed so far.
-
-    [bold]Examples[/]
-
-      specbatch report out/demo
-
-      specbatch report out/demo --json | jq .tokens_per_second
-
-      specbatch report out/demo --prices our-prices.yaml
-    """
-    with explained():
-        from jobs.report import read_summary, render
-
-        table = load_prices(prices) if prices else None
-        summary, finished = read_summary(output, s3_options(endpoint, profile), table)
-        if as_json:
-            print(json.dumps({**summary, "finished": finished}))
-            return
-        if not finished:
-            out.print("[yellow]This job is not finished; these are its committed units.[/]")
-        out.print(render(summary))
-
-
+app.command(cls=ReportCommand)(report)
 app.command()(verify)
 app.command()(run_batch)
 app.command()(plan)
 app.command()(explain)
 app.command()(distill)
+app.command()(grafana)
 app.command()(train_head)
 app.command()(profile_command)
 

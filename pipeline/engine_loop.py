@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from pipeline.metrics import Reading
 from pipeline.progress import Tally
 from specdec.request import Completion, Request
 from specdec.speedup import SpeedupMeter
@@ -42,6 +43,7 @@ class Usage:
             `profile`; what units were worked on for is booked on them (`EngineLoop.submit`).
         peak_live: most rows in slots at once.
         speedup: rounds with speculation and control rounds.
+        outcomes: rounds of rows by (candidates verified, accepted).
         costs: the policy's cost tables as they are now, if it has any.
         fell_back: whether the policy has given up its acceptance head for an online estimator.
     """
@@ -50,6 +52,7 @@ class Usage:
     phase_seconds: dict[str, float] = field(default_factory=dict)
     peak_live: int = 0
     speedup: SpeedupMeter = field(default_factory=SpeedupMeter)
+    outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
     costs: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     fell_back: bool = False
 
@@ -60,6 +63,7 @@ class Usage:
             {k: v - other.phase_seconds.get(k, 0.0) for k, v in self.phase_seconds.items()},
             self.peak_live,
             self.speedup.minus(other.speedup),
+            self.outcomes - other.outcomes,
             self.costs,
             self.fell_back,
         )
@@ -144,6 +148,16 @@ class EngineLoop:
         """Count rows that failed before they became requests."""
         with self._lock:
             self._tally.errors += rows
+
+    def reading(self) -> Reading:
+        """Running totals but for seconds, as of about now; may be called from any thread."""
+        with self._lock:
+            stats = self._engine.stats
+            return Reading(
+                replace(self._tally, counts=replace(stats.counts)),
+                stats.rounds,
+                stats.live_rows,
+            )
 
     def seconds(self) -> dict[str, float]:
         """Every second since the loop was made, by phase, up to now."""
@@ -286,6 +300,7 @@ def _spending(engine: Engine) -> Usage:
     return Usage(
         {name: getattr(stats, name) for name in _ENGINE_COUNTS},
         speedup=stats.speedup.copy(),
+        outcomes=stats.outcomes.copy(),
         costs=engine.policy.costs_table(),
         fell_back=engine.policy.fell_back,
     )

@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,8 +24,10 @@ from pipeline.config import JobConfig
 from pipeline.engine_loop import EngineFailed, EngineLoop
 from pipeline.errors import RowError, UserError
 from pipeline.ledger import Run, Timesheet
+from pipeline.metrics import LiveMetrics, Reading
 from pipeline.openai_requests import REQUEST, request_cells
 from pipeline.pool import group_of
+from pipeline.prices import default_prices, price
 from pipeline.progress import Tally
 from pipeline.prompts import (
     SAMPLING_COLUMN,
@@ -43,6 +46,7 @@ from pipeline.schema import (
     errors_table,
     line_error,
     row_id,
+    slowest_rows,
     total_calibration,
     total_counts,
 )
@@ -99,6 +103,11 @@ class GenerateActor:
         )
         self._timesheet.loaded(self._loop.seconds, lambda: self._loop.busy)
         self._load_seconds = time.monotonic() - began
+        hardware, prices = self._timesheet.account().hardware, job.prices or default_prices()
+        LiveMetrics(job.name, self._actor, self._reading, price(hardware, prices).per_hour)
+
+    def _reading(self) -> Reading:
+        return replace(self._loop.reading(), seconds=self._timesheet.account().seconds)
 
     def _report(self, tally: Tally) -> None:
         self._monitor.post.remote(self._actor, tally)
@@ -291,6 +300,8 @@ class GenerateActor:
             peak_live=usage.peak_live,
             speedup=usage.speedup.to_json(),
             calibration=total_calibration(finished),
+            outcomes=[(*outcome, rounds) for outcome, rounds in sorted(usage.outcomes.items())],
+            slowest=slowest_rows(finished),
             costs=usage.costs,
             fell_back=usage.fell_back,
             generation=unit.generation,

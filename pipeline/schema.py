@@ -169,6 +169,12 @@ def _table(
     return pa.table(arrays, schema=pa.schema(fields))
 
 
+def slowest_rows(completions: Iterable[Completion], most: int = 10) -> list[tuple[str, float]]:
+    """The rows that took longest from slot to end: row id and seconds, slowest first."""
+    slowest = sorted(completions, key=lambda completion: -completion.seconds)[:most]
+    return [(completion.id, completion.seconds) for completion in slowest]
+
+
 def total_calibration(completions: Iterable[Completion]) -> dict[str, list[list[float]]]:
     """The sum of the rows' calibration bins by class of context length, as plain data."""
     total: dict[int, Calibration] = {}

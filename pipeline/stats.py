@@ -27,6 +27,7 @@ FOOTER_KEY = b"specbatch.unit"
 COSTS_SCHEMA = pa.schema(
     {"actor": pa.string(), "kind": pa.string(), "tokens": pa.int64(), "seconds": pa.float64()}
 )
+POSITIONS_SCHEMA = pa.schema({"position": pa.int64(), "judged": pa.int64(), "accepted": pa.int64()})
 CALIBRATION_SCHEMA = pa.schema(
     {
         "by": pa.string(),
@@ -69,6 +70,9 @@ class UnitRecord:
             (`SpeedupMeter.to_json`).
         calibration: predicted against observed acceptance of its rows, by class of context length
             (`Calibration.bins`).
+        outcomes: rounds of the actor's rows, booked on this unit: candidates verified, how many of
+            them verification accepted, and how many rounds ended so.
+        slowest: its rows that took longest from slot to end: row id, seconds.
         costs: the actor's cost tables when the unit ended.
         fell_back: whether the actor had given up its acceptance head by then.
         generation: how often the unit's failed rows were tried again (`pipeline.retry`). What
@@ -104,6 +108,8 @@ class UnitRecord:
     trace_rounds: int = 0
     speedup: dict[str, Any] | None = None
     calibration: dict[str, list[list[float]]] = field(default_factory=dict)
+    outcomes: list[tuple[int, int, int]] = field(default_factory=list)
+    slowest: list[tuple[str, float]] = field(default_factory=list)
     costs: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     fell_back: bool = False
     generation: int = 0
@@ -184,12 +190,11 @@ def measured_speedup(records: Iterable[UnitRecord]) -> dict[str, Any]:
     }
 
 
-def calibration_rows(records: Iterable[UnitRecord]) -> list[dict[str, Any]]:
-    """How well acceptance was predicted: over all, by input file and by class of context length.
+def reliability(records: Iterable[UnitRecord]) -> dict[tuple[str, str], Calibration]:
+    """Predicted against observed acceptance: over all, by input file, by class of context length.
 
     Returns:
-        Rows of: by ("all", "input" or "context"), name, judged candidates, their mean prediction,
-        the share accepted, and the expected calibration error. None if nothing was predicted.
+        By ("all", ""), ("input", file) and ("context", class), in this order.
     """
     classes: dict[tuple[str, str], Calibration] = {}
     for record in records:
@@ -197,10 +202,20 @@ def calibration_rows(records: Iterable[UnitRecord]) -> list[dict[str, Any]]:
             for key in (("all", ""), ("input", record.input), ("context", context)):
                 classes.setdefault(key, Calibration()).bins += np.array(bins)
     order = {"all": 0, "input": 1, "context": 2}
+    return dict(
+        sorted(classes.items(), key=lambda c: (order[c[0][0]], len(c[0][1]), c[0][1])),
+    )
+
+
+def calibration_rows(records: Iterable[UnitRecord]) -> list[dict[str, Any]]:
+    """How well acceptance was predicted: over all, by input file and by class of context length.
+
+    Returns:
+        Rows of: by ("all", "input" or "context"), name, judged candidates, their mean prediction,
+        the share accepted, and the expected calibration error. None if nothing was predicted.
+    """
     rows = []
-    for (by, name), calibration in sorted(
-        classes.items(), key=lambda c: (order[c[0][0]], len(c[0][1]), c[0][1])
-    ):
+    for (by, name), calibration in reliability(records).items():
         judged, predicted, accepted = calibration.bins.sum(0)
         rows.append(
             {
@@ -213,6 +228,25 @@ def calibration_rows(records: Iterable[UnitRecord]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def position_rows(records: Iterable[UnitRecord]) -> list[dict[str, Any]]:
+    """How many candidates were judged and accepted at each position of a round's proposal.
+
+    Behind a rejected candidate nothing is judged. A candidate that verification accepted counts
+    even if its row ended before it.
+
+    Returns:
+        Rows of: position (from 1), judged, accepted.
+    """
+    judged, accepted = Counter[int](), Counter[int]()
+    for record in records:
+        for verified, taken, rounds in record.outcomes:
+            judged.update(dict.fromkeys(range(1, min(verified, taken + 1) + 1), rounds))
+            accepted.update(dict.fromkeys(range(1, taken + 1), rounds))
+    return [
+        {"position": at, "judged": judged[at], "accepted": accepted[at]} for at in sorted(judged)
+    ]
 
 
 def summarise(records: Sequence[UnitRecord]) -> dict[str, Any]:
@@ -245,6 +279,7 @@ def summarise(records: Sequence[UnitRecord]) -> dict[str, Any]:
         "block_efficiency": counts.block_efficiency,
         **measured_speedup(records),
         "calibration": calibration_rows(records),
+        "positions": position_rows(records),
         "actors_fell_back": len({r.actor for r in records if r.fell_back}),
         "cost": None,
         **dict(engine),
@@ -254,7 +289,9 @@ def summarise(records: Sequence[UnitRecord]) -> dict[str, Any]:
 
 
 def stats_tables(records: Sequence[UnitRecord]) -> dict[str, pa.Table]:
-    """The tables of `stats/`: units (by generation), actors, phases, costs and calibration."""
+    """The tables of `stats/`: units (by generation), actors, phases, costs, calibration and
+    positions.
+    """
     records = [part for record in records for part in parts(record)]
     by_actor: dict[str, list[UnitRecord]] = {}
     for record in records:
@@ -264,7 +301,14 @@ def stats_tables(records: Sequence[UnitRecord]) -> dict[str, pa.Table]:
         summary = summarise(mine)
         for phase, seconds in summary.pop("phase_seconds").items():
             phases.append({"actor": actor, "phase": phase, "seconds": seconds})
-        for nested in ("speedup_ci", "calibration", "cost", "errors_by_class", "actors_fell_back"):
+        for nested in (
+            "speedup_ci",
+            "calibration",
+            "positions",
+            "cost",
+            "errors_by_class",
+            "actors_fell_back",
+        ):
             del summary[nested]
         summary |= _speedup_columns(mine)
         summary["fell_back"] = any(record.fell_back for record in mine)
@@ -279,6 +323,7 @@ def stats_tables(records: Sequence[UnitRecord]) -> dict[str, pa.Table]:
         "phases": pa.Table.from_pylist(phases),
         "costs": pa.Table.from_pylist(costs, schema=COSTS_SCHEMA),
         "calibration": pa.Table.from_pylist(calibration_rows(records), schema=CALIBRATION_SCHEMA),
+        "positions": pa.Table.from_pylist(position_rows(records), schema=POSITIONS_SCHEMA),
     }
 
 
@@ -309,7 +354,7 @@ def _unit_row(record: UnitRecord) -> dict[str, Any]:
     row = asdict(record)
     counts = Counts(**row.pop("counts"))
     engine, phase_seconds = row.pop("engine"), row.pop("phase_seconds")
-    for nested in ("speedup", "calibration", "costs", "earlier"):
+    for nested in ("speedup", "calibration", "outcomes", "slowest", "costs", "earlier"):
         del row[nested]
     return {
         **row,

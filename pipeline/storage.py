@@ -397,6 +397,13 @@ class Folder:
         files = (i for i in infos if i.type == pafs.FileType.File)
         return {i.path[len(base) + 1 :]: i.size for i in files}
 
+    def folders(self) -> tuple[str, ...]:
+        """Names of the folders directly in this one, sorted."""
+        fs, root = filesystem(self.url, self.s3)
+        selector = pafs.FileSelector(root, allow_not_found=True)
+        infos = patiently(self.url, self.s3, lambda: fs.get_file_info(selector))
+        return tuple(sorted(i.base_name for i in infos if i.type == pafs.FileType.Directory))
+
     def delete(self, name: str) -> None:
         """Remove a file if it exists.
 

@@ -11,6 +11,7 @@ plain decoding are all "feed what is pending". A long prefix that several rows l
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -68,6 +69,7 @@ class EngineStats:
         seconds: by phase: profile, prefill, draft, decide (the policy, between draft steps),
             verify, sample, host; control: target forwards of control rounds.
         speedup: rounds with speculation and control rounds.
+        outcomes: rounds of rows by (candidates verified, candidates that verification accepted).
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -80,6 +82,7 @@ class EngineStats:
     shared_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     speedup: SpeedupMeter = field(default_factory=SpeedupMeter)
+    outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
 
 class Engine:
@@ -419,6 +422,7 @@ class Engine:
             counts = Counts(1, drafted, verified, stands, kept)
             row.counts.add(counts)
             self.stats.counts.add(counts)
+            self.stats.outcomes[verified, len(tokens) - 1] += 1
             for cache in self.scheduler.caches:
                 cache.rollback(slot, len(row.tokens) - 1)
             if ending:
@@ -436,6 +440,7 @@ class Engine:
             ending.finish_reason,
             ending.stop_reason,
             row.counts,
+            seconds=time.perf_counter() - row.admitted,
             calibration=row.memory.calibration(),
             trace=tuple(row.trace),
         )

@@ -164,6 +164,7 @@ class Completion:
         stop_reason: the token id or stop string that ended the output, if one did.
         counts: what speculation did for this request.
         error: what was wrong with the request, if finish_reason is "error".
+        seconds: from its slot to its end, shared with the rows beside it.
         calibration: predicted against observed acceptance by class of context length, for policies
             that predict.
         trace: its rounds, if the engine keeps them.
@@ -176,5 +177,6 @@ class Completion:
     stop_reason: int | str | None = None
     counts: Counts = field(default_factory=Counts)
     error: str | None = None
+    seconds: float = field(default=0.0, compare=False)
     calibration: Mapping[int, Calibration] = field(default_factory=dict, compare=False)
     trace: tuple[RoundTrace, ...] = field(default=(), compare=False)

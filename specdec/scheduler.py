@@ -7,6 +7,7 @@ row in flight or retired and not yet overwritten.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class LiveRow:
         counts: what speculation did for it.
         memory: what the stop policy remembers about it.
         trace: its rounds, if they are kept.
+        admitted: when it got a slot, by `time.perf_counter`.
     """
 
     request: Request
@@ -51,6 +53,7 @@ class LiveRow:
     counts: Counts = field(default_factory=Counts)
     memory: RowMemory = field(default_factory=RowMemory)
     trace: list[RoundTrace] = field(default_factory=list)
+    admitted: float = 0.0
 
     @property
     def generated(self) -> int:
@@ -112,6 +115,7 @@ class Scheduler:
         while self.queue and self._reserve(self.queue[0].need):
             hole = self._rows.index(None) if None in self._rows else len(self._rows)
             row = self.queue.popleft()
+            row.admitted = time.perf_counter()
             self._rows[hole : hole + 1] = [row]
             self._place(row, hole)
         self._compact()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,12 +91,14 @@ def test_the_rounds_of_units_add_up_to_the_engines(pair: ModelPair) -> None:
         return Engine(pair, policy=policy, verification="coupled", slots=4, control_share=0.25)
 
     shared = EngineLoop(measured, threads=1, report=lambda _: None)
-    total, stop = SpeedupMeter(), threading.Event()
+    total, outcomes, stop = SpeedupMeter(), Counter[tuple[int, int]](), threading.Event()
 
     def ask() -> None:
         # Units end while other units' rounds are booked.
         while not stop.is_set():
-            total.add(shared.take_usage().speedup)
+            usage = shared.take_usage()
+            total.add(usage.speedup)
+            outcomes.update(usage.outcomes)
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -105,6 +108,8 @@ def test_the_rounds_of_units_add_up_to_the_engines(pair: ModelPair) -> None:
     asking.join()
     last = shared.take_usage()
     total.add(last.speedup)
+    outcomes.update(last.outcomes)
+    assert outcomes == shared._engine.stats.outcomes
     booked = shared._engine.stats.speedup
     assert booked.control
     for arm, whole in ((total.speculative, booked.speculative), (total.control, booked.control)):
@@ -128,6 +133,16 @@ def test_progress_counts_rows_and_errors(pair: ModelPair) -> None:
     assert posts[-1].rows == 4
     assert posts[-1].errors == 3
     assert posts[-1].counts.committed >= 4 * 12
+
+
+def test_a_reading_is_of_all_that_was_done(pair: ModelPair) -> None:
+    shared = loop(pair)
+    shared.submit(requests("a", 3)).result(60)
+    reading, stats = shared.reading(), shared._engine.stats
+    assert reading.tally.rows == 3
+    assert reading.tally.counts == stats.counts
+    assert (reading.rounds, reading.live_rows) == (stats.rounds, stats.live_rows)
+    assert reading.rounds < reading.live_rows
 
 
 def test_a_round_that_raises_fails_its_units_and_not_the_next(

@@ -256,14 +256,16 @@ def test_a_record_survives_its_json() -> None:
 
 def test_a_record_of_an_older_version_is_read() -> None:
     new = ("trace_file", "trace_sha256", "trace_rounds", "speedup", "calibration", "costs")
-    new += ("fell_back", "samples", "own_n")
+    new += ("outcomes", "slowest", "fell_back", "samples", "own_n")
     old = {k: v for k, v in asdict(record()).items() if k not in new}
     read = UnitRecord.from_json(json.dumps(old).encode())
     assert read == record()
     summary = summarise([read])
     assert summary["speedup"] is summary["speedup_ci"] is None
     assert summary["calibration"] == []
-    assert stats_tables([read])["costs"].num_rows == 0
+    assert summary["positions"] == []
+    for name in ("costs", "positions"):
+        assert stats_tables([read])[name].num_rows == 0
 
 
 def meter(speculative: float, control: float, rounds: int = 20) -> dict[str, Any]:
@@ -327,6 +329,21 @@ def test_calibration_by_input_and_context() -> None:
     assert rows["input", "b.parquet"]["predicted"] == pytest.approx(0.35)
     assert rows["context", "128"]["judged"] == 30
     assert stats_tables(records)["calibration"].to_pylist() == list(rows.values())
+
+
+def test_acceptance_by_position() -> None:
+    records = [
+        # Of three candidates none, one and all were accepted; nothing behind a rejection is judged.
+        record("u", outcomes=[(0, 0, 9), (3, 0, 4), (3, 1, 2), (3, 3, 1)]),
+        record("v", outcomes=[(1, 1, 5)]),
+    ]
+    rows = summarise(records)["positions"]
+    assert rows == [
+        {"position": 1, "judged": 12, "accepted": 8},
+        {"position": 2, "judged": 3, "accepted": 1},
+        {"position": 3, "judged": 1, "accepted": 1},
+    ]
+    assert stats_tables(records)["positions"].to_pylist() == rows
 
 
 def test_costs_are_an_actors_latest_and_fallen_heads_are_counted() -> None:

@@ -526,6 +526,12 @@ def test_counts_obey_their_laws(
             assert output[-1] in eos and not eos & set(output[:-1])
     stats = engine.stats
     assert stats.counts == total
+    assert stats.outcomes.total() == total.rounds
+    assert sum(verified * n for (verified, _), n in stats.outcomes.items()) == total.verified
+    # What verification accepted behind a row's end does not stand.
+    taken = sum(accepted * n for (_, accepted), n in stats.outcomes.items())
+    assert total.accepted <= taken <= total.verified
+    assert all(completion.seconds > 0 for completion in done)
     assert stats.rounds == stats.target_forwards <= stats.live_rows
     fed = sum(len(prompt) for prompt in many)
     assert stats.target_tokens == fed + total.verified + total.rounds - len(requests)

@@ -1,0 +1,231 @@
+"""What a page about a job shows, gathered from the job's committed files and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jobs.report import read_summary
+from jobs.timeline import Timeline, timeline
+from pipeline import manifest
+from pipeline.config import InputConfig, S3Config
+from pipeline.prices import Prices
+from pipeline.prompts import required_columns
+from pipeline.rows import RAW_LINE
+from pipeline.schema import ROW_ID
+from pipeline.stats import UnitRecord, parts, reliability, summarise
+from pipeline.storage import Folder
+from specdec.speedup import Rounds, SpeedupMeter
+
+_EXCERPT = 240
+_EXAMPLES = 3
+_SLOWEST = 10
+_CLASSES = 12
+
+
+@dataclass(frozen=True)
+class Example:
+    """A failed row: its id, what was wrong with it, and the beginning of its prompt."""
+
+    row_id: str
+    message: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class SlowRow:
+    """A row that took long: seconds from its slot to its end, counts, and how it reads."""
+
+    row_id: str
+    seconds: float
+    prompt_tokens: int
+    output_tokens: int
+    rounds: int
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A job, as far as it is committed.
+
+    Attributes:
+        url: its output folder.
+        finished: whether it is done.
+        job: `_specbatch/job.json`: name, created, versions, config.
+        ended: when it was finished, ISO 8601; None if it is not.
+        versions: of the run that finished it, or else of the one that began it.
+        summary: `pipeline.stats.summarise`, with its cost.
+        actors: a summary for each actor, with `actor` and `node`, most tokens first.
+        timeline: speed over the time in which the job worked.
+        reliability: bins of predicted against observed acceptance by (by, name); see
+            `pipeline.stats.reliability`.
+        rounds: rounds of rows by candidates verified.
+        speeds: class of live batch, tokens per second with speculation and in control rounds.
+        errors: for each error class a few failed rows.
+        slowest: the slowest rows.
+    """
+
+    url: str
+    finished: bool
+    job: Mapping[str, Any]
+    ended: str | None
+    versions: Mapping[str, str]
+    summary: Mapping[str, Any]
+    actors: Sequence[Mapping[str, Any]]
+    timeline: Timeline
+    reliability: Mapping[tuple[str, str], list[list[float]]]
+    rounds: Mapping[int, int]
+    speeds: Sequence[tuple[int, float | None, float | None]]
+    errors: Mapping[str, list[Example]]
+    slowest: Sequence[SlowRow]
+
+
+def gather(url: str, s3: S3Config, prices: Prices | None = None) -> Findings:
+    """Read all that a page shows.
+
+    Args:
+        url: a job's output folder.
+        s3: how to reach it, if it is on S3.
+        prices: a price table; None: that of the job's last run.
+
+    Raises:
+        UserError: there is no job in this folder.
+    """
+    summary, finished = read_summary(url, s3, prices)
+    output = manifest.open_output(url, s3)
+    job = json.loads(output.read(manifest.JOB) or b"{}")
+    done = json.loads(output.read(manifest.MANIFEST) or b"{}") if finished else {}
+    units = manifest.read_records(output, manifest.committed_ids(output))
+    records = [part for unit in units for part in parts(unit)]
+    prompt = InputConfig.model_validate(job["config"]["input"])
+    return Findings(
+        url=output.url,
+        finished=finished,
+        job=job,
+        ended=done.get("finished"),
+        versions=done.get("versions", job.get("versions", {})),
+        summary=summary,
+        actors=_actors(records),
+        timeline=timeline(records),
+        reliability={key: found.bins.tolist() for key, found in reliability(records).items()},
+        rounds=_rounds(records),
+        speeds=_speeds(records),
+        errors=_examples(output, units, prompt),
+        slowest=_slowest(output, records, prompt),
+    )
+
+
+def _actors(records: Sequence[UnitRecord]) -> list[dict[str, Any]]:
+    by_actor: dict[str, list[UnitRecord]] = {}
+    for record in records:
+        by_actor.setdefault(record.actor, []).append(record)
+    actors = [
+        {"actor": actor, "node": mine[0].node, **summarise(mine)}
+        for actor, mine in by_actor.items()
+    ]
+    return sorted(actors, key=lambda actor: -actor["output_tokens"])
+
+
+def _rounds(records: Iterable[UnitRecord]) -> dict[int, int]:
+    rounds = Counter[int]()
+    for record in records:
+        for verified, _, n in record.outcomes:
+            rounds[verified] += n
+    return dict(rounds)
+
+
+def _speeds(records: Iterable[UnitRecord]) -> list[tuple[int, float | None, float | None]]:
+    meter = SpeedupMeter()
+    for record in records:
+        if record.speedup is not None:
+            meter.add(SpeedupMeter.from_json(record.speedup))
+
+    def speed(rounds: Rounds | None) -> float | None:
+        return rounds.k / rounds.t if rounds is not None and rounds.t > 0 else None
+
+    return [
+        (batch, speed(meter.speculative.get(batch)), speed(meter.control.get(batch)))
+        for batch in sorted(meter.speculative.keys() | meter.control.keys())
+    ]
+
+
+# ------------------------------------------------------------------ single rows
+
+
+def _examples(
+    output: Folder, records: Iterable[UnitRecord], prompt: InputConfig
+) -> dict[str, list[Example]]:
+    """A few failed rows of each class, from as few files as have them."""
+    found: dict[str, list[Example]] = {}
+    for record in records:
+        lacking = [
+            name
+            for name in record.errors
+            if len(found.get(name, ())) < _EXAMPLES and (name in found or len(found) < _CLASSES)
+        ]
+        if not lacking or record.errors_file is None:
+            continue
+        table = _read(output, f"errors/{record.errors_file}", prompt, "error_class", RAW_LINE)
+        for row in table.to_pylist():
+            mine = found.setdefault(row["error_class"], [])
+            if len(mine) < _EXAMPLES:
+                text = row.get(RAW_LINE) or prompt_text(prompt, row)
+                message = _excerpt(row["error_message"] or "")
+                mine.append(Example(row[ROW_ID], message, _excerpt(text)))
+    return found
+
+
+def _slowest(output: Folder, records: Iterable[UnitRecord], prompt: InputConfig) -> list[SlowRow]:
+    all_rows = [
+        (seconds, row, record.unit) for record in records for row, seconds in record.slowest
+    ]
+    found = []
+    for seconds, name, unit in sorted(all_rows, reverse=True)[:_SLOWEST]:
+        table = _read(output, f"completions/{unit}.parquet", prompt, "completion")
+        for row in table.filter(pc.equal(table[ROW_ID], name)).to_pylist():
+            counts = (row[key] for key in ("prompt_tokens", "output_tokens", "rounds"))
+            text, completion = prompt_text(prompt, row), row["completion"]
+            found.append(SlowRow(name, seconds, *counts, _excerpt(text), _excerpt(completion)))
+    return found
+
+
+def _read(output: Folder, name: str, prompt: InputConfig, *more: str) -> pa.Table:
+    """The columns of a file that tell what a row is and how it went, as far as it has them."""
+    wanted = {ROW_ID, "error_message", "prompt_tokens", "output_tokens", "rounds", *more}
+    wanted |= set(required_columns(prompt))
+    with output.open(name) as file, pq.ParquetFile(file) as parquet:
+        columns = [name for name in parquet.schema_arrow.names if name in wanted]
+        return parquet.read(columns)
+
+
+def prompt_text(prompt: InputConfig, row: Mapping[str, Any]) -> str:
+    """What a row asks, for people: the last message, the prompt, or the template's columns."""
+    if prompt.messages_column is not None:
+        value = row.get(prompt.messages_column)
+        if isinstance(value, list) and value and isinstance(value[-1], dict):
+            value = value[-1].get("content")
+        return _text(value)
+    columns = required_columns(prompt)
+    if len(columns) == 1:
+        return _text(row.get(columns[0]))
+    return " · ".join(f"{column}: {_text(row.get(column))}" for column in columns)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _excerpt(text: str) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(text[: 4 * _EXCERPT].split())
+    return line if len(line) <= _EXCERPT else f"{line[:_EXCERPT]}…"
