@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from jobs import remote
 from jobs.console import err, explained, out, stop_signals
 from jobs.explain import explain
 from jobs.profile import profile as profile_command
@@ -227,6 +228,8 @@ def report(
         out.print(render(summary))
 
 
+for name, command in remote.COMMANDS.items():
+    app.command(name)(command)
 app.command()(verify)
 app.command()(explain)
 app.command()(distill)
