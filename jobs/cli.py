@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from jobs import remote
+from jobs import render as render_commands
 from jobs.console import err, explained, out, stop_signals
 from jobs.explain import explain
 from jobs.profile import profile as profile_command
@@ -230,6 +231,7 @@ def report(
 
 for name, command in remote.COMMANDS.items():
     app.command(name)(command)
+app.add_typer(render_commands.app, name="render")
 app.command()(verify)
 app.command()(explain)
 app.command()(distill)
