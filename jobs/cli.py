@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from jobs import remote
+from jobs import render as render_commands
 from jobs.console import err, explained, out, stop_signals
 from jobs.explain import explain
 from jobs.grafana import grafana
@@ -198,6 +200,9 @@ def _described(job: JobConfig) -> dict[str, Any]:
 
 
 app.command(cls=ReportCommand)(report)
+for name, command in remote.COMMANDS.items():
+    app.command(name)(command)
+app.add_typer(render_commands.app, name="render")
 app.command()(verify)
 app.command()(run_batch)
 app.command()(plan)

@@ -45,7 +45,7 @@ def progress_bar(console: Console) -> Iterator[OnProgress]:
                 task,
                 description=progress.stage,
                 total=progress.rows_total,
-                completed=completed_rows(progress),
+                completed=progress.rows_done,
                 figures=figures(progress),
             )
 
@@ -59,38 +59,29 @@ def _log_lines(console: Console) -> OnProgress:
         nonlocal printed
         if time.monotonic() - printed >= _LOG_SECONDS:
             printed = time.monotonic()
-            rows = f"{completed_rows(progress):,}/{progress.rows_total:,} rows"
+            rows = f"{progress.rows_done:,}/{progress.rows_total:,} rows"
             parts = filter(None, (progress.stage, rows, figures(progress)))
             console.print(" · ".join(parts), highlight=False, soft_wrap=True)
 
     return show
 
 
-def completed_rows(progress: JobProgress) -> int:
-    """Rows done, of earlier runs too; a retried unit counts its rows twice, so it is capped."""
-    tally = progress.tally
-    return min(progress.rows_before + tally.rows + tally.errors, progress.rows_total)
-
-
 def figures(progress: JobProgress) -> str:
     """Speed, acceptance rate, errors and time left, as far as they are known."""
-    tally, seconds = progress.tally, progress.seconds
-    parts = []
-    if seconds > 1 and tally.counts.committed:
-        parts.append(f"{tally.counts.committed / seconds:,.0f} tokens/s")
+    tally, parts = progress.tally, []
+    if (speed := progress.tokens_per_second) is not None:
+        parts.append(f"{speed:,.0f} tokens/s")
     if (rate := tally.counts.acceptance_rate) is not None:
         parts.append(f"{rate:.0%} accepted")
     if tally.errors:
         parts.append(f"{tally.errors:,} errors")
-    done = tally.rows + tally.errors
-    left = progress.rows_total - completed_rows(progress)
-    if seconds > 5 and done and left:
-        parts.append(f"{duration(seconds * left / done)} left")
+    if left := progress.seconds_left:
+        parts.append(f"{duration(left)} left")
     return " · ".join(parts)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
+    """Minutes and seconds, and hours if there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -227,7 +227,10 @@ def _speculation_charts(findings: Findings) -> list[Chart]:
     if positions := findings.summary["positions"]:
         result.append(charts.acceptance_by_position(positions))
     if findings.actors:
-        result += [charts.over_time(*each, line, names, least) for *each, least in _OVER_TIME]
+        result += [
+            charts.over_time(title, ylabel, figure, line, names, least)
+            for title, ylabel, figure, least in _OVER_TIME
+        ]
     if findings.rounds:
         result.append(charts.candidates(findings.rounds))
     if any(control for _, _, control in findings.speeds):

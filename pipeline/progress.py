@@ -28,11 +28,13 @@ class Tally:
         rows: rows completed.
         errors: rows failed.
         counts: of all rounds, those of unfinished rows included.
+        units: units committed; only in the sum that `Monitor.read` returns.
     """
 
     rows: int = 0
     errors: int = 0
     counts: Counts = field(default_factory=Counts)
+    units: int = 0
 
     @staticmethod
     def sum(tallies: Iterable[Tally]) -> Tally:
@@ -63,6 +65,24 @@ class JobProgress:
     tally: Tally = field(default_factory=Tally)
     seconds: float = 0.0
 
+    @property
+    def rows_done(self) -> int:
+        """Completed and failed, of earlier runs too; retries count twice, so it is capped."""
+        return min(self.rows_before + self.tally.rows + self.tally.errors, self.rows_total)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of this run; None while that says nothing."""
+        if self.seconds <= 1 or not self.tally.counts.committed:
+            return None
+        return self.tally.counts.committed / self.seconds
+
+    @property
+    def seconds_left(self) -> float | None:
+        """What the rest takes at this run's pace; None while that says nothing."""
+        done, left = self.tally.rows + self.tally.errors, self.rows_total - self.rows_done
+        return self.seconds * left / done if self.seconds > 5 and done else None
+
 
 OnProgress = Callable[[JobProgress], None]
 """What a caller of `run_job` is told, about twice a second."""
@@ -83,6 +103,7 @@ class Monitor:
         self._begun: dict[str, int] = {}
         self._user_error: str | None = None
         self._attempts = Attempts()
+        self._units = 0
         self._stopping = False
         self._starts = 0
         self._most_starts = _LEAST_STARTS + _STARTS_PER_ACTOR * actors
@@ -137,6 +158,7 @@ class Monitor:
 
     def committed(self, units: list[str]) -> None:
         """These units' files are written."""
+        self._units += len(units)
         for unit in units:
             self._attempts.committed(unit)
 
@@ -151,7 +173,10 @@ class Monitor:
 
     def read(self) -> tuple[Tally | None, str | None]:
         """The sum of all totals (None before the first report), and the user's mistake if any."""
-        total = Tally.sum(self._tallies.values()) if self._tallies else None
+        if not self._tallies:
+            return None, self._user_error
+        total = Tally.sum(self._tallies.values())
+        total.units = self._units
         return total, self._user_error
 
 

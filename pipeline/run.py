@@ -6,6 +6,7 @@ import _thread
 import json
 import logging
 import os
+import signal
 import threading
 import time
 import warnings
@@ -36,6 +37,7 @@ from pipeline.schema import RESERVED, check_reserved
 from pipeline.sink import CommitSink
 from pipeline.source import UnitDatasource
 from pipeline.stats import summarise
+from pipeline.status import Beacon
 from pipeline.storage import Folder, check_access, is_s3, resolved
 from pipeline.units import FilePlan, Unit, check_columns, plan_files, request_lines
 
@@ -201,19 +203,21 @@ def run_job(
         return JobResult(job.output, recorded["summary"], units_run=0)
 
     checksums: dict[str, str] = {}
-    if pending:
-        books = Books(output, job, stop or threading.Event())
-        with connected():
-            _check_cluster(job.actors)
-            output.delete(manifest.SUCCESS)
-            with books.open():
-                checksums = _generate(
-                    plan, pending, digest(mark), mode.only_failed, books, progress
-                )
-    if mode.only_failed and missing:
-        summary = summarise(manifest.read_records(output, done))
-        return JobResult(job.output, summary, len(pending), missing=len(missing))
-    summary = finish(output, job, units, mark, checksums, mode.job_folder)
+    beacon = Beacon(output, job.name, len(units), len(done), progress, stop)
+    with beacon.running():
+        if pending:
+            books = Books(output, job, beacon.stop)
+            with connected():
+                _check_cluster(job.actors)
+                output.delete(manifest.SUCCESS)
+                with books.open():
+                    checksums = _generate(
+                        plan, pending, digest(mark), mode.only_failed, books, beacon.tell
+                    )
+        if mode.only_failed and missing:
+            summary = summarise(manifest.read_records(output, done))
+            return JobResult(job.output, summary, len(pending), missing=len(missing))
+        summary = finish(output, job, units, mark, checksums, mode.job_folder)
     return JobResult(job.output, summary, units_run=len(pending))
 
 
@@ -243,12 +247,11 @@ def connected() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        # A local Ray's own log lines would be torn into the progress bar; logs stay in files.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Ray's own log lines would be torn into the progress bar; logs stay in files.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
-        with _silent_stderr():
+        with _silent_stderr(), _kept_sigterm():
             ray.init(
                 address=address or "local",
                 include_dashboard=None if address else False,
@@ -262,6 +265,20 @@ def connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _kept_sigterm() -> Iterator[None]:
+    """Keep what SIGTERM means; Ray puts handlers of its own there, which end the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
@@ -292,7 +309,7 @@ def _generate(
     digest: str,
     retry: bool,
     books: Books,
-    progress: OnProgress | None,
+    progress: OnProgress,
 ) -> dict[str, str]:
     """Generate and commit the pending units. Returns checksums of the files written."""
     job = plan.job
@@ -385,14 +402,14 @@ class _Watch:
         monitor: Any,
         rows_total: int,
         rows_before: int,
-        progress: OnProgress | None,
-        stop: threading.Event | None,
+        progress: OnProgress,
+        stop: threading.Event,
     ) -> None:
-        self._monitor, self._stop = monitor, stop
+        self._monitor, self._tell, self._stop = monitor, progress, stop
         self._rows_total, self._rows_before = rows_total, rows_before
-        self._tell = progress or (lambda _: None)
         self._over = threading.Event()
         self._began: float | None = None
+        self._tally, self._seconds = Tally(), 0.0
         self.stopping = self.drained = False
 
     @contextmanager
@@ -405,14 +422,20 @@ class _Watch:
         finally:
             self._over.set()
             thread.join()
-        rows = self._rows_total - self._rows_before
-        self._tell(JobProgress("checking", self._rows_total, self._rows_before, Tally(rows)))
+        if not self.stopping:
+            # The last reports may not have been seen.
+            rows = self._rows_total - self._rows_before
+            self._tally = replace(self._tally, rows=rows - self._tally.errors)
+            self._tell(self._moment("checking"))
+
+    def _moment(self, stage: str) -> JobProgress:
+        return JobProgress(stage, self._rows_total, self._rows_before, self._tally, self._seconds)
 
     def _run(self) -> None:
-        self._tell(JobProgress("starting actors", self._rows_total, self._rows_before))
+        self._tell(self._moment("starting actors"))
         while not self._over.wait(_POLL_SECONDS):
             try:
-                if self._stop is not None and self._stop.is_set():
+                if self._stop.is_set():
                     self.stopping = True
                     if not ray.get(self._monitor.stop.remote(), timeout=5):
                         break
@@ -421,9 +444,9 @@ class _Watch:
                 continue
             if tally is not None:
                 self._began = self._began or time.monotonic()
-                seconds = time.monotonic() - self._began
+                self._tally, self._seconds = tally, time.monotonic() - self._began
                 stage = "finishing units in flight" if self.stopping else "generating"
-                self._tell(JobProgress(stage, self._rows_total, self._rows_before, tally, seconds))
+                self._tell(self._moment(stage))
         if self.stopping and not self._over.is_set():
             # All that is left to Ray Data is to pass on units that no actor takes any more.
             self.drained = True

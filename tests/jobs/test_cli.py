@@ -13,7 +13,7 @@ from conftest import TinyModels
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
-from jobs.display import completed_rows, figures
+from jobs.display import figures
 from pipeline.progress import JobProgress, Tally
 from specdec.request import Counts
 
@@ -189,6 +189,6 @@ def test_help_is_quick_since_it_loads_neither_torch_nor_ray() -> None:
 def test_progress_figures() -> None:
     tally = Tally(rows=30, errors=10, counts=Counts(50, 40, 40, 10, 600))
     moment = JobProgress("generating", rows_total=200, rows_before=60, tally=tally, seconds=20)
-    assert completed_rows(moment) == 100
+    assert moment.rows_done == 100
     assert figures(moment) == "30 tokens/s · 25% accepted · 10 errors · 0:50 left"
     assert figures(JobProgress("starting", 200)) == ""
