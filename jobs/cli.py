@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from jobs.console import err, explained, out, stop_signals
 from jobs.explain import explain
+from jobs.nightly.cli import nightly
 from jobs.profile import profile as profile_command
 from jobs.spec import load_job, s3_options
 from jobs.train_head import train_head
@@ -162,6 +163,7 @@ app.command()(explain)
 app.command()(distill)
 app.command()(train_head)
 app.command()(profile_command)
+app.add_typer(nightly)
 
 
 def _version(value: bool) -> None:

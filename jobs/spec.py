@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import JobConfig, S3Config
 from pipeline.errors import UserError, nearest
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class JobFileError(UserError):
@@ -32,17 +34,38 @@ def load_job(file: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     Raises:
         JobFileError: it cannot be read, is not YAML, or says what it may not.
     """
+    return load_settings(file, overrides, JobConfig, resolve_job_paths)
+
+
+def load_settings(
+    file: str | Path,
+    overrides: Sequence[str],
+    model: type[Settings],
+    resolve: Callable[[Mapping[str, Any], Path], dict[str, Any]],
+) -> Settings:
+    """Read a YAML file of any settings.
+
+    Args:
+        file: the file.
+        overrides: as in `load_job`.
+        model: what the file describes.
+        resolve: makes paths that are relative to a folder absolute; what it is given may be wrong
+            in any way.
+
+    Raises:
+        JobFileError: as in `load_job`.
+    """
     file = Path(file)
-    job = _read(file)
-    if not isinstance(job, dict):
+    values = _read(file)
+    if not isinstance(values, dict):
         raise JobFileError(f"{file}: not a job file: its top level must be keys and values")
-    job = _resolve_paths(job, file.resolve().parent)
+    values = resolve(values, file.resolve().parent)
     for override in overrides:
-        job = _merged(job, _resolve_paths(_parse_override(override), Path.cwd()))
+        values = _merged(values, resolve(_parse_override(override), Path.cwd()))
     try:
-        return JobConfig.model_validate(job)
+        return model.model_validate(values)
     except ValidationError as error:
-        lines = [f"{file}: {line}" for line in explain(error)]
+        lines = [f"{file}: {line}" for line in explain(error, model)]
         raise JobFileError("\n".join(lines)) from None
 
 
@@ -106,7 +129,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------- paths
 
 
-def _resolve_paths(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def resolve_job_paths(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """`job` with paths that are relative to `folder` made absolute; it may be wrong in any way."""
     result = dict(job)
     if isinstance(output := result.get("output"), str):
@@ -142,14 +165,14 @@ def _model(name: Any, folder: Path) -> Any:
 # ------------------------------------------------------------------------ errors
 
 
-def explain(error: ValidationError) -> Iterator[str]:
+def explain(error: ValidationError, model: type[BaseModel] = JobConfig) -> Iterator[str]:
     """One line for each mistake: the dotted key, what is wrong, and the fix."""
     for detail in error.errors():
         location = [str(part) for part in detail["loc"] if not _is_branch(part)]
         dotted = ".".join(location)
         match detail["type"]:
             case "extra_forbidden":
-                yield _unknown_key(location)
+                yield _unknown_key(location, model)
             case "missing":
                 yield f"{dotted}: required, but not given"
             case "value_error":
@@ -167,16 +190,17 @@ def _is_branch(part: int | str) -> bool:
     return isinstance(part, str) and ("[" in part or part in {"str", "int"})
 
 
-def _unknown_key(location: Sequence[str]) -> str:
+def _unknown_key(location: Sequence[str], model: type[BaseModel]) -> str:
     dotted = ".".join(location)
     *section, key = location
-    return f"{dotted}: unknown key; {nearest(key, _keys(section))}"
+    return f"{dotted}: unknown key; {nearest(key, _keys(section, model))}"
 
 
-def _keys(section: Iterable[str]) -> list[str]:
-    """The keys that a section of the job file may have."""
-    model: type[BaseModel] = JobConfig
+def _keys(section: Iterable[str], model: type[BaseModel]) -> list[str]:
+    """The keys that a section of the file may have."""
     for name in section:
+        if name.isdigit():  # a place in a list, whose items were looked into already
+            continue
         field = model.model_fields.get(name)
         candidates = (field.annotation, *get_args(field.annotation)) if field else ()
         inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
