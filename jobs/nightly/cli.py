@@ -161,6 +161,8 @@ def _show(recipe: Recipe, status: Status) -> None:
         colour = _COLOURS[night["state"]]
         text = f"{date}  [{colour}]{night['state']}[/]  {escape(night['message'])}"
         out.print(text, highlight=False, soft_wrap=True)
+        if night.get("learned"):
+            out.print(f"            {escape(night['learned'])}", highlight=False, soft_wrap=True)
     if status.not_told:
         err.print(f"[yellow]{escape(status.not_told)}[/]", highlight=False, soft_wrap=True)
     out.print(f"\nDataset: {escape(recipe.output)}", highlight=False, soft_wrap=True)

@@ -15,11 +15,13 @@ from jobs.nightly.archive import WorkFolder
 from jobs.nightly.filters import TextFilters
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.seeds import Picked, Prompt, Templates, TurnError
+from jobs.report import read_summary
 from pipeline import manifest
 from pipeline.config import JobConfig
 from pipeline.progress import OnProgress
 from pipeline.prompts import row_seed
 from pipeline.run import JobResult, run_job
+from pipeline.schema import ROW_ID
 from pipeline.stats import UnitRecord
 from pipeline.storage import Folder
 
@@ -27,7 +29,7 @@ MESSAGE = pa.struct({"role": pa.string(), "content": pa.string()})
 
 _PLAN = "plan.parquet"
 _INPUT_SCHEMA = pa.schema({"conversation": pa.string(), "messages": pa.list_(MESSAGE)})
-_READ = ("conversation", "completion", "finish_reason", "prompt_tokens", "output_tokens")
+_READ = (ROW_ID, "conversation", "completion", "finish_reason", "prompt_tokens", "output_tokens")
 
 OnTurn = Callable[[int], OnProgress | None]
 """Called with a turn's number before its job; returns whom to tell of its progress."""
@@ -38,7 +40,6 @@ class Conversation:
     """One sample of a prompt, as far as it has come.
 
     Attributes:
-        id: unique in the night.
         prompt: what it began with.
         sample: number of the sample.
         completions: the target's turns so far.
@@ -47,13 +48,22 @@ class Conversation:
         finish_reason: of the last turn.
     """
 
-    id: str
     prompt: Prompt
     sample: int
     completions: list[str] = field(default_factory=list)
     messages: list[dict[str, str]] = field(default_factory=list)
     output_tokens: int = 0
     finish_reason: str = ""
+
+    @property
+    def stem(self) -> str:
+        """What all samples of the prompt have in common."""
+        return f"{self.prompt.seed_id}/{self.prompt.template}"
+
+    @property
+    def id(self) -> str:
+        """Unique in the night."""
+        return f"{self.stem}/{self.sample}"
 
     @property
     def text(self) -> str:
@@ -138,9 +148,7 @@ def generate(
     """
     templates = Templates(recipe, work.date)
     active = [
-        Conversation(f"{prompt.seed_id}/{prompt.template}/{sample}", prompt, sample)
-        for prompt in prompts
-        for sample in range(job.sampling.n)
+        Conversation(prompt, sample) for prompt in prompts for sample in range(job.sampling.n)
     ]
     result = Generated([], len(active), Counter(), [], None)
     for turn in range(1, recipe.most_turns + 1):
@@ -152,7 +160,7 @@ def generate(
         done = run_job(_turn_job(job, recipe, work, turn), progress=tell, stop=stop)
         _book(result, done, work.output(turn))
         active = []
-        for conversation in _answered(asked, work.output(turn), result.lost):
+        for conversation in _answered(asked, work.output(turn), turn):
             if not filters.keep(conversation.completions[-1], conversation.finish_reason):
                 continue
             goes_on = templates.turns(conversation.prompt.template) > turn
@@ -181,6 +189,8 @@ def _asked(
 
 
 def _write_input(work: WorkFolder, turn: int, asked: dict[str, Conversation]) -> None:
+    if turn == 1:  # the samples of a prompt are one row of the job, which shares their prefill
+        asked = {each.stem: each for each in asked.values() if each.sample == 0}
     rows = [{"conversation": name, "messages": each.messages} for name, each in asked.items()]
     work.keep_table(work.input(turn), pa.Table.from_pylist(rows, schema=_INPUT_SCHEMA))
 
@@ -189,6 +199,7 @@ def _turn_job(job: JobConfig, recipe: Recipe, work: WorkFolder, turn: int) -> Jo
     """The ordinary job that completes a turn. Its random numbers are the night's own."""
     night = work.date.isoformat()
     seed = row_seed(job.sampling.seed, f"{night}:{turn}") >> 32
+    samples = job.sampling.n if turn == 1 else 1  # each has later turns of its own
     made_here = job.input.model_copy(update={"paths": (work.folder.join(work.input(turn)),)})
     return job.model_copy(
         update={
@@ -196,8 +207,7 @@ def _turn_job(job: JobConfig, recipe: Recipe, work: WorkFolder, turn: int) -> Jo
             "input": made_here,
             "output": work.output(turn).url,
             "s3": work.folder.s3,
-            # Samples are rows already, so that each has its own later turns.
-            "sampling": job.sampling.model_copy(update={"seed": seed, "n": 1}),
+            "sampling": job.sampling.model_copy(update={"seed": seed, "n": samples}),
         }
     )
 
@@ -206,27 +216,27 @@ def _book(result: Generated, done: JobResult, output: Folder) -> None:
     result.units_run += done.units_run
     result.records += manifest.read_records(output, manifest.committed_ids(output))
     result.lost.update(done.summary["errors_by_class"])
-    if (dollars := stated_dollars(done.summary)) is not None:
+    summary, _ = read_summary(output.url, output.s3)  # with what the ledger says of its cost
+    if (dollars := stated_dollars(summary)) is not None:
         result.dollars = (result.dollars or 0.0) + dollars
 
 
 def stated_dollars(summary: dict[str, Any]) -> float | None:
     """What a job says it cost, in dollars."""
-    cost = summary.get("cost")
-    if isinstance(cost, dict):
-        cost = cost.get("total", cost.get("dollars"))
-    return float(cost) if isinstance(cost, int | float) else None
+    cost = summary["cost"]
+    total = cost["total"] if isinstance(cost, dict) else cost
+    return None if total is None else float(total)
 
 
-def _answered(
-    asked: dict[str, Conversation], output: Folder, lost: Counter[str]
-) -> Iterator[Conversation]:
+def _answered(asked: dict[str, Conversation], output: Folder, turn: int) -> Iterator[Conversation]:
     """The conversations that got a completion, with it, in the order of the turn's input."""
     for unit in sorted(manifest.committed_ids(output)):
         with output.open(f"completions/{unit}.parquet") as file:
             table = pq.read_table(file, columns=list(_READ))
         for row in table.to_pylist():
-            conversation = asked[row["conversation"]]
+            sample = row[ROW_ID].rpartition(":")[2]
+            name = row["conversation"] if turn > 1 else f"{row['conversation']}/{sample}"
+            conversation = asked[name]
             conversation.completions.append(row["completion"])
             conversation.messages.append({"role": "assistant", "content": row["completion"]})
             conversation.output_tokens += row["output_tokens"]

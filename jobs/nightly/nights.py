@@ -89,6 +89,7 @@ def _all(
                 status.book(name, state, _told(night) if new else "was published before")
                 if new:
                     write_report(recipe, archive, night)
+                _learn(recipe, archive, night, status, hooks)
             except LockLost:
                 raise
             except (JobStopped, KeyboardInterrupt):
@@ -98,6 +99,33 @@ def _all(
                 status.book(name, "failed", _words(error))
             status.save(archive)
     refresh(recipe, archive)
+
+
+def _learn(recipe: Recipe, archive: Archive, night: Night, status: Status, hooks: Hooks) -> None:
+    """Let the latest night teach the pair, if the recipe wants that and it has not yet."""
+    wanted = recipe.improve.head or recipe.improve.draft
+    if not wanted or night.date != archive.dates()[-1]:
+        return
+    if archive.improvement(night.date) is not None:
+        return
+    from jobs.nightly.improve import improve
+
+    def show(stage: str) -> None:
+        if hooks.stop is not None and hooks.stop.is_set():
+            raise JobStopped
+        hooks.on_learning(stage)
+
+    try:
+        record = improve(recipe, archive, night, show)
+    except (JobStopped, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        message = f"published, but nothing was learned from it: {_words(error)}"
+        status.book(night.date, "failed", message)
+        return
+    write_report(recipe, archive, night)
+    told = "; ".join(f"{each['what']}: {each['decision']}" for each in record["candidates"])
+    status.nights[night.date]["learned"] = told or record.get("why", "")
 
 
 def _ray() -> AbstractContextManager[None]:

@@ -278,10 +278,17 @@ class Recipe(_Settings):
         improve = self.improve
         if (improve.head or improve.draft) and self.job.models.draft is None:
             raise ValueError("improve needs job.models.draft")
+        if improve.draft and self.job.speculation.policy == "none":
+            raise ValueError("improve.draft: job.speculation.policy is none, which uses no draft")
         if improve.head and self.job.speculation.policy not in ("head", "goodput"):
             raise ValueError(
                 "improve.head: a head serves the policies head and goodput, not "
                 f"{self.job.speculation.policy}"
+            )
+        if improve.head and self.job.speculation.estimator not in (None, "head"):
+            raise ValueError(
+                "improve.head: job.speculation.estimator is "
+                f"{self.job.speculation.estimator}, which would not use the head; remove it"
             )
         if (improve.head or improve.draft) and improve.folder is None and "://" in self.output:
             raise ValueError("improve.folder: give a local folder, since the output is not local")
