@@ -14,7 +14,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from jobs.console import FAILURE, INTERRUPTED, err, explained, out, stop_signals
-from pipeline.errors import UserError
+from pipeline.errors import UserError, nearest
 
 if TYPE_CHECKING:  # pipeline.run imports Ray, which takes seconds, and `--help` needs none of it
     from jobs.nightly.nights import Dates, Hooks
@@ -257,6 +257,42 @@ def rollback(
             markup=False,
             soft_wrap=True,
         )
+
+
+@nightly.command()
+def render(
+    kind: Annotated[
+        str, typer.Argument(help="cron, kubernetes, kuberay or airflow", show_default=False)
+    ],
+    file: RecipeFile,
+    overrides: Overrides = None,
+    image: Annotated[
+        str, typer.Option(help="Container image with specbatch, for Kubernetes.")
+    ] = "specbatch:latest",
+    address: Annotated[
+        str, typer.Option(help="Ray cluster that is there already, for kubernetes.")
+    ] = "ray://ray-head:10001",
+) -> None:
+    """Print the recipe's schedule for what runs it; install nothing.
+
+    cron: a line for crontab. kubernetes: a CronJob that uses a Ray cluster. kuberay: a RayCronJob
+    that brings up a cluster for the night. airflow: a DAG.
+
+    [bold]Examples[/]
+
+      specbatch nightly render cron recipe.yaml
+
+      specbatch nightly render kuberay recipe.yaml --image registry/specbatch:1 | kubectl apply -f -
+    """
+    with explained():
+        from jobs.nightly.recipe import load_recipe
+        from jobs.nightly.schedule import KINDS, Scheduled
+        from jobs.nightly.schedule import render as rendered
+
+        if kind not in KINDS:
+            raise UserError(f"{kind}: {nearest(kind, KINDS)}")
+        recipe = load_recipe(file, overrides or [])
+        print(rendered(kind, Scheduled(recipe, file, image, address)), end="")
 
 
 def _table(names: Any, rows: Any) -> Table:
