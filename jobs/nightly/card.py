@@ -168,7 +168,7 @@ def _making(recipe: Recipe, night: Night) -> str:
         f"`{models['policy']}`"
         + (f", acceptance head `{models['head']}`" if models.get("head") else ""),
         "- Sampling: " + ", ".join(f"{k} {v}" for k, v in night.sampling.items() if v != []),
-        f"- Seeds: {', '.join(f'`{path}`' for path in recipe.seeds.paths)}"
+        f"- Seeds: {', '.join(f'`{_public(path)}`' for path in recipe.seeds.paths)}"
         + _licence(licences, "seeds"),
     ]
     for template in recipe.templates:
@@ -177,6 +177,11 @@ def _making(recipe: Recipe, night: Night) -> str:
         lines.append(f"- Template `{template.name}`:\n\n" + _fenced("\n".join(texts), indent=2))
     lines.append(f"- Split: a hash of the seed, {recipe.split.validation:.0%} for validation")
     return "\n".join(lines)
+
+
+def _public(path: str) -> str:
+    """A path without the folders of the machine that it is on."""
+    return path if "://" in path else path.rpartition("/")[2]
 
 
 def _licence(licences: Mapping[str, str], what: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from pipeline.storage import Folder
 
 MESSAGE = pa.struct({"role": pa.string(), "content": pa.string()})
 
-_PLAN = "plan.parquet"
+_PLAN, _SKIPPED = "plan.parquet", b"specbatch.skipped"
 _INPUT_SCHEMA = pa.schema({"conversation": pa.string(), "messages": pa.list_(MESSAGE)})
 _READ = (ROW_ID, "conversation", "completion", "finish_reason", "prompt_tokens", "output_tokens")
 
@@ -92,8 +93,8 @@ class Generated:
     units_run: int = 0
 
 
-def keep_plan(work: WorkFolder, picked: Picked) -> list[Prompt]:
-    """Write down what the night begins with, or read what it began with."""
+def keep_plan(work: WorkFolder, picked: Picked) -> None:
+    """Write down what the night begins with, unless it was begun."""
     schema = pa.schema(
         {
             "seed_id": pa.string(),
@@ -103,21 +104,24 @@ def keep_plan(work: WorkFolder, picked: Picked) -> list[Prompt]:
         }
     )
     rows = [vars(prompt) for prompt in picked.prompts]
-    return read_plan(work.keep_table(_PLAN, pa.Table.from_pylist(rows, schema=schema)))
+    table = pa.Table.from_pylist(rows, schema=schema)
+    skipped = json.dumps(dict(picked.skipped))
+    work.keep_table(_PLAN, table.replace_schema_metadata({_SKIPPED: skipped}))
 
 
-def kept_plan(work: WorkFolder) -> tuple[list[Prompt], pa.Schema] | None:
-    """What the night began with and the types of a seed's columns; None: it was not begun."""
+def kept_plan(work: WorkFolder) -> Picked | None:
+    """What the night began with; None: it was not begun."""
     data = work.folder.read(_PLAN)
     if data is None:
         return None
     table = pq.read_table(pa.BufferReader(data))
-    return read_plan(table), pa.schema(list(table.schema.field("seed").type))
-
-
-def read_plan(table: pa.Table) -> list[Prompt]:
-    """The prompts of a plan's table."""
-    return [Prompt(**row) for row in table.to_pylist()]
+    prompts = [Prompt(**row) for row in table.to_pylist()]
+    return Picked(
+        prompts,
+        len({prompt.seed_id for prompt in prompts}),
+        pa.schema(list(table.schema.field("seed").type)),
+        Counter(json.loads((table.schema.metadata or {}).get(_SKIPPED, b"{}"))),
+    )
 
 
 def generate(
@@ -236,7 +240,8 @@ def _answered(asked: dict[str, Conversation], output: Folder, turn: int) -> Iter
         for row in table.to_pylist():
             sample = row[ROW_ID].rpartition(":")[2]
             name = row["conversation"] if turn > 1 else f"{row['conversation']}/{sample}"
-            conversation = asked[name]
+            if (conversation := asked.get(name)) is None:
+                continue  # its seed was used by another night after this turn began
             conversation.completions.append(row["completion"])
             conversation.messages.append({"role": "assistant", "content": row["completion"]})
             conversation.output_tokens += row["output_tokens"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import Counter
 from dataclasses import asdict
 from datetime import date as Date
 from pathlib import Path
@@ -67,18 +66,17 @@ def make_night(
     nights = archive.nights()
     work = WorkFolder(archive, date, recipe.mark)
     filters = TextFilters(recipe.filters)
-    skipped: Counter[str] = Counter()
-    if (begun := kept_plan(work)) is not None:
-        prompts, seed_schema = begun
-    else:
-        picked = pick(recipe, date, archive.used_seeds() if recipe.seeds.only_new else {})
-        skipped, seed_schema = picked.skipped, picked.schema
-        check_columns(partition_schema(recipe, seed_schema), nights)
-        prompts = keep_plan(work, picked)
-    schema = partition_schema(recipe, seed_schema)
+    used = archive.used_seeds() if recipe.seeds.only_new else {}
+    if (picked := kept_plan(work)) is None:
+        new = pick(recipe, date, used)
+        check_columns(partition_schema(recipe, new.schema), nights)
+        keep_plan(work, new)
+        picked = kept_plan(work) or new
+    picked = picked.without(used)  # what other nights published since this one was begun
+    schema = partition_schema(recipe, picked.schema)
     check_columns(schema, nights)
     job = _kept_version(recipe, work).apply(recipe.job)
-    made = generate(recipe, job, work, prompts, filters, on_turn=on_turn, stop=stop)
+    made = generate(recipe, job, work, picked.prompts, filters, on_turn=on_turn, stop=stop)
 
     duplicates = None
     kept = made.conversations
@@ -92,20 +90,20 @@ def make_night(
         date=date.isoformat(),
         mark=recipe.mark,
         published=now(),
-        seeds=len({prompt.seed_id for prompt in prompts}),
+        seeds=picked.seeds,
         conversations=made.begun,
         lost=dict(made.lost),
         filters=_filters(filters, duplicates),
         columns=described(schema),
         models=models,
         sampling=job.sampling.model_dump(mode="json"),
-        seeds_skipped=dict(skipped),
+        seeds_skipped=dict(picked.skipped),
         **_contents(partition),
         **_cost(recipe, made),
     )
     lock.check()
-    new = commit(archive, partition, night, prompts, duplicates)
-    return (night, True) if new else (archive.night(night.date) or night, False)
+    published = commit(archive, partition, night, picked.prompts, duplicates)
+    return (night, True) if published else (archive.night(night.date) or night, False)
 
 
 def _kept_version(recipe: Recipe, work: WorkFolder) -> Version:

@@ -58,6 +58,13 @@ class Picked:
     schema: pa.Schema
     skipped: Counter[str] = field(default_factory=Counter)
 
+    def without(self, used: Mapping[tuple[str, str], str]) -> Picked:
+        """This, without prompts that are used."""
+        left = [p for p in self.prompts if used.get((p.template, p.seed_id)) != p.digest]
+        gone = len(self.prompts) - len(left)
+        skipped = self.skipped + Counter({"used by another night meanwhile": gone})
+        return Picked(left, len({prompt.seed_id for prompt in left}), self.schema, skipped)
+
 
 def pick(recipe: Recipe, date: Date, used: Mapping[tuple[str, str], str]) -> Picked:
     """Choose the seeds of a night.
@@ -101,6 +108,11 @@ def _schema(recipe: Recipe, plans: list[FilePlan]) -> pa.Schema:
     """The columns of seeds that are needed, with the types that fit all files."""
     settings = recipe.seeds
     needed = {c: f"templates.{t.name}" for t in recipe.templates for c in t.columns}
+    if not needed:
+        raise UserError(
+            "templates: none uses a column of the seeds, so that all conversations would begin "
+            "alike; use one, such as {{ question }}"
+        )
     needed |= dict.fromkeys(settings.keep_columns, "seeds.keep_columns")
     if settings.id_column is not None:
         needed[settings.id_column] = "seeds.id_column"
@@ -113,8 +125,10 @@ def _schema(recipe: Recipe, plans: list[FilePlan]) -> pa.Schema:
                 hint = nearest(column, [*plan.schema.names, *TEMPLATE_VARIABLES])
                 raise UserError(f"{where}: {plan.file.url} has no column {column!r}; {hint}")
         parts.append(pa.schema([plan.schema.field(column) for column in needed]))
+    if not parts:
+        raise UserError("seeds.paths: the files have no rows")
     try:
-        return pa.unify_schemas(parts or [pa.schema([])], promote_options="permissive")
+        return pa.unify_schemas(parts, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise UserError(f"seeds.paths: the files' columns have different types: {error}") from None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TinyModels
+from conftest import S3Server, TinyModels
 from recipes import rows_of, small_recipe, write_seeds
 
 from jobs.nightly.archive import Archive
@@ -151,6 +151,45 @@ def test_the_same_conversation_is_not_published_twice(
     third = archive.night("2026-11-22")
     assert third is not None
     assert third.total_rows == 0
+
+
+def test_seeds_that_another_night_used_meanwhile(tiny_models: TinyModels, tmp_path: Path) -> None:
+    write_seeds(tmp_path, {"a": "one", "b": "two"})
+    values = small_recipe(tiny_models, tmp_path)
+    recipe = Recipe.model_validate({**values, "seeds": {**values["seeds"], "only_new": True}})
+    stop = threading.Event()
+    stop.set()
+    assert make(recipe, 20, hooks=Hooks(stop=stop)).state == "stopped"
+    write_seeds(tmp_path, {"b": "two", "c": "three"})
+    make(recipe, 21)
+    make(recipe, 20)
+    assert sorted((r["night"][-2:], r["seed_id"]) for r in rows_of(recipe)) == [
+        ("20", "a"),
+        ("21", "b"),
+        ("21", "c"),
+    ]
+    late = Archive.of(recipe).night("2026-11-20")
+    assert late is not None
+    assert late.seeds_skipped == {"used by another night meanwhile": 1}
+
+
+@pytest.mark.s3
+def test_a_night_on_s3(tiny_models: TinyModels, tmp_path: Path, s3_env: S3Server) -> None:
+    s3_env.client().create_bucket(Bucket="nights")
+    write_seeds(tmp_path, {"a": "one", "b": "two"})
+    values = small_recipe(tiny_models, tmp_path, output="s3://nights/small")
+    values["job"]["s3"] = {"endpoint": s3_env.endpoint}
+    recipe = Recipe.model_validate(values)
+    assert make(recipe, 20).state == "published"
+    assert make(recipe, 20).state == "unchanged"
+    archive = Archive.of(recipe)
+    night = archive.night("2026-11-20")
+    assert night is not None
+    assert [archive.table(file["name"]).num_rows for file in night.files] == [
+        file["rows"] for file in night.files
+    ]
+    assert night.total_rows == 2
+    assert "2026-11-20" in (archive.folder.read("README.md") or b"").decode()
 
 
 def test_a_changed_column_is_refused(tiny_models: TinyModels, tmp_path: Path) -> None:
