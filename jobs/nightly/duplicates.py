@@ -24,6 +24,9 @@ from jobs.nightly.recipe import DuplicatesFilter
 from pipeline.manifest import table_bytes
 
 _SCHEME = "affine32"  # datasketch's; signatures of another are not comparable
+_LSH_WEIGHTS = (0.1, 0.9)
+"""How bad it is to look at a text in vain, and to miss one; signatures make up for the former."""
+
 _SETTINGS = b"specbatch.duplicates"
 
 
@@ -57,7 +60,9 @@ class DuplicateIndex:
         self.config = config
         self.removed: Counter[str] = Counter()
         self._exact: set[bytes] = set()
-        self._lsh = MinHashLSH(threshold=config.threshold, num_perm=config.permutations)
+        self._lsh = MinHashLSH(
+            threshold=config.threshold, num_perm=config.permutations, weights=_LSH_WEIGHTS
+        )
         self._signatures: list[Any] = []  # uint32 [permutations] each
         self._mine: list[tuple[bytes, Any | None]] = []
 
