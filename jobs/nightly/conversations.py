@@ -29,8 +29,11 @@ from pipeline.storage import Folder
 MESSAGE = pa.struct({"role": pa.string(), "content": pa.string()})
 
 _PLAN, _SKIPPED = "plan.parquet", b"specbatch.skipped"
-_INPUT_SCHEMA = pa.schema({"conversation": pa.string(), "messages": pa.list_(MESSAGE)})
-_READ = (ROW_ID, "conversation", "completion", "finish_reason", "prompt_tokens", "output_tokens")
+CONVERSATION = "conversation"
+"""Column of a turn's job that names the conversation; of its prompt, in the first turn."""
+
+_INPUT_SCHEMA = pa.schema({CONVERSATION: pa.string(), "messages": pa.list_(MESSAGE)})
+_READ = (ROW_ID, CONVERSATION, "completion", "finish_reason", "prompt_tokens", "output_tokens")
 
 OnTurn = Callable[[int], OnProgress | None]
 """Called with a turn's number before its job; returns whom to tell of its progress."""
@@ -195,7 +198,7 @@ def _asked(
 def _write_input(work: WorkFolder, turn: int, asked: dict[str, Conversation]) -> None:
     if turn == 1:  # the samples of a prompt are one row of the job, which shares their prefill
         asked = {each.stem: each for each in asked.values() if each.sample == 0}
-    rows = [{"conversation": name, "messages": each.messages} for name, each in asked.items()]
+    rows = [{CONVERSATION: name, "messages": each.messages} for name, each in asked.items()]
     work.keep_table(work.input(turn), pa.Table.from_pylist(rows, schema=_INPUT_SCHEMA))
 
 
@@ -239,7 +242,7 @@ def _answered(asked: dict[str, Conversation], output: Folder, turn: int) -> Iter
             table = pq.read_table(file, columns=list(_READ))
         for row in table.to_pylist():
             sample = row[ROW_ID].rpartition(":")[2]
-            name = row["conversation"] if turn > 1 else f"{row['conversation']}/{sample}"
+            name = row[CONVERSATION] if turn > 1 else f"{row[CONVERSATION]}/{sample}"
             if (conversation := asked.get(name)) is None:
                 continue  # its seed was used by another night after this turn began
             conversation.completions.append(row["completion"])

@@ -1,12 +1,13 @@
 """What a night teaches: a better draft, a better head, or the knowledge that neither is one.
 
-A candidate learns from the night's outputs, except those of prompts whose hash is in the held-out
-share: no candidate of any night learns from these. On them it is compared with the pair in use
-(`compare`), and adopted only if it is surely better.
+A candidate learns from the night's outputs, except those of conversations whose hash is in the
+held-out share: the same seed and template are held out in every night. On these it is compared with
+the pair in use (`compare`), and adopted only if it is surely better.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ import torch
 
 from jobs.nightly.archive import Archive, Night, WorkFolder
 from jobs.nightly.compare import Comparison, Side, compare
+from jobs.nightly.conversations import CONVERSATION
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.versions import Version, models_folder, read_versions, write_versions
 from pipeline import manifest
@@ -33,7 +35,7 @@ from specdec.request import Request
 from specdec.tracing import Text
 from specdec.training.collect import Labels, LabelSettings, assign_parts, collect
 from specdec.training.distill import distill
-from specdec.training.examples import Example, split
+from specdec.training.examples import Example
 from specdec.training.head import HeadSettings, calibrate, evaluate, train_head
 from specdec.training.settings import Settings, Watch
 from specdec.training.student import DistillError, Student
@@ -53,13 +55,11 @@ class Lesson:
     Attributes:
         learn: to learn from.
         held_out: to compare on.
-        all: both, for what splits them itself, by the same hash.
         sampling: as in the night's jobs.
     """
 
     learn: list[Example]
     held_out: list[Text]
-    all: list[Example]
     sampling: SamplingConfig
 
 
@@ -154,18 +154,28 @@ def _lesson(recipe: Recipe, archive: Archive, night: Night, pair: ModelPair) -> 
     work = WorkFolder(archive, Date.fromisoformat(night.date), night.mark)
     outputs = [work.output(turn) for turn in range(1, recipe.most_turns + 1)]
     jobs = [open_job(o.url, o.s3) for o in outputs if manifest.committed_ids(o)]
-    found = [(job, e) for job in jobs for e in read_examples(job, pair.tokenizer)]
-    # A hash mixes the turns and templates, so that the first so many are a fair sample.
-    found.sort(key=lambda each: each[1].digest)
-    examples = [example for _, example in found]
-    learn, held_out = split(examples, settings.held_out)
-    learn = learn[: settings.rows]
-    held = {id(example) for example in held_out[: settings.compare_rows]}
-    texts = [_text(job, example) for job, example in found if id(example) in held]
+    learn: list[Example] = []
+    texts: list[tuple[str, Text]] = []
+    for turn, job in enumerate(jobs, start=1):
+        for example in read_examples(job, pair.tokenizer, by=CONVERSATION):
+            # From the second turn on a row's name ends with the sample.
+            stem = example.group if turn == 1 else example.group.rpartition("/")[0]
+            if _draw(stem) < settings.held_out:
+                texts.append((example.digest, _text(job, example)))
+            else:
+                learn.append(example)
+    # A hash mixes turns and templates, so that the first so many are a fair sample.
+    learn = sorted(learn, key=lambda example: example.digest)[: settings.rows]
+    texts = sorted(texts, key=lambda each: each[0])[: settings.compare_rows]
     prompts = {example.prompt_ids for example in learn}
     if len(prompts) < _LEAST_LEARN or len(texts) < _LEAST_HELD_OUT:
         return None
-    return Lesson(learn, texts, [*learn, *held_out], jobs[0].sampling)
+    return Lesson(learn, [text for _, text in texts], jobs[0].sampling)
+
+
+def _draw(stem: str) -> float:
+    """A number from 0 to 1 that a seed and template have for ever."""
+    return int.from_bytes(hashlib.sha256(f"held out:{stem}".encode()).digest()[:8], "big") / 2**64
 
 
 def _text(job: JobOutput, example: Example) -> Text:
@@ -293,7 +303,7 @@ def _distill(recipe: Recipe, before: Version, lesson: Lesson, folder: Path) -> d
     assert before.draft is not None, "the recipe has a draft"
     arguments = {
         "draft": before.draft,
-        "examples": digest(sorted(example.digest for example in lesson.all)),
+        "examples": digest(sorted(example.digest for example in lesson.learn)),
         **settings.model_dump(include={"draft_epochs", "draft_minutes", "draft_lr", "held_out"}),
     }
     space = Workspace(folder)
@@ -305,7 +315,7 @@ def _distill(recipe: Recipe, before: Version, lesson: Lesson, folder: Path) -> d
         card = distill(
             pair,
             Student.from_draft(pair, before.draft, trust_remote_code=models.trust_remote_code),
-            space.examples() or lesson.all,
+            space.examples() or lesson.learn,
             Settings(
                 epochs=settings.draft_epochs,
                 minutes=settings.draft_minutes,

@@ -92,8 +92,9 @@ def _all(
                 _learn(recipe, archive, night, status, hooks)
             except LockLost:
                 raise
-            except (JobStopped, KeyboardInterrupt):
-                status.book(name, "stopped", "stopped; the same command goes on from there")
+            except (JobStopped, KeyboardInterrupt) as error:
+                why = str(error) or "it was asked to stop"
+                status.book(name, "stopped", f"{why}; the same command goes on from there")
                 break
             except Exception as error:
                 status.book(name, "failed", _words(error))
