@@ -56,6 +56,7 @@ def test_versions_and_the_way_back(tiny_models: TinyModels, tmp_path: Path) -> N
     assert (other.current, other.in_use.draft) == (0, tiny_models.target)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_a_night_teaches_head_and_draft(tiny_models: TinyModels, tmp_path: Path) -> None:

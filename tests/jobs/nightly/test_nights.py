@@ -135,7 +135,11 @@ def test_the_same_conversation_is_not_published_twice(
     values = small_recipe(tiny_models, tmp_path, seeds={"paths": [str(tmp_path / "seeds.jsonl")]})
     values["job"]["sampling"] = {"max_new_tokens": 8, "temperature": 0}
     recipe = Recipe.model_validate(values)
-    make(recipe, 20, 21)
+    make(recipe, 20)
+    # An index that is lost, or of other settings, is made anew from what is published.
+    for file in Path(recipe.output, "_nightly/index").iterdir():
+        file.unlink()
+    make(recipe, 21)
     archive = Archive.of(recipe)
     first, second = archive.night("2026-11-20"), archive.night("2026-11-21")
     assert first is not None
@@ -144,15 +148,9 @@ def test_the_same_conversation_is_not_published_twice(
     assert second.total_rows == 0
     removed = {each["name"]: each["removed"] for each in second.filters}
     assert removed["exact duplicate"] == 3
-    # An index that is lost, or of other settings, is made anew from what is published.
-    for file in Path(recipe.output, "_nightly/index").iterdir():
-        file.unlink()
-    make(recipe, 22)
-    third = archive.night("2026-11-22")
-    assert third is not None
-    assert third.total_rows == 0
 
 
+@pytest.mark.slow
 def test_seeds_that_another_night_used_meanwhile(tiny_models: TinyModels, tmp_path: Path) -> None:
     write_seeds(tmp_path, {"a": "one", "b": "two"})
     values = small_recipe(tiny_models, tmp_path)
