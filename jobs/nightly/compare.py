@@ -109,7 +109,7 @@ def compare(
         _replay(side, found, clock, job, live)
         for side, found, clock in zip(sides, traces, clocks, strict=True)
     ]
-    simulated = faster(*replays)
+    simulated = faster(replays[0], replays[1])
     speedups = (None, None)
     if control_share:
         speedups = tuple(_run(side, texts, job, control_share) for side in sides)  # type: ignore[assignment]
