@@ -129,7 +129,7 @@ class DuplicatesFilter(_Settings):
 
     exact: bool = Field(default=True, description="the same messages but for case and white space")
     near: bool = Field(default=True, description="completions that share most of their n-grams")
-    threshold: float = Field(default=0.7, gt=0, lt=1, description="Jaccard similarity")
+    threshold: float = Field(default=0.6, gt=0, lt=1, description="Jaccard similarity")
     shingle: int = Field(default=3, ge=1, description="words of an n-gram")
     permutations: int = Field(default=128, ge=16, le=1024, description="of MinHash")
     min_words: int = Field(default=10, ge=1, description="shorter ones are compared exactly only")

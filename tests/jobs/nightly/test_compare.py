@@ -38,7 +38,7 @@ JOB = JobConfig.model_validate(
 def pair() -> TinyPair:
     torch.set_num_threads(1)
     target = tiny_model("llama")
-    return make_pair(target, noisy_copy(target, 0.15))
+    return make_pair(target, noisy_copy(target, 0.06))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def texts(pair: TinyPair) -> list[Text]:
 
 @pytest.fixture(scope="module")
 def heads(pair: TinyPair, texts: list[Text]) -> dict[str, AcceptanceHead]:
-    """A trained head, and one that thinks the opposite."""
+    """A trained head, and one that expects every candidate to be rejected, and so stops at once."""
     learn = [Example(t.request.id, t.request.prompt_ids, t.output_ids) for t in texts[:40]]
     parts = assign_parts([example.prompt_ids for example in learn])
     settings = LabelSettings(SAMPLING, mixing=0.0)
@@ -61,17 +61,17 @@ def heads(pair: TinyPair, texts: list[Text]) -> dict[str, AcceptanceHead]:
     good, _ = calibrate(train_head(labels, HeadSettings(depth=1, epochs=8)), labels)
     poor = copy.deepcopy(good)
     for layer in (poor.before, poor.after):
-        layer.weight.data.neg_()
-        layer.bias.data.neg_()
+        layer.weight.data.zero_()
+        layer.bias.data.fill_(-20)
     return {"good": good.eval(), "poor": poor.eval()}
 
 
 @pytest.fixture(scope="module")
 def costs() -> tuple[CostModel, CostModel]:
-    """A GPU's kind of curves: a draft step is a tenth of a verification of any length."""
+    """A GPU's kind of curves: a draft step is a twentieth of a verification of any length."""
 
     def made() -> CostModel:
-        return CostModel(CostTable([1, 64], [0.1, 0.1]), CostTable([1, 64], [1.0, 1.0]))
+        return CostModel(CostTable([1, 64], [0.05, 0.05]), CostTable([1, 64], [1.0, 1.0]))
 
     return made(), made()
 
