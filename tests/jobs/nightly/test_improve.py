@@ -60,7 +60,7 @@ def test_versions_and_the_way_back(tiny_models: TinyModels, tmp_path: Path) -> N
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_a_night_teaches_head_and_draft(tiny_models: TinyModels, tmp_path: Path) -> None:
-    write_seeds(tmp_path, {f"w{i}": f"word {i}" for i in range(16)})
+    write_seeds(tmp_path, {f"w{i}": f"word {i}" for i in range(24)})
     values = small_recipe(
         tiny_models,
         tmp_path,
@@ -68,7 +68,7 @@ def test_a_night_teaches_head_and_draft(tiny_models: TinyModels, tmp_path: Path)
         improve={
             "head": True,
             "draft": True,
-            "held_out": 0.4,
+            "held_out": 0.5,
             "head_depth": 1,
             "head_epochs": 2,
             "draft_epochs": 1,
