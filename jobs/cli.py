@@ -14,6 +14,7 @@ from jobs import render as render_commands
 from jobs.console import err, explained, out, stop_signals
 from jobs.explain import explain
 from jobs.grafana import grafana
+from jobs.nightly.cli import nightly
 from jobs.plan import plan
 from jobs.profile import profile as profile_command
 from jobs.report_command import ReportCommand, page_at_the_end, page_of, report
@@ -211,6 +212,7 @@ app.command()(distill)
 app.command()(grafana)
 app.command()(train_head)
 app.command()(profile_command)
+app.add_typer(nightly)
 
 
 def _version(value: bool) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -22,6 +22,8 @@ _OWN_WORDS = {
     "string_unicode": "must be text without half characters",
 }
 """What to say instead of pydantic's words, by its type of error."""
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class JobFileError(UserError):
@@ -42,11 +44,32 @@ def load_job(file: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     Raises:
         JobFileError: it cannot be read, is not YAML, or says what it may not.
     """
+    return load_settings(file, overrides, JobConfig, resolve_job_paths)
+
+
+Resolve = Callable[[Mapping[str, Any], Path], dict[str, Any]]
+"""Makes paths that are relative to a folder absolute; what it is given may be wrong in any way."""
+
+
+def load_settings(
+    file: str | Path, overrides: Sequence[str], model: type[Settings], resolve: Resolve
+) -> Settings:
+    """Read a YAML file of any settings.
+
+    Args:
+        file: the file.
+        overrides: as of `load_job`.
+        model: what the file describes.
+        resolve: how paths in it are found.
+
+    Raises:
+        JobFileError: as of `load_job`.
+    """
     file = Path(file)
-    job = _read(file)
-    if not isinstance(job, dict):
+    values = _read(file)
+    if not isinstance(values, dict):
         raise JobFileError(f"{file}: not a job file: its top level must be keys and values")
-    return build_job(job, file.resolve().parent, overrides, str(file))
+    return _build(values, file.resolve().parent, overrides, str(file), model, resolve)
 
 
 def build_job(
@@ -63,18 +86,37 @@ def build_job(
     Raises:
         JobFileError: it says what it may not.
     """
-    job = _resolve_paths(job, folder)
+    return _build(job, folder, overrides, source, JobConfig, resolve_job_paths)
+
+
+def _build(
+    values: Mapping[str, Any],
+    folder: Path,
+    overrides: Sequence[str],
+    source: str,
+    model: type[Settings],
+    resolve: Resolve,
+) -> Settings:
+    values = resolve(values, folder)
     for override in overrides:
-        job = _merged(job, _resolve_paths(_parse_override(override), Path.cwd()))
-    if isinstance(prices := job.get("prices"), str):
-        job = {**job, "prices": load_prices(prices).model_dump()}
+        values = _merged(values, resolve(_parse_override(override), Path.cwd()))
+    values = _with_prices(values)
+    if isinstance(job := values.get("job"), dict):  # of a recipe
+        values["job"] = _with_prices(job)
     try:
-        return JobConfig.model_validate(job)
+        return model.model_validate(values)
     except ValidationError as error:
-        lines = [f"{source}: {line}" for line in explain(error)]
+        lines = [f"{source}: {line}" for line in explain(error, model)]
         if (more := len(lines) - _MOST_LINES) > 0:
             lines = [*lines[:_MOST_LINES], f"{source}: and {more} more"]
         raise JobFileError("\n".join(lines)) from None
+
+
+def _with_prices(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The job with its price table read, if it names a file."""
+    if isinstance(prices := job.get("prices"), str):
+        return {**job, "prices": load_prices(prices).model_dump()}
+    return dict(job)
 
 
 def _read(file: Path, what: str = "job file") -> Any:
@@ -168,7 +210,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------- paths
 
 
-def _resolve_paths(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def resolve_job_paths(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """`job` with paths that are relative to `folder` made absolute; it may be wrong in any way."""
     result = dict(job)
     for key in ("output", "prices"):
@@ -249,6 +291,8 @@ def _unknown_key(location: Sequence[str], model: type[BaseModel]) -> str:
 def _keys(section: Iterable[str], model: type[BaseModel]) -> list[str]:
     """The keys that a section of a file may have."""
     for name in section:
+        if name.isdigit():  # a place in a list, whose items were looked into already
+            continue
         field = model.model_fields.get(name)
         if field is None:  # the name of an actor group
             continue

@@ -1,0 +1,302 @@
+"""`specbatch nightly`: a dataset every night."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+from jobs.console import FAILURE, INTERRUPTED, err, explained, out, stop_signals
+from pipeline.errors import UserError, nearest
+
+if TYPE_CHECKING:  # pipeline.run imports Ray, which takes seconds, and `--help` needs none of it
+    from jobs.nightly.nights import Dates, Hooks
+    from jobs.nightly.recipe import Recipe
+    from jobs.nightly.status import Status
+
+_COLOURS = {"published": "green", "unchanged": "dim", "stopped": "yellow", "failed": "bold red"}
+
+
+class _RunByDefault(TyperGroup):
+    """`specbatch nightly recipe.yaml` is `specbatch nightly run recipe.yaml`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+nightly = typer.Typer(
+    name="nightly",
+    cls=_RunByDefault,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Make a dataset every night: seeds and templates to clean, documented conversations.\n\n"
+    "[bold]specbatch nightly recipe.yaml[/] makes tonight's partition, and those of nights that "
+    "were missed (the command [bold]run[/], which may be left out).",
+    epilog="Examples: specbatch nightly recipe.yaml --date 2026-11-23 · "
+    "specbatch nightly trend recipe.yaml · specbatch nightly rollback recipe.yaml",
+)
+
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="The recipe file (YAML).", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the recipe: --set seeds.per_night=20",
+        show_default=False,
+    ),
+]
+
+
+@nightly.command()
+def run(
+    file: RecipeFile,
+    overrides: Overrides = None,
+    date: Annotated[
+        str | None,
+        typer.Option(
+            help="The night, YYYY-MM-DD, and no other.", show_default="tonight, after missed ones"
+        ),
+    ] = None,
+    first: Annotated[
+        str | None, typer.Option("--from", help="First night of a back-fill.", show_default=False)
+    ] = None,
+    last: Annotated[
+        str | None, typer.Option("--to", help="Its last night.", show_default="tonight")
+    ] = None,
+    catch_up: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Missed nights to make up before, at most.",
+            show_default="recipe's; with --date: 0",
+        ),
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")
+    ] = False,
+) -> None:
+    """Publish a night's partition, unless it is published.
+
+    A night is published as a whole or not at all. A run that was killed goes on where it was when
+    the same command is given again. Two runs never work on one dataset at a time. How the last run
+    went is in _nightly/status.json of the dataset's folder; the exit code is 0 if all nights are
+    published, 1 if one failed, 2 for a mistake in the recipe, 130 if it was stopped.
+
+    [bold]Examples[/]
+
+      specbatch nightly recipe.yaml
+
+      specbatch nightly recipe.yaml --date 2026-11-23
+
+      specbatch nightly recipe.yaml --from 2026-11-01 --to 2026-11-20
+    """
+    with explained("What is published stays; the same command goes on from here."):
+        from jobs.nightly.recipe import load_recipe
+
+        recipe = load_recipe(file, overrides or [])
+        dates = _dates(recipe, date, first, last, catch_up)
+        from jobs.nightly.nights import run_nights
+
+        with stop_signals() as stop, _hooks(stop, quiet) as hooks:
+            status = run_nights(recipe, dates, hooks)
+        if not quiet:
+            _show(recipe, status)
+    if status.state in ("failed", "stopped"):
+        raise typer.Exit(FAILURE if status.state == "failed" else INTERRUPTED)
+
+
+def _dates(
+    recipe: Recipe, date: str | None, first: str | None, last: str | None, catch_up: int | None
+) -> Dates:
+    """Which nights the options ask for."""
+    from jobs.nightly.dates import between, due, parse_date, today
+
+    if date is not None and (first is not None or last is not None):
+        raise UserError("give --date, or --from and --to, not both")
+    if last is not None and first is None:
+        raise UserError("--to needs --from")
+    tonight = today(recipe.schedule)
+    if first is not None:
+        end = parse_date(last, "--to") if last is not None else tonight
+        nights = between(parse_date(first, "--from"), end)
+        return lambda archive: nights
+    the_night = parse_date(date) if date is not None else tonight
+    usual = recipe.catch_up if date is None else 0
+    most = usual if catch_up is None else catch_up
+    return lambda archive: due(recipe.schedule, archive.dates(), the_night, most)
+
+
+@contextmanager
+def _hooks(stop: Any, quiet: bool) -> Iterator[Hooks]:
+    from jobs.nightly.nights import Hooks
+
+    if quiet:
+        yield Hooks(stop=stop)
+        return
+    from jobs.display import progress_bar
+
+    with progress_bar(err) as show:
+        yield Hooks(
+            on_night=lambda date: err.print(f"night of {date}", highlight=False),
+            on_turn=lambda turn: show,
+            on_learning=lambda stage: err.print(stage, highlight=False, soft_wrap=True),
+            stop=stop,
+        )
+
+
+def _show(recipe: Recipe, status: Status) -> None:
+    for date, night in status.nights.items():
+        colour = _COLOURS[night["state"]]
+        text = f"{date}  [{colour}]{night['state']}[/]  {escape(night['message'])}"
+        out.print(text, highlight=False, soft_wrap=True)
+        if night.get("learned"):
+            out.print(f"            {escape(night['learned'])}", highlight=False, soft_wrap=True)
+    if status.not_told:
+        err.print(f"[yellow]{escape(status.not_told)}[/]", highlight=False, soft_wrap=True)
+    out.print(f"\nDataset: {escape(recipe.output)}", highlight=False, soft_wrap=True)
+
+
+@nightly.command()
+def trend(
+    file: RecipeFile,
+    overrides: Overrides = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON array instead of a table.")
+    ] = False,
+) -> None:
+    """Show how acceptance, block efficiency, speedup and cost went from night to night.
+
+    [bold]Example[/]
+
+      specbatch nightly trend recipe.yaml
+    """
+    with explained():
+        from jobs.nightly.archive import Archive
+        from jobs.nightly.recipe import load_recipe
+        from jobs.nightly.report import TREND, trend_of, trend_rows
+
+        nights = Archive.of(load_recipe(file, overrides or [])).nights()
+        if as_json:
+            print(json.dumps([trend_of(night) for night in nights]))
+            return
+        out.print(_table(TREND, trend_rows(nights)))
+
+
+@nightly.command()
+def status(file: RecipeFile, overrides: Overrides = None) -> None:
+    """Print how the last run went, as JSON.
+
+    [bold]Example[/]
+
+      specbatch nightly status recipe.yaml | jq -r .message
+    """
+    with explained():
+        from jobs.nightly.archive import ROOT, Archive
+        from jobs.nightly.recipe import load_recipe
+
+        recipe = load_recipe(file, overrides or [])
+        found = Archive.of(recipe).folder.read(f"{ROOT}/status.json")
+        if found is None:
+            raise UserError(f"{recipe.output}: no run yet; begin with specbatch nightly {file}")
+        out.print_json(found.decode())
+
+
+@nightly.command()
+def versions(file: RecipeFile, overrides: Overrides = None) -> None:
+    """List the drafts and heads that were adopted, and the one in use.
+
+    [bold]Example[/]
+
+      specbatch nightly versions recipe.yaml
+    """
+    with explained():
+        from jobs.nightly.recipe import load_recipe
+        from jobs.nightly.versions import listed, read_versions
+
+        found = read_versions(load_recipe(file, overrides or []))
+        out.print(_table(("version", "draft", "head", "night", "why"), listed(found)))
+
+
+@nightly.command()
+def rollback(
+    file: RecipeFile,
+    overrides: Overrides = None,
+    to: Annotated[
+        int | None,
+        typer.Option(help="Number of a version; 0: the recipe's own.", show_default="before"),
+    ] = None,
+) -> None:
+    """Go back to the draft and head that were in use before; the next night runs with them.
+
+    [bold]Examples[/]
+
+      specbatch nightly rollback recipe.yaml
+
+      specbatch nightly rollback recipe.yaml --to 0
+    """
+    with explained("Nothing has changed."):
+        from jobs.nightly.recipe import load_recipe
+        from jobs.nightly.versions import roll_back
+
+        version, number = roll_back(load_recipe(file, overrides or []), to)
+        out.print(
+            f"version {number} is in use: draft {version.draft}, head {version.head or 'none'}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+@nightly.command()
+def render(
+    kind: Annotated[
+        str, typer.Argument(help="cron, kubernetes, kuberay or airflow", show_default=False)
+    ],
+    file: RecipeFile,
+    overrides: Overrides = None,
+    image: Annotated[
+        str, typer.Option(help="Container image with specbatch, for Kubernetes.")
+    ] = "specbatch:latest",
+    address: Annotated[
+        str, typer.Option(help="Ray cluster that is there already, for kubernetes.")
+    ] = "ray://ray-head:10001",
+) -> None:
+    """Print the recipe's schedule for what runs it; install nothing.
+
+    cron: a line for crontab. kubernetes: a CronJob that uses a Ray cluster. kuberay: a RayCronJob
+    that brings up a cluster for the night. airflow: a DAG.
+
+    [bold]Examples[/]
+
+      specbatch nightly render cron recipe.yaml
+
+      specbatch nightly render kuberay recipe.yaml --image registry/specbatch:1 | kubectl apply -f -
+    """
+    with explained():
+        from jobs.nightly.recipe import load_recipe
+        from jobs.nightly.schedule import KINDS, Scheduled
+        from jobs.nightly.schedule import render as rendered
+
+        if kind not in KINDS:
+            raise UserError(f"{kind}: {nearest(kind, KINDS)}")
+        recipe = load_recipe(file, overrides or [])
+        print(rendered(kind, Scheduled(recipe, file, image, address)), end="")
+
+
+def _table(names: Any, rows: Any) -> Table:
+    table = Table(*names, box=None, padding=(0, 2), header_style="bold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table

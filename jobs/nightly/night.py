@@ -1,0 +1,182 @@
+"""One night from end to end: plan, converse, filter, publish."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import asdict
+from datetime import date as Date
+from pathlib import Path
+from typing import Any
+
+from jobs.nightly.archive import CARD, ROOT, Archive, Night, WorkFolder
+from jobs.nightly.card import card
+from jobs.nightly.conversations import Generated, OnTurn, generate, keep_plan, kept_plan
+from jobs.nightly.duplicates import DuplicateIndex
+from jobs.nightly.filters import TextFilters
+from jobs.nightly.lock import Lock
+from jobs.nightly.publish import (
+    Partition,
+    check_columns,
+    commit,
+    described,
+    make_partition,
+    partition_schema,
+)
+from jobs.nightly.recipe import Recipe
+from jobs.nightly.report import night_report
+from jobs.nightly.seeds import pick
+from jobs.nightly.status import now
+from jobs.nightly.versions import Version, read_versions
+from pipeline.config import JobConfig
+from pipeline.models import head_identity, model_identity
+from pipeline.stats import summarise
+
+_MODELS = "models.json"
+_SUMMARY_LEFT_OUT = ("calibration",)
+
+
+def make_night(
+    recipe: Recipe,
+    archive: Archive,
+    date: Date,
+    lock: Lock,
+    *,
+    on_turn: OnTurn | None = None,
+    stop: threading.Event | None = None,
+) -> tuple[Night, bool]:
+    """Publish a night, unless it is published.
+
+    Args:
+        recipe: the recipe.
+        archive: its dataset.
+        date: the night's.
+        lock: the dataset's, held.
+        on_turn, stop: as in `generate`.
+
+    Returns:
+        The night, and whether this call published it.
+
+    Raises:
+        UserError, JobStopped, JobFailed: as in `run_job`. The same call goes on from there; what
+            is published stays as it is.
+    """
+    if (there := archive.night(date.isoformat())) is not None:
+        return there, False
+    nights = archive.nights()
+    work = WorkFolder(archive, date, recipe.mark)
+    filters = TextFilters(recipe.filters)
+    used = archive.used_seeds() if recipe.seeds.only_new else {}
+    if (picked := kept_plan(work)) is None:
+        new = pick(recipe, date, used)
+        check_columns(partition_schema(recipe, new.schema), nights)
+        keep_plan(work, new)
+        picked = kept_plan(work) or new
+    picked = picked.without(used)  # what other nights published since this one was begun
+    schema = partition_schema(recipe, picked.schema)
+    check_columns(schema, nights)
+    job = _kept_version(recipe, work).apply(recipe.job)
+    made = generate(recipe, job, work, picked.prompts, filters, on_turn=on_turn, stop=stop)
+
+    duplicates = None
+    kept = made.conversations
+    if recipe.filters.duplicates is not None:
+        duplicates = DuplicateIndex(recipe.filters.duplicates)
+        duplicates.load(archive, nights)
+        kept = [each for each in kept if duplicates.keep(each.messages, each.text)]
+    models = _models(job)
+    partition = make_partition(recipe, date.isoformat(), schema, kept, models["target"])
+    night = Night(
+        date=date.isoformat(),
+        mark=recipe.mark,
+        published=now(),
+        seeds=picked.seeds,
+        conversations=made.begun,
+        lost=dict(made.lost),
+        filters=_filters(filters, duplicates),
+        columns=described(schema),
+        models=models,
+        sampling=job.sampling.model_dump(mode="json"),
+        seeds_skipped=dict(picked.skipped),
+        **_contents(partition),
+        **_cost(recipe, made),
+    )
+    lock.check()
+    published = commit(archive, partition, night, picked.prompts, duplicates)
+    return (night, True) if published else (archive.night(night.date) or night, False)
+
+
+def _kept_version(recipe: Recipe, work: WorkFolder) -> Version:
+    """The draft and head in use when the night was begun: a resume goes on with them."""
+    mine = read_versions(recipe).in_use
+    work.folder.put_if_absent(_MODELS, json.dumps(asdict(mine)).encode())
+    return Version(**json.loads(work.folder.read(_MODELS) or b"{}"))
+
+
+def _contents(partition: Partition) -> dict[str, Any]:
+    return {
+        "rows": partition.rows,
+        "files": partition.described(),
+        "examples": partition.examples,
+    }
+
+
+def _filters(texts: TextFilters, duplicates: DuplicateIndex | None) -> list[dict[str, Any]]:
+    counts = [
+        {"name": name, "matched": texts.matched[name], "removed": texts.removed[name]}
+        for name in texts.names
+    ]
+    if duplicates is not None:
+        found = duplicates.removed
+        counts += [
+            {"name": name, "matched": found[name], "removed": found[name]}
+            for name in duplicates.names
+        ]
+    return counts
+
+
+def _cost(recipe: Recipe, made: Generated) -> dict[str, Any]:
+    """The night in numbers, and in dollars: as its jobs state them, or from the recipe's price."""
+    summary = summarise(made.records)
+    dollars = made.dollars
+    if dollars is None and recipe.dollars_per_actor_hour is not None:
+        hours = sum(summary["phase_seconds"].values()) / 3600
+        dollars = hours * recipe.dollars_per_actor_hour
+    kept = {name: value for name, value in summary.items() if name not in _SUMMARY_LEFT_OUT}
+    return {"summary": kept, "dollars": dollars}
+
+
+def _models(job: JobConfig) -> dict[str, Any]:
+    """What the night ran with: names for people, and what pins the content."""
+    models, head = job.models, job.speculation.head
+    names = {"target": models.target, "draft": models.draft}
+    pins = {role: model_identity(name) for role, name in names.items() if name is not None}
+    if head is not None:
+        pins["head"] = {"digest": head_identity(head)}
+    return {
+        # A local path means nothing elsewhere; its last part may.
+        **{r: Path(n).name if n and Path(n).is_absolute() else n for r, n in names.items()},
+        "head": Path(head).name if head is not None else None,
+        "policy": job.speculation.policy,
+        "verification": job.speculation.verification,
+        "dtype": models.dtype,
+        "quantization": models.quantization,
+        "pins": pins,
+    }
+
+
+def refresh(recipe: Recipe, archive: Archive) -> list[Night]:
+    """Write the card anew, and the reports that are missing; a run may have died before it."""
+    nights = archive.nights()
+    archive.folder.put(CARD, card(recipe, nights).encode())
+    there = archive.folder.list(f"{ROOT}/reports")
+    for night in nights:
+        if f"{night.date}.md" not in there:
+            write_report(recipe, archive, night)
+    return nights
+
+
+def write_report(recipe: Recipe, archive: Archive, night: Night) -> None:
+    """Write a night's report, with what became of the models that it taught."""
+    text = night_report(recipe, night, archive.improvement(night.date))
+    archive.folder.put(f"{ROOT}/reports/{night.date}.md", text.encode())

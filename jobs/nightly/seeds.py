@@ -1,0 +1,271 @@
+"""Which seeds a night uses, and what templates make of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import date as Date
+from itertools import islice
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+from jinja2.sandbox import SandboxedEnvironment
+
+from jobs.nightly.recipe import TEMPLATE_VARIABLES, Recipe
+from pipeline.errors import UserError, nearest
+from pipeline.listing import list_inputs
+from pipeline.source import read_units
+from pipeline.storage import is_s3, resolved
+from pipeline.units import FilePlan, plan_files
+
+_READ_ROWS = 4096
+_TRIED = 20
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A seed under a template: what conversations begin with.
+
+    Attributes:
+        seed_id, template: names.
+        digest: of the columns that the template uses.
+        seed: the seed's columns that templates use or the dataset keeps.
+    """
+
+    seed_id: str
+    template: str
+    digest: str
+    seed: dict[str, Any]
+
+
+@dataclass
+class Picked:
+    """What a night begins with.
+
+    Attributes:
+        prompts: in order.
+        seeds: how many seeds they are of.
+        schema: Arrow types of a seed's columns.
+        skipped: why seeds were left out, with how many.
+    """
+
+    prompts: list[Prompt]
+    seeds: int
+    schema: pa.Schema
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def without(self, used: Mapping[tuple[str, str], str]) -> Picked:
+        """This, without prompts that are used."""
+        left = [p for p in self.prompts if used.get((p.template, p.seed_id)) != p.digest]
+        gone = len(self.prompts) - len(left)
+        skipped = self.skipped + Counter({"used by another night meanwhile": gone})
+        return Picked(left, len({prompt.seed_id for prompt in left}), self.schema, skipped)
+
+
+def pick(recipe: Recipe, date: Date, used: Mapping[tuple[str, str], str]) -> Picked:
+    """Choose the seeds of a night.
+
+    With `only_new` they come in the order of the files, so that a long list is worked off night by
+    night. Otherwise, if there are more than `per_night`, the date draws them.
+
+    Args:
+        recipe: the recipe.
+        date: the night's.
+        used: what published nights used (`Archive.used_seeds`).
+
+    Raises:
+        UserError: no such files or columns, or a template that fails on the first seed.
+    """
+    settings = recipe.seeds
+    s3 = resolved(recipe.job.s3, used=any(map(is_s3, settings.paths)))
+    try:
+        plans = plan_files(list_inputs(settings.paths, s3), s3, _READ_ROWS)
+    except UserError as error:
+        raise UserError(str(error).replace("input.paths:", "seeds.paths:")) from None
+    schema = _schema(recipe, plans)
+    picked = Picked([], 0, schema)
+    groups = _groups(recipe, schema, plans, s3, picked.skipped)
+    if settings.only_new:
+        groups = _new_only(groups, used, picked.skipped)
+    if settings.per_night is not None and not settings.only_new:
+        drawn = sorted(groups, key=lambda group: _draw(date, group[0].seed_id))
+        groups = iter(drawn[: settings.per_night])
+    for group in groups:
+        if picked.seeds == settings.per_night:
+            break
+        picked.seeds += 1
+        picked.prompts += group
+    if picked.prompts:
+        _try_templates(recipe, picked.prompts, date)
+    return picked
+
+
+def _schema(recipe: Recipe, plans: list[FilePlan]) -> pa.Schema:
+    """The columns of seeds that are needed, with the types that fit all files."""
+    settings = recipe.seeds
+    needed = {c: f"templates.{t.name}" for t in recipe.templates for c in t.columns}
+    if not needed:
+        raise UserError(
+            "templates: none uses a column of the seeds, so that all conversations would begin "
+            "alike; use one, such as {{ question }}"
+        )
+    needed |= dict.fromkeys(settings.keep_columns, "seeds.keep_columns")
+    if settings.id_column is not None:
+        needed[settings.id_column] = "seeds.id_column"
+    parts = []
+    for plan in plans:
+        if not plan.rows:
+            continue
+        for column, where in needed.items():
+            if column not in plan.schema.names:
+                hint = nearest(column, [*plan.schema.names, *TEMPLATE_VARIABLES])
+                raise UserError(f"{where}: {plan.file.url} has no column {column!r}; {hint}")
+        parts.append(pa.schema([plan.schema.field(column) for column in needed]))
+    if not parts:
+        raise UserError("seeds.paths: the files have no rows")
+    try:
+        return pa.unify_schemas(parts, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise UserError(f"seeds.paths: the files' columns have different types: {error}") from None
+
+
+def _groups(
+    recipe: Recipe, schema: pa.Schema, plans: list[FilePlan], s3: Any, skipped: Counter[str]
+) -> Iterator[list[Prompt]]:
+    """Every seed once, as the prompts of all templates."""
+    named = recipe.seeds.id_column
+    uses = {template.name: template.columns for template in recipe.templates}
+    every = sorted({column for columns in uses.values() for column in columns})
+    seen: set[str] = set()
+    for plan in plans:
+        for unit in plan.units:
+            (read,) = read_units([unit], plan.schema if unit.format == "jsonl" else None, s3)
+            for number, row in enumerate(read.table.to_pylist()):
+                if number in read.raw_lines:
+                    skipped["not a JSON object"] += 1
+                    continue
+                seed = {column: row.get(column) for column in schema.names}
+                if named is not None and seed[named] is None:
+                    skipped[f"no {named}"] += 1
+                    continue
+                seed_id = str(seed[named]) if named is not None else _digest(seed, every)
+                if seed_id in seen:
+                    skipped["the same id or content as an earlier seed"] += 1
+                    continue
+                seen.add(seed_id)
+                yield [
+                    Prompt(seed_id, name, _digest(seed, columns), seed)
+                    for name, columns in uses.items()
+                ]
+
+
+def _new_only(
+    groups: Iterator[list[Prompt]], used: Mapping[tuple[str, str], str], skipped: Counter[str]
+) -> Iterator[list[Prompt]]:
+    for group in groups:
+        new = [p for p in group if used.get((p.template, p.seed_id)) != p.digest]
+        if new:
+            yield new
+        else:
+            skipped["used before"] += 1
+
+
+def _digest(seed: Mapping[str, Any], columns: list[str]) -> str:
+    text = json.dumps([[column, seed[column]] for column in columns], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _draw(date: Date, seed_id: str) -> bytes:
+    return hashlib.sha256(f"{date.isoformat()}:{seed_id}".encode()).digest()
+
+
+# --------------------------------------------------------------------- templates
+
+
+class TurnError(Exception):
+    """A template that cannot be rendered for a seed; the message says why."""
+
+
+class Templates:
+    """Renders the user's turns, in jinja2's sandbox.
+
+    Args:
+        recipe: with the templates.
+        date: the night's.
+    """
+
+    def __init__(self, recipe: Recipe, date: Date) -> None:
+        environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined)
+        make = environment.from_string
+        self._date = date.isoformat()
+        self._turns = {t.name: [make(text) for text in t.turns] for t in recipe.templates}
+        self._systems = {t.name: make(t.system) for t in recipe.templates if t.system is not None}
+
+    def turns(self, template: str) -> int:
+        """How many turns of the user a template has."""
+        return len(self._turns[template])
+
+    def messages(
+        self, template: str, seed: Mapping[str, Any], completions: list[str]
+    ) -> list[dict[str, str]]:
+        """The conversation up to the user's next turn.
+
+        Args:
+            template: its name.
+            seed: the seed's columns.
+            completions: of the turns so far.
+
+        Raises:
+            TurnError: jinja2 refuses, or the turn is empty.
+        """
+        messages = []
+        if (system := self._systems.get(template)) is not None:
+            messages.append(_message("system", self._render(system, seed, [])))
+        for number in range(len(completions) + 1):
+            text = self._render(self._turns[template][number], seed, completions[:number])
+            messages.append(_message("user", text))
+            if number < len(completions):
+                messages.append(_message("assistant", completions[number]))
+        return messages
+
+    def _render(
+        self, template: jinja2.Template, seed: Mapping[str, Any], completions: list[str]
+    ) -> str:
+        try:
+            text = template.render({**seed, "completions": completions, "date": self._date})
+        except Exception as error:  # a template may run into anything a seed holds
+            raise TurnError(f"{type(error).__name__}: {error}") from None
+        if not text.strip():
+            raise TurnError("it renders to nothing")
+        return text
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _try_templates(recipe: Recipe, prompts: list[Prompt], date: Date) -> None:
+    """Render every turn of every template for a few seeds: a wrong one should show at once.
+
+    Raises:
+        UserError: a turn fails for all of them.
+    """
+    templates = Templates(recipe, date)
+    for template in recipe.templates:
+        tried = list(islice((p.seed for p in prompts if p.template == template.name), _TRIED))
+        for turn in range(len(template.turns)):
+            reasons = [_failure(templates, template.name, seed, turn) for seed in tried]
+            if tried and all(reasons):
+                raise UserError(f"templates.{template.name}: turn {turn + 1}: {reasons[0]}")
+
+
+def _failure(templates: Templates, name: str, seed: Mapping[str, Any], turn: int) -> str | None:
+    try:
+        templates.messages(name, seed, ["(a completion)"] * turn)
+    except TurnError as error:
+        return str(error)
+    return None

@@ -1,0 +1,111 @@
+"""A night that teaches: candidates are compared, the record says why, and there is a way back."""
+
+from __future__ import annotations
+
+import json
+from datetime import date as Date
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import TinyModels
+from recipes import small_recipe, write_seeds
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from jobs.nightly.archive import Archive
+from jobs.nightly.nights import run_nights
+from jobs.nightly.recipe import Recipe
+from jobs.nightly.versions import Versions, read_versions, roll_back, write_versions
+from pipeline.errors import UserError
+
+
+def test_versions_and_the_way_back(tiny_models: TinyModels, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(small_recipe(tiny_models, tmp_path))
+    own = read_versions(recipe)
+    assert (own.current, own.in_use.draft, own.in_use.head) == (0, tiny_models.draft, None)
+    with pytest.raises(UserError, match="nothing before"):
+        roll_back(recipe)
+    one = own.with_adopted(tiny_models.draft, "/heads/1", "2026-11-20", "faster")
+    two = one.with_adopted(tiny_models.draft, "/heads/2", "2026-11-21", "faster still")
+    write_versions(recipe, two)
+    assert read_versions(recipe) == two
+    assert two.in_use.apply(recipe.job).speculation.head == "/heads/2"
+
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(small_recipe(tiny_models, tmp_path)))
+    call = CliRunner().invoke
+    result = call(app, ["nightly", "rollback", str(file)])
+    assert result.exit_code == 0
+    assert "version 1 is in use" in result.stdout
+    assert read_versions(recipe).in_use.head == "/heads/1"
+    # After a roll-back the next version is taught by the one in use, and that is what it replaces.
+    three = read_versions(recipe).with_adopted(None, "/heads/3", "2026-11-22", "")
+    write_versions(recipe, three)
+    assert roll_back(recipe)[1] == 1
+    assert roll_back(recipe)[1] == 0
+    assert roll_back(recipe, to=3)[0].head == "/heads/3"
+    assert "(in use)" in call(app, ["nightly", "versions", str(file)]).stdout
+    with pytest.raises(UserError, match="versions 0 to 3"):
+        roll_back(recipe, to=4)
+    # A recipe that names another draft has spoken.
+    changed = small_recipe(tiny_models, tmp_path)
+    changed["job"]["models"]["draft"] = tiny_models.target
+    other = read_versions(Recipe.model_validate(changed))
+    assert isinstance(other, Versions)
+    assert (other.current, other.in_use.draft) == (0, tiny_models.target)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_night_teaches_head_and_draft(tiny_models: TinyModels, tmp_path: Path) -> None:
+    write_seeds(tmp_path, {f"w{i}": f"word {i}" for i in range(24)})
+    values = small_recipe(
+        tiny_models,
+        tmp_path,
+        seeds={"paths": [str(tmp_path / "seeds.jsonl")], "id_column": "id"},
+        improve={
+            "head": True,
+            "draft": True,
+            "held_out": 0.5,
+            "head_depth": 1,
+            "head_epochs": 2,
+            "draft_epochs": 1,
+            "draft_minutes": 0.1,
+        },
+    )
+    values["job"]["speculation"] = {"policy": "goodput", "k_max": 3}
+    values["job"]["unit_rows"] = 8
+    recipe = Recipe.model_validate(values)
+    status = run_nights(recipe, lambda archive: [Date(2026, 11, 20)])
+    assert status.state == "published", status.message
+    record = Archive.of(recipe).improvement("2026-11-20")
+    assert record is not None
+    draft = record["candidates"][0]
+    assert draft["what"].startswith("draft draft-2026-11-20 with head-2026-11-20-of-draft")
+    report = Path(recipe.output, "_nightly/reports/2026-11-20.md").read_text()
+    versions = read_versions(recipe)
+    for candidate in record["candidates"]:
+        assert "held-out rows" in candidate["why"]
+        assert candidate["why"] in report
+        found = candidate["comparison"]
+        assert found["adopted"] == (candidate["decision"] == "adopted")
+        if found["adopted"]:
+            assert found["simulated"]["low"] > 1
+    adopted = [c for c in record["candidates"] if c["decision"] == "adopted"]
+    assert len(versions.known) == 1 + len(adopted)
+    # Only what was adopted is kept.
+    kept = {p.name for p in Path(recipe.output, "_nightly/models").iterdir() if p.is_dir()}
+    names = {Path(p).name for p in (versions.in_use.head, versions.in_use.draft) if p}
+    assert kept - {"_specbatch"} == (names if adopted else set())
+
+    # The same night does not teach twice; the next one runs with what is in use.
+    run_nights(recipe, lambda archive: [Date(2026, 11, 20)])
+    assert Archive.of(recipe).improvement("2026-11-20") == record
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values))
+    trend = CliRunner().invoke(app, ["nightly", "trend", str(file), "--json"])
+    (night,) = json.loads(trend.stdout)
+    assert night["night"] == "2026-11-20"
+    assert night["dollars_per_million"] > 0

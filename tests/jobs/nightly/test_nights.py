@@ -1,0 +1,212 @@
+"""Whole nights with tiny models, in this process."""
+
+from __future__ import annotations
+
+import json
+import threading
+from datetime import date as Date
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import S3Server, TinyModels
+from recipes import rows_of, small_recipe, write_seeds
+
+from jobs.nightly.archive import Archive
+from jobs.nightly.nights import Hooks, run_nights
+from jobs.nightly.recipe import Recipe
+from jobs.nightly.status import Status
+from pipeline.errors import UserError
+from pipeline.progress import JobProgress
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+WORDS = {f"w{i:02d}": f"word number {i}" for i in range(20)}
+
+
+def make(recipe: Recipe, *days: int, hooks: Hooks | None = None) -> Status:
+    return run_nights(recipe, lambda archive: [Date(2026, 11, day) for day in days], hooks)
+
+
+def test_nights_of_new_seeds(tiny_models: TinyModels, tmp_path: Path) -> None:
+    """Two turns, a stop in the middle, a failure, a back-fill; no row twice, everything counted."""
+    write_seeds(tmp_path, WORDS)
+    seeds = {"paths": [str(tmp_path / "seeds.jsonl")], "id_column": "id", "per_night": 6}
+    values = small_recipe(
+        tiny_models,
+        tmp_path,
+        seeds={**seeds, "only_new": True, "keep_columns": ["word"]},
+        templates=[
+            {"name": "ask", "system": "Be brief.", "turns": ["Say {{ word }}."]},
+            {"name": "twice", "turns": ["Say {{ word }}.", "You said {{ completions[0] }}: why?"]},
+        ],
+    )
+    recipe = Recipe.model_validate(values)
+    archive = Archive.of(recipe)
+
+    stop = threading.Event()
+
+    def begun(progress: JobProgress) -> None:
+        stop.set()
+
+    stopped = make(recipe, 20, hooks=Hooks(on_turn=lambda turn: begun, stop=stop))
+    assert stopped.state == "stopped"
+    assert archive.dates() == []
+    # What a stopped night uses is settled, whatever becomes of the seeds meanwhile.
+    write_seeds(tmp_path, {"new": "a new one", **WORDS})
+    assert make(recipe, 20).state == "published"
+    first = archive.night("2026-11-20")
+    assert first is not None
+    assert (first.seeds, first.conversations, first.lost) == (6, 12, {})
+    assert first.total_rows == 12
+    assert first.summary["rows"] == 18  # six conversations have two turns
+    assert {row["seed_id"] for row in rows_of(recipe)} == {f"w{i:02d}" for i in range(6)}
+    seconds = sum(first.summary["phase_seconds"].values())
+    assert first.dollars == pytest.approx(seconds / 3600 * 3.6)
+
+    again = make(recipe, 20)
+    assert again.state == "unchanged"
+
+    # A night that fails leaves everything as it was, and does not keep the next from being made.
+    before = (tmp_path / "dataset/README.md").read_bytes()
+    broken = Recipe.model_validate(
+        {
+            **values,
+            "job": {
+                **values["job"],
+                "models": {"target": tiny_models.target, "draft": tiny_models.other_vocabulary},
+            },
+        }
+    )
+    failed = make(broken, 21)
+    assert failed.state == "failed"
+    assert "vocabular" in failed.message
+    assert (tmp_path / "dataset/README.md").read_bytes() == before
+    assert json.loads((tmp_path / "dataset/_nightly/status.json").read_text())["state"] == "failed"
+
+    assert make(recipe, 22).state == "published"
+    assert make(recipe, 19).state == "published"
+    used = [row["seed_id"] for row in rows_of(recipe) if row["template"] == "ask"]
+    assert len(used) == len(set(used)) == 18
+
+    write_seeds(tmp_path, {"new": "a new one", **WORDS, "w03": "another word"})
+    assert make(recipe, 23).state == "published"
+    rows = rows_of(recipe)
+    assert {r["seed_id"] for r in rows if r["night"] == "2026-11-23"} == {
+        "w03",
+        "w17",
+        "w18",
+        "w19",
+    }
+    assert len({row["id"] for row in rows}) == len(rows) == 12 * 3 + 8
+    nothing_left = make(recipe, 24)
+    assert nothing_left.state == "published"
+    assert archive.night("2026-11-24").total_rows == 0  # type: ignore[union-attr]
+
+    two = next(r for r in rows if r["template"] == "twice")
+    assert [m["role"] for m in two["messages"]] == ["user", "assistant"] * 2
+    assert two["messages"][1]["content"] in two["messages"][2]["content"]
+    assert two["word"] == WORDS[two["seed_id"]]
+    one = next(r for r in rows if r["template"] == "ask")
+    assert [m["role"] for m in one["messages"]] == ["system", "user", "assistant"]
+
+    import datasets
+
+    loaded = datasets.load_dataset(str(tmp_path / "dataset"), cache_dir=str(tmp_path / "cache"))
+    assert sum(part.num_rows for part in loaded.values()) == len(rows)
+    assert set(loaded) == {"train", "validation"}
+    assert not set(loaded["train"]["seed_id"]) & set(loaded["validation"]["seed_id"])
+
+    card = (tmp_path / "dataset/README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    listed = [path for files in front["configs"][0]["data_files"] for path in files["path"]]
+    there = {
+        str(p.relative_to(recipe.output)) for p in Path(recipe.output, "data").rglob("*.parquet")
+    }
+    assert set(listed) == there
+    assert "| 2026-11-22 | 6 | 12 |" in card
+
+
+def test_the_same_conversation_is_not_published_twice(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    """Greedy completions of the same seeds: the second night has nothing new."""
+    write_seeds(tmp_path, {"a": "one", "b": "two", "c": "ONE"})
+    values = small_recipe(tiny_models, tmp_path, seeds={"paths": [str(tmp_path / "seeds.jsonl")]})
+    values["job"]["sampling"] = {"max_new_tokens": 8, "temperature": 0}
+    recipe = Recipe.model_validate(values)
+    make(recipe, 20)
+    # An index that is lost, or of other settings, is made anew from what is published.
+    for file in Path(recipe.output, "_nightly/index").iterdir():
+        file.unlink()
+    make(recipe, 21)
+    archive = Archive.of(recipe)
+    first, second = archive.night("2026-11-20"), archive.night("2026-11-21")
+    assert first is not None
+    assert second is not None
+    assert first.total_rows >= 2
+    assert second.total_rows == 0
+    removed = {each["name"]: each["removed"] for each in second.filters}
+    assert removed["exact duplicate"] == 3
+
+
+@pytest.mark.slow
+def test_seeds_that_another_night_used_meanwhile(tiny_models: TinyModels, tmp_path: Path) -> None:
+    write_seeds(tmp_path, {"a": "one", "b": "two"})
+    values = small_recipe(tiny_models, tmp_path)
+    recipe = Recipe.model_validate({**values, "seeds": {**values["seeds"], "only_new": True}})
+    stop = threading.Event()
+    stop.set()
+    assert make(recipe, 20, hooks=Hooks(stop=stop)).state == "stopped"
+    write_seeds(tmp_path, {"b": "two", "c": "three"})
+    make(recipe, 21)
+    make(recipe, 20)
+    assert sorted((r["night"][-2:], r["seed_id"]) for r in rows_of(recipe)) == [
+        ("20", "a"),
+        ("21", "b"),
+        ("21", "c"),
+    ]
+    late = Archive.of(recipe).night("2026-11-20")
+    assert late is not None
+    assert late.seeds_skipped == {"used by another night meanwhile": 1}
+
+
+@pytest.mark.s3
+def test_a_night_on_s3(tiny_models: TinyModels, tmp_path: Path, s3_env: S3Server) -> None:
+    s3_env.client().create_bucket(Bucket="nights")
+    write_seeds(tmp_path, {"a": "one", "b": "two"})
+    values = small_recipe(tiny_models, tmp_path, output="s3://nights/small")
+    values["job"]["s3"] = {"endpoint": s3_env.endpoint}
+    recipe = Recipe.model_validate(values)
+    assert make(recipe, 20).state == "published"
+    assert make(recipe, 20).state == "unchanged"
+    archive = Archive.of(recipe)
+    night = archive.night("2026-11-20")
+    assert night is not None
+    assert [archive.table(file["name"]).num_rows for file in night.files] == [
+        file["rows"] for file in night.files
+    ]
+    assert night.total_rows == 2
+    assert "2026-11-20" in (archive.folder.read("README.md") or b"").decode()
+
+
+def test_a_changed_column_is_refused(tiny_models: TinyModels, tmp_path: Path) -> None:
+    write_seeds(tmp_path, {"a": "one", "b": "two"})
+    values = small_recipe(tiny_models, tmp_path)
+    make(Recipe.model_validate(values), 20)
+    values["seeds"] = {**values["seeds"], "keep_columns": ["word"]}
+    status = make(Recipe.model_validate(values), 21)
+    assert status.state == "failed"
+    assert "column 'word' is not there in the night of 2026-11-20" in status.message
+
+
+def test_another_run_is_at_work(tiny_models: TinyModels, tmp_path: Path) -> None:
+    from jobs.nightly.lock import locked
+
+    write_seeds(tmp_path, {"a": "one"})
+    recipe = Recipe.model_validate(small_recipe(tiny_models, tmp_path))
+    with (
+        locked(Archive.of(recipe).folder, 60),
+        pytest.raises(UserError, match="another run is at work"),
+    ):
+        make(recipe, 20)
