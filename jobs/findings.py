@@ -191,9 +191,17 @@ def _slowest(output: Folder, records: Iterable[UnitRecord], prompt: InputConfig)
     for seconds, name, unit in sorted(all_rows, reverse=True)[:_SLOWEST]:
         table = _read(output, f"completions/{unit}.parquet", prompt, "completion")
         for row in table.filter(pc.equal(table[ROW_ID], name)).to_pylist():
-            counts = (row[key] for key in ("prompt_tokens", "output_tokens", "rounds"))
-            text, completion = prompt_text(prompt, row), row["completion"]
-            found.append(SlowRow(name, seconds, *counts, _excerpt(text), _excerpt(completion)))
+            found.append(
+                SlowRow(
+                    name,
+                    seconds,
+                    row["prompt_tokens"],
+                    row["output_tokens"],
+                    row["rounds"],
+                    _excerpt(prompt_text(prompt, row)),
+                    _excerpt(row["completion"]),
+                )
+            )
     return found
 
 

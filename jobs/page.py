@@ -227,7 +227,8 @@ def _speculation_charts(findings: Findings) -> list[Chart]:
     if positions := findings.summary["positions"]:
         result.append(charts.acceptance_by_position(positions))
     if findings.actors:
-        result += [charts.over_time(*each, line, names, least) for *each, least in _OVER_TIME]
+        for title, axis, figure, least in _OVER_TIME:
+            result.append(charts.over_time(title, axis, figure, line, names, least))
     if findings.rounds:
         result.append(charts.candidates(findings.rounds))
     if any(control for _, _, control in findings.speeds):
