@@ -16,12 +16,14 @@ RAW_LINE = "raw_line"
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The object on one line, or None if the line is not one JSON object, or nested too deeply."""
+    """The object on one line; None if it is not one, nested too deeply, or has half characters."""
     try:
         value = json.loads(line)
         deep = line.count(b"{") + line.count(b"[") > _MAX_DEPTH and _deeper(value, _MAX_DEPTH)
         if isinstance(value, dict) and not deep:
-            "".join(value).encode()  # a lone surrogate is no part of a column's name
+            for text in (*value, *value.values()):
+                if isinstance(text, str):
+                    text.encode()  # half of a character (a lone surrogate) is no text
             return value
     except (ValueError, RecursionError):
         pass

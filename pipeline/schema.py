@@ -91,13 +91,16 @@ def check_reserved(plans: Iterable[FilePlan]) -> None:
                 )
 
 
+_NO_OBJECT = "the line is not a JSON object, is nested too deeply, or has half of a character in it"
+
+
 def line_error(line: str) -> RowError:
     """Why a line of JSONL was kept as text."""
     taken = sorted(RESERVED & (parse_line(line.encode()) or {}).keys())
     if taken:
         why = f"the line has a key {taken[0]!r}, the name of an output column; rename it"
         return RowError("ReservedColumn", why)
-    return RowError("MalformedLine", "the line is not a JSON object, or is nested too deeply")
+    return RowError("MalformedLine", _NO_OBJECT)
 
 
 def by_sample(outcomes: Outcomes) -> Iterator[tuple[int, int, Outcome]]:

@@ -253,7 +253,10 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
     "no-rows-other-columns.parquet": (pa.table({"y": pa.array([], pa.string())}), []),
     "blanks.jsonl": (jsonl({"prompt": " \n\t"}), [OK]),
     "numbers.jsonl": (jsonl({"prompt": 1.5}, {"prompt": True}), ["MalformedPrompt"] * 2),
-    "surrogates.jsonl": (jsonl({"prompt": "\udfff"}), ["MalformedPrompt"]),
+    "surrogates.jsonl": (
+        jsonl({"prompt": "x"}, {"prompt": "x", "y": "\udfff"}, {"prompt": "\udfff"}),
+        [OK, "MalformedLine", "MalformedLine"],
+    ),
     "bytes.jsonl": (jsonl({"prompt": "\u0000"}), [OK]),
     # ---- sampling_params, of every wrong kind
     "sampling.jsonl": (
@@ -591,7 +594,7 @@ def test_files_that_may_not_be_read(tmp_path: Path) -> None:
         os.seteuid(65534)
         for path in ("a.jsonl", "closed", "closed/b.jsonl", "closed/*.jsonl"):
             with pytest.raises(UserError) as caught:
-                planned(folder / path, tmp_path / "out")
+                planned(folder / path, folder / "out")
             assert str(folder) in str(caught.value), path
     finally:
         os.seteuid(0)
