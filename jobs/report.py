@@ -82,15 +82,15 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
 
 def _phases(seconds: Mapping[str, float], cost: Mapping[str, Any] | None) -> Table:
     """Where the time went and, if it is known, the money."""
-    money = cost["cost_by_state"] if cost else None
-    names = ["phase", "seconds", "share", *([cost["currency"]] if cost and money else [])]
+    prices = cost["cost_by_state"] if cost else None
+    names = ["phase", "seconds", "share", *([cost["currency"]] if cost and prices else [])]
     table = Table(*names, box=None, padding=(0, 2), header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
     whole = sum(seconds.values()) or 1.0
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
         figures = [f"{value:,.1f}", f"{value / whole:.1%}"]
-        table.add_row(name, *figures, *([money(money[name])] if money else []))
+        table.add_row(name, *figures, *([money(prices[name])] if prices else []))
     return table
 
 
