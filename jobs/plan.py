@@ -20,7 +20,6 @@ from scipy import stats
 
 from jobs.console import explained, out
 from jobs.display import duration, stages
-from jobs.report import money
 from jobs.spec import load_job, load_prices
 from pipeline.config import JobConfig
 from pipeline.prices import Hardware, Priced, Prices, default_prices, price
@@ -339,6 +338,8 @@ def _t(freedom: int) -> float:
 
 def render(found: Plan) -> RenderableType:
     """The plan as a table for the terminal."""
+    from jobs.report import money
+
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(justify="right")

@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 from pipeline.attempts import Attempts, Group, History
 from pipeline.ledger import Account
 from specdec.request import Counts
@@ -186,6 +183,10 @@ def start_monitor(actors: int) -> Any:
     On the driver's node, since it must outlive any other node; if it dies all the same, what it
     knew is forgotten and learnt again.
     """
+    # Not at the top: the command line knows what progress is, and should not wait for Ray.
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Monitor)
     return remote.options(scheduling_strategy=here).remote(actors)

@@ -115,7 +115,10 @@ def test_names_that_hold_markup_are_text_in_charts_too(findings: Findings) -> No
         findings,
         url=HOSTILE,
         job={**findings.job, "name": HOSTILE},
-        actors=[{**actor, "actor": HOSTILE, "node": HOSTILE} for actor in findings.actors],
+        actors=[
+            {**actor, "actor": HOSTILE, "node": HOSTILE, "phase_seconds": {HOSTILE: 2.0}}
+            for actor in findings.actors
+        ],
         reliability={("all", ""): bins, ("input", HOSTILE): bins, ("input", "b"): bins},
         errors={HOSTILE: [Example(HOSTILE, HOSTILE, HOSTILE)]},
         slowest=[SlowRow(HOSTILE, 1.0, 1, 1, 1, HOSTILE, HOSTILE)],
