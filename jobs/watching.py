@@ -14,11 +14,14 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from jobs.amounts import money
 from jobs.cluster import ClusterJob
+from jobs.cost import read_cost
 from jobs.display import duration
 from pipeline import manifest
 from pipeline.config import S3Config
 from pipeline.errors import UserError
+from pipeline.stats import summarise
 from pipeline.status import JobStatus, read_status
 from pipeline.storage import is_s3
 
@@ -95,11 +98,14 @@ def view_of_output(url: str, s3: S3Config) -> View:
         UserError: there is no job in it, or it is out of reach.
     """
     output = manifest.open_output(url, s3)
+    spent = read_cost(output, summarise([]), {})
     return View(
         output=url,
         status=read_status(output),
         units=len(manifest.committed_ids(output)),
         finished=output.read(manifest.SUCCESS) is not None,
+        spent=spent.total if spent else None,
+        currency=spent.currency if spent else "USD",
     )
 
 
@@ -136,7 +142,7 @@ def render(view: View) -> RenderableType:
     elif view.units is not None:
         table.add_row("units", f"{view.units:,}")
     if view.spent is not None:
-        table.add_row("spent so far", f"{view.spent:,.4f} {view.currency}")
+        table.add_row("spent so far", money(view.spent, view.currency))
     table.add_row("output", escape(view.output))
     return Group(table, *(f"\n{note}" for note in _notes(view)))
 
