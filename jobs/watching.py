@@ -64,6 +64,9 @@ class View:
         """The state in one word; the cluster knows whether the driver lives, the record more."""
         job, status = self.on_cluster, self.status
         if job is not None and job.over:
+            if job.state == "failed" and status is not None and status.state == "stopped":
+                # Not by Ray, which only sees that its driver ended with a code.
+                return "stopped"
             return {"succeeded": "finished"}.get(job.state, job.state)
         if self.finished:
             return "finished"
@@ -176,6 +179,8 @@ def _notes(view: View) -> list[str]:
     elif view.state == "failed":
         reason = view.last_line or (status and status.message) or (job and job.message) or ""
         notes.append(f"[red]{escape(reason)}[/]")
+    elif view.state == "stopped" and status is not None and status.message:
+        notes.append(f"[yellow]{escape(status.message)}[/]")
     if job is not None and view.state in {"failed", "stopped"}:
         notes.append(f"Committed units are kept: specbatch resume {escape(job.id)}")
     if view.state == "lost" and status is not None:
