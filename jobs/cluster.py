@@ -36,9 +36,7 @@ _METADATA = "specbatch"
 _JOB_FILE = "job.yaml"
 _CONNECT_SECONDS = 10
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE", re.IGNORECASE)
-_TOKEN_FIX = (
-    "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, to the cluster's token"
-)
+_TOKEN_FIX = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
 
 
 class Code(StrEnum):
@@ -119,15 +117,33 @@ def find_address(address: str | None) -> str:
             f"{origin}: {parts.scheme}:// is no URL of a dashboard; write http://HEAD:8265"
         )
     if parts.username or parts.password:
-        raise UserError(f"{origin}: must not hold a user name or password; {_TOKEN_FIX}")
+        raise UserError(f"{origin}: must not hold a user name or password")
     return url.rstrip("/")
+
+
+def find_token() -> str | None:
+    """The token of Ray's token authentication: RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH
+    names, or ~/.ray/auth_token; None if there is none.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    file = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    try:
+        return file.read_text(encoding="utf-8").strip() or None
+    except OSError as error:
+        if named is None:
+            return None
+        raise UserError(f"RAY_AUTH_TOKEN_PATH: {file} cannot be read: {error.strerror}") from None
 
 
 class Cluster:
     """A connection to the Job Submission API of a running Ray.
 
-    A Ray with token authentication is sent the token that Ray's own tools would send: that in
-    RAY_AUTH_TOKEN, in the file at RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token.
+    A Ray that asks for a token is sent the one that Ray's own tools would send; see `find_token`.
 
     Args:
         address: URL of its dashboard.
@@ -142,26 +158,30 @@ class Cluster:
                 "submitting to a cluster needs Ray's client for it: "
                 "pip install 'specbatch[submit]' (or 'ray[default]')"
             )
-        if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
         self.address = address
-        self._check_reachable()
+        headers = self._headers()
         from ray.job_submission import JobSubmissionClient
 
         with self._explained(), _without(ADDRESS_VARIABLES):  # Ray prefers them to the argument
-            self._client = JobSubmissionClient(address)
+            self._client = JobSubmissionClient(address, headers=headers)
 
-    def _check_reachable(self) -> None:
-        """Ask for an answer, any answer, with a time limit that Ray's client does not set."""
+    def _headers(self) -> dict[str, str]:
+        """Knock, with a time limit that Ray's client does not set; the token if it is asked for."""
         import requests
 
         try:
-            requests.get(f"{self.address}/api/version", timeout=_CONNECT_SECONDS)
+            answer = requests.get(f"{self.address}/api/version", timeout=_CONNECT_SECONDS)
         except requests.RequestException as error:
             raise UserError(
                 f"--address: no Ray dashboard answers at {self.address} ({type(error).__name__}); "
                 "is it the dashboard's port (8265), and is 'ray[default]' installed on the head?"
             ) from None
+        if answer.status_code not in (401, 403):
+            return {}
+        token = find_token()
+        if token is None:
+            raise UserError(f"{self.address} asks for a token: {_TOKEN_FIX}")
+        return {"Authorization": f"Bearer {token}"}
 
     @contextmanager
     def _explained(self, job_id: str | None = None) -> Iterator[None]:
@@ -171,9 +191,8 @@ class Cluster:
         logging.disable(logging.INFO)  # Ray's client tells of each request
         try:
             yield
-        except AuthenticationError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{self.address}: {reason.rstrip('.')}; {_TOKEN_FIX}") from None
+        except AuthenticationError:
+            raise UserError(f"{self.address} does not take this token: {_TOKEN_FIX}") from None
         except RuntimeError as error:
             message = str(error)
             if job_id is not None and ("404" in message or "does not exist" in message):
@@ -200,6 +219,7 @@ class Cluster:
         }
         if how.code is Code.working_dir:
             runtime_env["py_modules"] = source_folders(Path.cwd())
+            runtime_env["excludes"] = ["__pycache__"]
         record = {"version": versions()["specbatch"], "submission": asdict(how), "job": config}
         with tempfile.TemporaryDirectory() as folder, self._explained():
             Path(folder, _JOB_FILE).write_text(yaml.safe_dump(config, sort_keys=False))

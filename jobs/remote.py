@@ -106,8 +106,8 @@ def submit(
 
     The job file is read here; the paths in it are the cluster's: s3://, or a disk that all of its
     nodes mount. Credentials are never sent: S3's come from the environment of the cluster's nodes
-    (AWS variables, a profile, a role). A Ray with token authentication is sent the token at
-    RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, with RAY_AUTH_MODE=token.
+    (AWS variables, a profile, a role). A Ray with token authentication is sent the token of
+    RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
 
     [bold]Examples[/]
 

@@ -77,4 +77,4 @@ def _on_network(path: Path) -> bool:
     mounts = {Path(p.mountpoint): p.fstype for p in psutil.disk_partitions(all=True)}
     here = next((p for p in (resolved, *resolved.parents) if p in mounts), None)
     kind = mounts[here].lower() if here is not None else ""
-    return any(name in kind for name in (*_NETWORK, "fuse"))
+    return kind.startswith("fuse.") or any(name in kind for name in _NETWORK)

@@ -14,11 +14,14 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from jobs.amounts import money
 from jobs.cluster import ClusterJob
+from jobs.cost import read_cost
 from jobs.display import duration
 from pipeline import manifest
 from pipeline.config import S3Config
 from pipeline.errors import UserError
+from pipeline.stats import summarise
 from pipeline.status import JobStatus, read_status
 from pipeline.storage import is_s3
 
@@ -61,6 +64,9 @@ class View:
         """The state in one word; the cluster knows whether the driver lives, the record more."""
         job, status = self.on_cluster, self.status
         if job is not None and job.over:
+            if job.state == "failed" and status is not None and status.state == "stopped":
+                # Not by Ray, which only sees that its driver ended with a code.
+                return "stopped"
             return {"succeeded": "finished"}.get(job.state, job.state)
         if self.finished:
             return "finished"
@@ -95,11 +101,14 @@ def view_of_output(url: str, s3: S3Config) -> View:
         UserError: there is no job in it, or it is out of reach.
     """
     output = manifest.open_output(url, s3)
+    spent = read_cost(output, summarise([]), {})
     return View(
         output=url,
         status=read_status(output),
         units=len(manifest.committed_ids(output)),
         finished=output.read(manifest.SUCCESS) is not None,
+        spent=spent.total if spent else None,
+        currency=spent.currency if spent else "USD",
     )
 
 
@@ -136,7 +145,7 @@ def render(view: View) -> RenderableType:
     elif view.units is not None:
         table.add_row("units", f"{view.units:,}")
     if view.spent is not None:
-        table.add_row("spent so far", f"{view.spent:,.4f} {view.currency}")
+        table.add_row("spent so far", money(view.spent, view.currency))
     table.add_row("output", escape(view.output))
     return Group(table, *(f"\n{note}" for note in _notes(view)))
 
@@ -170,6 +179,8 @@ def _notes(view: View) -> list[str]:
     elif view.state == "failed":
         reason = view.last_line or (status and status.message) or (job and job.message) or ""
         notes.append(f"[red]{escape(reason)}[/]")
+    elif view.state == "stopped" and status is not None and status.message:
+        notes.append(f"[yellow]{escape(status.message)}[/]")
     if job is not None and view.state in {"failed", "stopped"}:
         notes.append(f"Committed units are kept: specbatch resume {escape(job.id)}")
     if view.state == "lost" and status is not None:

@@ -432,13 +432,13 @@ class _Watch:
         return JobProgress(stage, self._rows_total, self._rows_before, self._tally, self._seconds)
 
     def _run(self) -> None:
+        in_flight = 0
         self._tell(self._moment("starting actors"))
         while not self._over.wait(_POLL_SECONDS):
             try:
                 if self._stop.is_set():
                     self.stopping = True
-                    if not ray.get(self._monitor.stop.remote(), timeout=5):
-                        break
+                    in_flight = ray.get(self._monitor.stop.remote(), timeout=5)
                 tally, _ = ray.get(self._monitor.read.remote(), timeout=5)
             except ray.exceptions.RayError:
                 continue
@@ -447,6 +447,8 @@ class _Watch:
                 self._tally, self._seconds = tally, time.monotonic() - self._began
                 stage = "finishing units in flight" if self.stopping else "generating"
                 self._tell(self._moment(stage))
+            if self.stopping and not in_flight:
+                break
         if self.stopping and not self._over.is_set():
             # All that is left to Ray Data is to pass on units that no actor takes any more.
             self.drained = True

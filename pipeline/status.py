@@ -55,7 +55,7 @@ class JobStatus:
         seconds_left: as long as the rest takes at this run's pace.
         started, updated: seconds since the epoch.
         host, pid: where the driver runs.
-        message: why it failed.
+        message: why it failed, or was stopped if nobody asked for it.
     """
 
     name: str
@@ -157,8 +157,8 @@ class Beacon:
         try:
             yield
             state = "finished"
-        except (JobStopped, KeyboardInterrupt):
-            state = "stopped"
+        except (JobStopped, KeyboardInterrupt) as stop:
+            state, message = "stopped", str(stop) or None
             raise
         except BaseException as error:
             message = f"{type(error).__name__}: {error}"[:_MESSAGE_CHARS]
