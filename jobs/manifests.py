@@ -50,6 +50,7 @@ class Pods:
         retries: how often a job that fails gets a new cluster, on which it resumes.
         stop_seconds: how long units in flight may take when the job is stopped.
         overrides: of the job file, for the shell of each run: output=s3://b/out/$(date +%F).
+        recipe: text of the recipe of nightly datasets that is run instead of the job.
     """
 
     image: str
@@ -62,6 +63,7 @@ class Pods:
     retries: int = 2
     stop_seconds: int = 3600
     overrides: tuple[str, ...] = ()
+    recipe: str | None = None
 
 
 def kubernetes_name(job: JobConfig) -> str:
@@ -109,7 +111,7 @@ def ray_job(job: JobConfig, pods: Pods) -> list[Manifest]:
     """A RayJob that runs the job once on a Ray cluster of its own, and its ConfigMap."""
     name = kubernetes_name(job)
     return [
-        _config_map(job, name),
+        _config_map(job, pods, name),
         {
             "apiVersion": "ray.io/v1",
             "kind": "RayJob",
@@ -128,7 +130,7 @@ def ray_cron_job(
     if time_zone:
         spec["timeZone"] = time_zone
     return [
-        _config_map(job, name),
+        _config_map(job, pods, name),
         {
             "apiVersion": "ray.io/v1",
             "kind": "RayCronJob",
@@ -182,7 +184,7 @@ def cron_job(
     role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": creator}
     rbac = "rbac.authorization.k8s.io/v1"
     return [
-        _config_map(job, name),
+        _config_map(job, pods, name),
         {
             "apiVersion": "v1",
             "kind": "ConfigMap",
@@ -202,21 +204,22 @@ def cron_job(
     ]
 
 
-def _config_map(job: JobConfig, name: str) -> Manifest:
-    config = job.model_dump(mode="json", exclude_unset=True)
+def _config_map(job: JobConfig, pods: Pods, name: str) -> Manifest:
+    text = pods.recipe or dump([job.model_dump(mode="json", exclude_unset=True)])
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": name},
-        "data": {_FILE: dump([config])},
+        "data": {_FILE: text},
     }
 
 
 def _ray_job_spec(job: JobConfig, pods: Pods, config_map: str) -> Manifest:
     runtime_env = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(pods.stop_seconds)}}
     changes = "".join(f" --set {quoted(override)}" for override in pods.overrides)
+    command = "run" if pods.recipe is None else "nightly"
     return {
-        "entrypoint": f"specbatch run {_FOLDER}/{_FILE}{changes}",
+        "entrypoint": f"specbatch {command} {_FOLDER}/{_FILE}{changes}",
         "submissionMode": "K8sJobMode",
         "backoffLimit": pods.retries,
         "shutdownAfterJobFinishes": True,
@@ -336,7 +339,13 @@ def quoted(word: str) -> str:
     return f'"{escaped}"'
 
 
-def airflow_dag(job: JobConfig, command: Sequence[str], schedule: str | None, folder: Path) -> str:
+def airflow_dag(
+    job: JobConfig,
+    command: Sequence[str],
+    schedule: str | None,
+    folder: Path,
+    time_zone: str = "UTC",
+) -> str:
     """An Airflow DAG of one task. Airflow fills in its own templates, such as {{ ds }}."""
     line = " ".join(shlex.quote(word) for word in command)
     return f'''"""The job {job.name}, submitted by specbatch; a retry resumes it."""
@@ -355,7 +364,7 @@ except ImportError:  # Airflow 2
 with DAG(
     dag_id={job.name!r},
     schedule={schedule!r},
-    start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
+    start_date=pendulum.datetime(2026, 1, 1, tz={time_zone!r}),
     catchup=False,
     max_active_runs=1,
 ):

@@ -51,7 +51,8 @@ class Night:
         columns: Arrow types of the partition's columns by name.
         files: name, split, rows, bytes and sha256 of each file.
         summary: its jobs in numbers (`pipeline.stats.summarise` over all turns).
-        dollars: what the jobs cost; None if no price is known.
+        cost: what the jobs cost, by their ledgers; None if a price is missing.
+        currency: of the cost.
         models: target, draft, head and policy that it ran with, and what pins their content.
         sampling: as in the job file.
         examples: a few published rows.
@@ -69,7 +70,8 @@ class Night:
     columns: dict[str, str]
     files: list[dict[str, Any]]
     summary: dict[str, Any]
-    dollars: float | None
+    cost: float | None
+    currency: str
     models: dict[str, Any]
     sampling: dict[str, Any]
     examples: list[dict[str, Any]]
@@ -81,10 +83,10 @@ class Night:
         return sum(self.rows.values())
 
     @property
-    def dollars_per_million(self) -> float | None:
-        """Per million output tokens, those of rows that were filtered included."""
+    def per_million(self) -> float | None:
+        """Cost per million output tokens, those of rows that were filtered included."""
         tokens = self.summary["output_tokens"]
-        return None if self.dollars is None or not tokens else self.dollars / tokens * 1e6
+        return None if self.cost is None or not tokens else self.cost / tokens * 1e6
 
     def to_json(self) -> bytes:
         """What the manifest file holds."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from jobs.amounts import money
 from jobs.nightly.archive import Night
 from jobs.nightly.filters import ORDER
 from jobs.nightly.publish import SPLITS, published_files
@@ -105,8 +106,8 @@ def nights_table(nights: Sequence[Night]) -> str:
             f"{night.conversations:,}",
             *(f"{night.rows.get(split, 0):,}" for split in SPLITS),
             f"{night.summary['output_tokens']:,}",
-            dollars(night.dollars),
-            dollars(night.dollars_per_million),
+            priced(night.cost, night.currency),
+            priced(night.per_million, night.currency),
             speedup(night.summary),
         )
         for night in nights
@@ -119,17 +120,18 @@ def nights_table(nights: Sequence[Night]) -> str:
 
 def _total(nights: Sequence[Night]) -> tuple[str, ...]:
     tokens = sum(night.summary["output_tokens"] for night in nights)
-    priced = [night for night in nights if night.dollars is not None]
-    cost = sum(night.dollars or 0.0 for night in priced) if priced else None
-    of_them = sum(night.summary["output_tokens"] for night in priced)
+    with_cost = [night for night in nights if night.cost is not None]
+    of_them = sum(night.summary["output_tokens"] for night in with_cost)
+    cost = sum(night.cost or 0.0 for night in with_cost) if with_cost else None
+    currency = nights[-1].currency
     return (
         "all",
         f"{sum(night.seeds for night in nights):,}",
         f"{sum(night.conversations for night in nights):,}",
         *(f"{sum(night.rows.get(split, 0) for night in nights):,}" for split in SPLITS),
         f"{tokens:,}",
-        dollars(cost),
-        dollars(cost / of_them * 1e6 if cost is not None and of_them else None),
+        priced(cost, currency),
+        priced(cost / of_them * 1e6 if cost is not None and of_them else None, currency),
         "",
     )
 
@@ -206,11 +208,9 @@ def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def dollars(amount: float | None) -> str:
-    """An amount with its first figures, or a dash."""
-    if amount is None:
-        return "–"
-    return f"${amount:,.2f}" if amount >= 1 else f"${amount:.4g}"
+def priced(amount: float | None, currency: str) -> str:
+    """An amount of money, or a dash."""
+    return "–" if amount is None else money(amount, currency)
 
 
 def speedup(summary: Mapping[str, Any]) -> str:

@@ -191,7 +191,9 @@ def trend(
         if as_json:
             print(json.dumps([trend_of(night) for night in nights]))
             return
-        out.print(_table(TREND, trend_rows(nights)))
+        # A log or a pipe has no width; what is cut there is lost.
+        width = None if out.is_terminal else 200
+        out.print(_table(TREND, trend_rows(nights)), width=width)
 
 
 @nightly.command()
@@ -262,37 +264,60 @@ def rollback(
 @nightly.command()
 def render(
     kind: Annotated[
-        str, typer.Argument(help="cron, kubernetes, kuberay or airflow", show_default=False)
+        str, typer.Argument(help="cron, airflow, kuberay or kubernetes", show_default=False)
     ],
     file: RecipeFile,
     overrides: Overrides = None,
     image: Annotated[
-        str, typer.Option(help="Container image with specbatch, for Kubernetes.")
-    ] = "specbatch:latest",
-    address: Annotated[
-        str, typer.Option(help="Ray cluster that is there already, for kubernetes.")
-    ] = "ray://ray-head:10001",
+        str | None,
+        typer.Option(help="Container image that has specbatch and Ray.", show_default=False),
+    ] = None,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A Secret for the pods' environment.", show_default=False
+        ),
+    ] = None,
+    volume: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CLAIM:/PATH", help="A volume claim to mount in every pod.", show_default=False
+        ),
+    ] = None,
+    memory: Annotated[str, typer.Option(help="Of a worker, which holds one actor.")] = "16Gi",
 ) -> None:
     """Print the recipe's schedule for what runs it; install nothing.
 
-    cron: a line for crontab. kubernetes: a CronJob that uses a Ray cluster. kuberay: a RayCronJob
-    that brings up a cluster for the night. airflow: a DAG.
+    cron: a line for crontab. airflow: a DAG. kuberay: a RayCronJob, which brings up a Ray cluster
+    for each night. kubernetes: the same by a CronJob, where RayCronJobs are not enabled. For pods,
+    the recipe's paths are s3:// or on a mounted volume.
 
     [bold]Examples[/]
 
       specbatch nightly render cron recipe.yaml
 
-      specbatch nightly render kuberay recipe.yaml --image registry/specbatch:1 | kubectl apply -f -
+      specbatch nightly render kuberay recipe.yaml --image my/image:1 --secret s3-keys
     """
     with explained():
+        from jobs.manifests import Pods, parse_volume
         from jobs.nightly.recipe import load_recipe
         from jobs.nightly.schedule import KINDS, Scheduled
         from jobs.nightly.schedule import render as rendered
 
         if kind not in KINDS:
             raise UserError(f"{kind}: {nearest(kind, KINDS)}")
+        if kind in ("kuberay", "kubernetes") and image is None:
+            raise UserError("--image: give the container image that has specbatch and Ray")
         recipe = load_recipe(file, overrides or [])
-        print(rendered(kind, Scheduled(recipe, file, image, address)), end="")
+        pods = Pods(
+            image=image or "",
+            secrets=tuple(secret or []),
+            volumes=tuple(map(parse_volume, volume or [])),
+            memory=memory,
+            overrides=tuple(overrides or []),
+            recipe=file.read_text(encoding="utf-8"),
+        )
+        print(rendered(kind, Scheduled(recipe, file, pods)), end="")
 
 
 def _table(names: Any, rows: Any) -> Table:

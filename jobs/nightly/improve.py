@@ -23,7 +23,7 @@ from jobs.nightly.conversations import CONVERSATION
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.versions import Version, models_folder, read_versions, write_versions
 from pipeline import manifest
-from pipeline.config import SamplingConfig
+from pipeline.config import JobConfig, SamplingConfig
 from pipeline.errors import UserError
 from pipeline.generate import load_acceptance_head, load_pair
 from pipeline.models import digest
@@ -128,7 +128,7 @@ def _candidates(
     recipe: Recipe, archive: Archive, night: Night, before: Version, show: Show
 ) -> Iterator[tuple[Outcome, Version]]:
     """A draft first, with a head of its own where one is needed; if it is not adopted, a head."""
-    job = before.apply(recipe.job)
+    job = _job(recipe, before)
     torch.set_num_threads(max(1, int(job.actors.num_cpus)))
     show("loading models")
     try:
@@ -146,6 +146,12 @@ def _candidates(
             yield _new_head(recipe, night, before, incumbent, lesson, show)
     except (PairError, DistillError) as error:
         raise UserError(str(error)) from None
+
+
+def _job(recipe: Recipe, version: Version) -> JobConfig:
+    """The job with a version, as the first kind of its actors sees it."""
+    job = version.apply(recipe.job)
+    return job.in_group(next(iter(job.actors.pools)))
 
 
 def _lesson(recipe: Recipe, archive: Archive, night: Night, pair: ModelPair) -> Lesson | None:
@@ -210,8 +216,7 @@ def _new_draft(
     models = models_folder(recipe)
     folder = models / f"draft-{night.date}"
     training = _distill(recipe, before, lesson, folder)
-    job = before.apply(recipe.job)
-    pair = load_pair(Version(str(folder), None).apply(job))
+    pair = load_pair(_job(recipe, Version(str(folder), None)))
     head, head_folder = None, None
     if recipe.improve.head or incumbent.head is not None:
         # The head in use knows another draft's states.
@@ -238,7 +243,7 @@ def _compared(
         incumbent,
         candidate,
         lesson.held_out,
-        before.apply(recipe.job),
+        _job(recipe, before),
         least_gain=recipe.improve.least_gain,
         control_share=recipe.improve.control_share,
     )

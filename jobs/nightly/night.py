@@ -99,7 +99,7 @@ def make_night(
         sampling=job.sampling.model_dump(mode="json"),
         seeds_skipped=dict(picked.skipped),
         **_contents(partition),
-        **_cost(recipe, made),
+        **_figures(made),
     )
     lock.check()
     published = commit(archive, partition, night, picked.prompts, duplicates)
@@ -135,15 +135,16 @@ def _filters(texts: TextFilters, duplicates: DuplicateIndex | None) -> list[dict
     return counts
 
 
-def _cost(recipe: Recipe, made: Generated) -> dict[str, Any]:
-    """The night in numbers, and in dollars: as its jobs state them, or from the recipe's price."""
+def _figures(made: Generated) -> dict[str, Any]:
+    """The night in numbers and in money."""
     summary = summarise(made.records)
-    dollars = made.dollars
-    if dollars is None and recipe.dollars_per_actor_hour is not None:
-        hours = sum(summary["phase_seconds"].values()) / 3600
-        dollars = hours * recipe.dollars_per_actor_hour
-    kept = {name: value for name, value in summary.items() if name not in _SUMMARY_LEFT_OUT}
-    return {"summary": kept, "dollars": dollars}
+    known = [cost for cost in made.costs if cost is not None and cost["total"] is not None]
+    return {
+        "summary": {k: v for k, v in summary.items() if k not in _SUMMARY_LEFT_OUT},
+        # Without a price of every turn there is none of the night.
+        "cost": sum(c["total"] for c in known) if len(known) == len(made.costs) else None,
+        "currency": known[0]["currency"] if known else "USD",
+    }
 
 
 def _models(job: JobConfig) -> dict[str, Any]:

@@ -262,9 +262,6 @@ class Recipe(_Settings):
         default=None, description="URL that is told of failures, or env:NAME of a variable with it"
     )
     webhook_on: Literal["failure", "always"] = "failure"
-    dollars_per_actor_hour: float | None = Field(
-        default=None, ge=0, description="price of an actor, if jobs do not state their cost"
-    )
     licences: dict[str, str] = Field(
         default_factory=dict, description="of the dataset, the models, the seeds: for the card"
     )
@@ -300,7 +297,7 @@ class Recipe(_Settings):
         plain = self.model_dump(
             mode="json", include={"seeds", "templates", "job", "filters", "split"}
         )
-        for free in ("actors", "s3"):
+        for free in ("actors", "s3", "budget", "prices"):
             plain["job"].pop(free)
         return digest(plain)
 

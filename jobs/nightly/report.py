@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.nightly.archive import Night
-from jobs.nightly.card import dollars, filters_table, nights_table, speedup, table
+from jobs.nightly.card import filters_table, nights_table, priced, speedup, table
 from jobs.nightly.recipe import Recipe
 
 TREND = (
     "night",
     "rows",
     "kept",
-    "acceptance",
-    "block efficiency",
+    "accepted",
+    "block eff.",
     "speedup",
-    "$ per million tokens",
+    "per M tokens",
     "draft",
     "head",
 )
@@ -62,7 +62,7 @@ def trend_rows(nights: Sequence[Night]) -> list[tuple[str, ...]]:
                 _number(found["acceptance_rate"], ".1%"),
                 _number(found["block_efficiency"], ".2f"),
                 speedup(night.summary),
-                dollars(found["dollars_per_million"]),
+                priced(night.per_million, night.currency),
                 found["draft"] or "–",
                 found["head"] or "–",
             )
@@ -82,8 +82,9 @@ def trend_of(night: Night) -> dict[str, Any]:
         "block_efficiency": summary["block_efficiency"],
         "speedup": summary["speedup"],
         "speedup_ci": summary["speedup_ci"],
-        "dollars": night.dollars,
-        "dollars_per_million": night.dollars_per_million,
+        "cost": night.cost,
+        "currency": night.currency,
+        "per_million_output_tokens": night.per_million,
         "draft": night.models["draft"],
         "head": night.models["head"],
     }

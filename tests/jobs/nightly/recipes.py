@@ -25,10 +25,10 @@ def small_recipe(models: TinyModels, root: Path, **changes: Any) -> dict[str, An
             "sampling": {"max_new_tokens": 12},
             "speculation": {"policy": "fixed", "k": 2, "verification": "coupled"},
             "unit_rows": 2,
+            "prices": {"cpu_hour": 3.6, "source": "the test", "date": "2026-11-25"},
         },
         "filters": {"finish_reason": None, "length": None, "repetition": None},
         "split": {"validation": 0.3},
-        "dollars_per_actor_hour": 3.6,
     }
     return {**values, **changes}
 

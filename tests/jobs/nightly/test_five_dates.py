@@ -15,6 +15,7 @@ import yaml
 from conftest import TinyModels
 from recipes import rows_of, small_recipe, write_seeds
 
+from jobs.amounts import money
 from jobs.nightly.archive import Archive
 from jobs.nightly.recipe import load_recipe
 
@@ -47,7 +48,7 @@ def test_five_dates(tiny_models: TinyModels, tmp_path: Path) -> None:
         {"name": "twice", "turns": ["Say {{ word }}.", "You said {{ completions[0] }}: why?"]},
     ]
     values = small_recipe(tiny_models, tmp_path, seeds=seeds, templates=templates)
-    values["job"]["sampling"] = {"max_new_tokens": 100}
+    values["job"]["sampling"] = {"max_new_tokens": 60, "n": 2}
     values["job"]["unit_rows"] = 1
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(values))
@@ -75,7 +76,7 @@ def test_five_dates(tiny_models: TinyModels, tmp_path: Path) -> None:
     archive = Archive.of(recipe)
     nights = archive.nights()
     assert [night.date for night in nights] == [f"2026-11-{day}" for day in range(19, 24)]
-    assert all(night.seeds == 8 and night.conversations == 16 for night in nights)
+    assert all(night.seeds == 8 and night.conversations == 32 for night in nights)
     assert all(night.lost == {} for night in nights)
     rows = rows_of(recipe)
     for night in nights:
@@ -91,8 +92,7 @@ def test_five_dates(tiny_models: TinyModels, tmp_path: Path) -> None:
     loaded = datasets.load_dataset(str(tmp_path / "dataset"), cache_dir=str(tmp_path / "cache"))
     assert sum(part.num_rows for part in loaded.values()) == len(rows)
     card = (tmp_path / "dataset/README.md").read_text()
-    total = sum(night.dollars or 0 for night in nights)
-    assert f"${total:.4g}" in card
+    assert money(sum(night.cost or 0 for night in nights), "USD") in card
     # The dead run held the lock; the second one took it from there.
     assert (
         json.loads((tmp_path / "dataset/_nightly/status.json").read_text())["state"] == "published"

@@ -108,4 +108,4 @@ def test_a_night_teaches_head_and_draft(tiny_models: TinyModels, tmp_path: Path)
     trend = CliRunner().invoke(app, ["nightly", "trend", str(file), "--json"])
     (night,) = json.loads(trend.stdout)
     assert night["night"] == "2026-11-20"
-    assert night["dollars_per_million"] > 0
+    assert night["per_million_output_tokens"] > 0

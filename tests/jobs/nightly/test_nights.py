@@ -16,6 +16,8 @@ from jobs.nightly.archive import Archive
 from jobs.nightly.nights import Hooks, run_nights
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.status import Status
+from jobs.report import read_summary
+from pipeline.config import S3Config
 from pipeline.errors import UserError
 from pipeline.progress import JobProgress
 
@@ -41,6 +43,7 @@ def test_nights_of_new_seeds(tiny_models: TinyModels, tmp_path: Path) -> None:
             {"name": "twice", "turns": ["Say {{ word }}.", "You said {{ completions[0] }}: why?"]},
         ],
     )
+    values["job"]["sampling"]["n"] = 2
     recipe = Recipe.model_validate(values)
     archive = Archive.of(recipe)
 
@@ -57,12 +60,14 @@ def test_nights_of_new_seeds(tiny_models: TinyModels, tmp_path: Path) -> None:
     assert make(recipe, 20).state == "published"
     first = archive.night("2026-11-20")
     assert first is not None
-    assert (first.seeds, first.conversations, first.lost) == (6, 12, {})
-    assert first.total_rows == 12
-    assert first.summary["rows"] == 18  # six conversations have two turns
+    assert (first.seeds, first.conversations, first.lost) == (6, 24, {})
+    assert first.total_rows == 24
+    assert first.summary["rows"] == 36  # twelve conversations have two turns
     assert {row["seed_id"] for row in rows_of(recipe)} == {f"w{i:02d}" for i in range(6)}
-    seconds = sum(first.summary["phase_seconds"].values())
-    assert first.dollars == pytest.approx(seconds / 3600 * 3.6)
+    work = Path(recipe.output, f"_nightly/work/2026-11-20-{recipe.mark}")
+    ledgers = [read_summary(str(work / f"turn-{n}"), S3Config())[0]["cost"] for n in (1, 2)]
+    held = sum(ledger["seconds_held"] for ledger in ledgers)
+    assert first.cost == pytest.approx(held / 3600 * 3.6)  # the run that was stopped is in it
 
     again = make(recipe, 20)
     assert again.state == "unchanged"
@@ -86,8 +91,8 @@ def test_nights_of_new_seeds(tiny_models: TinyModels, tmp_path: Path) -> None:
 
     assert make(recipe, 22).state == "published"
     assert make(recipe, 19).state == "published"
-    used = [row["seed_id"] for row in rows_of(recipe) if row["template"] == "ask"]
-    assert len(used) == len(set(used)) == 18
+    used = [(r["seed_id"], r["sample"]) for r in rows_of(recipe) if r["template"] == "ask"]
+    assert len(used) == len(set(used)) == 36
 
     write_seeds(tmp_path, {"new": "a new one", **WORDS, "w03": "another word"})
     assert make(recipe, 23).state == "published"
@@ -98,7 +103,7 @@ def test_nights_of_new_seeds(tiny_models: TinyModels, tmp_path: Path) -> None:
         "w18",
         "w19",
     }
-    assert len({row["id"] for row in rows}) == len(rows) == 12 * 3 + 8
+    assert len({row["id"] for row in rows}) == len(rows) == 24 * 3 + 16
     nothing_left = make(recipe, 24)
     assert nothing_left.state == "published"
     assert archive.night("2026-11-24").total_rows == 0  # type: ignore[union-attr]
@@ -124,7 +129,7 @@ def test_nights_of_new_seeds(tiny_models: TinyModels, tmp_path: Path) -> None:
         str(p.relative_to(recipe.output)) for p in Path(recipe.output, "data").rglob("*.parquet")
     }
     assert set(listed) == there
-    assert "| 2026-11-22 | 6 | 12 |" in card
+    assert "| 2026-11-22 | 6 | 24 |" in card
 
 
 def test_the_same_conversation_is_not_published_twice(
