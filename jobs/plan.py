@@ -68,8 +68,8 @@ class Plan:
         files, rows, units: of the whole input.
         done: what an existing output already has.
         rows_left: rows to generate.
-        sample_rows: rows that were generated to tell.
-        left_out: share of the sampled rows that cannot be completed.
+        sample_rows: rows that were tried to tell.
+        left_out: share of them that cannot be completed.
         prompt_tokens, output_tokens: in all, with 95% intervals.
         actors: actors that the estimate reckons with.
         tokens_per_second: output tokens, of one actor whose slots are full.
@@ -155,22 +155,22 @@ def make_plan(planned: JobPlan, prices: Prices, count: int, seed: int, show: Sho
         UserError: no row can be completed, or the models do not fit.
     """
     from pipeline import manifest
-    from pipeline.sample import sample_rows
+    from pipeline.sample import choose_rows
 
     job = planned.job
     finished = manifest.committed(planned.output, planned.units)
-    left = [unit for unit in planned.units if unit.id not in finished]
+    parts = [(file, unit) for file in planned.files for unit in file.units]
+    left = [part for part in parts if part[1].id not in finished]
     done = _done(planned, finished, prices)
-    columns = job.input.model_dump(include={"messages_column", "prompt_column", "template"})
-    sample = sample_rows(job.input.paths, columns, job.s3, count, seed)
+    sample = choose_rows(left or parts, job.s3, count, seed)
     # Of several kinds of actors, the first in the job file.
     group = next(iter(job.actors.pools))
     own = job.in_group(group)
-    tried, start, hardware = _rehearse(own, sample.rows, show)
+    tried, start, hardware = _rehearse(own, sample, show)
 
-    rows_left = sum(unit.rows for unit in left)
-    share = len(tried.output_tokens) / (len(tried.output_tokens) + sum(tried.left_out.values()))
-    completed = rows_left * share
+    rows_left = sum(unit.rows for _, unit in left)
+    good, bad = len(tried.output_tokens), sum(tried.left_out.values())
+    completed = rows_left * good / tried.rows
     actors = max(1, min(job.actors.max_actors, len(left)))
     work = seconds_per_row(tried)
     fixed = start + tried.load + tried.profile
@@ -184,8 +184,8 @@ def make_plan(planned: JobPlan, prices: Prices, count: int, seed: int, show: Sho
         units=len(planned.units),
         done=done,
         rows_left=rows_left,
-        sample_rows=len(tried.output_tokens),
-        left_out=1 - share,
+        sample_rows=tried.rows,
+        left_out=bad / (good + bad),
         prompt_tokens=mean(tried.prompt_tokens).times(completed),
         output_tokens=mean(tried.output_tokens).times(completed),
         actors=actors,

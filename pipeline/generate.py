@@ -129,8 +129,9 @@ class GenerateActor:
         rows = UnitRows.from_block(block)
         unit = rows.unit.id
         while True:
+            samples = len(rows.unit.wanted) * self._job.sampling.n
             self._spent[unit] = {}  # what an attempt before this one took is lost
-            history = await self._tell("begin", unit, len(rows.unit.wanted))
+            history = await self._tell("begin", unit, samples)
             if history is None:
                 return UnitFiles(unit, ()).to_block()
             if history.hopeless:

@@ -12,7 +12,8 @@ from typing import Any
 from pipeline.config import JobConfig
 from pipeline.errors import RowError, UserError
 from pipeline.generate import load_acceptance_head, load_pair, make_engine
-from pipeline.prompts import SAMPLING_COLUMN, PromptRenderer, row_sampling
+from pipeline.openai_requests import REQUEST, request_cells
+from pipeline.prompts import SAMPLING_COLUMN, PromptRenderer, row_sampling, sample_count
 from specdec.request import Request
 
 Show = Callable[[str, float], None]
@@ -31,7 +32,10 @@ class Round:
 class Rehearsal:
     """What some rows took in an engine whose slots were always full.
 
+    With several samples per row, each counts as a row of its own.
+
     Attributes:
+        rows: rows of the input that were tried.
         load, profile: seconds before the first round: models, and measuring forwards.
         prompt_tokens, output_tokens: of each row that was completed.
         fed_tokens: prompt tokens that were fed in the rounds, those of rows that only kept the
@@ -41,6 +45,7 @@ class Rehearsal:
         left_out: rows that cannot be completed, by why.
     """
 
+    rows: int
     load: float
     profile: float
     prompt_tokens: tuple[int, ...]
@@ -61,7 +66,7 @@ def rehearse(
 
     Args:
         job: the job.
-        rows: a sample, by row id.
+        rows: some of its rows, by row id.
         show: told what is happening and how far it is, from 0 to 1.
 
     Raises:
@@ -125,6 +130,7 @@ def rehearse(
                 outputs[completion.id] = len(completion.output_ids)
         show("completing rows", len(outputs) / len(requests))
     return Rehearsal(
+        len(rows),
         load,
         engine.stats.seconds.get("profile", 0.0),
         tuple(prompts[name] for name in outputs),
@@ -139,11 +145,17 @@ def rehearse(
 def _requests(
     job: JobConfig, pair: Any, rows: Mapping[str, Mapping[str, Any]], left_out: Counter[str]
 ) -> Iterator[Request]:
-    """Requests of the rows; why others are none is counted."""
+    """Requests of the rows' samples; why others are none is counted."""
     renderer = PromptRenderer(job.input, pair.tokenizer, pair.context_length)
     for name, row in rows.items():
+        count = job.sampling.n
         try:
-            sampling = row_sampling(job.sampling, row.get(SAMPLING_COLUMN), name)
-            yield Request(name, renderer.prompt_ids(row), sampling)
+            cells = request_cells(row[REQUEST]) if job.input.format else row
+            override = cells.get(SAMPLING_COLUMN)
+            count = sample_count(job.sampling, override)
+            prompt = renderer.prompt_ids(cells)
+            for number in range(count):
+                sample = f"{name.rpartition(':')[0]}:{number}"
+                yield Request(sample, prompt, row_sampling(job.sampling, override, sample, number))
         except RowError as error:
-            left_out[str(error)] += 1
+            left_out[str(error)] += count

@@ -15,7 +15,7 @@ from pipeline.prompts import required_columns
 from pipeline.schema import row_id
 from pipeline.source import read_units
 from pipeline.storage import is_s3, resolved
-from pipeline.units import check_columns, plan_files
+from pipeline.units import FilePlan, Unit, check_columns, plan_files
 
 UNIT_ROWS = 64
 """Rows that are read together."""
@@ -65,9 +65,26 @@ def sample_rows(
         columns = _usual_columns(plans[0].schema.names, plans[0].file.url)
     config = InputConfig.model_validate({"paths": tuple(paths), **columns})
     check_columns(plans, required_columns(config))
-    chance = random.Random(seed)
     units = [(plan, unit) for plan in plans for unit in plan.units]
-    chance.shuffle(units)
+    return Sample(config, choose_rows(units, s3, count, seed))
+
+
+def choose_rows(
+    units: Sequence[tuple[FilePlan, Unit]], s3: S3Config, count: int, seed: int = 0
+) -> dict[str, Mapping[str, Any]]:
+    """At most `count` rows of some units by row id, spread over the units.
+
+    Args:
+        units: with the files that they are of.
+        s3: how to reach files on S3.
+        count: most rows.
+        seed: of the choice and the order.
+
+    Raises:
+        UserError: unreadable files.
+    """
+    chance = random.Random(seed)
+    units = chance.sample(units, len(units))
     share = max(1, -(-count // _LEAST_UNITS))
     chosen: list[tuple[str, Mapping[str, Any]]] = []
     spare: list[tuple[str, Mapping[str, Any]]] = []
@@ -80,7 +97,7 @@ def sample_rows(
         chance.shuffle(rows)
         chosen += rows[:share]
         spare += rows[share:]
-    return Sample(config, dict(list(chain(chosen, spare))[:count]))
+    return dict(list(chain(chosen, spare))[:count])
 
 
 def _usual_columns(names: Sequence[str], url: str) -> dict[str, str | None]:

@@ -65,7 +65,7 @@ def test_a_plan_as_json_reckons_with_what_rows_take(job: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert (found["files"], found["rows"], found["units"], found["rows_left"]) == (1, ROWS, 5, ROWS)
-    assert found["sample_rows"] == ROWS - 4
+    assert found["sample_rows"] == ROWS
     assert found["left_out"] == pytest.approx(0.1)
     assert any("EmptyPrompt" in note for note in found["notes"])
     # Every row makes ten tokens, so their number is certain.
@@ -78,6 +78,14 @@ def test_a_plan_as_json_reckons_with_what_rows_take(job: Path) -> None:
     # Two actors of two cores each at 1.5 an hour and core.
     assert found["price_per_hour"] == pytest.approx(3.0)
     assert found["dollars"]["value"] == pytest.approx(2 * 3.0 * found["hours"]["value"])
+
+
+def test_every_sample_of_a_row_is_reckoned_with(job: Path) -> None:
+    result = call(job, "--json", "--rows", 8, "--set", "sampling.n=3")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    share = 1 - found["left_out"]
+    assert found["output_tokens"]["value"] == pytest.approx(3 * 10 * ROWS * share)
 
 
 def test_what_is_done_is_not_planned_again(
@@ -115,7 +123,9 @@ def test_rows_that_all_fail_are_an_error(job: Path) -> None:
 
 
 def rehearsal(rounds: list[Round], prompts: list[int], outputs: list[int]) -> Rehearsal:
-    return Rehearsal(1.0, 0.0, tuple(prompts), tuple(outputs), sum(prompts), tuple(rounds), 4.0, {})
+    return Rehearsal(
+        len(prompts), 1.0, 0.0, tuple(prompts), tuple(outputs), sum(prompts), tuple(rounds), 4.0, {}
+    )
 
 
 def test_rows_are_charged_for_their_prompts_and_their_outputs() -> None:
