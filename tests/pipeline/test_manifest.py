@@ -146,7 +146,7 @@ def test_draft_and_head_are_looked_for_before_anything_starts(
     with pytest.raises(UserError, match=r"speculation\.head: .*no acceptance head here"):
         check(str(tmp_path), tiny_models.draft)
     with pytest.raises(UserError, match=r"trained for another draft, .*specbatch train-head"):
-        check(tiny_head, tiny_models.other_vocabulary)
+        check(tiny_head, tiny_models.target)
     half = shutil.copytree(tiny_head, tmp_path / "half")
     (half / "head.safetensors").unlink()
     with pytest.raises(UserError, match=r"half has no head\.safetensors"):
