@@ -215,11 +215,14 @@ class ModelPair:
         except UnsupportedModel as error:
             raise PairError(str(error)) from error
         if place.type == "cpu" and dtype == "float32" and not trainable:
-            # The draft first: it may use the target's LM head, of which it packs a copy.
+            head = target_model.get_output_embeddings()
+            pack_linears(target_model, quantization)
             if draft_model is not None:
                 kind = None if draft_quantization == "none" else draft_quantization
+                # A draft on the target's LM head packs its own copy only in another precision.
+                if draft_model.get_output_embeddings() is head and kind == quantization:
+                    draft_model.set_output_embeddings(target_model.get_output_embeddings())
                 pack_linears(draft_model, kind)
-            pack_linears(target_model, quantization)
             if deterministic and not is_invariant(target_model):
                 raise PairError(
                     "deterministic: on this processor the linear layers of "

@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from specdec.engine import Engine
-from specdec.linear import Int8Linear, Int8WeightOnlyLinear
+from specdec.linear import Int8Linear, Int8WeightOnlyLinear, PackedLinear
 from specdec.pair import ModelPair, PairError, check_model_name, find_model, model_digest
 from specdec.request import Request, SamplingParams
 from specdec.stopping import Fixed
@@ -112,7 +112,8 @@ def test_a_draft_without_embedding_or_head_uses_the_targets(
     target: Path, draft: Path, ends: tuple[str, ...], quantization: str | None
 ) -> None:
     expected = complete(load(target, quantization=quantization))
-    pair = load(target, without(draft, *ends), quantization=quantization)
+    alike = {"quantization": quantization, "draft_quantization": quantization or "none"}
+    pair = load(target, without(draft, *ends), **alike)
     assert pair.draft is not None
     ours, theirs = pair.target.model, pair.draft.model
     assert theirs.get_output_embeddings() is ours.get_output_embeddings()
@@ -125,7 +126,7 @@ def test_a_draft_without_embedding_or_head_uses_the_targets(
 def test_a_tied_draft_without_embedding_uses_the_targets_head_too(
     target: Path, tmp_path: Path
 ) -> None:
-    """As examples/demo/draft is stored; one copy of the head, quantized or not."""
+    """As examples/demo/draft is stored; one copy of the head where both have one precision."""
     model = noisy_copy(tiny_model(), 0.05)
     draft = without(saved(tmp_path / "tied", model), "embed_tokens.weight", "lm_head.weight")
     set_config(draft, tie_word_embeddings=True)
@@ -134,8 +135,24 @@ def test_a_tied_draft_without_embedding_uses_the_targets_head_too(
         assert pair.draft is not None
         ours, theirs = pair.target.model, pair.draft.model
         assert theirs.get_input_embeddings() is ours.get_input_embeddings()
-        assert theirs.get_output_embeddings() is ours.get_output_embeddings()
+        same = theirs.get_output_embeddings() is ours.get_output_embeddings()
+        assert same == (quantization == "int8")
         assert complete(pair) == complete(load(target, quantization=quantization))
+
+
+@pytest.mark.parametrize(
+    ("asked", "layer"),
+    [(None, Int8Linear), ("int8wo", Int8WeightOnlyLinear), ("none", PackedLinear)],
+)
+def test_a_draft_on_a_cpu_is_int8_unless_asked_otherwise(
+    target: Path, draft: Path, asked: str | None, layer: type
+) -> None:
+    pair = load(target, draft, draft_quantization=asked)
+    assert pair.draft is not None
+    assert type(pair.draft.model.get_output_embeddings()) is layer
+    assert type(pair.target.model.get_output_embeddings()) is PackedLinear
+    assert pair.describe()["draft_quantization"] == (asked or "int8")
+    assert complete(pair) == complete(load(target))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +161,13 @@ def test_a_tied_draft_without_embedding_uses_the_targets_head_too(
 def test_quantization_reaches_both_models(
     target: Path, draft: Path, quantization: str, layer: type
 ) -> None:
-    pair = load(target, draft, quantization=quantization, deterministic=True)
+    pair = load(
+        target,
+        draft,
+        quantization=quantization,
+        draft_quantization=quantization,
+        deterministic=True,
+    )
     assert pair.draft is not None
     for decoder in (pair.target, pair.draft):
         assert type(decoder.model.get_output_embeddings()) is layer

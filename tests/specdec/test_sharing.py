@@ -48,7 +48,8 @@ def test_sharing_changes_no_token(
     assert together == apart
     assert plain.stats.shared_tokens == 0
     saved = plain.stats.target_tokens - engine.stats.target_tokens
-    assert engine.stats.shared_tokens >= 7 * 198 + 4 * 150 + 149
+    # The last prompt finds its beginning in a slot that others may have begun to overwrite.
+    assert engine.stats.shared_tokens >= 7 * 198 + 4 * 150 + (149 if policy == "none" else 128)
     if policy == "none":
         assert saved == engine.stats.shared_tokens
     if policy == "fixed 4":
