@@ -169,6 +169,8 @@ class Beacon:
             # Storage out of reach is tried for minutes, which is too long for a job that is over.
             if self._reachable and not thread.is_alive():
                 self._quietly(lambda: self._write(state, message))
+                if state == "finished":
+                    self._quietly(self._output.clear_staging)
 
     def _run(self, old_wish: bytes | None) -> None:
         while True:
