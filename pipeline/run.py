@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -351,6 +351,7 @@ def _generate(
             raise _explained(error, monitor) from error
         finally:
             books.last_look()
+            watch.last_look()
             ray.kill(monitor)
     if watch.stopping:
         raise JobStopped
@@ -423,13 +424,26 @@ class _Watch:
             self._over.set()
             thread.join()
         if not self.stopping:
-            # The last reports may not have been seen.
+            # The last reports may have been lost.
             rows = self._rows_total - self._rows_before
             self._tally = replace(self._tally, rows=rows - self._tally.errors)
             self._tell(self._moment("checking"))
 
+    def last_look(self) -> None:
+        """Take in what actors reported after the thread's last look."""
+        with suppress(ray.exceptions.RayError):
+            self._look()
+
     def _moment(self, stage: str) -> JobProgress:
         return JobProgress(stage, self._rows_total, self._rows_before, self._tally, self._seconds)
+
+    def _look(self) -> None:
+        tally, _ = ray.get(self._monitor.read.remote(), timeout=5)
+        if tally is not None:
+            self._began = self._began or time.monotonic()
+            self._tally, self._seconds = tally, time.monotonic() - self._began
+            stage = "finishing units in flight" if self.stopping else "generating"
+            self._tell(self._moment(stage))
 
     def _run(self) -> None:
         in_flight = 0
@@ -439,14 +453,9 @@ class _Watch:
                 if self._stop.is_set():
                     self.stopping = True
                     in_flight = ray.get(self._monitor.stop.remote(), timeout=5)
-                tally, _ = ray.get(self._monitor.read.remote(), timeout=5)
+                self._look()
             except ray.exceptions.RayError:
                 continue
-            if tally is not None:
-                self._began = self._began or time.monotonic()
-                self._tally, self._seconds = tally, time.monotonic() - self._began
-                stage = "finishing units in flight" if self.stopping else "generating"
-                self._tell(self._moment(stage))
             if self.stopping and not in_flight:
                 break
         if self.stopping and not self._over.is_set():

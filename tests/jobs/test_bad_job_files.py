@@ -14,6 +14,7 @@ from conftest import TinyModels
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
+from pipeline import storage
 
 SECRET = "wJalrXUtnFEMIplanted"
 
@@ -28,6 +29,9 @@ def no_ray_and_no_aws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # Sessions and clients that other tests opened know their credentials.
+    storage._session.cache_clear()
+    storage._client.cache_clear()
 
 
 @pytest.fixture
