@@ -1,7 +1,4 @@
-"""Jobs on a real Ray: a head with its dashboard and token authentication, in processes of its own.
-
-The commands run as processes, too, as they do in life.
-"""
+"""Jobs on a real Ray: a head with its dashboard and token authentication, beside the tests."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import TinyModels, free_port
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from jobs import cluster, visible
 from jobs.cli import app
@@ -40,24 +38,24 @@ SECRET = "a-key-of-the-nodes-that-nobody-may-see"
 
 @dataclass(frozen=True)
 class Head:
-    """A running head: its address, and the environment of who may use it."""
+    """A running head, and its user's commands."""
 
     address: str
-    env: dict[str, str]
-    packages: str
 
-    def call(self, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
-        """A command of specbatch, as a process."""
-        command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
-        environment = {**self.env, **env, "RAY_API_SERVER_ADDRESS": self.address}
-        return subprocess.run(
-            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240
-        )
+    def call(self, *arguments: object, token: str = TOKEN) -> Result:
+        """What a command of specbatch does."""
+        env = {"RAY_API_SERVER_ADDRESS": self.address, "RAY_AUTH_TOKEN": token}
+        cwd = os.getcwd()
+        os.chdir(ROOT)  # a checkout, for --code working-dir
+        try:
+            return CliRunner(env=env).invoke(app, [str(a) for a in arguments])
+        finally:
+            os.chdir(cwd)
 
     def ok(self, *arguments: object) -> str:
         """What a command prints that succeeds."""
         result = self.call(*arguments)
-        assert result.returncode == 0, result.stdout + result.stderr
+        assert result.exit_code == 0, result.output
         return result.stdout
 
     def status(self, target: object) -> dict[str, Any]:
@@ -69,10 +67,9 @@ class Head:
 def head() -> Iterator[Head]:
     """A head of two cores whose processes have a secret, and find the packages where they are."""
     folder = tempfile.mkdtemp(prefix="sb")  # short: it holds sockets
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
-    env = {**inherited, "RAY_AUTH_TOKEN": TOKEN, "PYTHONPATH": str(ROOT), "HOME": folder}
-    ours = {**env, "RAY_AUTH_MODE": "token", "AWS_SECRET_ACCESS_KEY": SECRET}
-    ours["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "AWS_SECRET_ACCESS_KEY": SECRET}
+    env |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
     port, dashboard, agent = free_port(), free_port(), free_port()
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={folder}/ray"]
@@ -80,19 +77,17 @@ def head() -> Iterator[Head]:
     command += [f"--dashboard-agent-listen-port={agent}", "--object-store-memory=100000000"]
     command += ["--min-worker-port=0", "--max-worker-port=0"]
     with open(f"{folder}/log", "w") as log:
-        process = subprocess.Popen(command, env=ours, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{dashboard}"
     try:
         _wait_for(address, process)
-        yield Head(address, env, f"{folder}/ray")
+        yield Head(address)
     finally:
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        psutil.wait_procs([process, *family], timeout=15)
-        for child in family:
-            if child.is_running():
-                child.kill()
-        process.kill()
+        # All at once, since they have nothing to save.
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait(20)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -137,10 +132,13 @@ def submitted(text: str) -> str:
 
 
 @pytest.mark.ray
-def test_a_job_on_a_cluster(head: Head, job_file: Path, tmp_path: Path) -> None:
+def test_a_job_on_a_cluster(
+    head: Head, job_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where no token is
     for token, message in (("", "asks for a token"), ("wrong" * 7, "does not take this token")):
-        refused = head.call("list", RAY_AUTH_TOKEN=token)
-        assert refused.returncode == 2
+        refused = head.call("list", token=token)
+        assert refused.exit_code == 2
         assert refused.stderr.startswith(f"error: {head.address} {message}")
     assert "No jobs yet" in head.ok("list")
 
@@ -171,7 +169,7 @@ def test_a_job_on_a_cluster(head: Head, job_file: Path, tmp_path: Path) -> None:
     assert "Nothing to stop: this job is succeeded" in head.ok("stop", job_id)
     assert "this job is done" in head.ok("resume", job_id)
     unknown = head.call("status", "tiny-nobody")
-    assert unknown.returncode == 2
+    assert unknown.exit_code == 2
     assert "no such job" in unknown.stderr
 
     # Everybody who can open the dashboard sees these.
@@ -192,7 +190,7 @@ def test_stop_and_resume(head: Head, job_file: Path, tmp_path: Path) -> None:
     job_id = submitted(head.ok("submit", job_file, *long))
     _until(lambda: len(list(tmp_path.glob("out/completions/*"))) >= 2)
     still = head.call("resume", job_id)
-    assert still.returncode == 2
+    assert still.exit_code == 2
     assert "still running; stop it first" in still.stderr
     assert "stopping" in head.ok("stop", job_id, "--wait")
     halted = head.status(job_id)
@@ -202,7 +200,7 @@ def test_stop_and_resume(head: Head, job_file: Path, tmp_path: Path) -> None:
     assert halted["units"] == halted["rows"]
 
     resumed = head.call("resume", job_id, "--wait")
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert resumed.exit_code == 0, resumed.output
     done = head.status(tmp_path / "out")
     assert (done["state"], done["units"], done["rows"]) == ("finished", 24, 24)
     assert len(list(tmp_path.glob("out/completions/*"))) == 24
@@ -226,10 +224,10 @@ def test_stop_by_the_output_folder(head: Head, job_file: Path, tmp_path: Path) -
 def test_a_job_that_fails_says_why(head: Head, job_file: Path) -> None:
     missing = ("--set", "input.paths=/nowhere/*.parquet")
     failed = head.call("submit", job_file, "--wait", *missing)
-    assert failed.returncode == 1
+    assert failed.exit_code == 1
     assert "error: input.paths: /nowhere/*.parquet" in failed.stdout
     no_python = head.call("submit", job_file, "--wait", "--python", "no-such-python")
-    assert no_python.returncode == 1
+    assert no_python.exit_code == 1
     assert "no-such-python" in no_python.stdout
 
 
