@@ -120,9 +120,9 @@ def nights_table(nights: Sequence[Night]) -> str:
 
 def _total(nights: Sequence[Night]) -> tuple[str, ...]:
     tokens = sum(night.summary["output_tokens"] for night in nights)
-    with_cost = [night for night in nights if night.cost is not None]
-    of_them = sum(night.summary["output_tokens"] for night in with_cost)
-    cost = sum(night.cost or 0.0 for night in with_cost) if with_cost else None
+    costs = [night.cost for night in nights if night.cost is not None]
+    # Without a price of every night there is none of all.
+    cost = sum(costs) if len(costs) == len(nights) else None
     currency = nights[-1].currency
     return (
         "all",
@@ -131,7 +131,7 @@ def _total(nights: Sequence[Night]) -> tuple[str, ...]:
         *(f"{sum(night.rows.get(split, 0) for night in nights):,}" for split in SPLITS),
         f"{tokens:,}",
         priced(cost, currency),
-        priced(cost / of_them * 1e6 if cost is not None and of_them else None, currency),
+        priced(cost / tokens * 1e6 if cost is not None and tokens else None, currency),
         "",
     )
 
