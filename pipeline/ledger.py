@@ -85,6 +85,11 @@ class Account:
         """Until when it is booked."""
         return self.began + self.booked
 
+    def since(self, began: float) -> Account:
+        """The account with another beginning of its start."""
+        start = max(0.0, self.began + self.seconds.get("start", 0.0) - began)
+        return replace(self, began=began, seconds={**self.seconds, "start": start})
+
     def until(self, end: float) -> Account:
         """The account carried on to its end: lost if units were in flight, or else idle."""
         tail = max(0.0, end - self.seen)

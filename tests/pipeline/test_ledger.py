@@ -58,6 +58,8 @@ def test_an_account_is_carried_on_to_its_end() -> None:
     idle, lost = account().until(1_006.0), account(busy=True).until(1_006.0)
     assert (idle.seconds["idle"], idle.tail) == (1.0, 1.0)
     assert (lost.seconds["lost"], lost.booked) == (1.0, 6.0)
+    began = account(seconds={"start": 4.0, "load": 2.0}).since(1_003.0)
+    assert (began.seconds["start"], began.seen) == (1.0, 1_006.0)
     assert account().until(1_004.0).booked == 5.0  # clocks differ; what is booked stays
 
 
