@@ -6,6 +6,7 @@ import json
 import math
 import os
 import statistics
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -22,6 +23,7 @@ from jobs.console import explained, out
 from jobs.display import duration, stages
 from jobs.spec import load_job, load_prices
 from pipeline.config import JobConfig
+from pipeline.errors import UserError
 from pipeline.prices import Hardware, Priced, Prices, default_prices, price
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
@@ -126,7 +128,7 @@ def plan(
 
     Generates a sample of rows as an actor of the job would, with its slots full, and reckons from
     it: tokens, hours and money with 95% intervals, for what an existing output does not have yet.
-    With RAY_ADDRESS the sample runs on that cluster, on what an actor asks for; otherwise here.
+    It runs on what an actor asks for: of the Ray cluster at RAY_ADDRESS, or of a local one.
 
     [bold]Examples[/]
 
@@ -228,7 +230,7 @@ def _notes(job: JobConfig, tried: Rehearsal, priced: Priced) -> Iterable[str]:
         name = next(iter(job.actors.groups))
         yield f"All actors are taken to be of the group {name}."
     if not os.environ.get("RAY_ADDRESS"):
-        yield "Measured on this machine; set RAY_ADDRESS to measure on the cluster."
+        yield "Measured on this machine; RAY_ADDRESS names a cluster to measure on."
     if priced.per_hour is None:
         yield f"There is no price for {priced.hardware} ({priced.market}); give --prices FILE."
 
@@ -237,51 +239,39 @@ def _notes(job: JobConfig, tried: Rehearsal, priced: Priced) -> Iterable[str]:
 
 
 def _rehearse(job: JobConfig, rows: Any, show: Show) -> tuple[Rehearsal, float, Hardware]:
-    """The rehearsal, the seconds in which a process starts, and what it held.
+    """The rehearsal, the seconds in which its process started, and what it held.
 
-    On the cluster at RAY_ADDRESS, in a task that asks for what an actor would; or else here.
+    In a task that asks Ray for what an actor would: threads, cores and their contention are an
+    actor's then, too.
     """
-    if not os.environ.get("RAY_ADDRESS"):
-        from pipeline.ledger import process_age
-        from pipeline.rehearsal import rehearse
-
-        start = process_age()
-        return rehearse(job, rows, show), start, _this_machine(job)
     import ray
 
     from pipeline.pool import actor_options, check_resources
     from pipeline.run import connected
 
+    show("starting Ray", 0.0)
     with connected():
         nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         check_resources(job.actors, [node["Resources"] for node in nodes])
-        show("generating on the cluster", 0.0)
+        show(f"generating {len(rows)} rows", 0.0)
         options = {name: value for name, value in actor_options(job.actors).items() if value}
-        found: tuple[Rehearsal, float, Hardware] = ray.get(
-            ray.remote(**options)(_rehearse_there).remote(job, rows)
-        )
+        task = ray.remote(**options, max_retries=0)(_rehearse_there)
+        try:
+            found: tuple[Rehearsal, float, Hardware] = ray.get(task.remote(job, rows, time.time()))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise UserError(str(error.cause)) from None
+            raise
         return found
 
 
-def _rehearse_there(job: JobConfig, rows: Any) -> tuple[Rehearsal, float, Hardware]:
-    """On the cluster."""
+def _rehearse_there(job: JobConfig, rows: Any, wanted: float) -> tuple[Rehearsal, float, Hardware]:
+    """In a process like an actor's, which was asked for at `wanted`."""
     from pipeline.ledger import process_age, this_hardware
     from pipeline.rehearsal import rehearse
 
-    start = process_age()
+    start = min(process_age(), max(0.0, time.time() - wanted))
     return rehearse(job, rows), start, this_hardware()
-
-
-def _this_machine(job: JobConfig) -> Hardware:
-    """What an actor of the job would hold if it ran here."""
-    held = {"CPU": float(job.actors.num_cpus), "GPU": float(job.actors.num_gpus)}
-    there = {"CPU": float(os.cpu_count() or 1), "GPU": 0.0}
-    if job.actors.num_gpus:
-        import torch
-
-        there["GPU"] = float(torch.cuda.device_count())
-    instance = os.environ.get("RAY_CLOUD_INSTANCE_TYPE_NAME")
-    return Hardware(held, there, instance, job.actors.accelerator_type)
 
 
 # ---------------------------------------------------------------------- reckoning

@@ -202,11 +202,16 @@ class Books:
 
 
 def _settled(account: Account, held: Held | None) -> Account:
-    """The account carried on to its end by Ray's events, and its time by these alone."""
+    """The account from its beginning to its end by Ray's events, and its time by these alone.
+
+    Since when a process holds resources only Ray knows: it may have been there before.
+    """
     if held is None or held.ended is None:
         return account
-    time_held = None if held.began is None else held.ended - held.began
-    return replace(account.until(held.ended), held=time_held, killed=held.killed)
+    if held.began is None:
+        return replace(account.until(held.ended), killed=held.killed)
+    known = account.since(held.began).until(held.ended)
+    return replace(known, held=held.ended - held.began, killed=held.killed)
 
 
 def _silent(run: Run, processes: Iterable[Held]) -> Iterable[Account]:

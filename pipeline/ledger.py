@@ -32,6 +32,9 @@ LEDGER = "_specbatch/ledger"
 BEAT_SECONDS = 1.0
 """Between two posts of an actor to the monitor."""
 
+SILENT_SECONDS = 5 * BEAT_SECONDS
+"""After this long without a word nobody knows what a process did."""
+
 WRITE_SECONDS = 15.0
 """Between two writes of an actor's account to the output."""
 
@@ -85,6 +88,11 @@ class Account:
         """Until when it is booked."""
         return self.began + self.booked
 
+    def since(self, began: float) -> Account:
+        """The account with another beginning of its start."""
+        start = max(0.0, self.began + self.seconds.get("start", 0.0) - began)
+        return replace(self, began=began, seconds={**self.seconds, "start": start})
+
     def until(self, end: float) -> Account:
         """The account carried on to its end: lost if units were in flight, or else idle."""
         tail = max(0.0, end - self.seen)
@@ -107,12 +115,15 @@ class Reconciliation:
     """Booked seconds against seconds held by Ray's own actor events.
 
     Attributes:
-        booked: seconds that processes booked, by their own clocks.
+        booked: seconds in the accounts. Before a process's first line of code and after its last
+            word they are Ray's, in between its own clock's.
         held: seconds between Ray's start and end events of the same processes.
-        difference: |booked - held| / held; None if Ray's events are known of no process.
+        difference: what of `held` is not accounted for, or is twice, as a share of it: |booked -
+            held|, and silences at the end of processes beyond what is usual. None if Ray's events
+            are known of no process.
         ok: whether that is within TOLERANCE.
         holders: processes compared.
-        tail: of `booked`, seconds between a process's last word and its end.
+        tail: of `booked`, seconds between processes' last words and their ends.
         unsettled: processes whose end Ray could not be asked about.
     """
 
@@ -129,11 +140,14 @@ def reconcile(accounts: Iterable[Account]) -> Reconciliation:
     """Compare what was booked with what Ray says."""
     accounts = list(accounts)
     compared = [account for account in accounts if account.held is not None]
-    booked = sum(account.booked for account in compared)
     held = sum(account.held or 0.0 for account in compared)
-    difference = abs(booked - held) / held if held else None
+    off = sum(
+        abs(account.booked - (account.held or 0.0)) + max(0.0, account.tail - SILENT_SECONDS)
+        for account in compared
+    )
+    difference = off / held if held else None
     return Reconciliation(
-        booked,
+        sum(account.booked for account in compared),
         held,
         difference,
         None if difference is None else difference <= TOLERANCE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
@@ -15,8 +15,6 @@ from pipeline.generate import load_acceptance_head, load_pair, make_engine
 from pipeline.openai_requests import REQUEST, request_cells
 from pipeline.prompts import SAMPLING_COLUMN, PromptRenderer, row_sampling, sample_count
 from specdec.request import Request
-
-Show = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,7 @@ class Rehearsal:
     left_out: Mapping[str, int]
 
 
-def rehearse(
-    job: JobConfig, rows: Mapping[str, Mapping[str, Any]], show: Show = lambda *_: None
-) -> Rehearsal:
+def rehearse(job: JobConfig, rows: Mapping[str, Mapping[str, Any]]) -> Rehearsal:
     """Complete rows as an actor of the job would.
 
     A job's slots are full nearly all the time, and those of a small sample are not, so when the
@@ -67,7 +63,6 @@ def rehearse(
     Args:
         job: the job.
         rows: some of its rows, by row id.
-        show: told what is happening and how far it is, from 0 to 1.
 
     Raises:
         UserError: the models do not fit, or none of the rows can be completed.
@@ -77,7 +72,6 @@ def rehearse(
     from specdec.pair import PairError
 
     torch.set_num_threads(max(1, int(job.actors.num_cpus)))
-    show("loading models", 0.0)
     began = time.monotonic()
     try:
         pair = load_pair(job)
@@ -128,7 +122,6 @@ def rehearse(
         for completion in completions:
             if completion.id in wanted:
                 outputs[completion.id] = len(completion.output_ids)
-        show("completing rows", len(outputs) / len(requests))
     return Rehearsal(
         len(rows),
         load,

@@ -104,3 +104,11 @@ def test_booked_seconds_are_held_against_rays_events(held: float, ok: bool) -> N
     assert found is not None
     assert (found.booked, found.held, found.ok) == (30.0, held, ok)
     assert found.difference == pytest.approx(abs(30 - held) / held)
+
+
+def test_a_long_silence_at_a_processes_end_is_not_accounted_for() -> None:
+    silent = account(ended=1_040.0, held=40.0, tail=10.0, seconds={"verify": 30.0, "lost": 10.0})
+    found = cost(run(silent)).reconciled
+    assert found is not None
+    assert (found.booked, found.held, found.ok) == (40.0, 40.0, False)
+    assert found.difference == pytest.approx(5 / 40)

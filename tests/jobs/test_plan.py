@@ -18,6 +18,8 @@ from pipeline.prices import Hardware
 from pipeline.rehearsal import Rehearsal, Round
 from pipeline.storage import Folder
 
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
 WriteRows = Callable[..., str]
 ROWS = 40
 
