@@ -288,8 +288,7 @@ def _wrong_ids(
     others: list[str] = []
     there: dict[int, int] = {}  # samples by row
     for each in counts:
-        own, *numbers = each.rsplit(":", 2)
-        row, sample = map(int, numbers) if all(n.isdigit() for n in numbers) else (-1, -1)
+        own, row, sample = _parts(each)
         known = own == record.input and 0 <= row - record.start < record.rows
         if known and (samples is None or 0 <= sample < samples):
             there[row] = there.get(row, 0) + 1
@@ -305,6 +304,14 @@ def _wrong_ids(
     if missing:
         text = f"rows neither in completions nor in errors: {_some(missing)}"
         yield Problem("missing", name, text)
+
+
+def _parts(row_id: str) -> tuple[str, int, int]:
+    """Input file, row and sample of a row id; what is none has the row -1."""
+    match row_id.rsplit(":", 2):
+        case [name, row, sample] if row.isdecimal() and sample.isdecimal():
+            return name, int(row), int(sample)
+    return row_id, -1, -1
 
 
 def _some(names: Iterable[str]) -> str:
