@@ -42,13 +42,17 @@ def test_fixed_gives_every_row_k_whatever_happened() -> None:
     assert policy.go_on(draft_step([0, 1], 1, {})).tolist() == [True, True]
 
 
-@pytest.mark.parametrize("policy", [Fixed(4), Heuristic(), StopPolicy()], ids=str)
+@pytest.mark.parametrize(
+    "policy", [Fixed(4), Heuristic(), StopPolicy()], ids=lambda policy: type(policy).__name__
+)
 def test_policies_that_look_at_no_candidate_never_make_the_host_wait(policy: StopPolicy) -> None:
     assert not policy.wanted
 
 
 @pytest.mark.parametrize(
-    "policy", [Fixed(4), Heuristic(), Confidence(), Entropy(), StopPolicy()], ids=str
+    "policy",
+    [Fixed(4), Heuristic(), Confidence(), Entropy(), StopPolicy()],
+    ids=lambda policy: type(policy).__name__,
 )
 def test_the_policies_submit_what_they_drafted(policy: StopPolicy) -> None:
     assert list(policy.submit([4, 0, 2])) == [4, 0, 2]
