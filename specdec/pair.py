@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from specdec.attention import UnsupportedModel
-from specdec.linear import Quantization, is_invariant, pack_linears
+from specdec.linear import Quantization, is_invariant, pack_linears, packable
 from specdec.packed import PackedDecoder
 
 PACKAGE_PREFIX = "pkg:"
@@ -214,7 +214,7 @@ class ModelPair:
             ]
         except UnsupportedModel as error:
             raise PairError(str(error)) from error
-        if place.type == "cpu" and dtype == "float32" and not trainable:
+        if place.type == "cpu" and packable(getattr(torch, dtype)) and not trainable:
             head = target_model.get_output_embeddings()
             pack_linears(target_model, quantization)
             if draft_model is not None:

@@ -18,6 +18,7 @@ from specdec.linear import (
     Quantization,
     is_invariant,
     pack_linears,
+    packable,
 )
 from specdec.packed import PackedDecoder
 
@@ -85,6 +86,19 @@ def test_error_against_float32_is_bounded(kind: Kind, bias: bool) -> None:
     got, expected = KINDS[kind](plain)(x), plain(x)
     each_row = (got - expected).norm(dim=1) / expected.norm(dim=1)
     assert each_row.max() < ERROR[kind]
+
+
+@pytest.mark.skipif(not packable(torch.bfloat16), reason="no bfloat16 products on this processor")
+@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("rows", [1, 2, 5, 64])
+def test_bfloat16_in_bfloat16_out(kind: Kind, rows: int) -> None:
+    plain, x = linear(512, 256, bias=True).bfloat16(), inputs_of(rows, 512).bfloat16()
+    got, expected = (
+        KINDS[kind](plain)(x),
+        nn.functional.linear(x.float(), plain.weight.float(), plain.bias.float()),
+    )
+    assert got.dtype == torch.bfloat16
+    assert (got - expected).norm() / expected.norm() < max(ERROR[kind], 0.005)
 
 
 @kinds

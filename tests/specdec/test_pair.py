@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from specdec.engine import Engine
-from specdec.linear import Int8Linear, Int8WeightOnlyLinear, PackedLinear
+from specdec.linear import Int8Linear, Int8WeightOnlyLinear, PackedLinear, packable
 from specdec.pair import ModelPair, PairError, check_model_name, find_model, model_digest
 from specdec.request import Request, SamplingParams
 from specdec.stopping import Fixed
@@ -180,6 +180,8 @@ def test_half_precision_is_passed_on(target: Path, draft: Path) -> None:
     assert pair.target.dtype == torch.bfloat16
     assert pair.target.new_cache(1, 1).dtype == torch.bfloat16
     assert len(complete(pair)) == 20
+    head = pair.target.model.get_output_embeddings()
+    assert isinstance(head, PackedLinear) == packable(torch.bfloat16)
 
 
 # -------------------------------------------------------------------------------- vocabularies

