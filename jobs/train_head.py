@@ -110,7 +110,7 @@ def train_head(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16 or float16.", show_default="job's, or float32"),
+        typer.Option(help="auto, float32, bfloat16 or float16.", show_default="job's, or auto"),
     ] = None,
     quantization: Annotated[
         str | None, typer.Option(help="int8wo or int8, on a CPU.", show_default=False)

@@ -140,7 +140,10 @@ class ModelsConfig(_Settings):
     draft: PlainString | None = Field(
         default=None, min_length=1, description="same forms; not needed with policy none"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="auto: as the target's weights are stored, where the device is fast in that",
+    )
     quantization: Literal["int8wo", "int8"] | None = Field(default=None, description="CPU only")
     draft_quantization: Literal["int8wo", "int8", "none"] | None = Field(
         default=None,
@@ -161,7 +164,7 @@ class ModelsConfig(_Settings):
 
     @model_validator(mode="after")
     def _kernels_exist(self) -> ModelsConfig:
-        if (self.deterministic or self.quantization) and self.dtype != "float32":
+        if (self.deterministic or self.quantization) and self.dtype not in ("auto", "float32"):
             what = "deterministic" if self.deterministic else f"quantization {self.quantization}"
             raise ValueError(f"{what} goes with dtype float32, not {self.dtype}")
         return self

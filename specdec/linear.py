@@ -2,7 +2,8 @@
 
 Three precisions: the model's own, float32 or bfloat16, with weights in oneDNN's blocked layout;
 `int8wo`, int8 weights and bf16 activations; `int8`, int8 weights and activations. Int8 weights are
-quantized per output channel. Embeddings, norms and attention stay in the model's dtype. DESIGN.md §3, "CPU", has the kernels and why.
+quantized per output channel. Embeddings, norms and attention stay in the model's dtype. DESIGN.md
+§3, "CPU", has the kernels and why.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ class PackedLinear(nn.Module):
     """y = x W^T + b in float32 or bfloat16, with W repacked once for oneDNN.
 
     For 4 to 64 rows this takes a quarter to three quarters of the time of torch's default (MKL, W
-    as stored), in bfloat16 half of that again, and each row's bits are the same whatever the other rows are, except that one row
-    alone would be a matrix-vector product with its own order of summation: it is computed twice
-    instead.
+    as stored), in bfloat16 half of that again. Each row's bits are the same whatever the other rows
+    are, except that one row alone would be a matrix-vector product with its own order of summation:
+    it is computed twice instead.
     """
 
     def __init__(self, linear: nn.Linear) -> None:

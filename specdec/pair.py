@@ -27,7 +27,7 @@ SHARED_MODULES = ("embed_tokens.weight", "lm_head.weight")
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
-DType = Literal["float32", "bfloat16", "float16"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class PairError(ValueError):
@@ -138,7 +138,7 @@ class ModelPair:
         target: str,
         draft: str | None = None,
         *,
-        dtype: DType = "float32",
+        dtype: DType = "auto",
         quantization: Quantization | None = None,
         draft_quantization: Quantization | Literal["none"] | None = None,
         deterministic: bool = False,
@@ -152,7 +152,7 @@ class ModelPair:
         Args:
             target, draft: see `find_model`. A draft checkpoint without embeddings or LM head uses
                 the target's.
-            dtype: of weights and activations.
+            dtype: of weights and activations; "auto": see `chosen_dtype`.
             quantization: int8 linear layers, on a CPU (specdec/linear.py).
             draft_quantization: the same for the draft alone, or "none". By default int8 on a CPU: a
                 draft only proposes, so that this costs some acceptance and no quality.
@@ -176,7 +176,7 @@ class ModelPair:
         for kind in (quantization, draft_quantization):
             if kind not in (None, "none") and place.type != "cpu":
                 raise PairError(f"quantization {kind} runs on CPUs only, not on {place.type}")
-        if (deterministic or quantization) and dtype != "float32":
+        if (deterministic or quantization) and dtype not in ("auto", "float32"):
             raise PairError(
                 f"deterministic and quantization keep everything but linear layers in float32; "
                 f"set dtype to float32, not {dtype}"
@@ -186,8 +186,12 @@ class ModelPair:
                 f"deterministic runs on CPUs only: the kernels of {place.type} give a token "
                 "different bits in different batches"
             )
-        loader = _Loader(dtype, place, trust_remote_code)
         target_source = find_model(target)
+        if dtype == "auto":
+            full = trainable or deterministic or quantization is not None
+            stored = None if full else _stored_dtype(target_source, trust_remote_code)
+            dtype = chosen_dtype(stored, place)
+        loader = _Loader(dtype, place, trust_remote_code)
         target_model, missing = loader.model(target_source, device_map)
         if missing:
             raise PairError(f"target {target}: its weights lack {' and '.join(sorted(missing))}")
@@ -251,6 +255,33 @@ class ModelPair:
     def describe(self) -> dict[str, Any]:
         """What was loaded: names, content digests or revisions, dtype, quantization, device."""
         return self.description
+
+
+def chosen_dtype(stored: torch.dtype | None, place: torch.device) -> DType:
+    """What "auto" is: the dtype of the target's weights where the device is fast in it.
+
+    Args:
+        stored: the checkpoint's; None if it has none or full precision is needed anyway.
+        place: where the model will be.
+    """
+    fast = packable(stored) if place.type == "cpu" and stored is not None else True
+    if stored == torch.bfloat16 and fast:
+        return "bfloat16"
+    return "float16" if stored == torch.float16 and fast else "float32"
+
+
+def _stored_dtype(source: ModelSource, trust_remote_code: bool) -> torch.dtype | None:
+    """The dtype of a checkpoint's weights, by its config.json."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            model_folder(source), revision=source.revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise PairError(f"model {source.name} cannot be loaded: {_reason(error)}") from error
+    stored = getattr(config, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else None
 
 
 @dataclass(frozen=True, slots=True)

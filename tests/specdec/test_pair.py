@@ -17,7 +17,14 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, PreTrai
 
 from specdec.engine import Engine
 from specdec.linear import Int8Linear, Int8WeightOnlyLinear, PackedLinear, packable
-from specdec.pair import ModelPair, PairError, check_model_name, find_model, model_digest
+from specdec.pair import (
+    ModelPair,
+    PairError,
+    check_model_name,
+    chosen_dtype,
+    find_model,
+    model_digest,
+)
 from specdec.request import Request, SamplingParams
 from specdec.stopping import Fixed
 
@@ -173,6 +180,20 @@ def test_quantization_reaches_both_models(
         assert type(decoder.model.get_output_embeddings()) is layer
     assert pair.target.invariant and not pair.draft.invariant
     assert complete(pair) == complete(load(target, quantization=quantization, deterministic=True))
+
+
+def test_dtype_is_the_checkpoints_where_that_is_fast(tmp_path: Path) -> None:
+    target = saved(tmp_path / "t", tiny_model(seed=3).to(torch.bfloat16))
+    fast = packable(torch.bfloat16)
+    assert load(target).target.dtype == (torch.bfloat16 if fast else torch.float32)
+    assert load(target).describe()["dtype"] == ("bfloat16" if fast else "float32")
+    for full in ({"quantization": "int8"}, {"deterministic": True}, {"dtype": "float32"}):
+        assert load(target, **full).target.dtype == torch.float32
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    half, full_size = torch.float16, torch.float32
+    assert [chosen_dtype(stored, cpu) for stored in (None, full_size, half)] == ["float32"] * 3
+    assert chosen_dtype(half, gpu) == "float16"
+    assert chosen_dtype(torch.bfloat16, gpu) == "bfloat16"
 
 
 def test_half_precision_is_passed_on(target: Path, draft: Path) -> None:
