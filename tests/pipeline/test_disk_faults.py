@@ -99,6 +99,7 @@ def test_a_limit_on_file_size(tmp_path: Path) -> None:
     assert folder.read("x") == b"first"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @needs_mount
 def test_a_job_whose_disk_fills_up_is_resumed(

@@ -461,6 +461,7 @@ def test_only_failed_rows_are_tried_again(
     assert again.summary == third.summary
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_missing_units_are_left_to_another_run(
     local_ray: None, tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

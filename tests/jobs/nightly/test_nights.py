@@ -30,6 +30,7 @@ def make(recipe: Recipe, *days: int, hooks: Hooks | None = None) -> Status:
     return run_nights(recipe, lambda archive: [Date(2026, 11, day) for day in days], hooks)
 
 
+@pytest.mark.slow
 def test_nights_of_new_seeds(tiny_models: TinyModels, tmp_path: Path) -> None:
     """Two turns, a stop in the middle, a failure, a back-fill; no row twice, everything counted."""
     write_seeds(tmp_path, WORDS)
