@@ -252,7 +252,7 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
     "no-rows.parquet": (table([], pa.string()), []),
     "no-rows-other-columns.parquet": (pa.table({"y": pa.array([], pa.string())}), []),
     "blanks.jsonl": (jsonl({"prompt": " \n\t"}), [OK]),
-    "numbers.jsonl": (jsonl({"prompt": 1.5}, {"prompt": 2}), ["MalformedPrompt"] * 2),
+    "numbers.jsonl": (jsonl({"prompt": 1.5}, {"prompt": 2.5}), ["MalformedPrompt"] * 2),
     # A column without a type is one of texts, here of JSON; true is not to become 1.0.
     "fraction-or-truth.jsonl": (jsonl({"prompt": 1.5}, {"prompt": True}), [OK] * 2),
     "surrogates.jsonl": (
