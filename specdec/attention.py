@@ -14,7 +14,7 @@ with other rows (DESIGN.md §3).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,12 @@ from specdec.cache import KEY_BLOCK, LayerLayout, SlotCache, round_to_blocks
 
 GRID_TOKENS = 24
 """Rows with more tokens than this in one forward attend one by one."""
+
+MANY_ROWS = 16
+"""From so many rows on, batched products are faster than torch's fused kernel on a CPU."""
+
+KEY_STEP = 16
+"""Attended positions are rounded up to a multiple of this, so that there are few shapes."""
 
 ATTENTION = "specbatch_packed"
 
@@ -65,7 +71,7 @@ class Packing:
         long: rows that attend one by one.
         grid_slots: the contiguous range [low, high) of slots that the grid covers; B = high - low.
         grid_tokens: T, tokens per grid row.
-        keys: L, positions attended by the grid, a multiple of KEY_BLOCK.
+        keys: L, positions attended by the grid: a multiple of KEY_STEP; if invariant, of KEY_BLOCK.
         cell_token: int64 [B * T], the packed token in each grid cell (any token in an unused cell).
         cell_position: int64 [B, T], that token's position (0 in an unused cell).
         short_tokens, short_cells: int64 [n], packed tokens of the grid and their cells.
@@ -125,7 +131,7 @@ class Packing:
             long=long,
             grid_slots=(low, high),
             grid_tokens=width,
-            keys=round_to_blocks(keys),
+            keys=round_to_blocks(keys) if invariant else -(-keys // KEY_STEP) * KEY_STEP,
             cell_token=on_device[2],
             cell_position=on_device[3].view(high - low, width) if cells else on_device[3],
             short_tokens=on_device[4],
@@ -251,14 +257,22 @@ def _grid(
     q = queries if packing.aligned else queries.index_select(0, packing.cell_token)
     # [B, T, Hkv, G, D] -> [B, Hkv, G, T, D]: the G query heads of a key/value head share keys.
     q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4)
-    kernel = _invariant if packing.invariant else _matmul if q.dtype == torch.float32 else _fused
-    out = kernel(q, keys, values, packing.mask(window), scale)  # [B, Hkv, G, T, Dv]
+    out = _kernel(packing, q)(q, keys, values, packing.mask(window), scale)  # [B, Hkv, G, T, Dv]
     out = out.permute(0, 3, 1, 2, 4).reshape(batch * tokens, heads, -1)
     return out if packing.aligned else out.index_select(0, packing.short_cells)
 
 
+def _kernel(
+    packing: Packing, q: Tensor
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]:
+    if packing.invariant:
+        return _invariant
+    many = q.device.type == "cpu" and len(q) >= MANY_ROWS
+    return _matmul if q.dtype == torch.float32 or many else _fused
+
+
 def _matmul(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Softmax attention as two batched matrix products in float32.
+    """Softmax attention as two batched matrix products, the softmax in float32.
 
     Args:
         q: [B, Hkv, G, T, D]; keys: [B, Hkv, L, D]; values: [B, Hkv, L, Dv]; mask: [B, T, L].
@@ -267,15 +281,19 @@ def _matmul(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float)
         [B, Hkv, G, T, Dv].
     """
     batch, kv_heads, group, tokens, _ = q.shape
-    flat = (q * scale).reshape(batch * kv_heads, group * tokens, -1)
-    scores = torch.bmm(flat, keys.flatten(0, 1).transpose(1, 2))
+    flat, keys = q.reshape(batch * kv_heads, group * tokens, -1), keys.flatten(0, 1)
+    if q.dtype == torch.float32:
+        scores = torch.bmm(flat * scale, keys.transpose(1, 2))
+    else:  # CPUs multiply bfloat16 three times as fast with the many keys on the left
+        scores = torch.bmm(keys, flat.transpose(1, 2)).transpose(1, 2).contiguous()
+        scores = scores.float().mul_(scale)
     scores.view(batch, kv_heads * group, tokens, -1).add_(mask[:, None])
-    out = torch.bmm(torch.softmax(scores, -1), values.flatten(0, 1))
+    out = torch.bmm(torch.softmax(scores, -1).to(values.dtype), values.flatten(0, 1))
     return out.view(batch, kv_heads, group, tokens, -1)
 
 
 def _fused(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """As `_matmul`, in half precision with float32 accumulation inside torch's fused kernel."""
+    """As `_matmul`, in torch's fused kernel."""
     batch, kv_heads, group, tokens, _ = q.shape
     flat = q.reshape(batch, kv_heads, group * tokens, -1)
     repeated = mask.to(q.dtype).repeat(1, group, 1)[:, None]

@@ -111,8 +111,9 @@ class PackedDecoder:
             raise UnsupportedModel(f"{name} cannot run packed: {error}") from error
         packed = self.logits(hidden).float()
         expected = torch.cat([plain[1, 3:], plain[0, 4:]])
-        tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
-        gap = (packed - expected).abs().max().item() / expected.std().item()
+        # Two right forwards of SmolLM2-135M differ by 0.03 to 0.1 in bfloat16, by 1e-5 in float32.
+        tolerance = 1e-3 if self.dtype == torch.float32 else 0.25
+        gap = ((packed - expected).square().mean().sqrt() / expected.std()).item()
         if not gap < tolerance:
             raise UnsupportedModel(
                 f"{name} cannot run packed: its logits differ from the plain forward's by "

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from specdec.attention import UnsupportedModel
+from specdec.heap import keep_freed_memory
 from specdec.linear import Quantization, is_invariant, pack_linears, packable
 from specdec.packed import PackedDecoder
 
@@ -186,6 +187,8 @@ class ModelPair:
                 f"deterministic runs on CPUs only: the kernels of {place.type} give a token "
                 "different bits in different batches"
             )
+        if place.type == "cpu":
+            keep_freed_memory()
         target_source = find_model(target)
         if dtype == "auto":
             full = trainable or deterministic or quantization is not None

