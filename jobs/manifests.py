@@ -250,7 +250,7 @@ def _ray_cluster(job: JobConfig, pods: Pods, config_map: str) -> Manifest:
 
 
 def _workers(name: str, group: ActorsConfig, pods: Pods, config_map: str) -> Manifest:
-    resources = {"cpu": str(math.ceil(group.num_cpus)), "memory": pods.memory}
+    resources = {"cpu": str(math.ceil(group.cores)), "memory": pods.memory}
     if group.num_gpus:
         resources["nvidia.com/gpu"] = str(math.ceil(group.num_gpus))
     return {

@@ -252,7 +252,9 @@ def _rehearse(job: JobConfig, rows: Any, show: Show) -> tuple[Rehearsal, float, 
     show("starting Ray", 0.0)
     with connected():
         nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-        check_resources(job.actors, [node["Resources"] for node in nodes])
+        actors = job.actors.on([node["Resources"].get("CPU", 0.0) for node in nodes])
+        check_resources(actors, [node["Resources"] for node in nodes])
+        job = job.model_copy(update={"actors": actors})
         show(f"generating {len(rows)} rows", 0.0)
         options = {name: value for name, value in actor_options(job.actors).items() if value}
         task = ray.remote(**options, max_retries=0)(_rehearse_there)

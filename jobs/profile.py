@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -109,7 +110,7 @@ def _profile(
     from specdec.simulate import acceptance_by_position
     from specdec.tracing import measure_costs, record
 
-    torch.set_num_threads(max(1, int(job.actors.num_cpus)))
+    torch.set_num_threads(max(1, int(job.actors.num_cpus or os.cpu_count() or 1)))
     show("loading models", 0.0)
     pair = _load(job)
     head = _head(job, pair)

@@ -109,14 +109,14 @@ def run_batch(
 
 
 def _this_machine() -> dict[str, Any]:
-    """One actor with all that this machine has; on a cluster, the job file's defaults."""
+    """One actor on this machine's GPU, if it has one; otherwise the job file's defaults."""
     if os.environ.get("RAY_ADDRESS"):
         return {}
     import torch
 
     if torch.cuda.is_available():
         return {"num_gpus": 1}
-    return {"num_cpus": len(os.sched_getaffinity(0))}
+    return {}
 
 
 def _run(job: JobConfig, responses: str, errors: str, model: str, quiet: bool) -> None:

@@ -6,6 +6,7 @@ recorded. The names are an interface: add to them, do not rename them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -278,12 +279,19 @@ class ActorsConfig(_Settings):
 
     min: int = Field(default=1, ge=1)
     max: int | None = Field(default=None, ge=1, description="null: the same as min")
-    num_cpus: float = Field(
-        default=1, gt=0, description="cores of an actor; torch uses as many threads"
+    num_cpus: float | None = Field(
+        default=None,
+        gt=0,
+        description="cores of an actor, and threads of torch; null: one beside a GPU, or else all "
+        "that the cluster has for each",
     )
     num_gpus: float = Field(default=0, ge=0)
     accelerator_type: str | None = Field(default=None, description="Ray's name of it, such as A100")
-    slots: int = Field(default=16, ge=1, description="rows that an engine works on at once")
+    slots: int = Field(
+        default=64,
+        ge=1,
+        description="rows that an engine works on at once, if their keys and values fit",
+    )
     kv_memory_gb: float | None = Field(
         default=None, gt=0, description="memory for keys and values; null: the engine decides"
     )
@@ -326,6 +334,19 @@ class ActorsConfig(_Settings):
             if group.groups:
                 raise ValueError(f"groups.{name}: a group cannot have groups of its own")
         return self
+
+    @property
+    def cores(self) -> float:
+        """`num_cpus`, or the least that null may stand for."""
+        return self.num_cpus or 1.0
+
+    def on(self, nodes: Sequence[float]) -> ActorsConfig:
+        """These settings with `num_cpus` filled in, for nodes of so many cores."""
+        groups = {name: group.on(nodes) for name, group in self.groups.items()}
+        share = sum(nodes) // self.max_actors
+        most = min((cores for cores in nodes if cores), default=1.0)
+        cores = 1.0 if self.num_gpus else max(1.0, min(share, most))
+        return self.model_copy(update={"groups": groups, "num_cpus": self.num_cpus or cores})
 
     @property
     def pools(self) -> dict[str, ActorsConfig]:

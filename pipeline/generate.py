@@ -97,7 +97,7 @@ class GenerateActor:
         self._columns = [*required_columns(job.input), SAMPLING_COLUMN]
         self._loop = EngineLoop(
             self._make_engine,
-            threads=max(1, int(job.actors.num_cpus)),
+            threads=max(1, int(job.actors.cores)),
             report=self._report,
             hang_seconds=job.actors.hang_seconds,
         )

@@ -55,7 +55,7 @@ def check_resources(actors: ActorsConfig, nodes: Sequence[Mapping[str, float]]) 
 
 def needed(group: ActorsConfig) -> dict[str, float]:
     """What an actor of a group takes of a node, as Ray names it."""
-    need = {"CPU": group.num_cpus, "GPU": group.num_gpus}
+    need = {"CPU": group.cores, "GPU": group.num_gpus}
     if group.accelerator_type:
         # Ray marks a node that has accelerators of a type with one unit of this resource.
         need[f"accelerator_type:{group.accelerator_type}"] = 0.001
@@ -152,7 +152,7 @@ def actor_options(actors: ActorsConfig) -> dict[str, Any]:
     groups = actors.groups.values()
     return {
         # What Ray Data reckons with before it makes an actor, and makes then as it is told.
-        "num_cpus": min(group.num_cpus for group in groups),
+        "num_cpus": min(group.cores for group in groups),
         "num_gpus": min(group.num_gpus for group in groups) or None,
         "ray_remote_args_fn": _group_options(actors),
     }
@@ -176,7 +176,7 @@ def group_of(actor_name: str | None) -> str:
 
 def _resources(group: ActorsConfig) -> dict[str, Any]:
     return {
-        "num_cpus": group.num_cpus,
+        "num_cpus": group.cores,
         "num_gpus": group.num_gpus or None,
         "accelerator_type": group.accelerator_type,
     }

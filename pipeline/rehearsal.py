@@ -71,7 +71,7 @@ def rehearse(job: JobConfig, rows: Mapping[str, Mapping[str, Any]]) -> Rehearsal
 
     from specdec.pair import PairError
 
-    torch.set_num_threads(max(1, int(job.actors.num_cpus)))
+    torch.set_num_threads(max(1, int(job.actors.cores)))
     began = time.monotonic()
     try:
         pair = load_pair(job)

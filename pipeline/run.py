@@ -208,11 +208,16 @@ def run_job(
         if pending:
             books = Books(output, job, beacon.stop)
             with connected():
-                _check_cluster(job.actors)
+                job = job.model_copy(update={"actors": _placed(job.actors)})
                 output.delete(manifest.SUCCESS)
                 with books.open():
                     checksums = _generate(
-                        plan, pending, digest(mark), mode.only_failed, books, beacon.tell
+                        replace(plan, job=job),
+                        pending,
+                        digest(mark),
+                        mode.only_failed,
+                        books,
+                        beacon.tell,
                     )
         if mode.only_failed and missing:
             summary = summarise(manifest.read_records(output, done))
@@ -294,10 +299,13 @@ def _silent_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _check_cluster(actors: ActorsConfig) -> None:
+def _placed(actors: ActorsConfig) -> ActorsConfig:
+    """The pool as this cluster can hold it, once that is checked."""
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    actors = actors.on([node["Resources"].get("CPU", 0.0) for node in nodes])
     check_resources(actors, [node["Resources"] for node in nodes])
     check_workers([node["NodeID"] for node in nodes])
+    return actors
 
 
 # ------------------------------------------------------------------- generation

@@ -8,6 +8,7 @@ the pair in use (`compare`), and adopted only if it is surely better.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -129,7 +130,7 @@ def _candidates(
 ) -> Iterator[tuple[Outcome, Version]]:
     """A draft first, with a head of its own where one is needed; if it is not adopted, a head."""
     job = _job(recipe, before)
-    torch.set_num_threads(max(1, int(job.actors.num_cpus)))
+    torch.set_num_threads(max(1, int(job.actors.num_cpus or os.cpu_count() or 1)))
     show("loading models")
     try:
         pair = load_pair(job)

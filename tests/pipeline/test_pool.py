@@ -162,3 +162,30 @@ def test_what_the_user_must_mend_is_not_tried_again_and_the_rest_is() -> None:
 
     assert retried(ValueError("some\nlines"))
     assert not retried(UserError("s3://b: S3 answered SlowDown;\ngave up after 120 s"))
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes", "cores"),
+    [
+        ({}, [8.0], 8),
+        ({"min": 3}, [8.0], 2),
+        ({"max": 16}, [8.0], 1),
+        ({"max": 6}, [16.0, 16.0, 16.0], 8),
+        ({"max": 2}, [16.0, 16.0, 16.0], 16),  # no more than a node has
+        ({}, [0.0, 4.0], 4),  # a head node without cores
+        ({"num_gpus": 1}, [64.0], 1),
+        ({"num_cpus": 3}, [8.0], 3),
+    ],
+)
+def test_cores_that_nobody_chose(given: dict[str, Any], nodes: list[float], cores: int) -> None:
+    assert ActorsConfig(**given).on(nodes).num_cpus == cores
+
+
+def test_groups_have_cores_of_their_own() -> None:
+    groups = {"slow": {"max": 4}, "fast": {"num_gpus": 1}, "own": {"num_cpus": 5}}
+    placed = ActorsConfig.model_validate({"groups": groups}).on([16.0])
+    assert {name: group.num_cpus for name, group in placed.groups.items()} == {
+        "slow": 4,
+        "fast": 1,
+        "own": 5,
+    }
