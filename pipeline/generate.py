@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -85,8 +86,11 @@ class GenerateActor:
         self._job, self._digest = job, digest
         self._actor, self._node = context.get_actor_id() or "local", context.get_node_id()
         try:
-            self._pair = load_pair(job)
-            self._head = load_acceptance_head(job, self._pair)
+            # In a thread that ends: with OpenMP's threads of two others in one process, more than
+            # there are cores, its kernels no longer wait actively, and rounds take a third longer.
+            with ThreadPoolExecutor(1) as loader:
+                self._pair = loader.submit(load_pair, job).result()
+                self._head = loader.submit(load_acceptance_head, job, self._pair).result()
             self._renderer = PromptRenderer(
                 job.input, self._pair.tokenizer, self._pair.context_length
             )
