@@ -140,7 +140,11 @@ VALUES: list[tuple[str, object, str]] = [
     ("unit_rows", 0, "unit_rows: input should be greater than or equal to 1"),
     ("unit_rows", "many", "unit_rows: input should be a valid integer"),
     ("models.target", "", "models.target: string should have at least 1 character"),
-    ("models.dtype", "fp16", "models.dtype: input should be 'float32', 'bfloat16' or 'float16'"),
+    (
+        "models.dtype",
+        "fp16",
+        "models.dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16'",
+    ),
     ("models.quantization", "int4", "models.quantization: input should be 'int8wo' or 'int8'"),
     ("models.device_map", 3, "models.device_map: input should be a valid string"),
     ("models.draft", None, "speculation.policy goodput needs models.draft"),

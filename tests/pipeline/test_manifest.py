@@ -72,7 +72,7 @@ def test_what_does_not_change_results_is_not_in_the_fingerprint(
             {"speculation__estimator": "entropy"},
             'estimator: null there, "entropy" here',
         ),
-        ({"models__dtype": "bfloat16"}, 'models.dtype: "float32" there, "bfloat16" here'),
+        ({"models__dtype": "bfloat16"}, 'models.dtype: "auto" there, "bfloat16" here'),
         ({"speculation__verification": "coupled"}, 'verification: "rejection" there, "coupled"'),
     ],
 )
