@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,22 @@ def unpacked(data: bytes) -> bytes:
 
 
 @contextmanager
-def titles() -> Iterator[set[str]]:
-    """What `ps` shows of all processes while the block runs."""
+def titles(started: subprocess.Popen[str]) -> Iterator[set[str]]:
+    """What `ps` shows of a process and all below it while the block runs.
+
+    Other tests' processes are left out: their Ray is given credentials by its runtime environment,
+    which it shows.
+    """
     seen: set[str] = set()
     over = threading.Event()
 
     def look() -> None:
         while not over.wait(0.2):
-            for process in psutil.process_iter(["name", "cmdline"]):
-                seen.add(" ".join([process.info["name"] or "", *(process.info["cmdline"] or [])]))
+            with suppress(psutil.NoSuchProcess):
+                top = psutil.Process(started.pid)
+                for process in [top, *top.children(recursive=True)]:
+                    with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                        seen.add(" ".join([process.name(), *process.cmdline()]))
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -94,8 +101,8 @@ def test_secrets_are_nowhere(s3_server: S3Server, tiny_models: TinyModels, tmp_p
     # The path of a Ray session must be short: it holds sockets.
     ray_folder = tempfile.mkdtemp(prefix="r")
     try:
-        with titles() as seen:
-            process = command(job, ray_folder)
+        process = command(job, ray_folder)
+        with titles(process) as seen:
             printed, _ = process.communicate(timeout=300)
         assert process.returncode == 0, printed
         assert sum("GenerateActor" in title for title in seen)
