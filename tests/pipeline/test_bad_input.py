@@ -417,7 +417,9 @@ JOBS = {
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    "job", ["plain", "templated", pytest.param("chat", marks=pytest.mark.slow)]
+)
 def test_every_row_becomes_what_the_table_says(
     local_ray: None, tiny_models: TinyModels, strict_target: str, tmp_path: Path, job: str
 ) -> None:

@@ -106,7 +106,9 @@ def undisturbed(
     return texts(folder / "out")
 
 
-@pytest.mark.parametrize("actor", [DyingActor, RaisingActor, HangingActor])
+@pytest.mark.parametrize(
+    "actor", [DyingActor, RaisingActor, pytest.param(HangingActor, marks=pytest.mark.slow)]
+)
 def test_poisonous_rows_become_errors_and_nothing_else_does(
     actor: type[FragileActor],
     undisturbed: dict[int, str],
@@ -140,6 +142,7 @@ def test_an_engine_that_fails_on_every_row_fails_the_job(
     assert not list((tmp_path / "out").glob("errors/*"))
 
 
+@pytest.mark.slow
 def test_stopping_commits_what_is_in_flight_and_a_resume_does_the_rest(
     local_ray: None, tiny_models: TinyModels, tmp_path: Path
 ) -> None:

@@ -484,6 +484,7 @@ def test_missing_units_are_left_to_another_run(
     assert verify(str(output), S3Config()).problems == []
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_retry_that_is_killed_leaves_every_row_where_it_was_or_is(
     local_ray: None, tiny_models: TinyModels, tmp_path: Path

@@ -336,8 +336,9 @@ def test_pyarrow_still_speaks_as_expected() -> None:
 # --------------------------------------------------------------------- whole jobs
 
 
+@pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("outage", [5, pytest.param(30, marks=pytest.mark.slow, id="30-slow")])
+@pytest.mark.parametrize("outage", [30])
 def test_a_job_outlasts_faults_and_an_outage(
     local_ray: None,
     tiny_models: TinyModels,

@@ -46,6 +46,7 @@ def inputs(write_rows: Callable[..., str]) -> str:
     return write_rows("in.jsonl", [{"prompt": f"{SYSTEM}Question {i}?"} for i in range(ROWS)])
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_samples_differ_and_do_not_depend_on_what_else_is_in_the_batch(
     local_ray: None, tiny_models: TinyModels, inputs: str, tmp_path: Path
