@@ -225,8 +225,8 @@ class Estimator(Protocol):
 class OnlineEstimator:
     """Logistic regression on a few signals, updated as candidates are judged; needs no training.
 
-    Each update is one Newton step on the new candidates, with the curvature of those seen before
-    (slowly forgotten) as the prior.
+    Each update fits the new candidates with what was learnt before as the prior: a normal
+    distribution whose precision is the curvature of the candidates seen, slowly forgotten.
 
     Args:
         before: signals that do not know the candidate.
@@ -263,15 +263,14 @@ class OnlineEstimator:
     def learn(self, signals: Array, typical: Array, accepted: Flags) -> None:
         for i, columns in enumerate(self._columns):
             x = _features(signals, columns, typical)
-            p = _sigmoid(x @ self._weights[i])
             kept = self.FORGET ** len(x)
             # Evidence is forgotten, the prior is not: signals may be collinear (greedy candidates
             # are the likeliest token), and without it the system would become singular.
             prior = self.PRIOR * np.eye(x.shape[1])
-            self._precisions[i] = kept * self._precisions[i] + (1 - kept) * prior
-            self._precisions[i] += x.T @ (x * (p * (1 - p))[:, None])
-            gradient = x.T @ (accepted - p)
-            self._weights[i] += np.linalg.solve(self._precisions[i], gradient)
+            precision = kept * self._precisions[i] + (1 - kept) * prior
+            self._weights[i] = _posterior_mode(x, accepted, self._weights[i], precision)
+            p = _sigmoid(x @ self._weights[i])
+            self._precisions[i] = precision + x.T @ (x * (p * (1 - p))[:, None])
 
 
 class HeadEstimator:
@@ -331,6 +330,37 @@ def _features(signals: Array, columns: Sequence[Signal], typical: Array) -> Arra
     np.clip(x, -10.0, 10.0, out=x)
     x[:, -1] = np.log(typical / (1 - typical))
     return x
+
+
+def _posterior_mode(x: Array, accepted: Flags, mean: Array, precision: Array) -> Array:
+    """float64 [d]: the likeliest weights, after outcomes [n] at features [n, d].
+
+    Newton's steps, halved where they go too far. Without that they do where a confident prediction
+    is wrong: the curvature there is next to nothing, and weights run off to where all is 0 or 1.
+
+    Args:
+        mean, precision: [d], [d, d], of the normal distribution that was believed before.
+    """
+
+    def loss(weights: Array) -> float:
+        logits, moved = x @ weights, weights - mean
+        surprise = np.logaddexp(0.0, logits) - accepted * logits
+        return float(surprise.sum() + 0.5 * moved @ precision @ moved)
+
+    weights, least = mean, loss(mean)
+    for _ in range(8):
+        p = _sigmoid(x @ weights)
+        gradient = x.T @ (accepted - p) - precision @ (weights - mean)
+        step = np.linalg.solve(precision + x.T @ (x * (p * (1 - p))[:, None]), gradient)
+        # The loss is convex, so that a short enough step lowers it, if any does.
+        while (reached := loss(weights + step)) > least and np.abs(step).max() > 1e-3:
+            step = step / 2
+        if reached > least:
+            break
+        weights, least = weights + step, reached
+        if np.abs(step).max() < 1e-3:
+            break
+    return weights
 
 
 def _sigmoid(x: Array) -> Array:

@@ -136,7 +136,7 @@ def test_groups_share_a_job_and_a_node_that_joins_is_used(
         process = started(values, tmp_path / "job.yaml", "--quiet", address=cluster.address)
         assert process.poll() is None
         add_node(cluster, num_cpus=2)
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=300) == 0
     assert len(rows_of(output)) == rows
     actors = {
         row["group"]: row for row in pq.read_table(output / "stats/actors.parquet").to_pylist()

@@ -307,6 +307,31 @@ def test_online_estimators_follow_a_law_that_changes() -> None:
     assert estimator.predict(signals, typical)[1].mean() < 0.05
 
 
+@pytest.mark.statistical
+@pytest.mark.parametrize("batch", [1, 16, 64])
+@pytest.mark.parametrize("log_q", [-1.0, -4.0, -8.0])
+def test_first_candidates_do_not_throw_an_online_estimator_off(batch: int, log_q: float) -> None:
+    """A draft whose confidence says nothing, against the guess that an estimator begins with.
+
+    Whole Newton steps ran off to predictions of 0 and 1 here, for good: an error of 0.38.
+    """
+    rng = np.random.default_rng(0)
+    estimator = online_estimator("confidence")
+
+    def candidates(n: int) -> tuple[Array, Array, Flags]:
+        signals = np.zeros((n, len(Signal)))
+        signals[:, Signal.LOG_Q] = rng.normal(log_q, 1.5, n)
+        signals[:, Signal.LOG_TOP] = rng.normal(log_q / 2, 0.5, n)
+        return signals, np.full(n, 0.35), rng.random(n) < 0.32
+
+    for _ in range(640 // batch):
+        estimator.learn(*candidates(batch))
+    signals, typical, accepted = candidates(5000)
+    for p in estimator.predict(signals, typical):
+        assert np.abs(p - 0.32).mean() < 0.08
+        assert log_loss(p, accepted) < log_loss(np.full(5000, 0.32), accepted) + 0.03
+
+
 def test_one_odd_batch_does_not_upset_an_online_estimator() -> None:
     """Extreme signals, all candidates alike: weights and predictions stay finite."""
     estimator = online_estimator("confidence")

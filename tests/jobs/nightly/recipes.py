@@ -25,6 +25,7 @@ def small_recipe(models: TinyModels, root: Path, **changes: Any) -> dict[str, An
             "sampling": {"max_new_tokens": 12},
             "speculation": {"policy": "fixed", "k": 2, "verification": "coupled"},
             "unit_rows": 2,
+            "actors": {"num_cpus": 1},
             "prices": {"cpu_hour": 3.6, "source": "the test", "date": "2026-11-25"},
         },
         "filters": {"finish_reason": None, "length": None, "repetition": None},

@@ -45,7 +45,10 @@ def test_five_dates(tiny_models: TinyModels, tmp_path: Path) -> None:
     seeds = {"paths": ["seeds.jsonl"], "id_column": "id", "per_night": 8, "only_new": True}
     templates = [
         {"name": "ask", "turns": ["Say {{ word }}."]},
-        {"name": "twice", "turns": ["Say {{ word }}.", "You said {{ completions[0] }}: why?"]},
+        {
+            "name": "twice",
+            "turns": ["Say {{ word }}.", "You said {{ completions[0] | truncate(12) }}: why?"],
+        },
     ]
     values = small_recipe(tiny_models, tmp_path, seeds=seeds, templates=templates)
     values["job"]["sampling"] = {"max_new_tokens": 60, "n": 2}
