@@ -16,6 +16,7 @@ from pipeline.errors import BudgetReached, JobStopped, UserError
 from pipeline.held import Held, held_by_ray
 from pipeline.ledger import Account, Run, new_run, read_ledger, reconcile, write_run
 from pipeline.prices import Hardware, Prices, default_prices, price
+from pipeline.progress import Tally
 from pipeline.storage import Folder
 
 _POLL_SECONDS = 0.5
@@ -80,7 +81,7 @@ class Books:
         self._monitor: Any = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="books", daemon=True)
-        self._first_begun = self._rows_left = self._pace = 0.0
+        self._first_begun = self._in_flight = 0.0
         self.run = Run(
             run=new_run(),
             began=time.time(),
@@ -143,11 +144,11 @@ class Books:
         """Take over the accounts; what a monitor that was restarted has forgotten is kept."""
         accounts, begun, done = ray.get(self._monitor.books.remote(), timeout=5)
         self._accounts |= {account.worker: account for account in accounts}
-        self._rows_left = max(0, begun - done)
         if begun and not self._first_begun:
             self._first_begun = time.monotonic()
-        if done:
-            self._pace = (time.monotonic() - self._first_begun) / done
+        if done.rows:  # before, most of the time went into prompts, and says nothing of the rest
+            pace = (time.monotonic() - self._first_begun) / done.counts.committed
+            self._in_flight = _tokens_to_come(begun, done) * pace
 
     def _reason_to_stop(self) -> JobStopped | UserError | None:
         if self._budget is None:
@@ -158,8 +159,7 @@ class Books:
                 f"budget.dollars: there is no price for {', '.join(unpriced)} in "
                 f"{self._prices.described}; give a table that has it with prices or --prices"
             )
-        # Rows in flight take as long as it took so far to complete as many.
-        reached = self._over_budget(self._rows_left * self._pace)
+        reached = self._over_budget(self._in_flight)
         return BudgetReached(reached) if reached else None
 
     def _over_budget(self, in_flight: float = 0.0) -> str | None:
@@ -199,6 +199,18 @@ class Books:
         # A run whose driver was killed ended when it was last heard of.
         ended = time.time() if since is not None else closed.seen
         write_run(self._output, replace(closed, ended=ended, end=end))
+
+
+def _tokens_to_come(begun: int, done: Tally) -> float:
+    """Tokens that units in flight still need, if their rows are as long as the completed ones.
+
+    Args:
+        begun: rows of all units that were begun.
+        done: what was done of them: one row at least, and tokens of unfinished ones.
+    """
+    rows = begun - done.rows - done.errors
+    unfinished = done.counts.committed - done.finished
+    return max(0.0, rows * done.finished / done.rows - unfinished)
 
 
 def _settled(account: Account, held: Held | None) -> Account:

@@ -267,6 +267,7 @@ class EngineLoop:
                 self._tally.errors += 1
             else:
                 self._tally.rows += 1
+                self._tally.finished += completion.counts.committed
         if len(batch.done) == len(batch.requests):
             self._post()
             batch.future.set_result([batch.done[i] for i in range(len(batch.requests))])

@@ -25,6 +25,7 @@ class Tally:
         rows: rows completed.
         errors: rows failed.
         counts: of all rounds, those of unfinished rows included.
+        finished: tokens committed to rows that are completed.
         units: units committed; only in the sum that `Monitor.read` returns.
     """
 
@@ -32,6 +33,7 @@ class Tally:
     errors: int = 0
     counts: Counts = field(default_factory=Counts)
     units: int = 0
+    finished: int = 0
 
     @staticmethod
     def sum(tallies: Iterable[Tally]) -> Tally:
@@ -41,6 +43,7 @@ class Tally:
             total.rows += tally.rows
             total.errors += tally.errors
             total.counts.add(tally.counts)
+            total.finished += tally.finished
         return total
 
 
@@ -128,10 +131,10 @@ class Monitor:
         """What a process has booked so far."""
         self._accounts[account.worker] = account
 
-    def books(self) -> tuple[list[Account], int, int]:
-        """All accounts, the rows of all units that were begun, and those that are done."""
+    def books(self) -> tuple[list[Account], int, Tally]:
+        """All accounts, the rows of all units that were begun, and what was done of them."""
         done = Tally.sum(self._tallies.values())
-        return list(self._accounts.values()), sum(self._begun.values()), done.rows + done.errors
+        return list(self._accounts.values()), sum(self._begun.values()), done
 
     def begin(self, unit: str, rows: int = 0) -> History | None:
         """An attempt at a unit of so many rows begins; None: leave it, the job is stopping."""

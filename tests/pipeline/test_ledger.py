@@ -22,13 +22,15 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.report import read_summary
-from pipeline.books import Books
+from pipeline.books import Books, _tokens_to_come
 from pipeline.config import JobConfig, S3Config
 from pipeline.errors import BudgetReached, JobStopped, UserError
 from pipeline.ledger import LEDGER, Account, Run, read_ledger, write_run
 from pipeline.prices import Hardware
+from pipeline.progress import Tally
 from pipeline.run import JobResult
 from pipeline.storage import Folder
+from specdec.request import Counts
 
 PRICES = {"source": "a test", "date": "2026-11-25", "cpu_hour": 3600.0}  # a dollar a second
 ROWS = 48
@@ -214,21 +216,21 @@ def test_a_budget_stops_the_job_and_a_higher_one_finishes_it(
 
 
 @pytest.mark.parametrize(
-    ("budget", "rows_left", "stops"),
+    ("budget", "in_flight", "stops"),
     [
         # An actor that costs a dollar a second has been there for 60 of them, and earlier runs took
-        # 10 seconds and as many dollars. A row takes two seconds.
+        # 10 seconds and as many dollars.
         ({"dollars": 100}, 0, False),
-        ({"dollars": 100}, 14, False),
-        ({"dollars": 100}, 16, True),
+        ({"dollars": 100}, 28, False),
+        ({"dollars": 100}, 32, True),
         ({"dollars": 69}, 0, True),
-        ({"hours": 100 / 3600}, 14, False),
-        ({"hours": 100 / 3600}, 16, True),
-        ({"dollars": 1000, "hours": 1}, 16, False),
+        ({"hours": 100 / 3600}, 28, False),
+        ({"hours": 100 / 3600}, 32, True),
+        ({"dollars": 1000, "hours": 1}, 32, False),
     ],
 )
 def test_units_in_flight_count_on_the_budget(
-    tmp_path: Path, budget: dict[str, float], rows_left: int, stops: bool
+    tmp_path: Path, budget: dict[str, float], in_flight: float, stops: bool
 ) -> None:
     now = time.time()
     earlier = account(run="0", began=0.0, seconds={"load": 10.0}, ended=10.0)
@@ -246,13 +248,27 @@ def test_units_in_flight_count_on_the_budget(
     books = Books(folder(tmp_path), job, threading.Event())
     books.run = replace(books.run, began=now - 60)
     books._accounts = {"w": account(began=now - 60, seconds={"verify": 60.0})}
-    books._rows_left, books._pace = rows_left, 2.0
+    books._in_flight = in_flight
     reason = books._reason_to_stop()
     assert isinstance(reason, BudgetReached) == stops
     if stops:
         key, cap = next(iter(budget.items()))
         form = ".4g" if key == "dollars" else ".3g"
         assert f"budget.{key}: " in str(reason) and f"of {cap:{form}} " in str(reason)
+
+
+@pytest.mark.parametrize(
+    ("begun", "done", "tokens"),
+    [
+        # Three rows of 20 tokens are completed, one failed; four live ones have 10 tokens each.
+        (8, Tally(rows=3, errors=1, finished=60, counts=Counts(committed=100)), 40),
+        (4, Tally(rows=3, errors=1, finished=60, counts=Counts(committed=60)), 0),
+        # A row that is longer than those completed: not less than nothing.
+        (4, Tally(rows=3, finished=60, counts=Counts(committed=100)), 0),
+    ],
+)
+def test_what_is_in_flight_is_counted_in_tokens(begun: int, done: Tally, tokens: float) -> None:
+    assert _tokens_to_come(begun, done) == tokens
 
 
 def cost_of_run(result: JobResult) -> dict[str, Any]:
