@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
@@ -192,8 +193,8 @@ def trend(
             print(json.dumps([trend_of(night) for night in nights]))
             return
         # A log or a pipe has no width; what is cut there is lost.
-        width = None if out.is_terminal else 200
-        out.print(_table(TREND, trend_rows(nights)), width=width)
+        wide = out if out.is_terminal else Console(width=200)
+        wide.print(_table(TREND, trend_rows(nights)))
 
 
 @nightly.command()

@@ -109,3 +109,5 @@ def test_a_night_teaches_head_and_draft(tiny_models: TinyModels, tmp_path: Path)
     (night,) = json.loads(trend.stdout)
     assert night["night"] == "2026-11-20"
     assert night["per_million_output_tokens"] > 0
+    # As a table, in a log: nothing is cut.
+    assert "2026-11-20" in CliRunner().invoke(app, ["nightly", "trend", str(file)]).stdout
