@@ -146,7 +146,7 @@ class Books:
         self._accounts |= {account.worker: account for account in accounts}
         if begun and not self._first_begun:
             self._first_begun = time.monotonic()
-        if done.rows:  # before, most of the time went into prompts, and says nothing of the rest
+        if done.finished:  # before, most of the time went into prompts: no measure of the rest
             pace = (time.monotonic() - self._first_begun) / done.counts.committed
             self._in_flight = _tokens_to_come(begun, done) * pace
 

@@ -22,6 +22,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from torch import Tensor, nn
 
 Array = NDArray[np.float64]
@@ -268,7 +269,7 @@ class OnlineEstimator:
             # are the likeliest token), and without it the system would become singular.
             prior = self.PRIOR * np.eye(x.shape[1])
             precision = kept * self._precisions[i] + (1 - kept) * prior
-            self._weights[i] = _posterior_mode(x, accepted, self._weights[i], precision)
+            self._weights[i] = posterior_mode(x, accepted, self._weights[i], precision)
             p = _sigmoid(x @ self._weights[i])
             self._precisions[i] = precision + x.T @ (x * (p * (1 - p))[:, None])
 
@@ -332,14 +333,23 @@ def _features(signals: Array, columns: Sequence[Signal], typical: Array) -> Arra
     return x
 
 
-def _posterior_mode(x: Array, accepted: Flags, mean: Array, precision: Array) -> Array:
-    """float64 [d]: the likeliest weights, after outcomes [n] at features [n, d].
+def posterior_mode(
+    x: Array,
+    accepted: Flags | Array,
+    mean: Array,
+    precision: Array,
+    rounds: int = 8,
+    tolerance: float = 1e-3,
+) -> Array:
+    """float64 [d]: a logistic model's likeliest weights, after outcomes [n] at features [n, d].
 
     Newton's steps, halved where they go too far. Without that they do where a confident prediction
     is wrong: the curvature there is next to nothing, and weights run off to where all is 0 or 1.
 
     Args:
+        accepted: outcomes, or their probabilities.
         mean, precision: [d], [d, d], of the normal distribution that was believed before.
+        rounds, tolerance: steps at most, and the length of a step that is not worth taking.
     """
 
     def loss(weights: Array) -> float:
@@ -348,17 +358,17 @@ def _posterior_mode(x: Array, accepted: Flags, mean: Array, precision: Array) ->
         return float(surprise.sum() + 0.5 * moved @ precision @ moved)
 
     weights, least = mean, loss(mean)
-    for _ in range(8):
-        p = _sigmoid(x @ weights)
+    for _ in range(rounds):
+        p = expit(x @ weights)
         gradient = x.T @ (accepted - p) - precision @ (weights - mean)
         step = np.linalg.solve(precision + x.T @ (x * (p * (1 - p))[:, None]), gradient)
         # The loss is convex, so that a short enough step lowers it, if any does.
-        while (reached := loss(weights + step)) > least and np.abs(step).max() > 1e-3:
+        while (reached := loss(weights + step)) > least and np.abs(step).max() > tolerance:
             step = step / 2
         if reached > least:
             break
         weights, least = weights + step, reached
-        if np.abs(step).max() < 1e-3:
+        if np.abs(step).max() < tolerance:
             break
     return weights
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from specdec.acceptance import Array, Calibration
+from specdec.acceptance import Array, Calibration, posterior_mode
 
 
 def score(predicted: Array, accepted: Array) -> dict[str, Any]:
@@ -60,21 +60,5 @@ def fit_platt(logits: Array, accepted: Array, rounds: int = 50) -> tuple[float, 
         logits: float [n]; accepted: float [n], probabilities.
     """
     x = np.stack([logits, np.ones_like(logits)], -1)
-    prior, weights = np.array([1.0, 0.0]), np.array([1.0, 0.0])
-
-    def loss(w: Array) -> float:
-        z = x @ w
-        return float(np.sum(np.logaddexp(0, z) - accepted * z) + 0.5 * np.sum((w - prior) ** 2))
-
-    for _ in range(rounds):
-        p = sigmoid(x @ weights)
-        gradient = x.T @ (p - accepted) + (weights - prior)
-        curvature = x.T @ (x * (p * (1 - p))[:, None]) + np.eye(2)
-        step = np.linalg.solve(curvature, gradient)
-        length = 1.0
-        while loss(weights - length * step) > loss(weights) and length > 1e-6:
-            length /= 2
-        weights = weights - length * step
-        if np.abs(length * step).max() < 1e-9:
-            break
+    weights = posterior_mode(x, accepted, np.array([1.0, 0.0]), np.eye(2), rounds, tolerance=1e-9)
     return float(weights[0]), float(weights[1])

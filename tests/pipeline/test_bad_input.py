@@ -418,7 +418,7 @@ JOBS = {
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    "job", ["plain", "templated", pytest.param("chat", marks=pytest.mark.slow)]
+    "job", [pytest.param(job, marks=[pytest.mark.slow] * (job == "chat")) for job in JOBS]
 )
 def test_every_row_becomes_what_the_table_says(
     local_ray: None, tiny_models: TinyModels, strict_target: str, tmp_path: Path, job: str

@@ -338,7 +338,6 @@ def test_pyarrow_still_speaks_as_expected() -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("outage", [30])
 def test_a_job_outlasts_faults_and_an_outage(
     local_ray: None,
     tiny_models: TinyModels,
@@ -346,7 +345,6 @@ def test_a_job_outlasts_faults_and_an_outage(
     bucket: str,
     write_rows: Callable[..., str],
     tmp_path: Path,
-    outage: float,
 ) -> None:
     rows = [{"i": i, "prompt": f"count to {i}"} for i in range(24)]
     inputs = [
@@ -372,7 +370,7 @@ def test_a_job_outlasts_faults_and_an_outage(
             if method == "PUT" and "/completions/" in path:
                 commits.append(path)
                 if len(commits) == 3:
-                    server.outage(outage)
+                    server.outage(30)
 
         commits: list[str] = []
         server.on_request = on_request
