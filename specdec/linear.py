@@ -21,10 +21,13 @@ class PackedLinear(nn.Module):
     """y = x W^T + b in float32 or bfloat16, with W repacked once for oneDNN.
 
     For 4 to 64 rows this takes a quarter to three quarters of the time of torch's default (MKL, W
-    as stored), in bfloat16 half of that again. Each row's bits are the same whatever the other rows
-    are, except that one row alone would be a matrix-vector product with its own order of summation:
-    it is computed twice instead.
+    as stored), in bfloat16 half of that again. Fewer than LEAST_ROWS rows are padded to as many,
+    for which oneDNN has a faster kernel: five rows take four fifths of the time of one. Each row's
+    bits are then the same whatever the other rows are; one row alone would be a matrix-vector
+    product with its own order of summation.
     """
+
+    LEAST_ROWS = 5
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -36,8 +39,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         rows = len(flat)
-        if rows == 1:
-            flat = flat.expand(2, -1)
+        if rows < self.LEAST_ROWS:
+            flat = nn.functional.pad(flat, (0, 0, 0, self.LEAST_ROWS - rows))
         y: Tensor = torch.ops.mkldnn._linear_pointwise(
             flat.contiguous(), self.packed, self.bias, "none", [], ""
         )
