@@ -240,37 +240,45 @@ class OnlineEstimator:
     PRIOR = 4.0
     """Precision of each first weight."""
 
+    TOGETHER = 16
+    """Candidates that are collected before weights are fitted to them."""
+
     def __init__(self, before: Sequence[Signal], after: Sequence[Signal] = (Signal.LOG_Q,)) -> None:
-        self._columns = (list(before), [*after, *before])
+        self._columns = [*after, *before]
         # A guess to begin with: acceptance grows with the draft's confidence and the row's rate.
         signs = {Signal.ENTROPY: -0.5}
-        self._weights = [
-            np.array([0.5, *(signs.get(column, 0.5) for column in columns), 0.5])
-            for columns in self._columns
-        ]
-        self._precisions = [self.PRIOR * np.eye(len(weights)) for weights in self._weights]
+        guess = [0.5, *(signs.get(column, 0.5) for column in self._columns), 0.5]
+        # One column of weights for each estimate; the first does not look at the candidate.
+        self._weights = np.stack([guess, guess], 1)
+        self._weights[1 : 1 + len(after), 0] = 0.0
+        self._used = [np.flatnonzero(weights) for weights in self._weights.T]
+        self._precisions = [self.PRIOR * np.eye(len(used)) for used in self._used]
+        self._collected: list[tuple[Array, Flags]] = []
 
     @property
     def wanted(self) -> frozenset[Signal]:
-        return frozenset(self._columns[1])
+        return frozenset(self._columns)
 
     def predict(self, signals: Array, typical: Array) -> tuple[Array, Array]:
-        before, after = (
-            _sigmoid(_features(signals, columns, typical) @ weights)
-            for columns, weights in zip(self._columns, self._weights, strict=True)
-        )
-        return before, after
+        both = _sigmoid(_features(signals, self._columns, typical) @ self._weights)
+        return both[:, 0], both[:, 1]
 
     def learn(self, signals: Array, typical: Array, accepted: Flags) -> None:
-        for i, columns in enumerate(self._columns):
-            x = _features(signals, columns, typical)
-            kept = self.FORGET ** len(x)
+        self._collected.append((_features(signals, self._columns, typical), accepted))
+        if sum(len(accepted) for _, accepted in self._collected) < self.TOGETHER:
+            return
+        features, outcomes = (np.concatenate(parts) for parts in zip(*self._collected, strict=True))
+        self._collected = []
+        kept = self.FORGET ** len(outcomes)
+        for i, used in enumerate(self._used):
+            x = features[:, used]
             # Evidence is forgotten, the prior is not: signals may be collinear (greedy candidates
             # are the likeliest token), and without it the system would become singular.
-            prior = self.PRIOR * np.eye(x.shape[1])
+            prior = self.PRIOR * np.eye(len(used))
             precision = kept * self._precisions[i] + (1 - kept) * prior
-            self._weights[i] = posterior_mode(x, accepted, self._weights[i], precision)
-            p = _sigmoid(x @ self._weights[i])
+            weights = posterior_mode(x, outcomes, self._weights[used, i], precision)
+            p = _sigmoid(x @ weights)
+            self._weights[used, i] = weights
             self._precisions[i] = precision + x.T @ (x * (p * (1 - p))[:, None])
 
 
@@ -323,12 +331,12 @@ def online_estimator(name: str) -> OnlineEstimator:
     return OnlineEstimator(ONLINE[name])
 
 
-def _features(signals: Array, columns: Sequence[Signal], typical: Array) -> Array:
+def _features(signals: Array, columns: list[Signal], typical: Array) -> Array:
     """float64 [n, 2 + len(columns)]: one, the signals, and the log odds of the row's rate."""
     x = np.empty((len(signals), 2 + len(columns)))
     x[:, 0] = 1.0
-    x[:, 1:-1] = signals[:, list(columns)]
-    np.clip(x, -10.0, 10.0, out=x)
+    x[:, 1:-1] = signals[:, columns]
+    np.minimum(np.maximum(x, -10.0, out=x), 10.0, out=x)
     x[:, -1] = np.log(typical / (1 - typical))
     return x
 
@@ -375,4 +383,5 @@ def posterior_mode(
 
 def _sigmoid(x: Array) -> Array:
     """1 / (1 + e^-x), kept off 0 and 1."""
-    return 1 / (1 + np.exp(-np.clip(x, -12.0, 12.0)))
+    p: Array = expit(np.minimum(np.maximum(x, -12.0), 12.0))
+    return p

@@ -8,6 +8,7 @@ the host does, so that they sum to the round's wall time.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from specdec.acceptance import Array
 from specdec.packed import PackedDecoder
 
 RATE, DRIFT = 0.1, 0.02
@@ -33,6 +35,9 @@ BEYOND = 1.25
 """A measurement at more than so many times the tokens of a table makes the table longer."""
 
 
+_UNKNOWN = np.zeros(0)
+
+
 class CostTable:
     """Seconds of one kind of forward by packed tokens; linear between the tokens of the table.
 
@@ -44,17 +49,20 @@ class CostTable:
     def __init__(self, tokens: Sequence[int], seconds: Sequence[float]) -> None:
         self.tokens = np.asarray(tokens, dtype=np.float64)
         self.seconds = np.asarray(seconds, dtype=np.float64)
-        self._dense = np.zeros(0)
+        self._dense = _UNKNOWN
 
     def __call__(self, tokens: Any) -> Any:
         """Seconds at integer token counts (a number or an array); no tokens cost nothing.
 
         Beyond the table seconds grow as they do over its upper half.
         """
-        most = int(np.max(tokens)) if np.size(tokens) else 0
+        return self.curve(int(np.max(tokens)) if np.size(tokens) else 0)[tokens]
+
+    def curve(self, most: int) -> Array:
+        """Seconds at 0, 1, 2, ... tokens, up to `most` at least."""
         if most >= len(self._dense):
             self._fill(max(2 * most, int(self.tokens[-1])))
-        return self._dense[tokens]
+        return self._dense
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Move the table towards a measurement; an outlier moves it no more than a factor of 2.
@@ -65,26 +73,30 @@ class CostTable:
             end = float(self(tokens))
             self.tokens = np.append(self.tokens, tokens)
             self.seconds = np.append(self.seconds, end)
-        error = float(np.clip(np.log(seconds / float(self(tokens))), -0.7, 0.7))
-        weights = np.zeros(len(self.tokens))
-        above = min(int(np.searchsorted(self.tokens, tokens)), len(self.tokens) - 1)
+        above = min(int(self.tokens.searchsorted(tokens)), len(self.tokens) - 1)
         below = max(above - 1, 0)
+        if tokens <= self.tokens[-1]:
+            expected = float(np.interp(tokens, self.tokens, self.seconds))
+        else:
+            expected = float(self(tokens))
+        error = min(max(math.log(seconds / expected), -0.7), 0.7)
         span = self.tokens[above] - self.tokens[below]
         share = (min(tokens, self.tokens[-1]) - self.tokens[below]) / span if span else 1.0
-        weights[below] += 1 - share
-        weights[above] += share
-        self.seconds = self.seconds * np.exp(error * (DRIFT + RATE * weights))
-        self._fill(len(self._dense) - 1)
+        self.seconds = self.seconds * math.exp(error * DRIFT)
+        self.seconds[below] *= math.exp(error * RATE * (1 - share))
+        self.seconds[above] *= math.exp(error * RATE * share)
+        self._dense = _UNKNOWN  # until it is asked for: several observations may come together
 
     def _fill(self, most: int) -> None:
         counts = np.arange(most + 1)
         self._dense = np.interp(counts, self.tokens, self.seconds)
-        beyond = counts > self.tokens[-1]
         tokens, seconds = float(self.tokens[-1]), float(self.seconds[-1])
-        # Over half the table: a single step of a staircase may be flat, or a jump.
-        rise = seconds - float(np.interp(tokens / 2, self.tokens, self.seconds))
-        slope = max(rise, 0.0) / (tokens / 2) if len(self.tokens) > 1 else seconds / tokens
-        self._dense[beyond] = seconds + slope * (counts[beyond] - tokens)
+        if most > tokens:
+            # Over half the table: a single step of a staircase may be flat, or a jump.
+            rise = seconds - float(np.interp(tokens / 2, self.tokens, self.seconds))
+            slope = max(rise, 0.0) / (tokens / 2) if len(self.tokens) > 1 else seconds / tokens
+            beyond = slice(int(tokens) + 1, None)
+            self._dense[beyond] = seconds + slope * (counts[beyond] - tokens)
         self._dense[0] = 0.0
 
     def points(self) -> list[tuple[int, float]]:

@@ -98,7 +98,7 @@ class Goodput(EstimatingPolicy):
 
         rate, lacking = self.typical[rows], np.array(start.draft_pending)[rows]
         order = np.argsort(-rate, kind="stable")
-        first = self.costs.draft(np.arange(1, len(rows) + 1))
+        first = self.costs.draft.curve(len(rows))[1 : len(rows) + 1]
         first = first + self._catch_up(lacking[order], np.array(start.room)[rows][order], first)
         chosen = rows[order[: self._worth(rate[order], rate[order], first, self.k_max)]]
         self._probing = not len(chosen)
@@ -117,6 +117,8 @@ class Goodput(EstimatingPolicy):
         # A round commits about two tokens where speculation pays.
         rounds = np.clip(room / 2, 1, CATCH_UP_ROUNDS)
         together = np.cumsum(lacking)
+        if together[-1] == len(lacking):  # one token each is what a step reads anyway
+            return np.zeros(len(lacking))
         extra = np.maximum(self.costs.draft(together) - first, 0)
         share: Array = extra * np.cumsum(lacking / rounds) / np.maximum(together, 1)
         return share
@@ -146,7 +148,8 @@ class Goodput(EstimatingPolicy):
         self._tokens_fed += int(kept.sum())
         going = np.zeros(len(rows), dtype=bool)
         if left and kept.any():
-            next_step = self.costs.draft(np.arange(1, int(kept.sum()) + 1))
+            n = int(kept.sum())
+            next_step = self.costs.draft.curve(n)[1 : n + 1]
             value = judged.survival[kept] * rate[kept]
             going[kept] = self._best(value, rate[kept], next_step, left)
         return going
@@ -161,10 +164,10 @@ class Goodput(EstimatingPolicy):
         rows = np.concatenate([step.rows for step in self._steps])
         survival = np.concatenate([step.survival for step in self._steps])
         order = np.argsort(-survival, kind="stable")
-        sizes = np.arange(len(order) + 1)
         tokens = np.concatenate([[0.0], np.cumsum(survival[order])])
         assert self.costs is not None
-        seconds = self.costs.verify(self._tokens_bare + sizes)
+        most = self._tokens_bare + len(order)
+        seconds = self.costs.verify.curve(most)[self._tokens_bare : most + 1]
         best = int(np.argmax(tokens - self._value * seconds))
         counts = np.bincount(rows[order[:best]], minlength=len(drafted))
         return [int(k) for k in counts]
@@ -207,15 +210,18 @@ class Goodput(EstimatingPolicy):
             left: most candidates that the rows may still get.
         """
         assert self.costs is not None
-        j = np.arange(1, len(value) + 1)[:, None]
-        steps = np.arange(1, min(AHEAD, left) + 1)[None, :]
-        tokens = np.cumsum(value[:, None] * (1 - rate[:, None] ** steps) / (1 - rate[:, None]), 0)
-        drafting = first[:, None] + (steps - 1) * self.costs.draft(j)
-        verify = self.costs.verify
-        verifying = verify(self._tokens_fed + j * steps) - float(verify(self._tokens_fed))
-        gain = tokens - self._value * (drafting + verifying)
-        best = int(np.argmax(gain.max(1)))
-        return best + 1 if gain[best].max() > 0 else 0
+        j = np.arange(1, len(value) + 1)
+        steps = np.arange(1, min(AHEAD, left) + 1)
+        fed, sizes = self._tokens_fed, j[:, None] * steps
+        verify = self.costs.verify.curve(fed + len(j) * len(steps))
+        falling = rate[:, None] ** steps
+        tokens = np.cumsum(value[:, None] * (1 - falling) / (1 - rate[:, None]), 0)
+        further = self.costs.draft.curve(len(j))[1 : len(j) + 1]
+        drafting = first[:, None] + further[:, None] * (steps - 1)
+        gain = tokens - self._value * (drafting + verify[fed + sizes] - verify[fed])
+        most = gain.max(1)
+        best = int(most.argmax())
+        return best + 1 if most[best] > 0 else 0
 
     def _reason(self, row: int, drafted: int) -> str:
         if not drafted:

@@ -315,28 +315,30 @@ class EstimatingPolicy(StopPolicy):
         if not self._steps:
             return
         accepted, submitted = np.array(outcome.accepted), np.array(outcome.submitted)
-        seen: list[tuple[Indices, Array, Array, Flags]] = []
-        for depth, step in enumerate(self._steps, start=1):
-            stands = accepted[step.rows] >= depth
-            fell = (accepted[step.rows] == depth - 1) & (submitted[step.rows] >= depth)
-            known = stands | fell
-            seen.append((step.rows[known], step.signals[known], step.after[known], stands[known]))
-        rows, signals, after, stood = (np.concatenate(parts) for parts in zip(*seen, strict=True))
+        rows = np.concatenate([step.rows for step in self._steps])
+        depth = np.repeat(np.arange(len(self._steps)), [len(step.rows) for step in self._steps])
+        # Up to a row's first rejected candidate all were judged; what comes after it was not.
+        known = np.flatnonzero(depth < np.minimum(accepted + 1, submitted)[rows])
+        # By row, and within a row in order.
+        known = known[np.argsort(rows[known], kind="stable")]
+        signals = np.concatenate([step.signals for step in self._steps])[known]
+        after = np.concatenate([step.after for step in self._steps])[known]
+        rows, stood = rows[known], (depth < accepted[rows])[known]
         self._steps = []
         if not len(rows):
             return
         self.estimator.learn(signals, self.typical[rows], stood)
         self._judged = self._judged * self.FORGET ** len(rows) + len(rows)
         self._accepted = self._accepted * self.FORGET ** len(rows) + int(stood.sum())
-        order = np.argsort(rows, kind="stable")
-        rows, after, stood = rows[order], after[order], stood[order]
-        owners, begins = np.unique(rows, return_index=True)
-        ends = [*begins[1:], len(rows)]
-        for row, begin, end in zip(owners.tolist(), begins.tolist(), ends, strict=True):
-            memory = outcome.start.rows[row]
-            mine = stood[begin:end]
-            memory.history.add(len(mine), int(np.count_nonzero(mine)))
-            memory.judged.append((outcome.start.contexts[row], after[begin:end], mine))
+        counts, begin = np.bincount(rows, minlength=len(accepted)).tolist(), 0
+        for memory, context, n in zip(
+            outcome.start.rows, outcome.start.contexts, counts, strict=True
+        ):
+            if n:
+                mine = stood[begin : begin + n]
+                memory.history.add(n, int(np.count_nonzero(mine)))
+                memory.judged.append((context, after[begin : begin + n], mine))
+                begin += n
 
     def explain(self, row: int) -> Explanation:
         predicted = tuple(

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -469,14 +469,14 @@ def test_decisions_of_64_rows_take_a_bounded_number_of_array_operations(
     def calls(rows: int) -> list[float]:
         done = world([0.8] * rows, CHEAP, FLAT)
         asked = [0]
-        original: Callable[..., Array] = CostTable.__call__
+        original = CostTable.curve
 
-        def counting(self: CostTable, tokens: Array) -> Array:
+        def counting(self: CostTable, most: int) -> Array:
             asked[0] += 1
-            return original(self, tokens)
+            return original(self, most)
 
         with monkeypatch.context() as patch:
-            patch.setattr(CostTable, "__call__", counting)
+            patch.setattr(CostTable, "curve", counting)
             result = []
             for _ in range(50):
                 asked[0] = 0
