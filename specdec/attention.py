@@ -1,15 +1,17 @@
 """Attention of a packed batch: rows of different lengths, laid end to end, over a `SlotCache`.
 
-How attention is shaped. Rows of at most GRID_TOKENS tokens (decoding, verifying) are computed
+How attention is shaped. Rows of at most GRID_TOKENS tokens (decoding, verifying) go to the compiled
+kernel on a CPU that has it (specdec/kernels.py), token by token. Elsewhere they are computed
 together as a grid over a contiguous range of slots, so that keys and values are a view of the
 cache. Longer rows (prefill) are computed one by one, so that a row's shapes depend on that row
 alone.
 
-Batch invariance. With `invariant=True` every reduction has a shape that does not depend on the
-batch: each query token is its own batch item, keys come in blocks of KEY_BLOCK accumulated in
-order, and blocks beyond a row's end add exact zeros. With linear layers that are invariant row by
-row (specdec/linear.py) a token's logits are then bit-equal alone, verified among others, or packed
-with other rows (DESIGN.md §3).
+Batch invariance. The compiled kernel computes each token by itself, in an order that depends on its
+position alone. In the grid, with `invariant=True`, every reduction has a shape that does not depend
+on the batch: each query token is its own batch item, keys come in blocks of KEY_BLOCK accumulated
+in order, and blocks beyond a row's end add exact zeros. With linear layers that are invariant row
+by row (specdec/linear.py) a token's logits are then bit-equal alone, verified among others, or
+packed with other rows (DESIGN.md §3).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from specdec.cache import KEY_BLOCK, LayerLayout, SlotCache, round_to_blocks
+from specdec.kernels import Kernels
 
 GRID_TOKENS = 24
 """Rows with more tokens than this in one forward attend one by one."""
@@ -75,7 +78,9 @@ class Packing:
         cell_token: int64 [B * T], the packed token in each grid cell (any token in an unused cell).
         cell_position: int64 [B, T], that token's position (0 in an unused cell).
         short_tokens, short_cells: int64 [n], packed tokens of the grid and their cells.
+        short_rows: int64 [R, 4], the grid's rows: first token, tokens, slot, first position.
         aligned: the packed tokens are exactly the grid's cells in order.
+        kernels: what computes the grid's rows and fused layers on a CPU, if there is anything.
     """
 
     cache: SlotCache
@@ -90,7 +95,9 @@ class Packing:
     cell_position: Tensor
     short_tokens: Tensor
     short_cells: Tensor
+    short_rows: Tensor
     aligned: bool
+    kernels: Kernels | None
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -106,6 +113,7 @@ class Packing:
         cell_token, cell_position = [0] * cells, [0] * cells
         short_tokens: list[int] = []
         short_cells: list[int] = []
+        short_rows: list[int] = []
         keys = 0
         for slot, count in rows:
             start, begin = cache.lengths[slot], len(slots)
@@ -120,9 +128,11 @@ class Packing:
             cell_position[cell : cell + count] = range(start, start + count)
             short_tokens += range(begin, begin + count)
             short_cells += range(cell, cell + count)
+            short_rows += (begin, count, slot, start)
         on_device = upload(
-            cache.device, slots, positions, cell_token, cell_position, short_tokens, short_cells
-        )
+            cache.device, slots, positions, cell_token, cell_position, short_tokens, short_cells,
+            short_rows,
+        )  # fmt: skip
         return cls(
             cache,
             invariant,
@@ -136,7 +146,9 @@ class Packing:
             cell_position=on_device[3].view(high - low, width) if cells else on_device[3],
             short_tokens=on_device[4],
             short_cells=on_device[5],
+            short_rows=on_device[6].view(-1, 4),
             aligned=not long and cell_token == list(range(len(slots))),
+            kernels=cache.kernels,
         )
 
     def mask(self, window: int | None) -> Tensor:
@@ -210,10 +222,22 @@ def attend(
         packing.layers[layer] = LayerLayout(key.shape[1], key.shape[2], value.shape[2])
         return query.new_zeros(*query.shape[:2], value.shape[2])
     packing.cache.write(layer, key, value, packing.slots, packing.positions)
-    if not packing.long:
+    return attend_stored(packing, layer, query, scale, window)
+
+
+def attend_stored(
+    packing: Packing, layer: int, query: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """As `attend`, for tokens whose keys and values are in their slots already."""
+    keys, values = packing.cache.keys[layer], packing.cache.values[layer]
+    kernels = packing.kernels if query.dtype == keys.dtype else None
+    if kernels is None and not packing.long:
         return _grid(query, packing, layer, scale, window)
-    out = query.new_empty(*query.shape[:2], value.shape[2])
-    if packing.grid_tokens:
+    out = query.new_empty(*query.shape[:2], values.shape[3])
+    if kernels is not None and len(packing.short_rows):
+        query = query if query.stride(-1) == 1 else query.contiguous()
+        kernels.attend(query, keys, values, packing.short_rows, scale, window, out)
+    elif packing.grid_tokens:
         out[packing.short_tokens] = _grid(query, packing, layer, scale, window)
     for row in packing.long:
         out[row.begin : row.end] = _long(query, packing, row, layer, scale, window)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from specdec.kernels import HEAD_STEP, Kernels, kernels_for
 
 KEY_BLOCK = 128
 """Capacities and attended lengths are multiples of this many positions (see specdec/packed.py)."""
@@ -56,6 +59,13 @@ class SlotCache:
     def _zeros(self, heads: int, dim: int) -> Tensor:
         shape = (self.slots, heads, self.capacity, dim)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    @functools.cached_property
+    def kernels(self) -> Kernels | None:
+        """The CPU kernels that can read this cache, if there are any."""
+        dims = {dim for layer in self.layout for dim in (layer.key_dim, layer.value_dim)}
+        fit = not any(dim % HEAD_STEP for dim in dims)
+        return kernels_for(self.dtype, self.device) if fit else None
 
     @property
     def bytes_per_position(self) -> int:

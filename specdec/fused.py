@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.attention import LayoutProbe, Packing, attend
+from specdec.attention import LayoutProbe, Packing, attend, attend_stored
+from specdec.kernels import Kernels
 
 FUSIBLE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 """transformers' layers that compute what `FusedLayer` does."""
@@ -39,6 +40,7 @@ class FusedLayer(nn.Module):
         knows = attention if hasattr(attention, "sliding_window") else attention.config
         self.window: int | None = getattr(knows, "sliding_window", None)
         self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.epsilon: float = self.input_norm.variance_epsilon
         self.query_norm = getattr(attention, "q_norm", None)
         self.key_norm = getattr(attention, "k_norm", None)
         self.qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -46,6 +48,7 @@ class FusedLayer(nn.Module):
         self.gate_up = _joined(mlp.gate_proj, mlp.up_proj)
         self.down = mlp.down_proj
         self.activation = mlp.act_fn
+        self.is_silu = type(self.activation).__name__ in ("SiLU", "SiLUActivation")
 
     def forward(
         self,
@@ -64,6 +67,8 @@ class FusedLayer(nn.Module):
         Returns:
             [1, N, hidden].
         """
+        if self.is_silu and isinstance(packing, Packing) and packing.kernels is not None:
+            return self._with_kernels(packing.kernels, x, position_embeddings, packing)
         heads = self.qkv(self.input_norm(x))[0].unflatten(-1, (-1, self.head_dim))
         turning = heads[:, : self.query_heads + self.key_heads]
         if self.query_norm is not None and self.key_norm is not None:
@@ -77,6 +82,27 @@ class FusedLayer(nn.Module):
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         y: Tensor = x + self.down(self.activation(gate) * up)
         return y
+
+    def _with_kernels(
+        self, kernels: Kernels, x: Tensor, angles: tuple[Tensor, Tensor], packing: Packing
+    ) -> Tensor:
+        """The same, in fewer passes over memory; changes x in place and returns it."""
+        cache, layer, flat = packing.cache, self.layer_idx, x[0]
+        normed = kernels.add_norm(flat, None, self.input_norm.weight, self.epsilon)
+        # `forward`, not a call: what torch puts around one takes as long as a small kernel.
+        heads = self.qkv.forward(normed).view(len(flat), -1, self.head_dim)
+        norms = None
+        if self.query_norm is not None and self.key_norm is not None:
+            norms = self.query_norm.weight, self.key_norm.weight, self.epsilon
+        kernels.rotate_and_store(
+            heads, angles[0][0], angles[1][0], norms,
+            cache.keys[layer], cache.values[layer], packing.slots, packing.positions,
+        )  # fmt: skip
+        mixed = attend_stored(packing, layer, heads[:, : self.query_heads], self.scale, self.window)
+        more = self.output.forward(mixed.view(len(flat), -1))
+        normed = kernels.add_norm(flat, more, self.mlp_norm.weight, self.epsilon)
+        flat.add_(self.down.forward(kernels.gate(self.gate_up.forward(normed))))
+        return x
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from specdec.kernels import kernels_for
+
 Quantization = Literal["int8wo", "int8"]
 
 
@@ -37,14 +39,15 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        rows = len(flat)
+        if x.ndim != 2:
+            return self.forward(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        rows = len(x)
         if rows < self.LEAST_ROWS:
-            flat = nn.functional.pad(flat, (0, 0, 0, self.LEAST_ROWS - rows))
+            x = nn.functional.pad(x, (0, 0, 0, self.LEAST_ROWS - rows))
         y: Tensor = torch.ops.mkldnn._linear_pointwise(
-            flat.contiguous(), self.packed, self.bias, "none", [], ""
+            x.contiguous(), self.packed, self.bias, "none", [], ""
         )
-        return y[:rows].view(*x.shape[:-1], -1)
+        return y[:rows]
 
 
 class Int8WeightOnlyLinear(nn.Module):
@@ -95,11 +98,18 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        largest = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12)
+        if x.ndim != 2:
+            return self.forward(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        kernels = kernels_for(x.dtype, x.device)
+        if kernels is not None:
+            scaled, largest = kernels.scale_rows(x.contiguous())
+        else:
+            largest = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12).float()
+            scaled = x.float() / largest
         y: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            (x / largest).float(), 1 / 63, 64, self.packed
+            scaled, 1 / 63, 64, self.packed
         )
-        y = (y * largest).to(x.dtype)
+        y = y.mul_(largest).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 

@@ -468,7 +468,8 @@ def test_a_draft_with_its_own_padded_embedding(
         assert torch.equal(there[key], here[key]) == frozen, key
     drafted = ModelPair.load(str(target), str(tmp_path / "out"), device="cpu")
     assert drafted.vocab_size == PADDED
-    assert greedy(drafted) == greedy(ModelPair.load(str(target), device="cpu"), k=0)
+    # The target by itself could choose tokens of its padding.
+    assert greedy(drafted) == greedy(drafted, k=0)
 
 
 def test_layers_of_a_tied_target_and_on_from_there(examples: list[Example], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from specdec import fused
 from specdec.attention import UnsupportedModel
 from specdec.fused import FusedLayer, fuse_layers
+from specdec.kernels import Kernels
 from specdec.packed import PackedDecoder
 from tests.specdec.test_packed import FAMILIES, FUSED
 from tests.specdec.tiny_models import tiny_model
@@ -66,12 +67,14 @@ def test_a_layer_that_is_not_quite_known_is_left_alone(family: str, change: str)
     assert isinstance(model.base_model.layers[1], FusedLayer)
 
 
+@pytest.mark.parametrize("heads", [4, 8], ids=["kernels", "torch"])
 def test_a_fused_layer_that_computes_something_else_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, heads: int
 ) -> None:
     """As a release of transformers might change what a layer of this name computes."""
-    model = tiny_model()
+    model = tiny_model(heads=heads)
     PackedDecoder(copy.deepcopy(model), fuse=True)
     monkeypatch.setattr(fused, "_rotated", lambda heads, cos, sin: heads)
+    monkeypatch.setattr(Kernels, "gate", lambda self, both: both.chunk(2, -1)[1])
     with pytest.raises(UnsupportedModel, match="differ from the plain forward"):
         PackedDecoder(model, fuse=True)

@@ -99,13 +99,18 @@ def bench_of(model: PreTrainedModel, **options: bool) -> Bench:
     params=[
         *FAMILIES,
         *(f"{family}, fuse" for family in FUSED),
+        *(f"{family}, fuse, torch" for family in FUSED),
+        "mistral, torch",
         "llama, invariant",
         "llama, fuse, invariant",
     ],
 )
 def bench(request: pytest.FixtureRequest) -> Bench:
     family, *options = request.param.split(", ")
-    return bench_of(tiny_model(family, **FAMILIES[family]), **dict.fromkeys(options, True))
+    # Heads of 8 numbers are none that the compiled kernels take.
+    heads = 8 if "torch" in options else 4
+    model = tiny_model(family, heads=heads, **FAMILIES[family])
+    return bench_of(model, **dict.fromkeys(set(options) - {"torch"}, True))
 
 
 @pytest.fixture

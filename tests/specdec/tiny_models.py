@@ -37,7 +37,7 @@ def tiny_model(
     vocab: int = VOCAB,
     hidden: int = 64,
     layers: int = 2,
-    heads: int = 8,
+    heads: int = 4,
     kv_heads: int = 2,
     context: int = 1024,
     peak: float = 30.0,

@@ -1,0 +1,211 @@
+"""Kernels for CPUs, compiled from kernels.cpp when they are first needed.
+
+Between the matrix products of a forward torch runs dozens of small operators a layer, and its
+batched products reach half of the memory's bandwidth in attention. A C++ compiler with OpenMP turns
+kernels.cpp into a library in two seconds, which is kept in the user's cache folder. Where there is
+none everything runs on torch's operators, with the same results up to rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from ctypes import c_float, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+COMPILE_SECONDS = 120
+
+HEAD_STEP = 16
+"""Sizes of attention heads must be multiples of this."""
+
+SWITCH = "SPECBATCH_KERNELS"
+"""Environment variable that turns the kernels off if it is 0."""
+
+_ATTEND = [
+    *[c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
+    *[c_int64] * 7,
+    *[c_float, c_void_p],
+]
+_ADD_NORM = [*[c_void_p] * 4, c_int64, c_int64, c_float]
+_GATE = [c_void_p, c_void_p, c_int64, c_int64]
+_ROTATE = [*[c_void_p] * 5, c_float, *[c_void_p] * 4, *[c_int64] * 5]
+_SCALE = [*[c_void_p] * 3, c_int64, c_int64]
+
+log = logging.getLogger(__name__)
+
+
+class Kernels:
+    """The functions of kernels.cpp for one dtype; all tensors are contiguous unless said otherwise.
+
+    Args:
+        library: compiled.
+        dtype: of activations and caches: float32 or bfloat16.
+    """
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        def function(name: str, arguments: Sequence[type[Any]]) -> ctypes._NamedFuncPointer:
+            found = library[f"{name}_{str(dtype).removeprefix('torch.')}"]
+            found.argtypes, found.restype = arguments, None
+            return found
+
+        self._attend = function("attend", _ATTEND)
+        self._add_norm = function("add_norm", _ADD_NORM)
+        self._gate = function("gate", _GATE)
+        self._rotate_and_store = function("rotate_and_store", _ROTATE)
+        self._scale_rows = function("scale_rows", _SCALE)
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rows: Tensor,
+        scale: float,
+        window: int | None,
+        out: Tensor,
+    ) -> None:
+        """Attention of the tokens of some rows, each to its own slot up to itself.
+
+        Args:
+            query: [N, H, D] with D contiguous.
+            keys: [slots, Hkv, capacity, D]; values: [slots, Hkv, capacity, Dv].
+            rows: int64 [R, 4]: first packed token, number of tokens, slot, position of the first.
+            window: positions a token may look back, itself included; None: all.
+            out: [N, H, Dv]; the rows' tokens are written.
+        """
+        _, kv_heads, capacity, dim = keys.shape
+        self._attend(
+            query.data_ptr(), query.stride(0), query.stride(1),
+            keys.data_ptr(), values.data_ptr(), rows.data_ptr(), len(rows),
+            kv_heads, query.shape[1] // kv_heads, capacity, dim, values.shape[3],
+            window or 0, scale, out.data_ptr(),
+        )  # fmt: skip
+
+    def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """Add y to x in place, if there is one; return weight * x / rms(x). x, y: [..., width]."""
+        out, width = torch.empty_like(x), x.shape[-1]
+        more = y.data_ptr() if y is not None else None
+        self._add_norm(
+            x.data_ptr(), more, weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps
+        )
+        return out
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """silu(g) * u of [..., 2 * width], g and u its halves: [..., width]."""
+        width = gate_up.shape[-1] // 2
+        out = gate_up.new_empty(*gate_up.shape[:-1], width)
+        self._gate(gate_up.data_ptr(), out.data_ptr(), out.numel() // width, width)
+        return out
+
+    def rotate_and_store(
+        self,
+        heads: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        norms: tuple[Tensor, Tensor, float] | None,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+    ) -> None:
+        """Rotate query and key heads; queries stay in place, keys and values go to their slots.
+
+        Args:
+            heads: [N, H + 2 Hkv, D], changed in place.
+            cos, sin: [N, D], the same numbers in both halves.
+            norms: weights [D] of a norm of queries and one of keys, and their epsilon.
+            keys, values: a layer's cache, [slots, Hkv, capacity, D].
+            slots, positions: int64 [N].
+        """
+        n, all_heads, dim = heads.shape
+        kv_heads, capacity = keys.shape[1], keys.shape[2]
+        query_norm, key_norm, eps = norms or (None, None, 0.0)
+        self._rotate_and_store(
+            heads.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            query_norm.data_ptr() if query_norm is not None else None,
+            key_norm.data_ptr() if key_norm is not None else None, eps,
+            keys.data_ptr(), values.data_ptr(), slots.data_ptr(), positions.data_ptr(),
+            n, all_heads - 2 * kv_heads, kv_heads, dim, capacity,
+        )  # fmt: skip
+
+    def scale_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [n, width] over each row's largest magnitude, and these [n, 1], both in float32."""
+        n, width = x.shape
+        out, largest = (torch.empty(n, m, dtype=torch.float32) for m in (width, 1))
+        self._scale_rows(x.data_ptr(), out.data_ptr(), largest.data_ptr(), n, width)
+        return out, largest
+
+
+@functools.cache
+def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
+    """The kernels for tensors of this dtype on this device, or None if there are none here."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    library = _library() if os.environ.get(SWITCH, "1") != "0" else None
+    return Kernels(library, dtype) if library is not None else None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        log.info("no C++ compiler: CPU layers run on torch's operators, which are slower")
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", "") or str(error)
+        log.warning(
+            "%s did not compile the CPU kernels, so layers run on torch's operators, which are "
+            "slower; %s=0 silences this. %s",
+            compiler, SWITCH, reason.strip()[-500:],
+        )  # fmt: skip
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    """The library for this source, compiler and processor, from the cache folder if it is there."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    parts = (SOURCE.read_text(), *FLAGS, version.stdout, _processor())
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specbatch"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        library = folder / f"kernels-{digest}.so"
+        if library.is_file():
+            return library
+    except OSError:  # no home, or one that is read-only
+        library = Path(tempfile.mkdtemp(prefix="specbatch-")) / "kernels.so"
+    # Several actors of a node may do this at once; each renames a whole file into place.
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        fresh = Path(scratch) / library.name
+        subprocess.run(
+            [compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(fresh)],
+            capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS,
+        )  # fmt: skip
+        fresh.replace(library)
+    return library
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "CPU part", "Features")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))

@@ -1,0 +1,249 @@
+"""The compiled kernels against torch, and what happens where they cannot be compiled."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdec import kernels as module
+from specdec.kernels import SWITCH, Kernels, kernels_for
+from specdec.packed import PackedDecoder
+from tests.specdec.tiny_models import tiny_model
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03}
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def kernels(dtype: torch.dtype) -> Kernels:
+    found = kernels_for(dtype, CPU)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def anew() -> Iterator[None]:
+    """Look for a compiler again, and once more when the test is over."""
+    caches = (module.kernels_for, module._library)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(
+        got.float(), expected.float(), rtol=TOLERANCE[got.dtype], atol=TOLERANCE[got.dtype]
+    )
+
+
+def attention(
+    query: Tensor, keys: Tensor, values: Tensor, rows: list[list[int]], window: int | None
+) -> dict[int, Tensor]:
+    """By packed token, what it attends to, one token at a time in float64."""
+    group = query.shape[1] // keys.shape[1]
+    found = {}
+    for begin, count, slot, start in rows:
+        for t in range(count):
+            end = start + t + 1
+            low = max(0, end - window) if window else 0
+            k, v = (
+                x[slot, :, low:end].double().repeat_interleave(group, 0) for x in (keys, values)
+            )
+            scores = torch.einsum("hd,hld->hl", query[begin + t].double(), k) * 0.3
+            found[begin + t] = torch.einsum("hl,hld->hd", scores.softmax(-1), v)
+    return found
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (7, 1), (9, 3)])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (16, 16), (48, 80)])
+def test_attention_is_what_its_definition_says(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    dims: tuple[int, int],
+    heads: int,
+    kv_heads: int,
+    window: int | None,
+) -> None:
+    keys = random(4, kv_heads, 160, dims[0], dtype=dtype, seed=1)
+    values = random(4, kv_heads, 160, dims[1], dtype=dtype, seed=2)
+    rows = [[0, 1, 3, 0], [1, 5, 0, 131], [6, 24, 1, 70], [31, 2, 2, 8]]  # token 30 is not theirs
+    query = random(33, heads + 1, dims[0], dtype=dtype)[:, :heads]  # strided, as out of a product
+    out = torch.full((33, heads, dims[1]), 7.0, dtype=dtype)
+    kernels.attend(query, keys, values, torch.tensor(rows), 0.3, window, out)
+    expected = attention(query, keys, values, rows, window)
+    for token in range(33):
+        close(out[token], expected.get(token, torch.full((), 7.0)).expand_as(out[token]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 40])
+def test_attention_gives_a_token_the_same_bits_in_any_batch(
+    kernels: Kernels, dtype: torch.dtype, window: int | None
+) -> None:
+    keys, values = (random(9, 3, 256, 64, dtype=dtype, seed=seed) for seed in (1, 2))
+    query = random(9 * 5, 9, 64, dtype=dtype)
+    every = torch.tensor([[5 * slot, 5, slot, 20 * slot + 3] for slot in range(9)])
+    together = torch.empty_like(query)
+    kernels.attend(query, keys, values, every, 0.1, window, together)
+    for threads in (1, torch.get_num_threads()):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        for begin, count, slot, start in every.tolist():
+            for t in range(count):
+                alone = torch.empty(1, 9, 64, dtype=dtype)
+                row = torch.tensor([[0, 1, slot, start + t]])
+                token = query[begin + t : begin + t + 1]
+                kernels.attend(token, keys, values, row, 0.1, window, alone)
+                assert torch.equal(alone[0], together[begin + t])
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_extreme_scores_are_no_problem(kernels: Kernels, dtype: torch.dtype) -> None:
+    keys, values = (random(1, 1, 128, 16, dtype=dtype, seed=seed) for seed in (1, 2))
+    query = 1000 * random(1, 1, 16, dtype=dtype)
+    out = torch.empty(1, 1, 16, dtype=dtype)
+    kernels.attend(query, keys, values, torch.tensor([[0, 1, 0, 99]]), 1.0, None, out)
+    best = (query[0, 0].double() @ keys[0, 0, :100].double().T).argmax()
+    close(out[0, 0], values[0, 0, best])
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize("width", [24, 576])
+def test_the_small_operators_equal_torch(
+    kernels: Kernels, dtype: torch.dtype, rows: int, width: int
+) -> None:
+    x, y = random(rows, width, dtype=dtype), random(rows, width, dtype=dtype, seed=1)
+    weight, both = random(width, dtype=dtype, seed=2), 3 * random(rows, 2 * width, dtype=dtype)
+    added = x.clone()
+    close(
+        kernels.add_norm(added, y, weight, 1e-5),
+        torch.nn.functional.rms_norm((x + y).float(), (width,), weight.float(), 1e-5),
+    )
+    assert torch.equal(added, x + y)
+    close(
+        kernels.add_norm(x, None, weight, 1e-5),
+        torch.nn.functional.rms_norm(x.float(), (width,), weight.float(), 1e-5),
+    )
+    gate, up = both.float().chunk(2, -1)
+    close(kernels.gate(both), torch.nn.functional.silu(gate) * up)
+    scaled, largest = kernels.scale_rows(x)
+    assert torch.equal(largest, x.float().abs().amax(-1, keepdim=True))
+    assert torch.equal(scaled, x.float() / largest)
+
+
+@needs_compiler
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotation_stores_keys_and_values_and_leaves_queries(
+    kernels: Kernels, dtype: torch.dtype, normed: bool
+) -> None:
+    heads = random(5, 6 + 2 + 2, 16, dtype=dtype)
+    angles = torch.rand(5, 8, generator=torch.Generator().manual_seed(1)).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    norms = tuple(random(16, dtype=dtype, seed=seed) for seed in (3, 4)) if normed else None
+    slots, positions = torch.tensor([0, 0, 2, 1, 2]), torch.tensor([3, 4, 0, 127, 9])
+    keys, values = (torch.zeros(3, 2, 128, 16, dtype=dtype) for _ in range(2))
+    parts = list(heads.clone().float().split([6, 2, 2], 1))
+    if norms is not None:
+        for i in range(2):
+            parts[i] = torch.nn.functional.rms_norm(parts[i], (16,), norms[i].float(), 1e-6)
+
+    def rotated(part: Tensor) -> Tensor:
+        low, high = part.chunk(2, -1)
+        return part * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
+
+    given = (*norms, 1e-6) if norms is not None else None
+    kernels.rotate_and_store(heads, cos, sin, given, keys, values, slots, positions)
+    close(heads[:, :6], rotated(parts[0]))
+    close(keys[slots, :, positions], rotated(parts[1]))
+    assert torch.equal(values[slots, :, positions].float(), parts[2])
+    assert keys.count_nonzero() + values.count_nonzero() == 2 * 5 * 2 * 16
+
+
+def test_there_are_none_for_other_devices_and_dtypes() -> None:
+    assert kernels_for(torch.float16, CPU) is None
+    assert kernels_for(torch.float32, torch.device("cuda")) is None
+
+
+@needs_compiler
+def test_the_library_is_compiled_once_and_kept(
+    anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kernels_for(torch.float32, CPU) is not None
+    (library,) = (tmp_path / "specbatch").iterdir()
+    before = library.stat().st_mtime_ns
+    module._library.cache_clear()
+    module.kernels_for.cache_clear()
+    assert kernels_for(torch.float32, CPU) is not None
+    assert library.stat().st_mtime_ns == before
+
+
+@needs_compiler
+def test_a_cache_folder_that_cannot_be_written_is_no_problem(
+    anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert kernels_for(torch.float32, CPU) is not None
+
+
+@pytest.mark.parametrize("why", ["switched off", "no compiler", "a compiler that fails"])
+def test_without_them_layers_run_on_torch_and_a_failure_is_told(
+    anew: None,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if why == "switched off":
+        monkeypatch.setenv(SWITCH, "0")
+    elif why == "no compiler":
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    else:
+        compiler = tmp_path / "broken"
+        compiler.write_text(
+            "#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'no OpenMP' >&2; exit 1\n"
+        )
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CXX", str(compiler))
+    with caplog.at_level(logging.WARNING):
+        assert kernels_for(torch.float32, CPU) is None
+    assert ("no OpenMP" in caplog.text) == (why == "a compiler that fails")
+    PackedDecoder(tiny_model(), fuse=True)  # which compares itself with the plain forward
+
+
+@needs_compiler
+def test_the_source_compiles_without_a_warning(tmp_path: Path) -> None:
+    out = subprocess.run(
+        ["g++", *module.FLAGS, "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-fsyntax-only",
+         str(module.SOURCE)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert out.returncode == 0 and not out.stderr
