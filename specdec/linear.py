@@ -8,8 +8,9 @@ quantized per output channel. Embeddings, norms and attention stay in the model'
 
 from __future__ import annotations
 
+import functools
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,23 +78,15 @@ class Int8WeightOnlyLinear(nn.Module):
 class Int8Linear(nn.Module):
     """y = x W^T + b with int8 weights and activations, the latter scaled per token.
 
-    Each row of x is divided by its largest magnitude and quantized with the fixed scale 1/63 and
-    zero point 64: seven bits, because fbgemm's AVX2 kernel saturates with eight.
+    Each row of x is divided by its largest magnitude and quantized in steps of 1 / `levels`: 127
+    where the processor multiplies bytes exactly, otherwise 63, with which no sum of two products
+    exceeds the 16 bits that it is kept in.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight = linear.weight.data.float()
-        scales = _channel_scales(weight).double()
-        zeros = torch.zeros(len(scales), dtype=torch.int64)
-        engine = torch.backends.quantized.engine
-        with warnings.catch_warnings():
-            # torch announces the removal of quantized tensors; this one only feeds the packing.
-            warnings.simplefilter("ignore", UserWarning)
-            torch.backends.quantized.engine = "fbgemm"
-            quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-            self.packed = torch.ops.quantized.linear_prepack(quantized, None)
-            torch.backends.quantized.engine = engine
+        weight = linear.weight.data
+        self.packed, self.levels = _packed_int8(weight), activation_levels()
         self.weight = _shape_of(weight)
         self.bias = linear.bias
 
@@ -106,11 +99,39 @@ class Int8Linear(nn.Module):
         else:
             largest = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12).float()
             scaled = x.float() / largest
-        y: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            scaled, 1 / 63, 64, self.packed
-        )
-        y = y.mul_(largest).to(x.dtype)
+        y = _int8_product(scaled, self.packed, self.levels).mul_(largest).to(x.dtype)
         return y if self.bias is None else y + self.bias
+
+
+def _packed_int8(weight: Tensor) -> Any:
+    """Weight [out, in] in fbgemm's layout, quantized per output channel."""
+    scales = _channel_scales(weight).double()
+    zeros = torch.zeros(len(scales), dtype=torch.int64)
+    engine = torch.backends.quantized.engine
+    with warnings.catch_warnings():
+        # torch announces the removal of quantized tensors; this one only feeds the packing.
+        warnings.simplefilter("ignore", UserWarning)
+        torch.backends.quantized.engine = "fbgemm"
+        quantized = torch.quantize_per_channel(weight.float(), scales, zeros, 0, torch.qint8)
+        packed = torch.ops.quantized.linear_prepack(quantized, None)
+        torch.backends.quantized.engine = engine
+    return packed
+
+
+def _int8_product(x: Tensor, packed: Any, levels: int) -> Tensor:
+    """x W^T for x in [-1, 1], quantized in steps of 1 / levels; float32."""
+    y: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+        x, 1 / levels, levels + 1, packed
+    )
+    return y
+
+
+@functools.cache
+def activation_levels() -> int:
+    """Steps between 0 and a row's largest magnitude that this processor's kernel can take."""
+    # AVX2 adds two products of bytes in 16 bits, which the largest of eight bits overflow.
+    product = _int8_product(torch.ones(1, 64), _packed_int8(torch.ones(16, 64)), 127)
+    return 127 if (product - 64).abs().max() < 0.01 else 63
 
 
 def _channel_scales(weight: Tensor) -> Tensor:
