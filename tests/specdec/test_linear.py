@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -276,3 +278,22 @@ def test_logits_after_a_prefill_have_the_same_bits_whatever_else_is_prefilled(
     alone = fed(0, [])
     assert torch.equal(fed(5, [0, 2, 3]), alone)
     assert torch.equal(fed(2, [4]), alone)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="fbgemm's switch is for x86")
+def test_a_processor_that_saturates_gets_seven_bits() -> None:
+    """A fresh process whose kernels may use AVX2 at most."""
+    program = (
+        "import torch\n"
+        "from specdec.linear import Int8Linear, activation_levels\n"
+        "linear = torch.nn.Linear(256, 32, bias=False)\n"
+        "linear.weight.data.fill_(1.0)\n"
+        "error = (Int8Linear(linear)(torch.ones(3, 256)) - 256).abs().max()\n"
+        "print(activation_levels(), error.item())"
+    )
+    environment = {**os.environ, "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
+    out = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    levels, error = out.stdout.split()
+    assert levels == "63" and float(error) < 0.1
