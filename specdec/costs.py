@@ -79,7 +79,7 @@ class CostTable:
             expected = float(np.interp(tokens, self.tokens, self.seconds))
         else:
             expected = float(self(tokens))
-        error = min(max(math.log(seconds / expected), -0.7), 0.7)
+        error = min(max(math.log(max(seconds, 1e-9) / expected), -0.7), 0.7)
         span = self.tokens[above] - self.tokens[below]
         share = (min(tokens, self.tokens[-1]) - self.tokens[below]) / span if span else 1.0
         self.seconds = self.seconds * math.exp(error * DRIFT)
