@@ -35,9 +35,10 @@ from specdec.costs import CostModel, CostTable
 from specdec.engine import Engine
 from specdec.heads import load_head
 from specdec.linear import Quantization
-from specdec.pair import ModelPair, find_model, model_folder
+from specdec.pair import ModelPair
 from specdec.policies import make_policy
 from specdec.request import Completion, Counts, Request, SamplingParams
+from specdec.sources import find_model, model_folder
 from specdec.stopping import StopPolicy
 
 ROOT = Path(__file__).resolve().parents[1]

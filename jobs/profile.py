@@ -168,7 +168,7 @@ def _load(job: JobConfig) -> ModelPair:
     from transformers.utils import logging as notices
 
     from pipeline.generate import load_pair
-    from specdec.pair import PairError
+    from specdec.sources import PairError
 
     notices.set_verbosity_error()  # type: ignore[no-untyped-call]
     notices.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -184,7 +184,7 @@ def _load(job: JobConfig) -> ModelPair:
 def _head(job: JobConfig, pair: ModelPair) -> Any:
     """The job's acceptance head, or None."""
     from pipeline.generate import load_acceptance_head
-    from specdec.pair import PairError
+    from specdec.sources import PairError
 
     try:
         return load_acceptance_head(job, pair)

@@ -269,7 +269,8 @@ def _absolute(path: str) -> str:
 def _load(config: JobConfig) -> ModelPair:
     from transformers.utils import logging as notices
 
-    from specdec.pair import ModelPair, PairError
+    from specdec.pair import ModelPair
+    from specdec.sources import PairError
 
     # A draft that shares the target's embedding looks corrupted to transformers; the pair's own
     # checks say what is wrong with one.

@@ -201,7 +201,7 @@ def distill(
 @contextmanager
 def _user_errors() -> Iterator[None]:
     """Refusals of specdec are the user's to mend."""
-    from specdec.pair import PairError
+    from specdec.sources import PairError
     from specdec.training.student import DistillError
 
     try:

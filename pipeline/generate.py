@@ -74,7 +74,7 @@ class GenerateActor:
     def __init__(self, job: JobConfig, digest: str, monitor: Any, run: Run) -> None:
         self._timesheet = Timesheet(run, Folder(job.output, job.s3), monitor.book.remote)
         self._spent: dict[str, dict[str, float]] = {}  # seconds by phase of each unit in flight
-        from specdec.pair import PairError
+        from specdec.sources import PairError
 
         began = time.monotonic()
         ray.get(monitor.start.remote())

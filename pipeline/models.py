@@ -17,7 +17,7 @@ def model_identity(name: str) -> dict[str, str]:
     Raises:
         UserError: the model is not there.
     """
-    from specdec.pair import PairError, find_model, model_digest
+    from specdec.sources import PairError, find_model, model_digest
 
     try:
         source = find_model(name)
@@ -71,7 +71,7 @@ def check_tokenizers(models: ModelsConfig) -> None:
         UserError: names the first token that differs.
     """
     from specdec import vocabulary
-    from specdec.pair import PairError
+    from specdec.sources import PairError
 
     if models.draft is None:
         return

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specdec.acceptance import AcceptanceHead
 from specdec.packed import PackedDecoder
-from specdec.pair import PairError
+from specdec.sources import PairError
 
 WEIGHTS, CARD = "head.safetensors", "card.json"
 _FORMAT = 1

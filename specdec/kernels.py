@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.sources import cache_folder
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 COMPILE_SECONDS = 120
@@ -182,13 +184,13 @@ def _compiled(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
     parts = (SOURCE.read_text(), *FLAGS, version.stdout, _processor())
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specbatch"
     try:
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         library = folder / f"kernels-{digest}.so"
         if library.is_file():
             return library
-    except OSError:  # no home, or one that is read-only
+    except (OSError, RuntimeError):  # a home folder that is read-only, or none at all
         library = Path(tempfile.mkdtemp(prefix="specbatch-")) / "kernels.so"
     # Several actors of a node may do this at once; each renames a whole file into place.
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:

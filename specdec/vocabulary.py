@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from specdec.pair import (
-    ModelSource,
-    compare_vocabularies,
-    find_model,
-    load_tokenizer,
-    local_folder,
-)
+from specdec.pair import compare_vocabularies, load_tokenizer
+from specdec.sources import ModelSource, find_model, local_folder
 
 
 def check_tokenizers(target: str, draft: str, *, trust_remote_code: bool = False) -> None:

@@ -31,8 +31,9 @@ from pipeline.models import digest
 from pipeline.prompts import row_sampling
 from pipeline.training_data import JobOutput, open_job, read_examples
 from specdec.heads import save_head
-from specdec.pair import ModelPair, PairError
+from specdec.pair import ModelPair
 from specdec.request import Request
+from specdec.sources import PairError
 from specdec.tracing import Text
 from specdec.training.collect import Labels, LabelSettings, assign_parts, collect
 from specdec.training.distill import distill

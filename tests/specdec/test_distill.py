@@ -14,8 +14,9 @@ from torch import Tensor
 
 from specdec.engine import Engine
 from specdec.packed import PackedDecoder
-from specdec.pair import ModelPair, PairError
+from specdec.pair import ModelPair
 from specdec.request import Request, SamplingParams
+from specdec.sources import PairError
 from specdec.stopping import Fixed
 from specdec.training.distill import distill
 from specdec.training.evaluate import ALL, Agreements, batches, evaluate

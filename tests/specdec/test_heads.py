@@ -10,7 +10,8 @@ from tiny_models import noisy_copy, tiny_model
 
 from specdec.acceptance import AcceptanceHead
 from specdec.heads import CARD, WEIGHTS, HeadError, load_head, read_card, save_head
-from specdec.pair import ModelPair, PairError
+from specdec.pair import ModelPair
+from specdec.sources import PairError
 
 HIDDEN = 64
 

@@ -193,9 +193,9 @@ def test_there_are_none_for_other_devices_and_dtypes() -> None:
 def test_the_library_is_compiled_once_and_kept(
     anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("SPECBATCH_CACHE", str(tmp_path))
     assert kernels_for(torch.float32, CPU) is not None
-    (library,) = (tmp_path / "specbatch").iterdir()
+    (library,) = tmp_path.iterdir()
     before = library.stat().st_mtime_ns
     module._library.cache_clear()
     module.kernels_for.cache_clear()
@@ -208,7 +208,9 @@ def test_a_cache_folder_that_cannot_be_written_is_no_problem(
     anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for folder in (str(tmp_path / "file" / "folder"), "~nobody-of-this-name/cache"):
+        monkeypatch.setenv("SPECBATCH_CACHE", folder)
+        assert module._compiled("g++").is_file()
     assert kernels_for(torch.float32, CPU) is not None
 
 
@@ -220,7 +222,7 @@ def test_without_them_layers_run_on_torch_and_a_failure_is_told(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("SPECBATCH_CACHE", str(tmp_path))
     if why == "switched off":
         monkeypatch.setenv(SWITCH, "0")
     elif why == "no compiler":

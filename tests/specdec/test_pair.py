@@ -17,15 +17,9 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, PreTrai
 
 from specdec.engine import Engine
 from specdec.linear import Int8Linear, Int8WeightOnlyLinear, PackedLinear, packable
-from specdec.pair import (
-    ModelPair,
-    PairError,
-    check_model_name,
-    chosen_dtype,
-    find_model,
-    model_digest,
-)
+from specdec.pair import ModelPair, chosen_dtype
 from specdec.request import Request, SamplingParams
+from specdec.sources import PairError, check_model_name, find_model, model_digest
 from specdec.stopping import Fixed
 
 ROOT = Path(__file__).parents[2]
