@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from conftest import TinyModels
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from tests.conftest import TinyModels
 
 PLANTED = "<script>document.title='pwned'</script><img src=x onerror=alert(1)> $x_$"
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TinyModels
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
 from pipeline import storage
+from tests.conftest import TinyModels
 
 SECRET = "wJalrXUtnFEMIplanted"
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TinyModels
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
 from jobs.display import figures
 from pipeline.progress import JobProgress, Tally
 from specdec.request import Counts
+from tests.conftest import TinyModels
 
 JobFile = Callable[..., Path]
 

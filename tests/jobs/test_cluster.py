@@ -21,7 +21,6 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import TinyModels, free_port
 from typer.testing import CliRunner, Result
 
 from jobs import cluster, visible
@@ -30,6 +29,7 @@ from jobs.cluster import environment, find_address, find_token, source_folders
 from jobs.visible import check_visible
 from pipeline.config import JobConfig
 from pipeline.errors import UserError
+from tests.conftest import TinyModels, free_port
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "c0ffee00c0ffee00c0ffee00c0ffee00"

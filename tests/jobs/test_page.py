@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from browser import chromium, columns_at_the_right_edge, screenshot
-from conftest import S3Server, TinyModels
 from pages import PLANTED, make_job
 from test_cli import call, one_error
 
@@ -24,6 +23,7 @@ from pipeline.config import JobConfig, S3Config
 from pipeline.errors import JobStopped
 from pipeline.stats import summarise
 from pipeline.storage import Folder
+from tests.conftest import S3Server, TinyModels
 
 HOSTILE = "</svg></title><script>alert('$x_$')</script>"
 

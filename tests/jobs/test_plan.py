@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TinyModels
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
@@ -17,6 +16,7 @@ from pipeline.ledger import Account, Run, write_run
 from pipeline.prices import Hardware
 from pipeline.rehearsal import Rehearsal, Round
 from pipeline.storage import Folder
+from tests.conftest import TinyModels
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 

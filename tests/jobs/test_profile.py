@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TinyModels
 from typer.testing import CliRunner, Result
 
 import jobs.profile
 from jobs.cli import app
 from jobs.profile_report import recommend
+from tests.conftest import TinyModels
 
 WriteRows = Callable[..., str]
 

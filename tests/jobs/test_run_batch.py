@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import AWS_ENV, S3Server, TinyModels
 from openai.types import BatchError
 from openai.types import Completion as TextCompletion
 from openai.types.chat import ChatCompletion
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
+from tests.conftest import AWS_ENV, S3Server, TinyModels
 
 pytestmark = pytest.mark.ray
 

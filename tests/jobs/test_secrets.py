@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import ACCESS_KEY, SECRET_KEY, S3Server, TinyModels
+
+from tests.conftest import ACCESS_KEY, SECRET_KEY, S3Server, TinyModels
 
 PLANTED = {
     "AWS_ACCESS_KEY_ID": ACCESS_KEY,

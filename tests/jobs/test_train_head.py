@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TinyModels
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
+from tests.conftest import TinyModels
 
 WriteRows = Callable[..., str]
 

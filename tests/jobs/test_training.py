@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TinyModels
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
+from tests.conftest import TinyModels
 
 WriteJob = Callable[..., str]
 

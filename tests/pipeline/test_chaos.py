@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chaos import KINDS, Chaos, actors, small_cluster
-from conftest import S3Server, TinyModels
 from faulty_s3 import faulty_s3
 from small_jobs import rows_of, run
+
+from tests.conftest import S3Server, TinyModels
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import TinyModels
 
 from pipeline.config import S3Config
 from pipeline.errors import UserError
 from pipeline.storage import Folder
+from tests.conftest import TinyModels
 
 ROOT = str(Path(__file__).parents[2])
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from conftest import TinyModels
 
 from pipeline.engine_loop import EngineLoop
 from pipeline.progress import Tally
@@ -15,6 +14,7 @@ from specdec.pair import ModelPair
 from specdec.policies import make_policy
 from specdec.request import Request, SamplingParams
 from specdec.speedup import SpeedupMeter
+from tests.conftest import TinyModels
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
-from conftest import TinyModels
 from small_jobs import rows_of, run, started
 
 from pipeline import run as run_module
@@ -23,6 +22,7 @@ from pipeline.errors import JobStopped
 from pipeline.generate import GenerateActor
 from pipeline.run import JobFailed
 from specdec.request import Request
+from tests.conftest import TinyModels
 
 pytestmark = pytest.mark.ray
 

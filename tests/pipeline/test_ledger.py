@@ -16,7 +16,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TinyModels
 from small_jobs import run
 from typer.testing import CliRunner
 
@@ -31,6 +30,7 @@ from pipeline.progress import Tally
 from pipeline.run import JobResult
 from pipeline.storage import Folder
 from specdec.request import Counts
+from tests.conftest import TinyModels
 
 PRICES = {"source": "a test", "date": "2026-11-25", "cpu_hour": 3600.0}  # a dollar a second
 ROWS = 48

@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 import pyarrow as pa
 import pytest
-from conftest import TinyModels
 
 from pipeline import manifest, models
 from pipeline.config import THRESHOLD_POLICIES, Estimator, JobConfig, Policy, S3Config
@@ -20,6 +19,7 @@ from pipeline.storage import Folder
 from pipeline.units import FilePlan, Unit
 from specdec.policies import ESTIMATORS, POLICIES, THRESHOLDS
 from specdec.speedup import SpeedupMeter
+from tests.conftest import TinyModels
 
 
 def job(models: TinyModels, **changes: Any) -> JobConfig:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TinyModels, free_port
 
 from jobs.grafana import exported
 from pipeline.metrics import COUNTERS, GAUGES, LiveMetrics, Reading, lately, totals
 from pipeline.progress import Tally
 from specdec.request import Counts
+from tests.conftest import TinyModels, free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from chaos import add_node, small_cluster
-from conftest import TinyModels
 from pydantic import ValidationError
 from small_jobs import rows_of, started
 
@@ -19,6 +18,7 @@ from pipeline.config import ActorsConfig
 from pipeline.errors import UserError
 from pipeline.pool import check_resources, check_workers, group_of, next_group
 from pipeline.run import _data_context
+from tests.conftest import TinyModels
 
 GROUPS = ActorsConfig.model_validate(
     {

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import TinyModels
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import InputConfig, SamplingConfig
 from pipeline.errors import RowError, UserError
 from pipeline.prompts import PromptRenderer, required_columns, row_sampling, row_seed
+from tests.conftest import TinyModels
 
 
 @pytest.fixture(scope="module")

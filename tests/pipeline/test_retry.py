@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
-from conftest import S3Server, TinyModels
 from faulty_s3 import faulty_s3
 from small_jobs import rows_of, run, started
 
@@ -34,6 +33,7 @@ from pipeline.stats import UnitRecord, parquet_bytes, parts, stats_tables, summa
 from pipeline.storage import Folder
 from pipeline.units import Unit, unit_id
 from pipeline.verify import verify
+from tests.conftest import S3Server, TinyModels
 
 # Workers cannot import a test module; they get its classes by value.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])

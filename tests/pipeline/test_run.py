@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from conftest import S3Server, TinyModels
 from ray.data import DataContext
 from small_jobs import rows_of, run, started
 
@@ -27,6 +26,7 @@ from pipeline.run import JobResult
 from pipeline.storage import Folder
 from pipeline.trace import read_rounds
 from specdec.speedup import SpeedupMeter
+from tests.conftest import S3Server, TinyModels
 
 pytestmark = pytest.mark.ray
 

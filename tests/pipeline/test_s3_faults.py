@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
-from conftest import ACCESS_KEY, SECRET_KEY, S3Server, TinyModels
 from faulty_s3 import FAULTS, FaultyS3, faulty_s3
 
 from pipeline import faults, storage
@@ -26,6 +25,7 @@ from pipeline.run import run_job
 from pipeline.source import read_units
 from pipeline.storage import Folder, check_access
 from pipeline.units import plan_files
+from tests.conftest import ACCESS_KEY, SECRET_KEY, S3Server, TinyModels
 
 pytestmark = pytest.mark.s3
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import TinyModels
 from small_jobs import rows_of, run
 from test_manifest import record
 
@@ -22,6 +21,7 @@ from pipeline.prompts import row_sampling, sample_count
 from pipeline.stats import parts
 from pipeline.storage import Folder
 from pipeline.trace import read_rounds
+from tests.conftest import TinyModels
 
 ROWS = 6
 N = 3

@@ -5,13 +5,13 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import ACCESS_KEY, AWS_ENV, SECRET_KEY, S3Server
 
 from pipeline import storage
 from pipeline.config import S3Config
 from pipeline.errors import UserError
 from pipeline.listing import list_inputs
 from pipeline.storage import Folder, check_access, filesystem
+from tests.conftest import ACCESS_KEY, AWS_ENV, SECRET_KEY, S3Server
 
 
 def test_put_if_absent_never_overwrites(folder: Folder) -> None:

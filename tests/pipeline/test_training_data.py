@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from conftest import S3Server, TinyModels
 from transformers import AutoTokenizer
 
 from pipeline import manifest
@@ -17,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.storage import Folder
 from pipeline.training_data import open_job, read_examples
 from specdec.training.examples import Example
+from tests.conftest import S3Server, TinyModels
 
 LOCAL = S3Config()
 EOS = 1

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny_models import TinyPair, make_pair, noisy_copy, tiny_model
 from transformers import PreTrainedModel
+
+from tests.specdec.tiny_models import TinyPair, make_pair, noisy_copy, tiny_model
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from workloads import random_head
 
 from specdec.acceptance import (
     HEAD_SIGNALS,
@@ -22,6 +21,7 @@ from specdec.acceptance import (
     online_estimator,
     read_signals,
 )
+from tests.specdec.workloads import random_head
 
 TOKEN_SIGNALS = frozenset({Signal.LOG_Q, Signal.LOG_TOP, Signal.ENTROPY})
 

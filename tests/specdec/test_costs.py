@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tiny_models import TinyPair
 
 from specdec.costs import LEAST_POINTS, PROMPT, CostModel, CostTable
+from tests.specdec.tiny_models import TinyPair
 
 
 def test_a_table_is_linear_between_its_tokens() -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_pair import EOS, saved, set_config
-from tiny_models import VOCAB, noisy_copy, tiny_model
 from torch import Tensor
 
 from specdec.engine import Engine
@@ -26,6 +25,7 @@ from specdec.training.settings import Moment, Settings, Watch
 from specdec.training.student import DistillError, Student
 from specdec.training.trainer import distill_loss, rate
 from specdec.training.workspace import Workspace
+from tests.specdec.tiny_models import VOCAB, noisy_copy, tiny_model
 
 QUICK = Settings(epochs=2, lr=3e-3, held_out=0.2, batch_tokens=200, evaluations=4, top_k=8)
 LAYERS = (0, 3)

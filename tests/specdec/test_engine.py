@@ -10,10 +10,19 @@ import torch
 from goodness import chi_square_excess, counted, reference_distribution
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import VOCAB, TinyPair, make_pair, noisy_copy, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
-from workloads import (
+
+from specdec.acceptance import Flags, Signal, online_estimator
+from specdec.cache import KEY_BLOCK
+from specdec.costs import CostModel
+from specdec.engine import Engine
+from specdec.policies import make_policy
+from specdec.request import Completion, Counts, InvalidRequest, Request, SamplingParams
+from specdec.sampling import SamplingBatch, coupled_choice, probabilities
+from specdec.stopping import DraftStep, Fixed, RoundStart, StopPolicy, _Judgement
+from tests.specdec.tiny_models import VOCAB, TinyPair, make_pair, noisy_copy, tiny_model
+from tests.specdec.workloads import (
     GREEDY,
     POLICIES,
     SAMPLED,
@@ -28,15 +37,6 @@ from workloads import (
     prompts,
     requests_of,
 )
-
-from specdec.acceptance import Flags, Signal, online_estimator
-from specdec.cache import KEY_BLOCK
-from specdec.costs import CostModel
-from specdec.engine import Engine
-from specdec.policies import make_policy
-from specdec.request import Completion, Counts, InvalidRequest, Request, SamplingParams
-from specdec.sampling import SamplingBatch, coupled_choice, probabilities
-from specdec.stopping import DraftStep, Fixed, RoundStart, StopPolicy, _Judgement
 
 CPU = torch.device("cpu")
 

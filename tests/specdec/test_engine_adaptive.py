@@ -8,8 +8,13 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from tiny_models import TinyPair
-from workloads import (
+
+from specdec.costs import CostModel
+from specdec.engine import Engine
+from specdec.request import Completion
+from specdec.stopping import EstimatingPolicy, Fixed, RoundOutcome, StopPolicy
+from tests.specdec.tiny_models import TinyPair
+from tests.specdec.workloads import (
     GREEDY,
     POLICIES,
     SAMPLED,
@@ -25,11 +30,6 @@ from workloads import (
     requests_of,
     stated_goodput,
 )
-
-from specdec.costs import CostModel
-from specdec.engine import Engine
-from specdec.request import Completion
-from specdec.stopping import EstimatingPolicy, Fixed, RoundOutcome, StopPolicy
 
 ESTIMATING = [name for name in SPECULATING if isinstance(make(name), EstimatingPolicy)]
 

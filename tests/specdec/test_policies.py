@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import pytest
-from workloads import POLICIES as RUN
-from workloads import random_head, trimming_costs
 
 from specdec import policies
 from specdec.acceptance import HEAD_SIGNALS, HeadEstimator, OnlineEstimator, Signal
 from specdec.goodput import Goodput
 from specdec.policies import POLICIES, make_policy
 from specdec.stopping import Confidence, Entropy, Fixed, HeadPolicy, Heuristic, StopPolicy
+from tests.specdec.workloads import POLICIES as RUN
+from tests.specdec.workloads import random_head, trimming_costs
 
 
 def test_every_policy_can_be_made_by_name() -> None:

@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import TinyPair, make_pair
 from torch import Tensor
 from transformers import PreTrainedModel
-from workloads import GREEDY, SAMPLED, Prompt, make, outputs, prompts, requests_of
 
 from specdec.engine import INVARIANT_CHUNK, Engine
 from specdec.policies import make_policy
 from specdec.request import Request, SamplingParams
 from specdec.stopping import Fixed, StopPolicy
+from tests.specdec.tiny_models import TinyPair, make_pair
+from tests.specdec.workloads import GREEDY, SAMPLED, Prompt, make, outputs, prompts, requests_of
 
 NEVER = 10**9
 PROMPT, OTHER, SHOTS = prompts((200, 90, 150), seed=8)

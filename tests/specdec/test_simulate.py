@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from workloads import linear, staircase
 
 from specdec.acceptance import Signal
 from specdec.clairvoyance import least_seconds
@@ -23,6 +22,7 @@ from specdec.simulate import (
     save_traces,
 )
 from specdec.stopping import DraftStep, Fixed, RoundOutcome, RoundStart
+from tests.specdec.workloads import linear, staircase
 
 DEPTH = 7
 COSTS = CostModel(linear(1.0, 0.25), linear(4.0, 0.5))

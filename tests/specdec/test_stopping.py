@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from workloads import draft_step, memories, outcome, round_start
 
 from specdec.acceptance import Array, Flags, Signal, online_estimator
 from specdec.stopping import (
@@ -14,6 +13,7 @@ from specdec.stopping import (
     StopPolicy,
     context_class,
 )
+from tests.specdec.workloads import draft_step, memories, outcome, round_start
 
 
 class Known:

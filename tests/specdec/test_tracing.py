@@ -10,9 +10,7 @@ import pytest
 import torch
 from goodness import FALSE_ALARM, chi_square_excess, counted
 from scipy import stats
-from tiny_models import TinyPair, make_pair
 from transformers import PreTrainedModel
-from workloads import linear, prompts, random_head
 
 from specdec.acceptance import Signal, read_signals
 from specdec.costs import CostModel
@@ -23,6 +21,8 @@ from specdec.sampling import SamplingBatch, coupled_choice, probabilities
 from specdec.simulate import Trace, replay
 from specdec.stopping import StopPolicy
 from specdec.tracing import Text, measure_costs, record, reversed_coupling
+from tests.specdec.tiny_models import TinyPair, make_pair
+from tests.specdec.workloads import linear, prompts, random_head
 
 Verification = Literal["rejection", "coupled"]
 

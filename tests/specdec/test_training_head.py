@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCAB, TinyPair, make_pair, noisy_copy, tiny_model
 from torch import Tensor
 
 from specdec.acceptance import AcceptanceHead, Signal
@@ -33,6 +32,7 @@ from specdec.training.head import (
     weighted_loss,
 )
 from specdec.training.reliability import fit_platt, score, sigmoid, weighted_auc
+from tests.specdec.tiny_models import VOCAB, TinyPair, make_pair, noisy_copy, tiny_model
 
 SAMPLED = SamplingParams(max_new_tokens=12, temperature=0.8, top_k=20, top_p=0.95, ignore_eos=True)
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from tiny_models import VOCAB
 
 from specdec.acceptance import AcceptanceHead, Array, Flags, Signal
 from specdec.costs import CostModel, CostTable
@@ -15,6 +14,7 @@ from specdec.goodput import Goodput
 from specdec.policies import make_policy
 from specdec.request import Completion, Request, SamplingParams
 from specdec.stopping import DraftStep, RoundOutcome, RoundStart, RowMemory, StopPolicy
+from tests.specdec.tiny_models import VOCAB
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24)
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=20, seed=100)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from conftest import TinyModels
 
 from jobs.nightly.archive import Archive
 from jobs.nightly.recipe import Recipe
+from tests.conftest import TinyModels
 
 
 def small_recipe(models: TinyModels, root: Path, **changes: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TinyModels
 from recipes import small_recipe, write_seeds
 from typer.testing import CliRunner
 
@@ -18,6 +17,7 @@ from jobs.nightly.nights import run_nights
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.versions import Versions, read_versions, roll_back, write_versions
 from pipeline.errors import UserError
+from tests.conftest import TinyModels
 
 
 def test_versions_and_the_way_back(tiny_models: TinyModels, tmp_path: Path) -> None:

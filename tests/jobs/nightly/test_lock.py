@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.storage import Folder
 
 if TYPE_CHECKING:
-    from conftest import S3Server
+    from tests.conftest import S3Server
 
 
 def holders(folder: Folder) -> list[dict[str, object]]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TinyModels
 from recipes import small_recipe, write_seeds
 from typer.testing import CliRunner
 
@@ -21,6 +20,7 @@ from jobs.nightly.seeds import Templates, TurnError, pick
 from jobs.nightly.status import Status, notify
 from jobs.spec import JobFileError
 from pipeline.errors import UserError
+from tests.conftest import TinyModels
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TinyModels
 from recipes import small_recipe
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
+from tests.conftest import TinyModels
 
 
 @pytest.fixture
