@@ -5,9 +5,10 @@
 
 A step computes one token for each of B rows behind C cached positions. It cannot be faster than
 reading all weights and the rows' keys and values once at the memory's bandwidth, nor than its
-multiplications at the rate of a large matrix product; the limit is the longer of the two. Bandwidth
-and rate are measured here, in the same run, with the same threads. Weights are counted as they are
-stored: 4 bytes each in fp32, 2 in bf16, 1 in int8; embeddings are not read as a whole.
+multiplications at the rate of a large product of the same precision; the limit is the longer of the
+two. Both are measured here, with the same threads, bandwidth beside every step, since what a shared
+machine grants differs from minute to minute. Weights are counted as they are stored: 4 bytes each
+in fp32, 2 in bf16, 1 in int8; embeddings are not read as a whole.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from specdec.linear import Int8Linear
 from specdec.packed import PackedDecoder
 from specdec.pair import ModelPair
 
@@ -46,17 +48,21 @@ def quickest(do: Callable[[], object], repeats: int = 7) -> float:
     return min(times)
 
 
-def bandwidth() -> float:
-    """Bytes per second that are read from memory, far beyond the caches."""
-    numbers = torch.ones(1 << 28)
+def bandwidth(numbers: torch.Tensor) -> float:
+    """Bytes per second at which numbers far beyond the caches are read."""
     return numbers.numel() * 4 / quickest(numbers.sum)
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large matrix product."""
+def matmul_rate(precision: str) -> float:
+    """Operations per second of a large matrix product in a precision."""
     n = 2048
-    a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
-    return 2 * n**3 / quickest(lambda: a @ b)
+    linear = nn.Linear(n, n, bias=False)
+    if precision == "bf16":
+        linear = linear.bfloat16()
+    product = Int8Linear(linear) if precision == "int8" else linear
+    x = torch.randn(n, n, dtype=linear.weight.dtype)
+    with torch.inference_mode():
+        return 2 * n**3 / quickest(lambda: product(x))
 
 
 def linear_numbers(decoder: PackedDecoder) -> int:
@@ -123,9 +129,8 @@ def main(
 ) -> None:
     """Measure the machine, then steps, and print both."""
     torch.set_num_threads(threads)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    reads, rate = bandwidth(), matmul_rate(dtype)
-    console.print(f"memory {reads / 1e9:.1f} GB/s, {dtype} products {rate / 1e9:.0f} GFLOP/s")
+    rate, large = matmul_rate(precision), torch.ones(1 << 27)
+    console.print(f"{precision} products: {rate / 1e9:.0f} GFLOP/s")
     pair = ModelPair.load(
         target,
         dtype="bfloat16" if precision == "bf16" else "float32",
@@ -136,12 +141,15 @@ def main(
     position = decoder.new_cache(1, 1).bytes_per_position
     width = decoder.model.config.num_attention_heads * decoder.layout[0].key_dim
     layers = len(decoder.layout)
-    table = Table("rows", "cached", "ms a step", "tokens/s", "limit, ms", "by", "of the limit")
+    table = Table(
+        "rows", "cached", "ms a step", "tokens/s", "GB/s", "limit, ms", "by", "of the limit"
+    )
     found: list[dict[str, Any]] = []
     for context in map(int, contexts.split(",")):
         for batch in map(int, batches.split(",")):
             if batch * context * position > MOST_CACHE:
                 continue
+            reads = bandwidth(large)
             seconds = step(decoder, batch, context, repeats)
             memory = (numbers * BYTES[precision] + batch * context * position) / reads
             compute = batch * (2 * numbers + 4 * layers * width * context) / rate
@@ -160,13 +168,14 @@ def main(
                 str(context),
                 f"{1000 * seconds:.1f}",
                 f"{batch / seconds:.0f}",
+                f"{reads / 1e9:.0f}",
                 f"{1000 * limit:.1f}",
                 "memory" if memory > compute else "compute",
                 f"{limit / seconds:.0%}",
             )
     console.print(table)
     if plot:
-        title = f"{Path(target).stem}, {precision}, {threads} threads: {reads / 1e9:.0f} GB/s"
+        title = f"{Path(target).stem}, {precision}, {threads} threads"
         draw(found, title, plot)
 
 
