@@ -227,6 +227,8 @@ class Engine:
         drafting = sum(seconds for _, seconds in this.draft_costs)
         this.seconds = time.perf_counter() - began - drafting
         self.policy.observe(this.outcome())
+        # What the policy learns takes its time, too, and is part of what speculation costs.
+        this.seconds = time.perf_counter() - began - drafting
         this.book(self.stats.speedup)
         return finished + [self._retire(slot, rows[slot], ending) for slot, ending in ended]
 

@@ -1,9 +1,9 @@
 """Kernels for CPUs, compiled from kernels.cpp when they are first needed.
 
 Between the matrix products of a forward torch runs dozens of small operators a layer, and its
-batched products reach half of the memory's bandwidth in attention. A C++ compiler with OpenMP turns
-kernels.cpp into a library in two seconds, which is kept in the user's cache folder. Where there is
-none everything runs on torch's operators, with the same results up to rounding.
+batched products reach half of the memory's bandwidth in attention. g++ turns kernels.cpp into a
+library in two seconds, which is kept in the user's cache folder. Without a compiler everything runs
+on torch's operators, with the same results up to rounding.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         log.info("no C++ compiler: CPU layers run on torch's operators, which are slower")
         return None
@@ -181,8 +181,12 @@ def _library() -> ctypes.CDLL | None:
 
 def _compiled(compiler: str) -> Path:
     """The library for this source, compiler and processor, from the cache folder if it is there."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    parts = (SOURCE.read_text(), *FLAGS, version.stdout, _processor())
+    version = _run(compiler, "--version")
+    # torch's own OpenMP: a second one would have threads of its own, and each team would spin while
+    # the other works.
+    runtimes = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
+    openmp = str(runtimes[0]) if runtimes else "-fopenmp"
+    parts = (SOURCE.read_text(), *FLAGS, openmp, torch.__version__, version, _processor())
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     try:
         folder = cache_folder()
@@ -194,13 +198,18 @@ def _compiled(compiler: str) -> Path:
         library = Path(tempfile.mkdtemp(prefix="specbatch-")) / "kernels.so"
     # Several actors of a node may do this at once; each renames a whole file into place.
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        fresh = Path(scratch) / library.name
-        subprocess.run(
-            [compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(fresh)],
-            capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS,
-        )  # fmt: skip
+        object_file, fresh = Path(scratch) / "kernels.o", Path(scratch) / library.name
+        _run(compiler, *FLAGS, "-fPIC", "-c", str(SOURCE), "-o", str(object_file))
+        _run(compiler, "-shared", str(object_file), openmp, "-o", str(fresh))
         fresh.replace(library)
     return library
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS
+    )
+    return done.stdout
 
 
 def _processor() -> str:
