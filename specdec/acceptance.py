@@ -247,11 +247,13 @@ class OnlineEstimator:
         self._columns = [*after, *before]
         # A guess to begin with: acceptance grows with the draft's confidence and the row's rate.
         signs = {Signal.ENTROPY: -0.5}
-        guess = [0.5, *(signs.get(column, 0.5) for column in self._columns), 0.5]
-        # One column of weights for each estimate; the first does not look at the candidate.
-        self._weights = np.stack([guess, guess], 1)
-        self._weights[1 : 1 + len(after), 0] = 0.0
-        self._used = [np.flatnonzero(weights) for weights in self._weights.T]
+        guess = np.array([0.5, *(signs.get(column, 0.5) for column in self._columns), 0.5])
+        # A column of weights for each estimate; the first has none for what knows the candidate.
+        every = np.arange(len(guess))
+        self._used = [np.delete(every, slice(1, 1 + len(after))), every]
+        self._weights = np.zeros((len(guess), 2))
+        for i, used in enumerate(self._used):
+            self._weights[used, i] = guess[used]
         self._precisions = [self.PRIOR * np.eye(len(used)) for used in self._used]
         self._collected: list[tuple[Array, Flags]] = []
 

@@ -56,30 +56,27 @@ class CostTable:
 
         Beyond the table seconds grow as they do over its upper half.
         """
-        return self.curve(int(np.max(tokens)) if np.size(tokens) else 0)[tokens]
+        return self.curve(0, int(np.max(tokens)) if np.size(tokens) else 0)[tokens]
 
-    def curve(self, most: int) -> Array:
-        """Seconds at 0, 1, 2, ... tokens, up to `most` at least."""
-        if most >= len(self._dense):
-            self._fill(max(2 * most, int(self.tokens[-1])))
-        return self._dense
+    def curve(self, first: int, last: int) -> Array:
+        """Seconds at `first`, `first` + 1, ... `last` tokens."""
+        if last >= len(self._dense):
+            self._dense = self._at(np.arange(max(2 * last, int(self.tokens[-1])) + 1))
+            self._dense[0] = 0.0
+        return self._dense[first : last + 1]
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Move the table towards a measurement; an outlier moves it no more than a factor of 2.
 
         One far beyond the table becomes its new end: what is extrapolated is not kept for good.
         """
+        expected = self._at(np.array([tokens]))
         if tokens > BEYOND * self.tokens[-1]:
-            end = float(self(tokens))
             self.tokens = np.append(self.tokens, tokens)
-            self.seconds = np.append(self.seconds, end)
+            self.seconds = np.append(self.seconds, expected)
+        error = min(max(math.log(max(seconds, 1e-9) / float(expected[0])), -0.7), 0.7)
         above = min(int(self.tokens.searchsorted(tokens)), len(self.tokens) - 1)
         below = max(above - 1, 0)
-        if tokens <= self.tokens[-1]:
-            expected = float(np.interp(tokens, self.tokens, self.seconds))
-        else:
-            expected = float(self(tokens))
-        error = min(max(math.log(max(seconds, 1e-9) / expected), -0.7), 0.7)
         span = self.tokens[above] - self.tokens[below]
         share = (min(tokens, self.tokens[-1]) - self.tokens[below]) / span if span else 1.0
         self.seconds = self.seconds * math.exp(error * DRIFT)
@@ -87,17 +84,16 @@ class CostTable:
         self.seconds[above] *= math.exp(error * RATE * share)
         self._dense = _UNKNOWN  # until it is asked for: several observations may come together
 
-    def _fill(self, most: int) -> None:
-        counts = np.arange(most + 1)
-        self._dense = np.interp(counts, self.tokens, self.seconds)
+    def _at(self, counts: Any) -> Array:
+        """Seconds at token counts, an array that rises, off the table itself."""
+        found: Array = np.interp(counts, self.tokens, self.seconds)
         tokens, seconds = float(self.tokens[-1]), float(self.seconds[-1])
-        if most > tokens:
+        if counts[-1] > tokens:
             # Over half the table: a single step of a staircase may be flat, or a jump.
             rise = seconds - float(np.interp(tokens / 2, self.tokens, self.seconds))
             slope = max(rise, 0.0) / (tokens / 2) if len(self.tokens) > 1 else seconds / tokens
-            beyond = slice(int(tokens) + 1, None)
-            self._dense[beyond] = seconds + slope * (counts[beyond] - tokens)
-        self._dense[0] = 0.0
+            found += slope * np.maximum(counts - tokens, 0.0)
+        return found
 
     def points(self) -> list[tuple[int, float]]:
         """(tokens, seconds) of the table, for reports."""

@@ -98,7 +98,7 @@ class Goodput(EstimatingPolicy):
 
         rate, lacking = self.typical[rows], np.array(start.draft_pending)[rows]
         order = np.argsort(-rate, kind="stable")
-        first = self.costs.draft.curve(len(rows))[1 : len(rows) + 1]
+        first = self.costs.draft.curve(1, len(rows))
         first = first + self._catch_up(lacking[order], np.array(start.room)[rows][order], first)
         chosen = rows[order[: self._worth(rate[order], rate[order], first, self.k_max)]]
         self._probing = not len(chosen)
@@ -148,8 +148,7 @@ class Goodput(EstimatingPolicy):
         self._tokens_fed += int(kept.sum())
         going = np.zeros(len(rows), dtype=bool)
         if left and kept.any():
-            n = int(kept.sum())
-            next_step = self.costs.draft.curve(n)[1 : n + 1]
+            next_step = self.costs.draft.curve(1, int(kept.sum()))
             value = judged.survival[kept] * rate[kept]
             going[kept] = self._best(value, rate[kept], next_step, left)
         return going
@@ -166,8 +165,7 @@ class Goodput(EstimatingPolicy):
         order = np.argsort(-survival, kind="stable")
         tokens = np.concatenate([[0.0], np.cumsum(survival[order])])
         assert self.costs is not None
-        most = self._tokens_bare + len(order)
-        seconds = self.costs.verify.curve(most)[self._tokens_bare : most + 1]
+        seconds = self.costs.verify.curve(self._tokens_bare, self._tokens_bare + len(order))
         best = int(np.argmax(tokens - self._value * seconds))
         counts = np.bincount(rows[order[:best]], minlength=len(drafted))
         return [int(k) for k in counts]
@@ -213,12 +211,12 @@ class Goodput(EstimatingPolicy):
         j = np.arange(1, len(value) + 1)
         steps = np.arange(1, min(AHEAD, left) + 1)
         fed, sizes = self._tokens_fed, j[:, None] * steps
-        verify = self.costs.verify.curve(fed + len(j) * len(steps))
+        verify = self.costs.verify.curve(fed, fed + len(j) * len(steps))
         falling = rate[:, None] ** steps
         tokens = np.cumsum(value[:, None] * (1 - falling) / (1 - rate[:, None]), 0)
-        further = self.costs.draft.curve(len(j))[1 : len(j) + 1]
+        further = self.costs.draft.curve(1, len(j))
         drafting = first[:, None] + further[:, None] * (steps - 1)
-        gain = tokens - self._value * (drafting + verify[fed + sizes] - verify[fed])
+        gain = tokens - self._value * (drafting + verify[sizes] - verify[0])
         most = gain.max(1)
         best = int(most.argmax())
         return best + 1 if most[best] > 0 else 0

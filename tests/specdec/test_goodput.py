@@ -479,9 +479,9 @@ def test_decisions_of_64_rows_take_a_bounded_number_of_array_operations(
         asked = [0]
         original = CostTable.curve
 
-        def counting(self: CostTable, most: int) -> Array:
+        def counting(self: CostTable, first: int, last: int) -> Array:
             asked[0] += 1
-            return original(self, most)
+            return original(self, first, last)
 
         with monkeypatch.context() as patch:
             patch.setattr(CostTable, "curve", counting)
