@@ -20,7 +20,27 @@ from specdec.kernels import kernels_for
 Quantization = Literal["int8wo", "int8"]
 
 
-class PackedLinear(nn.Module):
+class RowwiseLinear(nn.Module):
+    """y = x W^T + b over the last dimension of x; a subclass packs W and computes `product`."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight
+        # Stands in for the weight where a layer is asked for its shape; takes no memory.
+        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 2:
+            return self.product(x)
+        return self.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+    def product(self, x: Tensor) -> Tensor:
+        """y [n, out] of x [n, in], the bias included."""
+        raise NotImplementedError
+
+
+class PackedLinear(RowwiseLinear):
     """y = x W^T + b in float32 or bfloat16, with W repacked once for oneDNN.
 
     For 4 to 64 rows this takes a quarter to three quarters of the time of torch's default (MKL, W
@@ -33,15 +53,10 @@ class PackedLinear(nn.Module):
     LEAST_ROWS = 5
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight = linear.weight.data
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self.weight = _shape_of(weight)
-        self.bias = linear.bias
+        super().__init__(linear)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 2:
-            return self.forward(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+    def product(self, x: Tensor) -> Tensor:
         rows = len(x)
         if rows < self.LEAST_ROWS:
             x = nn.functional.pad(x, (0, 0, 0, self.LEAST_ROWS - rows))
@@ -51,11 +66,11 @@ class PackedLinear(nn.Module):
         return y[:rows]
 
 
-class Int8WeightOnlyLinear(nn.Module):
+class Int8WeightOnlyLinear(RowwiseLinear):
     """y = x W^T + b with int8 weights; x is rounded to bf16, y returned in x's dtype."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
+        super().__init__(linear)
         weight = linear.weight.data
         scales = _channel_scales(weight)
         # torch's kernel reads past the end of rows that are no multiple of its vectors.
@@ -63,19 +78,16 @@ class Int8WeightOnlyLinear(nn.Module):
         rounded = (weight.float() / scales[:, None]).round().to(torch.int8)
         self.packed = nn.Buffer(nn.functional.pad(rounded, (0, self.padding)))
         self.scales = nn.Buffer(scales.to(torch.bfloat16))
-        self.weight = _shape_of(weight)
-        self.bias = linear.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+    def product(self, x: Tensor) -> Tensor:
+        rounded = x.to(torch.bfloat16)
         if self.padding:
-            flat = nn.functional.pad(flat, (0, self.padding))
-        y = torch._weight_int8pack_mm(flat, self.packed, self.scales).to(x.dtype)
-        y = y.view(*x.shape[:-1], -1)
+            rounded = nn.functional.pad(rounded, (0, self.padding))
+        y = torch._weight_int8pack_mm(rounded, self.packed, self.scales).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(RowwiseLinear):
     """y = x W^T + b with int8 weights and activations, the latter scaled per token.
 
     Each row of x is divided by its largest magnitude and quantized in steps of 1 / `levels`: 127
@@ -84,15 +96,10 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight = linear.weight.data
-        self.packed, self.levels = _packed_int8(weight), activation_levels()
-        self.weight = _shape_of(weight)
-        self.bias = linear.bias
+        super().__init__(linear)
+        self.packed, self.levels = _packed_int8(linear.weight.data), activation_levels()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 2:
-            return self.forward(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+    def product(self, x: Tensor) -> Tensor:
         kernels = kernels_for(x.dtype, x.device)
         if kernels is not None:
             scaled, largest = kernels.scale_rows(x.contiguous())
@@ -139,11 +146,6 @@ def _channel_scales(weight: Tensor) -> Tensor:
     return weight.float().abs().amax(1).clamp(min=1e-12) / 127
 
 
-def _shape_of(weight: Tensor) -> Tensor:
-    """Stands in for the weight where a layer is asked for its shape; takes no memory."""
-    return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-
-
 def packable(dtype: torch.dtype) -> bool:
     """Whether linear layers of this dtype can be packed on this CPU."""
     if dtype == torch.bfloat16:
@@ -173,7 +175,7 @@ def is_invariant(model: nn.Module) -> bool:
         matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1]
         if matrices and not isinstance(module, nn.Embedding):
             return False  # a product whose kernels are not known here: convolutions, experts, ...
-        if isinstance(module, PackedLinear | Int8WeightOnlyLinear | Int8Linear):
+        if isinstance(module, RowwiseLinear):
             if (shape := module.weight.shape) in seen:
                 continue
             seen.add(shape)
