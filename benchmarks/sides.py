@@ -163,12 +163,17 @@ def generate_batch(side: Side) -> Callable[[Work], Outputs]:
     return run
 
 
-def vllm(side: Side) -> Callable[[Work], Outputs]:
-    """vLLM's offline engine; options: `method` (draft_model or ngram) and `k`, `eager`."""
+def prepare_vllm(threads: int) -> None:
+    """What vLLM's CPU build reads from the environment; before it is imported."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{side.threads - 1}")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{threads - 1}")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def vllm(side: Side) -> Callable[[Work], Outputs]:
+    """vLLM's offline engine; options: `method` (draft_model or ngram) and `k`, `eager`."""
+    prepare_vllm(side.threads)
     from vllm import LLM, SamplingParams, TokensPrompt
 
     options = side.options

@@ -23,7 +23,23 @@ from typing import Annotated, Any
 
 import pyarrow.parquet as pq
 import typer
-from peers import DRAFT, PROMPTS, ROOT, TARGET, console, export, spread
+from peers import (
+    CORES,
+    DRAFT,
+    PROMPTS,
+    ROOT,
+    TARGET,
+    Draft,
+    DType,
+    Prompts,
+    Rows,
+    Target,
+    Temperature,
+    Threads,
+    console,
+    export,
+    spread,
+)
 from rich.table import Table
 
 Taken = dict[str, float]
@@ -69,24 +85,24 @@ def theirs(job: dict[str, Any], python: str) -> Taken:
         [python, script, json.dumps(job)], check=True, capture_output=True, env=environment
     )
     wall = time.perf_counter() - began
-    taken: Taken = json.loads(done.stdout.splitlines()[-1])
-    return taken | {"wall": wall}
+    answer: Taken = json.loads(done.stdout.splitlines()[-1])
+    return answer | {"wall": wall}
 
 
 def main(
     vllm: Annotated[str, typer.Option(help="a Python that has vLLM and Ray Data")],
-    target: Annotated[str, typer.Option(help="folder, *.gguf or pkg:PACKAGE/FILE.gguf")] = TARGET,
-    draft: Annotated[str, typer.Option(help="the same, for the draft")] = DRAFT,
-    prompts: Annotated[Path, typer.Option(help="Parquet file with a column `prompt`")] = PROMPTS,
-    rows: Annotated[int, typer.Option(help="how many prompts")] = 256,
+    target: Target = TARGET,
+    draft: Draft = DRAFT,
+    prompts: Prompts = PROMPTS,
+    rows: Rows = 256,
     tokens: Annotated[int, typer.Option(help="new tokens of a row")] = 64,
-    temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    temperature: Temperature = 0.0,
+    dtype: DType = "float32",
     batch: Annotated[int, typer.Option(help="rows in flight")] = 64,
     unit_rows: Annotated[int, typer.Option(help="rows of a unit, or of a batch of Ray's")] = 128,
     policy: Annotated[str, typer.Option(help="our stop policy")] = "goodput",
     repeats: Annotated[int, typer.Option(help="turns")] = 3,
-    threads: Annotated[int, typer.Option(help="CPU threads of each side")] = os.cpu_count() or 1,
+    threads: Threads = CORES,
 ) -> None:
     """Run both sides in turns and print their rates and ratios."""
     work = Path(tempfile.mkdtemp(prefix="whole-job-"))
