@@ -2,10 +2,12 @@
 //
 // Nothing here is clever: one pass over memory where torch's operators take several, keys and
 // values read once for all query heads that share them, no positions beyond a row's end. A token is
-// computed by itself in a fixed order, so its bits do not depend on what else is in the batch.
+// computed by itself in a fixed order, so its bits do not depend on what else is in the batch. That
+// is why sums are written with vectors, and fused multiply-adds by name: left to the compiler
+// (-ffp-contract), they come and go with the number of queries in a loop.
 
 #include <omp.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -97,6 +99,35 @@ static inline float total(vec x) {
     return lanes[0];
 }
 
+// a * b + c
+static inline vec fused(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+static inline float sum(const float* x, i64 n) {
+    vec lanes = {};
+    i64 i = 0;
+    for (; i + LANES <= n; i += LANES) lanes += load(x + i);
+    float result = total(lanes);
+    for (; i < n; i++) result += x[i];
+    return result;
+}
+
+static inline float sum_of_squares(const float* x, i64 n) {
+    vec lanes = {};
+    i64 i = 0;
+    for (; i + LANES <= n; i += LANES) lanes = fused(load(x + i), load(x + i), lanes);
+    float result = total(lanes);
+    for (; i < n; i++) result += x[i] * x[i];
+    return result;
+}
+
 // ------------------------------------------------------------------------------ attention
 
 struct Row {
@@ -122,7 +153,7 @@ static inline void dots(const float* q, const T* key, i64 dim, float* out, i64 s
         }
         for (int j = 0; j < J; j++) {
             const vec x = load(q + j * dim + d);
-            for (int p = 0; p < P; p++) sums[j][p] += x * k[p];
+            for (int p = 0; p < P; p++) sums[j][p] = fused(x, k[p], sums[j][p]);
         }
     }
     for (int j = 0; j < J; j++)
@@ -142,7 +173,8 @@ static inline void mix(const float* weights, i64 stride, const T* values, i64 lo
             __builtin_prefetch(values + (l + 8) * dim + c * LANES);
         }
         for (int j = 0; j < J; j++)
-            for (int c = 0; c < C; c++) acc[j][c] += weights[j * stride + l] * v[c];
+            for (int c = 0; c < C; c++)
+                acc[j][c] = fused(vec{} + weights[j * stride + l], v[c], acc[j][c]);
     }
     for (int j = 0; j < J; j++) std::memcpy(sums + j * dim, acc[j], sizeof acc[j]);
 }
@@ -218,15 +250,12 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
                 float *begin = &scores[j * stride], *score = begin + from - low;
                 std::fill(begin, score, 0.0f);
                 std::fill(score + m, begin + stride, 0.0f);
-                float most = score[0], sum = 0;
+                float most = score[0];
 #pragma omp simd reduction(max : most)
                 for (i64 l = 0; l < m; l++) most = score[l] > most ? score[l] : most;
-#pragma omp simd reduction(+ : sum)
-                for (i64 l = 0; l < m; l++) {
-                    score[l] = exp_(score[l] - most);
-                    sum += score[l];
-                }
-                const float inverse = 1.0f / sum;
+#pragma omp simd
+                for (i64 l = 0; l < m; l++) score[l] = exp_(score[l] - most);
+                const float inverse = 1.0f / sum(score, m);
 #pragma omp simd
                 for (i64 l = 0; l < m; l++) score[l] *= inverse;
             }
@@ -258,10 +287,7 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
 
 // The reciprocal root mean square of `width` numbers.
 static inline float inverse_rms(const float* x, i64 width, float eps) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (i64 d = 0; d < width; d++) sum += x[d] * x[d];
-    return 1.0f / std::sqrt(sum / static_cast<float>(width) + eps);
+    return 1.0f / std::sqrt(sum_of_squares(x, width) / static_cast<float>(width) + eps);
 }
 
 // x += y, unless y is null; out = weight * x / rms(x). All [n, width].

@@ -28,7 +28,10 @@ from torch import Tensor
 from specdec.sources import cache_folder
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+)
 COMPILE_SECONDS = 120
 
 HEAD_STEP = 16
