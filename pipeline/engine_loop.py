@@ -172,7 +172,10 @@ class EngineLoop:
         return bool(self._waiting) or not self._inbox.empty()
 
     def take_usage(self) -> Usage:
-        """What the engine spent since the last call: each second is handed out once."""
+        """What the engine spent up to the last unit's end, since the last call.
+
+        Each second is handed out once.
+        """
         with self._lock:
             unclaimed = {"idle": 0.0, **self._unclaimed}
             now = replace(self._spent, phase_seconds=unclaimed, peak_live=self._peak)
@@ -219,7 +222,6 @@ class EngineLoop:
         worked = {name: phases[name] - before.get(name, 0.0) for name in phases}
         self._book(worked, [*self._engine.live_ids, *(c.id for c in completions)])
         with self._lock:
-            self._spent = _spending(self._engine)
             self._peak = max(self._peak, self._engine.live + len(completions))
         for completion in completions:
             self._deliver(completion)
@@ -269,6 +271,8 @@ class EngineLoop:
                 self._tally.rows += 1
                 self._tally.finished += completion.counts.committed
         if len(batch.done) == len(batch.requests):
+            with self._lock:
+                self._spent = _spending(self._engine)
             self._post()
             batch.future.set_result([batch.done[i] for i in range(len(batch.requests))])
 
@@ -295,7 +299,8 @@ class EngineLoop:
 def _spending(engine: Engine) -> Usage:
     """A copy of what the engine has spent and measured.
 
-    The thread that books it makes it, between rounds: a cost table may grow in a round.
+    The engine's thread makes it when a unit ends: other threads may not look at a cost table, which
+    may grow in a round, and in every round it would cost more than all other books together.
     """
     stats = engine.stats
     return Usage(

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from specdec.cache import KEY_BLOCK, LayerLayout, SlotCache, round_to_blocks
+from specdec.cache import KEY_BLOCK, LayerLayout, SlotCache
 from specdec.kernels import Kernels
 
 GRID_TOKENS = 24
@@ -53,14 +53,78 @@ def upload(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
     return torch.split(flat.to(device, non_blocking=True), [len(numbers) for numbers in lists])
 
 
-@dataclass(frozen=True, slots=True)
-class LongRow:
-    """A row that attends by itself: packed tokens [begin, end), from position `start` of `slot`."""
+class PackedRow(NamedTuple):
+    """A row's packed tokens [begin, begin + tokens), which go to `slot` from position `start` on."""
 
-    slot: int
     begin: int
-    end: int
+    tokens: int
+    slot: int
     start: int
+
+
+@dataclass(slots=True)
+class Grid:
+    """Short rows as a batch of one shape over a contiguous range of slots; built once per forward.
+
+    Attributes:
+        slots: the range [low, high) of slots that the grid covers; B = high - low.
+        tokens: T, tokens per grid row.
+        keys: L, positions attended: a multiple of KEY_STEP; if invariant, of KEY_BLOCK.
+        cell_token: int64 [B * T], the packed token in each cell (any token in an unused cell).
+        cell_position: int64 [B, T], that token's position (0 in an unused cell).
+        short_tokens, short_cells: int64 [n], packed tokens of the grid and their cells.
+        aligned: the packed tokens are exactly the cells in order.
+    """
+
+    slots: tuple[int, int]
+    tokens: int
+    keys: int
+    cell_token: Tensor
+    cell_position: Tensor
+    short_tokens: Tensor
+    short_cells: Tensor
+    aligned: bool
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def lay_out(
+        cls, rows: Sequence[PackedRow], tokens: int, step: int, device: torch.device
+    ) -> Grid:
+        """The grid of some rows out of `tokens` packed tokens, positions rounded up to `step`."""
+        low, high = min(row.slot for row in rows), max(row.slot for row in rows) + 1
+        width = max(row.tokens for row in rows)
+        cell_token, cell_position = ([0] * ((high - low) * width) for _ in range(2))
+        short_tokens: list[int] = []
+        short_cells: list[int] = []
+        for begin, count, slot, start in rows:
+            cell = (slot - low) * width
+            cell_token[cell : cell + count] = range(begin, begin + count)
+            cell_position[cell : cell + count] = range(start, start + count)
+            short_tokens += range(begin, begin + count)
+            short_cells += range(cell, cell + count)
+        on_device = upload(device, cell_token, cell_position, short_tokens, short_cells)
+        return cls(
+            (low, high),
+            width,
+            -(-max(row.start + row.tokens for row in rows) // step) * step,
+            cell_token=on_device[0],
+            cell_position=on_device[1].view(high - low, width),
+            short_tokens=on_device[2],
+            short_cells=on_device[3],
+            aligned=cell_token == list(range(tokens)),
+        )
+
+    def mask(self, window: int | None) -> Tensor:
+        """Additive float32 [B, T, L]: 0 where a cell may attend, else -inf; made once a forward."""
+        if window not in self._masks:
+            key = torch.arange(self.keys, device=self.cell_position.device)
+            query = self.cell_position[..., None]
+            visible = key <= query
+            if window is not None:
+                visible &= key > query - window
+            zero = torch.zeros((), device=key.device)
+            self._masks[window] = torch.where(visible, zero, float("-inf"))
+        return self._masks[window]
 
 
 @dataclass(slots=True)
@@ -71,97 +135,53 @@ class Packing:
         cache: the slots.
         invariant: whether reductions must not depend on the batch.
         slots, positions: int64 [N] on the device.
-        long: rows that attend one by one.
-        grid_slots: the contiguous range [low, high) of slots that the grid covers; B = high - low.
-        grid_tokens: T, tokens per grid row.
-        keys: L, positions attended by the grid: a multiple of KEY_STEP; if invariant, of KEY_BLOCK.
-        cell_token: int64 [B * T], the packed token in each grid cell (any token in an unused cell).
-        cell_position: int64 [B, T], that token's position (0 in an unused cell).
-        short_tokens, short_cells: int64 [n], packed tokens of the grid and their cells.
-        short_rows: int64 [R, 4], the grid's rows: first token, tokens, slot, first position.
-        aligned: the packed tokens are exactly the grid's cells in order.
-        kernels: what computes the grid's rows and fused layers on a CPU, if there is anything.
+        short, long: rows of at most GRID_TOKENS tokens, and those that attend one by one.
+        short_rows: int64 [R, 4] on the device, the short ones.
+        kernels: what computes short rows and fused layers on a CPU, if there is anything.
     """
 
     cache: SlotCache
     invariant: bool
     slots: Tensor
     positions: Tensor
-    long: list[LongRow]
-    grid_slots: tuple[int, int]
-    grid_tokens: int
-    keys: int
-    cell_token: Tensor
-    cell_position: Tensor
-    short_tokens: Tensor
-    short_cells: Tensor
+    short: list[PackedRow]
+    long: list[PackedRow]
     short_rows: Tensor
-    aligned: bool
     kernels: Kernels | None
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _grid: Grid | None = None
 
     @classmethod
     def plan(cls, cache: SlotCache, rows: Sequence[Row], invariant: bool) -> Packing:
         """Lay out `rows` (distinct slots, at least one token each) behind what their slots hold."""
-        short = [slot for slot, count in rows if count <= GRID_TOKENS]
-        low, high = (min(short), max(short) + 1) if short else (0, 0)
-        width = max((count for _, count in rows if count <= GRID_TOKENS), default=0)
-        cells = (high - low) * width
         slots: list[int] = []
         positions: list[int] = []
-        long: list[LongRow] = []
-        cell_token, cell_position = [0] * cells, [0] * cells
-        short_tokens: list[int] = []
-        short_cells: list[int] = []
-        short_rows: list[int] = []
-        keys = 0
+        short: list[PackedRow] = []
+        long: list[PackedRow] = []
         for slot, count in rows:
-            start, begin = cache.lengths[slot], len(slots)
+            row = PackedRow(len(slots), count, slot, cache.lengths[slot])
+            (short if count <= GRID_TOKENS else long).append(row)
             slots += [slot] * count
-            positions += range(start, start + count)
-            if count > GRID_TOKENS:
-                long.append(LongRow(slot, begin, begin + count, start))
-                continue
-            keys = max(keys, start + count)
-            cell = (slot - low) * width
-            cell_token[cell : cell + count] = range(begin, begin + count)
-            cell_position[cell : cell + count] = range(start, start + count)
-            short_tokens += range(begin, begin + count)
-            short_cells += range(cell, cell + count)
-            short_rows += (begin, count, slot, start)
-        on_device = upload(
-            cache.device, slots, positions, cell_token, cell_position, short_tokens, short_cells,
-            short_rows,
-        )  # fmt: skip
+            positions += range(row.start, row.start + count)
+        flat = [number for row in short for number in row]
+        slots_, positions_, short_rows = upload(cache.device, slots, positions, flat)
         return cls(
             cache,
             invariant,
-            slots=on_device[0],
-            positions=on_device[1],
-            long=long,
-            grid_slots=(low, high),
-            grid_tokens=width,
-            keys=round_to_blocks(keys) if invariant else -(-keys // KEY_STEP) * KEY_STEP,
-            cell_token=on_device[2],
-            cell_position=on_device[3].view(high - low, width) if cells else on_device[3],
-            short_tokens=on_device[4],
-            short_cells=on_device[5],
-            short_rows=on_device[6].view(-1, 4),
-            aligned=not long and cell_token == list(range(len(slots))),
-            kernels=cache.kernels,
+            slots_,
+            positions_,
+            short,
+            long,
+            short_rows.view(-1, 4),
+            cache.kernels,
         )
 
-    def mask(self, window: int | None) -> Tensor:
-        """Additive float32 [B, T, L]: 0 where a cell may attend, else -inf; made once a forward."""
-        if window not in self._masks:
-            key = torch.arange(self.keys, device=self.cache.device)
-            query = self.cell_position[..., None]
-            visible = key <= query
-            if window is not None:
-                visible &= key > query - window
-            zero = torch.zeros((), device=self.cache.device)
-            self._masks[window] = torch.where(visible, zero, float("-inf"))
-        return self._masks[window]
+    @property
+    def grid(self) -> Grid:
+        """The short rows as a grid, laid out when the first layer asks for it."""
+        if self._grid is None:
+            step = KEY_BLOCK if self.invariant else KEY_STEP
+            self._grid = Grid.lay_out(self.short, len(self.slots), step, self.cache.device)
+        return self._grid
 
 
 def packed_attention(
@@ -234,13 +254,13 @@ def attend_stored(
     if kernels is None and not packing.long:
         return _grid(query, packing, layer, scale, window)
     out = query.new_empty(*query.shape[:2], values.shape[3])
-    if kernels is not None and len(packing.short_rows):
+    if kernels is not None and packing.short:
         query = query if query.stride(-1) == 1 else query.contiguous()
         kernels.attend(query, keys, values, packing.short_rows, scale, window, out)
-    elif packing.grid_tokens:
-        out[packing.short_tokens] = _grid(query, packing, layer, scale, window)
+    elif packing.short:
+        out[packing.grid.short_tokens] = _grid(query, packing, layer, scale, window)
     for row in packing.long:
-        out[row.begin : row.end] = _long(query, packing, row, layer, scale, window)
+        out[row.begin : row.begin + row.tokens] = _long(query, packing, row, layer, scale, window)
     return out
 
 
@@ -248,11 +268,11 @@ AttentionInterface.register(ATTENTION, packed_attention)
 
 
 def _long(
-    queries: Tensor, packing: Packing, row: LongRow, layer: int, scale: float, window: int | None
+    queries: Tensor, packing: Packing, row: PackedRow, layer: int, scale: float, window: int | None
 ) -> Tensor:
     """Attention of one long row: [n, H, Dv] from packed queries [N, H, D]."""
-    cache, n = packing.cache, row.end - row.begin
-    q = queries[row.begin : row.end].transpose(0, 1)[None]
+    cache, n = packing.cache, row.tokens
+    q = queries[row.begin : row.begin + n].transpose(0, 1)[None]
     keys = cache.keys[layer][row.slot, None, :, : row.start + n].to(q.dtype)
     values = cache.values[layer][row.slot, None, :, : row.start + n].to(q.dtype)
     mask = None
@@ -272,18 +292,19 @@ def _grid(
     queries: Tensor, packing: Packing, layer: int, scale: float, window: int | None
 ) -> Tensor:
     """Attention of all short rows together: [n, H, Dv] for the n short tokens, in packed order."""
-    low, high = packing.grid_slots
-    batch, tokens = high - low, packing.grid_tokens
-    keys = packing.cache.keys[layer][low:high, :, : packing.keys]  # [B, Hkv, L, D], a view
-    values = packing.cache.values[layer][low:high, :, : packing.keys]
+    grid, cache = packing.grid, packing.cache
+    low, high = grid.slots
+    batch, tokens = high - low, grid.tokens
+    keys = cache.keys[layer][low:high, :, : grid.keys]  # [B, Hkv, L, D], a view
+    values = cache.values[layer][low:high, :, : grid.keys]
     heads, kv_heads = queries.shape[1], keys.shape[1]
 
-    q = queries if packing.aligned else queries.index_select(0, packing.cell_token)
+    q = queries if grid.aligned else queries.index_select(0, grid.cell_token)
     # [B, T, Hkv, G, D] -> [B, Hkv, G, T, D]: the G query heads of a key/value head share keys.
     q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4)
-    out = _kernel(packing, q)(q, keys, values, packing.mask(window), scale)  # [B, Hkv, G, T, Dv]
+    out = _kernel(packing, q)(q, keys, values, grid.mask(window), scale)  # [B, Hkv, G, T, Dv]
     out = out.permute(0, 3, 1, 2, 4).reshape(batch * tokens, heads, -1)
-    return out if packing.aligned else out.index_select(0, packing.short_cells)
+    return out if grid.aligned else out.index_select(0, grid.short_cells)
 
 
 def _kernel(
