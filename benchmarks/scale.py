@@ -41,9 +41,9 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT))
 
-from conftest import save_llama, save_tokenizer  # noqa: E402
+from tests.conftest import save_llama, save_tokenizer  # noqa: E402
 
 from pipeline import generate, manifest  # noqa: E402
 from pipeline import run as run_module  # noqa: E402
@@ -88,6 +88,10 @@ class InstantEngine:
     def live(self) -> int:
         return 0
 
+    @property
+    def live_ids(self) -> list[str]:
+        return []
+
     def submit(self, request: Request) -> None:
         self._queue.append(request)
 
@@ -107,12 +111,12 @@ class InstantEngine:
 class DoubleActor(generate.GenerateActor):
     """A `GenerateActor` of which the models and the engine are not there."""
 
-    def __init__(self, job: JobConfig, digest: str, monitor: Any) -> None:
+    def __init__(self, job: JobConfig, *rest: Any) -> None:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(job.models.target)
         generate.load_pair = lambda job: SimpleNamespace(tokenizer=tokenizer, context_length=1000)
-        super().__init__(job, digest, monitor)
+        super().__init__(job, *rest)
 
     def _make_engine(self) -> Any:
         seconds = float(os.environ.get("DOUBLE_SECONDS", "0"))
