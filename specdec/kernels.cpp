@@ -99,6 +99,8 @@ static inline float total(vec x) {
     return lanes[0];
 }
 
+static inline vec all(float x) { return x - vec{}; }
+
 // a * b + c
 static inline vec fused(vec a, vec b, vec c) {
 #if defined(__AVX512F__)
@@ -174,7 +176,7 @@ static inline void mix(const float* weights, i64 stride, const T* values, i64 lo
         }
         for (int j = 0; j < J; j++)
             for (int c = 0; c < C; c++)
-                acc[j][c] = fused(vec{} + weights[j * stride + l], v[c], acc[j][c]);
+                acc[j][c] = fused(all(weights[j * stride + l]), v[c], acc[j][c]);
     }
     for (int j = 0; j < J; j++) std::memcpy(sums + j * dim, acc[j], sizeof acc[j]);
 }
