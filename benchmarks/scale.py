@@ -43,8 +43,6 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from tests.conftest import save_llama, save_tokenizer  # noqa: E402
-
 from pipeline import generate, manifest  # noqa: E402
 from pipeline import run as run_module  # noqa: E402
 from pipeline.config import JobConfig, S3Config  # noqa: E402
@@ -54,6 +52,7 @@ from pipeline.source import UnitDatasource  # noqa: E402
 from specdec.engine import EngineStats  # noqa: E402
 from specdec.policies import make_policy  # noqa: E402
 from specdec.request import Completion, Counts, Request  # noqa: E402
+from tests.conftest import save_llama, save_tokenizer  # noqa: E402
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
 console = Console(width=110)

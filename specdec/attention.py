@@ -54,7 +54,7 @@ def upload(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 class PackedRow(NamedTuple):
-    """A row's packed tokens [begin, begin + tokens), which go to `slot` from position `start` on."""
+    """A row's packed tokens [begin, begin + tokens), which go to `slot` from position `start`."""
 
     begin: int
     tokens: int
