@@ -51,14 +51,9 @@ _ACTOR_INIT_DEATHS = 3
 _FULL = 0.75
 
 
-_LOCAL_RAY = {
-    # While actors hold all cores, Ray ends the processes that read and write after a second of
-    # idleness and then starts new ones, which takes seconds of the cores that the engine needs.
-    "idle_worker_killing_time_threshold_ms": 600_000,
-    # Ray's default of 15 makes the engine give way to processes that only poll. With 0 workers have
-    # the niceness of this process.
-    "worker_niceness": 0,
-}
+# While actors hold all cores, Ray ends the processes that read and write after a second of idleness
+# and then starts new ones, which takes seconds of the cores that the engine should have.
+_LOCAL_RAY = {"idle_worker_killing_time_threshold_ms": 600_000}
 
 
 class JobFailed(RuntimeError):
