@@ -306,8 +306,7 @@ def speedup(
     run(plain), run(instance)  # what the first run of each allocates and learns
     table = Table("repetition", "reported", "95% interval", "controls", "full runs", "covered")
     reported: list[Speedup] = []
-    without: list[float] = []
-    with_: list[float] = []
+    with_, without, covered = 0.0, 0.0, 0
     for repetition in range(repeats):
         before, first = run(plain), run(instance)
         _, engine = run_engine(pair, instance, batch, ids, lengths, control_share=share)
@@ -316,9 +315,10 @@ def speedup(
         if found is None:
             raise typer.BadParameter("too few control rounds: raise --share, --rows or --tokens")
         reported.append(found)
-        without.append(before + after)
-        with_.append(first + second)
-        truth = without[-1] / with_[-1]
+        with_, without = with_ + first + second, without + before + after
+        truth = (before + after) / (first + second)
+        inside = found.low <= truth <= found.high
+        covered += inside
         console.log(f"{found.low:.3f}-{found.high:.3f}, full runs {truth:.3f}")
         table.add_row(
             str(repetition + 1),
@@ -326,16 +326,15 @@ def speedup(
             f"{found.low:.3f}-{found.high:.3f}",
             str(found.controls),
             f"{truth:.3f}",
-            "yes" if found.low <= truth <= found.high else "no",
+            "yes" if inside else "no",
         )
-    own = sum(r.low <= b / a <= r.high for r, b, a in zip(reported, without, with_, strict=True))
-    truth = sum(without) / sum(with_)
-    both = sum(r.low <= truth <= r.high for r in reported)
+    whole = without / with_
+    by_all = sum(each.low <= whole <= each.high for each in reported)
     console.print(
         table,
         f"reported, mean: {statistics.mean(r.value for r in reported):.3f}; "
-        f"all {4 * repeats} full runs together: {truth:.3f}",
-        f"covered: {own} of {repeats} by each repetition's runs, {both} of {repeats} by all runs",
+        f"all {4 * repeats} full runs together: {whole:.3f}",
+        f"covered: {covered} of {repeats} by each repetition's runs, {by_all} of {repeats} by all",
         sep="\n",
     )
 
