@@ -135,7 +135,7 @@ def cluster(nodes: int, cpus: int, seconds_per_row: float = 0.0) -> Iterator[Non
         num_cpus=0,
         include_dashboard=False,
         object_store_memory=500 * 2**20,
-        _system_config=run_module._LOCAL_RAY,
+        _system_config=run_module.LOCAL_RAY,
     )
     for _ in range(nodes):
         raylets.add_node(num_cpus=cpus, object_store_memory=500 * 2**20)

@@ -17,7 +17,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
-from scipy import stats
+from scipy.special import stdtrit
 
 from jobs.console import explained, out
 from jobs.display import duration, stages
@@ -322,7 +322,7 @@ def _speed(rounds: Sequence[Round]) -> float:
 
 
 def _t(freedom: int) -> float:
-    return float(stats.t.ppf(0.975, freedom))
+    return float(stdtrit(freedom, 0.975))
 
 
 # ------------------------------------------------------------------------- showing

@@ -53,7 +53,7 @@ _FULL = 0.75
 
 # While actors hold all cores, Ray ends the processes that read and write after a second of idleness
 # and then starts new ones, which takes seconds of the cores that the engine should have.
-_LOCAL_RAY = {"idle_worker_killing_time_threshold_ms": 600_000}
+LOCAL_RAY = {"idle_worker_killing_time_threshold_ms": 600_000}
 
 
 class JobFailed(RuntimeError):
@@ -260,7 +260,7 @@ def connected() -> Iterator[None]:
             ray.init(
                 address=address or "local",
                 include_dashboard=None if address else False,
-                _system_config=None if address else _LOCAL_RAY,
+                _system_config=None if address else LOCAL_RAY,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from specdec.acceptance import Calibration
+from specdec.calibration import Calibration
 from specdec.request import Counts
 from specdec.speedup import SpeedupMeter
 

@@ -15,18 +15,16 @@ row (`Signal`). Estimators and policies then work on the host, on arrays over ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.special import expit
 from torch import Tensor, nn
 
-Array = NDArray[np.float64]
-Flags = NDArray[np.bool_]
+from specdec.calibration import Array, Calibration, Flags
 
 
 class Signal(IntEnum):
@@ -139,43 +137,6 @@ def read_signals(
         judged = head.debiased(hidden.float(), columns[list(_TOKEN_SIGNALS)].T)
         columns[Signal.HEAD_BEFORE], columns[Signal.HEAD_AFTER] = judged[:, 0], judged[:, 1]
     return columns.T
-
-
-# ------------------------------------------------------------------ calibration
-
-BINS = 10
-
-
-@dataclass(slots=True, eq=False)
-class Calibration:
-    """Predicted against observed acceptance, in counts that add up over rows, units and actors.
-
-    Attributes:
-        bins: float64 [BINS, 3]: by tenth of the prediction, how many, their predictions' sum, how
-            many were accepted.
-    """
-
-    bins: Array = field(default_factory=lambda: np.zeros((BINS, 3)))
-
-    def add(self, predicted: Array, accepted: Flags | Array) -> None:
-        """Book judged candidates: predictions float [n] in [0, 1], and what happened.
-
-        That is bool [n], or float [n] where only the probability of acceptance is known.
-        """
-        index = np.minimum((predicted * BINS).astype(int), BINS - 1)
-        np.add.at(self.bins, index, np.stack([np.ones_like(predicted), predicted, accepted], -1))
-
-    @property
-    def judged(self) -> float:
-        """Candidates booked."""
-        return float(self.bins[:, 0].sum())
-
-    @property
-    def ece(self) -> float | None:
-        """Expected calibration error: mean over candidates of |mean prediction - frequency|."""
-        if not self.judged:
-            return None
-        return float(np.abs(self.bins[:, 1] - self.bins[:, 2]).sum() / self.judged)
 
 
 # ------------------------------------------------------------------- estimators

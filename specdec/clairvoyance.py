@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from specdec.acceptance import Array
+from specdec.calibration import Array
 from specdec.costs import CostModel, CostTable
 from specdec.simulate import Trace
 

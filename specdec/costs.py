@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from specdec.acceptance import Array
+from specdec.calibration import Array
 from specdec.packed import PackedDecoder
 
 RATE, DRIFT = 0.1, 0.02

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from specdec.acceptance import AcceptanceHead, Array, Estimator, Flags
+from specdec.acceptance import AcceptanceHead, Estimator
+from specdec.calibration import Array, Flags
 from specdec.costs import CostModel
 from specdec.stopping import (
     DraftStep,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # so that who only counts and passes on need not import torch
-    from specdec.acceptance import Calibration
+    from specdec.calibration import Calibration
 
 FinishReason = Literal["stop", "length", "error"]
 

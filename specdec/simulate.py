@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from specdec.acceptance import Array, Flags
+from specdec.calibration import Array, Flags
 from specdec.costs import CostModel
 from specdec.request import Counts
 from specdec.stopping import DraftStep, RoundOutcome, RoundStart, RowMemory, StopPolicy

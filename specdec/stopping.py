@@ -24,16 +24,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.acceptance import (
-    AcceptanceHead,
-    Array,
-    Calibration,
-    Estimator,
-    Flags,
-    HeadEstimator,
-    RowHistory,
-    Signal,
-)
+from specdec.acceptance import AcceptanceHead, Estimator, HeadEstimator, RowHistory, Signal
+from specdec.calibration import Array, Calibration, Flags
 
 if TYPE_CHECKING:
     from specdec.packed import PackedDecoder

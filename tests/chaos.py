@@ -22,6 +22,8 @@ import psutil
 import yaml
 from ray.cluster_utils import Cluster
 
+from pipeline.run import LOCAL_RAY
+
 ROOT = Path(__file__).parents[1]
 KINDS = ("actor", "node", "driver", "worker")
 _WORKERS = ("ray::Read", "ray::Write", "ray::Monitor")
@@ -41,7 +43,11 @@ def small_cluster(nodes: int, cpus: int = 1, **head: Any) -> Iterator[Cluster]:
     cluster = Cluster()
     try:
         cluster.add_node(
-            num_cpus=0, include_dashboard=False, object_store_memory=_OBJECT_STORE, **head
+            num_cpus=0,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE,
+            _system_config=LOCAL_RAY,
+            **head,
         )
         for _ in range(nodes):
             add_node(cluster, num_cpus=cpus)

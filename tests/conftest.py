@@ -117,6 +117,8 @@ def local_ray() -> Iterator[None]:
     """One Ray of two cores for all tests; workers find the packages where they are."""
     import ray
 
+    from pipeline.run import LOCAL_RAY
+
     root = str(Path(__file__).parents[1])
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray.init(
@@ -124,6 +126,7 @@ def local_ray() -> Iterator[None]:
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
+        _system_config=LOCAL_RAY,
         # Workers have AWS credentials of their own, as they would on a cluster.
         runtime_env={"env_vars": {"PYTHONPATH": root, **AWS_ENV}},
     )

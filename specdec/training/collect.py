@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.acceptance import Array, Signal, read_signals
+from specdec.acceptance import Signal, read_signals
+from specdec.calibration import Array
 from specdec.engine import Engine, Pair
 from specdec.packed import PackedDecoder
 from specdec.request import Completion, Request, SamplingParams

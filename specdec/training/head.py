@@ -22,15 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdec.acceptance import (
-    ONLINE,
-    AcceptanceHead,
-    Array,
-    Flags,
-    RowHistory,
-    Signal,
-    online_estimator,
-)
+from specdec.acceptance import ONLINE, AcceptanceHead, RowHistory, Signal, online_estimator
+from specdec.calibration import Array, Flags
 from specdec.stopping import EstimatingPolicy
 from specdec.training.collect import TOKEN_SIGNALS, Labels, Part
 from specdec.training.reliability import fit_platt, score, sigmoid

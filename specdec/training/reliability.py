@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from specdec.acceptance import Array, Calibration, posterior_mode
+from specdec.acceptance import posterior_mode
+from specdec.calibration import Array, Calibration
 
 
 def score(predicted: Array, accepted: Array) -> dict[str, Any]:

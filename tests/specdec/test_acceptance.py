@@ -10,10 +10,7 @@ from specdec.acceptance import (
     HEAD_SIGNALS,
     ONLINE,
     AcceptanceHead,
-    Array,
-    Calibration,
     Estimator,
-    Flags,
     HeadEstimator,
     ResidualBlock,
     RowHistory,
@@ -21,6 +18,7 @@ from specdec.acceptance import (
     online_estimator,
     read_signals,
 )
+from specdec.calibration import Array, Calibration, Flags
 from tests.specdec.workloads import random_head
 
 TOKEN_SIGNALS = frozenset({Signal.LOG_Q, Signal.LOG_TOP, Signal.ENTROPY})

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.acceptance import Flags, Signal, online_estimator
+from specdec.acceptance import Signal, online_estimator
 from specdec.cache import KEY_BLOCK
+from specdec.calibration import Flags
 from specdec.costs import CostModel
 from specdec.engine import Engine
 from specdec.policies import make_policy

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_stopping import Known
 
-from specdec.acceptance import Array, Estimator, Signal, online_estimator
+from specdec.acceptance import Estimator, Signal, online_estimator
+from specdec.calibration import Array
 from specdec.costs import CostModel, CostTable
 from specdec.goodput import PROBE_SHARE, Goodput
 from specdec.stopping import RowMemory

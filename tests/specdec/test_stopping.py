@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from specdec.acceptance import Array, Flags, Signal, online_estimator
+from specdec.acceptance import Signal, online_estimator
+from specdec.calibration import Array, Flags
 from specdec.stopping import (
     Confidence,
     Entropy,

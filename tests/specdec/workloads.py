@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from specdec.acceptance import AcceptanceHead, Array, Flags, Signal
+from specdec.acceptance import AcceptanceHead, Signal
+from specdec.calibration import Array, Flags
 from specdec.costs import CostModel, CostTable
 from specdec.goodput import Goodput
 from specdec.policies import make_policy
