@@ -234,9 +234,14 @@ class Watch:
 
     @property
     def rows_per_second(self) -> float:
-        """Between the first and the last tenth of the rows: without start and end."""
+        """Between the first and the last tenth of the rows: without start and end.
+
+        Not a number where all rows were done between two looks.
+        """
         total = self.samples[-1][1]
         middle = [(t, rows) for t, rows, _ in self.samples if 0.1 * total < rows < 0.9 * total]
+        if len(middle) < 2:
+            return float("nan")
         (t0, r0), (t1, r1) = middle[0], middle[-1]
         return (r1 - r0) / (t1 - t0)
 

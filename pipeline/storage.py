@@ -372,8 +372,7 @@ class Folder:
     def read(self, name: str) -> bytes | None:
         """The content of a file, or None if there is none."""
         try:
-            with open_file(self.join(name), self.s3) as file:
-                return bytes(file.read())
+            return self.read_version(name)[0]
         except FileNotFoundError:
             return None
 

@@ -177,10 +177,16 @@ def test_version_and_help() -> None:
         assert f"specbatch {command}" in result.stdout
 
 
-def test_help_is_quick_since_it_loads_neither_torch_nor_ray() -> None:
-    code = (
-        "import sys, jobs.cli; print(sorted({'ray', 'torch', 'transformers'} & set(sys.modules)))"
-    )
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("jobs.cli", {"ray", "torch", "transformers", "scipy.stats"}),
+        # Each process that plans, reads, writes or keeps the account would load it, too.
+        ("pipeline.run", {"torch", "transformers"}),
+    ],
+)
+def test_what_starts_often_loads_no_more_than_it_needs(module: str, unwanted: set[str]) -> None:
+    code = f"import sys, {module}; print(sorted({unwanted} & set(sys.modules)))"
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert result.stdout.strip() == "[]"

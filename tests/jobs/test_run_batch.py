@@ -214,6 +214,7 @@ def test_a_killed_batch_is_resumed_and_nothing_is_answered_twice(
     check(requests, lines_of(target), lines_of(tmp_path / "out.errors.jsonl"))
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_requests_and_responses_on_s3(
     local_ray: None, tiny_models: TinyModels, s3_env: S3Server, tmp_path: Path

@@ -91,7 +91,13 @@ def check(store: Store, output: str, calm: Path, rows: int) -> None:
 @pytest.mark.parametrize(
     ("jobs", "rows", "kinds"),
     [
-        pytest.param(1, 120, ["driver", "node", "actor", "actor", "worker"], id="short"),
+        pytest.param(
+            1,
+            120,
+            ["driver", "node", "actor", "actor", "worker"],
+            id="short",
+            marks=pytest.mark.timeout(1200),
+        ),
         pytest.param(
             5,
             200,
@@ -141,7 +147,7 @@ def test_whatever_dies_nothing_is_lost_or_done_twice(
                 committed=lambda prefix=f"{output}/completions/": len(store.keys(prefix)),
                 seed=seed,
             )
-            chaos.run(kinds, seconds=120 * len(kinds))
+            chaos.run(kinds, seconds=200 * len(kinds))
             killed += chaos.killed
             print(f"{time.monotonic() - began:.0f} s: {chaos.describe()}")
             check(store, output, tmp_path / "calm", rows)

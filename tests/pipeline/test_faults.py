@@ -165,7 +165,7 @@ def test_stopping_commits_what_is_in_flight_and_a_resume_does_the_rest(
     assert len(rows_of(tmp_path / "out")) == result.summary["rows"] == 80
 
 
-@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("twice", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_ctrl_c(tiny_models: TinyModels, tmp_path: Path, twice: bool) -> None:
     """Sent to the whole process group, as a terminal does."""
     values = settings(tiny_models, write(tmp_path / "in", set(), rows=2000), tmp_path / "out")

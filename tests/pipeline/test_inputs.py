@@ -181,6 +181,7 @@ def test_changed_new_and_touched_files(local_ray: None, job_file: Path, tmp_path
     assert before.items() <= rows_of(output).items()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_an_extension_that_was_stopped_is_finished(
     local_ray: None, job_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

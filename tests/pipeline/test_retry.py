@@ -526,6 +526,7 @@ def test_a_retry_that_is_killed_leaves_every_row_where_it_was_or_is(
     assert verify(str(output), S3Config()).problems == []
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.s3
 def test_failed_rows_are_tried_again_on_s3(
@@ -549,6 +550,7 @@ def test_failed_rows_are_tried_again_on_s3(
     assert (found.rows_in, found.rows_out, found.units) == (12, 12, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_retry_that_is_asked_to_stop_keeps_what_it_has(
     local_ray: None, tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -280,7 +280,7 @@ def test_speedup_calibration_and_rounds_are_recorded(
     assert {f"trace/{f.name}" for f in (output / "trace").iterdir()} == set(traces)
 
 
-@pytest.mark.parametrize("policy", ["entropy", "head"])
+@pytest.mark.parametrize("policy", [pytest.param("entropy", marks=pytest.mark.slow), "head"])
 def test_coupled_tokens_are_the_same_under_every_policy(
     local_ray: None,
     tiny_models: TinyModels,
@@ -414,6 +414,7 @@ def test_more_than_the_cluster_has_is_refused_at_once(
             run(settings(tiny_models, str(prompts), tmp_path / "out", actors=actors))
 
 
+@pytest.mark.slow
 def test_a_killed_job_is_resumed(
     finished: Finished, tiny_models: TinyModels, prompts: Path, tmp_path: Path
 ) -> None:

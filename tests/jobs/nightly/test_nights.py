@@ -177,6 +177,7 @@ def test_seeds_that_another_night_used_meanwhile(tiny_models: TinyModels, tmp_pa
     assert late.seeds_skipped == {"used by another night meanwhile": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_a_night_on_s3(tiny_models: TinyModels, tmp_path: Path, s3_env: S3Server) -> None:
     s3_env.client().create_bucket(Bucket="nights")
