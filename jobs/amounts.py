@@ -34,8 +34,10 @@ def amount(value: float, unit: str) -> str:
     return money(value, unit)
 
 
-def money(value: float, currency: str) -> str:
-    """An amount of money, small ones with three digits."""
+def money(value: float | None, currency: str) -> str:
+    """An amount of money, small ones with three digits; a dash for what is not known."""
+    if value is None:
+        return "–"
     sign, value = ("−", -value) if value < 0 else ("", value)
     digits = 2 if value >= 1 or value == 0 else min(8, 2 - math.floor(math.log10(value)))
     figure = f"{value:,.{digits}f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import yaml
@@ -139,10 +140,7 @@ def _speedup(summary: Mapping[str, Any]) -> Figure:
 
 
 def _cost_figures(cost: Mapping[str, Any]) -> list[Figure]:
-    currency = cost["currency"]
-
-    def in_money(value: float | None) -> str:
-        return "–" if value is None else money(value, currency)
+    in_money = partial(money, currency=cost["currency"])
 
     unpriced = f"no price for {', '.join(cost['unpriced'])}" if cost["unpriced"] else ""
     held = amount(cost["seconds_held"], "s")

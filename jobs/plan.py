@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.special import stdtrit
 
+from jobs.amounts import money
 from jobs.console import explained, out
 from jobs.display import duration, stages
 from jobs.spec import load_job, load_prices
@@ -330,7 +331,9 @@ def _t(freedom: int) -> float:
 
 def render(found: Plan) -> RenderableType:
     """The plan as a table for the terminal."""
-    from jobs.report import money
+
+    def shown(dollars: float) -> str:
+        return escape(money(dollars, found.currency))
 
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_column(style="bold")
@@ -340,7 +343,7 @@ def render(found: Plan) -> RenderableType:
     table.add_row("rows", f"{found.rows:,}", f"{found.units:,} units")
     done = found.done
     if done.units or done.hours:
-        cost = f", {money(done.dollars)} {found.currency}" if done.dollars is not None else ""
+        cost = f", {shown(done.dollars)}" if done.dollars is not None else ""
         what = f"{done.units:,} units, {done.output_tokens:,} output tokens{cost}"
         table.add_row("  done already", f"{done.rows:,}", what)
         table.add_row("  left", f"{found.rows_left:,}")
@@ -356,11 +359,9 @@ def render(found: Plan) -> RenderableType:
         f"95% CI {low} to {high}",
     )
     if found.dollars is not None and found.price_per_hour is not None:
-        low, high = money(found.dollars.low), money(found.dollars.high)
-        table.add_row(
-            "cost", f"{money(found.dollars.value)} {found.currency}", f"95% CI {low} to {high}"
-        )
-        rate = f"{money(found.price_per_hour)} per hour and actor"
+        low, high = shown(found.dollars.low), shown(found.dollars.high)
+        table.add_row("cost", shown(found.dollars.value), f"95% CI {low} to {high}")
+        rate = f"{shown(found.price_per_hour)} per hour and actor"
         table.add_row("  price", rate, escape(f"{found.hardware}, {found.price_source}"))
     for key, cap in (found.budget or {}).items():
         if cap is not None:

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from jobs.amounts import money
 from jobs.cost import committed_seconds, committed_seconds_of, read_cost
 from pipeline import manifest
 from pipeline.config import S3Config
@@ -83,14 +84,16 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
 def _phases(seconds: Mapping[str, float], cost: Mapping[str, Any] | None) -> Table:
     """Where the time went and, if it is known, the money."""
     prices = cost["cost_by_state"] if cost else None
-    names = ["phase", "seconds", "share", *([cost["currency"]] if cost and prices else [])]
+    names = ["phase", "seconds", "share", *(["cost"] if prices else [])]
     table = Table(*names, box=None, padding=(0, 2), header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
     whole = sum(seconds.values()) or 1.0
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
         figures = [f"{value:,.1f}", f"{value / whole:.1%}"]
-        table.add_row(name, *figures, *([money(prices[name])] if prices else []))
+        if cost and prices:
+            figures.append(escape(money(prices[name], cost["currency"])))
+        table.add_row(name, *figures)
     return table
 
 
@@ -100,14 +103,17 @@ def _add_cost(totals: Table, cost: Mapping[str, Any]) -> None:
         unknown = escape(", ".join(cost["unpriced"]))
         totals.add_row("cost", f"[yellow]no price for {unknown}; give --prices FILE[/]")
         return
-    currency = cost["currency"]
-    totals.add_row("cost", f"{money(cost['total'])} {currency}")
-    totals.add_row("  per million output tokens", money(cost["per_million_output_tokens"]))
-    totals.add_row("  per thousand rows", money(cost["per_thousand_rows"]))
+
+    def shown(value: float | None) -> str:
+        return escape(money(value, cost["currency"]))
+
+    totals.add_row("cost", shown(cost["total"]))
+    totals.add_row("  per million output tokens", shown(cost["per_million_output_tokens"]))
+    totals.add_row("  per thousand rows", shown(cost["per_thousand_rows"]))
     if cost["saved"] is not None:
-        low, high = cost["saved_ci"]
-        interval = f"95% CI {money(low)} to {money(high)}"
-        totals.add_row("  saved by speculation", f"{money(cost['saved'])} ({interval})")
+        low, high = map(shown, cost["saved_ci"])
+        saved = f"{shown(cost['saved'])} (95% CI {low} to {high})"
+        totals.add_row("  saved by speculation", saved)
     totals.add_row("  prices", escape(cost["price_source"]))
 
 
@@ -116,13 +122,6 @@ def _unreconciled(found: Mapping[str, Any]) -> str:
         f"The ledger does not add up: {found['booked']:,.1f} s are booked, but Ray held "
         f"{found['held']:,.1f} s ({found['difference']:.1%} apart)."
     )
-
-
-def money(value: float | None) -> str:
-    """Money with cents, or for less than a unit with four digits."""
-    if value is None:
-        return "–"
-    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.4g}"
 
 
 def _speedup(summary: Mapping[str, Any]) -> str:

@@ -106,8 +106,8 @@ def nights_table(nights: Sequence[Night]) -> str:
             f"{night.conversations:,}",
             *(f"{night.rows.get(split, 0):,}" for split in SPLITS),
             f"{night.summary['output_tokens']:,}",
-            priced(night.cost, night.currency),
-            priced(night.per_million, night.currency),
+            money(night.cost, night.currency),
+            money(night.per_million, night.currency),
             speedup(night.summary),
         )
         for night in nights
@@ -130,8 +130,8 @@ def _total(nights: Sequence[Night]) -> tuple[str, ...]:
         f"{sum(night.conversations for night in nights):,}",
         *(f"{sum(night.rows.get(split, 0) for night in nights):,}" for split in SPLITS),
         f"{tokens:,}",
-        priced(cost, currency),
-        priced(cost / tokens * 1e6 if cost is not None and tokens else None, currency),
+        money(cost, currency),
+        money(cost / tokens * 1e6 if cost is not None and tokens else None, currency),
         "",
     )
 
@@ -206,11 +206,6 @@ def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [names, ["---"] * len(names), *rows]
     cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
-
-
-def priced(amount: float | None, currency: str) -> str:
-    """An amount of money, or a dash."""
-    return "–" if amount is None else money(amount, currency)
 
 
 def speedup(summary: Mapping[str, Any]) -> str:

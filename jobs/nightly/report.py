@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jobs.amounts import money
 from jobs.nightly.archive import Night
-from jobs.nightly.card import filters_table, nights_table, priced, speedup, table
+from jobs.nightly.card import filters_table, nights_table, speedup, table
 from jobs.nightly.recipe import Recipe
 
 TREND = (
@@ -62,7 +63,7 @@ def trend_rows(nights: Sequence[Night]) -> list[tuple[str, ...]]:
                 _number(found["acceptance_rate"], ".1%"),
                 _number(found["block_efficiency"], ".2f"),
                 speedup(night.summary),
-                priced(night.per_million, night.currency),
+                money(night.per_million, night.currency),
                 found["draft"] or "–",
                 found["head"] or "–",
             )

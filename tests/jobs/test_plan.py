@@ -54,7 +54,7 @@ def job(tiny_models: TinyModels, write_rows: WriteRows, tmp_path: Path) -> Path:
 def test_a_plan_writes_nothing(job: Path, tmp_path: Path) -> None:
     result = call(job, "--rows", 12)
     assert result.exit_code == 0, result.output
-    for words in ("prompt tokens", "output tokens", "time with 2 actors", "95% CI", "USD"):
+    for words in ("prompt tokens", "output tokens", "time with 2 actors", "95% CI", "$"):
         assert words in result.stdout
     assert "these figures are rough" in result.stdout
     assert "not enough" in result.stdout.split("budget.dollars")[1].splitlines()[0]
