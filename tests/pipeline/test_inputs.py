@@ -204,6 +204,7 @@ def test_an_extension_that_was_stopped_is_finished(
     assert verify(str(tmp_path / "out"), S3Config()).problems == []
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_fork_reuses_nothing_and_leaves_the_first_alone(
     local_ray: None, job_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

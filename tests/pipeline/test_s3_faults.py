@@ -111,7 +111,7 @@ def test_an_answer_later_than_the_client_waits_for(
     monkeypatch.setattr(storage, "_SILENCE_SECONDS", 1)
     with faulty_s3(s3_env.endpoint, probability=0.5, faults=["delay"], delay=1.5) as server:
         folder = Folder(f"s3://{bucket}/out", at(server))
-        for i in range(2):
+        for i in range(4):
             assert folder.put_if_absent(f"{i}", b"content")
             assert folder.read(f"{i}") == b"content"
         assert server.injected["delay"] >= 2

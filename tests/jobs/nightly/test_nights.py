@@ -133,6 +133,7 @@ def test_nights_of_new_seeds(tiny_models: TinyModels, tmp_path: Path) -> None:
     assert "| 2026-11-22 | 6 | 24 |" in card
 
 
+@pytest.mark.slow
 def test_the_same_conversation_is_not_published_twice(
     tiny_models: TinyModels, tmp_path: Path
 ) -> None:
