@@ -168,7 +168,7 @@ def spent(summary: Mapping[str, Any]) -> list[Spent]:
             state,
             f"{value:,.1f}",
             f"{value / whole:.1%}",
-            money(prices[state], cost["currency"]) if state in prices else "–",
+            money(prices.get(state), cost.get("currency", "")),
         )
         for state, value in sorted(seconds.items(), key=lambda item: -item[1])
         if value > 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from jobs.amounts import money
+from jobs.amounts import money, number
 from jobs.report import read_summary
 from pipeline import manifest
 from pipeline.config import S3Config
@@ -84,9 +84,9 @@ class JobFigure:
     def text(self, job: PastJob) -> str:
         """The job's figure, as people read it."""
         value = self.of(job)
-        if value is None:
-            return "–"
-        return money(value, job.currency or "") if self.form == "money" else f"{value:{self.form}}"
+        if self.form == "money":
+            return money(value, job.currency or "")
+        return number(value, self.form)
 
 
 def _summed(key: str) -> Callable[[PastJob], float | None]:

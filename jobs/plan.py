@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -331,10 +332,7 @@ def _t(freedom: int) -> float:
 
 def render(found: Plan) -> RenderableType:
     """The plan as a table for the terminal."""
-
-    def shown(dollars: float) -> str:
-        return escape(money(dollars, found.currency))
-
+    shown = partial(money, currency=found.currency)
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(justify="right")

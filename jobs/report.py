@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -92,7 +93,7 @@ def _phases(seconds: Mapping[str, float], cost: Mapping[str, Any] | None) -> Tab
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
         figures = [f"{value:,.1f}", f"{value / whole:.1%}"]
         if cost and prices:
-            figures.append(escape(money(prices[name], cost["currency"])))
+            figures.append(money(prices[name], cost["currency"]))
         table.add_row(name, *figures)
     return table
 
@@ -103,10 +104,7 @@ def _add_cost(totals: Table, cost: Mapping[str, Any]) -> None:
         unknown = escape(", ".join(cost["unpriced"]))
         totals.add_row("cost", f"[yellow]no price for {unknown}; give --prices FILE[/]")
         return
-
-    def shown(value: float | None) -> str:
-        return escape(money(value, cost["currency"]))
-
+    shown = partial(money, currency=cost["currency"])
     totals.add_row("cost", shown(cost["total"]))
     totals.add_row("  per million output tokens", shown(cost["per_million_output_tokens"]))
     totals.add_row("  per thousand rows", shown(cost["per_thousand_rows"]))

@@ -284,10 +284,14 @@ class Folder:
             FileNotFoundError: there is none.
             UserError: the storage refuses.
         """
+        data, etag = self._content(name)
+        return data, etag or hashlib.sha256(data).hexdigest()
+
+    def _content(self, name: str) -> tuple[bytes, str | None]:
+        """A file's content, and its ETag if it is on S3; raises as `read_version` does."""
         if not is_s3(self.url):
             with explained(self.join(name), self.s3):
-                data = Path(self.url, name).read_bytes()
-            return data, hashlib.sha256(data).hexdigest()
+                return Path(self.url, name).read_bytes(), None
         key = self._key(name)
 
         def get() -> tuple[bytes, str]:
@@ -372,7 +376,7 @@ class Folder:
     def read(self, name: str) -> bytes | None:
         """The content of a file, or None if there is none."""
         try:
-            return self.read_version(name)[0]
+            return self._content(name)[0]
         except FileNotFoundError:
             return None
 

@@ -1,6 +1,6 @@
 """Predicted against observed acceptance.
 
-Imports no torch: whoever only reads a job's statistics starts in half the time without it.
+Imports no torch, so that whoever only reads a job's statistics starts without it.
 """
 
 from __future__ import annotations

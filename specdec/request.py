@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:  # so that who only counts and passes on need not import torch
-    from specdec.calibration import Calibration
+from specdec.calibration import Calibration
 
 FinishReason = Literal["stop", "length", "error"]
 
