@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -235,6 +237,8 @@ def _options(
 
 def main() -> None:
     """The console script."""
+    # Python goes through all objects twice when it ends: a second, with Ray's, for nothing.
+    atexit.register(gc.freeze)
     app()
 
 

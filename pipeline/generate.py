@@ -7,11 +7,13 @@ engine, and waits. The engine's slots are shared by all units in flight.
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -88,7 +90,7 @@ class GenerateActor:
         try:
             # In a thread that ends: with OpenMP's threads of two others in one process, more than
             # there are cores, its kernels no longer wait actively, and rounds take a third longer.
-            with ThreadPoolExecutor(1) as loader:
+            with _lasting(), ThreadPoolExecutor(1) as loader:
                 self._pair = loader.submit(load_pair, job).result()
                 self._head = loader.submit(load_acceptance_head, job, self._pair).result()
             self._renderer = PromptRenderer(
@@ -316,6 +318,22 @@ class GenerateActor:
         table = completions_table(rows, outcomes)
         files.append((f"completions/{unit.id}.parquet", parquet_bytes(table, record)))
         return UnitFiles(unit.id, tuple(files))
+
+
+@contextmanager
+def _lasting() -> Iterator[None]:
+    """What is made in here lasts as long as the process: the garbage collector passes over it.
+
+    Otherwise it goes through half a million objects of torch, transformers and Ray again and again
+    while they are imported, now and then in a round, and twice when the process ends.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect()  # what loading leaves behind may hold weights
+        gc.freeze()
+        gc.enable()
 
 
 def load_pair(job: JobConfig) -> Any:

@@ -54,15 +54,18 @@ def one_error(result: Result) -> str:
 
 
 @pytest.mark.ray
-def test_run_report_and_run_again(local_ray: None, job_file: JobFile, tmp_path: Path) -> None:
-    file = job_file()
+def test_run_report_explain_and_run_again(
+    local_ray: None, job_file: JobFile, tmp_path: Path
+) -> None:
+    speculation = {"policy": "goodput", "control_share": 0.2, "trace": True}
+    file, output = job_file(speculation=speculation), tmp_path / "out"
     first = call("run", file)
     assert first.exit_code == 0, first.output
     assert "rows completed" in first.stdout
     assert "NullPrompt" in first.stdout
-    assert f"Outputs: {tmp_path}/out" in first.stdout
+    assert f"Outputs: {output}" in first.stdout
 
-    numbers = json.loads(call("report", tmp_path / "out", "--json").stdout)
+    numbers = json.loads(call("report", output, "--json").stdout)
     assert numbers["rows"] == 8
     assert numbers["errors"] == 1
     assert numbers["finished"]
@@ -77,39 +80,24 @@ def test_run_report_and_run_again(local_ray: None, job_file: JobFile, tmp_path: 
         "phase_seconds",
     } <= set(numbers)
 
+    explained = call("explain", output, "--row", "in.parquet:0:0")
+    assert explained.exit_code == 0, explained.output
+    assert "candidates" in explained.stdout
+    limited = call("explain", output, "--row", "in.parquet:0:0", "--limit", 1)
+    assert "more rounds: --limit" in limited.stdout
+    assert len(limited.stdout.splitlines()) < len(explained.stdout.splitlines())
+    assert "not completed" in one_error(call("explain", output, "--row", "in.parquet:8:0"))
+    message = one_error(call("explain", output, "--row", "in.parquet:99:0"))
+    assert "no such row; nearest: in.parquet:8:0" in message
+
     again = call("run", file)
     assert again.exit_code == 0
     assert "Nothing was missing" in again.stdout
     assert call("run", file, "--quiet").output == ""
 
-    (tmp_path / "out" / "_SUCCESS").unlink()
-    assert "not finished" in call("report", tmp_path / "out").stdout
+    (output / "_SUCCESS").unlink()
+    assert "not finished" in call("report", output).stdout
     assert "holds another job" in one_error(call("run", file, "--set", "sampling.seed=1"))
-
-
-@pytest.mark.ray
-def test_explain_a_row(
-    local_ray: None, job_file: JobFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    speculation = {"policy": "goodput", "control_share": 0.2, "trace": True}
-    file, output = job_file(speculation=speculation), tmp_path / "out"
-    assert call("run", file, "--quiet").exit_code == 0
-    result = call("explain", output, "--row", "in.parquet:0:0")
-    assert result.exit_code == 0, result.output
-    assert "candidates" in result.stdout
-    limited = call("explain", output, "--row", "in.parquet:0:0", "--limit", 1)
-    assert "more rounds: --limit" in limited.stdout
-    assert len(limited.stdout.splitlines()) < len(result.stdout.splitlines())
-    assert "not completed" in one_error(call("explain", output, "--row", "in.parquet:8:0"))
-    message = one_error(call("explain", output, "--row", "in.parquet:99:0"))
-    assert "no such row; nearest: in.parquet:8:0" in message
-
-    # Rounds are not kept unless asked for, and a job that kept none can say so.
-    plain = call("run", file, "--quiet", "--set", "speculation.trace=false", "--set", "output=x")
-    assert plain.exit_code == 0
-    message = one_error(call("explain", Path("x").resolve(), "--row", "in.parquet:0:0"))
-    assert "speculation.trace=true" in message
 
 
 def test_explain_of_what_is_no_job(tmp_path: Path) -> None:
