@@ -201,8 +201,9 @@ class OnlineEstimator:
     PRIOR = 4.0
     """Precision of each first weight."""
 
-    TOGETHER = 16
-    """Candidates that are collected before weights are fitted to them."""
+    TOGETHER, SHARE = 16, 1 / 16
+    """Candidates that are collected before weights are fitted to them: at least so many, and so
+    large a share of the evidence behind the weights, which fewer would hardly move."""
 
     def __init__(self, before: Sequence[Signal], after: Sequence[Signal] = (Signal.LOG_Q,)) -> None:
         self._columns = [*after, *before]
@@ -217,6 +218,7 @@ class OnlineEstimator:
             self._weights[used, i] = guess[used]
         self._precisions = [self.PRIOR * np.eye(len(used)) for used in self._used]
         self._collected: list[tuple[Array, Flags]] = []
+        self._evidence = 0.0  # candidates behind the weights, the forgotten taken off
 
     @property
     def wanted(self) -> frozenset[Signal]:
@@ -228,11 +230,13 @@ class OnlineEstimator:
 
     def learn(self, signals: Array, typical: Array, accepted: Flags) -> None:
         self._collected.append((_features(signals, self._columns, typical), accepted))
-        if sum(len(accepted) for _, accepted in self._collected) < self.TOGETHER:
+        collected = sum(len(accepted) for _, accepted in self._collected)
+        if collected < max(self.TOGETHER, self.SHARE * self._evidence):
             return
         features, outcomes = (np.concatenate(parts) for parts in zip(*self._collected, strict=True))
         self._collected = []
         kept = self.FORGET ** len(outcomes)
+        self._evidence = kept * self._evidence + len(outcomes)
         for i, used in enumerate(self._used):
             x = features[:, used]
             # Evidence is forgotten, the prior is not: signals may be collinear (greedy candidates
