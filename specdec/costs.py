@@ -41,14 +41,17 @@ _UNKNOWN = np.zeros(0)
 class CostTable:
     """Seconds of one kind of forward by packed tokens; linear between the tokens of the table.
 
+    More tokens never take less time: what measurements say otherwise is noise, and is averaged out.
+    A policy decides by differences between neighbours, which are small against the noise of each.
+
     Args:
         tokens: increasing, from 1.
-        seconds: at these.
+        seconds: measured at these.
     """
 
     def __init__(self, tokens: Sequence[int], seconds: Sequence[float]) -> None:
         self.tokens = np.asarray(tokens, dtype=np.float64)
-        self.seconds = np.asarray(seconds, dtype=np.float64)
+        self.seconds = _rising(np.asarray(seconds, dtype=np.float64))
         self._dense = _UNKNOWN
 
     def __call__(self, tokens: Any) -> Any:
@@ -82,6 +85,7 @@ class CostTable:
         self.seconds = self.seconds * math.exp(error * DRIFT)
         self.seconds[below] *= math.exp(error * RATE * (1 - share))
         self.seconds[above] *= math.exp(error * RATE * share)
+        self.seconds = _rising(self.seconds)
         self._dense = _UNKNOWN  # until it is asked for: several observations may come together
 
     def _at(self, counts: Any) -> Array:
@@ -98,6 +102,14 @@ class CostTable:
     def points(self) -> list[tuple[int, float]]:
         """(tokens, seconds) of the table, for reports."""
         return [(int(n), float(s)) for n, s in zip(self.tokens, self.seconds, strict=True)]
+
+
+def _rising(seconds: Array) -> Array:
+    """The same, where it rises; a stretch that falls becomes the mean of what bounds it."""
+    above = np.maximum.accumulate(seconds)
+    below = np.minimum.accumulate(seconds[::-1])[::-1]
+    rising: Array = np.sqrt(above * below)
+    return rising
 
 
 class CostModel:
