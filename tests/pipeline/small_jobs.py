@@ -49,7 +49,8 @@ def started(
         env=environment | ({"RAY_ADDRESS": address} if address else {}),
         **popen,
     )
-    deadline = time.monotonic() + 120
+    # Beside the chaos test, on two cores, a Ray of its own takes minutes to get so far.
+    deadline = time.monotonic() + 360
     while time.monotonic() < deadline and process.poll() is None:
         if len(list(Path(values["output"]).glob("completions/*"))) >= 2:
             break
