@@ -218,7 +218,8 @@ class OnlineEstimator:
             self._weights[used, i] = guess[used]
         self._precisions = [self.PRIOR * np.eye(len(used)) for used in self._used]
         self._collected: list[tuple[Array, Flags]] = []
-        self._evidence = 0.0  # candidates behind the weights, the forgotten taken off
+        # Candidates collected, and those behind the weights, the forgotten taken off.
+        self._fresh, self._evidence = 0, 0.0
 
     @property
     def wanted(self) -> frozenset[Signal]:
@@ -230,11 +231,11 @@ class OnlineEstimator:
 
     def learn(self, signals: Array, typical: Array, accepted: Flags) -> None:
         self._collected.append((_features(signals, self._columns, typical), accepted))
-        collected = sum(len(accepted) for _, accepted in self._collected)
-        if collected < max(self.TOGETHER, self.SHARE * self._evidence):
+        self._fresh += len(accepted)
+        if self._fresh < max(self.TOGETHER, self.SHARE * self._evidence):
             return
         features, outcomes = (np.concatenate(parts) for parts in zip(*self._collected, strict=True))
-        self._collected = []
+        self._collected, self._fresh = [], 0
         kept = self.FORGET ** len(outcomes)
         self._evidence = kept * self._evidence + len(outcomes)
         for i, used in enumerate(self._used):

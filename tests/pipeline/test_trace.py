@@ -9,7 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_manifest import record
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from pipeline import manifest
 from pipeline.blocks import UnitRows
 from pipeline.config import S3Config
@@ -125,6 +127,15 @@ def test_rows_without_rounds(job: Callable[..., Folder], row: str, message: str)
 def test_rounds_that_were_not_kept(job: Callable[..., Folder]) -> None:
     with pytest.raises(UserError, match=r"speculation\.trace=true into another output"):
         read_rounds(job(unit(), traced=False), "a.parquet:0:0")
+
+
+def test_the_command_says_how_rounds_are_kept(job: Callable[..., Folder]) -> None:
+    output = job(unit(), traced=False).url
+    result = CliRunner().invoke(app, ["explain", output, "--row", "a.parquet:0:0"])
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert result.stderr.startswith("error: ")
+    assert "speculation.trace=true" in result.stderr
 
 
 def test_a_stranger_among_the_completions(job: Callable[..., Folder]) -> None:
