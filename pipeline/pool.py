@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -167,6 +168,20 @@ def _group_options(actors: ActorsConfig) -> Callable[[], dict[str, Any]]:
         return {**_resources(actors.groups[name]), "name": f"{name}/{uuid.uuid4().hex[:8]}"}
 
     return options
+
+
+def give_back(failed: BaseException) -> None:
+    """Let go of the actors of a Ray Data job that failed.
+
+    Ray ends an actor when nothing refers to it any more. After a failure the frames of the error's
+    traceback do, and then objects that refer to each other: without this the next job of the same
+    process could wait for ever for what this one holds.
+    """
+    error: BaseException | None = failed
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
+    gc.collect()
 
 
 def group_of(actor_name: str | None) -> str:

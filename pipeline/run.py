@@ -28,7 +28,7 @@ from pipeline.finish import finish
 from pipeline.generate import GenerateActor
 from pipeline.listing import InputFile, list_inputs
 from pipeline.models import check_models, digest
-from pipeline.pool import actor_options, check_resources, check_workers
+from pipeline.pool import actor_options, check_resources, check_workers, give_back
 from pipeline.preflight import check_output
 from pipeline.progress import JobProgress, OnProgress, Tally, start_monitor
 from pipeline.prompts import required_columns
@@ -351,12 +351,13 @@ def _generate(
                 # Ray's default is to retry for ever a unit that kills its actor.
                 max_task_retries=_ACTOR_TASK_RETRIES,
             ).write_datasink(sink, ray_remote_args={"num_cpus": 0}, concurrency=few)
-        except KeyboardInterrupt:
-            if not watch.drained:
-                raise
-            raise JobStopped from None
-        except Exception as error:
-            raise _explained(error, monitor) from error
+        except BaseException as error:
+            give_back(error)
+            if isinstance(error, Exception):
+                raise _explained(error, monitor) from error
+            if isinstance(error, KeyboardInterrupt) and watch.drained:
+                raise JobStopped from None
+            raise
         finally:
             books.last_look()
             watch.last_look()

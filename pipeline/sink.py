@@ -35,10 +35,12 @@ alone and joined with those that the completions file has. The errors and trace 
 generation are written under new names, since these hold a checksum of the content, and superseded
 errors are copied to `_specbatch/history/`. Then the completions file is replaced in one step: by
 `rename` under a lock on a disk, by a PUT with `If-Match` on S3, both only if it still is the
-file that was read. So a reader sees the old generation or the new one, each complete; of two
-attempts one wins; and a straggler of an earlier retry cannot undo a later one. `_SUCCESS` is taken
-away before the first unit is replaced and comes back when all adds up again; a retry that is killed
-has replaced some units and left the others as they were, and any later run puts it in order.
+file that was read. So a reader sees the old generation or the new one, each complete, if it opens
+the file once (`pq.read_table(path)` opens it twice, for its footer and for its pages: while a retry
+runs, read the bytes first). Of two attempts one wins, and a straggler of an earlier retry cannot
+undo a later one. `_SUCCESS` is taken away before the first unit is replaced and comes back when all
+adds up again; a retry that is killed has replaced some units and left the others as they were, and
+any later run puts it in order.
 
 *The end* (`pipeline.finish`). Rows in = rows completed + rows in errors is checked for each unit;
 then statistics and manifest are written, then `_SUCCESS`.

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
@@ -23,9 +24,10 @@ def run(values: dict[str, Any], **options: Any) -> JobResult:
 
 def rows_of(output: Path, kind: str = "completions") -> dict[str, dict[str, Any]]:
     """All rows of one kind of file by row id; no id may be there twice."""
-    rows = [
-        r for f in sorted((output / kind).glob("*.parquet")) for r in pq.read_table(f).to_pylist()
-    ]
+    rows: list[dict[str, Any]] = []
+    for file in sorted((output / kind).glob("*.parquet")):
+        # `pq.read_table(path)` opens a file twice, and a retry may replace it in between.
+        rows += pq.read_table(pa.BufferReader(file.read_bytes())).to_pylist()
     assert len({row["row_id"] for row in rows}) == len(rows)
     return {row["row_id"]: row for row in rows}
 

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import ray.cloudpickle
 from small_jobs import rows_of, run, started
 
@@ -141,9 +142,15 @@ def test_an_engine_that_fails_on_every_row_fails_the_job(
     monkeypatch.setattr(run_module, "GenerateActor", RaisingActor)
     inputs = write(tmp_path / "in", set(range(16)), rows=16)
     values = {**settings(tiny_models, inputs, tmp_path / "out"), "unit_rows": 16}
-    with pytest.raises(JobFailed, match=r"whatever row it works on.*no such kernel"):
+    with pytest.raises(JobFailed, match=r"whatever row it works on.*no such kernel") as failed:
         run(values)
     assert not list((tmp_path / "out").glob("errors/*"))
+
+    # What its actor held is free for the next job, even while somebody keeps the exception.
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != 2:
+        assert time.monotonic() < deadline, f"an actor outlives its job: {failed.value}"
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
