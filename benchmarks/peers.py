@@ -157,11 +157,15 @@ def read_prompts(folder: Path, path: Path, rows: int) -> list[list[int]]:
     import transformers
 
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    read = pq.read_table(path)
+    if "messages" in read.column_names:
+        chats = read["messages"].to_pylist()[:rows]
+    else:
+        prompts = read["prompt"].to_pylist()[:rows]
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-        )
-        for prompt in pq.read_table(path, columns=["prompt"])["prompt"].to_pylist()[:rows]
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        for chat in chats
     ]
 
 
@@ -173,7 +177,9 @@ def spread(ratios: list[float]) -> str:
 def main(
     target: Target = TARGET,
     draft: Draft = DRAFT,
-    prompts: Prompts = PROMPTS,
+    prompts: Annotated[
+        Path, typer.Option(help="Parquet with a column `prompt` or `messages`; a file or folder")
+    ] = PROMPTS,
     rows: Rows = 64,
     tokens: Annotated[int, typer.Option(help="new tokens of a row, on average")] = 128,
     temperature: Temperature = 0.0,

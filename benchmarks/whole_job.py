@@ -5,8 +5,10 @@
 Both sides start from nothing in each turn: a process, Ray, an actor, the model; then they read the
 same prompts, generate the same number of tokens from each (greedy, end of sequence ignored) and
 write Parquet. `wall` is all of it. `working` is from the first prompt to the last completion, which
-is what counts in a job of hours. The peer is benchmarks/ray_vllm.py; see `peers.py` for its virtual
-environment, in which it also wants `pip install "ray[data]"`.
+is what counts in a job of hours. With `--dtype auto` each side takes the dtype that it takes by
+itself for models as they are stored; both models must be folders of safetensors then. The peer is
+benchmarks/ray_vllm.py; see `peers.py` for its virtual environment, in which it also wants `pip
+install "ray[data]"`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ from peers import (
     ROOT,
     TARGET,
     Draft,
-    DType,
     Prompts,
     Rows,
     Target,
@@ -97,7 +98,7 @@ def main(
     rows: Rows = 256,
     tokens: Annotated[int, typer.Option(help="new tokens of a row")] = 64,
     temperature: Temperature = 0.0,
-    dtype: DType = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto")] = "float32",
     batch: Annotated[int, typer.Option(help="rows in flight")] = 64,
     unit_rows: Annotated[int, typer.Option(help="rows of a unit, or of a batch of Ray's")] = 128,
     policy: Annotated[str, typer.Option(help="our stop policy")] = "goodput",
@@ -106,10 +107,10 @@ def main(
 ) -> None:
     """Run both sides in turns and print their rates and ratios."""
     work = Path(tempfile.mkdtemp(prefix="whole-job-"))
-    target_folder, draft_folder = export(target, draft, work)
+    folders = (target, draft) if dtype == "auto" else export(target, draft, work)
     pq.write_table(pq.read_table(prompts, columns=["prompt"])[:rows], work / "prompts.parquet")
     job = {
-        "model": str(target_folder), "draft": str(draft_folder), "dtype": dtype,
+        "model": str(folders[0]), "draft": str(folders[1]), "dtype": dtype,
         "prompts": str(work / "prompts.parquet"), "tokens": tokens, "temperature": temperature,
         "batch": batch, "unit_rows": unit_rows, "threads": threads,
     }  # fmt: skip

@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
+from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
 
 from pipeline import inputs, manifest
 from pipeline.books import Books
@@ -252,12 +253,19 @@ def connected() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    # On a machine that is busy, a Ray may miss the half minute that it gives itself to start.
+    start = Retrying(
+        stop=stop_after_attempt(3),
+        retry=retry_if_exception_message(match=".*timed out during startup"),
+        reraise=True,
+    )
     # Ray's own log lines would be torn into the progress bar; logs stay in files.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         with _silent_stderr(), _kept_sigterm():
-            ray.init(
+            start(
+                ray.init,
                 address=address or "local",
                 include_dashboard=None if address else False,
                 _system_config=None if address else LOCAL_RAY,

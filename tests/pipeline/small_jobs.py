@@ -53,8 +53,9 @@ def started(
     )
     # Beside the chaos test, on two cores, a Ray of its own takes minutes to get so far.
     deadline = time.monotonic() + 360
-    while time.monotonic() < deadline and process.poll() is None:
-        if len(list(Path(values["output"]).glob("completions/*"))) >= 2:
-            break
+    while len(list(Path(values["output"]).glob("completions/*"))) < 2 and process.poll() is None:
+        if time.monotonic() > deadline:
+            process.kill()
+            raise TimeoutError("the job has not committed two units in six minutes")
         time.sleep(0.01)
     return process

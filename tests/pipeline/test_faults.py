@@ -177,13 +177,14 @@ def test_stopping_commits_what_is_in_flight_and_a_resume_does_the_rest(
 
 
 @pytest.mark.parametrize("twice", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_ctrl_c(tiny_models: TinyModels, tmp_path: Path, twice: bool) -> None:
-    """Sent to the whole process group, as a terminal does."""
+def test_ctrl_c(local_ray: None, tiny_models: TinyModels, tmp_path: Path, twice: bool) -> None:
+    """Sent to the whole process group, as a terminal does; once with a Ray in that group."""
     values = settings(tiny_models, write(tmp_path / "in", set(), rows=2000), tmp_path / "out")
     values["sampling"]["max_new_tokens"] = 40
     process = started(
         values,
         tmp_path / "job.yaml",
+        address=ray.get_runtime_context().gcs_address if twice else None,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -198,3 +199,30 @@ def test_ctrl_c(tiny_models: TinyModels, tmp_path: Path, twice: bool) -> None:
     assert "run the same command again to resume" in " ".join(printed.split())
     assert "Traceback" not in printed
     assert 2 <= len(rows_of(tmp_path / "out")) // 8 < 250
+
+
+SLOW_START = """
+import time
+from ray._private import services
+from pipeline.run import connected
+
+get_node, began = services.get_node, time.monotonic()
+
+def late(*arguments, **options):
+    if time.monotonic() - began < 32:
+        raise RuntimeError("this node is not there yet")
+    return get_node(*arguments, **options)
+
+services.get_node = late
+with connected():
+    import ray
+    print("nodes:", len(ray.nodes()))
+"""
+
+
+@pytest.mark.slow
+def test_a_ray_that_starts_too_slowly_is_started_again() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_START], capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout == "nodes: 1\n", done.stderr
