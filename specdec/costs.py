@@ -19,8 +19,22 @@ import torch
 from specdec.calibration import Array
 from specdec.packed import PackedDecoder
 
-RATE, DRIFT = 0.1, 0.02
-"""Share of an observation's error that its neighbours in the table, and the whole table, take."""
+DRIFT = 0.1
+"""Share of an observation's error that the whole table takes.
+
+A machine's speed changes for all forwards alike, and no decision depends on it.
+"""
+
+RATE = 0.03
+"""Least share that the observation's neighbours in the table take beside it.
+
+What one number of tokens costs against another does not change: the places of a table are means of
+what was observed there. Learnt faster, they are the noise of the last rounds, and a policy goes
+where these happened to be short.
+"""
+
+OUTLIER = 0.7
+"""An error of more than this factor, as a logarithm, counts as this one."""
 
 CONTEXT = 192
 """Cached positions of each row while profiling; refinement finds the job's own."""
@@ -52,6 +66,7 @@ class CostTable:
     def __init__(self, tokens: Sequence[int], seconds: Sequence[float]) -> None:
         self.tokens = np.asarray(tokens, dtype=np.float64)
         self.seconds = _rising(np.asarray(seconds, dtype=np.float64))
+        self._observed = np.ones(len(self.tokens))  # how often; profiling is the first time
         self._dense = _UNKNOWN
 
     def __call__(self, tokens: Any) -> Any:
@@ -77,14 +92,18 @@ class CostTable:
         if tokens > BEYOND * self.tokens[-1]:
             self.tokens = np.append(self.tokens, tokens)
             self.seconds = np.append(self.seconds, expected)
-        error = min(max(math.log(max(seconds, 1e-9) / float(expected[0])), -0.7), 0.7)
+            self._observed = np.append(self._observed, 0.0)
+        error = math.log(max(seconds, 1e-9) / float(expected[0]))
+        sane, error = abs(error) < OUTLIER, min(max(error, -OUTLIER), OUTLIER)
         above = min(int(self.tokens.searchsorted(tokens)), len(self.tokens) - 1)
         below = max(above - 1, 0)
         span = self.tokens[above] - self.tokens[below]
         share = (min(tokens, self.tokens[-1]) - self.tokens[below]) / span if span else 1.0
         self.seconds = self.seconds * math.exp(error * DRIFT)
-        self.seconds[below] *= math.exp(error * RATE * (1 - share))
-        self.seconds[above] *= math.exp(error * RATE * share)
+        for place, part in ((below, 1 - share), (above, share)):
+            rate = max(RATE, 1 / (1 + self._observed[place]))
+            self.seconds[place] *= math.exp(error * rate * part)
+            self._observed[place] += part * sane
         self.seconds = _rising(self.seconds)
         self._dense = _UNKNOWN  # until it is asked for: several observations may come together
 
