@@ -37,6 +37,19 @@ def test_noise_makes_no_tokens_cheaper_than_fewer() -> None:
     assert wrong < np.abs(np.diff(noisy) - np.diff(true)).mean() / 2
 
 
+def test_what_one_size_costs_against_another_is_a_mean_of_many_rounds() -> None:
+    """On a machine whose rounds differ by a sixth, and whose speed wanders by a third."""
+    random = np.random.default_rng(0)
+    table = CostTable([1, 4, 8, 16], [80.0, 90.0, 120.0, 130.0])
+    errors = []
+    for turn in range(1000):
+        speed = 1 + 0.3 * np.sin(turn / 60)
+        for tokens, true in ((4, 100.0), (8, 110.0)):
+            table.observe(tokens, true * speed * random.lognormal(0, 0.15))
+        errors.append(float(np.log(table(8) / table(4) / 1.1)))
+    assert np.sqrt(np.square(errors[200:]).mean()) < 0.035
+
+
 def test_no_tokens_cost_nothing() -> None:
     table = CostTable([1, 8], [1.0, 4.0])
     assert float(table(0)) == 0
