@@ -166,10 +166,13 @@ class CostModel:
 def _profile(decoder: PackedDecoder, slots: int, most: int, budget: float) -> CostTable:
     cache = decoder.new_cache(slots, CONTEXT + max(most // slots + 1, 16))
     ladder = list(_ladder(most))
+    # What most rounds will have comes first: on a slow machine one large forward takes all of it.
+    usual = sum(tokens <= 2 * slots for tokens in ladder)
+    order = [*_coarse_to_fine(usual), *range(usual, len(ladder))]
     table: dict[int, float] = {}
     began = time.perf_counter()
     _time(decoder, cache, slots, 1)  # the first forward of a shape allocates
-    for tokens in (ladder[i] for i in _coarse_to_fine(len(ladder))):
+    for tokens in (ladder[i] for i in order):
         left = budget - (time.perf_counter() - began)
         if left < 0 and len(table) >= LEAST_POINTS:
             break
