@@ -46,7 +46,9 @@ CORES = os.cpu_count() or 1
 
 Target = Annotated[str, typer.Option(help="folder, *.gguf or pkg:PACKAGE/FILE.gguf")]
 Draft = Annotated[str, typer.Option(help="the same, for the draft")]
-Prompts = Annotated[Path, typer.Option(help="Parquet file with a column `prompt`")]
+Prompts = Annotated[
+    Path, typer.Option(help="Parquet with a column `prompt` or `messages`; a file or folder")
+]
 Rows = Annotated[int, typer.Option(help="how many prompts")]
 Temperature = Annotated[float, typer.Option(help="0: greedy")]
 DType = Annotated[str, typer.Option(help="float32 or bfloat16")]
@@ -177,9 +179,7 @@ def spread(ratios: list[float]) -> str:
 def main(
     target: Target = TARGET,
     draft: Draft = DRAFT,
-    prompts: Annotated[
-        Path, typer.Option(help="Parquet with a column `prompt` or `messages`; a file or folder")
-    ] = PROMPTS,
+    prompts: Prompts = PROMPTS,
     rows: Rows = 64,
     tokens: Annotated[int, typer.Option(help="new tokens of a row, on average")] = 128,
     temperature: Temperature = 0.0,

@@ -84,7 +84,7 @@ class CostTable:
         return self._dense[first : last + 1]
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Move the table towards a measurement; an outlier moves it no more than a factor of 2.
+        """Move the table towards a measurement; an outlier counts as one of a factor of 2.
 
         One far beyond the table becomes its new end: what is extrapolated is not kept for good.
         """
@@ -166,7 +166,7 @@ class CostModel:
 def _profile(decoder: PackedDecoder, slots: int, most: int, budget: float) -> CostTable:
     cache = decoder.new_cache(slots, CONTEXT + max(most // slots + 1, 16))
     ladder = list(_ladder(most))
-    # What most rounds will have comes first: on a slow machine one large forward takes all of it.
+    # What most rounds will have comes first: where forwards are slow, large ones take all the time.
     usual = sum(tokens <= 2 * slots for tokens in ladder)
     order = [*_coarse_to_fine(usual), *range(usual, len(ladder))]
     table: dict[int, float] = {}
