@@ -14,6 +14,7 @@ row (`Signal`). Estimators and policies then work on the host, on arrays over ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -43,6 +44,9 @@ class Signal(IntEnum):
 
 HEAD_SIGNALS = frozenset({Signal.HEAD_BEFORE, Signal.HEAD_AFTER})
 _TOKEN_SIGNALS = (Signal.LOG_Q, Signal.LOG_TOP, Signal.ENTROPY)
+
+LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)
+"""What the logarithm of less is taken for."""
 
 
 class ResidualBlock(nn.Module):
@@ -120,23 +124,22 @@ def read_signals(
     """
     if head is not None and wanted & HEAD_SIGNALS:
         wanted = wanted | set(_TOKEN_SIGNALS)
-    columns = logits.new_zeros(len(Signal), len(tokens), dtype=torch.float32)
-    probs = torch.softmax(logits.float(), -1)
-    tiny = torch.finfo(torch.float32).tiny
+    # As few operators as there can be: after a forward each takes longer to begin than to run.
+    log_q = torch.log_softmax(logits.float(), -1)
+    columns = dict.fromkeys(Signal, log_q.new_zeros(len(tokens)))
     if Signal.LOG_Q in wanted:
-        columns[Signal.LOG_Q] = probs.gather(1, tokens[:, None])[:, 0].clamp_(min=tiny).log_()
+        columns[Signal.LOG_Q] = log_q.gather(1, tokens[:, None])[:, 0].clamp_(min=LEAST_LOG)
     if Signal.LOG_TOP in wanted:
-        columns[Signal.LOG_TOP] = probs.amax(-1).log_()
+        columns[Signal.LOG_TOP] = log_q.amax(-1)
     if Signal.ENTROPY in wanted:
-        # H = ln Z - E[x] over logits x shifted by their maximum: no logarithm per token.
-        shifted = logits.float() - logits.amax(-1, keepdim=True).float()
-        shifted.clamp_(min=torch.finfo(torch.float32).min)  # 0 * -inf is no number
-        expected = torch.linalg.vecdot(probs, shifted)
-        columns[Signal.ENTROPY] = (-probs.amax(-1).log_() - expected).clamp_(min=0)
+        probs = log_q.exp()
+        log_q.clamp_(min=LEAST_LOG)  # 0 * -inf is no number
+        columns[Signal.ENTROPY] = torch.linalg.vecdot(probs, log_q).neg_().clamp_(min=0)
     if head is not None and wanted & HEAD_SIGNALS:
-        judged = head.debiased(hidden.float(), columns[list(_TOKEN_SIGNALS)].T)
+        token_signals = torch.stack([columns[signal] for signal in _TOKEN_SIGNALS], 1)
+        judged = head.debiased(hidden.float(), token_signals)
         columns[Signal.HEAD_BEFORE], columns[Signal.HEAD_AFTER] = judged[:, 0], judged[:, 1]
-    return columns.T
+    return torch.stack(list(columns.values()), 1)
 
 
 # ------------------------------------------------------------------- estimators
@@ -217,7 +220,7 @@ class OnlineEstimator:
         for i, used in enumerate(self._used):
             self._weights[used, i] = guess[used]
         self._precisions = [self.PRIOR * np.eye(len(used)) for used in self._used]
-        self._collected: list[tuple[Array, Flags]] = []
+        self._collected: list[tuple[Array, Array, Flags]] = []
         # Candidates collected, and those behind the weights, the forgotten taken off.
         self._fresh, self._evidence = 0, 0.0
 
@@ -230,11 +233,12 @@ class OnlineEstimator:
         return both[:, 0], both[:, 1]
 
     def learn(self, signals: Array, typical: Array, accepted: Flags) -> None:
-        self._collected.append((_features(signals, self._columns, typical), accepted))
+        self._collected.append((signals, typical, accepted))
         self._fresh += len(accepted)
         if self._fresh < max(self.TOGETHER, self.SHARE * self._evidence):
             return
-        features, outcomes = (np.concatenate(parts) for parts in zip(*self._collected, strict=True))
+        signals, typical, outcomes = map(np.concatenate, zip(*self._collected, strict=True))
+        features = _features(signals, self._columns, typical)
         self._collected, self._fresh = [], 0
         kept = self.FORGET ** len(outcomes)
         self._evidence = kept * self._evidence + len(outcomes)

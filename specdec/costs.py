@@ -74,6 +74,8 @@ class CostTable:
 
         Beyond the table seconds grow as they do over its upper half.
         """
+        if isinstance(tokens, int):
+            return self.curve(tokens, tokens)[0]
         return self.curve(0, int(np.max(tokens)) if np.size(tokens) else 0)[tokens]
 
     def curve(self, first: int, last: int) -> Array:

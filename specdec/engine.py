@@ -321,7 +321,7 @@ class Engine:
                 hidden = hidden[counted.cumsum(0) - 1]
                 logits = draft.logits(hidden)[:, : self.pair.vocab_size]
             with self.clock.phase({"sample": 1.0}):
-                tokens, q = this.mode.propose(logits, this.sampling.rows(index), at)
+                tokens, q = this.mode.propose(logits, this.parameters(index), at)
                 proposal.add(active, index, tokens, q)
             with self.clock.phase({"decide": 1.0}):
                 going = self._going_on(active, depth + 1, logits, tokens, hidden, budget)
@@ -391,7 +391,7 @@ class Engine:
         self.stats.target_tokens += len(order)
         with self.clock.phase({"sample": 1.0}):
             accepted, bonus = this.mode.verify(
-                logits, this.sampling.rows(owner_), at_, first_, lengths, proposal
+                logits, this.parameters(owner_), at_, first_, lengths, proposal
             )
             verdict = torch.cat([accepted[:, None], bonus[:, None], proposal.candidates], 1)
             result: list[list[int]] = verdict.tolist()  # the round's one transfer to the host

@@ -24,7 +24,7 @@ import numpy as np
 
 from specdec.acceptance import AcceptanceHead, Estimator
 from specdec.calibration import Array, Flags
-from specdec.costs import CostModel
+from specdec.costs import CostModel, CostTable
 from specdec.stopping import (
     DraftStep,
     EstimatingPolicy,
@@ -49,6 +49,11 @@ PROBE_SAVINGS = 10.0
 
 CATCH_UP_ROUNDS = 64
 """Most rounds that share the cost of feeding the draft what it missed while it was not used."""
+
+TOGETHER = 16
+"""Measurements that are collected before the cost tables learn from them."""
+
+_STEPS = np.arange(1, AHEAD + 1)
 
 
 class Goodput(EstimatingPolicy):
@@ -76,6 +81,9 @@ class Goodput(EstimatingPolicy):
         self._tokens, self._seconds = 5.0, 5.0
         # Time saved up for a probe, in rounds without speculation.
         self._allowance = PROBE_SAVINGS
+        self._measured: list[tuple[CostTable, int, float]] = []
+        # `_further` of the tables as they are, by its arguments.
+        self._furthers: dict[tuple[int, int], Array] = {}
 
     def prepare(self, target: PackedDecoder, draft: PackedDecoder, slots: int) -> None:
         if self.costs is None:
@@ -88,70 +96,78 @@ class Goodput(EstimatingPolicy):
         assert self.costs is not None, "prepare() comes before the first round"
         self._begin(start)
         self._free_trimming = start.free_trimming
-        rows = np.flatnonzero(np.array(start.room) > 0)
+        budget = [0] * len(start.rows)
+        speculating = [row for row, room in enumerate(start.room) if room > 0]
         self._kept = np.zeros(len(start.rows), dtype=np.int64)
         self._tokens_bare = self._tokens_fed = start.target_tokens
-        if not len(rows):
-            return [0] * len(start.rows)
+        if not speculating:
+            return budget
         # What a second is worth: the tokens that it yields as this pair has been doing of late.
-        plain = len(rows) / float(self.costs.verify(len(rows)))
+        plain = len(speculating) / float(self.costs.verify(len(speculating)))
         self._value = plain * max(1.0, self._tokens / self._seconds)
+        # Of each row, how many candidates a chain of 1, 2, ... AHEAD ones yields, if the first is
+        # worth one: 1 + rate + rate^2 + ...
+        rate = self.typical[:, None]
+        self._chains = (1 - rate**_STEPS) / (1 - rate)
 
-        rate, lacking = self.typical[rows], np.array(start.draft_pending)[rows]
-        order = np.argsort(-rate, kind="stable")
+        rows = np.array(speculating)
+        rows = rows[np.argsort(-self.typical[rows], kind="stable")]
         first = self.costs.draft.curve(1, len(rows))
-        first = first + self._catch_up(lacking[order], np.array(start.room)[rows][order], first)
-        chosen = rows[order[: self._worth(rate[order], rate[order], first, self.k_max)]]
-        self._probing = not len(chosen)
+        lacking = [start.draft_pending[row] for row in speculating]
+        if any(tokens != 1 for tokens in lacking):  # one token each is what a step reads anyway
+            first = first + self._catch_up(start, rows, first)
+        worth = self._worth(rows, self.typical[rows], first, self.k_max)
+        chosen = rows[:worth].tolist()
+        self._probing = not chosen
         if self._probing:
-            chosen = self._probe(rows, lacking)
-        budget = np.zeros(len(start.rows), dtype=np.int64)
-        budget[chosen] = self.k_max
-        return [int(k) for k in budget]
+            chosen = self._probe(speculating, lacking)
+        for row in chosen:
+            budget[row] = self.k_max
+        return budget
 
-    def _catch_up(self, lacking: Indices, room: Indices, first: Array) -> Array:
-        """Seconds a round for what the draft lacks of the leading 1..n rows: float [n].
+    def _catch_up(self, start: RoundStart, rows: Indices, first: Array) -> Array:
+        """Seconds a round for what the draft lacks of the leading 1..n of some rows: float [n].
 
         It is read once, in the first of the rounds that a row has left.
         """
         assert self.costs is not None
+        lacking, room = np.array(start.draft_pending)[rows], np.array(start.room)[rows]
         # A round commits about two tokens where speculation pays.
         rounds = np.clip(room / 2, 1, CATCH_UP_ROUNDS)
         together = np.cumsum(lacking)
-        if together[-1] == len(lacking):  # one token each is what a step reads anyway
-            return np.zeros(len(lacking))
         extra = np.maximum(self.costs.draft(together) - first, 0)
         share: Array = extra * np.cumsum(lacking / rounds) / np.maximum(together, 1)
         return share
 
-    def _probe(self, rows: Indices, lacking: Indices) -> Indices:
+    def _probe(self, rows: Sequence[int], lacking: Sequence[int]) -> list[int]:
         """Which of the rows try speculation although it does not promise to pay: mostly none."""
         assert self.costs is not None
-        cheapest = np.argsort(lacking, kind="stable")[:PROBE_ROWS]
-        n, verify = len(cheapest), self.costs.verify
-        cost = float(self.costs.draft(lacking[cheapest].sum()))
-        cost += float(verify(self._tokens_bare + n) - verify(self._tokens_bare))
-        if self._allowance * float(verify(self._tokens_bare)) < cost:
-            return rows[:0]
+        cheapest = sorted(range(len(rows)), key=lacking.__getitem__)[:PROBE_ROWS]
+        bare, verify = self._tokens_bare, self.costs.verify
+        cost = float(self.costs.draft(sum(lacking[i] for i in cheapest)))
+        cost += float(verify(bare + len(cheapest)) - verify(bare))
+        if self._allowance * float(verify(bare)) < cost:
+            return []
         self._allowance = 0.0
-        return rows[cheapest]
+        return [rows[i] for i in cheapest]
 
     def go_on(self, step: DraftStep) -> Flags:
         assert self.costs is not None
-        rows, rate = step.rows, self.typical[step.rows]
-        alive = self.survival[rows]
+        rows, alive = step.rows, self.survival[step.rows]
         judged = self._judge(step)
         left = self.k_max - step.depth
-        kept = np.ones(len(rows), dtype=bool)
-        if not self._free_trimming and not (self._probing and step.depth == 1):
-            kept = self._best(alive * judged.before, rate, np.zeros(len(rows)), left + 1)
-        self._kept[rows[kept]] = step.depth
-        self._tokens_fed += int(kept.sum())
+        kept = np.arange(len(rows))
+        if not self._free_trimming:
+            if not (self._probing and step.depth == 1):
+                kept = self._best(rows, alive * judged.before, np.zeros(len(rows)), left + 1)
+            self._kept[rows[kept]] = step.depth
+        self._tokens_fed += len(kept)
         going = np.zeros(len(rows), dtype=bool)
-        if left and kept.any():
-            next_step = self.costs.draft.curve(1, int(kept.sum()))
-            value = judged.survival[kept] * rate[kept]
-            going[kept] = self._best(value, rate[kept], next_step, left)
+        if left and len(kept):
+            survival, rows = judged.survival[kept], rows[kept]
+            next_step = self.costs.draft.curve(1, len(kept))
+            best = self._best(rows, survival * self.typical[rows], next_step, left)
+            going[kept[best]] = True
         return going
 
     def submit(self, drafted: Sequence[int]) -> Sequence[int]:
@@ -164,21 +180,25 @@ class Goodput(EstimatingPolicy):
         rows = np.concatenate([step.rows for step in self._steps])
         survival = np.concatenate([step.survival for step in self._steps])
         order = np.argsort(-survival, kind="stable")
-        tokens = np.concatenate([[0.0], np.cumsum(survival[order])])
         assert self.costs is not None
         seconds = self.costs.verify.curve(self._tokens_bare, self._tokens_bare + len(order))
-        best = int(np.argmax(tokens - self._value * seconds))
-        counts = np.bincount(rows[order[:best]], minlength=len(drafted))
-        return [int(k) for k in counts]
+        gain = np.cumsum(survival[order]) - self._value * (seconds[1:] - seconds[0])
+        best = int(gain.argmax())
+        if gain[best] <= 0:
+            return [0] * len(drafted)
+        if best + 1 == len(order):
+            return drafted
+        counts: list[int] = np.bincount(rows[order[: best + 1]], minlength=len(drafted)).tolist()
+        return counts
 
     def observe(self, outcome: RoundOutcome) -> None:
         super().observe(outcome)
         if self.costs is None or not all(outcome.start.decoding):
             return
         for tokens, seconds in outcome.draft_costs:
-            self.costs.draft.observe(tokens, seconds)
+            self._measured.append((self.costs.draft, tokens, seconds))
         tokens, seconds = outcome.verify_cost
-        self.costs.verify.observe(tokens, seconds)
+        self._measured.append((self.costs.verify, tokens, seconds))
         rows = len(outcome.start.rows)
         committed = sum(outcome.accepted) + rows
         spent = seconds + sum(spent for _, spent in outcome.draft_costs)
@@ -188,39 +208,49 @@ class Goodput(EstimatingPolicy):
         self._seconds = self.MEMORY * self._seconds + relative
         if not any(outcome.drafted):
             self._allowance = min(self._allowance + PROBE_SHARE * relative, PROBE_SAVINGS)
+        if len(self._measured) >= TOGETHER:
+            for table, tokens, seconds in self._measured:
+                table.observe(tokens, seconds)
+            self._measured = []
+            self._furthers = {}
 
-    def _best(self, value: Array, rate: Array, first: Array, left: int) -> Flags:
-        """Which of n rows to take one step further: a mask bool [n]; arguments as in `_worth`."""
+    def _best(self, rows: Indices, value: Array, first: Array, left: int) -> Indices:
+        """Which of n rows to take one step further, as indices into them; else as `_worth`."""
         order = np.argsort(-value, kind="stable")
-        chosen = np.zeros(len(value), dtype=bool)
-        chosen[order[: self._worth(value[order], rate[order], first, left)]] = True
-        return chosen
+        return order[: self._worth(rows[order], value[order], first, left)]
 
-    def _worth(self, value: Array, rate: Array, first: Array, left: int) -> int:
+    def _worth(self, rows: Indices, value: Array, first: Array, left: int) -> int:
         """How many of the leading rows to take further; 0 if no number of them repays its cost.
 
         Considers every number j of rows and up to AHEAD steps: the first adds `value` expected
-        tokens per row, each later one `rate` times the one before.
+        tokens per row, each later one the row's rate times the one before.
 
         Args:
+            rows: int [n].
             value: float [n], expected tokens of the next candidate of each row, falling.
-            rate: float [n], how fast that shrinks with further candidates.
             first: float [n], seconds that the first step takes for the leading 1..n rows.
             left: most candidates that the rows may still get.
         """
+        tokens = np.cumsum(value[:, None] * self._chains[rows, :left], 0)
+        seconds = self._further(len(rows))[:, :left] + first[:, None]
+        gain = tokens - self._value * seconds
+        most = int(gain.argmax())
+        return most // gain.shape[1] + 1 if gain.flat[most] > 0 else 0
+
+    def _further(self, n: int) -> Array:
+        """Seconds of 1..AHEAD more candidates of each of 1..n rows, less the first draft step.
+
+        Returns:
+            float [n, AHEAD].
+        """
         assert self.costs is not None
-        j = np.arange(1, len(value) + 1)
-        steps = np.arange(1, min(AHEAD, left) + 1)
-        fed, sizes = self._tokens_fed, j[:, None] * steps
-        verify = self.costs.verify.curve(fed, fed + len(j) * len(steps))
-        falling = rate[:, None] ** steps
-        tokens = np.cumsum(value[:, None] * (1 - falling) / (1 - rate[:, None]), 0)
-        further = self.costs.draft.curve(1, len(j))
-        drafting = first[:, None] + further[:, None] * (steps - 1)
-        gain = tokens - self._value * (drafting + verify[sizes] - verify[0])
-        most = gain.max(1)
-        best = int(most.argmax())
-        return best + 1 if most[best] > 0 else 0
+        fed = self._tokens_fed
+        if (fed, n) not in self._furthers:
+            j = np.arange(1, n + 1)[:, None]
+            verify = self.costs.verify.curve(fed, fed + n * AHEAD)
+            drafting = self.costs.draft.curve(1, n)[:, None] * (_STEPS - 1)
+            self._furthers[fed, n] = verify[j * _STEPS] - verify[0] + drafting
+        return self._furthers[fed, n]
 
     def _reason(self, row: int, drafted: int) -> str:
         if not drafted:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from specdec.request import RoundTrace
 from specdec.sampling import SamplingBatch
 from specdec.scheduler import LiveRow
@@ -53,6 +55,10 @@ class Round:
     def target_tokens(self) -> int:
         """Packed tokens of the verification."""
         return self.start.target_tokens + sum(self.submitted)
+
+    def parameters(self, index: Tensor) -> SamplingBatch:
+        """The sampling parameters of the rows in `index` [m]; greedy rows are not picked apart."""
+        return self.sampling if self.sampling.all_greedy else self.sampling.rows(index)
 
     def outcome(self) -> RoundOutcome:
         """What the policy learns from."""

@@ -40,24 +40,24 @@ class RowMemory:
     Attributes:
         k: the current candidate length of policies that adapt it; 0 before the row's first round.
         history: how often its candidates were accepted lately.
-        judged: by round, the row's context length and its judged candidates: predicted acceptance
-            and whether each stands.
+        judged: of each judged candidate the row's context length, the predicted acceptance and
+            whether it stands.
     """
 
     k: int = 0
     history: RowHistory = field(default_factory=RowHistory)
-    judged: list[tuple[int, Array, Flags]] = field(default_factory=list)
+    judged: list[tuple[int, float, bool]] = field(default_factory=list)
 
     def calibration(self) -> dict[int, Calibration]:
         """Predicted against observed acceptance, by class of context length."""
-        classes: dict[int, list[tuple[Array, Flags]]] = {}
-        for context, predicted, stood in self.judged:
-            classes.setdefault(context_class(context), []).append((predicted, stood))
+        classes: dict[int, list[tuple[float, bool]]] = {}
+        for context, predicted, stands in self.judged:
+            classes.setdefault(context_class(context), []).append((predicted, stands))
         result = {}
-        for key, parts in classes.items():
-            predicted, stood = (np.concatenate(each) for each in zip(*parts, strict=True))
+        for key, candidates in classes.items():
+            predictions, verdicts = zip(*candidates, strict=True)
             result[key] = Calibration()
-            result[key].add(predicted, stood)
+            result[key].add(np.array(predictions), np.array(verdicts))
         return result
 
 
@@ -283,14 +283,9 @@ class EstimatingPolicy(StopPolicy):
     def _begin(self, start: RoundStart) -> None:
         """Start a round: nothing drafted, all rows alive."""
         self._steps = []
-        rate = self._accepted / self._judged
-        self.typical = np.array(
-            [
-                (row.history.accepted + self.PRIOR_WEIGHT * rate)
-                / (row.history.judged + self.PRIOR_WEIGHT)
-                for row in start.rows
-            ]
-        ).clip(0.02, 0.98)
+        weight, known = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * self._accepted / self._judged
+        rates = [(r.history.accepted + known) / (r.history.judged + weight) for r in start.rows]
+        self.typical = np.array([min(max(rate, 0.02), 0.98) for rate in rates])
         self.survival = np.ones(len(start.rows))
 
     def _judge(self, step: DraftStep) -> _Judgement:
@@ -306,31 +301,31 @@ class EstimatingPolicy(StopPolicy):
     def observe(self, outcome: RoundOutcome) -> None:
         if not self._steps:
             return
-        accepted, submitted = np.array(outcome.accepted), np.array(outcome.submitted)
-        rows = np.concatenate([step.rows for step in self._steps])
-        depth = np.repeat(np.arange(len(self._steps)), [len(step.rows) for step in self._steps])
+        start, steps, self._steps = outcome.start, self._steps, []
         # Up to a row's first rejected candidate all were judged; what comes after it was not.
-        known = np.flatnonzero(depth < np.minimum(accepted + 1, submitted)[rows])
-        # By row, and within a row in order.
-        known = known[np.argsort(rows[known], kind="stable")]
-        signals = np.concatenate([step.signals for step in self._steps])[known]
-        after = np.concatenate([step.after for step in self._steps])[known]
-        rows, stood = rows[known], (depth < accepted[rows])[known]
-        self._steps = []
-        if not len(rows):
+        each = zip(outcome.accepted, outcome.submitted, strict=True)
+        judged = [min(accepted + 1, submitted) for accepted, submitted in each]
+        if not any(judged):
             return
-        self.estimator.learn(signals, self.typical[rows], stood)
-        self._judged = self._judged * self.FORGET ** len(rows) + len(rows)
-        self._accepted = self._accepted * self.FORGET ** len(rows) + int(stood.sum())
-        counts, begin = np.bincount(rows, minlength=len(accepted)).tolist(), 0
-        for memory, context, n in zip(
-            outcome.start.rows, outcome.start.contexts, counts, strict=True
-        ):
+        # In plain Python: an array operation takes longer after a forward than all of this.
+        known, rows, stood, at = [], [], [], 0
+        for depth, step in enumerate(steps):
+            for row, predicted in zip(step.rows.tolist(), step.after.tolist(), strict=True):
+                if depth < judged[row]:
+                    stands = depth < outcome.accepted[row]
+                    start.rows[row].judged.append((start.contexts[row], predicted, stands))
+                    known.append(at)
+                    rows.append(row)
+                    stood.append(stands)
+                at += 1
+        for memory, n, accepted in zip(start.rows, judged, outcome.accepted, strict=True):
             if n:
-                mine = stood[begin : begin + n]
-                memory.history.add(n, int(np.count_nonzero(mine)))
-                memory.judged.append((context, after[begin : begin + n], mine))
-                begin += n
+                memory.history.add(n, accepted)
+        signals = np.concatenate([step.signals for step in steps])[known]
+        self.estimator.learn(signals, self.typical[rows], np.array(stood))
+        kept = self.FORGET ** len(rows)
+        self._judged = self._judged * kept + len(rows)
+        self._accepted = self._accepted * kept + sum(stood)
 
     def explain(self, row: int) -> Explanation:
         predicted = tuple(
