@@ -114,20 +114,21 @@ def greedy_requests(
 def race(
     pair: ModelPair, policies: dict[str, StopPolicy], slots: int, requests: Sequence[Request]
 ) -> tuple[dict[str, float], dict[str, Engine]]:
-    """Seconds that each policy's engine takes for the requests, all engines stepping in turn.
+    """Seconds a token of each policy's engine, all engines stepping in turn.
 
     The engine with the fewest tokens goes next. So all are at the same place in the work at any
-    time, and a machine that is slow for a second is slow for each of them.
+    time, and a machine that is slow for a second is slow for each of them. An engine stops when
+    there is no request for a free slot: what counts is the live batch, not how a short run ends.
     """
     engines = {name: Engine(pair, policy=policies[name], slots=slots) for name in policies}
     for engine in engines.values():
         for request in requests:
             engine.submit(request)
     taken = dict.fromkeys(engines, 0.0)
-    while running := {name: e for name, e in engines.items() if e.has_work}:
+    while running := {name: e for name, e in engines.items() if e.waiting or e.live == slots}:
         name = min(running, key=lambda each: running[each].stats.counts.committed)
         taken[name] += seconds(running[name].step)
-    return taken, engines
+    return {name: taken[name] / e.stats.counts.committed for name, e in engines.items()}, engines
 
 
 def seconds(side: Callable[[], Any]) -> float:
@@ -276,7 +277,7 @@ def policies(
             duel.add_row(
                 precision,
                 str(batch),
-                f"{statistics.median(len(requests) * tokens / t for t in again['none']):.1f}",
+                f"{statistics.median(1 / t for t in again['none']):.1f}",
                 best,
                 spread(ratios(again[best], again["goodput"])),
                 spread(ratios(again["none"], again["goodput"])),

@@ -8,7 +8,6 @@ the host does, so that they sum to the round's wall time.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -33,8 +32,8 @@ what was observed there. Learnt faster, they are the noise of the last rounds, a
 where these happened to be short.
 """
 
-OUTLIER = 0.7
-"""An error of more than this factor, as a logarithm, counts as this one."""
+OUTLIER = 2.0
+"""An error of more than this factor counts as this one."""
 
 CONTEXT = 192
 """Cached positions of each row while profiling; refinement finds the job's own."""
@@ -95,16 +94,17 @@ class CostTable:
             self.tokens = np.append(self.tokens, tokens)
             self.seconds = np.append(self.seconds, expected)
             self._observed = np.append(self._observed, 0.0)
-        error = math.log(max(seconds, 1e-9) / float(expected[0]))
-        sane, error = abs(error) < OUTLIER, min(max(error, -OUTLIER), OUTLIER)
+        # Of times, not of their logarithms: what a pause costs now and then is part of the mean.
+        error = seconds / float(expected[0])
+        sane, error = 1 / OUTLIER < error < OUTLIER, min(max(error, 1 / OUTLIER), OUTLIER) - 1
         above = min(int(self.tokens.searchsorted(tokens)), len(self.tokens) - 1)
         below = max(above - 1, 0)
         span = self.tokens[above] - self.tokens[below]
         share = (min(tokens, self.tokens[-1]) - self.tokens[below]) / span if span else 1.0
-        self.seconds = self.seconds * math.exp(error * DRIFT)
+        self.seconds = self.seconds * (1 + error * DRIFT)
         for place, part in ((below, 1 - share), (above, share)):
             rate = max(RATE, 1 / (1 + self._observed[place]))
-            self.seconds[place] *= math.exp(error * rate * part)
+            self.seconds[place] *= 1 + error * rate * part
             self._observed[place] += part * sane
         self.seconds = _rising(self.seconds)
         self._dense = _UNKNOWN  # until it is asked for: several observations may come together
@@ -199,10 +199,15 @@ def _coarse_to_fine(n: int) -> Iterator[int]:
 
 
 def _ladder(most: int) -> Iterator[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, 24, ... up to `most`."""
+    """1, 2, 3, 4, 6, 8, 9, 12, 16, 17, 24, 25, 32, 33, 48, ... up to `most`.
+
+    Kernels work on tiles of 8 or more tokens: a curve jumps behind one, not halfway to the next.
+    """
     step, tokens = 1, 1
     while tokens <= most:
         yield tokens
+        if tokens % 8 == 0 and tokens < most:
+            yield tokens + 1
         if tokens >= 4 * step:
             step *= 2
         tokens += step

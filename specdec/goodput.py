@@ -39,6 +39,22 @@ if TYPE_CHECKING:
 AHEAD = 8
 """Draft steps to look ahead: a staircase of costs may repay two candidates where one does not."""
 
+MARGIN = 0.02
+"""Speedup over a round without candidates that speculation must promise: where there is less to win
+there is as much to lose."""
+
+KEPT = 0.9988
+"""Weight that is left of what promises lacked after one more row and round."""
+
+REST = 8
+"""Rounds for which it stands that no candidate is worth its cost."""
+
+TRUST_AGAIN = 0.999
+"""Weight that is left of the correction after a round without candidates: it is looked at anew."""
+
+IN_A_ROW = 64
+"""Most rounds with candidates before one without, lest it is forgotten what such a round costs."""
+
 PROBE_SHARE = 0.01
 """Share of time that is spent on trying speculation again where it has not paid."""
 
@@ -81,6 +97,10 @@ class Goodput(EstimatingPolicy):
         self._tokens, self._seconds = 5.0, 5.0
         # Time saved up for a probe, in rounds without speculation.
         self._allowance = PROBE_SAVINGS
+        self._in_a_row = 0
+        self._resting = 0
+        # Tokens a row and round that speculation promised lately beyond what it kept.
+        self._promised, self._missing = 0.0, 0.0
         self._measured: list[tuple[CostTable, int, float]] = []
         # `_further` of the tables as they are, by its arguments.
         self._furthers: dict[tuple[int, int], Array] = {}
@@ -94,14 +114,18 @@ class Goodput(EstimatingPolicy):
 
     def budget(self, start: RoundStart) -> Sequence[int]:
         assert self.costs is not None, "prepare() comes before the first round"
+        budget = [0] * len(start.rows)
+        self._probing, self._steps = False, []
+        if self._resting:
+            self._resting -= 1
+            return budget
+        speculating = [row for row, room in enumerate(start.room) if room > 0]
+        if not speculating or (self._in_a_row >= IN_A_ROW and all(start.decoding)):
+            return budget
         self._begin(start)
         self._free_trimming = start.free_trimming
-        budget = [0] * len(start.rows)
-        speculating = [row for row, room in enumerate(start.room) if room > 0]
         self._kept = np.zeros(len(start.rows), dtype=np.int64)
         self._tokens_bare = self._tokens_fed = start.target_tokens
-        if not speculating:
-            return budget
         # What a second is worth: the tokens that it yields as this pair has been doing of late.
         plain = len(speculating) / float(self.costs.verify(len(speculating)))
         self._value = plain * max(1.0, self._tokens / self._seconds)
@@ -116,11 +140,14 @@ class Goodput(EstimatingPolicy):
         lacking = [start.draft_pending[row] for row in speculating]
         if any(tokens != 1 for tokens in lacking):  # one token each is what a step reads anyway
             first = first + self._catch_up(start, rows, first)
-        worth = self._worth(rows, self.typical[rows], first, self.k_max)
-        chosen = rows[:worth].tolist()
-        self._probing = not chosen
-        if self._probing:
+        worth, promised = self._worth(rows, self.typical[rows], first, self.k_max)
+        self._promised = promised / len(rows)
+        if self._promised - self._missing > MARGIN:
+            chosen = rows[:worth].tolist()
+        else:
             chosen = self._probe(speculating, lacking)
+            self._probing = True
+            self._resting = REST
         for row in chosen:
             budget[row] = self.k_max
         return budget
@@ -193,7 +220,11 @@ class Goodput(EstimatingPolicy):
 
     def observe(self, outcome: RoundOutcome) -> None:
         super().observe(outcome)
-        if self.costs is None or not all(outcome.start.decoding):
+        if self.costs is None:
+            return
+        if any(outcome.drafted) and not self._probing:
+            self._compare(outcome)
+        if not all(outcome.start.decoding):
             return
         for tokens, seconds in outcome.draft_costs:
             self._measured.append((self.costs.draft, tokens, seconds))
@@ -206,7 +237,10 @@ class Goodput(EstimatingPolicy):
         # A pause of the machine is not what speculation costs.
         relative = min(spent / float(self.costs.verify(rows)), 20.0)
         self._seconds = self.MEMORY * self._seconds + relative
+        self._in_a_row += 1
         if not any(outcome.drafted):
+            self._in_a_row = 0
+            self._missing *= TRUST_AGAIN
             self._allowance = min(self._allowance + PROBE_SHARE * relative, PROBE_SAVINGS)
         if len(self._measured) >= TOGETHER:
             for table, tokens, seconds in self._measured:
@@ -214,13 +248,32 @@ class Goodput(EstimatingPolicy):
             self._measured = []
             self._furthers = {}
 
+    def _compare(self, outcome: RoundOutcome) -> None:
+        """Take in by how much a round with candidates yielded less than it promised.
+
+        Whatever estimates leave out shows here, such as what all rows together pay for their
+        prompts' way through the draft: to each of them alone it is worth the price.
+        """
+        assert self.costs is not None
+        start, verify = outcome.start, self.costs.verify
+        tokens, seconds = outcome.verify_cost
+        if not all(start.decoding):  # then most of it is prefill
+            seconds = float(verify(tokens))
+        seconds += sum(spent for _, spent in outcome.draft_costs)
+        extra = seconds - float(verify(start.target_tokens))
+        kept = (sum(outcome.accepted) - self._value * extra) / sum(k > 0 for k in start.room)
+        missing = min(max(self._promised - kept, -1.0), 1.0)  # a pause of the machine is neither
+        weight = KEPT ** len(start.rows)
+        self._missing = weight * self._missing + (1 - weight) * missing
+
     def _best(self, rows: Indices, value: Array, first: Array, left: int) -> Indices:
         """Which of n rows to take one step further, as indices into them; else as `_worth`."""
         order = np.argsort(-value, kind="stable")
-        return order[: self._worth(rows[order], value[order], first, left)]
+        n, gain = self._worth(rows[order], value[order], first, left)
+        return order[: n if gain > 0 else 0]
 
-    def _worth(self, rows: Indices, value: Array, first: Array, left: int) -> int:
-        """How many of the leading rows to take further; 0 if no number of them repays its cost.
+    def _worth(self, rows: Indices, value: Array, first: Array, left: int) -> tuple[int, float]:
+        """How many of the leading rows to take further, and what that yields beyond its cost.
 
         Considers every number j of rows and up to AHEAD steps: the first adds `value` expected
         tokens per row, each later one the row's rate times the one before.
@@ -230,12 +283,15 @@ class Goodput(EstimatingPolicy):
             value: float [n], expected tokens of the next candidate of each row, falling.
             first: float [n], seconds that the first step takes for the leading 1..n rows.
             left: most candidates that the rows may still get.
+
+        Returns:
+            The best number, at least 1, and the tokens that it gains; less than 0 if it loses.
         """
         tokens = np.cumsum(value[:, None] * self._chains[rows, :left], 0)
         seconds = self._further(len(rows))[:, :left] + first[:, None]
         gain = tokens - self._value * seconds
         most = int(gain.argmax())
-        return most // gain.shape[1] + 1 if gain.flat[most] > 0 else 0
+        return most // gain.shape[1] + 1, float(gain.flat[most])
 
     def _further(self, n: int) -> Array:
         """Seconds of 1..AHEAD more candidates of each of 1..n rows, less the first draft step.
@@ -253,6 +309,8 @@ class Goodput(EstimatingPolicy):
         return self._furthers[fed, n]
 
     def _reason(self, row: int, drafted: int) -> str:
+        if self._in_a_row >= IN_A_ROW and not self._steps:
+            return f"{IN_A_ROW} rounds had candidates; what one without them costs is to be seen"
         if not drafted:
             return f"no candidate repays its cost at {self._value:.0f} tokens/s"
         return (

@@ -13,8 +13,8 @@ from test_stopping import Known
 from specdec.acceptance import Estimator, Signal, online_estimator
 from specdec.calibration import Array
 from specdec.costs import CostModel, CostTable
-from specdec.goodput import PROBE_SHARE, Goodput
-from specdec.stopping import RowMemory
+from specdec.goodput import IN_A_ROW, MARGIN, PROBE_SHARE, REST, Goodput
+from specdec.stopping import RoundOutcome, RoundStart, RowMemory
 from tests.specdec.tiny_models import TinyPair
 from tests.specdec.workloads import (
     StatedGoodput,
@@ -216,7 +216,7 @@ class World:
             per row as well).
     """
 
-    policy: StatedGoodput
+    policy: Goodput
     rates: Sequence[float]
     free_trimming: bool = True
     seed: int = 0
@@ -367,6 +367,61 @@ def test_a_pause_of_the_machine_is_soon_forgotten() -> None:
     assert float(np.mean(done.verified[-150:])) == pytest.approx(usual, abs=0.5)
 
 
+class Deaf(Goodput):
+    """`goodput` whose tables leave `hidden` seconds of each draft step out, and never learn."""
+
+    hidden = 0.0
+
+    def observe(self, outcome: RoundOutcome) -> None:
+        dear = [(tokens, seconds + self.hidden) for tokens, seconds in outcome.draft_costs]
+        super().observe(replace(outcome, draft_costs=dear))
+        self._measured = []
+
+
+def test_what_promises_leave_out_is_seen_in_what_they_yield() -> None:
+    policy = Deaf(online_estimator("confidence"), None, CostModel(CHEAP, linear(1.0, 0.05)), 12)
+    done = World(policy, [0.6] * 6).run(200)
+    assert done.speculating(100) > 0.9
+    policy.hidden = 1.0  # as much as a forward of the target
+    done.run(600)
+    assert done.speculating(200) < 0.2
+    policy.hidden = 0.0
+    done.run(3000)
+    assert done.speculating(200) > 0.9
+
+
+@pytest.mark.parametrize(("promise", "rows"), [(MARGIN / 2, 0), (2 * MARGIN, 6)])
+def test_where_there_is_little_to_win_nothing_is_risked(promise: float, rows: int) -> None:
+    """One candidate for each of 6 rows is all that the jump behind 6 tokens allows."""
+    policy = policy_of(FREE, CostTable([1, 6], [1.0, 1.0]))
+    jump = policy.PRIOR_RATE - promise
+    verify = CostTable([1, 6, 7, 12, 13], [1.0, 1.0, 1 + jump, 1 + jump, 99.0])
+    policy.costs = CostModel(FREE, verify)
+    policy._allowance = 0.0  # no probe
+    assert np.count_nonzero(policy.budget(round_start(memories(6)))) == rows
+
+
+def test_a_round_without_candidates_comes_now_and_then() -> None:
+    done = world([0.8] * 6, CHEAP, linear(1.0, 0.05)).run(500)
+    without = [i for i in range(500) if not any(done.drafted[i])]
+    assert 300 / IN_A_ROW - 1 <= len([i for i in without if i >= 200]) <= 300 / IN_A_ROW + 1
+
+
+def test_that_nothing_pays_is_not_computed_again_in_every_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done, asked = world([0.02] * 6, CHEAP, FLAT).run(500), [0]
+    original = Goodput._begin
+
+    def counting(self: Goodput, start: RoundStart) -> None:
+        asked[0] += 1
+        original(self, start)
+
+    monkeypatch.setattr(Goodput, "_begin", counting)
+    done.run(200)
+    assert asked[0] < 200 / REST + 10
+
+
 def test_a_jump_that_one_candidate_does_not_repay_is_taken_for_several() -> None:
     """A second token doubles the cost of a round, the next seven are free."""
     verify = CostTable([1, 2, 9, 10, 4096], [1.0, 2.0, 2.0, 9.0, 4096.0])
@@ -390,6 +445,7 @@ def test_every_round_refines_the_costs() -> None:
     real = CostModel(linear(0.1, 0.004), linear(0.3, 0.01))
     start = round_start(memories(6))
     for _ in range(200):
+        policy.budget(start)
         Goodput.observe(policy, outcome(start, [3] * 6, [1] * 6, costs=real))
     assert policy.costs is not None
     assert float(policy.costs.draft(6)) == pytest.approx(float(real.draft(6)), rel=0.05)
