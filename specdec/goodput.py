@@ -52,8 +52,9 @@ REST = 8
 TRUST_AGAIN = 0.999
 """Weight that is left of the correction after a round without candidates: it is looked at anew."""
 
-IN_A_ROW = 64
-"""Most rounds with candidates before one without, lest it is forgotten what such a round costs."""
+IN_A_ROW, CLOSE = 64, 0.2
+"""Most rounds with candidates before one without, lest it is forgotten what such a round costs; as
+long as speculation promises less speedup than this, so that there are two sides to compare."""
 
 PROBE_SHARE = 0.01
 """Share of time that is spent on trying speculation again where it has not paid."""
@@ -120,7 +121,7 @@ class Goodput(EstimatingPolicy):
             self._resting -= 1
             return budget
         speculating = [row for row, room in enumerate(start.room) if room > 0]
-        if not speculating or (self._in_a_row >= IN_A_ROW and all(start.decoding)):
+        if not speculating or (self._look_again and all(start.decoding)):
             return budget
         self._begin(start)
         self._free_trimming = start.free_trimming
@@ -151,6 +152,11 @@ class Goodput(EstimatingPolicy):
         for row in chosen:
             budget[row] = self.k_max
         return budget
+
+    @property
+    def _look_again(self) -> bool:
+        """Whether it is time for a round without candidates."""
+        return self._in_a_row >= IN_A_ROW and self._promised - self._missing < CLOSE
 
     def _catch_up(self, start: RoundStart, rows: Indices, first: Array) -> Array:
         """Seconds a round for what the draft lacks of the leading 1..n of some rows: float [n].
@@ -309,7 +315,7 @@ class Goodput(EstimatingPolicy):
         return self._furthers[fed, n]
 
     def _reason(self, row: int, drafted: int) -> str:
-        if self._in_a_row >= IN_A_ROW and not self._steps:
+        if self._look_again and not self._steps:
             return f"{IN_A_ROW} rounds had candidates; what one without them costs is to be seen"
         if not drafted:
             return f"no candidate repays its cost at {self._value:.0f} tokens/s"
