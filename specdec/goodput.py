@@ -10,6 +10,9 @@ place of the threshold (DESIGN.md §4). Each decision below is this difference f
 which rows to draft for, which to draft on for, which candidates to verify, and whether to speculate
 at all. Costs come from a `CostModel`, probabilities from an `Estimator`.
 
+What estimates leave out shows in results: by how much rounds with candidates have yielded less than
+they promised is taken off the next promise, and where too little is left nothing is drafted.
+
 What may be trimmed. In matching modes any candidate may be dropped, so the verified set is chosen
 when all are drawn. Under rejection sampling y_k may be dropped by what was known before it was
 drawn: after the draft step that made its distribution, by the estimate that does not know it.
