@@ -42,15 +42,8 @@ if TYPE_CHECKING:
 AHEAD = 8
 """Draft steps to look ahead: a staircase of costs may repay two candidates where one does not."""
 
-MARGIN = 0.02
-"""Speedup over a round without candidates that speculation must promise: where there is less to win
-there is as much to lose."""
-
 KEPT = 0.9988
 """Weight that is left of what promises lacked after one more row and round."""
-
-REST = 8
-"""Rounds for which it stands that no candidate is worth its cost."""
 
 TRUST_AGAIN = 0.999
 """Weight that is left of the correction after a round without candidates: it is looked at anew."""
@@ -102,7 +95,6 @@ class Goodput(EstimatingPolicy):
         # Time saved up for a probe, in rounds without speculation.
         self._allowance = PROBE_SAVINGS
         self._in_a_row = 0
-        self._resting = 0
         # Tokens a row and round that speculation promised lately beyond what it kept.
         self._promised, self._missing = 0.0, 0.0
         self._measured: list[tuple[CostTable, int, float]] = []
@@ -120,9 +112,6 @@ class Goodput(EstimatingPolicy):
         assert self.costs is not None, "prepare() comes before the first round"
         budget = [0] * len(start.rows)
         self._probing, self._steps = False, []
-        if self._resting:
-            self._resting -= 1
-            return budget
         speculating = [row for row, room in enumerate(start.room) if room > 0]
         if not speculating or (self._look_again and all(start.decoding)):
             return budget
@@ -146,12 +135,11 @@ class Goodput(EstimatingPolicy):
             first = first + self._catch_up(start, rows, first)
         worth, promised = self._worth(rows, self.typical[rows], first, self.k_max)
         self._promised = promised / len(rows)
-        if self._promised - self._missing > MARGIN:
+        if self._promised > self._missing:
             chosen = rows[:worth].tolist()
         else:
             chosen = self._probe(speculating, lacking)
             self._probing = True
-            self._resting = REST
         for row in chosen:
             budget[row] = self.k_max
         return budget

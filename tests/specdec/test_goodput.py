@@ -13,8 +13,8 @@ from test_stopping import Known
 from specdec.acceptance import Estimator, Signal, online_estimator
 from specdec.calibration import Array
 from specdec.costs import CostModel, CostTable
-from specdec.goodput import IN_A_ROW, MARGIN, PROBE_SHARE, REST, Goodput
-from specdec.stopping import RoundOutcome, RoundStart, RowMemory
+from specdec.goodput import IN_A_ROW, PROBE_SHARE, Goodput
+from specdec.stopping import RoundOutcome, RowMemory
 from tests.specdec.tiny_models import TinyPair
 from tests.specdec.workloads import (
     StatedGoodput,
@@ -390,17 +390,6 @@ def test_what_promises_leave_out_is_seen_in_what_they_yield() -> None:
     assert done.speculating(200) > 0.9
 
 
-@pytest.mark.parametrize(("promise", "rows"), [(MARGIN / 2, 0), (2 * MARGIN, 6)])
-def test_where_there_is_little_to_win_nothing_is_risked(promise: float, rows: int) -> None:
-    """One candidate for each of 6 rows is all that the jump behind 6 tokens allows."""
-    policy = policy_of(FREE, CostTable([1, 6], [1.0, 1.0]))
-    jump = policy.PRIOR_RATE - promise
-    verify = CostTable([1, 6, 7, 12, 13], [1.0, 1.0, 1 + jump, 1 + jump, 99.0])
-    policy.costs = CostModel(FREE, verify)
-    policy._allowance = 0.0  # no probe
-    assert np.count_nonzero(policy.budget(round_start(memories(6)))) == rows
-
-
 @pytest.mark.parametrize(("rate", "rounds"), [(0.25, 300 / IN_A_ROW), (0.9, 0)])
 def test_a_round_without_candidates_comes_now_and_then_where_it_is_close(
     rate: float, rounds: float
@@ -408,21 +397,6 @@ def test_a_round_without_candidates_comes_now_and_then_where_it_is_close(
     done = world([rate] * 6, CHEAP, linear(1.0, 0.01)).run(500)
     assert done.speculating(300) > 0.9
     assert sum(not any(each) for each in done.drafted[-300:]) == pytest.approx(rounds, abs=1)
-
-
-def test_that_nothing_pays_is_not_computed_again_in_every_round(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    done, asked = world([0.02] * 6, CHEAP, FLAT).run(500), [0]
-    original = Goodput._begin
-
-    def counting(self: Goodput, start: RoundStart) -> None:
-        asked[0] += 1
-        original(self, start)
-
-    monkeypatch.setattr(Goodput, "_begin", counting)
-    done.run(200)
-    assert asked[0] < 200 / REST + 10
 
 
 def test_a_jump_that_one_candidate_does_not_repay_is_taken_for_several() -> None:
