@@ -222,6 +222,7 @@ class Goodput(EstimatingPolicy):
         if any(outcome.drafted) and not self._probing:
             self._compare(outcome)
         if not all(outcome.start.decoding):
+            self._furthers = {}  # sizes with a prompt in them hardly come again, and would pile up
             return
         for tokens, seconds in outcome.draft_costs:
             self._measured.append((self.costs.draft, tokens, seconds))
