@@ -159,7 +159,7 @@ class RowHistory:
     judged: float = 0.0
     accepted: float = 0.0
 
-    def add(self, judged: int, accepted: int) -> None:
+    def add(self, judged: float, accepted: float) -> None:
         """Book a round."""
         self.judged = self.FORGET * self.judged + judged
         self.accepted = self.FORGET * self.accepted + accepted

@@ -52,7 +52,7 @@ IN_A_ROW, CLOSE = 64, 0.2
 """Most rounds with candidates before one without, lest it is forgotten what such a round costs; as
 long as speculation promises less speedup than this, so that there are two sides to compare."""
 
-PROBE_SHARE = 0.01
+PROBE_SHARE = 0.005
 """Share of time that is spent on trying speculation again where it has not paid."""
 
 PROBE_ROWS = 4
@@ -60,11 +60,17 @@ PROBE_ROWS = 4
 PROBE_SAVINGS = 10.0
 """Rounds' worth of time that may be saved up for a probe, and that the first one may take."""
 
+USUAL = 2
+"""Tokens of a row that a first draft step reads where the last candidates all stand, at most."""
+
 CATCH_UP_ROUNDS = 64
-"""Most rounds that share the cost of feeding the draft what it missed while it was not used."""
+"""Most rounds that share the cost of feeding the draft a prompt, or what it missed while unused."""
 
 TOGETHER = 16
 """Measurements that are collected before the cost tables learn from them."""
+
+SHARES = 16
+"""Steps in which the share of candidates that are submitted is known: costs are kept for each."""
 
 _STEPS = np.arange(1, AHEAD + 1)
 
@@ -95,11 +101,15 @@ class Goodput(EstimatingPolicy):
         # Time saved up for a probe, in rounds without speculation.
         self._allowance = PROBE_SAVINGS
         self._in_a_row = 0
+        # First candidates of rows: drawn, submitted; their expected tokens, and those submitted.
+        self._firsts = [8.0, 8.0, 4.0, 4.0]
+        # Seconds that this round owes for what the draft had to catch up with.
+        self._repaid = 0.0
         # Tokens a row and round that speculation promised lately beyond what it kept.
         self._promised, self._missing = 0.0, 0.0
         self._measured: list[tuple[CostTable, int, float]] = []
         # `_further` of the tables as they are, by its arguments.
-        self._furthers: dict[tuple[int, int], Array] = {}
+        self._furthers: dict[tuple[int, int, float], Array] = {}
 
     def prepare(self, target: PackedDecoder, draft: PackedDecoder, slots: int) -> None:
         if self.costs is None:
@@ -127,13 +137,15 @@ class Goodput(EstimatingPolicy):
         rate = self.typical[:, None]
         self._chains = (1 - rate**_STEPS) / (1 - rate)
 
-        rows = np.array(speculating)
-        rows = rows[np.argsort(-self.typical[rows], kind="stable")]
-        first = self.costs.draft.curve(1, len(rows))
         lacking = [start.draft_pending[row] for row in speculating]
-        if any(tokens != 1 for tokens in lacking):  # one token each is what a step reads anyway
-            first = first + self._catch_up(start, rows, first)
-        worth, promised = self._worth(rows, self.typical[rows], first, self.k_max)
+        rows = np.array(speculating)
+        owed = self._owed(start, rows, lacking)
+        order = np.argsort(self._value * owed - self.typical[rows], kind="stable")
+        rows, owed = rows[order], owed[order]
+        first = self.costs.draft.curve(1, len(rows)) + np.cumsum(owed)
+        share, mass = self._first_ones
+        value = mass * self.typical[rows]
+        worth, promised = self._worth(rows, value, first, self.k_max, share)
         self._promised = promised / len(rows)
         if self._promised > self._missing:
             chosen = rows[:worth].tolist()
@@ -142,6 +154,11 @@ class Goodput(EstimatingPolicy):
             self._probing = True
         for row in chosen:
             budget[row] = self.k_max
+        self._repaid = 0.0
+        for row, seconds in zip(rows.tolist(), owed.tolist(), strict=True):
+            if budget[row]:
+                start.rows[row].catch_up = seconds
+                self._repaid += seconds
         return budget
 
     @property
@@ -149,19 +166,21 @@ class Goodput(EstimatingPolicy):
         """Whether it is time for a round without candidates."""
         return self._in_a_row >= IN_A_ROW and self._promised - self._missing < CLOSE
 
-    def _catch_up(self, start: RoundStart, rows: Indices, first: Array) -> Array:
-        """Seconds a round for what the draft lacks of the leading 1..n of some rows: float [n].
+    def _owed(self, start: RoundStart, rows: Indices, lacking: Sequence[int]) -> Array:
+        """Seconds a round that each row owes for what its draft had to read of it: float [n].
 
-        It is read once, in the first of the rounds that a row has left.
+        It is read once, in the first of the rounds that a row has left, and all of them share the
+        cost. Else each new row would join those that have paid, and no row would earn its prompt.
         """
         assert self.costs is not None
-        lacking, room = np.array(start.draft_pending)[rows], np.array(start.room)[rows]
-        # A round commits about two tokens where speculation pays.
-        rounds = np.clip(room / 2, 1, CATCH_UP_ROUNDS)
-        together = np.cumsum(lacking)
-        extra = np.maximum(self.costs.draft(together) - first, 0)
-        share: Array = extra * np.cumsum(lacking / rounds) / np.maximum(together, 1)
-        return share
+        owed = np.array([start.rows[row].catch_up for row in rows.tolist()])
+        if max(lacking) <= USUAL:
+            return owed
+        reading = self.costs.draft(np.array(lacking)) - self.costs.draft(USUAL)
+        # Where it is a close call, a round has about one candidate for each row.
+        rounds = np.array(start.room)[rows] / (1 + self.typical[rows])
+        owed += np.maximum(reading, 0.0) / np.clip(rounds, 1, CATCH_UP_ROUNDS)
+        return owed
 
     def _probe(self, rows: Sequence[int], lacking: Sequence[int]) -> list[int]:
         """Which of the rows try speculation although it does not promise to pay: mostly none."""
@@ -195,10 +214,29 @@ class Goodput(EstimatingPolicy):
         return going
 
     def submit(self, drafted: Sequence[int]) -> Sequence[int]:
-        if not self._free_trimming:
-            return [int(k) for k in self._kept]
-        if self._probing:
-            return drafted
+        counts = self._choose(drafted) if self._free_trimming else self._kept.tolist()
+        self._book_trimming(counts)
+        return drafted if self._probing else counts
+
+    @property
+    def _first_ones(self) -> tuple[float, float]:
+        """What was submitted lately of rows' first candidates: their share, and of what they yield.
+
+        Those that are dropped are the unlikely ones, so that it is cheaper to speculate with a row
+        than all its candidates are, and yields hardly less.
+        """
+        drawn, kept, hoped, left = self._firsts
+        return round(kept / drawn * SHARES) / SHARES, left / hoped
+
+    def _book_trimming(self, counts: Sequence[int]) -> None:
+        first = self._steps[0]
+        after = first.after.tolist()
+        kept = [p for row, p in zip(first.rows.tolist(), after, strict=True) if counts[row]]
+        booked = (len(after), len(kept), sum(after), sum(kept))
+        self._firsts = [self.MEMORY * a + b for a, b in zip(self._firsts, booked, strict=True)]
+
+    def _choose(self, drafted: Sequence[int]) -> Sequence[int]:
+        """How many of each row's candidates are worth verifying, now that all are drawn."""
         # All candidates by survival: a prefix of this order holds a prefix of every row, since a
         # row's survival falls with every candidate. So one pass over all sizes is the whole search.
         rows = np.concatenate([step.rows for step in self._steps])
@@ -249,15 +287,17 @@ class Goodput(EstimatingPolicy):
     def _compare(self, outcome: RoundOutcome) -> None:
         """Take in by how much a round with candidates yielded less than it promised.
 
-        Whatever estimates leave out shows here, such as what all rows together pay for their
-        prompts' way through the draft: to each of them alone it is worth the price.
+        What the draft had to catch up with is not what this round took for it but what it owes.
         """
         assert self.costs is not None
-        start, verify = outcome.start, self.costs.verify
+        start, draft, verify = outcome.start, self.costs.draft, self.costs.verify
         tokens, seconds = outcome.verify_cost
         if not all(start.decoding):  # then most of it is prefill
             seconds = float(verify(tokens))
-        seconds += sum(spent for _, spent in outcome.draft_costs)
+        seconds += sum(spent for _, spent in outcome.draft_costs) + self._repaid
+        read, rows = outcome.draft_costs[0][0], sum(k > 0 for k in outcome.drafted)
+        if read > USUAL * rows:
+            seconds -= float(draft(read) - draft(USUAL * rows))
         extra = seconds - float(verify(start.target_tokens))
         kept = (sum(outcome.accepted) - self._value * extra) / sum(k > 0 for k in start.room)
         missing = min(max(self._promised - kept, -1.0), 1.0)  # a pause of the machine is neither
@@ -270,7 +310,9 @@ class Goodput(EstimatingPolicy):
         n, gain = self._worth(rows[order], value[order], first, left)
         return order[: n if gain > 0 else 0]
 
-    def _worth(self, rows: Indices, value: Array, first: Array, left: int) -> tuple[int, float]:
+    def _worth(
+        self, rows: Indices, value: Array, first: Array, left: int, share: float = 1.0
+    ) -> tuple[int, float]:
         """How many of the leading rows to take further, and what that yields beyond its cost.
 
         Considers every number j of rows and up to AHEAD steps: the first adds `value` expected
@@ -281,30 +323,35 @@ class Goodput(EstimatingPolicy):
             value: float [n], expected tokens of the next candidate of each row, falling.
             first: float [n], seconds that the first step takes for the leading 1..n rows.
             left: most candidates that the rows may still get.
+            share: how much of them will be submitted.
 
         Returns:
             The best number, at least 1, and the tokens that it gains; less than 0 if it loses.
         """
         tokens = np.cumsum(value[:, None] * self._chains[rows, :left], 0)
-        seconds = self._further(len(rows))[:, :left] + first[:, None]
+        seconds = self._further(len(rows), share)[:, :left] + first[:, None]
         gain = tokens - self._value * seconds
         most = int(gain.argmax())
         return most // gain.shape[1] + 1, float(gain.flat[most])
 
-    def _further(self, n: int) -> Array:
+    def _further(self, n: int, share: float) -> Array:
         """Seconds of 1..AHEAD more candidates of each of 1..n rows, less the first draft step.
+
+        Args:
+            share: how much of them will be submitted.
 
         Returns:
             float [n, AHEAD].
         """
         assert self.costs is not None
         fed = self._tokens_fed
-        if (fed, n) not in self._furthers:
+        if (fed, n, share) not in self._furthers:
             j = np.arange(1, n + 1)[:, None]
             verify = self.costs.verify.curve(fed, fed + n * AHEAD)
+            submitted = np.rint(share * j * _STEPS).astype(int)
             drafting = self.costs.draft.curve(1, n)[:, None] * (_STEPS - 1)
-            self._furthers[fed, n] = verify[j * _STEPS] - verify[0] + drafting
-        return self._furthers[fed, n]
+            self._furthers[fed, n, share] = verify[submitted] - verify[0] + drafting
+        return self._furthers[fed, n, share]
 
     def _reason(self, row: int, drafted: int) -> str:
         if self._look_again and not self._steps:

@@ -234,7 +234,7 @@ def _round(rows: Sequence[_Row], policy: StopPolicy, costs: CostModel, result: R
     """One round: what `Engine.step` does, without models."""
     start = RoundStart(
         rows=[row.memory for row in rows],
-        room=[min(max(row.trace.limit - row.at, 0), row.trace.most) for row in rows],
+        room=[max(row.trace.limit - row.at, 0) for row in rows],
         decoding=[True] * len(rows),
         contexts=[row.trace.prompt_tokens + row.at for row in rows],
         draft_pending=[row.pending for row in rows],
@@ -268,7 +268,8 @@ def _draft(
 ) -> tuple[list[int], list[tuple[int, float]]]:
     """How many candidates each row gets, and packed tokens and seconds of each draft step."""
     wanted = policy.budget(start)
-    budget = [min(k, room) for k, room in zip(wanted, start.room, strict=True)]
+    most = [min(room, row.trace.most) for room, row in zip(start.room, rows, strict=True)]
+    budget = [min(k, m) for k, m in zip(wanted, most, strict=True)]
     drafted = [0] * len(rows)
     spent: list[tuple[int, float]] = []
     active = [i for i, k in enumerate(budget) if k > 0]

@@ -39,12 +39,15 @@ class RowMemory:
 
     Attributes:
         k: the current candidate length of policies that adapt it; 0 before the row's first round.
+        catch_up: seconds that each of its rounds owes for what the draft had to read of it, the
+            prompt mostly, before it could propose.
         history: how often its candidates were accepted lately.
         judged: of each judged candidate the row's context length, the predicted acceptance and
             whether it stands.
     """
 
     k: int = 0
+    catch_up: float = 0.0
     history: RowHistory = field(default_factory=RowHistory)
     judged: list[tuple[int, float, bool]] = field(default_factory=list)
 
@@ -305,8 +308,10 @@ class EstimatingPolicy(StopPolicy):
         # Up to a row's first rejected candidate all were judged; what comes after it was not.
         each = zip(outcome.accepted, outcome.submitted, strict=True)
         judged = [min(accepted + 1, submitted) for accepted, submitted in each]
-        if not any(judged):
-            return
+        # A candidate that was not submitted, behind accepted ones, counts as what it was taken for:
+        # those left out are the unlikely ones, and without them a row's rate would be too high.
+        left_out = [0] * len(judged)
+        hoped = [0.0] * len(judged)
         # In plain Python: an array operation takes longer after a forward than all of this.
         known, rows, stood, at = [], [], [], 0
         for depth, step in enumerate(steps):
@@ -317,15 +322,19 @@ class EstimatingPolicy(StopPolicy):
                     known.append(at)
                     rows.append(row)
                     stood.append(stands)
+                elif depth == outcome.submitted[row] == outcome.accepted[row]:
+                    left_out[row], hoped[row] = 1, predicted
                 at += 1
-        for memory, n, accepted in zip(start.rows, judged, outcome.accepted, strict=True):
-            if n:
-                memory.history.add(n, accepted)
-        signals = np.concatenate([step.signals for step in steps])[known]
-        self.estimator.learn(signals, self.typical[rows], np.array(stood))
-        kept = self.FORGET ** len(rows)
-        self._judged = self._judged * kept + len(rows)
-        self._accepted = self._accepted * kept + sum(stood)
+        for i, memory in enumerate(start.rows):
+            if judged[i] or left_out[i]:
+                memory.history.add(judged[i] + left_out[i], outcome.accepted[i] + hoped[i])
+        reached = sum(judged) + sum(left_out)
+        kept = self.FORGET**reached
+        self._judged = self._judged * kept + reached
+        self._accepted = self._accepted * kept + sum(stood) + sum(hoped)
+        if known:
+            signals = np.concatenate([step.signals for step in steps])[known]
+            self.estimator.learn(signals, self.typical[rows], np.array(stood))
 
     def explain(self, row: int) -> Explanation:
         predicted = tuple(

@@ -120,7 +120,7 @@ def test_a_control_round_commits_one_token_a_row_and_never_drafts(
     assert engine.stats.seconds["control"] > 0
     meter = engine.stats.speedup
     assert sum(each.k for each in meter.control.values()) == sum(c["rows"] for c in controls)
-    assert set(meter.control) <= set(meter.speculative)
+    assert set(meter.control) & set(meter.speculative)  # something to compare them with
 
 
 def test_one_round_of_each_block_that_could_speculate_is_a_control_round(pair: TinyPair) -> None:

@@ -417,6 +417,50 @@ def test_feeding_the_draft_what_it_missed_is_an_investment() -> None:
         assert np.count_nonzero(budget) == rows
 
 
+@pytest.mark.parametrize(("owed", "speculating"), [(0.0, 6), (0.03, 0)])
+def test_rows_whose_prompts_were_read_still_owe_for_it(owed: float, speculating: int) -> None:
+    """One row more is worth its prompt, if others speculate anyway; all six are not.
+
+    All six gain what 0.6 seconds yield without candidates, at the price of 0.5, so that each may
+    owe 0.017 a round. The sixth row's prompt takes two seconds, for the 62 rounds it has left.
+    """
+    verify = CostTable([1, 6, 7, 4096], [1.0, 1.0, 1.5, 1.5])
+    draft = CostTable([1, 6, 100], [0.001, 0.001, 2.0])
+    policy = policy_of(draft, verify, k_max=1)
+    policy._allowance = 0.0
+    start = round_start([*(RowMemory(catch_up=owed) for _ in range(5)), RowMemory()])
+    start = replace(start, draft_pending=[1] * 5 + [100])
+    assert np.count_nonzero(policy.budget(start)) == speculating
+
+
+def test_dropping_hopeless_candidates_makes_speculation_cheaper_not_its_rate_higher() -> None:
+    """Half of the candidates are hopeless, and known to be once they are drawn.
+
+    A row's next candidate is accepted with 0.46 then, less than the 0.55 tokens that it costs to
+    verify one. Only the others are verified, at half the price, and are nearly all there is to win.
+    """
+    policy = policy_of(linear(0.01, 0.0), linear(1.0, 0.2), k_max=1)
+    rows, random, speculating = memories(6), np.random.default_rng(0), 0
+    for _ in range(300):
+        start = round_start(rows)
+        drawn = [min(k, 1) for k in policy.budget(start)]
+        active = np.flatnonzero(drawn)
+        submitted, stands = drawn, np.zeros(6, dtype=bool)
+        if len(active):
+            hopes = random.choice([0.02, 0.9], 6)
+            policy.go_on(draft_step(active.tolist(), 1, {Signal.HEAD_AFTER: hopes[active]}))
+            submitted = policy.submit(drawn)
+            stands = (random.random(6) < hopes) & np.array(submitted, dtype=bool)
+            speculating += 1
+            assert [row for row in active if submitted[row]] == [
+                r for r in active if hopes[r] > 0.5
+            ]
+        policy.observe(outcome(start, drawn, stands.astype(int).tolist(), submitted))
+    assert speculating > 250
+    rates = [row.history.accepted / row.history.judged for row in rows]
+    assert float(np.mean(rates)) == pytest.approx(0.46, abs=0.1)
+
+
 def test_every_round_refines_the_costs() -> None:
     policy = policy_of(linear(0.05, 0.001), linear(1.0, 0.01))
     real = CostModel(linear(0.1, 0.004), linear(0.3, 0.01))
