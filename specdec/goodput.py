@@ -58,7 +58,7 @@ PROBE_SHARE = 0.005
 PROBE_ROWS = 4
 
 PROBE_SAVINGS = 10.0
-"""Rounds' worth of time that may be saved up for a probe, and that the first one may take."""
+"""Rounds' worth of time that may be saved up for probes, and that the first ones may take."""
 
 USUAL = 2
 """Tokens of a row that a first draft step reads where the last candidates all stand, at most."""
@@ -98,10 +98,10 @@ class Goodput(EstimatingPolicy):
         self.costs, self.k_max = costs, k_max
         # Tokens per row and seconds, both relative to a round without speculation.
         self._tokens, self._seconds = 5.0, 5.0
-        # Time saved up for a probe, in rounds without speculation.
+        # Time saved up for probes, in rounds without speculation.
         self._allowance = PROBE_SAVINGS
         self._in_a_row = 0
-        # First candidates of rows: drawn, submitted; their expected tokens, and those submitted.
+        # First candidates of rows lately: all and those worth verifying; expected tokens of both.
         self._firsts = [8.0, 8.0, 4.0, 4.0]
         # Seconds that this round owes for what the draft had to catch up with.
         self._repaid = 0.0
@@ -126,25 +126,14 @@ class Goodput(EstimatingPolicy):
         if not speculating or (self._look_again and all(start.decoding)):
             return budget
         self._begin(start)
-        self._free_trimming = start.free_trimming
-        self._kept = np.zeros(len(start.rows), dtype=np.int64)
-        self._tokens_bare = self._tokens_fed = start.target_tokens
-        # What a second is worth: the tokens that it yields as this pair has been doing of late.
-        plain = len(speculating) / float(self.costs.verify(len(speculating)))
-        self._value = plain * max(1.0, self._tokens / self._seconds)
-        # Of each row, how many candidates a chain of 1, 2, ... AHEAD ones yields, if the first is
-        # worth one: 1 + rate + rate^2 + ...
-        rate = self.typical[:, None]
-        self._chains = (1 - rate**_STEPS) / (1 - rate)
-
         lacking = [start.draft_pending[row] for row in speculating]
         rows = np.array(speculating)
         owed = self._owed(start, rows, lacking)
         order = np.argsort(self._value * owed - self.typical[rows], kind="stable")
         rows, owed = rows[order], owed[order]
         first = self.costs.draft.curve(1, len(rows)) + np.cumsum(owed)
-        share, mass = self._first_ones
-        value = mass * self.typical[rows]
+        share, yielding = self._first_ones
+        value = yielding * self.typical[rows]
         worth, promised = self._worth(rows, value, first, self.k_max, share)
         self._promised = promised / len(rows)
         if self._promised > self._missing:
@@ -160,6 +149,21 @@ class Goodput(EstimatingPolicy):
                 start.rows[row].catch_up = seconds
                 self._repaid += seconds
         return budget
+
+    def _begin(self, start: RoundStart) -> None:
+        super()._begin(start)
+        assert self.costs is not None
+        self._free_trimming = start.free_trimming
+        self._kept = np.zeros(len(start.rows), dtype=np.int64)
+        self._tokens_bare = self._tokens_fed = start.target_tokens
+        # What a second is worth: the tokens that it yields as this pair has been doing of late.
+        rows = sum(room > 0 for room in start.room)
+        plain = rows / float(self.costs.verify(rows))
+        self._value = plain * max(1.0, self._tokens / self._seconds)
+        # Of each row, how many candidates a chain of 1, 2, ... AHEAD ones yields, if the first is
+        # worth one: 1 + rate + rate^2 + ...
+        rate = self.typical[:, None]
+        self._chains = (1 - rate**_STEPS) / (1 - rate)
 
     @property
     def _look_again(self) -> bool:
@@ -189,9 +193,10 @@ class Goodput(EstimatingPolicy):
         bare, verify = self._tokens_bare, self.costs.verify
         cost = float(self.costs.draft(sum(lacking[i] for i in cheapest)))
         cost += float(verify(bare + len(cheapest)) - verify(bare))
-        if self._allowance * float(verify(bare)) < cost:
+        cost /= float(verify(bare))
+        if self._allowance < cost:
             return []
-        self._allowance = 0.0
+        self._allowance -= cost
         return [rows[i] for i in cheapest]
 
     def go_on(self, step: DraftStep) -> Flags:
@@ -216,19 +221,20 @@ class Goodput(EstimatingPolicy):
     def submit(self, drafted: Sequence[int]) -> Sequence[int]:
         counts = self._choose(drafted) if self._free_trimming else self._kept.tolist()
         self._book_trimming(counts)
-        return drafted if self._probing else counts
+        return drafted if self._free_trimming and self._probing else counts
 
     @property
     def _first_ones(self) -> tuple[float, float]:
-        """What was submitted lately of rows' first candidates: their share, and of what they yield.
+        """How much of rows' first candidates was worth verifying lately, and of what they yield.
 
-        Those that are dropped are the unlikely ones, so that it is cheaper to speculate with a row
-        than all its candidates are, and yields hardly less.
+        Those that are dropped are the unlikely ones: a row takes less of the verification than its
+        candidates would, and yields hardly less than they do.
         """
         drawn, kept, hoped, left = self._firsts
         return round(kept / drawn * SHARES) / SHARES, left / hoped
 
     def _book_trimming(self, counts: Sequence[int]) -> None:
+        """Take in which first candidates were worth verifying, by each row's count of them."""
         first = self._steps[0]
         after = first.after.tolist()
         kept = [p for row, p in zip(first.rows.tolist(), after, strict=True) if counts[row]]
