@@ -21,6 +21,7 @@ drawn: after the draft step that made its distribution, by the estimate that doe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +35,7 @@ from specdec.stopping import (
     Indices,
     RoundOutcome,
     RoundStart,
+    RowMemory,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +61,9 @@ PROBE_ROWS = 4
 
 PROBE_SAVINGS = 10.0
 """Rounds' worth of time that may be saved up for probes, and that the first ones may take."""
+
+REST = 7
+"""Rounds for which a decision against speculation stands, as long as the rows are the same."""
 
 USUAL = 2
 """Tokens of a row that a first draft step reads where the last candidates all stand, at most."""
@@ -101,6 +106,9 @@ class Goodput(EstimatingPolicy):
         # Time saved up for probes, in rounds without speculation.
         self._allowance = PROBE_SAVINGS
         self._in_a_row = 0
+        # Rows that were found not worth it, and for how many rounds this stands.
+        self._rested: Sequence[RowMemory] = []
+        self._resting = 0
         # First candidates of rows lately: all and those worth verifying; expected tokens of both.
         self._firsts = [8.0, 8.0, 4.0, 4.0]
         # Seconds that this round owes for what the draft had to catch up with.
@@ -123,7 +131,7 @@ class Goodput(EstimatingPolicy):
         budget = [0] * len(start.rows)
         self._probing, self._steps = False, []
         speculating = [row for row, room in enumerate(start.room) if room > 0]
-        if not speculating or (self._look_again and all(start.decoding)):
+        if not speculating or self._stands(start):
             return budget
         self._begin(start)
         lacking = [start.draft_pending[row] for row in speculating]
@@ -141,6 +149,8 @@ class Goodput(EstimatingPolicy):
         else:
             chosen = self._probe(speculating, lacking)
             self._probing = True
+            final = not chosen and all(start.decoding)
+            self._rested, self._resting = start.rows, REST if final else 0
         for row in chosen:
             budget[row] = self.k_max
         self._repaid = 0.0
@@ -165,6 +175,15 @@ class Goodput(EstimatingPolicy):
         rate = self.typical[:, None]
         self._chains = (1 - rate**_STEPS) / (1 - rate)
 
+    def _stands(self, start: RoundStart) -> bool:
+        """Whether this round is one without candidates, and nothing needs to be computed for it."""
+        if self._look_again and all(start.decoding):
+            return True
+        # Nothing that was promised too little for these rows grows while they go on without.
+        self._resting -= 1
+        same = len(start.rows) == len(self._rested) and all(map(is_, start.rows, self._rested))
+        return same and self._resting >= 0 and all(start.decoding)
+
     @property
     def _look_again(self) -> bool:
         """Whether it is time for a round without candidates."""
@@ -180,10 +199,12 @@ class Goodput(EstimatingPolicy):
         owed = np.array([start.rows[row].catch_up for row in rows.tolist()])
         if max(lacking) <= USUAL:
             return owed
-        reading = self.costs.draft(np.array(lacking)) - self.costs.draft(USUAL)
+        # All that lack something are taken to read it at once: those that came together do.
+        total, draft = sum(lacking), self.costs.draft
+        a_token = max(float(draft(total) - draft(USUAL * len(rows))), 0.0) / total
         # Where it is a close call, a round has about one candidate for each row.
         rounds = np.array(start.room)[rows] / (1 + self.typical[rows])
-        owed += np.maximum(reading, 0.0) / np.clip(rounds, 1, CATCH_UP_ROUNDS)
+        owed += a_token * np.array(lacking) / np.clip(rounds, 1, CATCH_UP_ROUNDS)
         return owed
 
     def _probe(self, rows: Sequence[int], lacking: Sequence[int]) -> list[int]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from test_stopping import Known
 from specdec.acceptance import Estimator, Signal, online_estimator
 from specdec.calibration import Array
 from specdec.costs import CostModel, CostTable
-from specdec.goodput import IN_A_ROW, PROBE_SHARE, Goodput
+from specdec.goodput import IN_A_ROW, PROBE_SHARE, REST, Goodput
 from specdec.stopping import RoundOutcome, RowMemory
 from tests.specdec.tiny_models import TinyPair
 from tests.specdec.workloads import (
@@ -405,6 +406,27 @@ def test_a_jump_that_one_candidate_does_not_repay_is_taken_for_several() -> None
     done = world([0.9], CHEAP, verify).run(300)
     assert done.speculating(200) > 0.9
     assert done.goodput(200) > 0.9 * best_fixed(0.9, 1, CHEAP, verify)
+
+
+def test_a_decision_against_speculation_stands_while_rows_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy, asked = policy_of(DEAR, STEEP), [0]
+    policy._allowance = 0.0
+    original = policy._worth
+
+    def counting(*arguments: Any) -> tuple[int, float]:
+        asked[0] += 1
+        return original(*arguments)
+
+    monkeypatch.setattr(policy, "_worth", counting)
+    rows = memories(4)
+    for _ in range(2 * (REST + 1)):
+        assert policy.budget(round_start(rows)) == [0] * 4
+    assert asked == [2]
+    policy.budget(round_start(rows))
+    policy.budget(round_start([*rows[1:], RowMemory()]))
+    assert asked == [4]
 
 
 def test_feeding_the_draft_what_it_missed_is_an_investment() -> None:
