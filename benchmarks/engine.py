@@ -111,6 +111,16 @@ def greedy_requests(
     ]
 
 
+def ragged_requests(prompts: Sequence[tuple[int, ...]], tokens: int) -> list[Request]:
+    """As `greedy_requests`, each of a length between a half and one and a half of `tokens`.
+
+    Rows of one length all end at once where nothing speculates, and one after the other where it
+    does, with their prompts read for tokens that a race does not wait for.
+    """
+    lengths = np.random.default_rng(0).integers(tokens // 2, tokens + tokens // 2 + 1, len(prompts))
+    return greedy_requests(prompts, lengths.tolist())
+
+
 def race(
     pair: ModelPair, policies: dict[str, StopPolicy], slots: int, requests: Sequence[Request]
 ) -> tuple[dict[str, float], dict[str, Engine]]:
@@ -228,7 +238,7 @@ def policies(
     target: Target = TARGET,
     draft: Draft = DRAFT,
     prompts: Prompts = PROMPTS,
-    tokens: Tokens = 48,
+    tokens: Annotated[int, typer.Option(help="new tokens per prompt, on average")] = 48,
     batches: Batches = "1,2,4,8,16",
     precisions: Annotated[str, typer.Option(help="fp32, int8wo, int8; +det")] = "fp32,int8",
     lengths: Annotated[str, typer.Option(help="candidates of fixed")] = "1,2,3,4,6,8",
@@ -254,7 +264,7 @@ def policies(
         pair = load(target, draft, precision)
         trained = load_head(head, pair) if head else None
         for batch in map(int, batches.split(",")):
-            requests = greedy_requests(read_prompts(pair, prompts, max(4, batch * rounds)), tokens)
+            requests = ragged_requests(read_prompts(pair, prompts, max(4, batch * rounds)), tokens)
             instances = {
                 name: make_policy(name.split()[0], k=int(name.split()[-1]), k_max=16)
                 if name.startswith("fixed")
