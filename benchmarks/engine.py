@@ -111,14 +111,15 @@ def greedy_requests(
     ]
 
 
-def ragged_requests(prompts: Sequence[tuple[int, ...]], tokens: int) -> list[Request]:
-    """As `greedy_requests`, each of a length between a half and one and a half of `tokens`.
+def ragged_lengths(rows: int, tokens: int) -> list[int]:
+    """A length for each row, between a half and one and a half of `tokens`.
 
     Rows of one length all end at once where nothing speculates, and one after the other where it
     does, with their prompts read for tokens that a race does not wait for.
     """
-    lengths = np.random.default_rng(0).integers(tokens // 2, tokens + tokens // 2 + 1, len(prompts))
-    return greedy_requests(prompts, lengths.tolist())
+    generator = np.random.default_rng(0)
+    lengths: list[int] = generator.integers(tokens // 2, tokens + tokens // 2 + 1, rows).tolist()
+    return lengths
 
 
 def race(
@@ -264,7 +265,8 @@ def policies(
         pair = load(target, draft, precision)
         trained = load_head(head, pair) if head else None
         for batch in map(int, batches.split(",")):
-            requests = ragged_requests(read_prompts(pair, prompts, max(4, batch * rounds)), tokens)
+            ids = read_prompts(pair, prompts, max(4, batch * rounds))
+            requests = greedy_requests(ids, ragged_lengths(len(ids), tokens))
             instances = {
                 name: make_policy(name.split()[0], k=int(name.split()[-1]), k_max=16)
                 if name.startswith("fixed")

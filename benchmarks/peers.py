@@ -29,9 +29,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import typer
+from engine import ragged_lengths
 from rich.console import Console
 from rich.table import Table
 from sides import Side, command
@@ -207,10 +207,10 @@ def main(
         for name, side in sides.items()
         if (vllm or side.side != "vllm") and (not words or any(word in name for word in words))
     }
-    lengths = np.random.default_rng(0).integers(tokens // 2, tokens + tokens // 2 + 1, rows)
+    lengths = ragged_lengths(rows, tokens)
     load = {
         "prompts": read_prompts(target_folder, prompts, rows),
-        "lengths": lengths.tolist(),
+        "lengths": lengths,
         "temperature": temperature,
     }
     taken: dict[str, list[float]] = {}
@@ -242,7 +242,7 @@ def main(
     ours = [name for name in taken if name.startswith("specbatch")]
     best = min(ours, key=lambda name: statistics.median(taken[name]))
     table = Table("side", "tokens/s", f"{best} is faster by", "rows equal to it")
-    total = int(lengths.sum())
+    total = sum(lengths)
     for name, seconds in taken.items():
         rate = statistics.median(total / each for each in seconds)
         ratios = [theirs / own for theirs, own in zip(seconds, taken[best], strict=True)]

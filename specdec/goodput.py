@@ -111,8 +111,6 @@ class Goodput(EstimatingPolicy):
         self._resting = 0
         # First candidates of rows lately: all and those worth verifying; expected tokens of both.
         self._firsts = [8.0, 8.0, 4.0, 4.0]
-        # Seconds that this round owes for what the draft had to catch up with.
-        self._repaid = 0.0
         # Tokens a row and round that speculation promised lately beyond what it kept.
         self._promised, self._missing = 0.0, 0.0
         self._measured: list[tuple[CostTable, int, float]] = []
@@ -153,11 +151,9 @@ class Goodput(EstimatingPolicy):
             self._rested, self._resting = start.rows, REST if final else 0
         for row in chosen:
             budget[row] = self.k_max
-        self._repaid = 0.0
         for row, seconds in zip(rows.tolist(), owed.tolist(), strict=True):
             if budget[row]:
                 start.rows[row].catch_up = seconds
-                self._repaid += seconds
         return budget
 
     def _begin(self, start: RoundStart) -> None:
@@ -176,7 +172,10 @@ class Goodput(EstimatingPolicy):
         self._chains = (1 - rate**_STEPS) / (1 - rate)
 
     def _stands(self, start: RoundStart) -> bool:
-        """Whether this round is one without candidates, and nothing needs to be computed for it."""
+        """Whether this round is one without candidates, and nothing needs to be computed for it.
+
+        Asked once a round: it counts the rounds for which a decision stands.
+        """
         if self._look_again and all(start.decoding):
             return True
         # Nothing that was promised too little for these rows grows while they go on without.
@@ -321,10 +320,12 @@ class Goodput(EstimatingPolicy):
         tokens, seconds = outcome.verify_cost
         if not all(start.decoding):  # then most of it is prefill
             seconds = float(verify(tokens))
-        seconds += sum(spent for _, spent in outcome.draft_costs) + self._repaid
-        read, rows = outcome.draft_costs[0][0], sum(k > 0 for k in outcome.drafted)
-        if read > USUAL * rows:
-            seconds -= float(draft(read) - draft(USUAL * rows))
+        seconds += sum(spent for _, spent in outcome.draft_costs)
+        owed = [row.catch_up for row, k in zip(start.rows, outcome.drafted, strict=True) if k]
+        read, usual = outcome.draft_costs[0][0], USUAL * len(owed)
+        if read > usual:
+            seconds -= float(draft(read) - draft(usual))
+        seconds += sum(owed)
         extra = seconds - float(verify(start.target_tokens))
         kept = (sum(outcome.accepted) - self._value * extra) / sum(k > 0 for k in start.room)
         missing = min(max(self._promised - kept, -1.0), 1.0)  # a pause of the machine is neither

@@ -268,8 +268,8 @@ def _draft(
 ) -> tuple[list[int], list[tuple[int, float]]]:
     """How many candidates each row gets, and packed tokens and seconds of each draft step."""
     wanted = policy.budget(start)
-    most = [min(room, row.trace.most) for room, row in zip(start.room, rows, strict=True)]
-    budget = [min(k, m) for k, m in zip(wanted, most, strict=True)]
+    limits = zip(wanted, start.room, rows, strict=True)
+    budget = [min(k, room, row.trace.most) for k, room, row in limits]
     drafted = [0] * len(rows)
     spent: list[tuple[int, float]] = []
     active = [i for i, k in enumerate(budget) if k > 0]

@@ -309,9 +309,8 @@ class EstimatingPolicy(StopPolicy):
         each = zip(outcome.accepted, outcome.submitted, strict=True)
         judged = [min(accepted + 1, submitted) for accepted, submitted in each]
         # A candidate that was not submitted, behind accepted ones, counts as what it was taken for:
-        # those left out are the unlikely ones, and without them a row's rate would be too high.
-        left_out = [0] * len(judged)
-        hoped = [0.0] * len(judged)
+        # those dropped are the unlikely ones, and without them a row's rate would be too high.
+        dropped: dict[int, float] = {}
         # In plain Python: an array operation takes longer after a forward than all of this.
         known, rows, stood, at = [], [], [], 0
         for depth, step in enumerate(steps):
@@ -323,15 +322,16 @@ class EstimatingPolicy(StopPolicy):
                     rows.append(row)
                     stood.append(stands)
                 elif depth == outcome.submitted[row] == outcome.accepted[row]:
-                    left_out[row], hoped[row] = 1, predicted
+                    dropped[row] = predicted
                 at += 1
         for i, memory in enumerate(start.rows):
-            if judged[i] or left_out[i]:
-                memory.history.add(judged[i] + left_out[i], outcome.accepted[i] + hoped[i])
-        reached = sum(judged) + sum(left_out)
+            if judged[i] or i in dropped:
+                accepted = outcome.accepted[i] + dropped.get(i, 0.0)
+                memory.history.add(judged[i] + (i in dropped), accepted)
+        reached = sum(judged) + len(dropped)
         kept = self.FORGET**reached
         self._judged = self._judged * kept + reached
-        self._accepted = self._accepted * kept + sum(stood) + sum(hoped)
+        self._accepted = self._accepted * kept + sum(stood) + sum(dropped.values())
         if known:
             signals = np.concatenate([step.signals for step in steps])[known]
             self.estimator.learn(signals, self.typical[rows], np.array(stood))
