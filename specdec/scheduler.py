@@ -19,6 +19,10 @@ from specdec.stopping import RowMemory
 LEAST_SHARED = 32
 """Fewer tokens in common than this are not worth a forward of their own."""
 
+OWN = 2
+"""Last tokens of a row that it never takes over. Its first round then feeds a prompt's end and
+yields one token, as it does without sharing: what is drawn does not depend on who is there."""
+
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences have in common from their beginning."""
@@ -135,23 +139,28 @@ class Scheduler:
         row, length = self._held[slot], cache.lengths[slot]
         if row is None:
             return
-        held = [
-            (min(self.common(cache, row, other), cache.lengths[source]), source)
-            for source, other in enumerate(self._held)
-            if other is not None and other is not row
-        ]
-        most, source = max(held, default=(0, slot))
-        if most - length >= self.least_shared:
-            cache.fork(source, [slot], [most])
-            self._count(cache, most - length)
+        best, enough = slot, length + self.least_shared
+        if enough > len(row.tokens) - OWN:
+            return
+        for source, other in enumerate(self._held):
+            # Most of many slots hold too little or begin otherwise; that is quick to see.
+            if other is None or other is row or cache.lengths[source] < enough:
+                continue
+            if other.tokens[:enough] != row.tokens[:enough]:
+                continue
+            most = min(self.common(cache, row, other), cache.lengths[source])
+            if most >= enough:
+                best, enough = source, most + 1
+        if best != slot:
+            cache.fork(best, [slot], [enough - 1])
+            self._count(cache, enough - 1 - length)
 
     def common(self, cache: SlotCache, row: LiveRow, other: LiveRow) -> int:
         """How many tokens two rows may share in a cache.
 
-        The last two of a row are always left to it. Its first round then feeds a prompt's end and
-        yields one token, as it does without sharing: what is drawn does not depend on who is there.
+        Its last ones are left to each row (`OWN`).
         """
-        most = min(len(row.tokens), len(other.tokens)) - 2
+        most = min(len(row.tokens), len(other.tokens)) - OWN
         n = max(0, min(common_prefix(row.tokens, other.tokens), most))
         if self.grain == 1 or cache is not self.caches[0]:
             return n
