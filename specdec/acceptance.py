@@ -26,6 +26,7 @@ from scipy.special import expit
 from torch import Tensor, nn
 
 from specdec.calibration import Array, Calibration, Flags
+from specdec.kernels import kernels_for
 
 
 class Signal(IntEnum):
@@ -116,30 +117,31 @@ def read_signals(
 
     Args:
         logits: [n, V], raw; tokens: int64 [n]; hidden: [n, width], the states behind the logits.
-        wanted: the columns to compute; the others are 0.
-        head: needed for its own columns.
+        wanted, head: the head's columns are 0 unless they are wanted, and there is one.
 
     Returns:
         float32 [n, len(Signal)] on the device.
     """
+    signals = torch.zeros(len(tokens), len(Signal), device=logits.device)
+    of_tokens = signals[:, : len(_TOKEN_SIGNALS)]
+    kernels = kernels_for(logits.dtype, logits.device)
+    if kernels is not None and logits.is_contiguous():
+        kernels.token_signals(logits, tokens, signals)
+    else:
+        _token_signals(logits, tokens, of_tokens)
     if head is not None and wanted & HEAD_SIGNALS:
-        wanted = wanted | set(_TOKEN_SIGNALS)
-    # As few operators as there can be: after a forward each takes longer to begin than to run.
+        signals[:, len(_TOKEN_SIGNALS) :] = head.debiased(hidden.float(), of_tokens)
+    return signals
+
+
+def _token_signals(logits: Tensor, tokens: Tensor, out: Tensor) -> None:
+    """`Kernels.token_signals` by torch's operators."""
+    # As few as there can be: after a forward each takes longer to begin than to run.
     log_q = torch.log_softmax(logits.float(), -1)
-    columns = dict.fromkeys(Signal, log_q.new_zeros(len(tokens)))
-    if Signal.LOG_Q in wanted:
-        columns[Signal.LOG_Q] = log_q.gather(1, tokens[:, None])[:, 0].clamp_(min=LEAST_LOG)
-    if Signal.LOG_TOP in wanted:
-        columns[Signal.LOG_TOP] = log_q.amax(-1)
-    if Signal.ENTROPY in wanted:
-        probs = log_q.exp()
-        log_q.clamp_(min=LEAST_LOG)  # 0 * -inf is no number
-        columns[Signal.ENTROPY] = torch.linalg.vecdot(probs, log_q).neg_().clamp_(min=0)
-    if head is not None and wanted & HEAD_SIGNALS:
-        token_signals = torch.stack([columns[signal] for signal in _TOKEN_SIGNALS], 1)
-        judged = head.debiased(hidden.float(), token_signals)
-        columns[Signal.HEAD_BEFORE], columns[Signal.HEAD_AFTER] = judged[:, 0], judged[:, 1]
-    return torch.stack(list(columns.values()), 1)
+    of_token, top, probs = log_q.gather(1, tokens[:, None])[:, 0], log_q.amax(-1), log_q.exp()
+    log_q.clamp_(min=LEAST_LOG)  # 0 * -inf is no number
+    entropy = torch.linalg.vecdot(probs, log_q).neg_().clamp_(min=0)
+    torch.stack([of_token.clamp_(min=LEAST_LOG), top, entropy], 1, out=out)
 
 
 # ------------------------------------------------------------------- estimators

@@ -17,6 +17,7 @@ import torch
 
 from specdec.calibration import Array
 from specdec.packed import PackedDecoder
+from specdec.sampling import greedy_choice
 
 DRIFT = 0.1
 """Share of an observation's error that the whole table takes.
@@ -41,8 +42,8 @@ CONTEXT = 192
 PROMPT = 256
 """Tokens that the draft is profiled up to: one it has not followed must read the row's prompt."""
 
-REPEATS, LEAST_POINTS = 3, 4
-"""Timings of each number of tokens if there is time, and numbers tried even if there is none."""
+REPEATS, LEAST_POINTS = 5, 4
+"""Timings of each usual number of tokens if there is time; numbers tried even if there is none."""
 
 BEYOND = 1.25
 """A measurement at more than so many times the tokens of a table makes the table longer."""
@@ -146,7 +147,7 @@ class CostModel:
 
     @classmethod
     def profile(
-        cls, target: PackedDecoder, draft: PackedDecoder, slots: int, seconds: float = 3.0
+        cls, target: PackedDecoder, draft: PackedDecoder, slots: int, seconds: float = 4.0
     ) -> CostModel:
         """Time forwards of both models on made-up rows.
 
@@ -168,22 +169,18 @@ class CostModel:
 def _profile(decoder: PackedDecoder, slots: int, most: int, budget: float) -> CostTable:
     cache = decoder.new_cache(slots, CONTEXT + max(most // slots + 1, 16))
     ladder = list(_ladder(most))
-    # What most rounds will have comes first: where forwards are slow, large ones take all the time.
-    usual = sum(tokens <= 2 * slots for tokens in ladder)
-    order = [*_coarse_to_fine(usual), *range(usual, len(ladder))]
-    table: dict[int, float] = {}
+    # What most rounds will have comes first, in turns: what else the machine does slows all alike.
+    n = sum(tokens <= 2 * slots + 8 for tokens in ladder)
+    usual, larger = [ladder[i] for i in _coarse_to_fine(n)], ladder[: n - 1 : -1]
+    timings: dict[int, list[float]] = {}
     began = time.perf_counter()
     _time(decoder, cache, slots, 1)  # the first forward of a shape allocates
-    for tokens in (ladder[i] for i in order):
-        left = budget - (time.perf_counter() - began)
-        if left < 0 and len(table) >= LEAST_POINTS:
+    for tokens in [*usual, *larger[:1], *usual * (REPEATS - 1), *larger[1:]]:
+        if time.perf_counter() - began > budget and len(timings) >= LEAST_POINTS:
             break
-        table[tokens] = _time(decoder, cache, slots, tokens)
-        # More often, against what else the machine is doing, if there is the time for it.
-        for _ in range(REPEATS - 1):
-            if table[tokens] < left / len(ladder):
-                table[tokens] = min(table[tokens], _time(decoder, cache, slots, tokens))
-    return CostTable(*zip(*sorted(table.items()), strict=True))
+        timings.setdefault(tokens, []).append(_time(decoder, cache, slots, tokens))
+    sizes = sorted(timings)
+    return CostTable(sizes, [float(np.median(timings[tokens])) for tokens in sizes])
 
 
 def _coarse_to_fine(n: int) -> Iterator[int]:
@@ -220,6 +217,6 @@ def _time(decoder: PackedDecoder, cache: Any, slots: int, tokens: int) -> float:
     cache.lengths = [CONTEXT] * slots
     ids = torch.zeros(tokens, dtype=torch.int64, device=decoder.device)
     start = time.perf_counter()
-    chosen = decoder.logits(decoder.forward(cache, feed, ids)).argmax(-1)
+    chosen = greedy_choice(decoder.logits(decoder.forward(cache, feed, ids)))
     chosen.tolist()  # waits for the device
     return time.perf_counter() - start

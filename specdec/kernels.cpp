@@ -1,4 +1,4 @@
-// A packed forward's work between its matrix products, on a CPU. Compiled and called by kernels.py.
+// A packed forward's work between its matrix products, and a first look at logits, on a CPU. Compiled and called by kernels.py.
 //
 // Nothing here is clever: one pass over memory where torch's operators take several, keys and
 // values read once for all query heads that share them, no positions beyond a row's end. A token is
@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -393,6 +394,61 @@ static void scale_rows(const T* x, float* out, float* largest, i64 n, i64 width)
     }
 }
 
+// ------------------------------------------------------------------------------ vocabulary
+
+template <typename T>
+static inline float largest(const T* x, i64 n) {
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (i64 d = 0; d < n; d++) {
+        const float here = get(x[d]);
+        most = here > most ? here : most;
+    }
+    return most;
+}
+
+// at [n] = where the largest of each row of x [n, width] stands, the first if it stands twice.
+template <typename T>
+static void argmax(const T* x, i64* at, i64 n, i64 width) {
+    constexpr i64 BLOCK = 1024;  // only one of them is gone through number by number
+#pragma omp parallel for if (n > 1 && n * width > SERIAL)
+    for (i64 i = 0; i < n; i++) {
+        const T* row = x + i * width;
+        float most = -INFINITY;
+        i64 place = 0;
+        for (i64 d = 0; d < width; d += BLOCK) {
+            const float here = largest(row + d, std::min(BLOCK, width - d));
+            if (here > most) most = here, place = d;
+        }
+        while (place + 1 < width && get(row[place]) != most) place++;
+        at[i] = place;
+    }
+}
+
+// The first three of out [n, columns] = of the softmax of each row of x [n, width]: the logarithms at
+// the row's token, no less than that of the smallest normal number, and at its largest; the entropy.
+template <typename T>
+static void token_signals(const T* x, const i64* tokens, float* out, i64 n, i64 width,
+                          i64 columns) {
+#pragma omp parallel for if (n > 1 && n * width > SERIAL)
+    for (i64 i = 0; i < n; i++) {
+        const T* row = x + i * width;
+        const float most = largest(row, width);
+        float sum = 0, mean = 0;
+#pragma omp simd reduction(+ : sum, mean)
+        for (i64 d = 0; d < width; d++) {
+            const float below = get(row[d]) - most;
+            const float e = below < -87.0f ? 0.0f : exp_(below);
+            sum += e;
+            mean += e * std::max(below, -87.0f);  // 0 * -inf is no number
+        }
+        const float log_sum = std::log(sum), log_q = get(row[tokens[i]]) - most - log_sum;
+        out[i * columns] = std::max(log_q, std::log(std::numeric_limits<float>::min()));
+        out[i * columns + 1] = -log_sum;
+        out[i * columns + 2] = std::max(log_sum - mean / sum, 0.0f);
+    }
+}
+
 #define EXPORT(T, NAME)                                                                           \
     extern "C" void attend_##NAME(const T* q, i64 ts, i64 hs, const T* k, const T* v,             \
                                   const Row* rows, i64 n, i64 kv, i64 group, i64 capacity,        \
@@ -415,6 +471,13 @@ static void scale_rows(const T* x, float* out, float* largest, i64 n, i64 width)
     }                                                                                             \
     extern "C" void scale_rows_##NAME(const T* x, float* out, float* largest, i64 n, i64 width) { \
         scale_rows<T>(x, out, largest, n, width);                                                 \
+    }                                                                                             \
+    extern "C" void argmax_##NAME(const T* x, i64* at, i64 n, i64 width) {                        \
+        argmax<T>(x, at, n, width);                                                               \
+    }                                                                                             \
+    extern "C" void token_signals_##NAME(const T* x, const i64* tokens, float* out, i64 n,        \
+                                         i64 width, i64 columns) {                                \
+        token_signals<T>(x, tokens, out, n, width, columns);                                      \
     }
 
 EXPORT(float, float32)

@@ -1,9 +1,9 @@
 """Kernels for CPUs, compiled from kernels.cpp when they are first needed.
 
-Between the matrix products of a forward torch runs dozens of small operators a layer, and its
-batched products reach half of the memory's bandwidth in attention. g++ turns kernels.cpp into a
-library in two seconds, which is kept in the user's cache folder. Without a compiler everything runs
-on torch's operators, with the same results up to rounding.
+Between the matrix products of a forward torch runs dozens of small operators a layer, its batched
+products reach half of the memory's bandwidth in attention, and its argmax a quarter of it. g++
+turns kernels.cpp into a library in two seconds, which is kept in the user's cache folder. Without a
+compiler everything runs on torch's operators, with the same results up to rounding.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ _ADD_NORM = [*[c_void_p] * 4, c_int64, c_int64, c_float]
 _GATE = [c_void_p, c_void_p, c_int64, c_int64]
 _ROTATE = [*[c_void_p] * 5, c_float, *[c_void_p] * 4, *[c_int64] * 5]
 _SCALE = [*[c_void_p] * 3, c_int64, c_int64]
+_ARGMAX = [*[c_void_p] * 2, c_int64, c_int64]
+_TOKEN_SIGNALS = [*[c_void_p] * 3, *[c_int64] * 3]
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ class Kernels:
         self._gate = function("gate", _GATE)
         self._rotate_and_store = function("rotate_and_store", _ROTATE)
         self._scale_rows = function("scale_rows", _SCALE)
+        self._argmax = function("argmax", _ARGMAX)
+        self._token_signals = function("token_signals", _TOKEN_SIGNALS)
 
     def attend(
         self,
@@ -153,6 +157,26 @@ class Kernels:
         out, largest = (torch.empty(n, m, dtype=torch.float32) for m in (width, 1))
         self._scale_rows(x.data_ptr(), out.data_ptr(), largest.data_ptr(), n, width)
         return out, largest
+
+    def argmax(self, x: Tensor) -> Tensor:
+        """Where the largest of each row of x [n, width] stands, the first of equals: int64 [n]."""
+        n, width = x.shape
+        found = torch.empty(n, dtype=torch.int64)
+        self._argmax(x.data_ptr(), found.data_ptr(), n, width)
+        return found
+
+    def token_signals(self, logits: Tensor, tokens: Tensor, out: Tensor) -> None:
+        """What the softmax of each row says of its token, in nats.
+
+        Args:
+            logits: [n, V].
+            tokens: int64 [n].
+            out: float32 [n, 3 or more]; the first three are written: the logarithms of the token's
+                probability (of 1e-38, if it is less) and of the likeliest one's, and the entropy.
+        """
+        self._token_signals(
+            logits.data_ptr(), tokens.data_ptr(), out.data_ptr(), *logits.shape, out.shape[1]
+        )
 
 
 @functools.cache

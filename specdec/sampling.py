@@ -14,6 +14,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from specdec.kernels import kernels_for
 from specdec.request import SamplingParams
 
 
@@ -109,8 +110,8 @@ def probabilities(logits: Tensor, params: SamplingBatch) -> Tensor:
     if params.max_top_k or params.any_top_p or params.any_min_p:
         probs = _truncate(probs, params)
     if params.any_greedy:
-        best = logits.argmax(-1, keepdim=True)
-        one_hot = torch.zeros_like(probs).scatter_(1, best, 1.0)
+        best = greedy_choice(logits)
+        one_hot = torch.zeros_like(probs).scatter_(1, best[:, None], 1.0)
         probs = torch.where(params.greedy[:, None], one_hot, probs)
     return probs
 
@@ -170,6 +171,14 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
         threshold, torch.nextafter(cumulative[:, -1:], torch.zeros_like(threshold))
     )
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+
+
+def greedy_choice(logits: Tensor) -> Tensor:
+    """The likeliest token of each row of logits [n, V]: int64 [n]."""
+    kernels = kernels_for(logits.dtype, logits.device)
+    if kernels is None or not logits.is_contiguous():
+        return logits.argmax(-1)
+    return kernels.argmax(logits)
 
 
 def coupled_choice(probs: Tensor, seed: Tensor, position: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from specdec.sampling import (
     Draw,
     SamplingBatch,
     coupled_choice,
+    greedy_choice,
     probabilities,
     sample,
     uniform,
@@ -168,7 +169,7 @@ class Matching:
 
     def _choose(self, logits: Tensor, params: SamplingBatch, at: Tensor) -> Tensor:
         if params.all_greedy:
-            return logits.argmax(-1)
+            return greedy_choice(logits)
         return coupled_choice(probabilities(logits, params), params.seed, at)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from specdec import acceptance
 from specdec.acceptance import (
     HEAD_SIGNALS,
     ONLINE,
@@ -31,6 +32,14 @@ def sigmoid(x: Array) -> Array:
 # ------------------------------------------------------------------------------- signals
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals are read by a compiled kernel where there is one."""
+    if request.param == "torch":
+        monkeypatch.setattr(acceptance, "kernels_for", lambda *_: None)
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(
     ("shift", "dtype", "atol"),
     [(0.0, torch.float32, 1e-6), (1000.0, torch.float32, 1e-3), (0.0, torch.bfloat16, 0.01)],
@@ -49,6 +58,7 @@ def test_signals_of_a_known_distribution(shift: float, dtype: torch.dtype, atol:
     near(Signal.ENTROPY, torch.full((3,), 1.75 * np.log(2)))
 
 
+@pytest.mark.usefixtures("either_way")
 def test_entropy_of_random_flat_and_certain_distributions() -> None:
     random = 5 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))
     flat, certain = torch.zeros(1, 1000), torch.zeros(1, 1000)
@@ -63,6 +73,7 @@ def test_entropy_of_random_flat_and_certain_distributions() -> None:
     assert entropy[-1] == 0 and entropy[-2] == pytest.approx(np.log(1000), rel=1e-6)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_candidate_drawn_against_all_odds_has_finite_signals() -> None:
     logits = torch.tensor([[0.0, -500.0, -torch.inf]] * 3)
     for token in (1, 2):
@@ -71,14 +82,17 @@ def test_a_candidate_drawn_against_all_odds_has_finite_signals() -> None:
         assert not signals[:, Signal.ENTROPY].any()
 
 
-@pytest.mark.parametrize("wanted", [set(), {Signal.LOG_Q}, {Signal.LOG_TOP, Signal.ENTROPY}])
-def test_signals_that_nobody_wants_are_zero(wanted: set[Signal]) -> None:
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("wanted", [frozenset(), TOKEN_SIGNALS, HEAD_SIGNALS])
+def test_the_heads_signals_are_zero_unless_they_are_wanted(wanted: frozenset[Signal]) -> None:
     logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
-    signals = read_signals(logits, torch.arange(4), torch.zeros(4, 2), frozenset(wanted))
+    signals = read_signals(logits, torch.arange(4), torch.randn(4, 8), wanted, random_head(8))
     assert signals.shape == (4, len(Signal))
-    assert {column for column in Signal if signals[:, column].any()} == wanted
+    here = {column for column in Signal if signals[:, column].any()}
+    assert here == TOKEN_SIGNALS | (HEAD_SIGNALS & wanted)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_the_heads_signals_are_its_debiased_logits() -> None:
     head = random_head(8)
     logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(1))

@@ -122,6 +122,39 @@ def test_attention_gives_a_token_the_same_bits_in_any_batch(
 
 
 @needs_compiler
+@pytest.mark.parametrize("width", [1, 7, 1024, 1025, 49152])
+def test_argmax_is_torchs_and_the_first_of_equals(
+    kernels: Kernels, dtype: torch.dtype, width: int
+) -> None:
+    x = random(40, width, dtype=dtype)
+    assert torch.equal(kernels.argmax(x), x.argmax(-1))
+    x[::2, width // 2 :] = x[::2, width // 2 :].clamp(min=3.0)  # many equals, in several blocks
+    x[1::4] = -torch.inf
+    x[3, width - 1] = x.max() + 1
+    first = [int((row == row.max()).nonzero()[0]) for row in x]
+    assert kernels.argmax(x).tolist() == first
+
+
+@needs_compiler
+@pytest.mark.parametrize("width", [1, 7, 49152])
+def test_a_tokens_signals_are_what_their_definitions_say(
+    kernels: Kernels, dtype: torch.dtype, width: int
+) -> None:
+    logits = 5 * random(20, width, dtype=dtype)
+    logits[:, width // 2 + 1 :] = -torch.inf  # a vocabulary that is padded
+    tokens, out = torch.arange(20) % min(20, width // 2 + 1), torch.full((20, 5), 7.0)
+    kernels.token_signals(logits, tokens, out)
+    log_p = logits.double().log_softmax(-1)
+    entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)
+    expected = [log_p.gather(1, tokens[:, None])[:, 0], log_p.amax(-1), entropy]
+    torch.testing.assert_close(out[:, :3], torch.stack(expected, 1).float(), atol=3e-5, rtol=3e-5)
+    assert (out[:, 3:] == 7).all()
+    alone = torch.zeros(1, 3)  # as a token gets the same bits in any batch
+    kernels.token_signals(logits[5:6], tokens[5:6], alone)
+    assert torch.equal(alone[0], out[5, :3])
+
+
+@needs_compiler
 def test_extreme_scores_are_no_problem(kernels: Kernels, dtype: torch.dtype) -> None:
     keys, values = (random(1, 1, 128, 16, dtype=dtype, seed=seed) for seed in (1, 2))
     query = 1000 * random(1, 1, 16, dtype=dtype)
