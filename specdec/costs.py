@@ -8,6 +8,7 @@ the host does, so that they sum to the round's wall time.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,19 +20,21 @@ from specdec.calibration import Array
 from specdec.packed import PackedDecoder
 from specdec.sampling import greedy_choice
 
-DRIFT = 0.1
-"""Share of an observation's error that the whole table takes.
+SPEED_ERROR, SPEED_WALK = 0.3, 0.04
+"""By what share a machine's speed, the same for all forwards, differs between a profile and rounds,
+and changes from one round to the next."""
 
-A machine's speed changes for all forwards alike, and no decision depends on it.
-"""
+PROFILE_ERROR = 0.05
+"""Error of a place of a profiled table against the other places, relative."""
 
-RATE = 0.03
-"""Least share that the observation's neighbours in the table take beside it.
+ROUND_NOISE = 0.15
+"""What rounds of the same size differ by, relative."""
 
-What one number of tokens costs against another does not change: the places of a table are means of
-what was observed there. Learnt faster, they are the noise of the last rounds, and a policy goes
-where these happened to be short.
-"""
+PLACE_WALK = 0.001
+"""By what share a place changes against others between two observations: rows become longer."""
+
+UNKNOWN = 1.0
+"""Error of a place that was extrapolated."""
 
 OUTLIER = 2.0
 """An error of more than this factor counts as this one."""
@@ -58,6 +61,10 @@ class CostTable:
     More tokens never take less time: what measurements say otherwise is noise, and is averaged out.
     A policy decides by differences between neighbours, which are small against the noise of each.
 
+    What is learnt is the machine's speed, which all places share, and each place's own part: a
+    Kalman filter over relative errors. A machine is a fifth slower for a while now and then, and a
+    place that happened to be visited then must not be taken for a dear one.
+
     Args:
         tokens: increasing, from 1.
         seconds: measured at these.
@@ -65,9 +72,18 @@ class CostTable:
 
     def __init__(self, tokens: Sequence[int], seconds: Sequence[float]) -> None:
         self.tokens = np.asarray(tokens, dtype=np.float64)
-        self.seconds = _rising(np.asarray(seconds, dtype=np.float64))
-        self._observed = np.ones(len(self.tokens))  # how often; profiling is the first time
+        self._first = _rising(np.asarray(seconds, dtype=np.float64))
+        # What has become of it since, in logarithms: for all, and for each place besides.
+        self._speed, self._places = 0.0, np.zeros(len(self.tokens))
+        # Of the errors of the speed, first, and of the places.
+        errors = [SPEED_ERROR, *[PROFILE_ERROR] * len(self.tokens)]
+        self._covariance = np.diag(np.square(errors))
         self._dense = _UNKNOWN
+
+    @property
+    def seconds(self) -> Array:
+        """At the tokens of the table."""
+        return _rising(self._first * np.exp(self._speed + self._places))
 
     def __call__(self, tokens: Any) -> Any:
         """Seconds at integer token counts (a number or an array); no tokens cost nothing.
@@ -90,33 +106,40 @@ class CostTable:
 
         One far beyond the table becomes its new end: what is extrapolated is not kept for good.
         """
-        expected = self._at(np.array([tokens]))
+        expected = float(self._at(np.array([tokens]))[0])
         if tokens > BEYOND * self.tokens[-1]:
             self.tokens = np.append(self.tokens, tokens)
-            self.seconds = np.append(self.seconds, expected)
-            self._observed = np.append(self._observed, 0.0)
-        # Of times, not of their logarithms: what a pause costs now and then is part of the mean.
-        error = seconds / float(expected[0])
-        sane, error = 1 / OUTLIER < error < OUTLIER, min(max(error, 1 / OUTLIER), OUTLIER) - 1
+            self._first = np.append(self._first, expected / math.exp(self._speed))
+            self._places = np.append(self._places, 0.0)
+            self._covariance = np.pad(self._covariance, (0, 1))
+            self._covariance[-1, -1] = UNKNOWN**2
         above = min(int(self.tokens.searchsorted(tokens)), len(self.tokens) - 1)
         below = max(above - 1, 0)
         span = self.tokens[above] - self.tokens[below]
         share = (min(tokens, self.tokens[-1]) - self.tokens[below]) / span if span else 1.0
-        self.seconds = self.seconds * (1 + error * DRIFT)
-        for place, part in ((below, 1 - share), (above, share)):
-            rate = max(RATE, 1 / (1 + self._observed[place]))
-            self.seconds[place] *= 1 + error * rate * part
-            self._observed[place] += part * sane
-        self.seconds = _rising(self.seconds)
+        seen = np.zeros(1 + len(self.tokens))
+        seen[[0, 1 + below]] = 1.0, 1 - share
+        seen[1 + above] += share
+        # Of times, not of their logarithms: what a pause costs now and then is part of the mean.
+        error = min(max(seconds / expected, 1 / OUTLIER), OUTLIER) - 1
+        walks = np.full(len(seen), PLACE_WALK**2)
+        walks[0] = SPEED_WALK**2
+        covariance = self._covariance + np.diag(walks)
+        along = covariance @ seen
+        gain = along / (seen @ along + ROUND_NOISE**2)
+        self._covariance = covariance - np.outer(gain, along)
+        self._speed += math.log1p(gain[0] * error)
+        self._places = self._places + np.log1p(gain[1:] * error)
         self._dense = _UNKNOWN  # until it is asked for: several observations may come together
 
     def _at(self, counts: Any) -> Array:
         """Seconds at token counts, an array that rises, off the table itself."""
-        found: Array = np.interp(counts, self.tokens, self.seconds)
-        tokens, seconds = float(self.tokens[-1]), float(self.seconds[-1])
+        table = self.seconds
+        found: Array = np.interp(counts, self.tokens, table)
+        tokens, seconds = float(self.tokens[-1]), float(table[-1])
         if counts[-1] > tokens:
             # Over half the table: a single step of a staircase may be flat, or a jump.
-            rise = seconds - float(np.interp(tokens / 2, self.tokens, self.seconds))
+            rise = seconds - float(np.interp(tokens / 2, self.tokens, table))
             slope = max(rise, 0.0) / (tokens / 2) if len(self.tokens) > 1 else seconds / tokens
             found += slope * np.maximum(counts - tokens, 0.0)
         return found

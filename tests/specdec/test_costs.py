@@ -50,6 +50,16 @@ def test_what_one_size_costs_against_another_is_a_mean_of_many_rounds() -> None:
     assert np.sqrt(np.square(errors[200:]).mean()) < 0.035
 
 
+def test_a_size_that_was_met_while_the_machine_was_slow_is_not_taken_for_a_dear_one() -> None:
+    """Nothing else was met then: four tokens a round, and later two, on a machine as profiled."""
+    random = np.random.default_rng(0)
+    table = CostTable([1, 2, 4, 8], [33.0, 34.0, 36.0, 45.0])
+    for speed, tokens, true, rounds in ((1.3, 4, 36.0, 15), (1.0, 2, 34.0, 10)):
+        for _ in range(rounds):
+            table.observe(tokens, true * speed * random.lognormal(0, 0.1))
+    assert float(table(4) / table(2)) == pytest.approx(36 / 34, rel=0.1)
+
+
 def test_no_tokens_cost_nothing() -> None:
     table = CostTable([1, 8], [1.0, 4.0])
     assert float(table(0)) == 0
