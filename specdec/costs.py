@@ -24,17 +24,15 @@ SPEED_ERROR, SPEED_WALK = 0.3, 0.04
 """By what share a machine's speed, the same for all forwards, differs between a profile and rounds,
 and changes from one round to the next."""
 
-PROFILE_ERROR = 0.05
-"""Error of a place of a profiled table against the other places, relative."""
+PROFILE_ERROR, EXTRAPOLATED_ERROR = 0.05, 1.0
+"""Relative errors of a place of a table against the others: of one that was profiled, and of one
+that was not."""
 
 ROUND_NOISE = 0.15
 """What rounds of the same size differ by, relative."""
 
 PLACE_WALK = 0.001
 """By what share a place changes against others between two observations: rows become longer."""
-
-UNKNOWN = 1.0
-"""Error of a place that was extrapolated."""
 
 OUTLIER = 2.0
 """An error of more than this factor counts as this one."""
@@ -112,7 +110,7 @@ class CostTable:
             self._first = np.append(self._first, expected / math.exp(self._speed))
             self._places = np.append(self._places, 0.0)
             self._covariance = np.pad(self._covariance, (0, 1))
-            self._covariance[-1, -1] = UNKNOWN**2
+            self._covariance[-1, -1] = EXTRAPOLATED_ERROR**2
         above = min(int(self.tokens.searchsorted(tokens)), len(self.tokens) - 1)
         below = max(above - 1, 0)
         span = self.tokens[above] - self.tokens[below]
