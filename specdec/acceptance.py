@@ -125,7 +125,7 @@ def read_signals(
     signals = torch.zeros(len(tokens), len(Signal), device=logits.device)
     of_tokens = signals[:, : len(_TOKEN_SIGNALS)]
     kernels = kernels_for(logits.dtype, logits.device)
-    if kernels is not None and logits.is_contiguous():
+    if kernels is not None and logits.stride(1) == 1:
         kernels.token_signals(logits, tokens, signals)
     else:
         _token_signals(logits, tokens, of_tokens)

@@ -1,4 +1,5 @@
-// A packed forward's work between its matrix products, and a first look at logits, on a CPU. Compiled and called by kernels.py.
+// A packed forward's work between its matrix products, and a first look at logits, on a CPU.
+// Compiled and called by kernels.py.
 //
 // Nothing here is clever: one pass over memory where torch's operators take several, keys and
 // values read once for all query heads that share them, no positions beyond a row's end. A token is
@@ -407,13 +408,14 @@ static inline float largest(const T* x, i64 n) {
     return most;
 }
 
-// at [n] = where the largest of each row of x [n, width] stands, the first if it stands twice.
+// at [n] = where the largest of each row of x [n, width] stands, the first if it stands twice. Rows
+// begin `stride` numbers apart: a vocabulary may be padded.
 template <typename T>
-static void argmax(const T* x, i64* at, i64 n, i64 width) {
+static void argmax(const T* x, i64 stride, i64* at, i64 n, i64 width) {
     constexpr i64 BLOCK = 1024;  // only one of them is gone through number by number
 #pragma omp parallel for if (n > 1 && n * width > SERIAL)
     for (i64 i = 0; i < n; i++) {
-        const T* row = x + i * width;
+        const T* row = x + i * stride;
         float most = -INFINITY;
         i64 place = 0;
         for (i64 d = 0; d < width; d += BLOCK) {
@@ -428,11 +430,11 @@ static void argmax(const T* x, i64* at, i64 n, i64 width) {
 // The first three of out [n, columns] = of the softmax of each row of x [n, width]: the logarithms at
 // the row's token, no less than that of the smallest normal number, and at its largest; the entropy.
 template <typename T>
-static void token_signals(const T* x, const i64* tokens, float* out, i64 n, i64 width,
+static void token_signals(const T* x, i64 stride, const i64* tokens, float* out, i64 n, i64 width,
                           i64 columns) {
 #pragma omp parallel for if (n > 1 && n * width > SERIAL)
     for (i64 i = 0; i < n; i++) {
-        const T* row = x + i * width;
+        const T* row = x + i * stride;
         const float most = largest(row, width);
         float sum = 0, mean = 0;
 #pragma omp simd reduction(+ : sum, mean)
@@ -472,12 +474,12 @@ static void token_signals(const T* x, const i64* tokens, float* out, i64 n, i64 
     extern "C" void scale_rows_##NAME(const T* x, float* out, float* largest, i64 n, i64 width) { \
         scale_rows<T>(x, out, largest, n, width);                                                 \
     }                                                                                             \
-    extern "C" void argmax_##NAME(const T* x, i64* at, i64 n, i64 width) {                        \
-        argmax<T>(x, at, n, width);                                                               \
+    extern "C" void argmax_##NAME(const T* x, i64 stride, i64* at, i64 n, i64 width) {            \
+        argmax<T>(x, stride, at, n, width);                                                       \
     }                                                                                             \
-    extern "C" void token_signals_##NAME(const T* x, const i64* tokens, float* out, i64 n,        \
-                                         i64 width, i64 columns) {                                \
-        token_signals<T>(x, tokens, out, n, width, columns);                                      \
+    extern "C" void token_signals_##NAME(const T* x, i64 stride, const i64* tokens, float* out,   \
+                                         i64 n, i64 width, i64 columns) {                         \
+        token_signals<T>(x, stride, tokens, out, n, width, columns);                              \
     }
 
 EXPORT(float, float32)

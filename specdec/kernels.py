@@ -49,8 +49,8 @@ _ADD_NORM = [*[c_void_p] * 4, c_int64, c_int64, c_float]
 _GATE = [c_void_p, c_void_p, c_int64, c_int64]
 _ROTATE = [*[c_void_p] * 5, c_float, *[c_void_p] * 4, *[c_int64] * 5]
 _SCALE = [*[c_void_p] * 3, c_int64, c_int64]
-_ARGMAX = [*[c_void_p] * 2, c_int64, c_int64]
-_TOKEN_SIGNALS = [*[c_void_p] * 3, *[c_int64] * 3]
+_ARGMAX = [c_void_p, c_int64, c_void_p, *[c_int64] * 2]
+_TOKEN_SIGNALS = [c_void_p, c_int64, *[c_void_p] * 2, *[c_int64] * 3]
 
 log = logging.getLogger(__name__)
 
@@ -159,24 +159,28 @@ class Kernels:
         return out, largest
 
     def argmax(self, x: Tensor) -> Tensor:
-        """Where the largest of each row of x [n, width] stands, the first of equals: int64 [n]."""
+        """Where the largest of each row of x [n, width] stands, the first of equals: int64 [n].
+
+        Only the numbers of a row must be contiguous.
+        """
         n, width = x.shape
         found = torch.empty(n, dtype=torch.int64)
-        self._argmax(x.data_ptr(), found.data_ptr(), n, width)
+        self._argmax(x.data_ptr(), x.stride(0), found.data_ptr(), n, width)
         return found
 
     def token_signals(self, logits: Tensor, tokens: Tensor, out: Tensor) -> None:
         """What the softmax of each row says of its token, in nats.
 
         Args:
-            logits: [n, V].
+            logits: [n, V], each row contiguous.
             tokens: int64 [n].
             out: float32 [n, 3 or more]; the first three are written: the logarithms of the token's
                 probability (of 1e-38, if it is less) and of the likeliest one's, and the entropy.
         """
         self._token_signals(
-            logits.data_ptr(), tokens.data_ptr(), out.data_ptr(), *logits.shape, out.shape[1]
-        )
+            logits.data_ptr(), logits.stride(0), tokens.data_ptr(),
+            out.data_ptr(), *logits.shape, out.shape[1],
+        )  # fmt: skip
 
 
 @functools.cache

@@ -126,7 +126,7 @@ def test_attention_gives_a_token_the_same_bits_in_any_batch(
 def test_argmax_is_torchs_and_the_first_of_equals(
     kernels: Kernels, dtype: torch.dtype, width: int
 ) -> None:
-    x = random(40, width, dtype=dtype)
+    x = random(40, width + 3, dtype=dtype)[:, :width]  # as logits of a vocabulary that is padded
     assert torch.equal(kernels.argmax(x), x.argmax(-1))
     x[::2, width // 2 :] = x[::2, width // 2 :].clamp(min=3.0)  # many equals, in several blocks
     x[1::4] = -torch.inf
@@ -140,8 +140,8 @@ def test_argmax_is_torchs_and_the_first_of_equals(
 def test_a_tokens_signals_are_what_their_definitions_say(
     kernels: Kernels, dtype: torch.dtype, width: int
 ) -> None:
-    logits = 5 * random(20, width, dtype=dtype)
-    logits[:, width // 2 + 1 :] = -torch.inf  # a vocabulary that is padded
+    logits = (5 * random(20, width + 3, dtype=dtype))[:, :width]
+    logits[:, width // 2 + 1 :] = -torch.inf
     tokens, out = torch.arange(20) % min(20, width // 2 + 1), torch.full((20, 5), 7.0)
     kernels.token_signals(logits, tokens, out)
     log_p = logits.double().log_softmax(-1)
