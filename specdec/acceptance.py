@@ -117,31 +117,38 @@ def read_signals(
 
     Args:
         logits: [n, V], raw; tokens: int64 [n]; hidden: [n, width], the states behind the logits.
-        wanted, head: the head's columns are 0 unless they are wanted, and there is one.
+        wanted: the columns to compute; the others are 0.
+        head: needed for its own columns.
 
     Returns:
         float32 [n, len(Signal)] on the device.
     """
+    judging = head is not None and bool(wanted & HEAD_SIGNALS)
+    of_tokens = frozenset(_TOKEN_SIGNALS) if judging else wanted & frozenset(_TOKEN_SIGNALS)
     signals = torch.zeros(len(tokens), len(Signal), device=logits.device)
-    of_tokens = signals[:, : len(_TOKEN_SIGNALS)]
     kernels = kernels_for(logits.dtype, logits.device)
     if kernels is not None and logits.stride(1) == 1:
-        kernels.token_signals(logits, tokens, signals)
+        kernels.token_signals(logits, tokens, signals, of_tokens)
     else:
-        _token_signals(logits, tokens, of_tokens)
-    if head is not None and wanted & HEAD_SIGNALS:
-        signals[:, len(_TOKEN_SIGNALS) :] = head.debiased(hidden.float(), of_tokens)
+        _token_signals(logits, tokens, signals, of_tokens)
+    if head is not None and judging:
+        judged = head.debiased(hidden.float(), signals[:, : len(_TOKEN_SIGNALS)])
+        signals[:, len(_TOKEN_SIGNALS) :] = judged
     return signals
 
 
-def _token_signals(logits: Tensor, tokens: Tensor, out: Tensor) -> None:
+def _token_signals(logits: Tensor, tokens: Tensor, out: Tensor, wanted: frozenset[Signal]) -> None:
     """`Kernels.token_signals` by torch's operators."""
     # As few as there can be: after a forward each takes longer to begin than to run.
     log_q = torch.log_softmax(logits.float(), -1)
-    of_token, top, probs = log_q.gather(1, tokens[:, None])[:, 0], log_q.amax(-1), log_q.exp()
-    log_q.clamp_(min=LEAST_LOG)  # 0 * -inf is no number
-    entropy = torch.linalg.vecdot(probs, log_q).neg_().clamp_(min=0)
-    torch.stack([of_token.clamp_(min=LEAST_LOG), top, entropy], 1, out=out)
+    if Signal.LOG_Q in wanted:
+        out[:, Signal.LOG_Q] = log_q.gather(1, tokens[:, None])[:, 0].clamp_(min=LEAST_LOG)
+    if Signal.LOG_TOP in wanted:
+        out[:, Signal.LOG_TOP] = log_q.amax(-1)
+    if Signal.ENTROPY in wanted:
+        probs = log_q.exp()
+        log_q.clamp_(min=LEAST_LOG)  # 0 * -inf is no number
+        out[:, Signal.ENTROPY] = torch.linalg.vecdot(probs, log_q).neg_().clamp_(min=0)
 
 
 # ------------------------------------------------------------------- estimators

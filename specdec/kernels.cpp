@@ -427,11 +427,12 @@ static void argmax(const T* x, i64 stride, i64* at, i64 n, i64 width) {
     }
 }
 
-// The first three of out [n, columns] = of the softmax of each row of x [n, width]: the logarithms at
-// the row's token, no less than that of the smallest normal number, and at its largest; the entropy.
+// Of the softmax of each row of x [n, width]: the logarithms at the row's token, no less than that of
+// the smallest normal number, and at its largest; the entropy. They go to the first three of
+// out [n, columns], those whose bits are set in `wanted`.
 template <typename T>
 static void token_signals(const T* x, i64 stride, const i64* tokens, float* out, i64 n, i64 width,
-                          i64 columns) {
+                          i64 columns, i64 wanted) {
 #pragma omp parallel for if (n > 1 && n * width > SERIAL)
     for (i64 i = 0; i < n; i++) {
         const T* row = x + i * stride;
@@ -445,9 +446,10 @@ static void token_signals(const T* x, i64 stride, const i64* tokens, float* out,
             mean += e * std::max(below, -87.0f);  // 0 * -inf is no number
         }
         const float log_sum = std::log(sum), log_q = get(row[tokens[i]]) - most - log_sum;
-        out[i * columns] = std::max(log_q, std::log(std::numeric_limits<float>::min()));
-        out[i * columns + 1] = -log_sum;
-        out[i * columns + 2] = std::max(log_sum - mean / sum, 0.0f);
+        const float found[] = {std::max(log_q, std::log(std::numeric_limits<float>::min())),
+                               -log_sum, std::max(log_sum - mean / sum, 0.0f)};
+        for (i64 c = 0; c < 3; c++)
+            if (wanted >> c & 1) out[i * columns + c] = found[c];
     }
 }
 
@@ -478,8 +480,8 @@ static void token_signals(const T* x, i64 stride, const i64* tokens, float* out,
         argmax<T>(x, stride, at, n, width);                                                       \
     }                                                                                             \
     extern "C" void token_signals_##NAME(const T* x, i64 stride, const i64* tokens, float* out,   \
-                                         i64 n, i64 width, i64 columns) {                         \
-        token_signals<T>(x, stride, tokens, out, n, width, columns);                              \
+                                         i64 n, i64 width, i64 columns, i64 wanted) {             \
+        token_signals<T>(x, stride, tokens, out, n, width, columns, wanted);                      \
     }
 
 EXPORT(float, float32)

@@ -17,7 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ _GATE = [c_void_p, c_void_p, c_int64, c_int64]
 _ROTATE = [*[c_void_p] * 5, c_float, *[c_void_p] * 4, *[c_int64] * 5]
 _SCALE = [*[c_void_p] * 3, c_int64, c_int64]
 _ARGMAX = [c_void_p, c_int64, c_void_p, *[c_int64] * 2]
-_TOKEN_SIGNALS = [c_void_p, c_int64, *[c_void_p] * 2, *[c_int64] * 3]
+_TOKEN_SIGNALS = [c_void_p, c_int64, *[c_void_p] * 2, *[c_int64] * 4]
 
 log = logging.getLogger(__name__)
 
@@ -168,18 +168,21 @@ class Kernels:
         self._argmax(x.data_ptr(), x.stride(0), found.data_ptr(), n, width)
         return found
 
-    def token_signals(self, logits: Tensor, tokens: Tensor, out: Tensor) -> None:
+    def token_signals(
+        self, logits: Tensor, tokens: Tensor, out: Tensor, wanted: Iterable[int] = range(3)
+    ) -> None:
         """What the softmax of each row says of its token, in nats.
 
         Args:
             logits: [n, V], each row contiguous.
             tokens: int64 [n].
-            out: float32 [n, 3 or more]; the first three are written: the logarithms of the token's
+            out: float32 [n, 3 or more]; the first three are for the logarithms of the token's
                 probability (of 1e-38, if it is less) and of the likeliest one's, and the entropy.
+            wanted: which of these to write.
         """
         self._token_signals(
             logits.data_ptr(), logits.stride(0), tokens.data_ptr(),
-            out.data_ptr(), *logits.shape, out.shape[1],
+            out.data_ptr(), *logits.shape, out.shape[1], sum(1 << column for column in wanted),
         )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ class DraftStep:
     Attributes:
         rows: int [n], index of each row among the round's rows.
         depth: how many candidates these rows have now.
-        signals: float [n, len(Signal)]; the head's columns are 0 if the policy wants neither.
+        signals: float [n, len(Signal)]; columns that the policy does not want are 0.
     """
 
     rows: Indices
@@ -138,7 +138,7 @@ class StopPolicy:
     """Drafts nothing and remembers nothing: the base, and the policy `none`.
 
     Attributes:
-        wanted: signals that `go_on` looks at; empty: it is not asked.
+        wanted: signals to compute for `go_on`; empty: `go_on` is not asked.
         head: the acceptance head behind the head's signals.
     """
 
