@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from transformers import AttentionInterface
 
 from specdec.cache import KEY_BLOCK, LayerLayout, SlotCache
 from specdec.kernels import Kernels
+
+if TYPE_CHECKING:
+    from specdec.gpu_kernels import GpuKernels
 
 GRID_TOKENS = 24
 """Rows with more tokens than this in one forward attend one by one."""
@@ -137,7 +140,7 @@ class Packing:
         slots, positions: int64 [N] on the device.
         short, long: rows of at most GRID_TOKENS tokens, and those that attend one by one.
         short_rows: int64 [R, 4] on the device, the short ones.
-        kernels: what computes short rows and fused layers on a CPU, if there is anything.
+        kernels: what computes short rows and fused layers besides torch, if there is anything.
     """
 
     cache: SlotCache
@@ -147,7 +150,7 @@ class Packing:
     short: list[PackedRow]
     long: list[PackedRow]
     short_rows: Tensor
-    kernels: Kernels | None
+    kernels: Kernels | GpuKernels | None
     _grid: Grid | None = None
 
     @classmethod
@@ -162,7 +165,15 @@ class Packing:
             (short if count <= GRID_TOKENS else long).append(row)
             slots += [slot] * count
             positions += range(row.start, row.start + count)
-        flat = [number for row in short for number in row]
+        if cache.kernels is not None and cache.kernels.one_token_rows:
+            flat = [
+                number
+                for begin, count, slot, start in short
+                for t in range(count)
+                for number in (begin + t, 1, slot, start + t)
+            ]
+        else:
+            flat = [number for row in short for number in row]
         slots_, positions_, short_rows = upload(cache.device, slots, positions, flat)
         return cls(
             cache,
@@ -174,6 +185,12 @@ class Packing:
             short_rows.view(-1, 4),
             cache.kernels,
         )
+
+    @classmethod
+    def of_rows(cls, cache: SlotCache, rows: Tensor) -> Packing:
+        """The packing of rows [N, 4] of one token each, for kernels; the host reads nothing."""
+        slots, positions = rows[:, 2].contiguous(), rows[:, 3].contiguous()
+        return cls(cache, False, slots, positions, [], [], rows, cache.kernels)
 
     @property
     def grid(self) -> Grid:
@@ -254,7 +271,7 @@ def attend_stored(
     if kernels is None and not packing.long:
         return _grid(query, packing, layer, scale, window)
     out = query.new_empty(*query.shape[:2], values.shape[3])
-    if kernels is not None and packing.short:
+    if kernels is not None and len(packing.short_rows):
         query = query if query.stride(-1) == 1 else query.contiguous()
         kernels.attend(query, keys, values, packing.short_rows, scale, window, out)
     elif packing.short:

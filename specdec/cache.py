@@ -5,11 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from specdec.kernels import HEAD_STEP, Kernels, kernels_for
+from specdec.graphs import RecordedForward
+from specdec.kernels import HEAD_STEP, Kernels, layer_kernels
+
+if TYPE_CHECKING:
+    from specdec.gpu_kernels import GpuKernels
 
 KEY_BLOCK = 128
 """Capacities and attended lengths are multiples of this many positions (see specdec/packed.py)."""
@@ -40,6 +45,7 @@ class SlotCache:
         lengths: per slot, how many positions hold the tokens of its row, or of the row that left it
             last.
         keys, values: per layer, [slots, heads, capacity, dim].
+        recorded: forwards that were recorded over these very tensors, by number of tokens.
     """
 
     def __init__(
@@ -55,17 +61,18 @@ class SlotCache:
         self.lengths = [0] * slots
         self.keys = [self._zeros(layer.heads, layer.key_dim) for layer in layout]
         self.values = [self._zeros(layer.heads, layer.value_dim) for layer in layout]
+        self.recorded: dict[int, RecordedForward] = {}
 
     def _zeros(self, heads: int, dim: int) -> Tensor:
         shape = (self.slots, heads, self.capacity, dim)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     @functools.cached_property
-    def kernels(self) -> Kernels | None:
-        """The CPU kernels that can read this cache, if there are any."""
+    def kernels(self) -> Kernels | GpuKernels | None:
+        """The kernels that can read this cache, if there are any."""
         dims = {dim for layer in self.layout for dim in (layer.key_dim, layer.value_dim)}
         fit = not any(dim % HEAD_STEP for dim in dims)
-        return kernels_for(self.dtype, self.device) if fit else None
+        return layer_kernels(self.dtype, self.device) if fit else None
 
     @property
     def bytes_per_position(self) -> int:
@@ -97,8 +104,9 @@ class SlotCache:
         What the slots held is overwritten; `source` must have that many tokens.
         """
         n = max(lengths, default=0)
-        for tensor in (*self.keys, *self.values):
-            tensor[list(slots), :, :n] = tensor[source, :, :n]
+        for slot in slots:
+            for tensor in (*self.keys, *self.values):
+                tensor[slot, :, :n] = tensor[source, :, :n]
         for slot, length in zip(slots, lengths, strict=True):
             self.lengths[slot] = length
 
@@ -106,6 +114,7 @@ class SlotCache:
         """Take another shape in place, layer by layer, keeping what fits of each slot."""
         kept = min(slots, self.slots)
         self.slots, self.capacity = slots, round_to_blocks(capacity)
+        self.recorded.clear()
         fitting = [min(length, self.capacity) for length in self.lengths[:kept]]
         self.lengths, n = fitting + [0] * (slots - kept), max(fitting, default=0)
         for tensors in (self.keys, self.values):

@@ -9,13 +9,16 @@ is left as it is, and `PackedDecoder` compares the result with the plain forward
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from specdec.attention import LayoutProbe, Packing, attend, attend_stored
 from specdec.kernels import Kernels
+
+if TYPE_CHECKING:
+    from specdec.gpu_kernels import GpuKernels
 
 FUSIBLE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 """transformers' layers that compute what `FusedLayer` does."""
@@ -84,7 +87,11 @@ class FusedLayer(nn.Module):
         return y
 
     def _with_kernels(
-        self, kernels: Kernels, x: Tensor, angles: tuple[Tensor, Tensor], packing: Packing
+        self,
+        kernels: Kernels | GpuKernels,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        packing: Packing,
     ) -> Tensor:
         """The same, in fewer passes over memory; changes x in place and returns it."""
         cache, layer, flat = packing.cache, self.layer_idx, x[0]

@@ -20,12 +20,15 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from specdec.sources import cache_folder
+
+if TYPE_CHECKING:
+    from specdec.gpu_kernels import GpuKernels
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
@@ -62,6 +65,9 @@ class Kernels:
         library: compiled.
         dtype: of activations and caches: float32 or bfloat16.
     """
+
+    one_token_rows = False
+    """Whether attention takes rows of a single token each."""
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         def function(name: str, arguments: Sequence[type[Any]]) -> ctypes._NamedFuncPointer:
@@ -191,8 +197,25 @@ def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
     """The kernels for tensors of this dtype on this device, or None if there are none here."""
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
-    library = _library() if os.environ.get(SWITCH, "1") != "0" else None
+    library = _library() if _wanted() else None
     return Kernels(library, dtype) if library is not None else None
+
+
+@functools.cache
+def layer_kernels(dtype: torch.dtype, device: torch.device) -> Kernels | GpuKernels | None:
+    """As `kernels_for`, for decoder layers, which have kernels on GPUs, too."""
+    if device.type != "cuda" or not _wanted():
+        return kernels_for(dtype, device)
+    try:
+        from specdec.gpu_kernels import DTYPES, GpuKernels
+    except ImportError:
+        log.warning("no Triton: GPU layers run on torch's operators, which are slower")
+        return None
+    return GpuKernels(device) if dtype in DTYPES else None
+
+
+def _wanted() -> bool:
+    return os.environ.get(SWITCH, "1") != "0"
 
 
 @functools.cache

@@ -9,6 +9,8 @@ other decoder runs with its own.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +18,29 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.attention import ATTENTION, LayoutProbe, Packing, Row, UnsupportedModel
+from specdec.attention import (
+    ATTENTION,
+    GRID_TOKENS,
+    LayoutProbe,
+    Packing,
+    Row,
+    UnsupportedModel,
+)
 from specdec.cache import SlotCache
 from specdec.fused import fuse_layers
+from specdec.graphs import (
+    LARGEST,
+    RecordedForward,
+    Recorder,
+    RecordingFailed,
+    padded,
+    record,
+)
+
+GPU_CHECK = 401
+"""Tokens of each row that a model on a GPU is checked with: several blocks of its kernels."""
+
+log = logging.getLogger(__name__)
 
 
 class PackedDecoder:
@@ -34,20 +56,29 @@ class PackedDecoder:
             as plain.
     """
 
+    use_kernels: bool
+    recorder: Recorder | None
+
     def __init__(
         self, model: PreTrainedModel, *, invariant: bool = False, fuse: bool = False
     ) -> None:
         self.model, self.invariant = model, invariant
+        self.use_kernels, self.recorder = True, None
         embedding: Any = model.get_input_embeddings()
         self.device: torch.device = embedding.weight.device
         self.dtype: torch.dtype = model.dtype
         self.vocab_size: int = self._lm_head().weight.shape[0]
         _refuse_by_config(model)
         self._check_against_plain(fuse)
+        if self.device.type == "cuda" and _is_on_one_device(model):
+            self.recorder = record
 
     def new_cache(self, slots: int, capacity: int) -> SlotCache:
         """An empty cache for this model, in its dtype."""
-        return SlotCache(self.layout, slots, capacity, self.dtype, self.device)
+        cache = SlotCache(self.layout, slots, capacity, self.dtype, self.device)
+        if not self.use_kernels:
+            cache.kernels = None
+        return cache
 
     @torch.inference_mode()
     def forward(self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor) -> Tensor:
@@ -59,10 +90,12 @@ class PackedDecoder:
             tokens: int64 [N], the rows' tokens end to end.
 
         Returns:
-            [N, hidden]; give the rows that need logits to `logits`.
+            [N, hidden], good until the next call; give the rows that need logits to `logits`.
         """
-        packing = Packing.plan(cache, rows, self.invariant)
-        hidden = self._run(tokens, packing.positions, packing)
+        hidden = self._recorded(cache, rows, tokens)
+        if hidden is None:
+            packing = Packing.plan(cache, rows, self.invariant)
+            hidden = self._run(tokens, packing.positions, packing)
         for slot, count in rows:
             cache.lengths[slot] += count
         return hidden
@@ -76,6 +109,28 @@ class PackedDecoder:
     def _lm_head(self) -> Any:
         return self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
+    def _recorded(self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor) -> Tensor | None:
+        """What `forward` returns, if it can be recorded, as it is when its size first comes."""
+        if self.recorder is None or cache.kernels is None or len(tokens) > LARGEST:
+            return None
+        if max(count for _, count in rows) > GRID_TOKENS:
+            return None
+        size = padded(len(tokens))
+        if size not in cache.recorded:
+            run = functools.partial(self._run_rows, cache)
+            cache.recorded[size] = RecordedForward(run, size, self.recorder, self.device)
+        try:
+            return cache.recorded[size](tokens, rows, cache.lengths)
+        except RecordingFailed as error:
+            log.warning("forwards are not recorded, which is slower: %s", error)
+            self.recorder = None
+            return None
+
+    def _run_rows(self, cache: SlotCache, tokens: Tensor, rows: Tensor) -> Tensor:
+        """Hidden states of tokens [N] in rows [N, 4] of one token each."""
+        packing = Packing.of_rows(cache, rows)
+        return self._run(tokens, packing.positions, packing)
+
     def _run(self, tokens: Tensor, positions: Tensor, packing: Packing | LayoutProbe) -> Tensor:
         out = self.model.base_model(
             input_ids=tokens[None], position_ids=positions[None], use_cache=False, packing=packing
@@ -85,14 +140,16 @@ class PackedDecoder:
 
     @torch.inference_mode()
     def _check_against_plain(self, fuse: bool) -> None:
-        """Run two short interleaved rows packed and plain; refuse a model whose logits differ.
+        """Run two interleaved rows packed and plain; refuse a model whose logits differ.
 
         In between, decoder layers are fused if asked. The comparison catches whatever an
-        architecture does that packed attention or a fused layer does not know of.
+        architecture does that packed attention or a fused layer does not know of, and a GPU whose
+        kernels are not what they were when they were written.
         """
-        name = type(self.model).__name__
+        name, on_cpu = type(self.model).__name__, self.device.type == "cpu"
+        length = 9 if on_cpu else min(GPU_CHECK, self.model.config.max_position_embeddings)
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.vocab_size, (2, 9), generator=generator).to(self.device)
+        tokens = torch.randint(self.vocab_size, (2, length), generator=generator).to(self.device)
         try:
             self.model.set_attn_implementation("sdpa")
             plain = self.model(tokens, use_cache=False).logits.float()
@@ -100,25 +157,47 @@ class PackedDecoder:
             if fuse:
                 fuse_layers(self.model)
             probe = LayoutProbe()
-            self._run(tokens[0], torch.arange(9, device=self.device), probe)
+            self._run(tokens[0], torch.arange(length, device=self.device), probe)
             self.layout = tuple(probe.layers[i] for i in range(len(probe.layers)))
-            cache = self.new_cache(2, 9)
-            self.forward(cache, [(0, 5), (1, 3)], torch.cat([tokens[0, :5], tokens[1, :3]]))
-            cache.rollback(0, 4)
-            rest = torch.cat([tokens[1, 3:], tokens[0, 4:]])
-            hidden = self.forward(cache, [(1, 6), (0, 5)], rest)
+            problem = self._difference(tokens, plain)
         except (ValueError, KeyError, TypeError) as error:
             raise UnsupportedModel(f"{name} cannot run packed: {error}") from error
-        packed = self.logits(hidden).float()
-        expected = torch.cat([plain[1, 3:], plain[0, 4:]])
+        except Exception as error:  # a compiler of kernels that does not work may raise anything
+            if on_cpu:
+                raise
+            problem = str(error)
+        if problem and not on_cpu:
+            self.use_kernels = False
+            log.warning("%s runs without GPU kernels, which is slower: %s", name, problem)
+            problem = self._difference(tokens, plain)
+        if problem:
+            raise UnsupportedModel(f"{name} cannot run packed: {problem}")
+
+    def _difference(self, tokens: Tensor, plain: Tensor) -> str:
+        """What two rows [2, n] run packed differ from `plain` by; "" if that is rounding."""
+        n = tokens.shape[1]
+        cache = self.new_cache(2, n)
+        self.forward(cache, [(0, n - 4), (1, n - 6)], torch.cat([tokens[0, :-4], tokens[1, :-6]]))
+        cache.rollback(0, n - 5)
+        rest = torch.cat([tokens[1, -6:], tokens[0, -5:]])
+        hidden = self.forward(cache, [(1, 6), (0, 5)], rest)
+        cache.rollback(0, n - 1)
+        alone = self.forward(cache, [(0, 1)], tokens[0, -1:])
+        packed = self.logits(torch.cat([hidden, alone])).float()
+        expected = torch.cat([plain[1, -6:], plain[0, -5:], plain[0, -1:]])
         # Two right forwards of SmolLM2-135M differ by 0.03 to 0.1 in bfloat16, by 1e-5 in float32.
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.25
         gap = ((packed - expected).square().mean().sqrt() / expected.std()).item()
-        if not gap < tolerance:
-            raise UnsupportedModel(
-                f"{name} cannot run packed: its logits differ from the plain forward's by "
-                f"{gap:.2g} standard deviations (at most {tolerance:g} is rounding)"
-            )
+        if gap < tolerance:
+            return ""
+        return (
+            f"its logits differ from the plain forward's by {gap:.2g} standard deviations "
+            f"(at most {tolerance:g} is rounding)"
+        )
+
+
+def _is_on_one_device(model: PreTrainedModel) -> bool:
+    return len({parameter.device for parameter in model.parameters()}) == 1
 
 
 def _refuse_by_config(model: PreTrainedModel) -> None:

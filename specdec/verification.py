@@ -140,7 +140,8 @@ class Proposal:
         """q float32 [D, V] and q_row int64 [B, K]; candidate (b, k) came from q[q_row[b, k]]."""
         if not self._q:
             return None
-        return torch.cat(self._q), torch.tensor(self._q_row, device=self.candidates.device)
+        q_row = torch.tensor(self._q_row).to(self.candidates.device, non_blocking=True)
+        return torch.cat(self._q), q_row
 
 
 class Matching:

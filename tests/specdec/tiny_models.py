@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,9 @@ from specdec.linear import Quantization, pack_linears
 from specdec.packed import PackedDecoder
 
 VOCAB = 97
+
+DEVICE = torch.device(os.environ.get("SPECBATCH_TEST_DEVICE", "cpu"))
+"""Where pairs run: with `cuda` the engine's tests check a GPU against transformers on the CPU."""
 
 Precision = Literal["plain", "float32"] | Quantization
 """Linear layers as they are, or one of the three of specdec.linear."""
@@ -100,9 +104,10 @@ def make_pair(
     """Wrap copies of both models; the given ones stay plain."""
 
     def packed(model: PreTrainedModel, invariant: bool) -> PackedDecoder:
-        model = copy.deepcopy(model)
-        decoder = PackedDecoder(model, invariant=invariant, fuse=precision != "plain")
-        if precision != "plain":
+        model = copy.deepcopy(model).to(DEVICE)
+        on_cpu = DEVICE.type == "cpu"
+        decoder = PackedDecoder(model, invariant=invariant, fuse=precision != "plain" or not on_cpu)
+        if precision != "plain" and on_cpu:
             pack_linears(model, None if precision == "float32" else precision)
         return decoder
 

@@ -15,7 +15,7 @@ from specdec.goodput import Goodput
 from specdec.policies import make_policy
 from specdec.request import Completion, Request, SamplingParams
 from specdec.stopping import DraftStep, RoundOutcome, RoundStart, RowMemory, StopPolicy
-from tests.specdec.tiny_models import VOCAB
+from tests.specdec.tiny_models import DEVICE, VOCAB
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24)
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=20, seed=100)
@@ -172,7 +172,7 @@ def random_head(width: int, seed: int = 3) -> AcceptanceHead:
     generator = torch.Generator().manual_seed(seed)
     for parameter in head.parameters():
         parameter.data.normal_(0, width**-0.5, generator=generator)
-    return head.eval().requires_grad_(False)
+    return head.to(DEVICE).eval().requires_grad_(False)
 
 
 Make = Callable[[int], StopPolicy]
