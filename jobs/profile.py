@@ -170,8 +170,8 @@ def _load(job: JobConfig) -> ModelPair:
     from pipeline.generate import load_pair
     from specdec.sources import PairError
 
-    notices.set_verbosity_error()  # type: ignore[no-untyped-call]
-    notices.disable_progress_bar()  # type: ignore[no-untyped-call]
+    notices.set_verbosity_error()
+    notices.disable_progress_bar()
     # A job that does not speculate yet may name a draft to be looked at.
     speculating = job.speculation.model_copy(update={"policy": "fixed"})
     try:

@@ -274,8 +274,8 @@ def _load(config: JobConfig) -> ModelPair:
 
     # A draft that shares the target's embedding looks corrupted to transformers; the pair's own
     # checks say what is wrong with one.
-    notices.set_verbosity_error()  # type: ignore[no-untyped-call]
-    notices.disable_progress_bar()  # type: ignore[no-untyped-call]
+    notices.set_verbosity_error()
+    notices.disable_progress_bar()
     models = config.models
     try:
         return ModelPair.load(

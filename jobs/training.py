@@ -173,8 +173,8 @@ def distill(
         from specdec.training.distill import distill as run
 
         # A draft without embeddings is as it should be; transformers would warn of it at length.
-        notices.set_verbosity_error()  # type: ignore[no-untyped-call]
-        notices.disable_progress_bar()  # type: ignore[no-untyped-call]
+        notices.set_verbosity_error()
+        notices.disable_progress_bar()
         trust = jobs[0].models.trust_remote_code
         pair = ModelPair.load(name, trainable=True, trust_remote_code=trust)
         student = _student(pair, layers, draft, trust)

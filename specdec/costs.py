@@ -120,12 +120,11 @@ class CostTable:
         seen[1 + above] += share
         # Of times, not of their logarithms: what a pause costs now and then is part of the mean.
         error = min(max(seconds / expected, 1 / OUTLIER), OUTLIER) - 1
-        walks = np.full(len(seen), PLACE_WALK**2)
-        walks[0] = SPEED_WALK**2
-        covariance = self._covariance + np.diag(walks)
-        along = covariance @ seen
+        self._covariance.flat[:: len(seen) + 1] += PLACE_WALK**2
+        self._covariance[0, 0] += SPEED_WALK**2 - PLACE_WALK**2
+        along = self._covariance @ seen
         gain = along / (seen @ along + ROUND_NOISE**2)
-        self._covariance = covariance - np.outer(gain, along)
+        self._covariance -= np.outer(gain, along)
         self._speed += math.log1p(gain[0] * error)
         self._places = self._places + np.log1p(gain[1:] * error)
         self._dense = _UNKNOWN  # until it is asked for: several observations may come together

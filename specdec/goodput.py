@@ -21,18 +21,19 @@ drawn: after the draft step that made its distribution, by the estimate that doe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from math import inf
 from operator import is_
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from specdec.acceptance import AcceptanceHead, Estimator
-from specdec.calibration import Array, Flags
+from specdec.calibration import Flags
 from specdec.costs import CostModel, CostTable
 from specdec.stopping import (
     DraftStep,
     EstimatingPolicy,
-    Indices,
     RoundOutcome,
     RoundStart,
     RowMemory,
@@ -115,7 +116,7 @@ class Goodput(EstimatingPolicy):
         self._promised, self._missing = 0.0, 0.0
         self._measured: list[tuple[CostTable, int, float]] = []
         # `_further` of the tables as they are, by its arguments.
-        self._furthers: dict[tuple[int, int, float], Array] = {}
+        self._furthers: dict[tuple[int, int, float], list[list[float]]] = {}
 
     def prepare(self, target: PackedDecoder, draft: PackedDecoder, slots: int) -> None:
         if self.costs is None:
@@ -128,48 +129,42 @@ class Goodput(EstimatingPolicy):
         assert self.costs is not None, "prepare() comes before the first round"
         budget = [0] * len(start.rows)
         self._probing, self._steps = False, []
-        speculating = [row for row, room in enumerate(start.room) if room > 0]
-        if not speculating or self._stands(start):
+        rows = [row for row, room in enumerate(start.room) if room > 0]
+        if not rows or self._stands(start):
             return budget
         self._begin(start)
-        lacking = [start.draft_pending[row] for row in speculating]
-        rows = np.array(speculating)
-        owed = self._owed(start, rows, lacking)
-        order = np.argsort(self._value * owed - self.typical[rows], kind="stable")
-        rows, owed = rows[order], owed[order]
-        first = self.costs.draft.curve(1, len(rows)) + np.cumsum(owed)
+        owed, rates = self._owed(start, rows), self._rates
+        rows.sort(key=lambda row: self._value * owed[row] - rates[row])
+        steps = self.costs.draft.curve(1, len(rows)).tolist()
+        owing = accumulate(owed[row] for row in rows)
+        first = [step + more for step, more in zip(steps, owing, strict=True)]
         share, yielding = self._first_ones
-        value = yielding * self.typical[rows]
+        value = [yielding * rates[row] for row in rows]
         worth, promised = self._worth(rows, value, first, self.k_max, share)
         self._promised = promised / len(rows)
         if self._promised > self._missing:
-            chosen = rows[:worth].tolist()
+            chosen = rows[:worth]
         else:
-            chosen = self._probe(speculating, lacking)
+            chosen = self._probe(start, sorted(rows))
             self._probing = True
             final = not chosen and all(start.decoding)
             self._rested, self._resting = start.rows, REST if final else 0
         for row in chosen:
             budget[row] = self.k_max
-        for row, seconds in zip(rows.tolist(), owed.tolist(), strict=True):
-            if budget[row]:
-                start.rows[row].catch_up = seconds
+            start.rows[row].catch_up = owed[row]
         return budget
 
     def _begin(self, start: RoundStart) -> None:
         super()._begin(start)
         assert self.costs is not None
         self._free_trimming = start.free_trimming
-        self._kept = np.zeros(len(start.rows), dtype=np.int64)
+        self._kept = [0] * len(start.rows)
+        self._rates: list[float] = self.typical.tolist()
         self._tokens_bare = self._tokens_fed = start.target_tokens
         # What a second is worth: the tokens that it yields as this pair has been doing of late.
         rows = sum(room > 0 for room in start.room)
         plain = rows / float(self.costs.verify(rows))
         self._value = plain * max(1.0, self._tokens / self._seconds)
-        # Of each row, how many candidates a chain of 1, 2, ... AHEAD ones yields, if the first is
-        # worth one: 1 + rate + rate^2 + ...
-        rate = self.typical[:, None]
-        self._chains = (1 - rate**_STEPS) / (1 - rate)
 
     def _stands(self, start: RoundStart) -> bool:
         """Whether this round is one without candidates, and nothing needs to be computed for it.
@@ -188,58 +183,62 @@ class Goodput(EstimatingPolicy):
         """Whether it is time for a round without candidates."""
         return self._in_a_row >= IN_A_ROW and self._promised - self._missing < CLOSE
 
-    def _owed(self, start: RoundStart, rows: Indices, lacking: Sequence[int]) -> Array:
-        """Seconds a round that each row owes for what its draft had to read of it: float [n].
+    def _owed(self, start: RoundStart, rows: Sequence[int]) -> dict[int, float]:
+        """Seconds a round that each of some rows owes for what its draft had to read of it.
 
         It is read once, in the first of the rounds that a row has left, and all of them share the
         cost. Else each new row would join those that have paid, and no row would earn its prompt.
         """
         assert self.costs is not None
-        owed = np.array([start.rows[row].catch_up for row in rows.tolist()])
-        if max(lacking) <= USUAL:
+        owed = {row: start.rows[row].catch_up for row in rows}
+        lacking = {row: start.draft_pending[row] for row in rows}
+        if max(lacking.values()) <= USUAL:
             return owed
         # All that lack something are taken to read it at once: those that came together do.
-        total, draft = sum(lacking), self.costs.draft
+        total, draft = sum(lacking.values()), self.costs.draft
         a_token = max(float(draft(total) - draft(USUAL * len(rows))), 0.0) / total
-        # Where it is a close call, a round has about one candidate for each row.
-        rounds = np.array(start.room)[rows] / (1 + self.typical[rows])
-        owed += a_token * np.array(lacking) / np.clip(rounds, 1, CATCH_UP_ROUNDS)
+        for row in rows:
+            # Where it is a close call, a round has about one candidate for each row.
+            rounds = start.room[row] / (1 + self._rates[row])
+            owed[row] += a_token * lacking[row] / min(max(rounds, 1.0), CATCH_UP_ROUNDS)
         return owed
 
-    def _probe(self, rows: Sequence[int], lacking: Sequence[int]) -> list[int]:
+    def _probe(self, start: RoundStart, rows: Sequence[int]) -> list[int]:
         """Which of the rows try speculation although it does not promise to pay: mostly none."""
         assert self.costs is not None
-        cheapest = sorted(range(len(rows)), key=lacking.__getitem__)[:PROBE_ROWS]
+        cheapest = sorted(rows, key=start.draft_pending.__getitem__)[:PROBE_ROWS]
         bare, verify = self._tokens_bare, self.costs.verify
-        cost = float(self.costs.draft(sum(lacking[i] for i in cheapest)))
+        cost = float(self.costs.draft(sum(start.draft_pending[row] for row in cheapest)))
         cost += float(verify(bare + len(cheapest)) - verify(bare))
         cost /= float(verify(bare))
         if self._allowance < cost:
             return []
         self._allowance -= cost
-        return [rows[i] for i in cheapest]
+        return cheapest
 
     def go_on(self, step: DraftStep) -> Flags:
         assert self.costs is not None
-        rows, alive = step.rows, self.survival[step.rows]
+        alive = self.survival[step.rows]
         judged = self._judge(step)
-        left = self.k_max - step.depth
-        kept = np.arange(len(rows))
+        rows: list[int] = step.rows.tolist()
+        left, kept = self.k_max - step.depth, rows
         if not self._free_trimming:
             if not (self._probing and step.depth == 1):
-                kept = self._best(rows, alive * judged.before, np.zeros(len(rows)), left + 1)
-            self._kept[rows[kept]] = step.depth
+                reached = dict(zip(rows, (alive * judged.before).tolist(), strict=True))
+                kept = self._best(reached, [0.0] * len(kept), left + 1)
+            for row in kept:
+                self._kept[row] = step.depth
         self._tokens_fed += len(kept)
-        going = np.zeros(len(rows), dtype=bool)
-        if left and len(kept):
-            survival, rows = judged.survival[kept], rows[kept]
-            next_step = self.costs.draft.curve(1, len(kept))
-            best = self._best(rows, survival * self.typical[rows], next_step, left)
-            going[kept[best]] = True
-        return going
+        going = set[int]()
+        if left and kept:
+            survival = dict(zip(rows, judged.survival.tolist(), strict=True))
+            expected = {row: survival[row] * self._rates[row] for row in kept}
+            next_step = self.costs.draft.curve(1, len(kept)).tolist()
+            going = set(self._best(expected, next_step, left))
+        return np.array([row in going for row in rows])
 
     def submit(self, drafted: Sequence[int]) -> Sequence[int]:
-        counts = self._choose(drafted) if self._free_trimming else self._kept.tolist()
+        counts = self._choose(drafted) if self._free_trimming else self._kept
         self._book_trimming(counts)
         return drafted if self._free_trimming and self._probing else counts
 
@@ -265,18 +264,25 @@ class Goodput(EstimatingPolicy):
         """How many of each row's candidates are worth verifying, now that all are drawn."""
         # All candidates by survival: a prefix of this order holds a prefix of every row, since a
         # row's survival falls with every candidate. So one pass over all sizes is the whole search.
-        rows = np.concatenate([step.rows for step in self._steps])
-        survival = np.concatenate([step.survival for step in self._steps])
-        order = np.argsort(-survival, kind="stable")
         assert self.costs is not None
-        seconds = self.costs.verify.curve(self._tokens_bare, self._tokens_bare + len(order))
-        gain = np.cumsum(survival[order]) - self._value * (seconds[1:] - seconds[0])
-        best = int(gain.argmax())
-        if gain[best] <= 0:
-            return [0] * len(drafted)
-        if best + 1 == len(order):
-            return drafted
-        counts: list[int] = np.bincount(rows[order[: best + 1]], minlength=len(drafted)).tolist()
+        every = [
+            (survival, row)
+            for step in self._steps
+            for survival, row in zip(step.survival.tolist(), step.rows.tolist(), strict=True)
+        ]
+        every.sort(key=lambda candidate: -candidate[0])
+        bare, *seconds = self.costs.verify.curve(
+            self._tokens_bare, self._tokens_bare + len(every)
+        ).tolist()
+        expected, most, best = 0.0, 0.0, 0
+        for n, (survival, _) in enumerate(every):
+            expected += survival
+            gain = expected - self._value * (seconds[n] - bare)
+            if gain > most:
+                most, best = gain, n + 1
+        counts = [0] * len(drafted)
+        for _, row in every[:best]:
+            counts[row] += 1
         return counts
 
     def observe(self, outcome: RoundOutcome) -> None:
@@ -332,14 +338,19 @@ class Goodput(EstimatingPolicy):
         weight = KEPT ** len(start.rows)
         self._missing = weight * self._missing + (1 - weight) * missing
 
-    def _best(self, rows: Indices, value: Array, first: Array, left: int) -> Indices:
-        """Which of n rows to take one step further, as indices into them; else as `_worth`."""
-        order = np.argsort(-value, kind="stable")
-        n, gain = self._worth(rows[order], value[order], first, left)
-        return order[: n if gain > 0 else 0]
+    def _best(self, value: dict[int, float], first: Sequence[float], left: int) -> list[int]:
+        """Which rows to take one step further, by what that is expected to yield of each."""
+        rows = sorted(value, key=lambda row: -value[row])
+        n, gain = self._worth(rows, [value[row] for row in rows], first, left)
+        return rows[:n] if gain > 0 else []
 
     def _worth(
-        self, rows: Indices, value: Array, first: Array, left: int, share: float = 1.0
+        self,
+        rows: Sequence[int],
+        value: Sequence[float],
+        first: Sequence[float],
+        left: int,
+        share: float = 1.0,
     ) -> tuple[int, float]:
         """How many of the leading rows to take further, and what that yields beyond its cost.
 
@@ -347,29 +358,38 @@ class Goodput(EstimatingPolicy):
         tokens per row, each later one the row's rate times the one before.
 
         Args:
-            rows: int [n].
-            value: float [n], expected tokens of the next candidate of each row, falling.
-            first: float [n], seconds that the first step takes for the leading 1..n rows.
+            rows: n of them.
+            value: expected tokens of the next candidate of each row, falling.
+            first: seconds that the first step takes for the leading 1..n rows.
             left: most candidates that the rows may still get.
             share: how much of them will be submitted.
 
         Returns:
             The best number, at least 1, and the tokens that it gains; less than 0 if it loses.
         """
-        tokens = np.cumsum(value[:, None] * self._chains[rows, :left], 0)
-        seconds = self._further(len(rows), share)[:, :left] + first[:, None]
-        gain = tokens - self._value * seconds
-        most = int(gain.argmax())
-        return most // gain.shape[1] + 1, float(gain.flat[most])
+        # In plain Python: an array operation takes longer after a forward than a row does here.
+        tokens = [0.0] * min(left, AHEAD)
+        number, most = 1, -inf
+        further = self._further(len(rows), share)
+        for j, (row, expected, seconds) in enumerate(zip(rows, value, first, strict=True)):
+            rate, chain = self._rates[row], 0.0
+            for step, more in zip(range(len(tokens)), further[j], strict=False):
+                chain += expected
+                expected *= rate
+                tokens[step] += chain
+                gain = tokens[step] - self._value * (seconds + more)
+                if gain > most:
+                    number, most = j + 1, gain
+        return number, most
 
-    def _further(self, n: int, share: float) -> Array:
+    def _further(self, n: int, share: float) -> list[list[float]]:
         """Seconds of 1..AHEAD more candidates of each of 1..n rows, less the first draft step.
 
         Args:
             share: how much of them will be submitted.
 
         Returns:
-            float [n, AHEAD].
+            n lists of AHEAD.
         """
         assert self.costs is not None
         fed = self._tokens_fed
@@ -378,7 +398,8 @@ class Goodput(EstimatingPolicy):
             verify = self.costs.verify.curve(fed, fed + n * AHEAD)
             submitted = np.rint(share * j * _STEPS).astype(int)
             drafting = self.costs.draft.curve(1, n)[:, None] * (_STEPS - 1)
-            self._furthers[fed, n, share] = verify[submitted] - verify[0] + drafting
+            further = verify[submitted] - verify[0] + drafting
+            self._furthers[fed, n, share] = further.tolist()
         return self._furthers[fed, n, share]
 
     def _reason(self, row: int, drafted: int) -> str:

@@ -107,7 +107,7 @@ class PackedDecoder:
         return logits
 
     def _lm_head(self) -> Any:
-        return self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return self.model.get_output_embeddings()
 
     def _recorded(self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor) -> Tensor | None:
         """What `forward` returns, if it can be recorded, as it is when its size first comes."""
