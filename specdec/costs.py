@@ -66,13 +66,16 @@ class CostTable:
     Args:
         tokens: increasing, from 1.
         seconds: measured at these.
+
+    Attributes:
+        speed: how much longer all forwards take than they did at first, in logarithms.
     """
 
     def __init__(self, tokens: Sequence[int], seconds: Sequence[float]) -> None:
         self.tokens = np.asarray(tokens, dtype=np.float64)
         self._first = _rising(np.asarray(seconds, dtype=np.float64))
         # What has become of it since, in logarithms: for all, and for each place besides.
-        self._speed, self._places = 0.0, np.zeros(len(self.tokens))
+        self.speed, self._places = 0.0, np.zeros(len(self.tokens))
         # Of the errors of the speed, first, and of the places.
         errors = [SPEED_ERROR, *[PROFILE_ERROR] * len(self.tokens)]
         self._covariance = np.diag(np.square(errors))
@@ -81,7 +84,7 @@ class CostTable:
     @property
     def seconds(self) -> Array:
         """At the tokens of the table."""
-        return _rising(self._first * np.exp(self._speed + self._places))
+        return _rising(self._first * np.exp(self.speed + self._places))
 
     def __call__(self, tokens: Any) -> Any:
         """Seconds at integer token counts (a number or an array); no tokens cost nothing.
@@ -107,7 +110,7 @@ class CostTable:
         expected = float(self._at(np.array([tokens]))[0])
         if tokens > BEYOND * self.tokens[-1]:
             self.tokens = np.append(self.tokens, tokens)
-            self._first = np.append(self._first, expected / math.exp(self._speed))
+            self._first = np.append(self._first, expected / math.exp(self.speed))
             self._places = np.append(self._places, 0.0)
             self._covariance = np.pad(self._covariance, (0, 1))
             self._covariance[-1, -1] = EXTRAPOLATED_ERROR**2
@@ -125,9 +128,14 @@ class CostTable:
         along = self._covariance @ seen
         gain = along / (seen @ along + ROUND_NOISE**2)
         self._covariance -= np.outer(gain, along)
-        self._speed += math.log1p(gain[0] * error)
+        self.speed += math.log1p(gain[0] * error)
         self._places = self._places + np.log1p(gain[1:] * error)
         self._dense = _UNKNOWN  # until it is asked for: several observations may come together
+
+    def follow(self, speed: float) -> None:
+        """Take over a change of the machine's speed, in logarithms, that was seen elsewhere."""
+        self.speed += speed
+        self._dense = _UNKNOWN
 
     def _at(self, counts: Any) -> Array:
         """Seconds at token counts, an array that rises, off the table itself."""
@@ -179,6 +187,20 @@ class CostModel:
             _profile(draft, slots, max(2 * slots, PROMPT), seconds / 3),
             _profile(target, slots, 9 * slots, seconds * 2 / 3),
         )
+
+    def observe_draft(self, tokens: int, seconds: float) -> None:
+        """Learn from a draft step."""
+        self.draft.observe(tokens, seconds)
+
+    def observe_verify(self, tokens: int, seconds: float) -> None:
+        """Learn from the rest of a round.
+
+        What it says of the machine's speed holds for the draft, too, which may be resting: else a
+        machine that has become faster since would have a dear draft.
+        """
+        before = self.verify.speed
+        self.verify.observe(tokens, seconds)
+        self.draft.follow(self.verify.speed - before)
 
     def points(self) -> dict[str, list[tuple[int, float]]]:
         """Both tables, JSON-able."""

@@ -20,7 +20,7 @@ drawn: after the draft step that made its distribution, by the estimate that doe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from math import inf
 from operator import is_
@@ -30,7 +30,7 @@ import numpy as np
 
 from specdec.acceptance import AcceptanceHead, Estimator
 from specdec.calibration import Flags
-from specdec.costs import CostModel, CostTable
+from specdec.costs import CostModel
 from specdec.stopping import (
     DraftStep,
     EstimatingPolicy,
@@ -114,7 +114,7 @@ class Goodput(EstimatingPolicy):
         self._firsts = [8.0, 8.0, 4.0, 4.0]
         # Tokens a row and round that speculation promised lately beyond what it kept.
         self._promised, self._missing = 0.0, 0.0
-        self._measured: list[tuple[CostTable, int, float]] = []
+        self._measured: list[tuple[Callable[[int, float], None], int, float]] = []
         # `_further` of the tables as they are, by its arguments.
         self._furthers: dict[tuple[int, int, float], list[list[float]]] = {}
 
@@ -295,9 +295,9 @@ class Goodput(EstimatingPolicy):
             self._furthers = {}  # sizes with a prompt in them hardly come again, and would pile up
             return
         for tokens, seconds in outcome.draft_costs:
-            self._measured.append((self.costs.draft, tokens, seconds))
+            self._measured.append((self.costs.observe_draft, tokens, seconds))
         tokens, seconds = outcome.verify_cost
-        self._measured.append((self.costs.verify, tokens, seconds))
+        self._measured.append((self.costs.observe_verify, tokens, seconds))
         rows = len(outcome.start.rows)
         committed = sum(outcome.accepted) + rows
         spent = seconds + sum(spent for _, spent in outcome.draft_costs)
@@ -311,8 +311,8 @@ class Goodput(EstimatingPolicy):
             self._missing *= TRUST_AGAIN
             self._allowance = min(self._allowance + PROBE_SHARE * relative, PROBE_SAVINGS)
         if len(self._measured) >= TOGETHER:
-            for table, tokens, seconds in self._measured:
-                table.observe(tokens, seconds)
+            for learn, tokens, seconds in self._measured:
+                learn(tokens, seconds)
             self._measured = []
             self._furthers = {}
 

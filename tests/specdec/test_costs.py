@@ -159,3 +159,13 @@ def test_a_profile_without_time_is_short_but_of_use(pair: TinyPair) -> None:
         tokens = table.tokens.tolist()
         assert len(tokens) == LEAST_POINTS and tokens[0] == 1 and tokens[-1] > 64
         assert (table.seconds > 0).all()
+
+
+def test_a_draft_that_rests_while_the_machine_becomes_faster_is_not_taken_for_a_dear_one() -> None:
+    model = CostModel(CostTable([1, 4], [2.0, 2.4]), CostTable([1, 8], [20.0, 30.0]))
+    for _ in range(60):
+        model.observe_verify(4, 0.6 * float(CostTable([1, 8], [20.0, 30.0])(4)))
+    assert float(model.draft(1) / model.verify(4)) == pytest.approx(2.0 / 24.3, rel=0.02)
+    for _ in range(100):  # and what it takes itself counts all the same
+        model.observe_draft(1, 2.0)
+    assert float(model.draft(1)) == pytest.approx(2.0, rel=0.02)
