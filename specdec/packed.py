@@ -63,14 +63,15 @@ class PackedDecoder:
         self, model: PreTrainedModel, *, invariant: bool = False, fuse: bool = False
     ) -> None:
         self.model, self.invariant = model, invariant
-        self.use_kernels, self.recorder = True, None
+        one_device = len({parameter.device for parameter in model.parameters()}) == 1
+        self.use_kernels, self.recorder = one_device, None
         embedding: Any = model.get_input_embeddings()
         self.device: torch.device = embedding.weight.device
         self.dtype: torch.dtype = model.dtype
         self.vocab_size: int = self._lm_head().weight.shape[0]
         _refuse_by_config(model)
         self._check_against_plain(fuse)
-        if self.device.type == "cuda" and _is_on_one_device(model):
+        if self.device.type == "cuda" and self.use_kernels:
             self.recorder = record
 
     def new_cache(self, slots: int, capacity: int) -> SlotCache:
@@ -146,8 +147,9 @@ class PackedDecoder:
         architecture does that packed attention or a fused layer does not know of, and a GPU whose
         kernels are not what they were when they were written.
         """
-        name, on_cpu = type(self.model).__name__, self.device.type == "cpu"
-        length = 9 if on_cpu else min(GPU_CHECK, self.model.config.max_position_embeddings)
+        name, config = type(self.model).__name__, self.model.config
+        on_gpu = self.device.type == "cuda"
+        length = min(GPU_CHECK, config.max_position_embeddings) if on_gpu else 9
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.vocab_size, (2, length), generator=generator).to(self.device)
         try:
@@ -159,19 +161,23 @@ class PackedDecoder:
             probe = LayoutProbe()
             self._run(tokens[0], torch.arange(length, device=self.device), probe)
             self.layout = tuple(probe.layers[i] for i in range(len(probe.layers)))
+            if on_gpu and self.use_kernels:
+                self.use_kernels = self._kernels_agree(tokens, plain)
             problem = self._difference(tokens, plain)
         except (ValueError, KeyError, TypeError) as error:
             raise UnsupportedModel(f"{name} cannot run packed: {error}") from error
-        except Exception as error:  # a compiler of kernels that does not work may raise anything
-            if on_cpu:
-                raise
-            problem = str(error)
-        if problem and not on_cpu:
-            self.use_kernels = False
-            log.warning("%s runs without GPU kernels, which is slower: %s", name, problem)
-            problem = self._difference(tokens, plain)
         if problem:
             raise UnsupportedModel(f"{name} cannot run packed: {problem}")
+
+    def _kernels_agree(self, tokens: Tensor, plain: Tensor) -> bool:
+        """Whether a GPU's kernels run here and give the logits that they should."""
+        try:
+            problem = self._difference(tokens, plain)
+        except Exception as error:  # a compiler that does not work here may raise anything
+            problem = str(error)
+        if problem:
+            log.warning("layers run without GPU kernels, which is slower: %s", problem)
+        return not problem
 
     def _difference(self, tokens: Tensor, plain: Tensor) -> str:
         """What two rows [2, n] run packed differ from `plain` by; "" if that is rounding."""
@@ -194,10 +200,6 @@ class PackedDecoder:
             f"its logits differ from the plain forward's by {gap:.2g} standard deviations "
             f"(at most {tolerance:g} is rounding)"
         )
-
-
-def _is_on_one_device(model: PreTrainedModel) -> bool:
-    return len({parameter.device for parameter in model.parameters()}) == 1
 
 
 def _refuse_by_config(model: PreTrainedModel) -> None:

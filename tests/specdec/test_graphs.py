@@ -116,3 +116,27 @@ def test_an_engine_that_records_gives_the_same_tokens(
     assert outputs[0] == outputs[1]
     assert engine.target_cache.recorded
     assert engine.draft_cache.recorded
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("why", ["they do not compile", "they compute something else"])
+def test_kernels_that_do_not_work_here_are_left_out(
+    why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a model on a GPU asks when it is loaded."""
+
+    class Broken:
+        one_token_rows = True
+
+        def attend(self, *arguments: Any) -> None:
+            if why == "they do not compile":
+                raise RuntimeError("no compiler here")
+            arguments[-1].zero_()
+
+    found = PackedDecoder(tiny_model().to(DEVICE))
+    tokens = torch.randint(90, (2, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    plain = tiny_model().to(DEVICE)(tokens).logits
+    assert found._kernels_agree(tokens, plain)
+    monkeypatch.setattr("specdec.cache.layer_kernels", lambda *_: Broken())
+    assert not found._kernels_agree(tokens, plain)
+    assert caplog.text.count("layers run without GPU kernels") == 1
