@@ -26,7 +26,7 @@ from scipy.special import expit
 from torch import Tensor, nn
 
 from specdec.calibration import Array, Calibration, Flags
-from specdec.kernels import kernels_for
+from specdec.kernels import kernels_over
 
 
 class Signal(IntEnum):
@@ -126,8 +126,7 @@ def read_signals(
     judging = head is not None and bool(wanted & HEAD_SIGNALS)
     of_tokens = frozenset(_TOKEN_SIGNALS) if judging else wanted & frozenset(_TOKEN_SIGNALS)
     signals = torch.zeros(len(tokens), len(Signal), device=logits.device)
-    kernels = kernels_for(logits.dtype, logits.device)
-    if kernels is not None and logits.stride(1) == 1:
+    if (kernels := kernels_over(logits)) is not None:
         kernels.token_signals(logits, tokens, signals, of_tokens)
     else:
         _token_signals(logits, tokens, signals, of_tokens)

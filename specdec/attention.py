@@ -18,18 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from specdec.cache import KEY_BLOCK, LayerLayout, SlotCache
-from specdec.kernels import Kernels
-
-if TYPE_CHECKING:
-    from specdec.gpu_kernels import GpuKernels
+from specdec.kernels import LayerKernels
 
 GRID_TOKENS = 24
 """Rows with more tokens than this in one forward attend one by one."""
@@ -63,6 +63,26 @@ class PackedRow(NamedTuple):
     tokens: int
     slot: int
     start: int
+
+
+def packed_rows(cache: SlotCache, rows: Sequence[Row]) -> list[PackedRow]:
+    """Rows laid end to end, each behind what its slot holds."""
+    ends = accumulate(count for _, count in rows)
+    return [
+        PackedRow(end - count, count, slot, cache.lengths[slot])
+        for (slot, count), end in zip(rows, ends, strict=True)
+    ]
+
+
+def one_token_rows(rows: Sequence[PackedRow]) -> NDArray[np.int64]:
+    """int64 [n, 4]: each of the n tokens of some rows as a row of its own."""
+    table = np.array(rows, dtype=np.int64)
+    counts = table[:, 1]
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    table = np.repeat(table, counts, axis=0)
+    table[:, 1] = 1
+    table[:, [0, 3]] += within[:, None]
+    return table
 
 
 @dataclass(slots=True)
@@ -150,7 +170,7 @@ class Packing:
     short: list[PackedRow]
     long: list[PackedRow]
     short_rows: Tensor
-    kernels: Kernels | GpuKernels | None
+    kernels: LayerKernels | None
     _grid: Grid | None = None
 
     @classmethod
@@ -160,18 +180,12 @@ class Packing:
         positions: list[int] = []
         short: list[PackedRow] = []
         long: list[PackedRow] = []
-        for slot, count in rows:
-            row = PackedRow(len(slots), count, slot, cache.lengths[slot])
-            (short if count <= GRID_TOKENS else long).append(row)
-            slots += [slot] * count
-            positions += range(row.start, row.start + count)
-        if cache.kernels is not None and cache.kernels.one_token_rows:
-            flat = [
-                number
-                for begin, count, slot, start in short
-                for t in range(count)
-                for number in (begin + t, 1, slot, start + t)
-            ]
+        for row in packed_rows(cache, rows):
+            (short if row.tokens <= GRID_TOKENS else long).append(row)
+            slots += [row.slot] * row.tokens
+            positions += range(row.start, row.start + row.tokens)
+        if short and cache.kernels is not None and cache.kernels.one_token_rows:
+            flat = one_token_rows(short).ravel().tolist()
         else:
             flat = [number for row in short for number in row]
         slots_, positions_, short_rows = upload(cache.device, slots, positions, flat)

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from specdec.graphs import RecordedForward
-from specdec.kernels import HEAD_STEP, Kernels, layer_kernels
+from specdec.kernels import HEAD_STEP, LayerKernels, layer_kernels
 
 if TYPE_CHECKING:
-    from specdec.gpu_kernels import GpuKernels
+    from specdec.graphs import RecordedForward
 
 KEY_BLOCK = 128
 """Capacities and attended lengths are multiples of this many positions (see specdec/packed.py)."""
@@ -68,7 +67,7 @@ class SlotCache:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     @functools.cached_property
-    def kernels(self) -> Kernels | GpuKernels | None:
+    def kernels(self) -> LayerKernels | None:
         """The kernels that can read this cache, if there are any."""
         dims = {dim for layer in self.layout for dim in (layer.key_dim, layer.value_dim)}
         fit = not any(dim % HEAD_STEP for dim in dims)
@@ -103,12 +102,10 @@ class SlotCache:
 
         What the slots held is overwritten; `source` must have that many tokens.
         """
-        n = max(lengths, default=0)
-        for slot in slots:
+        for slot, n in zip(slots, lengths, strict=True):
             for tensor in (*self.keys, *self.values):
                 tensor[slot, :, :n] = tensor[source, :, :n]
-        for slot, length in zip(slots, lengths, strict=True):
-            self.lengths[slot] = length
+            self.lengths[slot] = n
 
     def resize(self, slots: int, capacity: int) -> None:
         """Take another shape in place, layer by layer, keeping what fits of each slot."""

@@ -9,16 +9,13 @@ is left as it is, and `PackedDecoder` compares the result with the plain forward
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from specdec.attention import LayoutProbe, Packing, attend, attend_stored
-from specdec.kernels import Kernels
-
-if TYPE_CHECKING:
-    from specdec.gpu_kernels import GpuKernels
+from specdec.kernels import LayerKernels
 
 FUSIBLE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 """transformers' layers that compute what `FusedLayer` does."""
@@ -88,7 +85,7 @@ class FusedLayer(nn.Module):
 
     def _with_kernels(
         self,
-        kernels: Kernels | GpuKernels,
+        kernels: LayerKernels,
         x: Tensor,
         angles: tuple[Tensor, Tensor],
         packing: Packing,

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.attention import PackedRow, one_token_rows
+
 LARGEST = 512
 """More tokens than this keep a GPU busy for longer than their launches take."""
 
@@ -84,23 +86,22 @@ class RecordedForward:
         self._run = functools.partial(run, self._tokens, self._rows)
         self._replay: Callable[[], Tensor] | None = None
 
-    def __call__(
-        self, tokens: Tensor, rows: Sequence[tuple[int, int]], lengths: Sequence[int]
-    ) -> Tensor:
-        """Hidden states [N, hidden] of N <= size tokens; good until the next call.
+    def __call__(self, tokens: Tensor, rows: Sequence[PackedRow]) -> Tensor:
+        """Hidden states [N, hidden] of the N <= size tokens of some rows; good until the next call.
 
         Args:
             tokens: int64 [N], on the device.
-            rows: (slot, number of tokens) of each row, as in `PackedDecoder.forward`.
-            lengths: of each slot before.
+            rows: where they belong.
 
         Raises:
             RecordingFailed: there is no recording, or it does not give what it was made of.
         """
-        n = len(tokens)
+        n, size = len(tokens), len(self._tokens)
         self._tokens[:n].copy_(tokens)
         self._tokens[n:] = tokens[-1:]
-        self._rows.copy_(_one_token_rows(rows, lengths, len(self._tokens)), non_blocking=True)
+        table = np.pad(one_token_rows(rows), ((0, size - n), (0, 0)), mode="edge")
+        table[:, 0] = np.arange(size)
+        self._rows.copy_(torch.from_numpy(table), non_blocking=True)
         if self._replay is not None:
             return self._replay()[:n]
         hidden = self._run()  # compiles and allocates what must not be recorded
@@ -111,17 +112,3 @@ class RecordedForward:
             raise RecordingFailed(f"a replay differs from what was recorded by {gap:.2g}")
         self._replay = replay
         return hidden[:n]
-
-
-def _one_token_rows(rows: Sequence[tuple[int, int]], lengths: Sequence[int], size: int) -> Tensor:
-    """int64 [size, 4] on the host: (packed token, 1, slot, position), the last place repeated."""
-    slots, counts = np.array(rows).T
-    n = int(counts.sum())
-    starts = np.array([lengths[slot] for slot, _ in rows])
-    begins = np.cumsum(counts) - counts
-    table = np.empty((size, 4), dtype=np.int64)
-    table[:, 0], table[:, 1] = np.arange(size), 1
-    table[:n, 2] = np.repeat(slots, counts)
-    table[:n, 3] = np.arange(n) + np.repeat(starts - begins, counts)
-    table[n:, 2:] = table[n - 1, 2:]
-    return torch.from_numpy(table)

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -192,6 +192,10 @@ class Kernels:
         )  # fmt: skip
 
 
+LayerKernels: TypeAlias = "Kernels | GpuKernels"
+"""What has kernels for decoder layers: `attend`, `add_norm`, `gate` and `rotate_and_store`."""
+
+
 @functools.cache
 def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
     """The kernels for tensors of this dtype on this device, or None if there are none here."""
@@ -201,11 +205,20 @@ def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
     return Kernels(library, dtype) if library is not None else None
 
 
-@functools.cache
-def layer_kernels(dtype: torch.dtype, device: torch.device) -> Kernels | GpuKernels | None:
+def kernels_over(logits: Tensor) -> Kernels | None:
+    """The kernels that can read logits [n, V], or None: the numbers of a row must be contiguous."""
+    return kernels_for(logits.dtype, logits.device) if logits.stride(1) == 1 else None
+
+
+def layer_kernels(dtype: torch.dtype, device: torch.device) -> LayerKernels | None:
     """As `kernels_for`, for decoder layers, which have kernels on GPUs, too."""
-    if device.type != "cuda" or not _wanted():
-        return kernels_for(dtype, device)
+    if device.type == "cuda" and _wanted():
+        return _gpu_kernels(dtype, device)
+    return kernels_for(dtype, device)
+
+
+@functools.cache
+def _gpu_kernels(dtype: torch.dtype, device: torch.device) -> GpuKernels | None:
     try:
         from specdec.gpu_kernels import DTYPES, GpuKernels
     except ImportError:

@@ -25,6 +25,7 @@ from specdec.attention import (
     Packing,
     Row,
     UnsupportedModel,
+    packed_rows,
 )
 from specdec.cache import SlotCache
 from specdec.fused import fuse_layers
@@ -56,15 +57,12 @@ class PackedDecoder:
             as plain.
     """
 
-    use_kernels: bool
-    recorder: Recorder | None
-
     def __init__(
         self, model: PreTrainedModel, *, invariant: bool = False, fuse: bool = False
     ) -> None:
         self.model, self.invariant = model, invariant
-        one_device = len({parameter.device for parameter in model.parameters()}) == 1
-        self.use_kernels, self.recorder = one_device, None
+        self.use_kernels = True
+        self.recorder: Recorder | None = None
         embedding: Any = model.get_input_embeddings()
         self.device: torch.device = embedding.weight.device
         self.dtype: torch.dtype = model.dtype
@@ -121,7 +119,7 @@ class PackedDecoder:
             run = functools.partial(self._run_rows, cache)
             cache.recorded[size] = RecordedForward(run, size, self.recorder, self.device)
         try:
-            return cache.recorded[size](tokens, rows, cache.lengths)
+            return cache.recorded[size](tokens, packed_rows(cache, rows))
         except RecordingFailed as error:
             log.warning("forwards are not recorded, which is slower: %s", error)
             self.recorder = None
@@ -161,9 +159,11 @@ class PackedDecoder:
             probe = LayoutProbe()
             self._run(tokens[0], torch.arange(length, device=self.device), probe)
             self.layout = tuple(probe.layers[i] for i in range(len(probe.layers)))
-            if on_gpu and self.use_kernels:
-                self.use_kernels = self._kernels_agree(tokens, plain)
-            problem = self._difference(tokens, plain)
+            if on_gpu:
+                one_device = len({parameter.device for parameter in self.model.parameters()}) == 1
+                self.use_kernels = one_device and self._kernels_agree(tokens, plain)
+            checked = on_gpu and self.use_kernels
+            problem = "" if checked else self._difference(tokens, plain)
         except (ValueError, KeyError, TypeError) as error:
             raise UnsupportedModel(f"{name} cannot run packed: {error}") from error
         if problem:

@@ -14,7 +14,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from specdec.kernels import kernels_for
+from specdec.kernels import kernels_over
 from specdec.request import SamplingParams
 
 
@@ -175,10 +175,8 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
 
 def greedy_choice(logits: Tensor) -> Tensor:
     """The likeliest token of each row of logits [n, V]: int64 [n]."""
-    kernels = kernels_for(logits.dtype, logits.device)
-    if kernels is None or logits.stride(1) != 1:
-        return logits.argmax(-1)
-    return kernels.argmax(logits)
+    kernels = kernels_over(logits)
+    return logits.argmax(-1) if kernels is None else kernels.argmax(logits)
 
 
 def coupled_choice(probs: Tensor, seed: Tensor, position: Tensor) -> Tensor:

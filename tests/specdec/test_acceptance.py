@@ -36,7 +36,7 @@ def sigmoid(x: Array) -> Array:
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Signals are read by a compiled kernel where there is one."""
     if request.param == "torch":
-        monkeypatch.setattr(acceptance, "kernels_for", lambda *_: None)
+        monkeypatch.setattr(acceptance, "kernels_over", lambda _: None)
 
 
 @pytest.mark.usefixtures("either_way")

@@ -10,9 +10,14 @@ import os
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.specdec.test_kernels import attention, random
+from tests.specdec.test_kernels import (
+    attention,
+    check_rotation,
+    check_small_operators,
+    close,
+    random,
+)
 
 HAS_GPU = torch.cuda.is_available()
 if importlib.util.find_spec("triton") is None or not (
@@ -23,7 +28,6 @@ if importlib.util.find_spec("triton") is None or not (
 from specdec.gpu_kernels import DTYPES, GpuKernels  # noqa: E402
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 0.005}
 
 
 # The interpreter knows bfloat16 as bits alone.
@@ -35,11 +39,6 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture
 def kernels() -> GpuKernels:
     return GpuKernels(DEVICE)
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    tolerance = TOLERANCE[got.dtype]
-    torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -83,45 +82,11 @@ def test_extreme_scores_are_no_problem(kernels: GpuKernels, dtype: torch.dtype) 
 def test_the_small_operators_equal_torch(
     kernels: GpuKernels, dtype: torch.dtype, width: int
 ) -> None:
-    x, y = (random(3, width, dtype=dtype, seed=seed).to(DEVICE) for seed in (0, 1))
-    weight = random(width, dtype=dtype, seed=2).to(DEVICE)
-    both = 3 * random(3, 2 * width, dtype=dtype).to(DEVICE)
-    added, normal = x.clone(), torch.nn.functional.rms_norm
-    close(
-        kernels.add_norm(added, y, weight, 1e-5),
-        normal((x + y).float(), (width,), weight.float(), 1e-5),
-    )
-    assert torch.equal(added, x + y)
-    close(
-        kernels.add_norm(x, None, weight, 1e-5),
-        normal(x.float(), (width,), weight.float(), 1e-5),
-    )
-    gate, up = both.float().chunk(2, -1)
-    close(kernels.gate(both), torch.nn.functional.silu(gate) * up)
+    check_small_operators(kernels, 3, width, dtype, DEVICE)
 
 
 @pytest.mark.parametrize("normed", [False, True])
 def test_rotation_stores_keys_and_values_and_leaves_queries(
     kernels: GpuKernels, dtype: torch.dtype, normed: bool
 ) -> None:
-    heads = random(5, 6 + 2 + 2, 48, dtype=dtype).to(DEVICE)
-    angles = torch.rand(5, 24, generator=torch.Generator().manual_seed(1)).repeat(1, 2)
-    cos, sin = angles.cos().to(DEVICE, dtype), angles.sin().to(DEVICE, dtype)
-    norms = [random(48, dtype=dtype, seed=seed).to(DEVICE) for seed in (3, 4)]
-    slots = torch.tensor([0, 0, 2, 1, 2], device=DEVICE)
-    positions = torch.tensor([3, 4, 0, 127, 9], device=DEVICE)
-    keys, values = (torch.zeros(3, 2, 128, 48, dtype=dtype, device=DEVICE) for _ in range(2))
-    parts = list(heads.clone().float().split([6, 2, 2], 1))
-    for i in range(2 * normed):
-        parts[i] = torch.nn.functional.rms_norm(parts[i], (48,), norms[i].float(), 1e-6)
-
-    def rotated(part: Tensor) -> Tensor:
-        low, high = part.chunk(2, -1)
-        return part * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
-
-    given = (norms[0], norms[1], 1e-6) if normed else None
-    kernels.rotate_and_store(heads, cos, sin, given, keys, values, slots, positions)
-    close(heads[:, :6], rotated(parts[0]))
-    close(keys[slots, :, positions], rotated(parts[1]))
-    assert torch.equal(values[slots, :, positions].float(), parts[2])
-    assert keys.count_nonzero() + values.count_nonzero() == 2 * 5 * 2 * 48
+    check_rotation(kernels, normed, 48, dtype, DEVICE)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tests.specdec.tiny_models import tiny_model
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 0.005}
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
@@ -164,14 +165,13 @@ def test_extreme_scores_are_no_problem(kernels: Kernels, dtype: torch.dtype) -> 
     close(out[0, 0], values[0, 0, best])
 
 
-@needs_compiler
-@pytest.mark.parametrize("rows", [1, 3, 200])
-@pytest.mark.parametrize("width", [24, 576])
-def test_the_small_operators_equal_torch(
-    kernels: Kernels, dtype: torch.dtype, rows: int, width: int
+def check_small_operators(
+    kernels: Any, rows: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    x, y = random(rows, width, dtype=dtype), random(rows, width, dtype=dtype, seed=1)
-    weight, both = random(width, dtype=dtype, seed=2), 3 * random(rows, 2 * width, dtype=dtype)
+    """`add_norm` and `gate` of kernels for CPUs or GPUs against torch."""
+    x, y = (random(rows, width, dtype=dtype, seed=seed).to(device) for seed in (0, 1))
+    weight = random(width, dtype=dtype, seed=2).to(device)
+    both = 3 * random(rows, 2 * width, dtype=dtype).to(device)
     added = x.clone()
     close(
         kernels.add_norm(added, y, weight, 1e-5),
@@ -184,9 +184,46 @@ def test_the_small_operators_equal_torch(
     )
     gate, up = both.float().chunk(2, -1)
     close(kernels.gate(both), torch.nn.functional.silu(gate) * up)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize("width", [24, 576])
+def test_the_small_operators_equal_torch(
+    kernels: Kernels, dtype: torch.dtype, rows: int, width: int
+) -> None:
+    check_small_operators(kernels, rows, width, dtype, CPU)
+    x = random(rows, width, dtype=dtype)
     scaled, largest = kernels.scale_rows(x)
     assert torch.equal(largest, x.float().abs().amax(-1, keepdim=True))
     assert torch.equal(scaled, x.float() / largest)
+
+
+def check_rotation(
+    kernels: Any, normed: bool, dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """`rotate_and_store` of kernels for CPUs or GPUs against its definition."""
+    heads = random(5, 6 + 2 + 2, dim, dtype=dtype).to(device)
+    angles = torch.rand(5, dim // 2, generator=torch.Generator().manual_seed(1)).repeat(1, 2)
+    cos, sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    norms = [random(dim, dtype=dtype, seed=seed).to(device) for seed in (3, 4)]
+    slots = torch.tensor([0, 0, 2, 1, 2], device=device)
+    positions = torch.tensor([3, 4, 0, 127, 9], device=device)
+    keys, values = (torch.zeros(3, 2, 128, dim, dtype=dtype, device=device) for _ in range(2))
+    parts = list(heads.clone().float().split([6, 2, 2], 1))
+    for i in range(2 * normed):
+        parts[i] = torch.nn.functional.rms_norm(parts[i], (dim,), norms[i].float(), 1e-6)
+
+    def rotated(part: Tensor) -> Tensor:
+        low, high = part.chunk(2, -1)
+        return part * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
+
+    given = (*norms, 1e-6) if normed else None
+    kernels.rotate_and_store(heads, cos, sin, given, keys, values, slots, positions)
+    close(heads[:, :6], rotated(parts[0]))
+    close(keys[slots, :, positions], rotated(parts[1]))
+    assert torch.equal(values[slots, :, positions].float(), parts[2])
+    assert keys.count_nonzero() + values.count_nonzero() == 2 * 5 * 2 * dim
 
 
 @needs_compiler
@@ -194,27 +231,7 @@ def test_the_small_operators_equal_torch(
 def test_rotation_stores_keys_and_values_and_leaves_queries(
     kernels: Kernels, dtype: torch.dtype, normed: bool
 ) -> None:
-    heads = random(5, 6 + 2 + 2, 16, dtype=dtype)
-    angles = torch.rand(5, 8, generator=torch.Generator().manual_seed(1)).repeat(1, 2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    norms = tuple(random(16, dtype=dtype, seed=seed) for seed in (3, 4)) if normed else None
-    slots, positions = torch.tensor([0, 0, 2, 1, 2]), torch.tensor([3, 4, 0, 127, 9])
-    keys, values = (torch.zeros(3, 2, 128, 16, dtype=dtype) for _ in range(2))
-    parts = list(heads.clone().float().split([6, 2, 2], 1))
-    if norms is not None:
-        for i in range(2):
-            parts[i] = torch.nn.functional.rms_norm(parts[i], (16,), norms[i].float(), 1e-6)
-
-    def rotated(part: Tensor) -> Tensor:
-        low, high = part.chunk(2, -1)
-        return part * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
-
-    given = (*norms, 1e-6) if norms is not None else None
-    kernels.rotate_and_store(heads, cos, sin, given, keys, values, slots, positions)
-    close(heads[:, :6], rotated(parts[0]))
-    close(keys[slots, :, positions], rotated(parts[1]))
-    assert torch.equal(values[slots, :, positions].float(), parts[2])
-    assert keys.count_nonzero() + values.count_nonzero() == 2 * 5 * 2 * 16
+    check_rotation(kernels, normed, 16, dtype, CPU)
 
 
 def test_there_are_none_for_other_devices_and_dtypes() -> None:
