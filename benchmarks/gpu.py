@@ -1,7 +1,7 @@
 """A GPU: what forwards take against the limit of its memory, and rates against transformers.
 
     python benchmarks/gpu.py forwards --shape 8b   # torch's operators, kernels, recorded in graphs
-    python benchmarks/gpu.py rates                 # none, fixed and goodput against `generate`
+    python benchmarks/gpu.py rates                 # policies against each other and `generate`
 
 No checkpoint is needed: models are random, in the shapes of Llama 3, in bfloat16. For `rates` the
 draft is the target's first layers, and what the other layers add is scaled until draft and target
@@ -216,9 +216,29 @@ class Load:
         prompts = [tuple(row) for row in self.ids.tolist()]
         done, engine = run_engine(self.pair, policy, len(prompts), prompts, self.tokens)
         self.outputs[name] = [each.output_ids for each in done]
-        stats = engine.stats
-        console.log(name, stats.counts.acceptance_rate, stats.counts.block_efficiency)
-        console.log({phase: round(took, 3) for phase, took in stats.seconds.items()})
+        counts = engine.stats.counts
+        took = {phase: round(each, 3) for phase, each in engine.stats.seconds.items()}
+        console.log(f"acceptance {counts.acceptance_rate}, {counts.block_efficiency:.2f}", took)
+
+    @torch.inference_mode()
+    def parting(self, name: str, other: str) -> tuple[int, float]:
+        """In how many rows two sides part, and between what logits of the target at most.
+
+        Returns:
+            rows, and the largest difference of the two tokens' logits where a row parts, over the
+            standard deviation of all logits there.
+        """
+        gaps = []
+        for prompt, *both in zip(
+            self.ids.tolist(), self.outputs[name], self.outputs[other], strict=True
+        ):
+            at = next((i for i, (a, b) in enumerate(zip(*both, strict=True)) if a != b), None)
+            if at is not None:
+                ids = torch.tensor([prompt + list(both[0][:at])], device=DEVICE)
+                logits = self.plain(ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+                one, two = (logits[each[at]] for each in both)
+                gaps.append(((one - two).abs() / logits.std()).item())
+        return len(gaps), max(gaps, default=0.0)
 
 
 @app.command()
@@ -228,8 +248,8 @@ def rates(
     agreement: Annotated[float, typer.Option(help="of draft and target, greedily")] = 0.7,
     batches: Annotated[str, typer.Option(help="rows in flight")] = "1,8,32,64",
     prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 256,
-    tokens: Annotated[int, typer.Option(help="new tokens a row")] = 96,
-    k: Annotated[int, typer.Option(help="candidates of fixed")] = 3,
+    tokens: Annotated[int, typer.Option(help="new tokens a row")] = 192,
+    lengths: Annotated[str, typer.Option(help="candidates of fixed")] = "2,4",
     repeats: Annotated[int, typer.Option(help="turns that count")] = 2,
 ) -> None:
     """Tokens a second, greedily, of rows of one length: the best case of a static batch."""
@@ -239,9 +259,11 @@ def rates(
     share = align(plain, small, agreement)
     packed = [PackedDecoder(copy.deepcopy(model), fuse=True) for model in (plain, small)]
     pair = Pair(packed[0], packed[1], plain.config.vocab_size)
-    policies = {name: make_policy(name, k=k, k_max=8) for name in ("none", "fixed", "goodput")}
+    policies = {"none": make_policy("none")}
+    policies |= {f"fixed {k}": make_policy("fixed", k=int(k)) for k in lengths.split(",")}
+    policies["goodput"] = make_policy("goodput", k_max=8)
     names = ["generate", "assisted", *policies]
-    table = Table("rows", *names, "goodput / none", "goodput / generate", "equal to none")
+    table = Table("rows", *names, "goodput / best", "goodput / generate", "unlike none, by")
     for batch in map(int, batches.split(",")):
         generator = torch.Generator().manual_seed(batch)
         ids = torch.randint(0, pair.vocab_size, (batch, prompt), generator=generator)
@@ -253,17 +275,19 @@ def rates(
             sides[name] = partial(load.engine, name, policy)
         times = {name: taken[1:] for name, taken in interleave(sides, repeats + 1).items()}
         rate = {name: batch * tokens / statistics.median(taken) for name, taken in times.items()}
-        both = zip(load.outputs["goodput"], load.outputs["none"], strict=True)
+        parted, gap = load.parting("goodput", "none")
+        best = max((name for name in policies if name != "goodput"), key=lambda name: rate[name])
         table.add_row(
             str(batch),
             *(f"{rate[name]:.0f}" if name in rate else "" for name in names),
-            spread(ratios(times["none"], times["goodput"])),
+            spread(ratios(times[best], times["goodput"])),
             spread(ratios(times["generate"], times["goodput"])),
-            f"{sum(a == b for a, b in both)} of {batch}",
+            f"{parted} rows, {gap:.2f}",
         )
     device = torch.cuda.get_device_name()
     console.print(f"{device}; {shape}, draft of {draft_layers} layers, agreement {share:.2f}")
-    console.print("Tokens a second:", table)
+    console.print("Tokens a second; last, rows that end otherwise than with none, and the largest")
+    console.print("difference of two logits that decided so, in standard deviations:", table)
 
 
 if __name__ == "__main__":

@@ -74,14 +74,15 @@ def packed_rows(cache: SlotCache, rows: Sequence[Row]) -> list[PackedRow]:
     ]
 
 
-def one_token_rows(rows: Sequence[PackedRow]) -> NDArray[np.int64]:
-    """int64 [n, 4]: each of the n tokens of some rows as a row of its own."""
+def cut_rows(rows: Sequence[PackedRow], most: int) -> NDArray[np.int64]:
+    """int64 [R, 4]: some rows, cut into such of at most `most` tokens."""
     table = np.array(rows, dtype=np.int64)
     counts = table[:, 1]
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    table = np.repeat(table, counts, axis=0)
-    table[:, 1] = 1
-    table[:, [0, 3]] += within[:, None]
+    parts = -(-counts // most)
+    before = most * (np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts))
+    table = np.repeat(table, parts, axis=0)
+    table[:, 1] = np.minimum(table[:, 1] - before, most)
+    table[:, [0, 3]] += before[:, None]
     return table
 
 
@@ -159,7 +160,7 @@ class Packing:
         invariant: whether reductions must not depend on the batch.
         slots, positions: int64 [N] on the device.
         short, long: rows of at most GRID_TOKENS tokens, and those that attend one by one.
-        short_rows: int64 [R, 4] on the device, the short ones.
+        short_rows: int64 [R, 4] on the device, the short ones as kernels take them.
         kernels: what computes short rows and fused layers besides torch, if there is anything.
     """
 
@@ -184,10 +185,9 @@ class Packing:
             (short if row.tokens <= GRID_TOKENS else long).append(row)
             slots += [row.slot] * row.tokens
             positions += range(row.start, row.start + row.tokens)
-        if short and cache.kernels is not None and cache.kernels.one_token_rows:
-            flat = one_token_rows(short).ravel().tolist()
-        else:
-            flat = [number for row in short for number in row]
+        most = cache.kernels.row_tokens if cache.kernels is not None else None
+        cut = cut_rows(short, most).tolist() if short and most else short
+        flat = [number for row in cut for number in row]
         slots_, positions_, short_rows = upload(cache.device, slots, positions, flat)
         return cls(
             cache,
@@ -201,10 +201,9 @@ class Packing:
         )
 
     @classmethod
-    def of_rows(cls, cache: SlotCache, rows: Tensor) -> Packing:
-        """The packing of rows [N, 4] of one token each, for kernels; the host reads nothing."""
-        slots, positions = rows[:, 2].contiguous(), rows[:, 3].contiguous()
-        return cls(cache, False, slots, positions, [], [], rows, cache.kernels)
+    def of_places(cls, cache: SlotCache, places: Tensor, rows: Tensor) -> Packing:
+        """That of tokens at places (slot, position) [2, N] in rows [R, 4], which no host reads."""
+        return cls(cache, False, places[0], places[1], [], [], rows, cache.kernels)
 
     @property
     def grid(self) -> Grid:

@@ -25,7 +25,13 @@ KEYS = 64
 """Cached positions that a program looks at together."""
 
 LEAST_DOT = 16
-"""Tensor cores multiply tiles of at least so many rows; query heads are padded to it."""
+"""Tensor cores multiply tiles of at least so many rows; fewer are padded to it."""
+
+ROW_TOKENS = 4
+"""Tokens of a row that read its positions together: with the heads of a group, a tile's rows."""
+
+LOWEST = tl.constexpr(-1e30)
+"""Less than any score, and unlike infinity equal to itself when it is subtracted."""
 
 MOST_SPLITS = 16
 """A token's positions are divided among at most so many programs, where tokens are few."""
@@ -36,8 +42,7 @@ GATE_BLOCK = 1024
 class GpuKernels:
     """Methods as in `specdec.kernels.Kernels`; all take tensors on one GPU."""
 
-    one_token_rows = True
-    """Attention takes rows of a single token each."""
+    row_tokens = ROW_TOKENS
 
     def __init__(self, device: torch.device) -> None:
         cuda = device.type == "cuda"  # else Triton's interpreter
@@ -53,25 +58,28 @@ class GpuKernels:
         window: int | None,
         out: Tensor,
     ) -> None:
-        """See `Kernels.attend`; each of the rows [R, 4] has one token."""
+        """See `Kernels.attend`; the rows [R, 4] have at most ROW_TOKENS tokens, some may have none.
+
+        What comes out for a token depends on R, but not on the other tokens.
+        """
         _, kv_heads, capacity, dim = keys.shape
-        heads, value_dim, n = query.shape[1], values.shape[3], len(rows)
+        n, heads, _ = query.shape
+        value_dim, group = values.shape[3], heads // kv_heads
         splits = 1
-        while splits < MOST_SPLITS and n * kv_heads * splits < self._wanted:
+        while splits < MOST_SPLITS and len(rows) * kv_heads * splits < self._wanted:
             splits *= 2
-        group = heads // kv_heads
         # Of each split, what it found and by which maximum and total it is weighted.
         mixed = query.new_empty(n, heads, splits, value_dim, dtype=torch.float32)
         sums = query.new_empty(n, heads, splits, 2, dtype=torch.float32)
-        _attend[(n, kv_heads, splits)](
+        _attend[(len(rows), kv_heads, splits)](
             query, query.stride(0), query.stride(1), keys, values, rows,
             scale, window or 1 << 30, mixed, sums, capacity,
             HEADS=heads, KV_HEADS=kv_heads, GROUP=group, DIM=dim, VALUE_DIM=value_dim,
-            GROUP_BLOCK=max(LEAST_DOT, triton.next_power_of_2(group)),
+            BLOCK=max(LEAST_DOT, triton.next_power_of_2(ROW_TOKENS * group)),
             DIM_BLOCK=triton.next_power_of_2(dim), VALUE_BLOCK=triton.next_power_of_2(value_dim),
             KEYS=KEYS, SPLITS=splits,
         )  # fmt: skip
-        _combine[(n, heads)](
+        _combine[(len(rows), heads)](
             mixed, sums, rows, out, HEADS=heads, VALUE_DIM=value_dim,
             VALUE_BLOCK=triton.next_power_of_2(value_dim), SPLITS=splits,
         )  # fmt: skip
@@ -127,56 +135,62 @@ def _attend(
     scale, window, mixed, sums, capacity,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     KEYS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One split of the positions of one token, for the query heads that share a key head."""
-    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    token, slot, position = (
-        tl.load(rows + 4 * row), tl.load(rows + 4 * row + 2), tl.load(rows + 4 * row + 3)
-    )  # fmt: skip
-    first = tl.maximum(position + 1 - window, 0)
-    share = tl.cdiv(tl.cdiv(position + 1 - first, SPLITS), KEYS) * KEYS
-    begin = first + split * share
-    end = tl.minimum(begin + share, position + 1)
+    """One split of a row's positions, for the query heads of its tokens that share a key head.
 
-    group, dims = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIM_BLOCK)
+    Splits take blocks of positions in turn, so that a token's sums have the same order whatever
+    other tokens its row has.
+    """
+    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    token, count = tl.load(rows + 4 * row), tl.load(rows + 4 * row + 1)
+    slot, position = tl.load(rows + 4 * row + 2), tl.load(rows + 4 * row + 3)
+    if count == 0:
+        return
+    end = position + count
+    block = tl.maximum(position + 1 - window, 0) // KEYS
+    block += (split + SPLITS - block % SPLITS) % SPLITS
+
+    each, dims = tl.arange(0, BLOCK), tl.arange(0, DIM_BLOCK)
     value_dims, steps = tl.arange(0, VALUE_BLOCK), tl.arange(0, KEYS)
-    heads = kv_head * GROUP + group
+    within, heads = each // GROUP, kv_head * GROUP + each % GROUP
+    ours, last = within < count, (position + within)[:, None]
     q = tl.load(
-        query + token * token_stride + heads[:, None] * head_stride + dims[None, :],
-        mask=(group < GROUP)[:, None] & (dims < DIM)[None, :], other=0.0,
+        query + (token + within)[:, None] * token_stride + heads[:, None] * head_stride
+        + dims[None, :],
+        mask=ours[:, None] & (dims < DIM)[None, :], other=0.0,
     )  # fmt: skip
     place = (slot * KV_HEADS + kv_head) * capacity
-    top = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_BLOCK], tl.float32)
-    found = tl.zeros([GROUP_BLOCK, VALUE_BLOCK], tl.float32)
-    for start in range(begin, end, KEYS):
+    top = tl.full([BLOCK], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    found = tl.zeros([BLOCK, VALUE_BLOCK], tl.float32)
+    for start in range(block * KEYS, end, SPLITS * KEYS):
         at = start + steps
-        there = at < end
         k = tl.load(
             keys + (place + at)[None, :] * DIM + dims[:, None],
-            mask=there[None, :] & (dims < DIM)[:, None], other=0.0,
+            mask=(at < end)[None, :] & (dims < DIM)[:, None], other=0.0,
         )  # fmt: skip
+        seen = (at[None, :] <= last) & (at[None, :] > last - window)
         scores = tl.dot(q, k, input_precision="ieee") * scale
-        scores = tl.where(there[None, :], scores, float("-inf"))
+        scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp(scores - higher[:, None])
         fade = tl.exp(top - higher)
         v = tl.load(
             values + (place + at)[:, None] * VALUE_DIM + value_dims[None, :],
-            mask=there[:, None] & (value_dims < VALUE_DIM)[None, :], other=0.0,
+            mask=(at < end)[:, None] & (value_dims < VALUE_DIM)[None, :], other=0.0,
         )  # fmt: skip
         found = found * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         total = total * fade + tl.sum(weights, 1)
         top = higher
-    each = (row * HEADS + heads) * SPLITS + split
+    to = ((token + within) * HEADS + heads) * SPLITS + split
     tl.store(
-        mixed + each[:, None] * VALUE_DIM + value_dims[None, :], found,
-        mask=(group < GROUP)[:, None] & (value_dims < VALUE_DIM)[None, :],
+        mixed + to[:, None] * VALUE_DIM + value_dims[None, :], found,
+        mask=ours[:, None] & (value_dims < VALUE_DIM)[None, :],
     )  # fmt: skip
-    tl.store(sums + 2 * each, top, mask=group < GROUP)
-    tl.store(sums + 2 * each + 1, total, mask=group < GROUP)
+    tl.store(sums + 2 * to, top, mask=ours)
+    tl.store(sums + 2 * to + 1, total, mask=ours)
 
 
 @triton.jit
@@ -184,22 +198,23 @@ def _combine(
     mixed, sums, rows, out,
     HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """What the splits of one token and head found, put together; an empty split weighs nothing."""
+    """What the splits of one row and head found, put together; an empty split weighs nothing."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    token = tl.load(rows + 4 * row)
+    first = tl.load(rows + 4 * row)
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, VALUE_BLOCK)
-    each = (row * HEADS + head) * SPLITS + splits
-    top, total = tl.load(sums + 2 * each), tl.load(sums + 2 * each + 1)
-    weights = tl.exp(top - tl.max(top, 0))
-    found = tl.load(
-        mixed + each[:, None] * VALUE_DIM + dims[None, :], mask=(dims < VALUE_DIM)[None, :],
-        other=0.0,
-    )  # fmt: skip
-    whole = tl.sum(found * weights[:, None], 0) / tl.sum(total * weights, 0)
-    tl.store(
-        out + (token * HEADS + head) * VALUE_DIM + dims, whole.to(out.dtype.element_ty),
-        mask=dims < VALUE_DIM,
-    )  # fmt: skip
+    for token in range(first, first + tl.load(rows + 4 * row + 1)):
+        each = (token * HEADS + head) * SPLITS + splits
+        top, total = tl.load(sums + 2 * each), tl.load(sums + 2 * each + 1)
+        weights = tl.exp(top - tl.max(top, 0))
+        found = tl.load(
+            mixed + each[:, None] * VALUE_DIM + dims[None, :], mask=(dims < VALUE_DIM)[None, :],
+            other=0.0,
+        )  # fmt: skip
+        whole = tl.sum(found * weights[:, None], 0) / tl.sum(total * weights, 0)
+        tl.store(
+            out + (token * HEADS + head) * VALUE_DIM + dims, whole.to(out.dtype.element_ty),
+            mask=dims < VALUE_DIM,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -10,14 +10,16 @@ before a replay; with the kernels of specdec/gpu_kernels.py nothing else shapes 
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.attention import PackedRow, one_token_rows
+from specdec.attention import PackedRow, cut_rows
 
 LARGEST = 512
 """More tokens than this keep a GPU busy for longer than their launches take."""
@@ -42,12 +44,18 @@ def padded(tokens: int) -> int:
 def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """A `Recorder` that captures a CUDA graph; `run` must have run before."""
     graph = torch.cuda.CUDAGraph()
+    collects = gc.isenabled()
+    gc.disable()  # a graph that is destroyed meanwhile, say an old engine's, spoils this one
     try:
         # Only this thread is watched: others of the process may use the GPU as they like.
         with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
             out = run()
     except RuntimeError as error:
+        _pool.cache_clear()  # it may be left as one that is recorded into
         raise RecordingFailed(str(error)) from error
+    finally:
+        if collects:
+            gc.enable()
 
     def replay() -> Tensor:
         graph.replay()
@@ -66,49 +74,62 @@ class RecordedForward:
     """A forward of `size` packed tokens, repeated for whatever tokens and places are given.
 
     Args:
-        run: computes hidden states [size, hidden] of tokens int64 [size] in rows int64 [size, 4],
-            one row a token, as kernels take them.
         size: tokens.
+        row_tokens: most tokens of a row, as kernels take them.
         recorder: records it.
         device: of the tensors.
     """
 
     def __init__(
-        self,
-        run: Callable[[Tensor, Tensor], Tensor],
-        size: int,
-        recorder: Recorder,
-        device: torch.device,
+        self, size: int, row_tokens: int, recorder: Recorder, device: torch.device
     ) -> None:
-        self._recorder = recorder
-        self._tokens = torch.zeros(size, dtype=torch.int64, device=device)
-        self._rows = torch.zeros(size, 4, dtype=torch.int64, device=device)
-        self._run = functools.partial(run, self._tokens, self._rows)
+        self._size, self._row_tokens, self._recorder = size, row_tokens, recorder
+        # What a replay reads: tokens, their slots and positions, and the table of rows.
+        self._inputs = torch.zeros(7 * size, dtype=torch.int64, device=device)
         self._replay: Callable[[], Tensor] | None = None
 
-    def __call__(self, tokens: Tensor, rows: Sequence[PackedRow]) -> Tensor:
+    def __call__(
+        self,
+        run: Callable[[Tensor, Tensor, Tensor], Tensor],
+        tokens: Tensor,
+        rows: Sequence[PackedRow],
+    ) -> Tensor:
         """Hidden states [N, hidden] of the N <= size tokens of some rows; good until the next call.
 
         Args:
+            run: computes hidden states [size, hidden] of tokens int64 [size] at places (slot,
+                position) int64 [2, size] in rows int64 [size, 4], where some have no tokens; the
+                first time it is recorded.
             tokens: int64 [N], on the device.
             rows: where they belong.
 
         Raises:
             RecordingFailed: there is no recording, or it does not give what it was made of.
         """
-        n, size = len(tokens), len(self._tokens)
-        self._tokens[:n].copy_(tokens)
-        self._tokens[n:] = tokens[-1:]
-        table = np.pad(one_token_rows(rows), ((0, size - n), (0, 0)), mode="edge")
-        table[:, 0] = np.arange(size)
-        self._rows.copy_(torch.from_numpy(table), non_blocking=True)
+        n, size = len(tokens), self._size
+        ids, places, table = torch.split(self._inputs, [size, 2 * size, 4 * size])
+        ids[:n].copy_(tokens)
+        ids[n:] = tokens[-1:]
+        self._inputs[size:].copy_(torch.from_numpy(self._layout(rows, n)), non_blocking=True)
         if self._replay is not None:
             return self._replay()[:n]
-        hidden = self._run()  # compiles and allocates what must not be recorded
-        replay = self._recorder(self._run)
+        inputs = ids, places.view(2, size), table.view(size, 4)
+        hidden = run(*inputs)  # compiles and allocates what must not be recorded
+        replay = self._recorder(functools.partial(run, *inputs))
         # Both write the same keys and values to the same places, so it may run twice.
         gap = (replay() - hidden).float().norm() / hidden.float().norm()
         if not gap < SAME:
             raise RecordingFailed(f"a replay differs from what was recorded by {gap:.2g}")
         self._replay = replay
         return hidden[:n]
+
+    def _layout(self, rows: Sequence[PackedRow], n: int) -> NDArray[np.int64]:
+        """int64 [6 * size]: slots, positions and rows, with those of the padding."""
+        last = rows[-1]
+        place = (last.slot, last.start + last.tokens - 1)
+        rows = [*rows, *(PackedRow(at, 1, *place) for at in range(n, self._size))]
+        table = cut_rows(rows, self._row_tokens)
+        flat = np.zeros(6 * self._size, dtype=np.int64)
+        flat[: 2 * self._size] = cut_rows(rows, 1)[:, 2:].T.ravel()
+        flat[2 * self._size :][: table.size] = table.ravel()
+        return flat

@@ -66,8 +66,8 @@ class Kernels:
         dtype: of activations and caches: float32 or bfloat16.
     """
 
-    one_token_rows = False
-    """Whether attention takes rows of a single token each."""
+    row_tokens: int | None = None
+    """Most tokens of a row that `attend` takes; None: any number."""
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         def function(name: str, arguments: Sequence[type[Any]]) -> ctypes._NamedFuncPointer:

@@ -110,25 +110,26 @@ class PackedDecoder:
 
     def _recorded(self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor) -> Tensor | None:
         """What `forward` returns, if it can be recorded, as it is when its size first comes."""
-        if self.recorder is None or cache.kernels is None or len(tokens) > LARGEST:
+        kernels = cache.kernels
+        if self.recorder is None or kernels is None or len(tokens) > LARGEST:
             return None
         if max(count for _, count in rows) > GRID_TOKENS:
             return None
         size = padded(len(tokens))
         if size not in cache.recorded:
-            run = functools.partial(self._run_rows, cache)
-            cache.recorded[size] = RecordedForward(run, size, self.recorder, self.device)
+            most = kernels.row_tokens or GRID_TOKENS
+            cache.recorded[size] = RecordedForward(size, most, self.recorder, self.device)
+        run = functools.partial(self._run_places, cache)
         try:
-            return cache.recorded[size](tokens, packed_rows(cache, rows))
+            return cache.recorded[size](run, tokens, packed_rows(cache, rows))
         except RecordingFailed as error:
             log.warning("forwards are not recorded, which is slower: %s", error)
             self.recorder = None
             return None
 
-    def _run_rows(self, cache: SlotCache, tokens: Tensor, rows: Tensor) -> Tensor:
-        """Hidden states of tokens [N] in rows [N, 4] of one token each."""
-        packing = Packing.of_rows(cache, rows)
-        return self._run(tokens, packing.positions, packing)
+    def _run_places(self, cache: SlotCache, tokens: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+        """Hidden states of tokens [N] at places [2, N] in rows [R, 4]."""
+        return self._run(tokens, places[1], Packing.of_places(cache, places, rows))
 
     def _run(self, tokens: Tensor, positions: Tensor, packing: Packing | LayoutProbe) -> Tensor:
         out = self.model.base_model(

@@ -57,15 +57,25 @@ def test_attention_is_what_its_definition_says(
 ) -> None:
     keys = random(4, kv_heads, 256, dims[0], dtype=dtype, seed=1)
     values = random(4, kv_heads, 256, dims[1], dtype=dtype, seed=2)
-    rows = [[0, 1, 3, 0], [1, 1, 0, 131], [2, 1, 1, 70], [4, 1, 2, 255]]  # token 3 is not theirs
-    rows += [[5 + i, 1, i % 4, 9 * i] for i in range(26 * many)]  # so many that none is split
-    query = random(31, heads + 1, dims[0], dtype=dtype)[:, :heads]  # strided, as out of a product
-    out = torch.full((31, heads, dims[1]), 7.0, dtype=dtype, device=DEVICE)
-    places = (x.to(DEVICE) for x in (query, keys, values, torch.tensor(rows)))
-    kernels.attend(*places, 0.3, window, out)
-    expected = attention(query, keys, values, rows, window)
-    for token in range(31):
-        close(out[token].cpu(), expected.get(token, torch.full((), 7.0)).expand_as(out[token]))
+    rows = [[0, 1, 3, 0], [1, 3, 0, 126], [4, 2, 1, 70], [7, 4, 2, 252]]  # token 6 is not theirs
+    rows += [[11 + i, 1, i % 4, 9 * i] for i in range(26 * many)]  # so many that none is split
+    rows += [[0, 0, 0, 0]]
+    query = random(37, heads + 1, dims[0], dtype=dtype)[:, :heads]  # strided, as out of a product
+    places = [x.to(DEVICE) for x in (query, keys, values)]
+
+    def attend(rows: list[list[int]]) -> torch.Tensor:
+        out = torch.full((37, heads, dims[1]), 7.0, dtype=dtype, device=DEVICE)
+        kernels.attend(*places, torch.tensor(rows, device=DEVICE), 0.3, window, out)
+        return out.cpu()
+
+    out, expected = attend(rows), attention(query, keys, values, rows, window)
+    for token in range(37):
+        close(out[token], expected.get(token, torch.full((), 7.0)).expand_as(out[token]))
+    for first, count, slot, position in rows:  # a token's numbers are the same without the others
+        token = first + count - 1
+        alone = [[token, min(count, 1), slot, position + count - 1], *[[0, 0, 0, 0]] * len(rows)]
+        if count:
+            assert torch.equal(attend(alone[: len(rows)])[token], out[token])
 
 
 def test_extreme_scores_are_no_problem(kernels: GpuKernels, dtype: torch.dtype) -> None:

@@ -126,7 +126,7 @@ def test_kernels_that_do_not_work_here_are_left_out(
     """What a model on a GPU asks when it is loaded."""
 
     class Broken:
-        one_token_rows = True
+        row_tokens = 1
 
         def attend(self, *arguments: Any) -> None:
             if why == "they do not compile":
