@@ -43,7 +43,7 @@ SHAPES = {
 VOCABULARY = {"8b": 128256, "1b": 128256, "tiny": 512}
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
-console = Console(width=120)
+console = Console(width=140)
 
 
 @dataclass
@@ -246,10 +246,11 @@ def rates(
     shape: Annotated[str, typer.Option(help="8b, 1b or tiny")] = "8b",
     draft_layers: Annotated[int, typer.Option(help="layers of the draft")] = 3,
     agreement: Annotated[float, typer.Option(help="of draft and target, greedily")] = 0.7,
-    batches: Annotated[str, typer.Option(help="rows in flight")] = "1,8,32,64",
+    batches: Annotated[str, typer.Option(help="rows in flight")] = "1,2,4,8,16,32,64",
     prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 256,
     tokens: Annotated[int, typer.Option(help="new tokens a row")] = 192,
-    lengths: Annotated[str, typer.Option(help="candidates of fixed")] = "2,4",
+    lengths: Annotated[str, typer.Option(help="candidates of fixed")] = "1,2,3,4,6",
+    peers: Annotated[str, typer.Option(help="batches that transformers runs, too")] = "1,64",
     repeats: Annotated[int, typer.Option(help="turns that count")] = 2,
 ) -> None:
     """Tokens a second, greedily, of rows of one length: the best case of a static batch."""
@@ -268,8 +269,11 @@ def rates(
         generator = torch.Generator().manual_seed(batch)
         ids = torch.randint(0, pair.vocab_size, (batch, prompt), generator=generator)
         load = Load(plain, small, pair, ids, tokens)
-        sides: dict[str, Callable[[], Any]] = {"generate": partial(load.generate, "generate")}
-        if batch == 1:
+        sides: dict[str, Callable[[], Any]] = {}
+        compared = str(batch) in peers.split(",")
+        if compared:
+            sides["generate"] = partial(load.generate, "generate")
+        if compared and batch == 1:
             sides["assisted"] = partial(load.generate, "assisted", assistant_model=small)
         for name, policy in policies.items():
             sides[name] = partial(load.engine, name, policy)
@@ -281,7 +285,7 @@ def rates(
             str(batch),
             *(f"{rate[name]:.0f}" if name in rate else "" for name in names),
             spread(ratios(times[best], times["goodput"])),
-            spread(ratios(times["generate"], times["goodput"])),
+            spread(ratios(times["generate"], times["goodput"])) if compared else "",
             f"{parted} rows, {gap:.2f}",
         )
     device = torch.cuda.get_device_name()

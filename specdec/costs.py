@@ -220,8 +220,8 @@ def _profile(decoder: PackedDecoder, slots: int, most: int, budget: float) -> Co
     for tokens in [*usual, *larger[:1], *usual * (REPEATS - 1), *larger[1:]]:
         if time.perf_counter() - began > budget and len(timings) >= LEAST_POINTS:
             break
-        if decoder.recorder is not None and tokens not in timings:
-            began += _time(decoder, cache, slots, tokens)  # what recording takes comes once
+        if decoder.device.type == "cuda" and tokens not in timings:
+            began += _time(decoder, cache, slots, tokens)  # compiling and recording come once
         timings.setdefault(tokens, []).append(_time(decoder, cache, slots, tokens))
     sizes = sorted(timings)
     return CostTable(sizes, [float(np.median(timings[tokens])) for tokens in sizes])

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ class RecordingFailed(RuntimeError):
     """A forward cannot be recorded on this GPU; the message says why."""
 
 
+_alive = weakref.WeakSet[torch.cuda.CUDAGraph]()
+
+
 def padded(tokens: int) -> int:
     """The size that so many tokens are padded to: more by a quarter or by three at most."""
     step = 1 if tokens <= 8 else 4 if tokens <= 32 else 8 if tokens <= 128 else 32
@@ -44,30 +47,28 @@ def padded(tokens: int) -> int:
 def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """A `Recorder` that captures a CUDA graph; `run` must have run before."""
     graph = torch.cuda.CUDAGraph()
+    # Graphs never run at the same time, so they share the memory of what they compute on. It is
+    # gone for good with the last of them.
+    pool = next((each.pool() for each in _alive), None)
     collects = gc.isenabled()
     gc.disable()  # a graph that is destroyed meanwhile, say an old engine's, spoils this one
     try:
         # Only this thread is watched: others of the process may use the GPU as they like.
-        with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             out = run()
     except RuntimeError as error:
-        _pool.cache_clear()  # it may be left as one that is recorded into
+        _alive.clear()  # their pool may be left as one that is recorded into
         raise RecordingFailed(str(error)) from error
     finally:
         if collects:
             gc.enable()
+    _alive.add(graph)
 
     def replay() -> Tensor:
         graph.replay()
         return out
 
     return replay
-
-
-@functools.cache
-def _pool() -> Any:
-    """Graphs never run at the same time, so they share the memory of what they compute on."""
-    return torch.cuda.graph_pool_handle()
 
 
 class RecordedForward:
