@@ -15,21 +15,21 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
 import torch
 import transformers
 import typer
-from engine import interleave, ratios, run_engine, spread
+from engine import greedy_requests, interleave, ratios, spread
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from specdec.engine import Engine
 from specdec.packed import PackedDecoder
 from specdec.policies import make_policy
-from specdec.stopping import StopPolicy
 
 DEVICE = torch.device("cuda")
 SHAPES = {
@@ -185,40 +185,34 @@ def align(target: Any, draft: Any, agreement: float) -> float:
 
 @dataclass
 class Load:
-    """Prompts of one length, and what made what of them.
+    """A turn's prompts of one length, and what made what of them.
 
     Attributes:
-        plain, small: target and draft as transformers runs them.
-        pair: the same, as ours.
+        target: as transformers runs it.
         ids: int64 [rows, prompt].
         tokens: new tokens a row.
         outputs: by side.
     """
 
-    plain: Any
-    small: Any
-    pair: Pair
+    target: Any
     ids: torch.Tensor
     tokens: int
-    outputs: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    outputs: dict[str, list[tuple[int, ...]]]
 
     def generate(self, name: str, **options: Any) -> None:
         """Run transformers."""
         ids = self.ids.to(DEVICE)
-        out = self.plain.generate(
+        out = self.target.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
             max_new_tokens=self.tokens, min_new_tokens=self.tokens, **options,
         )  # fmt: skip
         self.outputs[name] = [tuple(row) for row in out[:, ids.shape[1] :].tolist()]
 
-    def engine(self, name: str, policy: StopPolicy) -> None:
+    def engine(self, name: str, engine: Engine) -> None:
         """Run ours, all rows at once."""
         prompts = [tuple(row) for row in self.ids.tolist()]
-        done, engine = run_engine(self.pair, policy, len(prompts), prompts, self.tokens)
+        done = engine.generate(greedy_requests(prompts, self.tokens))
         self.outputs[name] = [each.output_ids for each in done]
-        counts = engine.stats.counts
-        took = {phase: round(each, 3) for phase, each in engine.stats.seconds.items()}
-        console.log(f"acceptance {counts.acceptance_rate}, {counts.block_efficiency:.2f}", took)
 
     @torch.inference_mode()
     def parting(self, name: str, other: str) -> tuple[int, float]:
@@ -235,7 +229,7 @@ class Load:
             at = next((i for i, (a, b) in enumerate(zip(*both, strict=True)) if a != b), None)
             if at is not None:
                 ids = torch.tensor([prompt + list(both[0][:at])], device=DEVICE)
-                logits = self.plain(ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+                logits = self.target(ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
                 one, two = (logits[each[at]] for each in both)
                 gaps.append(((one - two).abs() / logits.std()).item())
         return len(gaps), max(gaps, default=0.0)
@@ -253,7 +247,10 @@ def rates(
     peers: Annotated[str, typer.Option(help="batches that transformers runs, too")] = "1,64",
     repeats: Annotated[int, typer.Option(help="turns that count")] = 2,
 ) -> None:
-    """Tokens a second, greedily, of rows of one length: the best case of a static batch."""
+    """Tokens a second, greedily, of rows of one length: the best case of a static batch.
+
+    Engines last, as in a job: what the first turn records and learns is there in those that count.
+    """
     transformers.logging.set_verbosity_error()
     plain = random_llama(shape)
     small = make_draft(plain, draft_layers)
@@ -267,8 +264,7 @@ def rates(
     table = Table("rows", *names, "goodput / best", "goodput / generate", "unlike none, by")
     for batch in map(int, batches.split(",")):
         generator = torch.Generator().manual_seed(batch)
-        ids = torch.randint(0, pair.vocab_size, (batch, prompt), generator=generator)
-        load = Load(plain, small, pair, ids, tokens)
+        load = Load(plain, torch.empty(0), tokens, {})
         sides: dict[str, Callable[[], Any]] = {}
         compared = str(batch) in peers.split(",")
         if compared:
@@ -276,9 +272,16 @@ def rates(
         if compared and batch == 1:
             sides["assisted"] = partial(load.generate, "assisted", assistant_model=small)
         for name, policy in policies.items():
-            sides[name] = partial(load.engine, name, policy)
-        times = {name: taken[1:] for name, taken in interleave(sides, repeats + 1).items()}
+            engine = Engine(pair, policy=policy, slots=batch, control_share=0.0)
+            sides[name] = partial(load.engine, name, engine)
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        for turn in range(repeats + 1):
+            load.ids = torch.randint(0, pair.vocab_size, (batch, prompt), generator=generator)
+            taken = interleave(sides, 1)
+            if turn:
+                times = {name: times[name] + taken[name] for name in sides}
         rate = {name: batch * tokens / statistics.median(taken) for name, taken in times.items()}
+        console.log(f"{batch} rows", {name: round(each) for name, each in rate.items()})
         parted, gap = load.parting("goodput", "none")
         best = max((name for name in policies if name != "goodput"), key=lambda name: rate[name])
         table.add_row(
