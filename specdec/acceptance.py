@@ -15,6 +15,7 @@ row (`Signal`). Estimators and policies then work on the host, on arrays over ro
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -48,6 +49,9 @@ _TOKEN_SIGNALS = (Signal.LOG_Q, Signal.LOG_TOP, Signal.ENTROPY)
 
 LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)
 """What the logarithm of less is taken for."""
+
+BOUND, MOST_LOGIT = 10.0, 12.0
+"""What signals and the logits of estimates are kept within."""
 
 
 class ResidualBlock(nn.Module):
@@ -221,12 +225,12 @@ class OnlineEstimator:
         # A guess to begin with: acceptance grows with the draft's confidence and the row's rate.
         signs = {Signal.ENTROPY: -0.5}
         guess = np.array([0.5, *(signs.get(column, 0.5) for column in self._columns), 0.5])
-        # A column of weights for each estimate; the first has none for what knows the candidate.
+        # Weights of each estimate; the first has none for what knows the candidate.
         every = np.arange(len(guess))
         self._used = [np.delete(every, slice(1, 1 + len(after))), every]
-        self._weights = np.zeros((len(guess), 2))
-        for i, used in enumerate(self._used):
-            self._weights[used, i] = guess[used]
+        self._weights: list[list[float]] = [
+            np.where(np.isin(every, used), guess, 0.0).tolist() for used in self._used
+        ]
         self._precisions = [self.PRIOR * np.eye(len(used)) for used in self._used]
         self._collected: list[tuple[Array, Array, Flags]] = []
         # Candidates collected, and those behind the weights, the forgotten taken off.
@@ -237,8 +241,15 @@ class OnlineEstimator:
         return frozenset(self._columns)
 
     def predict(self, signals: Array, typical: Array) -> tuple[Array, Array]:
-        both = _sigmoid(_features(signals, self._columns, typical) @ self._weights)
-        return both[:, 0], both[:, 1]
+        # In plain Python: after a forward an array operation takes longer than a row does here.
+        found: list[list[float]] = [[], []]
+        for row, rate in zip(signals.tolist(), typical.tolist(), strict=True):
+            features = [min(max(row[column], -BOUND), BOUND) for column in self._columns]
+            features.append(math.log(rate / (1 - rate)))
+            for each, (constant, *weights) in zip(found, self._weights, strict=True):
+                logit = constant + sum(map(operator.mul, weights, features))
+                each.append(1 / (1 + math.exp(-min(max(logit, -MOST_LOGIT), MOST_LOGIT))))
+        return np.array(found[0]), np.array(found[1])
 
     def learn(self, signals: Array, typical: Array, accepted: Flags) -> None:
         self._collected.append((signals, typical, accepted))
@@ -256,9 +267,10 @@ class OnlineEstimator:
             # are the likeliest token), and without it the system would become singular.
             prior = self.PRIOR * np.eye(len(used))
             precision = kept * self._precisions[i] + (1 - kept) * prior
-            weights = posterior_mode(x, outcomes, self._weights[used, i], precision)
+            known = np.array(self._weights[i])
+            known[used] = weights = posterior_mode(x, outcomes, known[used], precision)
             p = _sigmoid(x @ weights)
-            self._weights[used, i] = weights
+            self._weights[i] = known.tolist()
             self._precisions[i] = precision + x.T @ (x * (p * (1 - p))[:, None])
 
 
@@ -316,7 +328,7 @@ def _features(signals: Array, columns: list[Signal], typical: Array) -> Array:
     x = np.empty((len(signals), 2 + len(columns)))
     x[:, 0] = 1.0
     x[:, 1:-1] = signals[:, columns]
-    np.minimum(np.maximum(x, -10.0, out=x), 10.0, out=x)
+    np.minimum(np.maximum(x, -BOUND, out=x), BOUND, out=x)
     x[:, -1] = np.log(typical / (1 - typical))
     return x
 
@@ -363,5 +375,5 @@ def posterior_mode(
 
 def _sigmoid(x: Array) -> Array:
     """1 / (1 + e^-x), kept off 0 and 1."""
-    p: Array = expit(np.minimum(np.maximum(x, -12.0), 12.0))
+    p: Array = expit(np.minimum(np.maximum(x, -MOST_LOGIT), MOST_LOGIT))
     return p

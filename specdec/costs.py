@@ -102,10 +102,10 @@ class CostTable:
             self._dense[0] = 0.0
         return self._dense[first : last + 1]
 
-    def observe(self, tokens: int, seconds: float) -> None:
-        """Move the table towards a measurement; an outlier counts as one of a factor of 2.
+    def observe(self, tokens: int, *seconds: float) -> None:
+        """Move the table towards measurements; an outlier counts as one of a factor of 2.
 
-        One far beyond the table becomes its new end: what is extrapolated is not kept for good.
+        Those far beyond the table become its new end: what is extrapolated is not kept for good.
         """
         expected = float(self._at(np.array([tokens]))[0])
         if tokens > BEYOND * self.tokens[-1]:
@@ -122,11 +122,12 @@ class CostTable:
         seen[[0, 1 + below]] = 1.0, 1 - share
         seen[1 + above] += share
         # Of times, not of their logarithms: what a pause costs now and then is part of the mean.
-        error = min(max(seconds / expected, 1 / OUTLIER), OUTLIER) - 1
-        self._covariance.flat[:: len(seen) + 1] += PLACE_WALK**2
-        self._covariance[0, 0] += SPEED_WALK**2 - PLACE_WALK**2
+        n = len(seconds)
+        error = sum(min(max(s / expected, 1 / OUTLIER), OUTLIER) for s in seconds) / n - 1
+        self._covariance.flat[:: len(seen) + 1] += n * PLACE_WALK**2
+        self._covariance[0, 0] += n * (SPEED_WALK**2 - PLACE_WALK**2)
         along = self._covariance @ seen
-        gain = along / (seen @ along + ROUND_NOISE**2)
+        gain = along / (seen @ along + ROUND_NOISE**2 / n)
         self._covariance -= np.outer(gain, along)
         self.speed += math.log1p(gain[0] * error)
         self._places = self._places + np.log1p(gain[1:] * error)
@@ -188,18 +189,18 @@ class CostModel:
             _profile(target, slots, 9 * slots, seconds * 2 / 3),
         )
 
-    def observe_draft(self, tokens: int, seconds: float) -> None:
-        """Learn from a draft step."""
-        self.draft.observe(tokens, seconds)
+    def observe_draft(self, tokens: int, *seconds: float) -> None:
+        """Learn from draft steps of so many tokens."""
+        self.draft.observe(tokens, *seconds)
 
-    def observe_verify(self, tokens: int, seconds: float) -> None:
-        """Learn from the rest of a round.
+    def observe_verify(self, tokens: int, *seconds: float) -> None:
+        """Learn from the rest of rounds of so many tokens.
 
         What it says of the machine's speed holds for the draft, too, which may be resting: else a
         machine that has become faster since would have a dear draft.
         """
         before = self.verify.speed
-        self.verify.observe(tokens, seconds)
+        self.verify.observe(tokens, *seconds)
         self.draft.follow(self.verify.speed - before)
 
     def points(self) -> dict[str, list[tuple[int, float]]]:

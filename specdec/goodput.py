@@ -114,7 +114,9 @@ class Goodput(EstimatingPolicy):
         self._firsts = [8.0, 8.0, 4.0, 4.0]
         # Tokens a row and round that speculation promised lately beyond what it kept.
         self._promised, self._missing = 0.0, 0.0
-        self._measured: list[tuple[Callable[[int, float], None], int, float]] = []
+        # Seconds since the cost tables learnt last, by what learns them and by tokens.
+        self._measured: dict[tuple[Callable[..., None], int], list[float]] = {}
+        self._collected = 0
         # `_further` of the tables as they are, by its arguments.
         self._furthers: dict[tuple[int, int, float], list[list[float]]] = {}
 
@@ -133,7 +135,7 @@ class Goodput(EstimatingPolicy):
         if not rows or self._stands(start):
             return budget
         self._begin(start)
-        owed, rates = self._owed(start, rows), self._rates
+        owed, rates = self._owed(start, rows), self.typical
         rows.sort(key=lambda row: self._value * owed[row] - rates[row])
         steps = self.costs.draft.curve(1, len(rows)).tolist()
         owing = accumulate(owed[row] for row in rows)
@@ -159,7 +161,6 @@ class Goodput(EstimatingPolicy):
         assert self.costs is not None
         self._free_trimming = start.free_trimming
         self._kept = [0] * len(start.rows)
-        self._rates: list[float] = self.typical.tolist()
         self._tokens_bare = self._tokens_fed = start.target_tokens
         # What a second is worth: the tokens that it yields as this pair has been doing of late.
         rows = sum(room > 0 for room in start.room)
@@ -199,7 +200,7 @@ class Goodput(EstimatingPolicy):
         a_token = max(float(draft(total) - draft(USUAL * len(rows))), 0.0) / total
         for row in rows:
             # Where it is a close call, a round has about one candidate for each row.
-            rounds = start.room[row] / (1 + self._rates[row])
+            rounds = start.room[row] / (1 + self.typical[row])
             owed[row] += a_token * lacking[row] / min(max(rounds, 1.0), CATCH_UP_ROUNDS)
         return owed
 
@@ -218,21 +219,21 @@ class Goodput(EstimatingPolicy):
 
     def go_on(self, step: DraftStep) -> Flags:
         assert self.costs is not None
-        alive = self.survival[step.rows]
+        alive = [*self.survival]
         judged = self._judge(step)
-        rows: list[int] = step.rows.tolist()
+        rows = judged.rows
         left, kept = self.k_max - step.depth, rows
         if not self._free_trimming:
             if not (self._probing and step.depth == 1):
-                reached = dict(zip(rows, (alive * judged.before).tolist(), strict=True))
+                each = zip(rows, judged.before, strict=True)
+                reached = {row: alive[row] * before for row, before in each}
                 kept = self._best(reached, [0.0] * len(kept), left + 1)
             for row in kept:
                 self._kept[row] = step.depth
         self._tokens_fed += len(kept)
         going = set[int]()
         if left and kept:
-            survival = dict(zip(rows, judged.survival.tolist(), strict=True))
-            expected = {row: survival[row] * self._rates[row] for row in kept}
+            expected = {row: self.survival[row] * self.typical[row] for row in kept}
             next_step = self.costs.draft.curve(1, len(kept)).tolist()
             going = set(self._best(expected, next_step, left))
         return np.array([row in going for row in rows])
@@ -255,9 +256,8 @@ class Goodput(EstimatingPolicy):
     def _book_trimming(self, counts: Sequence[int]) -> None:
         """Take in which first candidates were worth verifying, by each row's count of them."""
         first = self._steps[0]
-        after = first.after.tolist()
-        kept = [p for row, p in zip(first.rows.tolist(), after, strict=True) if counts[row]]
-        booked = (len(after), len(kept), sum(after), sum(kept))
+        kept = [p for row, p in zip(first.rows, first.after, strict=True) if counts[row]]
+        booked = (len(first.after), len(kept), sum(first.after), sum(kept))
         self._firsts = [self.MEMORY * a + b for a, b in zip(self._firsts, booked, strict=True)]
 
     def _choose(self, drafted: Sequence[int]) -> Sequence[int]:
@@ -268,7 +268,7 @@ class Goodput(EstimatingPolicy):
         every = [
             (survival, row)
             for step in self._steps
-            for survival, row in zip(step.survival.tolist(), step.rows.tolist(), strict=True)
+            for survival, row in zip(step.survival, step.rows, strict=True)
         ]
         every.sort(key=lambda candidate: -candidate[0])
         bare, *seconds = self.costs.verify.curve(
@@ -295,9 +295,10 @@ class Goodput(EstimatingPolicy):
             self._furthers = {}  # sizes with a prompt in them hardly come again, and would pile up
             return
         for tokens, seconds in outcome.draft_costs:
-            self._measured.append((self.costs.observe_draft, tokens, seconds))
+            self._measured.setdefault((self.costs.observe_draft, tokens), []).append(seconds)
         tokens, seconds = outcome.verify_cost
-        self._measured.append((self.costs.observe_verify, tokens, seconds))
+        self._measured.setdefault((self.costs.observe_verify, tokens), []).append(seconds)
+        self._collected += 1 + len(outcome.draft_costs)
         rows = len(outcome.start.rows)
         committed = sum(outcome.accepted) + rows
         spent = seconds + sum(spent for _, spent in outcome.draft_costs)
@@ -310,11 +311,10 @@ class Goodput(EstimatingPolicy):
             self._in_a_row = 0
             self._missing *= TRUST_AGAIN
             self._allowance = min(self._allowance + PROBE_SHARE * relative, PROBE_SAVINGS)
-        if len(self._measured) >= TOGETHER:
-            for learn, tokens, seconds in self._measured:
-                learn(tokens, seconds)
-            self._measured = []
-            self._furthers = {}
+        if self._collected >= TOGETHER:
+            for (learn, tokens), measured in self._measured.items():
+                learn(tokens, *measured)
+            self._measured, self._collected, self._furthers = {}, 0, {}
 
     def _compare(self, outcome: RoundOutcome) -> None:
         """Take in by how much a round with candidates yielded less than it promised.
@@ -372,7 +372,7 @@ class Goodput(EstimatingPolicy):
         number, most = 1, -inf
         further = self._further(len(rows), share)
         for j, (row, expected, seconds) in enumerate(zip(rows, value, first, strict=True)):
-            rate, chain = self._rates[row], 0.0
+            rate, chain = self.typical[row], 0.0
             for step, more in zip(range(len(tokens)), further[j], strict=False):
                 chain += expected
                 expected *= rate

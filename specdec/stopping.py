@@ -249,13 +249,13 @@ class Entropy(StopPolicy):
 
 @dataclass(slots=True)
 class _Judgement:
-    """One draft step as an estimator saw it: arrays over its rows."""
+    """One draft step as an estimator saw it, by row."""
 
-    rows: Indices
+    rows: list[int]
     signals: Array
-    before: Array
-    after: Array
-    survival: Array
+    before: list[float]
+    after: list[float]
+    survival: list[float]
 
 
 class EstimatingPolicy(StopPolicy):
@@ -288,16 +288,18 @@ class EstimatingPolicy(StopPolicy):
         self._steps = []
         weight, known = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * self._accepted / self._judged
         rates = [(r.history.accepted + known) / (r.history.judged + weight) for r in start.rows]
-        self.typical = np.array([min(max(rate, 0.02), 0.98) for rate in rates])
-        self.survival = np.ones(len(start.rows))
+        self.typical = [min(max(rate, 0.02), 0.98) for rate in rates]
+        self.survival = [1.0] * len(rates)
 
     def _judge(self, step: DraftStep) -> _Judgement:
         """Estimate the candidates just drawn and take them into the rows' survival."""
-        typical = self.typical[step.rows]
-        before, after = self.estimator.predict(step.signals, typical)
-        alive = self.survival[step.rows]
-        self.survival[step.rows] = alive * after
-        judged = _Judgement(step.rows, step.signals, before, after, alive * after)
+        rows: list[int] = step.rows.tolist()
+        typical = np.array([self.typical[row] for row in rows])
+        before, after = (p.tolist() for p in self.estimator.predict(step.signals, typical))
+        for row, p in zip(rows, after, strict=True):
+            self.survival[row] *= p
+        survival = [self.survival[row] for row in rows]
+        judged = _Judgement(rows, step.signals, before, after, survival)
         self._steps.append(judged)
         return judged
 
@@ -314,7 +316,7 @@ class EstimatingPolicy(StopPolicy):
         # In plain Python: an array operation takes longer after a forward than all of this.
         known, rows, stood, at = [], [], [], 0
         for depth, step in enumerate(steps):
-            for row, predicted in zip(step.rows.tolist(), step.after.tolist(), strict=True):
+            for row, predicted in zip(step.rows, step.after, strict=True):
                 if depth < judged[row]:
                     stands = depth < outcome.accepted[row]
                     start.rows[row].judged.append((start.contexts[row], predicted, stands))
@@ -334,11 +336,12 @@ class EstimatingPolicy(StopPolicy):
         self._accepted = self._accepted * kept + sum(stood) + sum(dropped.values())
         if known:
             signals = np.concatenate([step.signals for step in steps])[known]
-            self.estimator.learn(signals, self.typical[rows], np.array(stood))
+            typical = np.array([self.typical[row] for row in rows])
+            self.estimator.learn(signals, typical, np.array(stood))
 
     def explain(self, row: int) -> Explanation:
         predicted = tuple(
-            float(p)
+            p
             for step in self._steps
             for p, owner in zip(step.after, step.rows, strict=True)
             if owner == row
@@ -376,8 +379,8 @@ class HeadPolicy(EstimatingPolicy):
 
     def go_on(self, step: DraftStep) -> Flags:
         judged = self._judge(step)
-        flags: Flags = (1 - judged.survival <= self.threshold) | (step.depth < self.k_min)
-        return flags
+        few = step.depth < self.k_min
+        return np.array([few or 1 - alive <= self.threshold for alive in judged.survival])
 
     def _reason(self, row: int, drafted: int) -> str:
         risk = 1 - self.survival[row]
