@@ -5,9 +5,8 @@ layer. Attention reads each token's own slot up to itself, so that neither a gri
 made, and nothing but the number of tokens shapes a forward: that is what lets specdec/graphs.py
 record it.
 
-They pass their tests in Triton's interpreter; none has run on a GPU yet. So when a model is loaded,
-`PackedDecoder` compares its logits with those of plain transformers, and does without kernels where
-they differ.
+When a model is loaded, `PackedDecoder` compares its logits with those of plain transformers, and
+does without kernels where they differ.
 """
 
 from __future__ import annotations
