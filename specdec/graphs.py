@@ -36,6 +36,7 @@ class RecordingFailed(RuntimeError):
 
 
 _alive = weakref.WeakSet[torch.cuda.CUDAGraph]()
+"""What was recorded and is still there."""
 
 
 def padded(tokens: int) -> int:

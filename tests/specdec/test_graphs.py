@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from specdec.engine import Engine
 from specdec.graphs import LARGEST, Recorder, RecordingFailed, padded, record
+from specdec.kernels import Kernels
 from specdec.packed import PackedDecoder
 from specdec.policies import make_policy
 from specdec.request import Request, SamplingParams
@@ -43,7 +46,11 @@ def test_sizes_are_few_and_hardly_larger() -> None:
 
 
 @torch.inference_mode()
-def test_a_recorded_forward_gives_what_a_plain_one_does() -> None:
+@pytest.mark.parametrize("row_tokens", [None, 4])
+def test_a_recorded_forward_gives_what_a_plain_one_does(
+    row_tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Kernels, "row_tokens", row_tokens)  # on a GPU they have a limit anyway
     recording, plain = decoder(RECORDER), decoder(None)
     caches = [each.new_cache(5, 128) for each in (recording, plain)]
     generator = torch.Generator().manual_seed(0)
@@ -67,6 +74,27 @@ def test_a_recorded_forward_gives_what_a_plain_one_does() -> None:
             assert not a[slot, :, length:].any()  # padding goes nowhere else
     caches[0].resize(6, 256)
     assert not caches[0].recorded
+
+
+@torch.inference_mode()
+def test_a_cache_and_its_recordings_go_when_nobody_needs_them() -> None:
+    """And not when garbage is collected: they are gigabytes, and may go while others are made."""
+
+    def record_once(run: Run) -> Run:
+        hidden = run()
+        return lambda: hidden
+
+    recording = decoder(record_once)
+    cache = recording.new_cache(1, 128)
+    recording.forward(cache, [(0, 3)], torch.arange(3, device=DEVICE))
+    assert cache.recorded
+    gone = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @torch.inference_mode()

@@ -26,9 +26,11 @@ from transformers import (
 from specdec.attention import (
     GRID_TOKENS,
     MANY_ROWS,
+    PackedRow,
     UnsupportedModel,
     _fused,
     _matmul,
+    cut_rows,
     upload,
 )
 from specdec.cache import KEY_BLOCK, SlotCache
@@ -236,6 +238,15 @@ def test_kernels_of_half_precision_agree_with_float32(tokens: int) -> None:
         got = kernel(half[0], reached[2], reached[3], mask, 0.125)
         assert got.dtype == torch.bfloat16
         assert (got - expected).abs().max() < 0.03
+
+
+def test_cut_rows_have_the_same_tokens_in_the_same_places() -> None:
+    rows = [PackedRow(0, 9, 2, 5), PackedRow(9, 1, 0, 0), PackedRow(10, 4, 7, 3)]
+    cut = cut_rows(rows, 4).tolist()
+    assert cut == [[0, 4, 2, 5], [4, 4, 2, 9], [8, 1, 2, 13], [9, 1, 0, 0], [10, 4, 7, 3]]
+    ones = cut_rows(rows, 1).tolist()
+    assert [begin for begin, *_ in ones] == list(range(14))
+    assert ones[5] == [5, 1, 2, 10]
 
 
 def test_upload_splits_what_one_transfer_carried() -> None:
