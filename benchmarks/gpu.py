@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specdec.engine import Engine
 from specdec.packed import PackedDecoder
 from specdec.policies import make_policy
+from specdec.scheduler import common_prefix
 
 DEVICE = torch.device("cuda")
 SHAPES = {
@@ -223,15 +224,14 @@ class Load:
             standard deviation of all logits there.
         """
         gaps = []
-        for prompt, *both in zip(
-            self.ids.tolist(), self.outputs[name], self.outputs[other], strict=True
-        ):
-            at = next((i for i, (a, b) in enumerate(zip(*both, strict=True)) if a != b), None)
-            if at is not None:
-                ids = torch.tensor([prompt + list(both[0][:at])], device=DEVICE)
+        sides = self.outputs[name], self.outputs[other]
+        for prompt, one, two in zip(self.ids.tolist(), *sides, strict=True):
+            at = common_prefix(one, two)
+            if at < self.tokens:
+                ids = torch.tensor([prompt + list(one[:at])], device=DEVICE)
                 logits = self.target(ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-                one, two = (logits[each[at]] for each in both)
-                gaps.append(((one - two).abs() / logits.std()).item())
+                gap = (logits[one[at]] - logits[two[at]]).abs() / logits.std()
+                gaps.append(gap.item())
         return len(gaps), max(gaps, default=0.0)
 
 

@@ -34,6 +34,7 @@ from specdec.engine import Engine
 from specdec.pair import ModelPair
 from specdec.policies import POLICIES, make_policy
 from specdec.request import Request, SamplingParams
+from specdec.scheduler import common_prefix
 
 NEAR_TIE = 1e-3
 """Logit gap below which fp32 rounding (about 1e-4 here) may decide."""
@@ -75,8 +76,7 @@ def main(
             gaps = []
             for prompt, completion, output in zip(ids, done, expected, strict=True):
                 if completion.output_ids != output:
-                    pairs = zip(completion.output_ids, output, strict=False)
-                    at = next(i for i, (a, b) in enumerate(pairs) if a != b)
+                    at = common_prefix(completion.output_ids, output)
                     top = score(pair, prompt, output[: at + 1])[-1].topk(2).values
                     gaps.append((top[0] - top[1]).item())
                     console.print(f"{policy}, live batch {batch}: logit gap {gaps[-1]:.2g} at {at}")

@@ -244,12 +244,16 @@ class OnlineEstimator:
         # In plain Python: after a forward an array operation takes longer than a row does here.
         found: list[list[float]] = [[], []]
         for row, rate in zip(signals.tolist(), typical.tolist(), strict=True):
-            features = [min(max(row[column], -BOUND), BOUND) for column in self._columns]
-            features.append(math.log(rate / (1 - rate)))
-            for each, (constant, *weights) in zip(found, self._weights, strict=True):
-                logit = constant + sum(map(operator.mul, weights, features))
+            features = self._features(row, rate)
+            for each, weights in zip(found, self._weights, strict=True):
+                logit = sum(map(operator.mul, weights, features))
                 each.append(1 / (1 + math.exp(-min(max(logit, -MOST_LOGIT), MOST_LOGIT))))
         return np.array(found[0]), np.array(found[1])
+
+    def _features(self, row: Sequence[float], rate: float) -> list[float]:
+        """One, the signals of a row, and the log odds of its rate."""
+        bounded = [min(max(row[column], -BOUND), BOUND) for column in self._columns]
+        return [1.0, *bounded, math.log(rate / (1 - rate))]
 
     def learn(self, signals: Array, typical: Array, accepted: Flags) -> None:
         self._collected.append((signals, typical, accepted))
@@ -257,7 +261,7 @@ class OnlineEstimator:
         if self._fresh < max(self.TOGETHER, self.SHARE * self._evidence):
             return
         signals, typical, outcomes = map(np.concatenate, zip(*self._collected, strict=True))
-        features = _features(signals, self._columns, typical)
+        features = np.array(list(map(self._features, signals.tolist(), typical.tolist())))
         self._collected, self._fresh = [], 0
         kept = self.FORGET ** len(outcomes)
         self._evidence = kept * self._evidence + len(outcomes)
@@ -321,16 +325,6 @@ ONLINE = {
 def online_estimator(name: str) -> OnlineEstimator:
     """The online estimator called `name`, one of ONLINE."""
     return OnlineEstimator(ONLINE[name])
-
-
-def _features(signals: Array, columns: list[Signal], typical: Array) -> Array:
-    """float64 [n, 2 + len(columns)]: one, the signals, and the log odds of the row's rate."""
-    x = np.empty((len(signals), 2 + len(columns)))
-    x[:, 0] = 1.0
-    x[:, 1:-1] = signals[:, columns]
-    np.minimum(np.maximum(x, -BOUND, out=x), BOUND, out=x)
-    x[:, -1] = np.log(typical / (1 - typical))
-    return x
 
 
 def posterior_mode(

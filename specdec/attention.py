@@ -74,9 +74,8 @@ def packed_rows(cache: SlotCache, rows: Sequence[Row]) -> list[PackedRow]:
     ]
 
 
-def cut_rows(rows: Sequence[PackedRow], most: int) -> NDArray[np.int64]:
-    """int64 [R, 4]: some rows, cut into such of at most `most` tokens."""
-    table = np.array(rows, dtype=np.int64)
+def cut_rows(table: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """A table of packed rows [R, 4], cut into such of at most `most` tokens."""
     counts = table[:, 1]
     parts = -(-counts // most)
     before = most * (np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts))
@@ -186,7 +185,7 @@ class Packing:
             slots += [row.slot] * row.tokens
             positions += range(row.start, row.start + row.tokens)
         most = cache.kernels.row_tokens if cache.kernels is not None else None
-        cut = cut_rows(short, most).tolist() if short and most else short
+        cut = cut_rows(np.array(short), most).tolist() if short and most else short
         flat = [number for row in cut for number in row]
         slots_, positions_, short_rows = upload(cache.device, slots, positions, flat)
         return cls(

@@ -116,7 +116,6 @@ class Goodput(EstimatingPolicy):
         self._promised, self._missing = 0.0, 0.0
         # Seconds since the cost tables learnt last, by what learns them and by tokens.
         self._measured: dict[tuple[Callable[..., None], int], list[float]] = {}
-        self._collected = 0
         # `_further` of the tables as they are, by its arguments.
         self._furthers: dict[tuple[int, int, float], list[list[float]]] = {}
 
@@ -298,7 +297,6 @@ class Goodput(EstimatingPolicy):
             self._measured.setdefault((self.costs.observe_draft, tokens), []).append(seconds)
         tokens, seconds = outcome.verify_cost
         self._measured.setdefault((self.costs.observe_verify, tokens), []).append(seconds)
-        self._collected += 1 + len(outcome.draft_costs)
         rows = len(outcome.start.rows)
         committed = sum(outcome.accepted) + rows
         spent = seconds + sum(spent for _, spent in outcome.draft_costs)
@@ -311,10 +309,10 @@ class Goodput(EstimatingPolicy):
             self._in_a_row = 0
             self._missing *= TRUST_AGAIN
             self._allowance = min(self._allowance + PROBE_SHARE * relative, PROBE_SAVINGS)
-        if self._collected >= TOGETHER:
+        if sum(map(len, self._measured.values())) >= TOGETHER:
             for (learn, tokens), measured in self._measured.items():
                 learn(tokens, *measured)
-            self._measured, self._collected, self._furthers = {}, 0, {}
+            self._measured, self._furthers = {}, {}
 
     def _compare(self, outcome: RoundOutcome) -> None:
         """Take in by how much a round with candidates yielded less than it promised.

@@ -129,9 +129,10 @@ class RecordedForward:
         """int64 [6 * size]: slots, positions and rows, with those of the padding."""
         last = rows[-1]
         place = (last.slot, last.start + last.tokens - 1)
-        rows = [*rows, *(PackedRow(at, 1, *place) for at in range(n, self._size))]
-        table = cut_rows(rows, self._row_tokens)
+        padding = (PackedRow(at, 1, *place) for at in range(n, self._size))
+        table = np.array([*rows, *padding])
+        cut = cut_rows(table, self._row_tokens)
         flat = np.zeros(6 * self._size, dtype=np.int64)
-        flat[: 2 * self._size] = cut_rows(rows, 1)[:, 2:].T.ravel()
-        flat[2 * self._size :][: table.size] = table.ravel()
+        flat[: 2 * self._size] = cut_rows(table, 1)[:, 2:].T.ravel()
+        flat[2 * self._size :][: cut.size] = cut.ravel()
         return flat

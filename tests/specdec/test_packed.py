@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -241,7 +242,7 @@ def test_kernels_of_half_precision_agree_with_float32(tokens: int) -> None:
 
 
 def test_cut_rows_have_the_same_tokens_in_the_same_places() -> None:
-    rows = [PackedRow(0, 9, 2, 5), PackedRow(9, 1, 0, 0), PackedRow(10, 4, 7, 3)]
+    rows = np.array([PackedRow(0, 9, 2, 5), PackedRow(9, 1, 0, 0), PackedRow(10, 4, 7, 3)])
     cut = cut_rows(rows, 4).tolist()
     assert cut == [[0, 4, 2, 5], [4, 4, 2, 9], [8, 1, 2, 13], [9, 1, 0, 0], [10, 4, 7, 3]]
     ones = cut_rows(rows, 1).tolist()
