@@ -47,16 +47,17 @@ def check(folder: Folder) -> None:
     with locked(folder, 60) as lock:
         lock.check()
 
-    won, start = [], threading.Barrier(4)
+    won, refused, start = [], threading.Semaphore(0), threading.Barrier(4)
 
     def take() -> None:
         start.wait()
         try:
             with locked(folder, 60):
                 won.append(1)
-                time.sleep(1)
+                for _ in range(3):  # a thread that comes late must find it held
+                    refused.acquire(timeout=20)
         except UserError:
-            pass
+            refused.release()
 
     threads = [threading.Thread(target=take) for _ in range(4)]
     for thread in threads:
