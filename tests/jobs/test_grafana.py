@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-from test_cli import call, one_error
 
 from jobs.grafana import dashboard, exported
 from pipeline.metrics import COUNTERS, GAUGES
+from tests.jobs.test_cli import call, one_error
 
 
 def test_each_metric_of_the_dashboard_exists_and_each_that_exists_is_there() -> None:

@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import chromium, columns_at_the_right_edge, screenshot
-from pages import PLANTED, make_job
-from test_cli import call, one_error
 
 from jobs.findings import Example, Findings, SlowRow, gather
 from jobs.page import headline, job_page, write_page
@@ -24,6 +21,9 @@ from pipeline.errors import JobStopped
 from pipeline.stats import summarise
 from pipeline.storage import Folder
 from tests.conftest import S3Server, TinyModels
+from tests.jobs.browser import chromium, columns_at_the_right_edge, screenshot
+from tests.jobs.pages import PLANTED, make_job
+from tests.jobs.test_cli import call, one_error
 
 HOSTILE = "</svg></title><script>alert('$x_$')</script>"
 

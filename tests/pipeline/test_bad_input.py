@@ -21,7 +21,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_jobs import run
 
 from pipeline.config import JobConfig, S3Config
 from pipeline.errors import UserError
@@ -29,6 +28,7 @@ from pipeline.run import JobPlan, plan_job
 from pipeline.source import read_units
 from pipeline.stats import FOOTER_KEY, UnitRecord
 from tests.conftest import CONTEXT, TinyModels
+from tests.pipeline.small_jobs import run
 
 OK = "OK"
 HI = [{"role": "user", "content": "hi"}]

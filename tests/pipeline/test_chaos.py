@@ -16,11 +16,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chaos import KINDS, Chaos, actors, small_cluster
-from faulty_s3 import faulty_s3
-from small_jobs import rows_of, run
 
+from tests.chaos import KINDS, Chaos, actors, small_cluster
 from tests.conftest import S3Server, TinyModels
+from tests.faulty_s3 import faulty_s3
+from tests.pipeline.small_jobs import rows_of, run
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 

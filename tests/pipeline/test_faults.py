@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.cloudpickle
-from small_jobs import rows_of, run, started
 
 from pipeline import run as run_module
 from pipeline.errors import JobStopped
@@ -24,6 +23,7 @@ from pipeline.generate import GenerateActor
 from pipeline.run import JobFailed
 from specdec.request import Request
 from tests.conftest import TinyModels
+from tests.pipeline.small_jobs import rows_of, run, started
 
 pytestmark = pytest.mark.ray
 

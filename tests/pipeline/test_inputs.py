@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from small_jobs import rows_of, run
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
@@ -26,6 +25,7 @@ from pipeline.storage import Folder
 from pipeline.units import FilePlan, plan_files
 from pipeline.verify import verify
 from tests.conftest import S3Server, TinyModels
+from tests.pipeline.small_jobs import rows_of, run
 
 
 def plan(name: str, size: int = 10, rows: int = 3, modified: int = 5 * 10**9) -> FilePlan:

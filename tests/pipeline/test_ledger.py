@@ -16,7 +16,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_jobs import run
 from typer.testing import CliRunner
 
 from jobs.cli import app
@@ -31,6 +30,7 @@ from pipeline.run import JobResult
 from pipeline.storage import Folder
 from specdec.request import Counts
 from tests.conftest import TinyModels
+from tests.pipeline.small_jobs import run
 
 PRICES = {"source": "a test", "date": "2026-11-25", "cpu_hour": 3600.0}  # a dollar a second
 ROWS = 48

@@ -9,16 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from chaos import add_node, small_cluster
 from pydantic import ValidationError
-from small_jobs import rows_of, started
 
 from pipeline import pool
 from pipeline.config import ActorsConfig
 from pipeline.errors import UserError
 from pipeline.pool import check_resources, check_workers, group_of, next_group
 from pipeline.run import _data_context
+from tests.chaos import add_node, small_cluster
 from tests.conftest import TinyModels
+from tests.pipeline.small_jobs import rows_of, started
 
 GROUPS = ActorsConfig.model_validate(
     {

@@ -17,8 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
-from faulty_s3 import faulty_s3
-from small_jobs import rows_of, run, started
 
 from pipeline import manifest
 from pipeline import run as run_module
@@ -34,6 +32,8 @@ from pipeline.storage import Folder
 from pipeline.units import Unit, unit_id
 from pipeline.verify import verify
 from tests.conftest import S3Server, TinyModels
+from tests.faulty_s3 import faulty_s3
+from tests.pipeline.small_jobs import rows_of, run, started
 
 # Workers cannot import a test module; they get its classes by value.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])

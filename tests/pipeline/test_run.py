@@ -16,7 +16,6 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from ray.data import DataContext
-from small_jobs import rows_of, run, started
 
 from pipeline import manifest
 from pipeline.config import S3Config
@@ -27,6 +26,7 @@ from pipeline.storage import Folder
 from pipeline.trace import read_rounds
 from specdec.speedup import SpeedupMeter
 from tests.conftest import S3Server, TinyModels
+from tests.pipeline.small_jobs import rows_of, run, started
 
 pytestmark = pytest.mark.ray
 

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
-from faulty_s3 import FAULTS, FaultyS3, faulty_s3
 
 from pipeline import faults, storage
 from pipeline.config import JobConfig, S3Config
@@ -26,6 +25,7 @@ from pipeline.source import read_units
 from pipeline.storage import Folder, check_access
 from pipeline.units import plan_files
 from tests.conftest import ACCESS_KEY, SECRET_KEY, S3Server, TinyModels
+from tests.faulty_s3 import FAULTS, FaultyS3, faulty_s3
 
 pytestmark = pytest.mark.s3
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from small_jobs import rows_of, run
-from test_manifest import record
 
 from pipeline import manifest
 from pipeline.config import S3Config, SamplingConfig
@@ -22,6 +20,8 @@ from pipeline.stats import parts
 from pipeline.storage import Folder
 from pipeline.trace import read_rounds
 from tests.conftest import TinyModels
+from tests.pipeline.small_jobs import rows_of, run
+from tests.pipeline.test_manifest import record
 
 ROWS = 6
 N = 3

@@ -8,7 +8,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_manifest import record
 from typer.testing import CliRunner
 
 from jobs.cli import app
@@ -23,6 +22,7 @@ from pipeline.storage import Folder
 from pipeline.trace import TRACE_SCHEMA, read_rounds, trace_table
 from pipeline.units import Unit, unit_id
 from specdec.request import Completion, RoundTrace
+from tests.pipeline.test_manifest import record
 
 ROUNDS = (
     RoundTrace(20, 4, (5, 6, 7), (0.9, 0.5, 0.2), 2, 1, "after 3: too little for its cost"),

@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_jobs import run
 from typer.testing import CliRunner
 
 from jobs.cli import app
@@ -22,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.stats import FOOTER_KEY, UnitRecord, parquet_bytes
 from pipeline.verify import Verification, verify
 from tests.conftest import S3Server, TinyModels
+from tests.pipeline.small_jobs import run
 
 pytestmark = pytest.mark.ray
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_pair import EOS, saved, set_config
 from torch import Tensor
 
 from specdec.engine import Engine
@@ -25,6 +24,7 @@ from specdec.training.settings import Moment, Settings, Watch
 from specdec.training.student import DistillError, Student
 from specdec.training.trainer import distill_loss, rate
 from specdec.training.workspace import Workspace
+from tests.specdec.test_pair import EOS, saved, set_config
 from tests.specdec.tiny_models import VOCAB, noisy_copy, tiny_model
 
 QUICK = Settings(epochs=2, lr=3e-3, held_out=0.2, batch_tokens=200, evaluations=4, top_k=8)

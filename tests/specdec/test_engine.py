@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
-from goodness import chi_square_excess, counted, reference_distribution
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,6 +21,7 @@ from specdec.policies import make_policy
 from specdec.request import Completion, Counts, InvalidRequest, Request, SamplingParams
 from specdec.sampling import SamplingBatch, coupled_choice, probabilities
 from specdec.stopping import DraftStep, Fixed, RoundStart, StopPolicy, _Judgement
+from tests.specdec.goodness import chi_square_excess, counted, reference_distribution
 from tests.specdec.tiny_models import DEVICE, VOCAB, TinyPair, make_pair, noisy_copy, tiny_model
 from tests.specdec.workloads import (
     GREEDY,

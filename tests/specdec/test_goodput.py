@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_stopping import Known
 
 from specdec.acceptance import Estimator, Signal, online_estimator
 from specdec.calibration import Array
 from specdec.costs import CostModel, CostTable
 from specdec.goodput import IN_A_ROW, PROBE_SHARE, REST, Goodput
 from specdec.stopping import RoundOutcome, RowMemory
+from tests.specdec.test_stopping import Known
 from tests.specdec.tiny_models import TinyPair
 from tests.specdec.workloads import (
     StatedGoodput,

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pair import saved
 
 from specdec.acceptance import AcceptanceHead
 from specdec.heads import CARD, WEIGHTS, HeadError, load_head, read_card, save_head
 from specdec.pair import ModelPair
 from specdec.sources import PairError
+from tests.specdec.test_pair import saved
 from tests.specdec.tiny_models import noisy_copy, tiny_model
 
 HIDDEN = 64

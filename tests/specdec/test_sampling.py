@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from goodness import FALSE_ALARM, chi_square_excess, counted, reference_distribution
 from scipy import stats
 from torch import Tensor
 from transformers import (
@@ -25,6 +24,7 @@ from specdec.sampling import (
     sample,
     uniform,
 )
+from tests.specdec.goodness import FALSE_ALARM, chi_square_excess, counted, reference_distribution
 
 CPU = torch.device("cpu")
 

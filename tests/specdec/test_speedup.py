@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from goodness import FALSE_ALARM
 from scipy import stats
 
 from specdec.speedup import (
@@ -17,6 +16,7 @@ from specdec.speedup import (
     SpeedupMeter,
     batch_class,
 )
+from tests.specdec.goodness import FALSE_ALARM
 
 
 def sums(rounds: Rounds) -> list[float]:

@@ -8,7 +8,6 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from goodness import FALSE_ALARM, chi_square_excess, counted
 from scipy import stats
 from transformers import PreTrainedModel
 
@@ -21,6 +20,7 @@ from specdec.sampling import SamplingBatch, coupled_choice, probabilities
 from specdec.simulate import Trace, replay
 from specdec.stopping import StopPolicy
 from specdec.tracing import Text, measure_costs, record, reversed_coupling
+from tests.specdec.goodness import FALSE_ALARM, chi_square_excess, counted
 from tests.specdec.tiny_models import TinyPair, make_pair
 from tests.specdec.workloads import linear, prompts, random_head
 

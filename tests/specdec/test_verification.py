@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from goodness import chi_square_excess, counted, reference_distribution
 from torch import Tensor
 
 from specdec import verification
 from specdec.request import SamplingParams
 from specdec.sampling import SamplingBatch
 from specdec.verification import MODES, Mode, Proposal, accepted_prefix, match, reject
+from tests.specdec.goodness import chi_square_excess, counted, reference_distribution
 
 CPU = torch.device("cpu")
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recipes import rows_of, small_recipe, write_seeds
 
 from jobs.amounts import money
 from jobs.nightly.archive import Archive
 from jobs.nightly.recipe import load_recipe
 from tests.conftest import TinyModels
+from tests.jobs.nightly.recipes import rows_of, small_recipe, write_seeds
 
 ROOT = Path(__file__).parents[3]
 

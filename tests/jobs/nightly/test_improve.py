@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recipes import small_recipe, write_seeds
 from typer.testing import CliRunner
 
 from jobs.cli import app
@@ -18,6 +17,7 @@ from jobs.nightly.recipe import Recipe
 from jobs.nightly.versions import Versions, read_versions, roll_back, write_versions
 from pipeline.errors import UserError
 from tests.conftest import TinyModels
+from tests.jobs.nightly.recipes import small_recipe, write_seeds
 
 
 def test_versions_and_the_way_back(tiny_models: TinyModels, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recipes import rows_of, small_recipe, write_seeds
 
 from jobs.nightly.archive import Archive
 from jobs.nightly.nights import Hooks, run_nights
@@ -20,6 +19,7 @@ from pipeline.config import S3Config
 from pipeline.errors import UserError
 from pipeline.progress import JobProgress
 from tests.conftest import S3Server, TinyModels
+from tests.jobs.nightly.recipes import rows_of, small_recipe, write_seeds
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 

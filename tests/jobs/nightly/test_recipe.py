@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import yaml
-from recipes import small_recipe, write_seeds
 from typer.testing import CliRunner
 
 from jobs.cli import app
@@ -21,6 +20,7 @@ from jobs.nightly.status import Status, notify
 from jobs.spec import JobFileError
 from pipeline.errors import UserError
 from tests.conftest import TinyModels
+from tests.jobs.nightly.recipes import small_recipe, write_seeds
 
 
 @pytest.fixture

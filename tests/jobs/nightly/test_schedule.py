@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recipes import small_recipe
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
 from tests.conftest import TinyModels
+from tests.jobs.nightly.recipes import small_recipe
 
 
 @pytest.fixture
