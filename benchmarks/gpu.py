@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdec.engine import Engine
-from specdec.packed import PackedDecoder
-from specdec.policies import make_policy
-from specdec.scheduler import common_prefix
+from specdec.engine.engine import Engine
+from specdec.engine.scheduler import common_prefix
+from specdec.model.decoder import PackedDecoder
+from specdec.policies.registry import make_policy
 
 DEVICE = torch.device("cuda")
 SHAPES = {
@@ -49,7 +49,7 @@ console = Console(width=140)
 
 @dataclass
 class Pair:
-    """What `specdec.engine.Pair` asks for."""
+    """What `specdec.engine.engine.Pair` asks for."""
 
     target: PackedDecoder
     draft: PackedDecoder | None

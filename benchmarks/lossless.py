@@ -30,11 +30,11 @@ from engine import (
 from rich.console import Console
 from rich.table import Table
 
-from specdec.engine import Engine
-from specdec.pair import ModelPair
-from specdec.policies import POLICIES, make_policy
+from specdec.engine.engine import Engine
+from specdec.engine.scheduler import common_prefix
+from specdec.loading.pair import ModelPair
+from specdec.policies.registry import POLICIES, make_policy
 from specdec.request import Request, SamplingParams
-from specdec.scheduler import common_prefix
 
 NEAR_TIE = 1e-3
 """Logit gap below which fp32 rounding (about 1e-4 here) may decide."""

@@ -30,9 +30,9 @@ from pipeline.config import JobConfig
 from pipeline.generate import load_pair
 from pipeline.prompts import PromptRenderer, row_sampling
 from pipeline.run import connected, run_job
-from specdec.engine import Engine
-from specdec.pair import ModelPair
-from specdec.policies import make_policy
+from specdec.engine.engine import Engine
+from specdec.loading.pair import ModelPair
+from specdec.policies.registry import make_policy
 from specdec.request import Request
 
 ROOT = Path(__file__).resolve().parents[1]

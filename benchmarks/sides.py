@@ -55,9 +55,9 @@ def specbatch(side: Side) -> Callable[[Work], Outputs]:
     """Our engine; options: `policy`, `k`, `quantization`."""
     import torch
 
-    from specdec.engine import Engine
-    from specdec.pair import ModelPair
-    from specdec.policies import make_policy
+    from specdec.engine.engine import Engine
+    from specdec.loading.pair import ModelPair
+    from specdec.policies.registry import make_policy
     from specdec.request import Request, SamplingParams
 
     torch.set_num_threads(side.threads)

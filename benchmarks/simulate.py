@@ -8,9 +8,9 @@
 The axes are those of SpecDec++ (arXiv 2405.19715, figure 1): verification rate, target forwards per
 output token; discard rate, candidates drafted in vain per output token; tokens per second. The
 bound is a clairvoyant policy's, which drafts what will be accepted and nothing else
-(specdec/clairvoyance.py); with more than one live row it ignores that rows wait for each other.
-Intervals are 95%, over prompts, paired (specdec/simulate.py). The best fixed length is chosen on
-the same prompts, which is in its favour.
+(specdec/simulate/bound.py); with more than one live row it ignores that rows wait for each other.
+Intervals are 95%, over prompts, paired (specdec/simulate/replay.py). The best fixed length is
+chosen on the same prompts, which is in its favour.
 
 Cost models (`--costs`):
 
@@ -40,15 +40,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from specdec.clairvoyance import least_seconds
-from specdec.costs import CostModel, CostTable
-from specdec.engine import Engine
-from specdec.heads import load_head
-from specdec.policies import make_policy
+from specdec.engine.engine import Engine
+from specdec.loading.head_files import load_head
+from specdec.policies.base import StopPolicy
+from specdec.policies.costs import CostModel, CostTable
+from specdec.policies.registry import make_policy
 from specdec.request import Request, SamplingParams
-from specdec.simulate import Ratio, Replay, Trace, faster, load_traces, replay, save_traces
-from specdec.stopping import StopPolicy
-from specdec.tracing import MOST, Text, measure_costs, record, write_texts
+from specdec.simulate.bound import least_seconds
+from specdec.simulate.record import MOST, Text, measure_costs, record, write_texts
+from specdec.simulate.replay import Ratio, Replay, Trace, faster, load_traces, replay, save_traces
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
 console = Console(width=130)

@@ -190,7 +190,7 @@ def validate(file: JobFile, overrides: Overrides = None) -> None:
 
 
 def _check_model(name: str) -> None:
-    from specdec.sources import PairError, check_model_name
+    from specdec.loading.sources import PairError, check_model_name
 
     try:
         check_model_name(name)

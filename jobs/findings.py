@@ -22,7 +22,7 @@ from pipeline.rows import RAW_LINE
 from pipeline.schema import ROW_ID
 from pipeline.stats import UnitRecord, parts, reliability, summarise
 from pipeline.storage import Folder
-from specdec.speedup import Rounds, SpeedupMeter
+from specdec.measure.speedup import Rounds, SpeedupMeter
 
 _EXCERPT = 240
 _EXAMPLES = 3

@@ -13,11 +13,13 @@ from pipeline.errors import RowError, UserError
 from pipeline.prompts import PromptRenderer, row_sampling
 from pipeline.sample import Sample
 from pipeline.training_data import open_job, read_examples
-from specdec.engine import Engine
-from specdec.pair import ModelPair
-from specdec.policies import make_policy
+from specdec.engine.engine import Engine
+from specdec.loading.pair import ModelPair
+from specdec.policies.registry import make_policy
 from specdec.request import Request
-from specdec.training.collect import (
+from specdec.training.examples import Example
+from specdec.training.head import early_look
+from specdec.training.labels import (
     Labels,
     LabelSettings,
     Part,
@@ -25,8 +27,6 @@ from specdec.training.collect import (
     collect,
     continuations,
 )
-from specdec.training.examples import Example
-from specdec.training.head import early_look
 
 EARLY_SHARE = 0.2
 """Share of the rows after which the first look is printed."""

@@ -18,11 +18,11 @@ from pipeline.errors import RowError, UserError, nearest
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from pipeline.sample import Sample
-    from specdec.costs import CostModel
-    from specdec.pair import ModelPair
-    from specdec.simulate import Trace
-    from specdec.stopping import StopPolicy
-    from specdec.tracing import Text
+    from specdec.loading.pair import ModelPair
+    from specdec.policies.base import StopPolicy
+    from specdec.policies.costs import CostModel
+    from specdec.simulate.record import Text
+    from specdec.simulate.replay import Trace
 
 FIXED = range(1, 9)
 """Lengths of `fixed` that are tried."""
@@ -107,8 +107,8 @@ def _profile(
     import torch
 
     from jobs.profile_report import recommend
-    from specdec.simulate import acceptance_by_position
-    from specdec.tracing import measure_costs, record
+    from specdec.simulate.record import measure_costs, record
+    from specdec.simulate.replay import acceptance_by_position
 
     torch.set_num_threads(max(1, int(job.actors.num_cpus or os.cpu_count() or 1)))
     show("loading models", 0.0)
@@ -168,7 +168,7 @@ def _load(job: JobConfig) -> ModelPair:
     from transformers.utils import logging as notices
 
     from pipeline.generate import load_pair
-    from specdec.sources import PairError
+    from specdec.loading.sources import PairError
 
     notices.set_verbosity_error()
     notices.disable_progress_bar()
@@ -184,7 +184,7 @@ def _load(job: JobConfig) -> ModelPair:
 def _head(job: JobConfig, pair: ModelPair) -> Any:
     """The job's acceptance head, or None."""
     from pipeline.generate import load_acceptance_head
-    from specdec.sources import PairError
+    from specdec.loading.sources import PairError
 
     try:
         return load_acceptance_head(job, pair)
@@ -197,10 +197,10 @@ def _texts(
 ) -> tuple[list[Text], dict[str, int]]:
     """The target's completions of the rows, and why rows were left out, with how many."""
     from pipeline.prompts import SAMPLING_COLUMN, PromptRenderer, row_sampling
-    from specdec.engine import Engine
-    from specdec.policies import make_policy
+    from specdec.engine.engine import Engine
+    from specdec.policies.registry import make_policy
     from specdec.request import Request
-    from specdec.tracing import Text, write_texts
+    from specdec.simulate.record import Text, write_texts
 
     renderer = PromptRenderer(job.input, pair.tokenizer)
     left_out: dict[str, int] = {}
@@ -235,7 +235,7 @@ def _texts(
 
 def _by_class(traces: list[Trace]) -> list[dict[str, Any]]:
     """How often candidates are accepted at any position, by class, the largest class first."""
-    from specdec.simulate import acceptance
+    from specdec.simulate.replay import acceptance
 
     classes: dict[str, list[Trace]] = {}
     for trace in traces:
@@ -271,7 +271,7 @@ def _batches(slots: int) -> list[int]:
 
 def _policies(job: JobConfig, pair: ModelPair, live: int, head: Any) -> dict[str, StopPolicy]:
     """What is tried, by the names of reports; prepared as an Engine would prepare it."""
-    from specdec.policies import make_policy
+    from specdec.policies.registry import make_policy
 
     ours = job.speculation
     policies = {"none": make_policy("none")}
@@ -300,8 +300,8 @@ def _predict(
     traces: list[Trace], policies: dict[str, StopPolicy], costs: CostModel, live: int
 ) -> dict[str, Any]:
     """Every policy at one live batch, as it does once it has learned from these rows."""
-    from specdec.clairvoyance import least_seconds
-    from specdec.simulate import Replay, faster, replay
+    from specdec.simulate.bound import least_seconds
+    from specdec.simulate.replay import Replay, faster, replay
 
     results: dict[str, Replay] = {}
     for name, policy in policies.items():

@@ -24,9 +24,9 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from jobs.head_rows import HeadRows, Show
     from pipeline.sample import Sample
-    from specdec.pair import ModelPair
-    from specdec.training.collect import LabelSettings
+    from specdec.loading.pair import ModelPair
     from specdec.training.head import HeadSettings
+    from specdec.training.labels import LabelSettings
 
 _FEW_POSITIONS = 2000
 _LOG_SECONDS = 30
@@ -179,8 +179,8 @@ def train_head(
         import torch
 
         from jobs.head_rows import HeadRows
-        from specdec.training.collect import LabelSettings
         from specdec.training.head import HeadSettings
+        from specdec.training.labels import LabelSettings
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -269,8 +269,8 @@ def _absolute(path: str) -> str:
 def _load(config: JobConfig) -> ModelPair:
     from transformers.utils import logging as notices
 
-    from specdec.pair import ModelPair
-    from specdec.sources import PairError
+    from specdec.loading.pair import ModelPair
+    from specdec.loading.sources import PairError
 
     # A draft that shares the target's embedding looks corrupted to transformers; the pair's own
     # checks say what is wrong with one.
@@ -302,9 +302,9 @@ def _train(
     from jobs.head_report import plot, tables, verdict
     from jobs.head_rows import label_all
     from pipeline.manifest import versions
-    from specdec.heads import save_head
-    from specdec.training.collect import Part
+    from specdec.loading.head_files import save_head
     from specdec.training.head import Epoch, calibrate, describe_labels, evaluate, train_head
+    from specdec.training.labels import Part
 
     began = time.monotonic()
     labels = label_all(source, labelling, show)

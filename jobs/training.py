@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from pipeline.training_data import JobOutput
-    from specdec.pair import ModelPair
+    from specdec.loading.pair import ModelPair
     from specdec.training.evaluate import Agreements
     from specdec.training.examples import Example
     from specdec.training.settings import Moment, Watch
@@ -169,7 +169,7 @@ def distill(
         from transformers.utils import logging as notices
 
         from pipeline.manifest import versions
-        from specdec.pair import ModelPair
+        from specdec.loading.pair import ModelPair
         from specdec.training.distill import distill as run
 
         # A draft without embeddings is as it should be; transformers would warn of it at length.
@@ -201,7 +201,7 @@ def distill(
 @contextmanager
 def _user_errors() -> Iterator[None]:
     """Refusals of specdec are the user's to mend."""
-    from specdec.sources import PairError
+    from specdec.loading.sources import PairError
     from specdec.training.student import DistillError
 
     try:

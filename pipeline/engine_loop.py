@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from pipeline.metrics import Reading
 from pipeline.progress import Tally
+from specdec.measure.speedup import SpeedupMeter
 from specdec.request import Completion, Request
-from specdec.speedup import SpeedupMeter
 
 if TYPE_CHECKING:
-    from specdec.engine import Engine
+    from specdec.engine.engine import Engine
 
 _REPORT_SECONDS = 0.5
 _ENGINE_COUNTS = (

@@ -76,7 +76,7 @@ class GenerateActor:
     def __init__(self, job: JobConfig, digest: str, monitor: Any, run: Run) -> None:
         self._timesheet = Timesheet(run, Folder(job.output, job.s3), monitor.book.remote)
         self._spent: dict[str, dict[str, float]] = {}  # seconds by phase of each unit in flight
-        from specdec.sources import PairError
+        from specdec.loading.sources import PairError
 
         began = time.monotonic()
         ray.get(monitor.start.remote())
@@ -337,12 +337,12 @@ def _lasting() -> Iterator[None]:
 
 
 def load_pair(job: JobConfig) -> Any:
-    """The job's models, loaded (`specdec.pair.ModelPair`).
+    """The job's models, loaded (`specdec.loading.pair.ModelPair`).
 
     Raises:
         PairError: they are missing, unsupported, or do not fit together.
     """
-    from specdec.pair import ModelPair
+    from specdec.loading.pair import ModelPair
 
     models = job.models
     # An actor that asked for no GPU must not take one that happens to be there.
@@ -361,7 +361,7 @@ def load_pair(job: JobConfig) -> Any:
 
 
 def make_engine(job: JobConfig, pair: Any, head: Any, decode: Callable[..., str]) -> Any:
-    """The job's engine (`specdec.engine.Engine`).
+    """The job's engine (`specdec.engine.engine.Engine`).
 
     Args:
         job: the job.
@@ -369,8 +369,8 @@ def make_engine(job: JobConfig, pair: Any, head: Any, decode: Callable[..., str]
         head: its acceptance head, if it has one.
         decode: token ids to text.
     """
-    from specdec.engine import Engine
-    from specdec.policies import make_policy
+    from specdec.engine.engine import Engine
+    from specdec.policies.registry import make_policy
 
     speculation, actors = job.speculation, job.actors
     memory = actors.kv_memory_gb
@@ -400,7 +400,7 @@ def load_acceptance_head(job: JobConfig, pair: Any) -> Any:
     Raises:
         PairError: it is missing, damaged, or was trained for another pair.
     """
-    from specdec.heads import load_head
+    from specdec.loading.head_files import load_head
 
     folder = job.speculation.head
     return load_head(folder, pair) if folder is not None else None

@@ -17,7 +17,7 @@ def model_identity(name: str) -> dict[str, str]:
     Raises:
         UserError: the model is not there.
     """
-    from specdec.sources import PairError, find_model, model_digest
+    from specdec.loading.sources import PairError, find_model, model_digest
 
     try:
         source = find_model(name)
@@ -70,8 +70,8 @@ def check_tokenizers(models: ModelsConfig) -> None:
     Raises:
         UserError: names the first token that differs.
     """
-    from specdec import vocabulary
-    from specdec.sources import PairError
+    from specdec.loading import vocabulary
+    from specdec.loading.sources import PairError
 
     if models.draft is None:
         return
@@ -83,7 +83,7 @@ def check_tokenizers(models: ModelsConfig) -> None:
 
 
 def _head_card(folder: str) -> dict[str, Any]:
-    from specdec.heads import WEIGHTS, HeadError, read_card
+    from specdec.loading.head_files import WEIGHTS, HeadError, read_card
 
     try:
         card = read_card(folder)

@@ -69,7 +69,7 @@ def rehearse(job: JobConfig, rows: Mapping[str, Mapping[str, Any]]) -> Rehearsal
     """
     import torch
 
-    from specdec.sources import PairError
+    from specdec.loading.sources import PairError
 
     torch.set_num_threads(max(1, int(job.actors.cores)))
     began = time.monotonic()

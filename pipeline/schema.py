@@ -15,7 +15,7 @@ from pipeline.blocks import UnitRows
 from pipeline.errors import RowError, UserError
 from pipeline.rows import RAW_LINE, parse_line
 from pipeline.units import FilePlan, Unit
-from specdec.calibration import Calibration
+from specdec.measure.calibration import Calibration
 from specdec.request import Completion, Counts
 
 ROW_ID = "row_id"

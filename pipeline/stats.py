@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from specdec.calibration import Calibration
+from specdec.measure.calibration import Calibration
+from specdec.measure.speedup import SpeedupMeter
 from specdec.request import Counts
-from specdec.speedup import SpeedupMeter
 
 FOOTER_KEY = b"specbatch.unit"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from specdec.calibration import Calibration
+from specdec.measure.calibration import Calibration
 
 FinishReason = Literal["stop", "length", "error"]
 

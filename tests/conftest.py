@@ -102,9 +102,9 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 @pytest.fixture(scope="session")
 def tiny_head(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of an untrained acceptance head for the tiny pair."""
-    from specdec.acceptance import AcceptanceHead
-    from specdec.heads import save_head
-    from specdec.pair import ModelPair
+    from specdec.loading.head_files import save_head
+    from specdec.loading.pair import ModelPair
+    from specdec.policies.estimators import AcceptanceHead
 
     folder = tmp_path_factory.mktemp("heads") / "head"
     pair = ModelPair.load(tiny_models.target, tiny_models.draft, device="cpu")

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config import JobConfig
-from specdec.costs import CostModel
-from specdec.engine import Engine, Pair
-from specdec.policies import make_policy
-from specdec.simulate import Ratio, Replay, Trace, acceptance, faster, replay
-from specdec.speedup import Speedup
-from specdec.stopping import StopPolicy
-from specdec.tracing import Text, measure_costs, record
+from specdec.engine.engine import Engine, Pair
+from specdec.measure.speedup import Speedup
+from specdec.policies.base import StopPolicy
+from specdec.policies.costs import CostModel
+from specdec.policies.registry import make_policy
+from specdec.simulate.record import Text, measure_costs, record
+from specdec.simulate.replay import Ratio, Replay, Trace, acceptance, faster, replay
 
 _COST_SECONDS = 15.0
 

@@ -30,15 +30,15 @@ from pipeline.generate import load_acceptance_head, load_pair
 from pipeline.models import digest
 from pipeline.prompts import row_sampling
 from pipeline.training_data import JobOutput, open_job, read_examples
-from specdec.heads import save_head
-from specdec.pair import ModelPair
+from specdec.loading.head_files import save_head
+from specdec.loading.pair import ModelPair
+from specdec.loading.sources import PairError
 from specdec.request import Request
-from specdec.sources import PairError
-from specdec.tracing import Text
-from specdec.training.collect import Labels, LabelSettings, assign_parts, collect
+from specdec.simulate.record import Text
 from specdec.training.distill import distill
 from specdec.training.examples import Example
 from specdec.training.head import HeadSettings, calibrate, evaluate, train_head
+from specdec.training.labels import Labels, LabelSettings, assign_parts, collect
 from specdec.training.settings import Settings, Watch
 from specdec.training.student import DistillError, Student
 from specdec.training.workspace import Workspace

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from specdec.pair import ModelPair
+from specdec.loading.pair import ModelPair
 from specdec.training.examples import Example, cut, split
 from specdec.training.scores import Scores, score
 from specdec.training.settings import Moment, Settings, Watch

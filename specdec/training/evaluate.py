@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.packed import PackedDecoder
+from specdec.model.decoder import PackedDecoder
 from specdec.training.examples import Example
 from specdec.training.scores import LOGIT_ROWS, target_states
 from specdec.training.student import Student

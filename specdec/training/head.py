@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdec.acceptance import ONLINE, AcceptanceHead, RowHistory, Signal, online_estimator
-from specdec.calibration import Array, Flags
-from specdec.stopping import EstimatingPolicy
-from specdec.training.collect import TOKEN_SIGNALS, Labels, Part
+from specdec.measure.calibration import Array, Flags
+from specdec.policies.base import EstimatingPolicy
+from specdec.policies.estimators import ONLINE, AcceptanceHead, RowHistory, Signal, online_estimator
+from specdec.training.labels import TOKEN_SIGNALS, Labels, Part
 from specdec.training.reliability import fit_platt, score, sigmoid
 
 OUTPUTS = ("before", "after")

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from specdec.acceptance import posterior_mode
-from specdec.calibration import Array, Calibration
+from specdec.measure.calibration import Array, Calibration
+from specdec.policies.estimators import posterior_mode
 
 
 def score(predicted: Array, accepted: Array) -> dict[str, Any]:

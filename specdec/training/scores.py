@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specdec.packed import PackedDecoder
+from specdec.model.decoder import PackedDecoder
 from specdec.training.examples import Example, packs
 
 PACK_TOKENS = 2048

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from specdec.pair import ModelPair, load_draft
+from specdec.loading.pair import ModelPair, load_draft
 from specdec.training.examples import Example
 from specdec.training.scores import lengths_of, output_positions
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.packed import PackedDecoder
+from specdec.model.decoder import PackedDecoder
 from specdec.training.evaluate import ALL, Agreements, Batch, batches, evaluate
 from specdec.training.examples import Example, packs
 from specdec.training.scores import LOGIT_ROWS, Scores

@@ -312,8 +312,8 @@ def test_code_that_comes_with_a_model_is_not_run(tiny_models: TinyModels, tmp_pa
         f"open({str(tmp_path / 'owned')!r}, 'w')\nclass C: pass\nclass M: pass\n"
     )
     code = (
-        "from specdec.pair import ModelPair\n"
-        "from specdec.sources import PairError\n"
+        "from specdec.loading.pair import ModelPair\n"
+        "from specdec.loading.sources import PairError\n"
         f"try: ModelPair.load({str(folder)!r}, device='cpu')\n"
         "except PairError as error: print(error)"
     )

@@ -73,8 +73,8 @@ def test_a_head_from_prompts(
     assert found["rows_left_out"]
     assert found["versions"]["torch"]
 
-    from specdec.heads import load_head
-    from specdec.pair import ModelPair
+    from specdec.loading.head_files import load_head
+    from specdec.loading.pair import ModelPair
 
     pair = ModelPair.load(tiny_models.target, tiny_models.draft, device="cpu")
     assert load_head(folder, pair).depth == 1

@@ -9,11 +9,11 @@ import pytest
 
 from pipeline.engine_loop import EngineLoop
 from pipeline.progress import Tally
-from specdec.engine import Engine
-from specdec.pair import ModelPair
-from specdec.policies import make_policy
+from specdec.engine.engine import Engine
+from specdec.loading.pair import ModelPair
+from specdec.measure.speedup import SpeedupMeter
+from specdec.policies.registry import make_policy
 from specdec.request import Request, SamplingParams
-from specdec.speedup import SpeedupMeter
 from tests.conftest import TinyModels
 
 

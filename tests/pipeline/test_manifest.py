@@ -17,8 +17,8 @@ from pipeline.schema import check_reserved
 from pipeline.stats import UnitRecord, busy_seconds, stats_tables, summarise
 from pipeline.storage import Folder
 from pipeline.units import FilePlan, Unit
-from specdec.policies import ESTIMATORS, POLICIES, THRESHOLDS
-from specdec.speedup import SpeedupMeter
+from specdec.measure.speedup import SpeedupMeter
+from specdec.policies.registry import ESTIMATORS, POLICIES, THRESHOLDS
 from tests.conftest import TinyModels
 
 

@@ -24,7 +24,7 @@ from pipeline.progress import JobProgress
 from pipeline.run import JobResult
 from pipeline.storage import Folder
 from pipeline.trace import read_rounds
-from specdec.speedup import SpeedupMeter
+from specdec.measure.speedup import SpeedupMeter
 from tests.conftest import S3Server, TinyModels
 from tests.pipeline.small_jobs import rows_of, run, started
 

@@ -46,7 +46,7 @@ def counted(tokens: Tensor, vocab: int) -> Tensor:
 def reference_distribution(logits: Tensor, params: SamplingParams) -> Tensor:
     """float64 [..., V]: the distribution `params` ask for, sorted out token by token in float64.
 
-    Written apart from specdec.sampling, the slow way: sort, cut, renormalise, cut again.
+    Written apart from specdec.lossless.sampling, the slow way: sort, cut, renormalise, cut again.
     """
     flat = logits.double().reshape(-1, logits.shape[-1])
     return torch.stack([_one_row(row, params) for row in flat]).view(logits.shape)

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from specdec import engine
+import specdec
 
 FOREIGN = ("ray", "pyarrow", "boto3", "botocore", "pipeline", "jobs")
-SOURCES = sorted(Path(engine.__file__).parent.rglob("*.py"))
+ROOT = Path(specdec.__file__).parents[1]
+SOURCES = sorted((ROOT / "specdec").rglob("*.py"))
 
 
 def test_importing_all_of_specdec_loads_nothing_of_cluster_tables_or_buckets() -> None:
@@ -18,9 +19,9 @@ def test_importing_all_of_specdec_loads_nothing_of_cluster_tables_or_buckets() -
     None in sys.modules makes an import fail: accelerate imports boto3 where it can, which is not
     specdec's doing. Triton is there beside a GPU.
     """
-    modules = [f"specdec.{path.stem}" for path in SOURCES if path.parent.name == "specdec"]
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES]
     if importlib.util.find_spec("triton") is None:
-        modules.remove("specdec.gpu_kernels")
+        modules.remove("specdec.kernels.gpu")
     code = f"""
 import importlib, sys
 sys.modules.update(boto3=None, botocore=None)

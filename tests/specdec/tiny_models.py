@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from specdec.linear import Quantization, pack_linears
-from specdec.packed import PackedDecoder
+from specdec.model.decoder import PackedDecoder
+from specdec.model.linear import Quantization, pack_linears
 
 VOCAB = 97
 
@@ -19,12 +19,12 @@ DEVICE = torch.device(os.environ.get("SPECBATCH_TEST_DEVICE", "cpu"))
 """Where pairs run: with `cuda` the engine's tests check a GPU against transformers on the CPU."""
 
 Precision = Literal["plain", "float32"] | Quantization
-"""Linear layers as they are, or one of the three of specdec.linear."""
+"""Linear layers as they are, or one of the three of specdec.model.linear."""
 
 
 @dataclass
 class TinyPair:
-    """What `specdec.engine.Pair` asks for, and the plain target to compare with."""
+    """What `specdec.engine.engine.Pair` asks for, and the plain target to compare with."""
 
     target: PackedDecoder
     draft: PackedDecoder | None

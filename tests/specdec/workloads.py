@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from specdec.acceptance import AcceptanceHead, Signal
-from specdec.calibration import Array, Flags
-from specdec.costs import CostModel, CostTable
-from specdec.goodput import Goodput
-from specdec.policies import make_policy
+from specdec.measure.calibration import Array, Flags
+from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, RowMemory, StopPolicy
+from specdec.policies.costs import CostModel, CostTable
+from specdec.policies.estimators import AcceptanceHead, Signal
+from specdec.policies.goodput import Goodput
+from specdec.policies.registry import make_policy
 from specdec.request import Completion, Request, SamplingParams
-from specdec.stopping import DraftStep, RoundOutcome, RoundStart, RowMemory, StopPolicy
 from tests.specdec.tiny_models import DEVICE, VOCAB
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24)
@@ -193,7 +193,9 @@ POLICIES: dict[str, Make] = {
     "goodput head": lambda width: stated_goodput(random_head(width)),
     "scripted": lambda _: Scripted((0, 3, 1, 5), (9, 1, 0, 2), unlikely_stop=True),
 }
-"""All of specdec.policies.POLICIES, some of them several times; `stated` ones do speculate."""
+"""All of specdec.policies.registry.POLICIES, some of them several times; `stated` ones do
+speculate.
+"""
 
 SPECULATING = [name for name in POLICIES if name not in ("none", "goodput")]
 

@@ -9,17 +9,17 @@ import torch
 
 from jobs.nightly.compare import Side, compare, verdict
 from pipeline.config import JobConfig
-from specdec.acceptance import AcceptanceHead
-from specdec.costs import CostModel, CostTable
-from specdec.engine import Engine
-from specdec.policies import make_policy
+from specdec.engine.engine import Engine
+from specdec.measure.speedup import Speedup
+from specdec.policies.costs import CostModel, CostTable
+from specdec.policies.estimators import AcceptanceHead
+from specdec.policies.registry import make_policy
 from specdec.request import Request, SamplingParams
-from specdec.simulate import Ratio
-from specdec.speedup import Speedup
-from specdec.tracing import Text
-from specdec.training.collect import Labels, LabelSettings, assign_parts, collect
+from specdec.simulate.record import Text
+from specdec.simulate.replay import Ratio
 from specdec.training.examples import Example
 from specdec.training.head import HeadSettings, calibrate, train_head
+from specdec.training.labels import Labels, LabelSettings, assign_parts, collect
 from tests.specdec.tiny_models import VOCAB, TinyPair, make_pair, noisy_copy, tiny_model
 
 SAMPLING = SamplingParams(max_new_tokens=40, temperature=0.7, ignore_eos=True)

@@ -1,0 +1,1 @@
+"""The loop: admit, draft, verify, commit, retire."""

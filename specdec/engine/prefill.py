@@ -1,0 +1,69 @@
+"""Feeding a model what it lacks of rows before a round: long tails, and shared beginnings once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from specdec.engine.scheduler import LiveRow, Scheduler
+from specdec.model.attention import upload
+from specdec.model.cache import SlotCache
+from specdec.model.decoder import PackedDecoder
+
+
+def feed(
+    decoder: PackedDecoder, cache: SlotCache, slot: int, row: LiveRow, length: int, chunk: int
+) -> list[int]:
+    """Feed a row's tokens up to `length`, at most `chunk` in a forward.
+
+    Args:
+        decoder: the model.
+        cache: its cache; `slot` grows.
+        slot: where the row is.
+        row: whose tokens.
+        length: how many of them the slot shall hold; it may hold more already.
+        chunk: most tokens of a forward.
+
+    Returns:
+        Tokens of each forward.
+    """
+    forwards = []
+    while (fed := cache.lengths[slot]) < length:
+        (tokens,) = upload(cache.device, row.tokens[fed : min(fed + chunk, length)])
+        decoder.forward(cache, [(slot, len(tokens))], tokens)
+        forwards.append(len(tokens))
+    return forwards
+
+
+def feed_shared(
+    decoder: PackedDecoder,
+    cache: SlotCache,
+    scheduler: Scheduler,
+    rows: Sequence[LiveRow],
+    slots: Sequence[int],
+    chunk: int,
+) -> list[int]:
+    """Feed the long beginnings that rows have in common and lack, each to one row; copy the rest.
+
+    Args:
+        decoder: the model.
+        cache: its cache.
+        scheduler: of the cache.
+        rows: the live rows, by slot.
+        slots: the rows that are about to be fed; others only take over what these leave.
+        chunk: most tokens of a forward.
+
+    Returns:
+        Tokens of each forward. What rows lack beyond their common beginnings is still pending.
+    """
+    least, forwards = scheduler.least_shared, list[int]()
+    lacking = [s for s, row in enumerate(rows) if len(row.tokens) - cache.lengths[s] > least]
+    for slot in (slot for slot in slots if slot in lacking):
+        scheduler.share(cache, slot)
+        common = {o: scheduler.common(cache, rows[slot], rows[o]) for o in lacking if o != slot}
+        gaining = [other for other, n in common.items() if n - cache.lengths[other] >= least]
+        most = max((common[other] for other in gaining), default=0)
+        if most - cache.lengths[slot] >= least:
+            forwards += feed(decoder, cache, slot, rows[slot], most, chunk)
+            for other in gaining:
+                scheduler.share(cache, other)
+    return forwards

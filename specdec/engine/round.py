@@ -1,0 +1,109 @@
+"""One round as it unfolds, and what is noted about it when it is over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from specdec.engine.scheduler import LiveRow
+from specdec.lossless.sampling import SamplingBatch
+from specdec.lossless.verification import Mode, Proposal
+from specdec.measure.speedup import SpeedupMeter
+from specdec.policies.base import Explanation, RoundOutcome, RoundStart, StopPolicy
+from specdec.request import RoundTrace
+
+
+@dataclass(slots=True)
+class Round:
+    """What the engine knows of a round; each of its steps adds its part.
+
+    Attributes:
+        rows: the live rows, by slot.
+        sampling: their sampling parameters.
+        mode: how candidates are verified.
+        start: what the policy may know before drafting.
+        control: whether this is a control round, without speculation.
+        proposal: the candidates drawn.
+        submitted: how many of each row's candidates were verified.
+        committed: for each row the tokens that verification gave: accepted candidates, then the
+            bonus token; nothing for a row whose prompt is not yet fed to its end.
+        grown: how many of these each row's output grew by: fewer where it ended.
+        draft_costs: packed tokens and seconds of each draft step.
+        seconds: what the rest of the round took.
+    """
+
+    rows: list[LiveRow]
+    sampling: SamplingBatch
+    mode: Mode
+    start: RoundStart
+    control: bool
+    proposal: Proposal
+    submitted: Sequence[int] = ()
+    committed: Sequence[Sequence[int]] = ()
+    grown: Sequence[int] = ()
+    draft_costs: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def accepted(self) -> list[int]:
+        """Accepted candidates of each row."""
+        return [max(len(tokens) - 1, 0) for tokens in self.committed]
+
+    @property
+    def target_tokens(self) -> int:
+        """Packed tokens of the verification."""
+        return self.start.target_tokens + sum(self.submitted)
+
+    def parameters(self, index: Tensor) -> SamplingBatch:
+        """The sampling parameters of the rows in `index` [m]; greedy rows are not picked apart."""
+        return self.sampling if self.sampling.all_greedy else self.sampling.rows(index)
+
+    def outcome(self) -> RoundOutcome:
+        """What the policy learns from."""
+        return RoundOutcome(
+            start=self.start,
+            drafted=self.proposal.lengths,
+            submitted=self.submitted,
+            accepted=self.accepted,
+            draft_costs=self.draft_costs,
+            verify_cost=(self.target_tokens, self.seconds),
+        )
+
+    def book(self, meter: SpeedupMeter) -> None:
+        """Enter the round's seconds and tokens of decoding rows in the speedup meter."""
+        decoding = self.start.decoding
+        live = sum(decoding)
+        tokens = sum(n for n, ready in zip(self.grown, decoding, strict=True) if ready)
+        whole = self.seconds + sum(spent for _, spent in self.draft_costs)
+        if all(decoding):
+            meter.book(live, whole, tokens, control=self.control)
+        else:
+            without = self.seconds * self.start.target_tokens / self.target_tokens
+            meter.book_mixed(whole, without, tokens - live)
+
+    def trace(self, policy: StopPolicy) -> None:
+        """Note for each decoding row what the round predicted, decided and met."""
+        candidates = self.proposal.candidates.tolist()
+        live = sum(self.start.decoding)
+        for slot, row in enumerate(self.rows):
+            if not self.start.decoding[slot]:
+                continue
+            if self.control:
+                why = Explanation((), "control round")
+            elif not self.start.room[slot]:
+                why = Explanation((), "no room for a candidate")
+            else:
+                why = policy.explain(slot)
+            row.trace.append(
+                RoundTrace(
+                    context=self.start.contexts[slot],
+                    live=live,
+                    candidates=tuple(candidates[slot][: self.proposal.lengths[slot]]),
+                    predicted=why.predicted,
+                    submitted=self.submitted[slot],
+                    accepted=self.accepted[slot],
+                    reason=why.reason,
+                )
+            )

@@ -1,0 +1,1 @@
+"""Hand-written kernels for CPUs and GPUs, and the choice between them."""

@@ -1,0 +1,289 @@
+"""What kernels.cpp does between matrix products, for GPUs: Triton kernels of the same functions.
+
+On a GPU an operator costs a launch, whatever it computes, and torch runs some twenty of them a
+layer. Attention reads each token's own slot up to itself, so that neither a grid nor a mask is
+made, and nothing but the number of tokens shapes a forward: that is what lets
+specdec/model/graphs.py record it.
+
+When a model is loaded, `PackedDecoder` compares its logits with those of plain transformers, and
+does without kernels where they differ.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+KEYS = 64
+"""Cached positions that a program looks at together."""
+
+LEAST_DOT = 16
+"""Tensor cores multiply tiles of at least so many rows; fewer are padded to it."""
+
+ROW_TOKENS = 4
+"""Tokens of a row that read its positions together: with the heads of a group, a tile's rows."""
+
+LOWEST = tl.constexpr(-1e30)
+"""Less than any score, and unlike infinity equal to itself when it is subtracted."""
+
+MOST_SPLITS = 16
+"""A token's positions are divided among at most so many programs, where tokens are few."""
+
+GATE_BLOCK = 1024
+
+
+class GpuKernels:
+    """Methods as in `specdec.kernels.cpu.Kernels`; all take tensors on one GPU."""
+
+    row_tokens = ROW_TOKENS
+
+    def __init__(self, device: torch.device) -> None:
+        cuda = device.type == "cuda"  # else Triton's interpreter
+        self._wanted = 2 * _processors(device) if cuda else 24
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rows: Tensor,
+        scale: float,
+        window: int | None,
+        out: Tensor,
+    ) -> None:
+        """See `Kernels.attend`; the rows [R, 4] have at most ROW_TOKENS tokens, some may have none.
+
+        What comes out for a token depends on R, but not on the other tokens.
+        """
+        _, kv_heads, capacity, dim = keys.shape
+        n, heads, _ = query.shape
+        value_dim, group = values.shape[3], heads // kv_heads
+        splits = 1
+        while splits < MOST_SPLITS and len(rows) * kv_heads * splits < self._wanted:
+            splits *= 2
+        # Of each split, what it found and by which maximum and total it is weighted.
+        mixed = query.new_empty(n, heads, splits, value_dim, dtype=torch.float32)
+        sums = query.new_empty(n, heads, splits, 2, dtype=torch.float32)
+        _attend[(len(rows), kv_heads, splits)](
+            query, query.stride(0), query.stride(1), keys, values, rows,
+            scale, window or 1 << 30, mixed, sums, capacity,
+            HEADS=heads, KV_HEADS=kv_heads, GROUP=group, DIM=dim, VALUE_DIM=value_dim,
+            BLOCK=max(LEAST_DOT, triton.next_power_of_2(ROW_TOKENS * group)),
+            DIM_BLOCK=triton.next_power_of_2(dim), VALUE_BLOCK=triton.next_power_of_2(value_dim),
+            KEYS=KEYS, SPLITS=splits,
+        )  # fmt: skip
+        _combine[(len(rows), heads)](
+            mixed, sums, rows, out, HEADS=heads, VALUE_DIM=value_dim,
+            VALUE_BLOCK=triton.next_power_of_2(value_dim), SPLITS=splits,
+        )  # fmt: skip
+
+    def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """See `Kernels.add_norm`."""
+        out, width = torch.empty_like(x), x.shape[-1]
+        _add_norm[(x.numel() // width,)](
+            x, x if y is None else y, weight, out, width, eps,
+            ADD=y is not None, BLOCK=triton.next_power_of_2(width),
+        )  # fmt: skip
+        return out
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """See `Kernels.gate`."""
+        width = gate_up.shape[-1] // 2
+        out = gate_up.new_empty(*gate_up.shape[:-1], width)
+        grid = (out.numel() // width, triton.cdiv(width, GATE_BLOCK))
+        _gate[grid](gate_up, out, width, BLOCK=GATE_BLOCK)
+        return out
+
+    def rotate_and_store(
+        self,
+        heads: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        norms: tuple[Tensor, Tensor, float] | None,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+    ) -> None:
+        """See `Kernels.rotate_and_store`."""
+        n, all_heads, dim = heads.shape
+        kv_heads, capacity = keys.shape[1], keys.shape[2]
+        query_norm, key_norm, eps = norms or (cos, cos, 0.0)
+        _rotate_and_store[(n, all_heads)](
+            heads, cos, sin, query_norm, key_norm, eps,
+            keys, values, slots, positions, capacity,
+            ALL_HEADS=all_heads, KV_HEADS=kv_heads, DIM=dim,
+            HALF_BLOCK=triton.next_power_of_2(dim // 2), NORMS=norms is not None,
+        )  # fmt: skip
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@triton.jit
+def _attend(
+    query, token_stride, head_stride, keys, values, rows,
+    scale, window, mixed, sums, capacity,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    KEYS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One split of a row's positions, for the query heads of its tokens that share a key head.
+
+    Splits take blocks of positions in turn, so that a token's sums have the same order whatever
+    other tokens its row has.
+    """
+    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    token, count = tl.load(rows + 4 * row), tl.load(rows + 4 * row + 1)
+    slot, position = tl.load(rows + 4 * row + 2), tl.load(rows + 4 * row + 3)
+    if count == 0:
+        return
+    end = position + count
+    block = tl.maximum(position + 1 - window, 0) // KEYS
+    block += (split + SPLITS - block % SPLITS) % SPLITS
+
+    each, dims = tl.arange(0, BLOCK), tl.arange(0, DIM_BLOCK)
+    value_dims, steps = tl.arange(0, VALUE_BLOCK), tl.arange(0, KEYS)
+    within, heads = each // GROUP, kv_head * GROUP + each % GROUP
+    ours, last = within < count, (position + within)[:, None]
+    q = tl.load(
+        query + (token + within)[:, None] * token_stride + heads[:, None] * head_stride
+        + dims[None, :],
+        mask=ours[:, None] & (dims < DIM)[None, :], other=0.0,
+    )  # fmt: skip
+    place = (slot * KV_HEADS + kv_head) * capacity
+    top = tl.full([BLOCK], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    found = tl.zeros([BLOCK, VALUE_BLOCK], tl.float32)
+    for start in range(block * KEYS, end, SPLITS * KEYS):
+        at = start + steps
+        k = tl.load(
+            keys + (place + at)[None, :] * DIM + dims[:, None],
+            mask=(at < end)[None, :] & (dims < DIM)[:, None], other=0.0,
+        )  # fmt: skip
+        seen = (at[None, :] <= last) & (at[None, :] > last - window)
+        scores = tl.dot(q, k, input_precision="ieee") * scale
+        scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp(scores - higher[:, None])
+        fade = tl.exp(top - higher)
+        v = tl.load(
+            values + (place + at)[:, None] * VALUE_DIM + value_dims[None, :],
+            mask=(at < end)[:, None] & (value_dims < VALUE_DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        found = found * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        total = total * fade + tl.sum(weights, 1)
+        top = higher
+    to = ((token + within) * HEADS + heads) * SPLITS + split
+    tl.store(
+        mixed + to[:, None] * VALUE_DIM + value_dims[None, :], found,
+        mask=ours[:, None] & (value_dims < VALUE_DIM)[None, :],
+    )  # fmt: skip
+    tl.store(sums + 2 * to, top, mask=ours)
+    tl.store(sums + 2 * to + 1, total, mask=ours)
+
+
+@triton.jit
+def _combine(
+    mixed, sums, rows, out,
+    HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """What the splits of one row and head found, put together; an empty split weighs nothing."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first = tl.load(rows + 4 * row)
+    splits, dims = tl.arange(0, SPLITS), tl.arange(0, VALUE_BLOCK)
+    for token in range(first, first + tl.load(rows + 4 * row + 1)):
+        each = (token * HEADS + head) * SPLITS + splits
+        top, total = tl.load(sums + 2 * each), tl.load(sums + 2 * each + 1)
+        weights = tl.exp(top - tl.max(top, 0))
+        found = tl.load(
+            mixed + each[:, None] * VALUE_DIM + dims[None, :], mask=(dims < VALUE_DIM)[None, :],
+            other=0.0,
+        )  # fmt: skip
+        whole = tl.sum(found * weights[:, None], 0) / tl.sum(total * weights, 0)
+        tl.store(
+            out + (token * HEADS + head) * VALUE_DIM + dims, whole.to(out.dtype.element_ty),
+            mask=dims < VALUE_DIM,
+        )  # fmt: skip
+
+
+@triton.jit
+def _add_norm(x, y, weight, out, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """One row; rounded where transformers' RMSNorm rounds."""
+    at = tl.program_id(0).to(tl.int64) * width + tl.arange(0, BLOCK)
+    inside = tl.arange(0, BLOCK) < width
+    numbers = tl.load(x + at, mask=inside, other=0.0)
+    if ADD:
+        more = tl.load(y + at, mask=inside, other=0.0)
+        numbers = (numbers.to(tl.float32) + more.to(tl.float32)).to(numbers.dtype)
+        tl.store(x + at, numbers, mask=inside)
+    wide = numbers.to(tl.float32)
+    normed = (wide / tl.sqrt(tl.sum(wide * wide, 0) / width + eps)).to(numbers.dtype)
+    scaled = normed * tl.load(weight + tl.arange(0, BLOCK), mask=inside, other=0.0)
+    tl.store(out + at, scaled, mask=inside)
+
+
+@triton.jit
+def _gate(gate_up, out, width, BLOCK: tl.constexpr):
+    """A block of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    gate = tl.load(gate_up + 2 * row * width + at, mask=inside, other=0.0)
+    up = tl.load(gate_up + (2 * row + 1) * width + at, mask=inside, other=0.0)
+    wide = gate.to(tl.float32)
+    opened = (wide / (1 + tl.exp(-wide))).to(gate.dtype)
+    tl.store(out + row * width + at, opened * up, mask=inside)
+
+
+@triton.jit
+def _rotate_and_store(
+    heads, cos, sin, query_norm, key_norm, eps,
+    keys, values, slots, positions, capacity,
+    ALL_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    HALF_BLOCK: tl.constexpr, NORMS: tl.constexpr,
+):  # fmt: skip
+    """One head of one token."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    HALF: tl.constexpr = DIM // 2
+    FIRST_KEY: tl.constexpr = ALL_HEADS - 2 * KV_HEADS
+    FIRST_VALUE: tl.constexpr = ALL_HEADS - KV_HEADS
+    dims = tl.arange(0, HALF_BLOCK)
+    inside = dims < HALF
+    own = heads + (token * ALL_HEADS + head) * DIM
+    low = tl.load(own + dims, mask=inside, other=0.0)
+    high = tl.load(own + HALF + dims, mask=inside, other=0.0)
+    kind = low.dtype
+    slot, position = tl.load(slots + token), tl.load(positions + token)
+    if head >= FIRST_VALUE:
+        place = ((slot * KV_HEADS + head - FIRST_VALUE) * capacity + position) * DIM
+        tl.store(values + place + dims, low, mask=inside)
+        tl.store(values + place + HALF + dims, high, mask=inside)
+    else:
+        left, right = low.to(tl.float32), high.to(tl.float32)
+        if NORMS:
+            size = tl.sqrt(tl.sum(left * left + right * right, 0) / DIM + eps)
+            norm = query_norm if head < FIRST_KEY else key_norm
+            weight_low = tl.load(norm + dims, mask=inside, other=0.0)
+            weight_high = tl.load(norm + HALF + dims, mask=inside, other=0.0)
+            left = ((left / size).to(kind) * weight_low).to(tl.float32)
+            right = ((right / size).to(kind) * weight_high).to(tl.float32)
+        c = tl.load(cos + token * DIM + dims, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(sin + token * DIM + dims, mask=inside, other=0.0).to(tl.float32)
+        turned_low, turned_high = left * c - right * s, right * c + left * s
+        if head < FIRST_KEY:
+            tl.store(own + dims, turned_low.to(kind), mask=inside)
+            tl.store(own + HALF + dims, turned_high.to(kind), mask=inside)
+        else:
+            place = ((slot * KV_HEADS + head - FIRST_KEY) * capacity + position) * DIM
+            tl.store(keys + place + dims, turned_low.to(kind), mask=inside)
+            tl.store(keys + place + HALF + dims, turned_high.to(kind), mask=inside)

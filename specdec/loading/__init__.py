@@ -1,0 +1,1 @@
+"""From disk: models, tokenizers, acceptance heads."""

@@ -1,0 +1,352 @@
+"""Load a target and its draft, and make sure that they belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from specdec.loading.heap import keep_freed_memory
+from specdec.loading.sources import ModelSource, PairError, find_model, model_digest, model_folder
+from specdec.model.attention import UnsupportedModel
+from specdec.model.decoder import PackedDecoder
+from specdec.model.linear import Quantization, is_invariant, pack_linears, packable
+
+SHARED_MODULES = ("embed_tokens.weight", "lm_head.weight")
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(slots=True)
+class ModelPair:
+    """A target and a draft, ready for an `Engine`.
+
+    Attributes:
+        target: the model whose distribution the output has.
+        draft: the model that proposes, or None.
+        tokenizer: the target's (transformers).
+        vocab_size: token ids both models know; the engine uses no others.
+        context_length, draft_context_length: most positions of each.
+        eos_token_ids: what ends an output.
+        description: what was loaded, JSON-able, for job records.
+    """
+
+    target: PackedDecoder
+    draft: PackedDecoder | None
+    tokenizer: Any
+    vocab_size: int
+    context_length: int
+    draft_context_length: int
+    eos_token_ids: frozenset[int]
+    description: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        target: str,
+        draft: str | None = None,
+        *,
+        dtype: DType = "auto",
+        quantization: Quantization | None = None,
+        draft_quantization: Quantization | Literal["none"] | None = None,
+        deterministic: bool = False,
+        device: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
+        trainable: bool = False,
+    ) -> ModelPair:
+        """Load both models from safetensors (or GGUF) and check that they fit.
+
+        Args:
+            target, draft: see `find_model`. A draft checkpoint without embeddings or LM head uses
+                the target's.
+            dtype: of weights and activations; "auto": see `chosen_dtype`.
+            quantization: int8 linear layers, on a CPU (specdec/model/linear.py).
+            draft_quantization: the same for the draft alone, or "none". By default int8 on a CPU: a
+                draft only proposes, so that this costs some acceptance and no quality.
+            deterministic: batch-invariant kernels for the target: float32 or a quantization, on a
+                CPU.
+            device: by default "cuda" if there is one, otherwise "cpu".
+            device_map: how transformers spreads the target over several devices.
+            trust_remote_code: run Python code that comes with the models.
+            trainable: leave linear layers as they are; those that are repacked for speed on a CPU
+                let no gradient through.
+
+        Raises:
+            PairError: a model is missing, unsupported, or does not fit the other.
+        """
+        try:
+            place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError:
+            raise PairError(f"device {device}: torch knows no such device") from None
+        if draft_quantization is None:
+            draft_quantization = "int8" if place.type == "cpu" else "none"
+        for kind in (quantization, draft_quantization):
+            if kind not in (None, "none") and place.type != "cpu":
+                raise PairError(f"quantization {kind} runs on CPUs only, not on {place.type}")
+        if (deterministic or quantization) and dtype not in ("auto", "float32"):
+            raise PairError(
+                f"deterministic and quantization keep everything but linear layers in float32; "
+                f"set dtype to float32, not {dtype}"
+            )
+        if deterministic and place.type != "cpu":
+            raise PairError(
+                f"deterministic runs on CPUs only: the kernels of {place.type} give a token "
+                "different bits in different batches"
+            )
+        if place.type == "cpu":
+            keep_freed_memory()
+        target_source = find_model(target)
+        if dtype == "auto":
+            full = trainable or deterministic or quantization is not None
+            stored = None if full else _stored_dtype(target_source, trust_remote_code)
+            dtype = chosen_dtype(stored, place)
+        loader = _Loader(dtype, place, trust_remote_code)
+        target_model, missing = loader.model(target_source, device_map)
+        if missing:
+            raise PairError(f"target {target}: its weights lack {' and '.join(sorted(missing))}")
+        tokenizer = load_tokenizer(target_source, trust_remote_code)
+        draft_model = None
+        if draft is not None:
+            draft_source = find_model(draft)
+            draft_model = loader.draft(draft_source, target_model, tokenizer, target)
+        models = [model for model in (target_model, draft_model) if model is not None]
+        vocab_size = min(model.get_output_embeddings().weight.shape[0] for model in models)
+        if len(tokenizer) > vocab_size:
+            raise PairError(
+                f"the target's tokenizer has {len(tokenizer)} tokens, but the models share only "
+                f"{vocab_size}"
+            )
+        try:
+            packed = [
+                PackedDecoder(
+                    model,
+                    invariant=deterministic and model is target_model,
+                    fuse=not trainable,
+                )
+                for model in models
+            ]
+        except UnsupportedModel as error:
+            raise PairError(str(error)) from error
+        if place.type == "cpu" and packable(getattr(torch, dtype)) and not trainable:
+            head = target_model.get_output_embeddings()
+            pack_linears(target_model, quantization)
+            if draft_model is not None:
+                kind = None if draft_quantization == "none" else draft_quantization
+                # A draft on the target's LM head packs its own copy only in another precision.
+                if draft_model.get_output_embeddings() is head and kind == quantization:
+                    draft_model.set_output_embeddings(target_model.get_output_embeddings())
+                pack_linears(draft_model, kind)
+            if deterministic and not is_invariant(target_model):
+                raise PairError(
+                    "deterministic: on this processor the linear layers of "
+                    f"{quantization or dtype} give a token different bits in different batches"
+                )
+        contexts = [model.config.max_position_embeddings for model in models]
+        return cls(
+            target=packed[0],
+            draft=packed[1] if draft_model is not None else None,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            context_length=contexts[0],
+            draft_context_length=contexts[-1],
+            eos_token_ids=_eos_token_ids(target_model, tokenizer),
+            description={
+                "target": _describe(target_source, target_model),
+                "draft": _describe(draft_source, draft_model) if draft_model is not None else None,
+                "dtype": dtype,
+                "quantization": quantization,
+                "draft_quantization": draft_quantization if draft_model is not None else None,
+                "deterministic": deterministic,
+                "device": place.type,
+            },
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What was loaded: names, content digests or revisions, dtype, quantization, device."""
+        return self.description
+
+
+def chosen_dtype(stored: torch.dtype | None, place: torch.device) -> DType:
+    """What "auto" is: the dtype of the target's weights where the device is fast in it.
+
+    Args:
+        stored: the checkpoint's; None if it has none or full precision is needed anyway.
+        place: where the model will be.
+    """
+    fast = packable(stored) if place.type == "cpu" and stored is not None else True
+    if stored == torch.bfloat16 and fast:
+        return "bfloat16"
+    return "float16" if stored == torch.float16 and fast else "float32"
+
+
+def _stored_dtype(source: ModelSource, trust_remote_code: bool) -> torch.dtype | None:
+    """The dtype of a checkpoint's weights, by its config.json."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            model_folder(source), revision=source.revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise PairError(f"model {source.name} cannot be loaded: {_reason(error)}") from error
+    stored = getattr(config, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Loader:
+    """transformers' loading, with the errors of a user's mistake made readable."""
+
+    dtype: DType
+    device: torch.device
+    trust_remote_code: bool
+
+    def model(
+        self, source: ModelSource, device_map: str | Mapping[str, Any] | None
+    ) -> tuple[Any, frozenset[str]]:
+        """The model, in evaluation mode, and which of SHARED_MODULES its checkpoint lacks."""
+        from transformers import AutoModelForCausalLM
+
+        path = model_folder(source)
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                revision=source.revision,
+                dtype=getattr(torch, self.dtype),
+                device_map=device_map,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise PairError(f"model {source.name} cannot be loaded: {_reason(error)}") from error
+        model, info = loaded
+        missing = {name for name in info["missing_keys"] if "rotary" not in name}
+        shared = frozenset(end for end in SHARED_MODULES for name in missing if name.endswith(end))
+        other = sorted(name for name in missing if not name.endswith(SHARED_MODULES))
+        if other:
+            raise PairError(
+                f"model {source.name}: its weights lack {other[0]} and {len(other) - 1} more"
+            )
+        if info["mismatched_keys"]:
+            key = sorted(str(mismatch) for mismatch in info["mismatched_keys"])[0]
+            raise PairError(
+                f"model {source.name}: weights do not have the shapes of its config.json: {key}"
+            )
+        if device_map is None:
+            model = model.to(self.device)
+        return model.eval().requires_grad_(False), shared
+
+    def draft(self, source: ModelSource, target: Any, tokenizer: Any, target_name: str) -> Any:
+        """A model that shares with the target what its checkpoint lacks, vocabularies checked."""
+        model, missing = self.model(source, None)
+        _share_modules(target, model, missing, source.name)
+        if not missing or self.has_tokenizer(source):
+            own = load_tokenizer(source, self.trust_remote_code)
+            compare_vocabularies(tokenizer, own, target_name, source.name)
+        return model
+
+    def has_tokenizer(self, source: ModelSource) -> bool:
+        """Whether a local source brings a tokenizer of its own."""
+        path = source.path
+        return path is None or path.is_file() or any(path.glob("tokenizer*"))
+
+
+def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
+    """A model's tokenizer (transformers).
+
+    Raises:
+        PairError: it has none, or one that cannot be used.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            model_folder(source), revision=source.revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise PairError(f"model {source.name} has no usable tokenizer: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs Python code of its own; if you trust it, set models.trust_remote_code to true"
+        )
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def load_draft(pair: ModelPair, name: str, *, trust_remote_code: bool = False) -> Any:
+    """A draft for the target of a pair that was loaded with `trainable`, as a transformers model.
+
+    Args:
+        pair: its target's embedding and LM head are used where the draft's checkpoint has none.
+        name: see `find_model`.
+        trust_remote_code: run Python code that comes with the draft.
+
+    Raises:
+        PairError: the draft is missing or does not fit the target.
+    """
+    loader = _Loader(pair.description["dtype"], pair.target.device, trust_remote_code)
+    target_name = pair.description["target"]["name"]
+    return loader.draft(find_model(name), pair.target.model, pair.tokenizer, target_name)
+
+
+def _share_modules(target: Any, draft: Any, missing: frozenset[str], name: str) -> None:
+    """Give the draft the target's embedding and LM head where its checkpoint has none."""
+    if missing and target.config.hidden_size != draft.config.hidden_size:
+        raise PairError(
+            f"draft {name} has no {' and '.join(sorted(missing))} and cannot use the target's: "
+            f"its hidden size is {draft.config.hidden_size}, the target's "
+            f"{target.config.hidden_size}"
+        )
+    if "embed_tokens.weight" in missing:
+        draft.set_input_embeddings(target.get_input_embeddings())
+    if "lm_head.weight" in missing or (missing and draft.config.tie_word_embeddings):
+        draft.set_output_embeddings(target.get_output_embeddings())
+
+
+def compare_vocabularies(target: Any, draft: Any, target_name: str, draft_name: str) -> None:
+    """Check that both tokenizers give the same token to every id; only padding rows may differ.
+
+    Raises:
+        PairError: names the first token that differs.
+    """
+    ours, theirs = target.get_vocab(), draft.get_vocab()
+    if ours == theirs:
+        return
+    by_id = [{index: token for token, index in vocab.items()} for vocab in (ours, theirs)]
+    for index in sorted(by_id[0].keys() | by_id[1].keys()):
+        left, right = (tokens.get(index) for tokens in by_id)
+        if left != right:
+            raise PairError(
+                f"the vocabularies differ at token {index}: {left!r} in {target_name}, {right!r} "
+                f"in {draft_name}; a draft must use its target's tokenizer"
+            )
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    ids: set[int] = set()
+    for value in (
+        getattr(model.generation_config, "eos_token_id", None),
+        tokenizer.eos_token_id,
+    ):
+        ids.update(value if isinstance(value, list) else [value] if value is not None else [])
+    return frozenset(ids)
+
+
+def _describe(source: ModelSource, model: nn.Module) -> dict[str, Any]:
+    """A model's name and what pins its content."""
+    pinned: dict[str, Any] = {"name": source.name}
+    if source.path is None:
+        pinned["revision"] = getattr(model.config, "_commit_hash", None) or source.revision
+    else:
+        pinned["digest"] = model_digest(source.path)
+    return pinned

@@ -1,0 +1,1 @@
+"""Why the output is exact: sampling, and verification of candidates."""

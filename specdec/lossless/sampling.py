@@ -1,0 +1,254 @@
+"""From logits to tokens, with random numbers that are a function of (seed, position).
+
+Nothing here keeps a generator: a random number is a hash of the request's seed, the position in its
+output and what the number is for. The same request therefore draws the same numbers in any batch,
+on any machine, in any retry (DESIGN.md §3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from specdec.kernels.cpu import kernels_over
+from specdec.request import SamplingParams
+
+
+class Draw(IntEnum):
+    """What a random number is for; numbers for different purposes are independent."""
+
+    CANDIDATE = 1
+    ACCEPT = 2
+    BONUS = 3
+    COUPLED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """The sampling parameters of n rows as tensors, and what the host knows of them.
+
+    Attributes:
+        temperature, top_p, min_p: float32 [n]; top_k: int64 [n]; seed: int64 [n].
+        greedy: bool [n], rows with temperature 0.
+        all_greedy, any_greedy, any_top_p, any_min_p: host booleans, so that unused work is skipped
+            without asking the device.
+        max_top_k: the largest top_k of the rows.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+    greedy: Tensor
+    all_greedy: bool
+    any_greedy: bool
+    any_top_p: bool
+    any_min_p: bool
+    max_top_k: int
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], device: torch.device) -> SamplingBatch:
+        """Stack the parameters of n rows."""
+
+        def floats(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        def ints(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        sampled = [p for p in params if p.temperature > 0]
+        return cls(
+            temperature=floats([p.temperature or 1.0 for p in params]),
+            top_k=ints([min(p.top_k, 2**31) for p in params]),
+            top_p=floats([p.top_p for p in params]),
+            min_p=floats([p.min_p for p in params]),
+            seed=ints([_signed64(p.seed) for p in params]),
+            greedy=torch.tensor([p.temperature == 0 for p in params], device=device),
+            all_greedy=not sampled,
+            any_greedy=len(sampled) < len(params),
+            any_top_p=any(p.top_p < 1 for p in sampled),
+            any_min_p=any(p.min_p > 0 for p in sampled),
+            max_top_k=max((p.top_k for p in sampled), default=0),
+        )
+
+    def rows(self, index: Tensor) -> SamplingBatch:
+        """The parameters of the rows in `index` [m], which may repeat."""
+        return SamplingBatch(
+            self.temperature[index],
+            self.top_k[index],
+            self.top_p[index],
+            self.min_p[index],
+            self.seed[index],
+            self.greedy[index],
+            self.all_greedy,
+            self.any_greedy,
+            self.any_top_p,
+            self.any_min_p,
+            self.max_top_k,
+        )
+
+
+def probabilities(logits: Tensor, params: SamplingBatch) -> Tensor:
+    """The distribution that a row is sampled from.
+
+    Temperature, then top-k, then top-p of what is left, then min-p (the order of transformers'
+    `generate`). Tokens that tie with the last one kept are kept. Greedy rows are one-hot.
+
+    Args:
+        logits: float [n, V].
+        params: of the same n rows.
+
+    Returns:
+        float32 [n, V], each row summing to 1.
+    """
+    probs = torch.softmax(logits.float() / params.temperature[:, None], dim=-1)
+    if params.max_top_k or params.any_top_p or params.any_min_p:
+        probs = _truncate(probs, params)
+    if params.any_greedy:
+        best = greedy_choice(logits)
+        one_hot = torch.zeros_like(probs).scatter_(1, best[:, None], 1.0)
+        probs = torch.where(params.greedy[:, None], one_hot, probs)
+    return probs
+
+
+def _truncate(probs: Tensor, params: SamplingBatch) -> Tensor:
+    """Zero what top-k, top-p and min-p cut from `probs` [n, V] and renormalise.
+
+    Each cut is a floor under the kept probabilities: top-k and top-p keep the `count` likeliest
+    tokens, so their floor is the probability of the last of these.
+    """
+    vocab = probs.shape[-1]
+    top_k, top_p = params.top_k[:, None], params.top_p[:, None]
+    limit = torch.where(top_k > 0, top_k, vocab)
+    for width in _search_widths(params, vocab, probs.device.type):
+        top = probs.topk(width).values  # [n, width], descending
+        running = torch.where(torch.arange(width, device=probs.device) < limit, top, 0.0).cumsum(-1)
+        total = torch.where(top_k > 0, running[:, -1:], 1.0)
+        if width == vocab or not params.any_top_p or bool((running[:, -1:] >= top_p * total).all()):
+            break
+    # The nucleus is the smallest set that reaches top_p: up to the token at which the mass does.
+    nucleus = (running < top_p * total).sum(-1, keepdim=True) + 1
+    count = torch.minimum(limit, torch.where(top_p < 1, nucleus, vocab)).clamp(max=width)
+    limited = (top_k > 0) | (top_p < 1)
+    floor = torch.where(limited, top.gather(1, count - 1), 0.0)
+    floor = torch.maximum(floor, params.min_p[:, None] * top[:, :1])
+    kept = torch.where(probs >= floor, probs, 0.0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def _search_widths(params: SamplingBatch, vocab: int, device: str) -> tuple[int, ...]:
+    """How many of the likeliest tokens to look at, until the cut is found among them.
+
+    Sorting a whole vocabulary is the cost of truncation on a CPU, and a nucleus is rarely wide, so
+    a CPU looks at a thousand tokens first. On an accelerator a sort is cheap and asking whether it
+    sufficed is not.
+    """
+    if not params.any_top_p:
+        return (min(max(params.max_top_k, 1), vocab),)
+    return (min(max(params.max_top_k, 1024), vocab), vocab) if device == "cpu" else (vocab,)
+
+
+def sample(probs: Tensor, u: Tensor) -> Tensor:
+    """Draw one token a row by inversion of the cumulative distribution.
+
+    Args:
+        probs: float32 [n, V], non-negative, any positive total.
+        u: float32 [n] in (0, 1).
+
+    Returns:
+        int64 [n]; a token of probability 0 is never drawn.
+    """
+    cumulative = probs.cumsum(-1)
+    threshold = u[:, None] * cumulative[:, -1:]
+    # right=True: the first token whose cumulative mass *exceeds* the threshold has positive mass.
+    # The minimum guards the case of u * total rounding up to the total.
+    threshold = torch.minimum(
+        threshold, torch.nextafter(cumulative[:, -1:], torch.zeros_like(threshold))
+    )
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+
+
+def greedy_choice(logits: Tensor) -> Tensor:
+    """The likeliest token of each row of logits [n, V]: int64 [n]."""
+    kernels = kernels_over(logits)
+    return logits.argmax(-1) if kernels is None else kernels.argmax(logits)
+
+
+def coupled_choice(probs: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    """The token that (seed, position) chooses from a distribution: argmax(log p + Gumbel noise).
+
+    Written as an exponential race, argmax(p / E) with E ~ Exp(1) per token. Two distributions that
+    are close choose the same token with probability at least (1 - TV) / (1 + TV) (Daliri et al.,
+    Coupling without communication and drafter-invariant speculative decoding). A one-hot row
+    chooses its token.
+
+    Args:
+        probs: float32 [n, V]; seed, position: int64 [n].
+
+    Returns:
+        int64 [n].
+    """
+    return (probs / exponential_noise(seed, position, probs.shape[-1])).argmax(-1)
+
+
+def uniform(seed: Tensor, position: Tensor, draw: Draw) -> Tensor:
+    """float32 in (0, 1), a function of (seed, position, draw); shapes broadcast."""
+    bits = _shift_right(_key(seed, position, draw), 40)  # 24 bits
+    return (bits.float() + 0.5) * 2.0**-24
+
+
+def exponential_noise(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
+    """float32 [n, vocab] of Exp(1) noise, a function of (seed [n], position [n], token).
+
+    A 64-bit key per row is mixed with the token id by a 32-bit finaliser (two multiply-xorshift
+    rounds, constants of Wellons' lowbias32) that runs in place on int32: this is the widest tensor
+    of a round.
+    """
+    key = _key(seed, position, Draw.COUPLED)
+    low, high = key.to(torch.int32), _shift_right(key, 32).to(torch.int32)
+    token = torch.arange(vocab, dtype=torch.int32, device=seed.device)
+    x = (token * -1640531535)[None, :] ^ low[:, None]  # Knuth's 2654435761 as int32
+    _xorshift32(x, 16)
+    x *= 0x7FEB352D
+    x += high[:, None]
+    _xorshift32(x, 15)
+    x *= -2073254261  # 0x846ca68b as int32
+    _xorshift32(x, 16)
+    # 31 bits, finest near 0 where the race is decided; never so near 1 that the noise is infinite.
+    v = x.bitwise_and_(0x7FFFFFFF).float().mul_(2.0**-31).add_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return v.neg_().log1p_().neg_()
+
+
+def _xorshift32(x: Tensor, bits: int) -> None:
+    """x ^= x >>> bits, in place."""
+    x ^= (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
+
+
+def _key(seed: Tensor, position: Tensor, draw: Draw) -> Tensor:
+    """A 64-bit hash of (seed, position, draw): two rounds of the splitmix64 finaliser."""
+    return _mix64(_mix64(seed) + position * _GOLDEN + _signed64(draw * _STREAM))
+
+
+def _mix64(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _signed64(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed64(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed64(value: int) -> int:
+    """A Python integer as the int64 with the same low 64 bits."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+_GOLDEN = _signed64(0x9E3779B97F4A7C15)
+_STREAM = _signed64(0xD1342543DE82EF95)

@@ -1,0 +1,208 @@
+"""The two lossless verification modes, as pure functions of tensors.
+
+Rows are ragged. Row b submitted `lengths[b]` candidates, so the target scored `lengths[b] + 1`
+positions for it: they lie one after another in a packed tensor, and `first[b]` is where row b's
+begin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specdec.lossless.sampling import (
+    Draw,
+    SamplingBatch,
+    coupled_choice,
+    greedy_choice,
+    probabilities,
+    sample,
+    uniform,
+)
+
+
+def accepted_prefix(ok: Tensor, lengths: Tensor) -> Tensor:
+    """How many leading candidates stand.
+
+    Args:
+        ok: bool [B, K], the verdict on each candidate.
+        lengths: int64 [B], how many of the K were submitted.
+
+    Returns:
+        int64 [B] in 0..lengths.
+    """
+    submitted = torch.arange(ok.shape[1], device=ok.device) < lengths[:, None]
+    return (ok & submitted).long().cumprod(-1).sum(-1)
+
+
+def candidate_positions(first: Tensor, lengths: Tensor, most: int) -> Tensor:
+    """int64 [B, most]: the packed position that judges candidate (b, k); row b's last beyond it."""
+    steps = torch.arange(most, device=first.device)
+    return first[:, None] + torch.minimum(steps, lengths[:, None])
+
+
+def match(
+    choices: Tensor, first: Tensor, candidates: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Coupled matching, and greedy verification: a candidate stands iff the target chooses it too.
+
+    The output is the sequence of the target's own choices, so it depends on the draft in nothing
+    but how many of them one round yields.
+
+    Args:
+        choices: int64 [M], the token the target chooses at each packed position.
+        first: int64 [B]; candidates: int64 [B, K]; lengths: int64 [B].
+
+    Returns:
+        accepted int64 [B] and bonus int64 [B], the target's choice after the accepted prefix.
+    """
+    at = candidate_positions(first, lengths, candidates.shape[1])
+    accepted = accepted_prefix(choices[at] == candidates, lengths)
+    return accepted, choices[first + accepted]
+
+
+def reject(
+    p: Tensor,
+    first: Tensor,
+    q: Tensor,
+    q_row: Tensor,
+    candidates: Tensor,
+    lengths: Tensor,
+    u: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Rejection sampling: accept y with probability min(1, p(y) / q(y)).
+
+    Leviathan et al. (arXiv 2211.17192), algorithm 1; Chen et al. (arXiv 2302.01318), theorem 1. A
+    greedy row is its one-hot case: accepted iff y is the target's argmax.
+
+    Args:
+        p: float32 [M, V], the target's distributions at the packed positions.
+        first: int64 [B].
+        q: float32 [D, V], the draft's distributions that the candidates were drawn from.
+        q_row: int64 [B, K], which row of q candidate (b, k) was drawn from; anything valid beyond
+            lengths.
+        candidates: int64 [B, K]; lengths: int64 [B].
+        u: float32 [B, K] uniform numbers in (0, 1), independent of the candidates.
+
+    Returns:
+        accepted int64 [B], and residual float32 [B, V], what the bonus token is drawn from (not
+        normalised): (p - q)+ after a rejection, p after a full acceptance.
+    """
+    at = candidate_positions(first, lengths, candidates.shape[1])
+    ok = u * q[q_row, candidates] < p[at, candidates]
+    accepted = accepted_prefix(ok, lengths)
+
+    target = p[first + accepted]
+    fallen = accepted.clamp(max=candidates.shape[1] - 1)  # the rejected candidate, if there is one
+    draft = q[q_row.gather(1, fallen[:, None]).squeeze(1)]
+    rejected = (accepted < lengths)[:, None]
+    residual = torch.where(rejected, (target - draft).clamp_(min=0), target)
+    # p == q up to rounding can be rejected by a hair, with nothing left: p is the right answer.
+    empty = residual.sum(-1, keepdim=True) <= 0
+    return accepted, torch.where(empty, target, residual)
+
+
+class Proposal:
+    """The candidates of one round, collected as they are drawn.
+
+    Attributes:
+        lengths: candidates drawn for each of B rows (host numbers).
+        candidates: int64 [B, K]; beyond a row's length, zeros.
+    """
+
+    def __init__(self, rows: int, most: int, device: torch.device) -> None:
+        self.lengths = [0] * rows
+        self.candidates = torch.zeros(rows, most, dtype=torch.int64, device=device)
+        self._q: list[Tensor] = []
+        self._q_row = [[0] * most for _ in range(rows)]
+
+    def add(self, rows: Sequence[int], index: Tensor, tokens: Tensor, q: Tensor | None) -> None:
+        """Append one candidate to each of n rows, all of which have the same number so far.
+
+        Args:
+            rows: the rows, and `index` int64 [n], the same on the device.
+            tokens: int64 [n].
+            q: float32 [n, V], the distributions drawn from, if verification needs them.
+        """
+        depth = self.lengths[rows[0]]
+        self.candidates[index, depth] = tokens
+        for row in rows:
+            self.lengths[row] += 1
+        if q is not None:
+            drawn = sum(map(len, self._q))
+            for offset, row in enumerate(rows):
+                self._q_row[row][depth] = drawn + offset
+            self._q.append(q)
+
+    def distributions(self) -> tuple[Tensor, Tensor] | None:
+        """q float32 [D, V] and q_row int64 [B, K]; candidate (b, k) came from q[q_row[b, k]]."""
+        if not self._q:
+            return None
+        q_row = torch.tensor(self._q_row).to(self.candidates.device, non_blocking=True)
+        return torch.cat(self._q), q_row
+
+
+class Matching:
+    """`coupled` verification; greedy rows need no noise and take the same path in both modes."""
+
+    def propose(self, logits: Tensor, params: SamplingBatch, at: Tensor) -> tuple[Tensor, None]:
+        """Draw one candidate a row from draft logits [n, V] at output positions `at` int64 [n]."""
+        return self._choose(logits, params, at), None
+
+    def verify(
+        self,
+        logits: Tensor,
+        params: SamplingBatch,
+        at: Tensor,
+        first: Tensor,
+        lengths: Tensor,
+        proposal: Proposal,
+    ) -> tuple[Tensor, Tensor]:
+        """Accepted counts and bonus tokens, int64 [B] each, from packed target logits [M, V].
+
+        Args:
+            params, at: sampling parameters and output positions of the M packed positions.
+            first, lengths: where each row's positions begin, and how many candidates it submitted.
+        """
+        return match(self._choose(logits, params, at), first, proposal.candidates, lengths)
+
+    def _choose(self, logits: Tensor, params: SamplingBatch, at: Tensor) -> Tensor:
+        if params.all_greedy:
+            return greedy_choice(logits)
+        return coupled_choice(probabilities(logits, params), params.seed, at)
+
+
+class RejectionSampling:
+    """`rejection` verification."""
+
+    def propose(self, logits: Tensor, params: SamplingBatch, at: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Matching.propose`; also returns the distributions [n, V] drawn from."""
+        q = probabilities(logits, params)
+        return sample(q, uniform(params.seed, at, Draw.CANDIDATE)), q
+
+    def verify(
+        self,
+        logits: Tensor,
+        params: SamplingBatch,
+        at: Tensor,
+        first: Tensor,
+        lengths: Tensor,
+        proposal: Proposal,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Matching.verify`."""
+        p = probabilities(logits, params)
+        seed, start = params.seed[first], at[first]
+        drawn = proposal.distributions()
+        if drawn is None:
+            return torch.zeros_like(first), sample(p[first], uniform(seed, start, Draw.BONUS))
+        candidates = proposal.candidates
+        steps = torch.arange(candidates.shape[1], device=at.device)
+        u = uniform(seed[:, None], start[:, None] + steps, Draw.ACCEPT)
+        accepted, residual = reject(p, first, *drawn, candidates, lengths, u)
+        return accepted, sample(residual, uniform(seed, start + accepted, Draw.BONUS))
+
+
+Mode = Matching | RejectionSampling
+MODES: dict[str, Mode] = {"rejection": RejectionSampling(), "coupled": Matching()}

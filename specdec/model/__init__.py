@@ -1,0 +1,1 @@
+"""One packed forward of ragged rows through any transformers decoder."""

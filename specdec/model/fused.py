@@ -1,0 +1,158 @@
+"""Decoder layers of the Llama family with a third of the operators that transformers runs.
+
+A forward of a few tokens on a CPU spends as much time between kernels as in them, and on a GPU a
+launch costs what a small kernel does. So query, key and value are one product, gate and up are one,
+both rotations are one, and nothing is rearranged on the way. The layers keep transformers' calling
+convention, so that the decoder around them is stock; what does not look exactly like a known layer
+is left as it is, and `PackedDecoder` compares the result with the plain forward in any case.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.kernels.cpu import LayerKernels
+from specdec.model.attention import LayoutProbe, Packing, attend, attend_stored
+
+FUSIBLE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+"""transformers' layers that compute what `FusedLayer` does."""
+
+
+class FusedLayer(nn.Module):
+    """x + o(attention(rotated qkv(norm(x)))), then x + down(act(gate(norm(x))) * up(norm(x))).
+
+    Args:
+        layer: one of FUSIBLE; its weights are taken over, and its projections are emptied.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer_idx: int = attention.layer_idx
+        self.head_dim: int = attention.head_dim
+        self.query_heads = attention.q_proj.out_features // self.head_dim
+        self.key_heads = attention.k_proj.out_features // self.head_dim
+        self.scale: float = attention.scaling
+        # Some attentions know their window, the others ask the configuration in every forward.
+        knows = attention if hasattr(attention, "sliding_window") else attention.config
+        self.window: int | None = getattr(knows, "sliding_window", None)
+        self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.epsilon: float = self.input_norm.variance_epsilon
+        self.query_norm = getattr(attention, "q_norm", None)
+        self.key_norm = getattr(attention, "k_norm", None)
+        self.qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = attention.o_proj
+        self.gate_up = _joined(mlp.gate_proj, mlp.up_proj)
+        self.down = mlp.down_proj
+        self.activation = mlp.act_fn
+        self.is_silu = type(self.activation).__name__ in ("SiLU", "SiLUActivation")
+
+    def forward(
+        self,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        packing: Packing | LayoutProbe,
+        **_: object,
+    ) -> Tensor:
+        """One layer over N packed tokens.
+
+        Args:
+            x: [1, N, hidden].
+            position_embeddings: cosines and sines, [1, N, head_dim] each.
+            packing: where the tokens belong.
+
+        Returns:
+            [1, N, hidden].
+        """
+        if self.is_silu and isinstance(packing, Packing) and packing.kernels is not None:
+            return self._with_kernels(packing.kernels, x, position_embeddings, packing)
+        heads = self.qkv(self.input_norm(x))[0].unflatten(-1, (-1, self.head_dim))
+        turning = heads[:, : self.query_heads + self.key_heads]
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = turning[:, : self.query_heads], turning[:, self.query_heads :]
+            turning = torch.cat([self.query_norm(query), self.key_norm(key)], 1)
+        turned = _rotated(turning, *position_embeddings)
+        query, key = turned[:, : self.query_heads], turned[:, self.query_heads :]
+        value = heads[:, self.query_heads + self.key_heads :]
+        mixed = attend(packing, self.layer_idx, query, key, value, self.scale, self.window)
+        x = x + self.output(mixed.flatten(1))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        y: Tensor = x + self.down(self.activation(gate) * up)
+        return y
+
+    def _with_kernels(
+        self,
+        kernels: LayerKernels,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        packing: Packing,
+    ) -> Tensor:
+        """The same, in fewer passes over memory; changes x in place and returns it."""
+        cache, layer, flat = packing.cache, self.layer_idx, x[0]
+        normed = kernels.add_norm(flat, None, self.input_norm.weight, self.epsilon)
+        # `forward`, not a call: what torch puts around one takes as long as a small kernel.
+        heads = self.qkv.forward(normed).view(len(flat), -1, self.head_dim)
+        norms = None
+        if self.query_norm is not None and self.key_norm is not None:
+            norms = self.query_norm.weight, self.key_norm.weight, self.epsilon
+        kernels.rotate_and_store(
+            heads, angles[0][0], angles[1][0], norms,
+            cache.keys[layer], cache.values[layer], packing.slots, packing.positions,
+        )  # fmt: skip
+        mixed = attend_stored(packing, layer, heads[:, : self.query_heads], self.scale, self.window)
+        more = self.output.forward(mixed.view(len(flat), -1))
+        normed = kernels.add_norm(flat, more, self.mlp_norm.weight, self.epsilon)
+        flat.add_(self.down.forward(kernels.gate(self.gate_up.forward(normed))))
+        return x
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of [N, H, D] heads by [1, N, D] angles, each of which stands there twice."""
+    cos, sin = cos[0, :, None], sin[0, :, None]
+    low, high = heads.chunk(2, -1)
+    return torch.addcmul(heads * cos, torch.cat([-high, low], -1), sin)
+
+
+def _joined(*layers: nn.Linear) -> nn.Linear:
+    """One linear layer that gives the outputs of several, one after the other; empties them."""
+    first, outputs = layers[0], sum(layer.out_features for layer in layers)
+    joined = nn.Linear(first.in_features, outputs, bias=False, device="meta")
+    joined.weight = _together([layer.weight for layer in layers])
+    if first.bias is not None:
+        joined.bias = _together([layer.bias for layer in layers])
+    for layer in layers:
+        del layer.weight, layer.bias
+    return joined
+
+
+def _together(parameters: list[Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.cat([each.data for each in parameters]), requires_grad=False)
+
+
+def fuse_layers(model: Any) -> None:
+    """Replace the decoder layers of `model` in place where they are known and on one device."""
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        return
+    for i, layer in enumerate(layers):
+        if _fusible(layer):
+            layers[i] = FusedLayer(layer)
+
+
+def _fusible(layer: Any) -> bool:
+    if type(layer).__name__ not in FUSIBLE:
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [
+        attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj,
+    ]  # fmt: skip
+    return (
+        all(type(linear) is nn.Linear for linear in linears)
+        and len({(linear.bias is None) for linear in linears[:3]}) == 1
+        and len({(linear.bias is None) for linear in linears[3:]}) == 1
+        and len({parameter.device for parameter in layer.parameters()}) == 1
+        and not hasattr(layer, "_hf_hook")
+    )

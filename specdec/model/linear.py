@@ -1,0 +1,189 @@
+"""Linear layers for CPUs that are fast for few tokens and give a row the same bits in any batch.
+
+Three precisions: the model's own, float32 or bfloat16, with weights in oneDNN's blocked layout;
+`int8wo`, int8 weights and bf16 activations; `int8`, int8 weights and activations. Int8 weights are
+quantized per output channel. Embeddings, norms and attention stay in the model's dtype. DESIGN.md
+§3, "CPU", has the kernels and why.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from specdec.kernels.cpu import kernels_for
+
+Quantization = Literal["int8wo", "int8"]
+
+
+class RowwiseLinear(nn.Module):
+    """y = x W^T + b over the last dimension of x; a subclass packs W and computes `product`."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight
+        # Stands in for the weight where a layer is asked for its shape; takes no memory.
+        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 2:
+            return self.product(x)
+        return self.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+    def product(self, x: Tensor) -> Tensor:
+        """y [n, out] of x [n, in], the bias included."""
+        raise NotImplementedError
+
+
+class PackedLinear(RowwiseLinear):
+    """y = x W^T + b in float32 or bfloat16, with W repacked once for oneDNN.
+
+    For 4 to 64 rows this takes a quarter to three quarters of the time of torch's default (MKL, W
+    as stored), in bfloat16 half of that again. Fewer than LEAST_ROWS rows are padded to as many,
+    for which oneDNN has a faster kernel: five rows take four fifths of the time of one. Each row's
+    bits are then the same whatever the other rows are; one row alone would be a matrix-vector
+    product with its own order of summation.
+    """
+
+    LEAST_ROWS = 5
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, None)
+
+    def product(self, x: Tensor) -> Tensor:
+        rows = len(x)
+        if rows < self.LEAST_ROWS:
+            x = nn.functional.pad(x, (0, 0, 0, self.LEAST_ROWS - rows))
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x.contiguous(), self.packed, self.bias, "none", [], ""
+        )
+        return y[:rows]
+
+
+class Int8WeightOnlyLinear(RowwiseLinear):
+    """y = x W^T + b with int8 weights; x is rounded to bf16, y returned in x's dtype."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        weight = linear.weight.data
+        scales = _channel_scales(weight)
+        # torch's kernel reads past the end of rows that are no multiple of its vectors.
+        self.padding = -weight.shape[1] % 64
+        rounded = (weight.float() / scales[:, None]).round().to(torch.int8)
+        self.packed = nn.Buffer(nn.functional.pad(rounded, (0, self.padding)))
+        self.scales = nn.Buffer(scales.to(torch.bfloat16))
+
+    def product(self, x: Tensor) -> Tensor:
+        rounded = x.to(torch.bfloat16)
+        if self.padding:
+            rounded = nn.functional.pad(rounded, (0, self.padding))
+        y = torch._weight_int8pack_mm(rounded, self.packed, self.scales).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Linear(RowwiseLinear):
+    """y = x W^T + b with int8 weights and activations, the latter scaled per token.
+
+    Each row of x is divided by its largest magnitude and quantized in steps of 1 / `levels`: 127
+    where the processor multiplies bytes exactly, otherwise 63, with which no sum of two products
+    exceeds the 16 bits that it is kept in.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self.packed, self.levels = _packed_int8(linear.weight.data), activation_levels()
+
+    def product(self, x: Tensor) -> Tensor:
+        kernels = kernels_for(x.dtype, x.device)
+        if kernels is not None:
+            scaled, largest = kernels.scale_rows(x.contiguous())
+        else:
+            largest = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12).float()
+            scaled = x.float() / largest
+        y = _int8_product(scaled, self.packed, self.levels).mul_(largest).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+def _packed_int8(weight: Tensor) -> Any:
+    """Weight [out, in] in fbgemm's layout, quantized per output channel."""
+    scales = _channel_scales(weight).double()
+    zeros = torch.zeros(len(scales), dtype=torch.int64)
+    engine = torch.backends.quantized.engine
+    with warnings.catch_warnings():
+        # torch announces the removal of quantized tensors; this one only feeds the packing.
+        warnings.simplefilter("ignore", UserWarning)
+        torch.backends.quantized.engine = "fbgemm"
+        quantized = torch.quantize_per_channel(weight.float(), scales, zeros, 0, torch.qint8)
+        packed = torch.ops.quantized.linear_prepack(quantized, None)
+        torch.backends.quantized.engine = engine
+    return packed
+
+
+def _int8_product(x: Tensor, packed: Any, levels: int) -> Tensor:
+    """x W^T for x in [-1, 1], quantized in steps of 1 / levels; float32."""
+    y: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+        x, 1 / levels, levels + 1, packed
+    )
+    return y
+
+
+@functools.cache
+def activation_levels() -> int:
+    """Steps between 0 and a row's largest magnitude that this processor's kernel can take."""
+    # AVX2 adds two products of bytes in 16 bits, which the largest of eight bits overflow.
+    product = _int8_product(torch.ones(1, 64), _packed_int8(torch.ones(16, 64)), 127)
+    return 127 if (product - 64).abs().max() < 0.01 else 63
+
+
+def _channel_scales(weight: Tensor) -> Tensor:
+    """float32 [out]: what one int8 step of each output channel of weight [out, in] is worth."""
+    return weight.float().abs().amax(1).clamp(min=1e-12) / 127
+
+
+def packable(dtype: torch.dtype) -> bool:
+    """Whether linear layers of this dtype can be packed on this CPU."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+def pack_linears(model: nn.Module, quantization: Quantization | None) -> None:
+    """Replace every linear layer of a `packable` model in place, the LM head included."""
+    layers = {"int8wo": Int8WeightOnlyLinear, "int8": Int8Linear, None: PackedLinear}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, layers[quantization](child))
+
+
+@torch.inference_mode()
+def is_invariant(model: nn.Module) -> bool:
+    """Whether each kind of linear layer of `model` gives a row the same bits in every batch, here.
+
+    Kernels differ by processor, so this is measured: one layer of each shape, rows alone and among
+    others.
+    """
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for module in model.modules():
+        matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1]
+        if matrices and not isinstance(module, nn.Embedding):
+            return False  # a product whose kernels are not known here: convolutions, experts, ...
+        if isinstance(module, RowwiseLinear):
+            if (shape := module.weight.shape) in seen:
+                continue
+            seen.add(shape)
+            x = torch.randn(130, shape[1], generator=generator)
+            whole = module(x)
+            for rows in (1, 2, 3, 7, 16, 33, 64, 129):
+                if not torch.equal(module(x[:rows]), whole[:rows]):
+                    return False
+                if not torch.equal(module(x[-rows:]), whole[-rows:]):
+                    return False
+    return True

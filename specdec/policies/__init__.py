@@ -1,0 +1,1 @@
+"""When to stop drafting: stop policies, what they estimate, and measured costs."""

@@ -1,0 +1,267 @@
+"""What a forward costs, as measured: seconds by packed tokens.
+
+Cost curves are staircases that differ by machine, precision and kernel (DESIGN.md §3), so they are
+profiled when a model is loaded and refined by every round. A round is made of draft steps, D(n)
+each, and one verification, V(n), which is all the rest of the round; both include sampling and what
+the host does, so that they sum to the round's wall time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from specdec.lossless.sampling import greedy_choice
+from specdec.measure.calibration import Array
+from specdec.model.decoder import PackedDecoder
+
+SPEED_ERROR, SPEED_WALK = 0.3, 0.04
+"""By what share a machine's speed, the same for all forwards, differs between a profile and rounds,
+and changes from one round to the next."""
+
+PROFILE_ERROR, EXTRAPOLATED_ERROR = 0.05, 1.0
+"""Relative errors of a place of a table against the others: of one that was profiled, and of one
+that was not."""
+
+ROUND_NOISE = 0.15
+"""What rounds of the same size differ by, relative."""
+
+PLACE_WALK = 0.001
+"""By what share a place changes against others between two observations: rows become longer."""
+
+OUTLIER = 2.0
+"""An error of more than this factor counts as this one."""
+
+CONTEXT = 192
+"""Cached positions of each row while profiling; refinement finds the job's own."""
+
+PROMPT = 256
+"""Tokens that the draft is profiled up to: one it has not followed must read the row's prompt."""
+
+REPEATS, LEAST_POINTS = 5, 4
+"""Timings of each usual number of tokens if there is time; numbers tried even if there is none."""
+
+BEYOND = 1.25
+"""A measurement at more than so many times the tokens of a table makes the table longer."""
+
+
+_UNKNOWN = np.zeros(0)
+
+
+class CostTable:
+    """Seconds of one kind of forward by packed tokens; linear between the tokens of the table.
+
+    More tokens never take less time: what measurements say otherwise is noise, and is averaged out.
+    A policy decides by differences between neighbours, which are small against the noise of each.
+
+    What is learnt is the machine's speed, which all places share, and each place's own part: a
+    Kalman filter over relative errors. A machine is a fifth slower for a while now and then, and a
+    place that happened to be visited then must not be taken for a dear one.
+
+    Args:
+        tokens: increasing, from 1.
+        seconds: measured at these.
+
+    Attributes:
+        speed: how much longer all forwards take than they did at first, in logarithms.
+    """
+
+    def __init__(self, tokens: Sequence[int], seconds: Sequence[float]) -> None:
+        self.tokens = np.asarray(tokens, dtype=np.float64)
+        self._first = _rising(np.asarray(seconds, dtype=np.float64))
+        # What has become of it since, in logarithms: for all, and for each place besides.
+        self.speed, self._places = 0.0, np.zeros(len(self.tokens))
+        # Of the errors of the speed, first, and of the places.
+        errors = [SPEED_ERROR, *[PROFILE_ERROR] * len(self.tokens)]
+        self._covariance = np.diag(np.square(errors))
+        self._dense = _UNKNOWN
+
+    @property
+    def seconds(self) -> Array:
+        """At the tokens of the table."""
+        return _rising(self._first * np.exp(self.speed + self._places))
+
+    def __call__(self, tokens: Any) -> Any:
+        """Seconds at integer token counts (a number or an array); no tokens cost nothing.
+
+        Beyond the table seconds grow as they do over its upper half.
+        """
+        if isinstance(tokens, int):
+            return self.curve(tokens, tokens)[0]
+        return self.curve(0, int(np.max(tokens)) if np.size(tokens) else 0)[tokens]
+
+    def curve(self, first: int, last: int) -> Array:
+        """Seconds at `first`, `first` + 1, ... `last` tokens."""
+        if last >= len(self._dense):
+            self._dense = self._at(np.arange(max(2 * last, int(self.tokens[-1])) + 1))
+            self._dense[0] = 0.0
+        return self._dense[first : last + 1]
+
+    def observe(self, tokens: int, *seconds: float) -> None:
+        """Move the table towards measurements; an outlier counts as one of a factor of 2.
+
+        Those far beyond the table become its new end: what is extrapolated is not kept for good.
+        """
+        expected = float(self._at(np.array([tokens]))[0])
+        if tokens > BEYOND * self.tokens[-1]:
+            self.tokens = np.append(self.tokens, tokens)
+            self._first = np.append(self._first, expected / math.exp(self.speed))
+            self._places = np.append(self._places, 0.0)
+            self._covariance = np.pad(self._covariance, (0, 1))
+            self._covariance[-1, -1] = EXTRAPOLATED_ERROR**2
+        above = min(int(self.tokens.searchsorted(tokens)), len(self.tokens) - 1)
+        below = max(above - 1, 0)
+        span = self.tokens[above] - self.tokens[below]
+        share = (min(tokens, self.tokens[-1]) - self.tokens[below]) / span if span else 1.0
+        seen = np.zeros(1 + len(self.tokens))
+        seen[[0, 1 + below]] = 1.0, 1 - share
+        seen[1 + above] += share
+        # Of times, not of their logarithms: what a pause costs now and then is part of the mean.
+        n = len(seconds)
+        error = sum(min(max(s / expected, 1 / OUTLIER), OUTLIER) for s in seconds) / n - 1
+        self._covariance.flat[:: len(seen) + 1] += n * PLACE_WALK**2
+        self._covariance[0, 0] += n * (SPEED_WALK**2 - PLACE_WALK**2)
+        along = self._covariance @ seen
+        gain = along / (seen @ along + ROUND_NOISE**2 / n)
+        self._covariance -= np.outer(gain, along)
+        self.speed += math.log1p(gain[0] * error)
+        self._places = self._places + np.log1p(gain[1:] * error)
+        self._dense = _UNKNOWN  # until it is asked for: several observations may come together
+
+    def follow(self, speed: float) -> None:
+        """Take over a change of the machine's speed, in logarithms, that was seen elsewhere."""
+        self.speed += speed
+        self._dense = _UNKNOWN
+
+    def _at(self, counts: Any) -> Array:
+        """Seconds at token counts, an array that rises, off the table itself."""
+        table = self.seconds
+        found: Array = np.interp(counts, self.tokens, table)
+        tokens, seconds = float(self.tokens[-1]), float(table[-1])
+        if counts[-1] > tokens:
+            # Over half the table: a single step of a staircase may be flat, or a jump.
+            rise = seconds - float(np.interp(tokens / 2, self.tokens, table))
+            slope = max(rise, 0.0) / (tokens / 2) if len(self.tokens) > 1 else seconds / tokens
+            found += slope * np.maximum(counts - tokens, 0.0)
+        return found
+
+    def points(self) -> list[tuple[int, float]]:
+        """(tokens, seconds) of the table, for reports."""
+        return [(int(n), float(s)) for n, s in zip(self.tokens, self.seconds, strict=True)]
+
+
+def _rising(seconds: Array) -> Array:
+    """The same, where it rises; a stretch that falls becomes the mean of what bounds it."""
+    above = np.maximum.accumulate(seconds)
+    below = np.minimum.accumulate(seconds[::-1])[::-1]
+    rising: Array = np.sqrt(above * below)
+    return rising
+
+
+class CostModel:
+    """D(n) and V(n) of a pair.
+
+    Attributes:
+        draft: seconds of a draft step by packed tokens.
+        verify: seconds of the rest of a round by the target's packed tokens.
+    """
+
+    def __init__(self, draft: CostTable, verify: CostTable) -> None:
+        self.draft, self.verify = draft, verify
+
+    @classmethod
+    def profile(
+        cls, target: PackedDecoder, draft: PackedDecoder, slots: int, seconds: float = 4.0
+    ) -> CostModel:
+        """Time forwards of both models on made-up rows.
+
+        Args:
+            slots: most rows in a round.
+            seconds: for both, about; the fewer forwards fit into it, the coarser the tables.
+        """
+        return cls(
+            _profile(draft, slots, max(2 * slots, PROMPT), seconds / 3),
+            _profile(target, slots, 9 * slots, seconds * 2 / 3),
+        )
+
+    def observe_draft(self, tokens: int, *seconds: float) -> None:
+        """Learn from draft steps of so many tokens."""
+        self.draft.observe(tokens, *seconds)
+
+    def observe_verify(self, tokens: int, *seconds: float) -> None:
+        """Learn from the rest of rounds of so many tokens.
+
+        What it says of the machine's speed holds for the draft, too, which may be resting: else a
+        machine that has become faster since would have a dear draft.
+        """
+        before = self.verify.speed
+        self.verify.observe(tokens, *seconds)
+        self.draft.follow(self.verify.speed - before)
+
+    def points(self) -> dict[str, list[tuple[int, float]]]:
+        """Both tables, JSON-able."""
+        return {"draft": self.draft.points(), "verify": self.verify.points()}
+
+
+@torch.inference_mode()
+def _profile(decoder: PackedDecoder, slots: int, most: int, budget: float) -> CostTable:
+    cache = decoder.new_cache(slots, CONTEXT + max(most // slots + 1, 16))
+    ladder = list(_ladder(most))
+    # What most rounds will have comes first, in turns: what else the machine does slows all alike.
+    n = sum(tokens <= 2 * slots + 8 for tokens in ladder)
+    usual, larger = [ladder[i] for i in _coarse_to_fine(n)], ladder[: n - 1 : -1]
+    timings: dict[int, list[float]] = {}
+    began = time.perf_counter()
+    _time(decoder, cache, slots, 1)  # the first forward of a shape allocates
+    for tokens in [*usual, *larger[:1], *usual * (REPEATS - 1), *larger[1:]]:
+        if time.perf_counter() - began > budget and len(timings) >= LEAST_POINTS:
+            break
+        if decoder.device.type == "cuda" and tokens not in timings:
+            began += _time(decoder, cache, slots, tokens)  # compiling and recording come once
+        timings.setdefault(tokens, []).append(_time(decoder, cache, slots, tokens))
+    sizes = sorted(timings)
+    return CostTable(sizes, [float(np.median(timings[tokens])) for tokens in sizes])
+
+
+def _coarse_to_fine(n: int) -> Iterator[int]:
+    """0..n-1: both ends, then what halves the widest gap, so that any beginning covers it all."""
+    yield from sorted({0, n - 1})
+    gaps = [(0, n - 1)]
+    while gaps:
+        low, high = gaps.pop(0)
+        if high - low > 1:
+            middle = (low + high) // 2
+            yield middle
+            gaps += [(low, middle), (middle, high)]
+
+
+def _ladder(most: int) -> Iterator[int]:
+    """1, 2, 3, 4, 6, 8, 9, 12, 16, 17, 24, 25, 32, 33, 48, ... up to `most`.
+
+    Kernels work on tiles of 8 or more tokens: a curve jumps behind one, not halfway to the next.
+    """
+    step, tokens = 1, 1
+    while tokens <= most:
+        yield tokens
+        if tokens % 8 == 0 and tokens < most:
+            yield tokens + 1
+        if tokens >= 4 * step:
+            step *= 2
+        tokens += step
+
+
+def _time(decoder: PackedDecoder, cache: Any, slots: int, tokens: int) -> float:
+    """Seconds of one forward of `tokens` tokens over as many rows as there are, logits included."""
+    rows = min(slots, tokens)
+    feed = [(slot, tokens // rows + (slot < tokens % rows)) for slot in range(rows)]
+    cache.lengths = [CONTEXT] * slots
+    ids = torch.zeros(tokens, dtype=torch.int64, device=decoder.device)
+    start = time.perf_counter()
+    chosen = greedy_choice(decoder.logits(decoder.forward(cache, feed, ids)))
+    chosen.tolist()  # waits for the device
+    return time.perf_counter() - start

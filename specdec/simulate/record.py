@@ -1,0 +1,282 @@
+"""Recording `Trace`s: what speculation would meet along texts that the target wrote itself.
+
+Both models read a text x once (teacher forcing). At each output position t, after the true prefix
+x_<t, a candidate y_t is drawn *given* x_t, so that the two have the joint law that they have in
+speculative sampling:
+
+    x_t was drawn from p. Let y_t = x_t with probability min(1, q(x_t) / p(x_t)), otherwise draw y_t
+    from (q - p)+, normalised.
+
+Proof: speculative sampling draws y ~ q, lets x = y with probability min(1, p(y) / q(y)), otherwise
+x ~ (p - q)+ / TV. Both ways P(x = y = v) = min(p(v), q(v)), and for v /= w, P(x = v, y = w) =
+(p - q)+(v) (q - p)+(w) / TV. It is the maximal coupling of p and q, read from either end. []
+
+So one pass over the text gives, for every position at once, whether a candidate there would be
+accepted, whatever policy is asked later. In matching modes the candidate is the draft's own choice,
+and accepted iff it is x_t.
+
+A policy drafts on behind a candidate that will be rejected, since it cannot know. What it would see
+there is recorded too: from every such candidate the draft is rolled out by its own sampling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.engine.engine import Engine, Pair
+from specdec.lossless.sampling import Draw, SamplingBatch, probabilities, sample, uniform
+from specdec.lossless.verification import MODES
+from specdec.model.decoder import PackedDecoder
+from specdec.policies.costs import CostModel, CostTable
+from specdec.policies.estimators import HEAD_SIGNALS, AcceptanceHead, Signal, read_signals
+from specdec.request import Completion, Request
+from specdec.simulate.replay import Trace
+from specdec.training.examples import Example
+from specdec.training.scores import target_states
+
+MOST = 20
+"""Most candidates of a round that the traces can answer for."""
+
+_LOGIT_ROWS = 256
+_BRANCHES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A request and the target's own completion of it.
+
+    Attributes:
+        request: with the sampling that the completion was drawn by.
+        output_ids: the completion, to its end.
+        group: results are reported by it.
+    """
+
+    request: Request
+    output_ids: tuple[int, ...]
+    group: str = ""
+
+
+def write_texts(engine: Engine, requests: Sequence[Request]) -> Iterator[Completion]:
+    """Complete requests, as they end. The engine's policy must be `none`."""
+    for request in requests:
+        engine.submit(request)
+    while engine.has_work:
+        yield from engine.step()
+
+
+def reversed_coupling(p: Tensor, q: Tensor, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Candidates given what the target drew: the maximal coupling from its other end.
+
+    Args:
+        p, q: float32 [n, V], the target's and the draft's distributions.
+        x: int64 [n], drawn from p.
+        u, v: float32 [n], independent uniform numbers in (0, 1).
+
+    Returns:
+        int64 [n], distributed as q, and equal to x as often as rejection sampling accepts.
+    """
+    at = x[:, None]
+    same = u[:, None] * p.gather(1, at) < q.gather(1, at)
+    residual = (q - p).clamp_(min=0)
+    # p == q up to rounding may fail the test by a hair, with nothing left: q is the right answer.
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, q)
+    return torch.where(same[:, 0], x, sample(residual, v))
+
+
+def record(
+    pair: Pair,
+    texts: Sequence[Text],
+    *,
+    verification: Literal["rejection", "coupled"] = "rejection",
+    head: AcceptanceHead | None = None,
+    most: int = MOST,
+) -> Iterator[Trace]:
+    """Trace texts one by one.
+
+    Args:
+        pair: both models.
+        texts: the target's. One with a prompt that the draft cannot read is left out; one that
+            outgrows the draft's context is cut there.
+        verification: as in the Engine that is to be simulated. Greedy rows match in both.
+        head: fills the head's signals, if there is one.
+        most: most candidates of a round.
+
+    Raises:
+        ValueError: the pair has no draft.
+    """
+    if pair.draft is None:
+        raise ValueError("traces need a pair with a draft")
+    recorder = _Recorder(pair, pair.draft, verification, head, most)
+    for text in texts:
+        room = pair.draft_context_length - len(text.request.prompt_ids) + 1
+        output = text.output_ids[: max(room, 0)]
+        if output:
+            yield recorder.trace(replace(text, output_ids=output))
+
+
+class _Recorder:
+    """Holds the draft's cache from text to text: slot 0 for the text, the others for branches."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        draft: PackedDecoder,
+        verification: Literal["rejection", "coupled"],
+        head: AcceptanceHead | None,
+        most: int,
+    ) -> None:
+        self.pair, self.draft, self.head, self.most = pair, draft, head, most
+        self.verification = verification
+        self.wanted = frozenset(Signal) if head else frozenset(Signal) - HEAD_SIGNALS
+        self.cache = draft.new_cache(1 + _BRANCHES, 0)
+
+    @torch.inference_mode()
+    def trace(self, text: Text) -> Trace:
+        request, output = text.request, text.output_ids
+        prompt, n = len(request.prompt_ids), len(output)
+        longest = min(request.sampling.max_new_tokens, self.pair.context_length - prompt)
+        limit = min(longest - 1, self.pair.draft_context_length - prompt)
+        matching = self.verification == "coupled" or request.sampling.temperature == 0
+        self.mode = MODES["coupled" if matching else "rejection"]
+        # Coupled choices share the row's noise. Sampled candidates must not share what drew x.
+        seed = request.sampling.seed if matching else _own_seed(request)
+        sampling = SamplingBatch.of([replace(request.sampling, seed=seed)], self.draft.device)
+
+        candidates, signals = self._candidates(text, sampling, matching)
+        accepted = (candidates.cpu() == torch.tensor(output)).numpy()
+        # An accepted end of the text is drafted past as well: the draft does not know of it.
+        starts = [t for t in range(n) if not accepted[t] or t == n - 1]
+        branches = self._branches(starts, candidates[starts], prompt, limit, sampling)
+        branch_of = np.full(n, -1, dtype=np.int64)
+        branch_of[starts] = np.arange(len(starts))
+        return Trace(
+            id=request.id,
+            group=text.group,
+            prompt_tokens=prompt,
+            limit=limit,
+            free_trimming=matching,
+            accepted=accepted,
+            signals=signals.cpu().numpy(),
+            branch_of=branch_of,
+            branches=branches.cpu().numpy(),
+        )
+
+    def _candidates(
+        self, text: Text, sampling: SamplingBatch, matching: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Candidates int64 [n] along the text and their signals; slot 0 then holds the text."""
+        pair, draft, request = self.pair, self.draft, text.request
+        example = Example(request.id, request.prompt_ids, text.output_ids)
+        tokens = torch.tensor(example.input_ids, device=draft.device)
+        need = len(tokens) + self.most
+        if need > self.cache.capacity:
+            self.cache.resize(self.cache.slots, need)
+        self.cache.rollback(0, 0)
+        states = draft.forward(self.cache, [(0, len(tokens))], tokens)
+        states = states[len(request.prompt_ids) - 1 :]
+        _, target_states_ = next(target_states(pair.target, [example]))
+        x = torch.tensor(text.output_ids, device=draft.device)
+        found: list[tuple[Tensor, Tensor]] = []
+        for at in torch.split(torch.arange(len(x), device=draft.device), _LOGIT_ROWS):
+            logits = draft.logits(states[at])[:, : pair.vocab_size]
+            rows = sampling.rows(torch.zeros_like(at))
+            if matching:
+                y, _ = self.mode.propose(logits, rows, at)
+            else:
+                judged = target_states_[at.to(target_states_.device)]
+                target_logits = pair.target.logits(judged)[:, : pair.vocab_size]
+                p = probabilities(target_logits.to(draft.device), rows)
+                u, v = (uniform(rows.seed, at, draw) for draw in (Draw.ACCEPT, Draw.BONUS))
+                y = reversed_coupling(p, probabilities(logits, rows), x[at], u, v)
+            found.append((y, read_signals(logits, y, states[at], self.wanted, self.head)))
+        candidates, signals = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return candidates, signals
+
+    def _branches(
+        self,
+        starts: Sequence[int],
+        candidates: Tensor,
+        prompt: int,
+        limit: int,
+        sampling: SamplingBatch,
+    ) -> Tensor:
+        """Signals of what the draft proposes behind candidates at `starts` (rising).
+
+        Returns:
+            float32 [len(starts), most - 1, len(Signal)]; zeros from position `limit` on.
+        """
+        device, depth = self.draft.device, self.most - 1
+        result = torch.zeros(len(starts), depth, len(Signal), device=device)
+        for begin in range(0, len(starts), _BRANCHES):
+            part = starts[begin : begin + _BRANCHES]
+            slots = range(1, 1 + len(part))
+            self.cache.fork(0, slots, [prompt + t for t in part])
+            tokens = candidates[begin : begin + len(part)]
+            for step in range(depth):
+                # The later a branch begins, the sooner it is at the limit: rows leave at the end.
+                at = [t + 1 + step for t in part if t + 1 + step < limit]
+                if not at:
+                    break
+                rows = [(slot, 1) for slot in slots[: len(at)]]
+                hidden = self.draft.forward(self.cache, rows, tokens[: len(at)])
+                logits = self.draft.logits(hidden)[:, : self.pair.vocab_size]
+                places = torch.tensor(at, device=device)
+                same = sampling.rows(torch.zeros_like(places))
+                tokens, _ = self.mode.propose(logits, same, places)
+                result[begin : begin + len(at), step] = read_signals(
+                    logits, tokens, hidden, self.wanted, self.head
+                )
+        return result
+
+
+def _own_seed(request: Request) -> int:
+    key = f"trace:{request.sampling.seed}:{request.id}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+
+
+# ------------------------------------------------------------------------- costs
+
+
+def measure_costs(pair: Pair, slots: int, prompt: int, seconds: float) -> CostModel:
+    """A virtual clock for traces: both models' curves as they are on this machine, now.
+
+    Measured twice, the smaller counts, against what else the machine was doing. What the draft
+    takes to read a typical prompt is measured too, if the profile ends before it.
+
+    Args:
+        slots: most live rows.
+        prompt: tokens of a typical prompt.
+        seconds: for all of it, about.
+
+    Raises:
+        ValueError: the pair has no draft.
+    """
+    draft = pair.draft
+    if draft is None:
+        raise ValueError("costs of speculation need a pair with a draft")
+    passes = [CostModel.profile(pair.target, draft, slots, seconds / 2).points() for _ in range(2)]
+    curves: list[list[tuple[int, float]]] = []
+    for name in ("draft", "verify"):
+        first, second = (dict(each[name]) for each in passes)
+        tokens = sorted({*first, *second})
+        curves.append([(n, min(first.get(n, inf), second.get(n, inf))) for n in tokens])
+    if prompt > curves[0][-1][0]:
+        ids = torch.zeros(prompt, dtype=torch.int64, device=draft.device)
+        taken = []
+        for _ in range(3):
+            cache = draft.new_cache(1, prompt)
+            began = time.perf_counter()
+            draft.logits(draft.forward(cache, [(0, prompt)], ids)[-1:]).argmax(-1).tolist()
+            taken.append(time.perf_counter() - began)
+        curves[0].append((prompt, max(min(taken), curves[0][-1][1])))
+    draft_table, verify_table = (CostTable(*zip(*curve, strict=True)) for curve in curves)
+    return CostModel(draft_table, verify_table)

@@ -1,0 +1,364 @@
+"""Replaying stop policies over recorded acceptance, under any cost model.
+
+A `Trace` (specdec/simulate/record.py records them) says of one row's text which candidate would be
+accepted at each position and what a policy would see of it. `replay` lets a real `StopPolicy`
+decide over such rows as the Engine would let it, on a virtual clock: a draft step takes D(packed
+tokens), the rest of a round V(packed tokens). Left out is what is the same for every policy:
+feeding prompts to the target, and the first output token, which comes with it.
+
+specdec/simulate/bound.py says what is the least that any policy could take.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from specdec.measure.calibration import Array, Flags
+from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, RowMemory, StopPolicy
+from specdec.policies.costs import CostModel
+from specdec.request import Counts
+
+LAPS = 4
+"""Rows per slot that a steady replay runs at least."""
+
+RESAMPLES = 4000
+
+Signals = NDArray[np.float32]
+Whole = NDArray[np.int64]
+
+
+# ----------------------------------------------------------------------- traces
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """What speculation would meet along one row's output of n tokens.
+
+    Attributes:
+        id, group: of the row; results are reported by group.
+        prompt_tokens: length of the prompt.
+        limit: no candidate has an output position of `limit` or more.
+        free_trimming: as in `RoundStart`.
+        accepted: bool [n], whether the candidate drawn after the first t output tokens is the next
+            one.
+        signals: float32 [n, len(Signal)], what a policy may see of it.
+        branch_of: int64 [n], where drafting goes on after a candidate that is not accepted, as an
+            index into branches; -1 where it is accepted and the text goes on.
+        branches: float32 [m, depth, len(Signal)], signals of up to `depth` further candidates.
+        runs: int64 [n + 1], how many candidates from t on are accepted.
+    """
+
+    id: str
+    group: str
+    prompt_tokens: int
+    limit: int
+    free_trimming: bool
+    accepted: Flags
+    signals: Signals
+    branch_of: Whole
+    branches: Signals
+    runs: Whole = field(init=False)
+
+    def __post_init__(self) -> None:
+        n = len(self.accepted)
+        stops = np.append(np.flatnonzero(~self.accepted), n)
+        places = np.arange(n + 1)
+        object.__setattr__(self, "runs", stops[np.searchsorted(stops, places)] - places)
+
+    @property
+    def most(self) -> int:
+        """The most candidates that a round may draft."""
+        return 1 + int(self.branches.shape[1])
+
+    @property
+    def first(self) -> int:
+        """Output tokens that there are before the first round that may draft."""
+        return 1 if self.prompt_tokens > 1 else 0
+
+    def seen(self, start: int, index: int) -> Signals:
+        """Signals of candidate `index` (from 0) of a round that begins after `start` tokens."""
+        at = start + index
+        last = min(start + int(self.runs[start]), len(self.accepted) - 1)
+        if at <= last:
+            row: Signals = self.signals[at]
+        else:
+            row = self.branches[self.branch_of[last], at - last - 1]
+        return row
+
+
+def save_traces(path: Path, traces: Sequence[Trace], about: Mapping[str, Any]) -> None:
+    """Write traces as safetensors.
+
+    Args:
+        traces: at least one, of equal depth.
+        about: how they were made, JSON-able.
+    """
+    plain = ("id", "group", "prompt_tokens", "limit", "free_trimming")
+    rows = [
+        {name: getattr(trace, name) for name in plain}
+        | {"n": len(trace.accepted), "m": len(trace.branches)}
+        for trace in traces
+    ]
+    arrays = {
+        name: np.concatenate([getattr(trace, name) for trace in traces])
+        for name in ("accepted", "signals", "branch_of", "branches")
+    }
+    save_file(arrays, path, {"rows": json.dumps(rows), "about": json.dumps(dict(about))})
+
+
+def load_traces(path: Path) -> tuple[list[Trace], dict[str, Any]]:
+    """The traces that `save_traces` wrote, and how they were made."""
+    opened: Any = safe_open(path, framework="np")
+    metadata = opened.metadata()
+    arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    traces: list[Trace] = []
+    n = m = 0
+    for row in json.loads(metadata["rows"]):
+        ends = n + row.pop("n"), m + row.pop("m")
+        parts = {name: arrays[name][n : ends[0]] for name in ("accepted", "signals", "branch_of")}
+        traces.append(Trace(**row, **parts, branches=arrays["branches"][m : ends[1]]))
+        n, m = ends
+    return traces, json.loads(metadata["about"])
+
+
+# ----------------------------------------------------------------------- replay
+
+
+@dataclass(slots=True, eq=False)
+class Replay:
+    """What a policy did over some traces; ratios are derived from counts and seconds here.
+
+    Attributes:
+        rows: each trace's counts. The tokens that came with its prompt are not among them.
+        row_seconds: float [rows], each trace's share of its rounds' virtual seconds; with one live
+            row simply its own.
+    """
+
+    rows: list[Counts]
+    row_seconds: Array
+
+    @property
+    def counts(self) -> Counts:
+        """Summed over rows."""
+        total = Counts()
+        for row in self.rows:
+            total.add(row)
+        return total
+
+    @property
+    def row_tokens(self) -> Array:
+        """float [rows], tokens committed."""
+        return np.array([float(row.committed) for row in self.rows])
+
+    @property
+    def seconds(self) -> float:
+        """Virtual seconds of all rounds."""
+        return float(self.row_seconds.sum())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Committed tokens per virtual second."""
+        return self.counts.committed / self.seconds
+
+    @property
+    def verification_rate(self) -> float:
+        """Target forwards per output token of a row (arXiv 2405.19715, §4)."""
+        counts = self.counts
+        return counts.rounds / counts.committed
+
+    @property
+    def discard_rate(self) -> float:
+        """Candidates drafted in vain per output token (ibid.)."""
+        counts = self.counts
+        return (counts.drafted - counts.accepted) / counts.committed
+
+
+@dataclass(slots=True)
+class _Row:
+    """A trace on its way: `at` output tokens so far, of which the draft lacks `pending` in all."""
+
+    number: int
+    trace: Trace
+    at: int
+    pending: int
+    memory: RowMemory = field(default_factory=RowMemory)
+
+
+def replay(
+    traces: Sequence[Trace],
+    policy: StopPolicy,
+    costs: CostModel,
+    live: int = 1,
+    *,
+    steady: bool = False,
+) -> Replay:
+    """Let a policy speculate along the traces, `live` rows side by side, as the Engine would.
+
+    A policy that learns goes on from what it knows; give it other traces first to warm it up.
+
+    Args:
+        policy: asked for more than a trace's `most` candidates, it gets these.
+        costs: the virtual clock; a policy that refines costs needs a copy of its own.
+        live: rows are refilled from the traces in order.
+        steady: count only rounds in which all `live` rows are there, and go round the traces until
+            there are LAPS rows a slot.
+    """
+    result = Replay([Counts() for _ in traces], np.zeros(len(traces)))
+    numbered = [(i, trace) for i, trace in enumerate(traces) if trace.first < len(trace.accepted)]
+    rounds = max(len(numbered), LAPS * live) if steady and numbered else len(numbered)
+    queue = deque(islice(cycle(numbered), rounds))
+    rows: list[_Row] = []
+    while queue or rows:
+        while queue and len(rows) < live:
+            number, trace = queue.popleft()
+            rows.append(_Row(number, trace, trace.first, trace.prompt_tokens + trace.first))
+        if steady and len(rows) < live:
+            break
+        _round(rows, policy, costs, result)
+        rows = [row for row in rows if row.at < len(row.trace.accepted)]
+    return result
+
+
+def _round(rows: Sequence[_Row], policy: StopPolicy, costs: CostModel, result: Replay) -> None:
+    """One round: what `Engine.step` does, without models."""
+    start = RoundStart(
+        rows=[row.memory for row in rows],
+        room=[max(row.trace.limit - row.at, 0) for row in rows],
+        decoding=[True] * len(rows),
+        contexts=[row.trace.prompt_tokens + row.at for row in rows],
+        draft_pending=[row.pending for row in rows],
+        target_tokens=len(rows),
+        free_trimming=all(row.trace.free_trimming for row in rows),
+    )
+    drafted, draft_costs = _draft(rows, start, policy, costs)
+    submitted = policy.submit(drafted) if draft_costs else drafted
+    packed = len(rows) + sum(submitted)
+    verify_cost = (packed, float(costs.verify(packed)))
+    share = (verify_cost[1] + sum(spent for _, spent in draft_costs)) / len(rows)
+
+    accepted, judged = [], []
+    for row, d, k in zip(rows, drafted, submitted, strict=True):
+        left, run = len(row.trace.accepted) - row.at, int(row.trace.runs[row.at])
+        a = min(k, run)
+        # Past the end of the text nothing is known of candidates, and nothing can be learned.
+        accepted.append(a)
+        judged.append(a if run == left else k)
+        kept = min(a + 1, left)
+        result.rows[row.number].add(Counts(1, d, k, min(a, kept), kept))
+        result.row_seconds[row.number] += share
+        row.at += kept
+        # The draft's cache holds all candidates but the last, as far as they stand.
+        row.pending = max(a - d + 2, 1) if d else row.pending + 1
+    policy.observe(RoundOutcome(start, drafted, judged, accepted, draft_costs, verify_cost))
+
+
+def _draft(
+    rows: Sequence[_Row], start: RoundStart, policy: StopPolicy, costs: CostModel
+) -> tuple[list[int], list[tuple[int, float]]]:
+    """How many candidates each row gets, and packed tokens and seconds of each draft step."""
+    wanted = policy.budget(start)
+    limits = zip(wanted, start.room, rows, strict=True)
+    budget = [min(k, room, row.trace.most) for k, room, row in limits]
+    drafted = [0] * len(rows)
+    spent: list[tuple[int, float]] = []
+    active = [i for i, k in enumerate(budget) if k > 0]
+    packed = sum(start.draft_pending[i] for i in active)
+    while active:
+        spent.append((packed, float(costs.draft(packed))))
+        depth = len(spent)
+        for i in active:
+            drafted[i] = depth
+        going = np.array([budget[i] > depth for i in active])
+        if policy.wanted:
+            signals = [rows[i].trace.seen(rows[i].at, depth - 1) for i in active]
+            step = DraftStep(np.array(active), depth, np.stack(signals).astype(np.float64))
+            going &= policy.go_on(step)
+        active = [i for i, on in zip(active, going, strict=True) if on]
+        packed = len(active)
+    return drafted, spent
+
+
+# -------------------------------------------------------------------- statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A ratio with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def faster(base: Replay, other: Replay, seed: int = 0) -> Ratio:
+    """How many times the tokens per second of `base` those of `other` are.
+
+    The interval is from a paired bootstrap over prompts (percentiles): both sides are resampled
+    alike, so what makes a prompt easy or hard for both cancels.
+    """
+    weights = _resamples(len(base.rows), seed)
+
+    def ratio(w: Array) -> Array:
+        speeds = [(w @ side.row_tokens) / (w @ side.row_seconds) for side in (other, base)]
+        result: Array = speeds[0] / speeds[1]
+        return result
+
+    low, high = np.quantile(ratio(weights), [0.025, 0.975])
+    return Ratio(float(ratio(np.ones(len(base.rows)))), float(low), float(high))
+
+
+def acceptance(traces: Sequence[Trace], seed: int = 0) -> Ratio:
+    """How often a candidate behind the true text is accepted; interval as in `faster`."""
+    stood = np.array([float(trace.accepted.sum()) for trace in traces])
+    n = np.array([float(len(trace.accepted)) for trace in traces])
+    weights = _resamples(len(traces), seed)
+    low, high = np.quantile((weights @ stood) / (weights @ n), [0.025, 0.975])
+    return Ratio(float(stood.sum() / n.sum()), float(low), float(high))
+
+
+def acceptance_by_position(
+    traces: Sequence[Trace], most: int = 8, seed: int = 0
+) -> list[tuple[Ratio, int]]:
+    """P(candidate i is accepted | those before it are), for i = 1..most, and how often it was met.
+
+    Over rounds of `most` candidates that follow one another, as `fixed` would run them; intervals
+    as in `faster`. It ends where no round got.
+    """
+    reached, stood = np.zeros((len(traces), most)), np.zeros((len(traces), most))
+    for number, trace in enumerate(traces):
+        at = trace.first
+        while at < len(trace.accepted):
+            k = max(min(most, trace.limit - at, len(trace.accepted) - at), 0)
+            a = min(int(trace.runs[at]), k)
+            reached[number, : min(a + 1, k)] += 1
+            stood[number, :a] += 1
+            at += a + 1
+    weights = _resamples(len(traces), seed)
+    result = []
+    for i in range(most):
+        met = reached[:, i].sum()
+        if not met:
+            break
+        seen = weights @ reached[:, i]
+        rates = (weights @ stood[:, i])[seen > 0] / seen[seen > 0]
+        low, high = np.quantile(rates, [0.025, 0.975])
+        rate = Ratio(float(stood[:, i].sum() / met), float(low), float(high))
+        result.append((rate, int(met)))
+    return result
+
+
+def _resamples(rows: int, seed: int) -> Array:
+    """float [RESAMPLES, rows]: how often each row is in each bootstrap sample."""
+    chance = np.random.default_rng(seed)
+    return chance.multinomial(rows, np.full(rows, 1 / rows), RESAMPLES).astype(np.float64)

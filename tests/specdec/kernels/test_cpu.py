@@ -1,0 +1,301 @@
+"""The compiled kernels against torch, and what happens where they cannot be compiled."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdec.kernels import cpu as module
+from specdec.kernels.cpu import SWITCH, Kernels, kernels_for
+from specdec.model.decoder import PackedDecoder
+from tests.specdec.tiny_models import tiny_model
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 0.005}
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def kernels(dtype: torch.dtype) -> Kernels:
+    found = kernels_for(dtype, CPU)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def anew() -> Iterator[None]:
+    """Look for a compiler again, and once more when the test is over."""
+    caches = (module.kernels_for, module._library)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(
+        got.float(), expected.float(), rtol=TOLERANCE[got.dtype], atol=TOLERANCE[got.dtype]
+    )
+
+
+def attention(
+    query: Tensor, keys: Tensor, values: Tensor, rows: list[list[int]], window: int | None
+) -> dict[int, Tensor]:
+    """By packed token, what it attends to, one token at a time in float64."""
+    group = query.shape[1] // keys.shape[1]
+    found = {}
+    for begin, count, slot, start in rows:
+        for t in range(count):
+            end = start + t + 1
+            low = max(0, end - window) if window else 0
+            k, v = (
+                x[slot, :, low:end].double().repeat_interleave(group, 0) for x in (keys, values)
+            )
+            scores = torch.einsum("hd,hld->hl", query[begin + t].double(), k) * 0.3
+            found[begin + t] = torch.einsum("hl,hld->hd", scores.softmax(-1), v)
+    return found
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (7, 1), (9, 3)])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (16, 16), (48, 80)])
+def test_attention_is_what_its_definition_says(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    dims: tuple[int, int],
+    heads: int,
+    kv_heads: int,
+    window: int | None,
+) -> None:
+    keys = random(4, kv_heads, 160, dims[0], dtype=dtype, seed=1)
+    values = random(4, kv_heads, 160, dims[1], dtype=dtype, seed=2)
+    rows = [[0, 1, 3, 0], [1, 5, 0, 131], [6, 24, 1, 70], [31, 2, 2, 8]]  # token 30 is not theirs
+    query = random(33, heads + 1, dims[0], dtype=dtype)[:, :heads]  # strided, as out of a product
+    out = torch.full((33, heads, dims[1]), 7.0, dtype=dtype)
+    kernels.attend(query, keys, values, torch.tensor(rows), 0.3, window, out)
+    expected = attention(query, keys, values, rows, window)
+    for token in range(33):
+        close(out[token], expected.get(token, torch.full((), 7.0)).expand_as(out[token]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 40])
+def test_attention_gives_a_token_the_same_bits_in_any_batch(
+    kernels: Kernels, dtype: torch.dtype, window: int | None
+) -> None:
+    keys, values = (random(9, 3, 256, 64, dtype=dtype, seed=seed) for seed in (1, 2))
+    query = random(9 * 5, 9, 64, dtype=dtype)
+    every = torch.tensor([[5 * slot, 5, slot, 20 * slot + 3] for slot in range(9)])
+    together = torch.empty_like(query)
+    kernels.attend(query, keys, values, every, 0.1, window, together)
+    for threads in (1, torch.get_num_threads()):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        for begin, count, slot, start in every.tolist():
+            for t in range(count):
+                alone = torch.empty(1, 9, 64, dtype=dtype)
+                row = torch.tensor([[0, 1, slot, start + t]])
+                token = query[begin + t : begin + t + 1]
+                kernels.attend(token, keys, values, row, 0.1, window, alone)
+                assert torch.equal(alone[0], together[begin + t])
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize("width", [1, 7, 1024, 1025, 49152])
+def test_argmax_is_torchs_and_the_first_of_equals(
+    kernels: Kernels, dtype: torch.dtype, width: int
+) -> None:
+    x = random(40, width + 3, dtype=dtype)[:, :width]  # as logits of a vocabulary that is padded
+    assert torch.equal(kernels.argmax(x), x.argmax(-1))
+    x[::2, width // 2 :] = x[::2, width // 2 :].clamp(min=3.0)  # many equals, in several blocks
+    x[1::4] = -torch.inf
+    x[3, width - 1] = x.max() + 1
+    first = [int((row == row.max()).nonzero()[0]) for row in x]
+    assert kernels.argmax(x).tolist() == first
+
+
+@needs_compiler
+@pytest.mark.parametrize("width", [1, 7, 49152])
+def test_a_tokens_signals_are_what_their_definitions_say(
+    kernels: Kernels, dtype: torch.dtype, width: int
+) -> None:
+    logits = (5 * random(20, width + 3, dtype=dtype))[:, :width]
+    logits[:, width // 2 + 1 :] = -torch.inf
+    tokens, out = torch.arange(20) % min(20, width // 2 + 1), torch.full((20, 5), 7.0)
+    kernels.token_signals(logits, tokens, out)
+    log_p = logits.double().log_softmax(-1)
+    entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)
+    expected = [log_p.gather(1, tokens[:, None])[:, 0], log_p.amax(-1), entropy]
+    torch.testing.assert_close(out[:, :3], torch.stack(expected, 1).float(), atol=3e-5, rtol=3e-5)
+    assert (out[:, 3:] == 7).all()
+    alone = torch.zeros(1, 3)  # as a token gets the same bits in any batch
+    kernels.token_signals(logits[5:6], tokens[5:6], alone)
+    assert torch.equal(alone[0], out[5, :3])
+
+
+@needs_compiler
+def test_extreme_scores_are_no_problem(kernels: Kernels, dtype: torch.dtype) -> None:
+    keys, values = (random(1, 1, 128, 16, dtype=dtype, seed=seed) for seed in (1, 2))
+    query = 1000 * random(1, 1, 16, dtype=dtype)
+    out = torch.empty(1, 1, 16, dtype=dtype)
+    kernels.attend(query, keys, values, torch.tensor([[0, 1, 0, 99]]), 1.0, None, out)
+    best = (query[0, 0].double() @ keys[0, 0, :100].double().T).argmax()
+    close(out[0, 0], values[0, 0, best])
+
+
+def check_small_operators(
+    kernels: Any, rows: int, width: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """`add_norm` and `gate` of kernels for CPUs or GPUs against torch."""
+    x, y = (random(rows, width, dtype=dtype, seed=seed).to(device) for seed in (0, 1))
+    weight = random(width, dtype=dtype, seed=2).to(device)
+    both = 3 * random(rows, 2 * width, dtype=dtype).to(device)
+    added = x.clone()
+    close(
+        kernels.add_norm(added, y, weight, 1e-5),
+        torch.nn.functional.rms_norm((x + y).float(), (width,), weight.float(), 1e-5),
+    )
+    assert torch.equal(added, x + y)
+    close(
+        kernels.add_norm(x, None, weight, 1e-5),
+        torch.nn.functional.rms_norm(x.float(), (width,), weight.float(), 1e-5),
+    )
+    gate, up = both.float().chunk(2, -1)
+    close(kernels.gate(both), torch.nn.functional.silu(gate) * up)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize("width", [24, 576])
+def test_the_small_operators_equal_torch(
+    kernels: Kernels, dtype: torch.dtype, rows: int, width: int
+) -> None:
+    check_small_operators(kernels, rows, width, dtype, CPU)
+    x = random(rows, width, dtype=dtype)
+    scaled, largest = kernels.scale_rows(x)
+    assert torch.equal(largest, x.float().abs().amax(-1, keepdim=True))
+    assert torch.equal(scaled, x.float() / largest)
+
+
+def check_rotation(
+    kernels: Any, normed: bool, dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """`rotate_and_store` of kernels for CPUs or GPUs against its definition."""
+    heads = random(5, 6 + 2 + 2, dim, dtype=dtype).to(device)
+    angles = torch.rand(5, dim // 2, generator=torch.Generator().manual_seed(1)).repeat(1, 2)
+    cos, sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    norms = [random(dim, dtype=dtype, seed=seed).to(device) for seed in (3, 4)]
+    slots = torch.tensor([0, 0, 2, 1, 2], device=device)
+    positions = torch.tensor([3, 4, 0, 127, 9], device=device)
+    keys, values = (torch.zeros(3, 2, 128, dim, dtype=dtype, device=device) for _ in range(2))
+    parts = list(heads.clone().float().split([6, 2, 2], 1))
+    for i in range(2 * normed):
+        parts[i] = torch.nn.functional.rms_norm(parts[i], (dim,), norms[i].float(), 1e-6)
+
+    def rotated(part: Tensor) -> Tensor:
+        low, high = part.chunk(2, -1)
+        return part * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
+
+    given = (*norms, 1e-6) if normed else None
+    kernels.rotate_and_store(heads, cos, sin, given, keys, values, slots, positions)
+    close(heads[:, :6], rotated(parts[0]))
+    close(keys[slots, :, positions], rotated(parts[1]))
+    assert torch.equal(values[slots, :, positions].float(), parts[2])
+    assert keys.count_nonzero() + values.count_nonzero() == 2 * 5 * 2 * dim
+
+
+@needs_compiler
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotation_stores_keys_and_values_and_leaves_queries(
+    kernels: Kernels, dtype: torch.dtype, normed: bool
+) -> None:
+    check_rotation(kernels, normed, 16, dtype, CPU)
+
+
+def test_there_are_none_for_other_devices_and_dtypes() -> None:
+    assert kernels_for(torch.float16, CPU) is None
+    assert kernels_for(torch.float32, torch.device("cuda")) is None
+
+
+@needs_compiler
+def test_the_library_is_compiled_once_and_kept(
+    anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SPECBATCH_CACHE", str(tmp_path))
+    assert kernels_for(torch.float32, CPU) is not None
+    (library,) = tmp_path.iterdir()
+    before = library.stat().st_mtime_ns
+    module._library.cache_clear()
+    module.kernels_for.cache_clear()
+    assert kernels_for(torch.float32, CPU) is not None
+    assert library.stat().st_mtime_ns == before
+
+
+@needs_compiler
+def test_a_cache_folder_that_cannot_be_written_is_no_problem(
+    anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (str(tmp_path / "file" / "folder"), "~nobody-of-this-name/cache"):
+        monkeypatch.setenv("SPECBATCH_CACHE", folder)
+        assert module._compiled("g++").is_file()
+    assert kernels_for(torch.float32, CPU) is not None
+
+
+@pytest.mark.parametrize("why", ["switched off", "no compiler", "a compiler that fails"])
+def test_without_them_layers_run_on_torch_and_a_failure_is_told(
+    anew: None,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("SPECBATCH_CACHE", str(tmp_path))
+    if why == "switched off":
+        monkeypatch.setenv(SWITCH, "0")
+    elif why == "no compiler":
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    else:
+        compiler = tmp_path / "broken"
+        compiler.write_text(
+            "#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'no OpenMP' >&2; exit 1\n"
+        )
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CXX", str(compiler))
+    with caplog.at_level(logging.WARNING):
+        assert kernels_for(torch.float32, CPU) is None
+    assert ("no OpenMP" in caplog.text) == (why == "a compiler that fails")
+    PackedDecoder(tiny_model(), fuse=True)  # which compares itself with the plain forward
+
+
+@needs_compiler
+def test_the_source_compiles_without_a_warning(tmp_path: Path) -> None:
+    out = subprocess.run(
+        ["g++", *module.FLAGS, "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-fsyntax-only",
+         str(module.SOURCE)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert out.returncode == 0 and not out.stderr

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    MambaConfig,
+    OPTConfig,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from specdec.model.attention import (
+    GRID_TOKENS,
+    MANY_ROWS,
+    PackedRow,
+    UnsupportedModel,
+    _fused,
+    _matmul,
+    cut_rows,
+    upload,
+)
+from specdec.model.cache import KEY_BLOCK, SlotCache
+from specdec.model.decoder import PackedDecoder
+from tests.specdec.tiny_models import VOCAB, seeded, tiny_model
+
+WINDOW = 12
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": WINDOW},
+    "gemma3_text": {
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+
+FUSED = ("llama", "qwen2", "qwen3", "mistral")
+"""Families whose layers are known; the others run with their own."""
+
+
+@dataclass
+class Bench:
+    """A packed decoder beside the plain model, and what each slot of a cache should hold."""
+
+    plain: PreTrainedModel
+    decoder: PackedDecoder
+    cache: SlotCache = field(init=False)
+    texts: list[list[int]] = field(init=False)
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def __post_init__(self) -> None:
+        self.clear()
+
+    def clear(self, slots: int = 5, capacity: int = 2 * KEY_BLOCK) -> None:
+        self.cache = self.decoder.new_cache(slots, capacity)
+        self.texts = [[] for _ in range(slots)]
+
+    def rollback(self, slot: int, length: int) -> None:
+        self.cache.rollback(slot, length)
+        del self.texts[slot][length:]
+
+    def check(self, *rows: tuple[int, int], tolerance: float = 2e-3) -> None:
+        """Append random tokens to slots in one packed forward; the logits must be plain ones."""
+        new = [torch.randint(VOCAB, (n,), generator=self.generator) for _, n in rows]
+        hidden = self.decoder.forward(self.cache, rows, torch.cat(new))
+        packed = self.decoder.logits(hidden).split([n for _, n in rows])
+        for (slot, n), tokens, logits in zip(rows, new, packed, strict=True):
+            self.texts[slot] += tokens.tolist()
+            assert self.cache.lengths[slot] == len(self.texts[slot])
+            torch.testing.assert_close(
+                logits, plain_logits(self.plain, self.texts[slot])[-n:], rtol=0, atol=tolerance
+            )
+
+
+@torch.inference_mode()
+def plain_logits(model: PreTrainedModel, text: list[int]) -> Tensor:
+    return model(torch.tensor([text]), use_cache=False).logits[0]
+
+
+def bench_of(model: PreTrainedModel, **options: bool) -> Bench:
+    return Bench(model, PackedDecoder(copy.deepcopy(model), **options))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        *FAMILIES,
+        *(f"{family}, fuse" for family in FUSED),
+        *(f"{family}, fuse, torch" for family in FUSED),
+        "mistral, torch",
+        "llama, invariant",
+        "llama, fuse, invariant",
+    ],
+)
+def bench(request: pytest.FixtureRequest) -> Bench:
+    family, *options = request.param.split(", ")
+    # Heads of 8 numbers are none that the compiled kernels take.
+    heads = 8 if "torch" in options else 4
+    model = tiny_model(family, heads=heads, **FAMILIES[family])
+    return bench_of(model, **dict.fromkeys(set(options) - {"torch"}, True))
+
+
+@pytest.fixture
+def clean(bench: Bench) -> Bench:
+    bench.clear()
+    return bench
+
+
+def test_ragged_prefill_then_ragged_verification_equals_plain(clean: Bench) -> None:
+    clean.check((0, 17), (1, 21), (2, 5), (3, 24), (4, 1))
+    clean.check((0, 1), (1, 5), (2, 3), (3, 2), (4, 4))
+
+
+def test_long_rows_beside_short_ones_in_any_slot_order_equal_plain(clean: Bench) -> None:
+    clean.check((3, GRID_TOKENS + 1), (0, 1), (4, 70), (1, GRID_TOKENS))
+    clean.check((1, 2), (4, 1), (2, 100), (0, GRID_TOKENS), (3, GRID_TOKENS + 9))
+
+
+def test_chunked_prefill_equals_plain(clean: Bench) -> None:
+    for chunk in (30, 1, 64, 7, 64):
+        clean.check((2, chunk), (0, 3))
+
+
+def test_holes_between_slots_are_never_attended(clean: Bench) -> None:
+    clean.check((0, 6), (1, 20), (2, 6), (3, 50), (4, 6))
+    clean.check((4, 3), (0, 2))
+    clean.check((2, 1))
+
+
+def test_contexts_beyond_one_and_two_key_blocks_equal_plain(clean: Bench) -> None:
+    clean.clear(capacity=3 * KEY_BLOCK)
+    clean.check((0, KEY_BLOCK - 1), (1, 2 * KEY_BLOCK - 3), (2, 4))
+    for n in (1, 2, 4):
+        clean.check((0, n), (1, n), (2, 1))
+    assert clean.cache.lengths[1] > 2 * KEY_BLOCK
+
+
+def test_rows_that_moved_to_other_slots_go_on_as_before(clean: Bench) -> None:
+    clean.check((0, 9), (1, 30), (2, 14))
+    clean.cache.move(2, 0)
+    clean.texts[0], clean.texts[2] = clean.texts[2], []
+    clean.cache.resize(3, 2 * KEY_BLOCK)
+    clean.check((0, 4), (2, 5), (1, 1))
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.permutations(range(5)),
+        st.lists(
+            st.tuples(st.integers(0, 60), st.one_of(st.integers(1, 8), st.integers(20, 40))),
+            min_size=1,
+            max_size=5,
+        ),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(steps=STEPS)
+def test_rollback_then_append_is_a_fresh_prefill(
+    bench: Bench, steps: list[tuple[list[int], list[tuple[int, int]]]]
+) -> None:
+    """Any rows in any slot order, rolled back to anywhere before each append."""
+    bench.clear()
+    for slots, actions in steps:
+        rows = []
+        for slot, (keep, append) in zip(slots, actions, strict=False):
+            bench.rollback(slot, keep)
+            rows.append((slot, append))
+        bench.check(*rows)
+
+
+def test_a_rolled_back_row_gives_the_same_bits_as_a_fresh_one() -> None:
+    decoder = bench_of(tiny_model()).decoder
+    tokens = torch.arange(20) % VOCAB
+    fresh, used = decoder.new_cache(1, 20), decoder.new_cache(1, 20)
+    decoder.forward(fresh, [(0, 8)], tokens[:8])
+    decoder.forward(used, [(0, 8)], tokens[:8])
+    decoder.forward(used, [(0, 12)], tokens[:12])
+    used.rollback(0, 8)
+    again, first = (decoder.forward(cache, [(0, 5)], tokens[8:13]) for cache in (used, fresh))
+    assert torch.equal(again, first)
+
+
+def test_the_lm_head_runs_only_on_what_is_asked() -> None:
+    bench = bench_of(tiny_model())
+    seen: list[int] = []
+    bench.decoder.model.get_output_embeddings().register_forward_hook(
+        lambda module, args, out: seen.append(out.shape[0])
+    )
+    hidden = bench.decoder.forward(bench.cache, [(0, 9), (1, 3)], torch.arange(12))
+    assert hidden.shape == (12, 64) and not seen
+    assert bench.decoder.logits(hidden[[8, 11]]).shape == (2, VOCAB)
+    assert seen == [2]
+
+
+def test_half_precision_agrees_to_its_precision() -> None:
+    model = tiny_model(peak=1.0).to(torch.bfloat16)
+    bench = bench_of(model)
+    assert bench.cache.dtype == torch.bfloat16
+    bench.check((0, 17), (1, 3), (2, 40), tolerance=0.02)
+    bench.check((2, 4), (0, 1), tolerance=0.02)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_kernels_of_half_precision_agree_with_float32(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(MANY_ROWS, 3, 2, tokens, 64, generator=generator)
+    keys, values = (torch.randn(MANY_ROWS, 3, 96, 64, generator=generator) for _ in range(2))
+    hidden = torch.rand(MANY_ROWS, tokens, 80, generator=generator) < 0.2
+    mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, float("-inf"))
+    half = [x.bfloat16() for x in (q, keys, values)]
+    reached = [x[:, :, :80] for x in (keys, values, *half[1:])]  # of a longer cache
+    expected = _matmul(q, reached[0], reached[1], mask, 0.125)
+    for kernel in (_matmul, _fused):
+        got = kernel(half[0], reached[2], reached[3], mask, 0.125)
+        assert got.dtype == torch.bfloat16
+        assert (got - expected).abs().max() < 0.03
+
+
+def test_cut_rows_have_the_same_tokens_in_the_same_places() -> None:
+    rows = np.array([PackedRow(0, 9, 2, 5), PackedRow(9, 1, 0, 0), PackedRow(10, 4, 7, 3)])
+    cut = cut_rows(rows, 4).tolist()
+    assert cut == [[0, 4, 2, 5], [4, 4, 2, 9], [8, 1, 2, 13], [9, 1, 0, 0], [10, 4, 7, 3]]
+    ones = cut_rows(rows, 1).tolist()
+    assert [begin for begin, *_ in ones] == list(range(14))
+    assert ones[5] == [5, 1, 2, 10]
+
+
+def test_upload_splits_what_one_transfer_carried() -> None:
+    parts = upload(torch.device("cpu"), [1, 2], [], range(3))
+    assert [part.tolist() for part in parts] == [[1, 2], [], [0, 1, 2]]
+    assert all(part.dtype == torch.int64 for part in parts)
+
+
+# -------------------------------------------------------------------- other architectures
+
+SMALL = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+ABSOLUTE: dict[str, Callable[[], Any]] = {
+    "gpt2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=300, **SMALL),
+    "gpt_neox": lambda: GPTNeoXConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, **SMALL
+    ),
+    "opt": lambda: OPTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=64,
+        word_embed_proj_dim=32,
+        max_position_embeddings=300,
+        **(SMALL | {"pad_token_id": 1}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ABSOLUTE)
+def test_older_architectures_that_load_also_agree(name: str) -> None:
+    model = seeded(AutoModelForCausalLM.from_config, ABSOLUTE[name]()).eval()
+    bench = bench_of(model)
+    bench.check((1, 40), (0, 5), (4, 1))
+    bench.rollback(1, 33)
+    bench.check((4, 3), (1, 2), (0, 30))
+
+
+def test_rotary_angles_that_depend_on_the_longest_row_are_refused_or_kept_apart() -> None:
+    """`dynamic` and `longrope` scale by the longest position they see, maybe a neighbour's."""
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = tiny_model(context=64, rope_parameters=scaling)
+    try:
+        bench = bench_of(model)
+    except UnsupportedModel as error:
+        assert "dynamic" in str(error)
+        return
+    short, long = torch.arange(10), torch.arange(150) % VOCAB
+    alone = bench.decoder.forward(bench.cache, [(0, 10)], short)
+    bench.clear()
+    beside = bench.decoder.forward(bench.cache, [(0, 10), (1, 150)], torch.cat([short, long]))
+    torch.testing.assert_close(beside[:10], alone, rtol=0, atol=1e-4)
+
+
+def gemma2(**extra: Any) -> Any:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    return Gemma2Config(
+        hidden_size=32, num_hidden_layers=2, intermediate_size=64, **heads, **SMALL, **extra
+    )
+
+
+UNSUPPORTED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "recurrent state": (
+        lambda: AutoModelForCausalLM.from_config(
+            MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=8, **SMALL)
+        ),
+        "cannot be rolled back",
+    ),
+    "encoder-decoder": (
+        lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+        ),
+        "encoder-decoder",
+    ),
+    "attention of its own": (
+        lambda: AutoModelForCausalLM.from_config(
+            BloomConfig(hidden_size=32, n_layer=2, n_head=4, **SMALL)
+        ),
+        "AttentionInterface",
+    ),
+    "logits scaled after the head": (
+        lambda: tiny_model("cohere"),
+        "differ from the plain forward",
+    ),
+    "capped attention logits": (lambda: AutoModelForCausalLM.from_config(gemma2()), "Gemma2"),
+}
+
+
+@pytest.mark.parametrize("why", UNSUPPORTED)
+def test_what_cannot_run_packed_is_refused_with_the_reason(why: str) -> None:
+    build, reason = UNSUPPORTED[why]
+    model = build().eval()
+    with pytest.raises(UnsupportedModel, match=reason) as error:
+        PackedDecoder(model)
+    assert type(model).__name__ in str(error.value)

@@ -1,0 +1,170 @@
+"""Recorded forwards: on a GPU if there is one, otherwise repeated without a graph."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdec.engine.engine import Engine
+from specdec.kernels.cpu import Kernels
+from specdec.model.decoder import PackedDecoder
+from specdec.model.graphs import LARGEST, Recorder, RecordingFailed, padded, record
+from specdec.policies.registry import make_policy
+from specdec.request import Request, SamplingParams
+from tests.specdec.tiny_models import DEVICE, make_pair, noisy_copy, tiny_model
+from tests.specdec.workloads import prompts
+
+Run = Callable[[], Tensor]
+
+
+def again(run: Run) -> Run:
+    """Records nothing: runs it once more, on the same memory."""
+    return run
+
+
+RECORDER: Recorder = record if DEVICE.type == "cuda" else again
+
+
+def decoder(recorder: Recorder | None) -> PackedDecoder:
+    found = PackedDecoder(tiny_model().to(DEVICE), fuse=True)
+    found.recorder = recorder
+    return found
+
+
+def test_sizes_are_few_and_hardly_larger() -> None:
+    sizes = {padded(n) for n in range(1, LARGEST + 1)}
+    assert len(sizes) < 50
+    assert max(sizes) == LARGEST
+    for n in range(1, LARGEST + 1):
+        assert n <= padded(n) <= n + max(3, n / 4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("row_tokens", [None, 4])
+def test_a_recorded_forward_gives_what_a_plain_one_does(
+    row_tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Kernels, "row_tokens", row_tokens)  # on a GPU they have a limit anyway
+    recording, plain = decoder(RECORDER), decoder(None)
+    caches = [each.new_cache(5, 128) for each in (recording, plain)]
+    generator = torch.Generator().manual_seed(0)
+    for counts in ([4, 1, 0, 3, 9], [1, 1, 1, 1, 1], [2, 0, 3, 1, 5], [1, 2, 3, 1, 2]) * 2:
+        rows = [(slot, count) for slot, count in enumerate(counts) if count]
+        tokens = torch.randint(90, (sum(counts),), generator=generator).to(DEVICE)
+        outs = [
+            each.forward(cache, rows, tokens)
+            for each, cache in zip((recording, plain), caches, strict=True)
+        ]
+        torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
+        assert caches[0].lengths == caches[1].lengths
+    assert sorted(caches[0].recorded) == [5, 12, 20]
+    for slot, length in enumerate(caches[0].lengths):
+        for a, b in zip(
+            caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True
+        ):
+            torch.testing.assert_close(
+                a[slot, :, :length], b[slot, :, :length], atol=1e-4, rtol=1e-4
+            )
+            assert not a[slot, :, length:].any()  # padding goes nowhere else
+    caches[0].resize(6, 256)
+    assert not caches[0].recorded
+
+
+@torch.inference_mode()
+def test_a_cache_and_its_recordings_go_when_nobody_needs_them() -> None:
+    """And not when garbage is collected: they are gigabytes, and may go while others are made."""
+
+    def record_once(run: Run) -> Run:
+        hidden = run()
+        return lambda: hidden
+
+    recording = decoder(record_once)
+    cache = recording.new_cache(1, 128)
+    recording.forward(cache, [(0, 3)], torch.arange(3, device=DEVICE))
+    assert cache.recorded
+    gone = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("why", ["it raises", "it repeats something else"])
+def test_what_cannot_be_recorded_runs_as_it_is(why: str, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(run: Run) -> Run:
+        if why == "it raises":
+            raise RecordingFailed("no graphs here")
+        return lambda: torch.zeros_like(run())
+
+    failing, plain = decoder(fails), decoder(None)
+    tokens = torch.arange(3, device=DEVICE)
+    for _ in range(2):
+        caches = [each.new_cache(2, 128) for each in (failing, plain)]
+        outs = [
+            each.forward(cache, [(1, 2), (0, 1)], tokens)
+            for each, cache in zip((failing, plain), caches, strict=True)
+        ]
+        torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
+    assert failing.recorder is None
+    assert caplog.text.count("forwards are not recorded") == 1
+
+
+@pytest.mark.parametrize("policy", ["fixed", "confidence"])
+@pytest.mark.parametrize(("verification", "temperature"), [("rejection", 0.0), ("coupled", 1.0)])
+def test_an_engine_that_records_gives_the_same_tokens(
+    policy: str, verification: Any, temperature: float
+) -> None:
+    """Rows of several lengths that come and go, caches that are resized in between."""
+    target = tiny_model()
+    pair = make_pair(target, noisy_copy(target, 0.1))
+    requests = [
+        Request(
+            str(i),
+            prompt,
+            SamplingParams(temperature=temperature, max_new_tokens=12 + i, seed=i),
+        )
+        for i, prompt in enumerate(prompts((4, 30, 1, 100, 12, 200, 7)))
+    ]
+    outputs = []
+    for recorder in (None, RECORDER):
+        pair.target.recorder = recorder
+        assert pair.draft is not None
+        pair.draft.recorder = recorder
+        engine = Engine(pair, policy=make_policy(policy, k=3), verification=verification, slots=3)
+        outputs.append([each.output_ids for each in engine.generate(requests)])
+    assert outputs[0] == outputs[1]
+    assert engine.target_cache.recorded
+    assert engine.draft_cache.recorded
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("why", ["they do not compile", "they compute something else"])
+def test_kernels_that_do_not_work_here_are_left_out(
+    why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a model on a GPU asks when it is loaded."""
+
+    class Broken:
+        row_tokens = 1
+
+        def attend(self, *arguments: Any) -> None:
+            if why == "they do not compile":
+                raise RuntimeError("no compiler here")
+            arguments[-1].zero_()
+
+    found = PackedDecoder(tiny_model().to(DEVICE))
+    tokens = torch.randint(90, (2, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    plain = tiny_model().to(DEVICE)(tokens).logits
+    assert found._kernels_agree(tokens, plain)
+    monkeypatch.setattr("specdec.model.cache.layer_kernels", lambda *_: Broken())
+    assert not found._kernels_agree(tokens, plain)
+    assert caplog.text.count("layers run without GPU kernels") == 1

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+
+from specdec.model.cache import SlotCache
+from specdec.model.decoder import PackedDecoder
+from specdec.model.linear import (
+    Int8Linear,
+    Int8WeightOnlyLinear,
+    PackedLinear,
+    Quantization,
+    is_invariant,
+    pack_linears,
+    packable,
+)
+from tests.specdec.tiny_models import VOCAB, make_pair, seeded, tiny_model
+
+Kind = Quantization | None
+
+KINDS: dict[Kind, type[Int8Linear] | type[Int8WeightOnlyLinear] | type[PackedLinear]] = {
+    None: PackedLinear,
+    "int8": Int8Linear,
+    "int8wo": Int8WeightOnlyLinear,
+}
+ERROR: dict[Kind, float] = {None: 1e-5, "int8": 0.03, "int8wo": 0.01}
+"""Largest relative error (Frobenius norm) against float32; DESIGN.md measures 1.8% and 0.3%."""
+
+kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
+
+
+def linear(inputs: int, outputs: int, bias: bool = False, seed: int = 0) -> nn.Linear:
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+    for weight in layer.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=generator) / inputs**0.5)
+    return layer
+
+
+def inputs_of(rows: int, size: int, seed: int = 1) -> Tensor:
+    """Rows of very different magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.logspace(-2, 2, rows)[torch.randperm(rows, generator=generator)]
+    return scale[:, None] * torch.randn(rows, size, generator=generator)
+
+
+@pytest.mark.usefixtures("two_threads")
+@kinds
+@pytest.mark.parametrize("shape", [(64, 64), (576, 192), (208, 97), (64, 1536), (1536, 576)])
+def test_a_row_has_the_same_bits_in_any_batch(kind: Kind, shape: tuple[int, int]) -> None:
+    layer, x = KINDS[kind](linear(*shape)), inputs_of(64, shape[0])
+    alone = torch.cat([layer(row[None]) for row in x])
+    for batch in (*range(2, 18), 24, 31, 32, 33, 48, 63, 64):
+        assert torch.equal(layer(x[:batch]), alone[:batch]), batch
+        assert torch.equal(layer(x[-batch:]), alone[-batch:]), batch
+
+
+def test_any_input_size_works() -> None:
+    """In another process: torch's int8 weight-only kernel reads past the end of odd-sized rows."""
+    code = f"""
+import torch
+from specdec.model.linear import Int8Linear, Int8WeightOnlyLinear, PackedLinear
+for layer, bound in {[(KINDS[kind].__name__, ERROR[kind]) for kind in KINDS]}:
+    for inputs in (200, 201, 216):
+        plain = torch.nn.Linear(inputs, 96, bias=False).requires_grad_(False)
+        packed, x = globals()[layer](plain), torch.randn(33, inputs)
+        for rows in (1, 4, 33):
+            for _ in range(20):
+                error = (packed(x[:rows]) - plain(x[:rows])).norm() / plain(x[:rows]).norm()
+                assert error < bound, (layer, inputs, rows, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr or f"killed by signal {-done.returncode}"
+
+
+@kinds
+@pytest.mark.parametrize("bias", [False, True])
+def test_error_against_float32_is_bounded(kind: Kind, bias: bool) -> None:
+    plain, x = linear(512, 256, bias), inputs_of(40, 512)
+    got, expected = KINDS[kind](plain)(x), plain(x)
+    each_row = (got - expected).norm(dim=1) / expected.norm(dim=1)
+    assert each_row.max() < ERROR[kind]
+
+
+@pytest.mark.skipif(not packable(torch.bfloat16), reason="no bfloat16 products on this processor")
+@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("rows", [1, 2, 5, 64])
+def test_bfloat16_in_bfloat16_out(kind: Kind, rows: int) -> None:
+    plain, x = linear(512, 256, bias=True).bfloat16(), inputs_of(rows, 512).bfloat16()
+    got, expected = (
+        KINDS[kind](plain)(x),
+        nn.functional.linear(x.float(), plain.weight.float(), plain.bias.float()),
+    )
+    assert got.dtype == torch.bfloat16
+    assert (got - expected).norm() / expected.norm() < max(ERROR[kind], 0.005)
+
+
+@kinds
+def test_the_bias_is_added_in_full_precision(kind: Kind) -> None:
+    plain = linear(64, 32, bias=True)
+    assert torch.equal(KINDS[kind](plain)(torch.zeros(3, 64)), plain.bias.expand(3, -1))
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(1, 64), (5, 64), (1, 2, 3, 64)])
+def test_leading_dimensions_are_kept(kind: Kind, shape: tuple[int, ...]) -> None:
+    y = KINDS[kind](linear(64, 48))(torch.ones(shape))
+    assert (y.shape, y.dtype) == ((*shape[:-1], 48), torch.float32)
+
+
+@kinds
+def test_each_output_channel_has_a_scale_of_its_own(kind: Kind) -> None:
+    plain = linear(128, 4)
+    plain.weight[2] *= 1000
+    plain.weight[3] = 0
+    x = torch.randn(50, 128, generator=torch.Generator().manual_seed(2))
+    got, expected = KINDS[kind](plain)(x), plain(x)
+    assert ((got - expected).norm(dim=0) <= 2 * ERROR[kind] * expected.norm(dim=0)).all()
+
+
+@kinds
+def test_a_row_with_one_large_number_keeps_its_direction(kind: Kind) -> None:
+    plain, x = linear(128, 64), torch.zeros(1, 128)
+    x[0, 7] = 1e4
+    got, expected = KINDS[kind](plain)(x), plain(x)
+    assert (got - expected).norm() < ERROR[kind] * expected.norm()
+
+
+@kinds
+def test_every_linear_layer_is_replaced_and_nothing_else(kind: Kind) -> None:
+    model = tiny_model("qwen2")
+    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    others = {name: type(m) for name, m in model.named_modules() if type(m) is not nn.Linear}
+    pack_linears(model, kind)
+    after = dict(model.named_modules())
+    assert "lm_head" in linears and len(linears) == 2 * 7 + 1
+    assert all(type(after[name]) is KINDS[kind] for name in linears)
+    assert all(type(after[name]) is its for name, its in others.items())
+    assert model.get_output_embeddings().weight.shape == (VOCAB, 64)
+
+
+def test_quantizing_leaves_torchs_quantization_engine_as_it_was() -> None:
+    before = torch.backends.quantized.engine
+    Int8Linear(linear(8, 8))
+    assert torch.backends.quantized.engine == before
+
+
+@kinds
+def test_a_model_of_these_layers_is_found_invariant(kind: Kind) -> None:
+    model = tiny_model("qwen2")
+    assert not is_invariant(model)
+    pack_linears(model, kind)
+    assert is_invariant(model)
+
+
+NOT_LINEAR = {
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=1, n_head=4, n_positions=64),
+    "mixtral": MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", NOT_LINEAR)
+def test_a_model_that_multiplies_outside_linear_layers_is_not_taken_for_invariant(
+    family: str,
+) -> None:
+    """GPT-2 has Conv1D, mixtures of experts have stacked weights; neither is replaced."""
+    model = seeded(AutoModelForCausalLM.from_config, NOT_LINEAR[family]).eval()
+    pack_linears(model.requires_grad_(False), "int8")
+    assert not is_invariant(model)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("rows", [200, 512, 700])
+@kinds
+def test_a_row_has_the_same_bits_among_the_rows_of_a_prefill(kind: Kind, rows: int) -> None:
+    layer, x = KINDS[kind](linear(576, 192)), inputs_of(rows, 576)
+    whole = layer(x)
+    for batch in (1, 2, 5, 16, 130):
+        assert torch.equal(layer(x[:batch]), whole[:batch]), batch
+        assert torch.equal(layer(x[-batch:]), whole[-batch:]), batch
+
+
+# ---------------------------------------------------------------- batch invariance of a model
+
+
+class Alone:
+    """Logits of one row fed token by token, nobody else in the cache."""
+
+    def __init__(self, decoder: PackedDecoder, prompt: Sequence[int]) -> None:
+        self.decoder, self.prompt = decoder, prompt
+
+    def decode(self, tokens: Sequence[int]) -> Tensor:
+        cache = self.decoder.new_cache(1, len(self.prompt) + len(tokens))
+        feed(self.decoder, cache, [(0, self.prompt)])
+        return torch.cat([feed(self.decoder, cache, [(0, [token])]) for token in tokens])
+
+
+def feed(
+    decoder: PackedDecoder, cache: SlotCache, rows: Sequence[tuple[int, Sequence[int]]]
+) -> Tensor:
+    tokens = torch.tensor([token for _, row in rows for token in row])
+    hidden = decoder.forward(cache, [(slot, len(row)) for slot, row in rows], tokens)
+    return decoder.logits(hidden)
+
+
+def text(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCAB, (length,), generator=generator).tolist()
+
+
+@pytest.fixture(scope="module", params=["float32", "int8", "int8wo"])
+def invariant(request: pytest.FixtureRequest) -> PackedDecoder:
+    return make_pair(tiny_model("qwen3"), None, precision=request.param, invariant=True).target
+
+
+@pytest.mark.parametrize("prompt", [3, 100, 125, 130, 255, 300])
+def test_logits_have_the_same_bits_alone_verified_and_among_others(
+    invariant: PackedDecoder, prompt: int
+) -> None:
+    """Eight tokens behind prompts on all sides of the key blocks' edges."""
+    prefix, tokens = text(prompt, 1), text(8, 2)
+    alone = Alone(invariant, prefix).decode(tokens)
+
+    cache = invariant.new_cache(1, 400)
+    feed(invariant, cache, [(0, prefix)])
+    assert torch.equal(feed(invariant, cache, [(0, tokens)]), alone)
+
+    # In the middle of 15 others: longer and shorter contexts, other numbers of tokens.
+    cache = invariant.new_cache(16, 400)
+    for slot in range(16):
+        feed(invariant, cache, [(slot, prefix if slot == 6 else text(1 + 25 * slot, 10 + slot))])
+    rows = [(slot, tokens if slot == 6 else text(1 + slot % 9, 30 + slot)) for slot in range(16)]
+    begin = sum(len(row) for _, row in rows[:6])
+    assert torch.equal(feed(invariant, cache, rows)[begin : begin + 8], alone)
+
+    # One by one among rows that prefill long prompts at the same time.
+    cache.rollback(6, prompt)
+    for i, token in enumerate(tokens):
+        cache.rollback(2, 0)
+        among = feed(invariant, cache, [(2, text(90 + i, 50)), (6, [token])])
+        assert torch.equal(among[-1], alone[i])
+
+
+@pytest.mark.parametrize("chunks", [[40], [30, 10], [1] * 12 + [28]], ids=len)
+def test_logits_after_a_prefill_have_the_same_bits_whatever_else_is_prefilled(
+    invariant: PackedDecoder, chunks: list[int]
+) -> None:
+    """A prompt chunked alike gives the same bits alone, among others, and in another slot."""
+    prompt, tail = text(40, 3), text(3, 4)
+
+    def fed(slot: int, others: Sequence[int]) -> Tensor:
+        cache = invariant.new_cache(6, 300)
+        begin = 0
+        for n in chunks:
+            rows = [(other, text(7 * other + 20, other)) for other in others]
+            for other in others:
+                cache.rollback(other, 0)
+            feed(invariant, cache, [*rows, (slot, prompt[begin : begin + n])])
+            begin += n
+        return feed(invariant, cache, [(slot, tail)])
+
+    alone = fed(0, [])
+    assert torch.equal(fed(5, [0, 2, 3]), alone)
+    assert torch.equal(fed(2, [4]), alone)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="fbgemm's switch is for x86")
+def test_a_processor_that_saturates_gets_seven_bits() -> None:
+    """A fresh process whose kernels may use AVX2 at most."""
+    program = (
+        "import torch\n"
+        "from specdec.model.linear import Int8Linear, activation_levels\n"
+        "linear = torch.nn.Linear(256, 32, bias=False)\n"
+        "linear.weight.data.fill_(1.0)\n"
+        "error = (Int8Linear(linear)(torch.ones(3, 256)) - 256).abs().max()\n"
+        "print(activation_levels(), error.item())"
+    )
+    environment = {**os.environ, "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
+    out = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    levels, error = out.stdout.split()
+    assert levels == "63" and float(error) < 0.1

@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from specdec.measure.calibration import Array, Flags
+from specdec.policies import estimators as module
+from specdec.policies.estimators import (
+    HEAD_SIGNALS,
+    ONLINE,
+    AcceptanceHead,
+    Estimator,
+    HeadEstimator,
+    ResidualBlock,
+    RowHistory,
+    Signal,
+    online_estimator,
+    read_signals,
+)
+from tests.specdec.workloads import random_head
+
+TOKEN_SIGNALS = frozenset({Signal.LOG_Q, Signal.LOG_TOP, Signal.ENTROPY})
+
+
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+# ------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals are read by a compiled kernel where there is one."""
+    if request.param == "torch":
+        monkeypatch.setattr(module, "kernels_over", lambda _: None)
+
+
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize(
+    ("shift", "dtype", "atol"),
+    [(0.0, torch.float32, 1e-6), (1000.0, torch.float32, 1e-3), (0.0, torch.bfloat16, 0.01)],
+)
+def test_signals_of_a_known_distribution(shift: float, dtype: torch.dtype, atol: float) -> None:
+    """Logits are free up to a constant; 1/2, 1/4, 1/8, 1/8 has an entropy of 7/4 ln 2."""
+    p = torch.tensor([[0.5, 0.25, 0.125, 0.125]] * 3)
+    logits = (p.log() + shift).to(dtype)
+    signals = read_signals(logits, torch.tensor([0, 1, 3]), torch.zeros(3, 4), TOKEN_SIGNALS)
+
+    def near(column: Signal, wanted: torch.Tensor) -> None:
+        torch.testing.assert_close(signals[:, column], wanted, atol=atol, rtol=0.0)
+
+    near(Signal.LOG_Q, torch.tensor([0.5, 0.25, 0.125]).log())
+    near(Signal.LOG_TOP, torch.full((3,), 0.5).log())
+    near(Signal.ENTROPY, torch.full((3,), 1.75 * np.log(2)))
+
+
+@pytest.mark.usefixtures("either_way")
+def test_entropy_of_random_flat_and_certain_distributions() -> None:
+    random = 5 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))
+    flat, certain = torch.zeros(1, 1000), torch.zeros(1, 1000)
+    certain[0, 7] = 200.0
+    logits = torch.cat([random, flat, certain])
+    entropy = read_signals(
+        logits, torch.zeros(52).long(), torch.zeros(52, 1), frozenset({Signal.ENTROPY})
+    )[:, Signal.ENTROPY]
+    log_p = logits.double().log_softmax(-1)
+    expected = -(log_p.exp() * log_p).sum(-1).float()
+    torch.testing.assert_close(entropy, expected, atol=1e-4, rtol=1e-5)
+    assert entropy[-1] == 0 and entropy[-2] == pytest.approx(np.log(1000), rel=1e-6)
+
+
+@pytest.mark.usefixtures("either_way")
+def test_a_candidate_drawn_against_all_odds_has_finite_signals() -> None:
+    logits = torch.tensor([[0.0, -500.0, -torch.inf]] * 3)
+    for token in (1, 2):
+        signals = read_signals(logits, torch.full((3,), token), torch.zeros(3, 1), TOKEN_SIGNALS)
+        assert torch.isfinite(signals).all() and (signals[:, Signal.LOG_Q] < -80).all()
+        assert not signals[:, Signal.ENTROPY].any()
+
+
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("wanted", [set(), {Signal.LOG_Q}, {Signal.LOG_TOP, Signal.ENTROPY}])
+def test_signals_that_nobody_wants_are_zero(wanted: set[Signal]) -> None:
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
+    signals = read_signals(logits, torch.arange(4), torch.zeros(4, 2), frozenset(wanted))
+    assert signals.shape == (4, len(Signal))
+    assert {column for column in Signal if signals[:, column].any()} == wanted
+
+
+@pytest.mark.usefixtures("either_way")
+def test_the_heads_signals_are_its_debiased_logits() -> None:
+    head = random_head(8)
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
+    tokens = torch.tensor([3, 1, 4, 1])
+    token_signals = read_signals(logits, tokens, hidden, TOKEN_SIGNALS)[:, : len(TOKEN_SIGNALS)]
+    signals = read_signals(logits, tokens, hidden, HEAD_SIGNALS, head)
+    judged = signals[:, [Signal.HEAD_BEFORE, Signal.HEAD_AFTER]]
+    torch.testing.assert_close(judged, head(hidden, token_signals) + np.log(head.reject_weight))
+
+
+def test_what_is_known_before_the_draw_does_not_depend_on_the_candidate() -> None:
+    """The invariant of rejection sampling rests on it."""
+    head = random_head(8)
+    logits = torch.randn(1, 9, generator=torch.Generator().manual_seed(1)).expand(9, -1)
+    hidden = torch.randn(1, 8, generator=torch.Generator().manual_seed(2)).expand(9, -1)
+    signals = read_signals(logits, torch.arange(9), hidden, frozenset(Signal), head)
+    for column in (Signal.LOG_TOP, Signal.ENTROPY, Signal.HEAD_BEFORE):
+        assert len(set(signals[:, column].tolist())) == 1
+    for column in (Signal.LOG_Q, Signal.HEAD_AFTER):
+        assert len(set(signals[:, column].tolist())) == 9
+    host, typical = signals.double().numpy(), np.full(9, 0.6)
+    for estimator in estimators().values():
+        before, after = estimator.predict(host, typical)
+        assert len(set(before.tolist())) == 1 and len(set(after.tolist())) == 9
+
+
+# ---------------------------------------------------------------------------------- head
+
+
+def test_the_heads_blocks_have_weights_of_their_own() -> None:
+    """A mistake seen in public code: `[block] * n` repeats one module n times."""
+    head = AcceptanceHead(8, depth=3)
+    assert len(head.blocks) == 3
+    places = [p.data_ptr() for block in head.blocks for p in block.parameters()]
+    assert len(set(places)) == len(places) == 6
+    first, second, _ = head.blocks
+    assert isinstance(first, ResidualBlock) and isinstance(second, ResidualBlock)
+    with torch.no_grad():
+        first.linear.weight.fill_(1.0)
+    assert not second.linear.weight.any()
+
+
+def test_a_new_head_is_linear_in_the_hidden_state() -> None:
+    head = AcceptanceHead(8, depth=3)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(head.blocks(x), x)
+    assert head(x, torch.zeros(5, 3)).shape == (5, 2)
+
+
+def test_a_block_adds_silu_of_a_linear_layer() -> None:
+    head = random_head(8)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    block = head.blocks[0]
+    assert isinstance(block, ResidualBlock)
+    y = x @ block.linear.weight.T + block.linear.bias
+    torch.testing.assert_close(block(x), x + y / (1 + (-y).exp()))
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0, 6.0, 30.0])
+def test_debiasing_inverts_what_the_training_weights_do(weight: float) -> None:
+    """Weighting rejections by w turns P into P / (P + w (1 - P))."""
+    p = torch.tensor([0.01, 0.2, 0.5, 0.9, 0.999], dtype=torch.float64)
+    biased = p / (p + weight * (1 - p))
+    head = AcceptanceHead(1, depth=0, reject_weight=weight).double()
+    with torch.no_grad():
+        for layer in (head.before, head.after):
+            layer.weight.zero_()[0, 0] = 1.0
+            layer.bias.zero_()
+    trained = biased.logit()[:, None]  # a head that has learnt the biased odds by heart
+    none = torch.zeros(5, 3, dtype=torch.float64)
+    torch.testing.assert_close(head(trained, none).sigmoid(), biased[:, None].expand(-1, 2))
+    torch.testing.assert_close(head.debiased(trained, none).sigmoid(), p[:, None].expand(-1, 2))
+
+
+# ------------------------------------------------------------------------------- history
+
+
+def test_a_rows_history_forgets() -> None:
+    """Round by round, to what the last rounds alone would give."""
+    history = RowHistory()
+    history.add(4, 4)
+    history.add(2, 0)
+    kept = RowHistory.FORGET
+    assert (history.judged, history.accepted) == (kept * 4 + 2, kept * 4)
+    for _ in range(500):
+        history.add(3, 0)
+    assert history.accepted < 1e-3
+    assert history.judged == pytest.approx(3 / (1 - kept), rel=1e-3)
+
+
+# ---------------------------------------------------------------------------- estimators
+
+
+def estimators() -> dict[str, Estimator]:
+    return {**{name: online_estimator(name) for name in ONLINE}, "head": HeadEstimator()}
+
+
+def world(n: int, seed: int = 0) -> tuple[Array, Array]:
+    """Signals as a draft might give them, and the rates of the rows they come from."""
+    random = np.random.default_rng(seed)
+    signals = np.zeros((n, len(Signal)))
+    signals[:, Signal.LOG_TOP] = -random.exponential(0.7, n)
+    signals[:, Signal.LOG_Q] = signals[:, Signal.LOG_TOP] - random.exponential(0.5, n)
+    signals[:, Signal.ENTROPY] = random.exponential(1.0, n)
+    signals[:, Signal.HEAD_BEFORE] = random.normal(0.5, 1.5, n)
+    signals[:, Signal.HEAD_AFTER] = signals[:, Signal.HEAD_BEFORE] + random.normal(0, 0.5, n)
+    return signals, random.uniform(0.3, 0.9, n)
+
+
+def log_loss(p: Array, accepted: Flags) -> float:
+    return float(-np.log(np.where(accepted, p, 1 - p)).mean())
+
+
+@pytest.mark.parametrize("name", [*ONLINE, "head"])
+def test_every_estimator_does_what_the_protocol_says(name: str) -> None:
+    estimator = estimators()[name]
+    assert estimator.wanted <= set(Signal)
+    signals, typical = world(200)
+    for _ in range(3):
+        for p in estimator.predict(signals, typical):
+            assert p.shape == (200,) and ((p > 0) & (p < 1)).all()
+        estimator.learn(signals, typical, np.arange(200) % 3 > 0)
+    # Nothing else than the wanted columns is looked at.
+    blind = np.where([column in estimator.wanted for column in Signal], signals, np.nan)
+    for p, q in zip(
+        estimator.predict(signals, typical), estimator.predict(blind, typical), strict=True
+    ):
+        np.testing.assert_array_equal(p, q)
+    empty = estimator.predict(signals[:0], typical[:0])
+    assert [len(p) for p in empty] == [0, 0]
+
+
+def confidence_law(signals: Array, typical: Array) -> Array:
+    odds = np.log(typical / (1 - typical))
+    logit = 1.5 + 1.2 * signals[:, Signal.LOG_Q] - 0.4 * signals[:, Signal.LOG_TOP] + 0.8 * odds
+    return sigmoid(logit)
+
+
+def entropy_law(signals: Array, typical: Array) -> Array:
+    return sigmoid(2.0 + 0.3 * signals[:, Signal.LOG_Q] - 1.5 * signals[:, Signal.ENTROPY])
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(
+    ("name", "law"), [("confidence", confidence_law), ("entropy", entropy_law)]
+)
+def test_online_estimators_find_a_law_of_their_kind(
+    name: str, law: Callable[[Array, Array], Array]
+) -> None:
+    """20,000 candidates, a few at a time, as rounds bring them; other seeds give the same."""
+    estimator, prior = online_estimator(name), online_estimator(name)
+    signals, typical = world(20_000)
+    truth = law(signals, typical)
+    accepted = np.random.default_rng(1).random(20_000) < truth
+    for at in np.array_split(np.arange(20_000), 1000):
+        estimator.learn(signals[at], typical[at], accepted[at])
+    signals, typical = world(5000, seed=2)
+    truth = law(signals, typical)
+    accepted = np.random.default_rng(3).random(5000) < truth
+    before, after = estimator.predict(signals, typical)
+    assert np.abs(after - truth).mean() < 0.03
+    # Not knowing the candidate costs something, but what is said is true on average.
+    assert abs(before.mean() - truth.mean()) < 0.02
+    guess_before, guess_after = prior.predict(signals, typical)
+    least = log_loss(truth, accepted)
+    assert log_loss(after, accepted) < least + 0.005 < log_loss(guess_after, accepted)
+    assert log_loss(after, accepted) < log_loss(before, accepted)
+    assert log_loss(before, accepted) < log_loss(guess_before, accepted)
+
+
+def test_online_estimators_follow_a_law_that_changes() -> None:
+    estimator = online_estimator("confidence")
+    signals, typical = world(200)
+    for _ in range(200):
+        estimator.learn(signals, typical, np.ones(200, dtype=bool))
+    assert estimator.predict(signals, typical)[1].mean() > 0.95
+    for _ in range(200):
+        estimator.learn(signals, typical, np.zeros(200, dtype=bool))
+    assert estimator.predict(signals, typical)[1].mean() < 0.05
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("batch", [1, 16, 64])
+@pytest.mark.parametrize("log_q", [-1.0, -4.0, -8.0])
+def test_first_candidates_do_not_throw_an_online_estimator_off(batch: int, log_q: float) -> None:
+    """A draft whose confidence says nothing, against the guess that an estimator begins with.
+
+    Whole Newton steps ran off to predictions of 0 and 1 here, for good: an error of 0.38.
+    """
+    rng = np.random.default_rng(0)
+    estimator = online_estimator("confidence")
+
+    def candidates(n: int) -> tuple[Array, Array, Flags]:
+        signals = np.zeros((n, len(Signal)))
+        signals[:, Signal.LOG_Q] = rng.normal(log_q, 1.5, n)
+        signals[:, Signal.LOG_TOP] = rng.normal(log_q / 2, 0.5, n)
+        return signals, np.full(n, 0.35), rng.random(n) < 0.32
+
+    for _ in range(640 // batch):
+        estimator.learn(*candidates(batch))
+    signals, typical, accepted = candidates(5000)
+    for p in estimator.predict(signals, typical):
+        assert np.abs(p - 0.32).mean() < 0.08
+        assert log_loss(p, accepted) < log_loss(np.full(5000, 0.32), accepted) + 0.03
+
+
+def test_one_odd_batch_does_not_upset_an_online_estimator() -> None:
+    """Extreme signals, all candidates alike: weights and predictions stay finite."""
+    estimator = online_estimator("confidence")
+    signals, typical = world(50)
+    signals[:, Signal.LOG_Q] = -87.0
+    for accepted in (True, False, True):
+        estimator.learn(signals, typical, np.full(50, accepted))
+    for p in estimator.predict(*world(50, seed=5)):
+        assert np.isfinite(p).all() and ((p > 0) & (p < 1)).all()
+
+
+def head_world(lie: float, n: int = 4000) -> tuple[Array, Array, Flags]:
+    """Candidates accepted with the head's probability, moved by `lie` in log odds."""
+    signals, typical = world(n, seed=4)
+    truth = sigmoid(signals[:, Signal.HEAD_AFTER] - lie)
+    return signals, typical, np.random.default_rng(5).random(n) < truth
+
+
+@pytest.mark.statistical
+def test_a_head_that_tells_the_truth_is_believed() -> None:
+    """Its calibration error over 1,000 remembered candidates is about 0.03; 0.15 is never met."""
+    estimator = HeadEstimator()
+    signals, typical, accepted = head_world(lie=0.0)
+    for at in np.array_split(np.arange(len(signals)), 200):
+        estimator.learn(signals[at], typical[at], accepted[at])
+        assert not estimator.fallen_back
+    before, after = estimator.predict(signals, typical)
+    np.testing.assert_allclose(before, sigmoid(signals[:, Signal.HEAD_BEFORE]))
+    np.testing.assert_allclose(after, sigmoid(signals[:, Signal.HEAD_AFTER]))
+
+
+@pytest.mark.parametrize("lie", [-2.5, 2.5])
+def test_a_head_that_is_wrong_is_replaced_by_what_was_learnt_meanwhile(lie: float) -> None:
+    estimator = HeadEstimator()
+    signals, typical, accepted = head_world(lie)
+    for at in np.array_split(np.arange(len(signals)), 200):
+        seen = estimator.calibration.judged
+        estimator.learn(signals[at], typical[at], accepted[at])
+        if estimator.fallen_back:
+            break
+    # Not by a handful of candidates, and soon after there were enough.
+    assert HeadEstimator.LEAST - 20 < seen < 2 * HeadEstimator.LEAST
+    predicted = estimator.predict(signals, typical)[1]
+    np.testing.assert_array_equal(predicted, estimator.fallback.predict(signals, typical)[1])
+    assert abs(predicted.mean() - accepted.mean()) < 0.1
+
+
+def test_a_head_that_goes_wrong_later_is_noticed() -> None:
+    """Old truths are forgotten: a job's later shards may be of another kind."""
+    estimator = HeadEstimator()
+    for lie in (0.0, 0.0, 0.0, 3.0):
+        assert not estimator.fallen_back
+        signals, typical, accepted = head_world(lie)
+        for at in np.array_split(np.arange(len(signals)), 200):
+            estimator.learn(signals[at], typical[at], accepted[at])
+    assert estimator.fallen_back
+
+
+def test_the_online_estimator_learns_for_ever_from_greedy_candidates() -> None:
+    """Their two probabilities are one; once the prior was forgotten, the system was singular."""
+    rng = np.random.default_rng(0)
+    estimator = online_estimator("confidence")
+    typical = np.full(20, 0.5)
+    signals = np.zeros((20, len(Signal)))
+    for _ in range(15_000):
+        log_q = -rng.exponential(1, 20)
+        signals[:, Signal.LOG_Q] = signals[:, Signal.LOG_TOP] = log_q
+        estimator.learn(signals, typical, rng.random(20) < np.exp(log_q))
+    assert all(np.isfinite(p).all() for p in estimator.predict(signals, typical))
