@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.spec import load_job
-from pipeline.config import JobConfig
-from pipeline.generate import load_pair
-from pipeline.prompts import PromptRenderer, row_sampling
-from pipeline.run import connected, run_job
+from pipeline.config.job import JobConfig
+from pipeline.generate.actor import load_pair
+from pipeline.inputs.prompts import PromptRenderer, row_sampling
+from pipeline.run.run import connected, run_job
 from specdec.engine.engine import Engine
 from specdec.loading.pair import ModelPair
 from specdec.policies.registry import make_policy

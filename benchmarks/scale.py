@@ -45,10 +45,10 @@ sys.path.append(str(ROOT))
 
 from pipeline import generate, manifest  # noqa: E402
 from pipeline import run as run_module  # noqa: E402
-from pipeline.config import JobConfig, S3Config  # noqa: E402
-from pipeline.progress import JobProgress  # noqa: E402
-from pipeline.run import plan_job, run_job  # noqa: E402
-from pipeline.source import UnitDatasource  # noqa: E402
+from pipeline.config.job import JobConfig, S3Config  # noqa: E402
+from pipeline.inputs.source import UnitDatasource  # noqa: E402
+from pipeline.observe.progress import JobProgress  # noqa: E402
+from pipeline.run.run import plan_job, run_job  # noqa: E402
 from specdec.engine.engine import EngineStats  # noqa: E402
 from specdec.policies.registry import make_policy  # noqa: E402
 from specdec.request import Completion, Counts, Request  # noqa: E402

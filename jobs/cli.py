@@ -25,7 +25,7 @@ from jobs.spec import load_job
 from jobs.train_head import train_head
 from jobs.training import distill
 from jobs.verify import verify
-from pipeline.config import JobConfig
+from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 
 app = typer.Typer(
@@ -109,7 +109,7 @@ def run(
                 raise UserError("--fork starts a new output; leave out --only-failed and --extend")
             original, job = job, load_job(file, [*(overrides or []), f"output={json.dumps(fork)}"])
             _check_fork(original, job)
-        from pipeline.run import Mode, run_job
+        from pipeline.run.run import Mode, run_job
 
         mode = Mode(
             only_failed=only_failed,
@@ -148,7 +148,7 @@ def _nothing_to_do(only_failed: bool) -> str:
 
 def _check_fork(original: JobConfig, job: JobConfig) -> None:
     """Check that there is a job to fork from, and that it is left alone."""
-    from pipeline.manifest import open_output
+    from pipeline.commit.manifest import open_output
 
     if original.output.rstrip("/") == job.output.rstrip("/"):
         raise UserError(f"--fork {job.output}: this is the job's own output; name another")
@@ -168,16 +168,16 @@ def validate(file: JobFile, overrides: Overrides = None) -> None:
         for name in filter(None, (job.models.target, job.models.draft)):
             _check_model(name)
         if job.speculation.policy != "none":
-            from pipeline.models import check_tokenizers
+            from pipeline.config.model_identity import check_tokenizers
 
             check_tokenizers(job.models)
         if job.speculation.head is not None:
-            from pipeline.models import head_identity
+            from pipeline.config.model_identity import head_identity
 
             head_identity(job.speculation.head)
-        from pipeline.listing import list_inputs
-        from pipeline.preflight import check_output
-        from pipeline.storage import check_access, is_s3, resolved
+        from pipeline.inputs.listing import list_inputs
+        from pipeline.run.preflight import check_output
+        from pipeline.storage.folder import check_access, is_s3, resolved
 
         s3 = resolved(job.s3, used=any(map(is_s3, (*job.input.paths, job.output))))
         check_output(job.output, job.input.paths)
@@ -219,7 +219,7 @@ app.add_typer(nightly)
 
 def _version(value: bool) -> None:
     if value:
-        from pipeline.manifest import versions
+        from pipeline.commit.manifest import versions
 
         print(f"specbatch {versions()['specbatch']}")
         raise typer.Exit

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from pipeline.config import JobConfig
+from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 
 PACKAGES = ("jobs", "pipeline", "specdec")
@@ -209,7 +209,7 @@ class Cluster:
         Raises:
             UserError: the working directory holds no specbatch, though its code should run.
         """
-        from pipeline.manifest import versions
+        from pipeline.commit.manifest import versions
 
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         config = job.model_dump(mode="json", exclude_unset=True)

@@ -16,11 +16,11 @@ from typing import Any
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from pipeline.commit.stats import UnitRecord, parts
+from pipeline.config.prices import Prices, price
 from pipeline.errors import UserError
-from pipeline.ledger import WORK, Account, Reconciliation, Run, read_ledger, reconcile
-from pipeline.prices import Prices, price
-from pipeline.stats import UnitRecord, parts
-from pipeline.storage import Folder
+from pipeline.observe.ledger import WORK, Account, Reconciliation, Run, read_ledger, reconcile
+from pipeline.storage.folder import Folder
 
 STATES = (
     "start",

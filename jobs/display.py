@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from jobs.console import err
-from pipeline.progress import JobProgress, OnProgress
+from pipeline.observe.progress import JobProgress, OnProgress
 
 _LOG_SECONDS = 30
 

@@ -38,8 +38,8 @@ def explain(
       specbatch explain out/demo --row part-0.parquet:0:0
     """
     with explained():
-        from pipeline.manifest import open_output
-        from pipeline.trace import read_rounds
+        from pipeline.commit.manifest import open_output
+        from pipeline.commit.trace import read_rounds
 
         rounds = read_rounds(open_output(output, s3_options(endpoint, profile)), row)
         if not rounds:

@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 
 from jobs.report import read_summary
 from jobs.timeline import Timeline, timeline
-from pipeline import manifest
-from pipeline.config import InputConfig, S3Config
-from pipeline.prices import Prices
-from pipeline.prompts import required_columns
-from pipeline.rows import RAW_LINE
-from pipeline.schema import ROW_ID
-from pipeline.stats import UnitRecord, parts, reliability, summarise
-from pipeline.storage import Folder
+from pipeline.commit import manifest
+from pipeline.commit.schema import ROW_ID
+from pipeline.commit.stats import UnitRecord, parts, reliability, summarise
+from pipeline.config.job import InputConfig, S3Config
+from pipeline.config.prices import Prices
+from pipeline.inputs.jsonl import RAW_LINE
+from pipeline.inputs.prompts import required_columns
+from pipeline.storage.folder import Folder
 from specdec.measure.speedup import Rounds, SpeedupMeter
 
 _EXCERPT = 240
@@ -62,11 +62,11 @@ class Findings:
         job: `_specbatch/job.json`: name, created, versions, config.
         ended: when it was finished, ISO 8601; None if it is not.
         versions: of the run that finished it, or else of the one that began it.
-        summary: `pipeline.stats.summarise`, with its cost.
+        summary: `pipeline.commit.stats.summarise`, with its cost.
         actors: a summary for each actor, with `actor` and `node`, most tokens first.
         timeline: speed over the time in which the job worked.
         reliability: bins of predicted against observed acceptance by (by, name); see
-            `pipeline.stats.reliability`.
+            `pipeline.commit.stats.reliability`.
         rounds: rounds of rows by candidates verified.
         speeds: class of live batch, tokens per second with speculation and in control rounds.
         errors: for each error class a few failed rows.

@@ -10,7 +10,7 @@ import typer
 
 from jobs.console import explained, out
 from pipeline.errors import UserError
-from pipeline.metrics import COUNTERS, GAUGES
+from pipeline.observe.metrics import COUNTERS, GAUGES
 
 _WIDTH, _HEIGHT = 8, 8
 _RANGE = "$__rate_interval"

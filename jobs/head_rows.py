@@ -8,11 +8,11 @@ from typing import Any
 
 from jobs.console import err
 from jobs.head_report import early_lines
-from pipeline.config import JobConfig, S3Config
+from pipeline.config.job import JobConfig, S3Config
 from pipeline.errors import RowError, UserError
-from pipeline.prompts import PromptRenderer, row_sampling
-from pipeline.sample import Sample
-from pipeline.training_data import open_job, read_examples
+from pipeline.inputs.prompts import PromptRenderer, row_sampling
+from pipeline.inputs.sample import Sample
+from pipeline.outputs.training_data import open_job, read_examples
 from specdec.engine.engine import Engine
 from specdec.loading.pair import ModelPair
 from specdec.policies.registry import make_policy

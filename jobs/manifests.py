@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import ActorsConfig, JobConfig
+from pipeline.config.job import ActorsConfig, JobConfig
 from pipeline.errors import UserError
 
 _FOLDER, _FILE = "/etc/specbatch", "job.yaml"

@@ -16,9 +16,9 @@ from jobs.amounts import amount, moment, money, number, percent, short
 from jobs.charts import Chart
 from jobs.findings import Findings, gather
 from jobs.report_command import PAGE
-from pipeline import manifest
-from pipeline.config import S3Config
-from pipeline.prices import Prices
+from pipeline.commit import manifest
+from pipeline.config.job import S3Config
+from pipeline.config.prices import Prices
 
 _OVER_TIME = (
     ("Goodput over time", "tokens per second", "goodput", 0.0),

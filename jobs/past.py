@@ -11,11 +11,11 @@ from typing import Any
 
 from jobs.amounts import money, number
 from jobs.report import read_summary
-from pipeline import manifest
-from pipeline.config import S3Config
+from pipeline.commit import manifest
+from pipeline.config.job import S3Config
+from pipeline.config.prices import Prices
 from pipeline.errors import UserError
-from pipeline.prices import Prices
-from pipeline.storage import Folder, check_access, is_s3, resolved
+from pipeline.storage.folder import Folder, check_access, is_s3, resolved
 
 _THREADS = 16
 _DEPTH = 5
@@ -31,7 +31,7 @@ class PastJob:
         name: the job's.
         date: when it was finished, or else when it was begun.
         finished: whether it is done.
-        summary: the job in numbers (`pipeline.stats.summarise`), with its cost.
+        summary: the job in numbers (`pipeline.commit.stats.summarise`), with its cost.
         config: its job file, with defaults filled in.
         fingerprint: all that changed its results.
     """

@@ -24,14 +24,14 @@ from jobs.amounts import money
 from jobs.console import explained, out
 from jobs.display import duration, stages
 from jobs.spec import load_job, load_prices
-from pipeline.config import JobConfig
+from pipeline.config.job import JobConfig
+from pipeline.config.prices import Hardware, Priced, Prices, default_prices, price
 from pipeline.errors import UserError
-from pipeline.prices import Hardware, Priced, Prices, default_prices, price
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from jobs.display import Show
-    from pipeline.rehearsal import Rehearsal, Round
-    from pipeline.run import JobPlan
+    from pipeline.generate.rehearsal import Rehearsal, Round
+    from pipeline.run.run import JobPlan
 
 _BLOCKS = 8
 """Groups of rounds whose speeds are compared, to know how sure the speed is."""
@@ -141,7 +141,7 @@ def plan(
     with explained("Nothing was written."):
         job = load_job(file, overrides or [])
         table = load_prices(prices) if prices else job.prices or default_prices()
-        from pipeline.run import plan_job
+        from pipeline.run.run import plan_job
 
         planned = plan_job(job)
         with stages() as show:
@@ -158,8 +158,8 @@ def make_plan(planned: JobPlan, prices: Prices, count: int, seed: int, show: Sho
     Raises:
         UserError: no row can be completed, or the models do not fit.
     """
-    from pipeline import manifest
-    from pipeline.sample import choose_rows
+    from pipeline.commit import manifest
+    from pipeline.inputs.sample import choose_rows
 
     job = planned.job
     finished = manifest.committed(planned.output, planned.units)
@@ -207,9 +207,9 @@ def make_plan(planned: JobPlan, prices: Prices, count: int, seed: int, show: Sho
 
 
 def _done(planned: JobPlan, units: set[str], prices: Prices) -> Done:
-    from pipeline import manifest
-    from pipeline.books import spent
-    from pipeline.ledger import read_ledger
+    from pipeline.commit import manifest
+    from pipeline.observe.budget import spent
+    from pipeline.observe.ledger import read_ledger
 
     records = manifest.read_records(planned.output, units)
     before = spent(read_ledger(planned.output), prices)
@@ -248,8 +248,8 @@ def _rehearse(job: JobConfig, rows: Any, show: Show) -> tuple[Rehearsal, float, 
     """
     import ray
 
-    from pipeline.pool import actor_options, check_resources
-    from pipeline.run import connected
+    from pipeline.generate.pool import actor_options, check_resources
+    from pipeline.run.run import connected
 
     show("starting Ray", 0.0)
     with connected():
@@ -271,8 +271,8 @@ def _rehearse(job: JobConfig, rows: Any, show: Show) -> tuple[Rehearsal, float, 
 
 def _rehearse_there(job: JobConfig, rows: Any, wanted: float) -> tuple[Rehearsal, float, Hardware]:
     """In a process like an actor's, which was asked for at `wanted`."""
-    from pipeline.ledger import process_age, this_hardware
-    from pipeline.rehearsal import rehearse
+    from pipeline.generate.rehearsal import rehearse
+    from pipeline.observe.ledger import process_age, this_hardware
 
     start = min(process_age(), max(0.0, time.time() - wanted))
     return rehearse(job, rows), start, this_hardware()

@@ -13,11 +13,11 @@ import typer
 from jobs.console import explained, out
 from jobs.display import Show, stages
 from jobs.spec import load_job
-from pipeline.config import JobConfig
+from pipeline.config.job import JobConfig
 from pipeline.errors import RowError, UserError, nearest
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
-    from pipeline.sample import Sample
+    from pipeline.inputs.sample import Sample
     from specdec.loading.pair import ModelPair
     from specdec.policies.base import StopPolicy
     from specdec.policies.costs import CostModel
@@ -72,8 +72,8 @@ def profile(
         job = load_job(file, overrides or [])
         if job.models.draft is None:
             raise UserError("models.draft: none is given; a profile tells what a draft is worth")
-        from pipeline.run import plan_job
-        from pipeline.sample import sample_rows
+        from pipeline.inputs.sample import sample_rows
+        from pipeline.run.run import plan_job
 
         # What is wrong with the input should show before models are loaded.
         plan = plan_job(job)
@@ -167,7 +167,7 @@ def _notes(rows: int, left_out: Mapping[str, int]) -> Iterator[str]:
 def _load(job: JobConfig) -> ModelPair:
     from transformers.utils import logging as notices
 
-    from pipeline.generate import load_pair
+    from pipeline.generate.actor import load_pair
     from specdec.loading.sources import PairError
 
     notices.set_verbosity_error()
@@ -183,7 +183,7 @@ def _load(job: JobConfig) -> ModelPair:
 
 def _head(job: JobConfig, pair: ModelPair) -> Any:
     """The job's acceptance head, or None."""
-    from pipeline.generate import load_acceptance_head
+    from pipeline.generate.actor import load_acceptance_head
     from specdec.loading.sources import PairError
 
     try:
@@ -196,7 +196,7 @@ def _texts(
     job: JobConfig, pair: ModelPair, sample: Sample, class_column: str | None, show: Show
 ) -> tuple[list[Text], dict[str, int]]:
     """The target's completions of the rows, and why rows were left out, with how many."""
-    from pipeline.prompts import SAMPLING_COLUMN, PromptRenderer, row_sampling
+    from pipeline.inputs.prompts import SAMPLING_COLUMN, PromptRenderer, row_sampling
     from specdec.engine.engine import Engine
     from specdec.policies.registry import make_policy
     from specdec.request import Request

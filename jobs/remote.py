@@ -17,7 +17,7 @@ from rich.markup import escape
 from jobs.cluster import Cluster, ClusterJob, Code, Submission, environment, find_address
 from jobs.console import FAILURE, INTERRUPTED, err, explained, out
 from jobs.spec import load_job, s3_options
-from pipeline.config import JobConfig
+from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -309,8 +309,8 @@ def stop(
 
 def _stop_output(url: str, endpoint: str | None, profile: str | None, wait: bool) -> None:
     from jobs.watching import render, view_of_output
-    from pipeline.manifest import open_output
-    from pipeline.status import request_stop
+    from pipeline.commit.manifest import open_output
+    from pipeline.observe.status import request_stop
 
     s3 = s3_options(endpoint, profile)
     view = view_of_output(url, s3)

@@ -14,7 +14,7 @@ from jobs.cluster import find_address
 from jobs.console import explained
 from jobs.manifests import Pods
 from jobs.spec import load_job
-from pipeline.config import JobConfig
+from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 
 app = typer.Typer(

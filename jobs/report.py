@@ -13,10 +13,10 @@ from rich.table import Table
 
 from jobs.amounts import money
 from jobs.cost import committed_seconds, committed_seconds_of, read_cost
-from pipeline import manifest
-from pipeline.config import S3Config
-from pipeline.prices import Prices
-from pipeline.stats import summarise
+from pipeline.commit import manifest
+from pipeline.commit.stats import summarise
+from pipeline.config.job import S3Config
+from pipeline.config.prices import Prices
 
 _INPUTS_SHOWN = 10
 

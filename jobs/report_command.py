@@ -14,9 +14,9 @@ from typer.core import TyperCommand
 
 from jobs.console import err, explained, out
 from jobs.spec import load_prices, s3_options
-from pipeline.config import JobConfig, S3Config
+from pipeline.config.job import JobConfig, S3Config
+from pipeline.config.prices import Prices
 from pipeline.errors import JobStopped, UserError
-from pipeline.prices import Prices
 
 
 class ReportCommand(TyperCommand):

@@ -16,12 +16,12 @@ from rich.markup import escape
 
 from jobs.console import err, explained, out, stop_signals
 from jobs.spec import build_job, s3_options
-from pipeline.config import JobConfig
+from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.openai_responses import Written
-    from pipeline.run import JobPlan
+    from pipeline.outputs.openai_responses import Written
+    from pipeline.run.run import JobPlan
 
 FOLDER_SUFFIX = ".specbatch"
 
@@ -122,7 +122,7 @@ def _this_machine() -> dict[str, Any]:
 def _run(job: JobConfig, responses: str, errors: str, model: str, quiet: bool) -> None:
     from jobs.display import progress_bar
     from jobs.report import render
-    from pipeline.run import plan_job, run_job
+    from pipeline.run.run import plan_job, run_job
 
     if quiet:
         with stop_signals() as stop:
@@ -141,8 +141,8 @@ def _run(job: JobConfig, responses: str, errors: str, model: str, quiet: bool) -
 
 def _write(plan: JobPlan, responses: str, errors: str, model: str) -> Written:
     """The output files, each replaced in one step; no error file if there are no errors."""
-    from pipeline.openai_responses import write_responses
-    from pipeline.storage import publish, remove
+    from pipeline.outputs.openai_responses import write_responses
+    from pipeline.storage.folder import publish, remove
 
     s3 = plan.job.s3
     with tempfile.TemporaryDirectory() as scratch:

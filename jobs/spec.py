@@ -11,9 +11,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import JobConfig, S3Config
+from pipeline.config.job import JobConfig, S3Config
+from pipeline.config.prices import Prices
 from pipeline.errors import UserError, nearest
-from pipeline.prices import Prices
 
 _MOST_LINES = 20
 _OWN_WORDS = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.stats import UnitRecord
+from pipeline.commit.stats import UnitRecord
 
 Array = NDArray[np.float64]
 

@@ -18,12 +18,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from jobs.console import err, explained, out
 from jobs.spec import explain, load_job
-from pipeline.config import JobConfig, S3Config
+from pipeline.config.job import JobConfig, S3Config
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from jobs.head_rows import HeadRows, Show
-    from pipeline.sample import Sample
+    from pipeline.inputs.sample import Sample
     from specdec.loading.pair import ModelPair
     from specdec.training.head import HeadSettings
     from specdec.training.labels import LabelSettings
@@ -163,7 +163,7 @@ def train_head(
         }
         if sum(value is not None for value in columns.values()) > 1:
             raise UserError("give one of --messages-column, --prompt-column and --template")
-        from pipeline.sample import sample_rows
+        from pipeline.inputs.sample import sample_rows
 
         # Prompts come before models, which take longer to load: mistakes should show at once.
         mine: Sample | None = None
@@ -210,7 +210,7 @@ def _base(job: Path | None, outputs: Sequence[str], s3: S3Config) -> dict[str, A
         return load_job(job).model_dump()
     if not outputs:
         return {"input": {"paths": ["(none)"], "prompt_column": "prompt"}}
-    from pipeline.training_data import open_job
+    from pipeline.outputs.training_data import open_job
 
     opened = [open_job(output, s3) for output in outputs]
     for other in opened[1:]:
@@ -301,7 +301,7 @@ def _train(
 ) -> None:
     from jobs.head_report import plot, tables, verdict
     from jobs.head_rows import label_all
-    from pipeline.manifest import versions
+    from pipeline.commit.manifest import versions
     from specdec.loading.head_files import save_head
     from specdec.training.head import Epoch, calibrate, describe_labels, evaluate, train_head
     from specdec.training.labels import Part

@@ -17,11 +17,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from jobs.console import err, explained, out
-from pipeline.config import S3Config
+from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
-    from pipeline.training_data import JobOutput
+    from pipeline.outputs.training_data import JobOutput
     from specdec.loading.pair import ModelPair
     from specdec.training.evaluate import Agreements
     from specdec.training.examples import Example
@@ -121,7 +121,7 @@ def distill(
     with explained("Run the same command again to resume."), _user_errors():
         from pydantic import ValidationError
 
-        from pipeline.training_data import open_job
+        from pipeline.outputs.training_data import open_job
         from specdec.training.settings import Settings
         from specdec.training.workspace import Workspace
 
@@ -168,7 +168,7 @@ def distill(
             torch.set_num_threads(threads)
         from transformers.utils import logging as notices
 
-        from pipeline.manifest import versions
+        from pipeline.commit.manifest import versions
         from specdec.loading.pair import ModelPair
         from specdec.training.distill import distill as run
 
@@ -223,7 +223,7 @@ def _common_target(jobs: list[JobOutput]) -> str:
     Raises:
         UserError: it is not.
     """
-    from pipeline.models import model_identity
+    from pipeline.config.model_identity import model_identity
 
     pins = {job.folder.url: _pin(job.target) for job in jobs}
     if len(set(pins.values())) > 1:
@@ -247,7 +247,7 @@ def _pin(identity: Mapping[str, str]) -> str:
 def _examples(
     jobs: list[JobOutput], pair: ModelPair, limit: int | None, by: str | None
 ) -> list[Example]:
-    from pipeline.training_data import read_examples
+    from pipeline.outputs.training_data import read_examples
 
     examples: list[Example] = []
     for job in jobs:

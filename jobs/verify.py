@@ -46,7 +46,7 @@ def verify(
     """
     with explained():
         s3 = s3_options(endpoint, profile)
-        from pipeline.verify import verify as check
+        from pipeline.outputs.verify import verify as check
 
         with _bar() as show:
             found = check(output, s3, show)

@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from pipeline.config import JobConfig
+from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
-from pipeline.storage import is_s3
+from pipeline.storage.folder import is_s3
 
 _GLOB = set("*?[")
 _NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "gpfs", "beegfs", "gluster", "afs")

@@ -18,12 +18,12 @@ from jobs.amounts import money
 from jobs.cluster import ClusterJob
 from jobs.cost import read_cost
 from jobs.display import duration
-from pipeline import manifest
-from pipeline.config import S3Config
+from pipeline.commit import manifest
+from pipeline.commit.stats import summarise
+from pipeline.config.job import S3Config
 from pipeline.errors import UserError
-from pipeline.stats import summarise
-from pipeline.status import JobStatus, read_status
-from pipeline.storage import is_s3
+from pipeline.observe.status import JobStatus, read_status
+from pipeline.storage.folder import is_s3
 
 _COLOURS = {
     "running": "green",

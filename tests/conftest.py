@@ -117,7 +117,7 @@ def local_ray() -> Iterator[None]:
     """One Ray of two cores for all tests; workers find the packages where they are."""
     import ray
 
-    from pipeline.run import LOCAL_RAY
+    from pipeline.run.run import LOCAL_RAY
 
     root = str(Path(__file__).parents[1])
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -220,8 +220,8 @@ def s3_env(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """An empty output folder of each kind: the same tests must pass on both."""
-    from pipeline.config import S3Config
-    from pipeline.storage import Folder
+    from pipeline.config.job import S3Config
+    from pipeline.storage.folder import Folder
 
     if request.param == "local":
         return Folder(str(tmp_path / "out"), S3Config())
@@ -257,9 +257,9 @@ def write_job_output(tiny_models: TinyModels, tmp_path: Path) -> Callable[..., s
         target: str | None = None,
         **sections: Any,
     ) -> str:
-        from pipeline import manifest
-        from pipeline.config import JobConfig
-        from pipeline.storage import Folder
+        from pipeline.commit import manifest
+        from pipeline.config.job import JobConfig
+        from pipeline.storage.folder import Folder
 
         values = {
             "input": {"paths": "in.parquet", "prompt_column": "prompt"},

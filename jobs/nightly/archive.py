@@ -26,8 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.nightly.recipe import Recipe
-from pipeline.manifest import table_bytes
-from pipeline.storage import Folder, check_access, is_s3, resolved
+from pipeline.commit.manifest import table_bytes
+from pipeline.storage.folder import Folder, check_access, is_s3, resolved
 
 CARD = "README.md"
 ROOT = "_nightly"
@@ -50,7 +50,7 @@ class Night:
         rows: published rows by split.
         columns: Arrow types of the partition's columns by name.
         files: name, split, rows, bytes and sha256 of each file.
-        summary: its jobs in numbers (`pipeline.stats.summarise` over all turns).
+        summary: its jobs in numbers (`pipeline.commit.stats.summarise` over all turns).
         cost: what the jobs cost, by their ledgers; None if a price is missing.
         currency: of the cost.
         models: target, draft, head and policy that it ran with, and what pins their content.

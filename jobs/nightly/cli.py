@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from jobs.console import FAILURE, INTERRUPTED, err, explained, out, stop_signals
 from pipeline.errors import UserError, nearest
 
-if TYPE_CHECKING:  # pipeline.run imports Ray, which takes seconds, and `--help` needs none of it
+if TYPE_CHECKING:  # These import Ray, which takes seconds, and `--help` needs none of it.
     from jobs.nightly.nights import Dates, Hooks
     from jobs.nightly.recipe import Recipe
     from jobs.nightly.status import Status

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.config import JobConfig
+from pipeline.config.job import JobConfig
 from specdec.engine.engine import Engine, Pair
 from specdec.measure.speedup import Speedup
 from specdec.policies.base import StopPolicy

@@ -17,14 +17,14 @@ from jobs.nightly.filters import TextFilters
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.seeds import Picked, Prompt, Templates, TurnError
 from jobs.report import read_summary
-from pipeline import manifest
-from pipeline.config import JobConfig
-from pipeline.progress import OnProgress
-from pipeline.prompts import row_seed
-from pipeline.run import JobResult, run_job
-from pipeline.schema import ROW_ID
-from pipeline.stats import UnitRecord
-from pipeline.storage import Folder
+from pipeline.commit import manifest
+from pipeline.commit.schema import ROW_ID
+from pipeline.commit.stats import UnitRecord
+from pipeline.config.job import JobConfig
+from pipeline.inputs.prompts import row_seed
+from pipeline.observe.progress import OnProgress
+from pipeline.run.run import JobResult, run_job
+from pipeline.storage.folder import Folder
 
 MESSAGE = pa.struct({"role": pa.string(), "content": pa.string()})
 

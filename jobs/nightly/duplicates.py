@@ -21,7 +21,7 @@ from datasketch import MinHash, MinHashLSH
 from jobs.nightly.archive import ROOT, Archive, Night
 from jobs.nightly.filters import EXACT, NEAR, words
 from jobs.nightly.recipe import DuplicatesFilter
-from pipeline.manifest import table_bytes
+from pipeline.commit.manifest import table_bytes
 
 _SCHEME = "affine32"  # datasketch's; signatures of another are not comparable
 _LSH_WEIGHTS = (0.1, 0.9)

@@ -23,13 +23,13 @@ from jobs.nightly.compare import Comparison, Side, compare
 from jobs.nightly.conversations import CONVERSATION
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.versions import Version, models_folder, read_versions, write_versions
-from pipeline import manifest
-from pipeline.config import JobConfig, SamplingConfig
+from pipeline.commit import manifest
+from pipeline.config.job import JobConfig, SamplingConfig
+from pipeline.config.model_identity import digest
 from pipeline.errors import UserError
-from pipeline.generate import load_acceptance_head, load_pair
-from pipeline.models import digest
-from pipeline.prompts import row_sampling
-from pipeline.training_data import JobOutput, open_job, read_examples
+from pipeline.generate.actor import load_acceptance_head, load_pair
+from pipeline.inputs.prompts import row_sampling
+from pipeline.outputs.training_data import JobOutput, open_job, read_examples
 from specdec.loading.head_files import save_head
 from specdec.loading.pair import ModelPair
 from specdec.loading.sources import PairError

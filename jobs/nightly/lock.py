@@ -23,7 +23,7 @@ import psutil
 
 from jobs.nightly.archive import ROOT
 from pipeline.errors import UserError
-from pipeline.storage import Folder
+from pipeline.storage.folder import Folder
 
 _FOLDER = f"{ROOT}/lock"
 _RENEWALS = 4

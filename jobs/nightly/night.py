@@ -28,9 +28,9 @@ from jobs.nightly.report import night_report
 from jobs.nightly.seeds import pick
 from jobs.nightly.status import now
 from jobs.nightly.versions import Version, read_versions
-from pipeline.config import JobConfig
-from pipeline.models import head_identity, model_identity
-from pipeline.stats import summarise
+from pipeline.commit.stats import summarise
+from pipeline.config.job import JobConfig
+from pipeline.config.model_identity import head_identity, model_identity
 
 _MODELS = "models.json"
 _SUMMARY_LEFT_OUT = ("calibration",)

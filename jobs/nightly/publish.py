@@ -23,9 +23,9 @@ from jobs.nightly.conversations import MESSAGE, Conversation
 from jobs.nightly.duplicates import DuplicateIndex, index_name
 from jobs.nightly.recipe import Recipe, SplitConfig
 from jobs.nightly.seeds import Prompt
+from pipeline.commit.manifest import table_bytes
 from pipeline.errors import UserError
-from pipeline.manifest import table_bytes
-from pipeline.storage import is_s3
+from pipeline.storage.folder import is_s3
 
 SPLITS = ("train", "validation")
 

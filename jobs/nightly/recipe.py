@@ -16,8 +16,8 @@ from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from jobs.spec import load_settings, resolve_job_paths
-from pipeline.config import JobConfig, StringList
-from pipeline.models import digest
+from pipeline.config.job import JobConfig, StringList
+from pipeline.config.model_identity import digest
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _MADE_HERE = ("name", "input", "output")

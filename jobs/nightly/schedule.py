@@ -10,7 +10,7 @@ from pathlib import Path
 from jobs import manifests
 from jobs.manifests import Pods
 from jobs.nightly.recipe import Recipe
-from pipeline.config import JobConfig
+from pipeline.config.job import JobConfig
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from jobs.nightly.recipe import TEMPLATE_VARIABLES, Recipe
 from pipeline.errors import UserError, nearest
-from pipeline.listing import list_inputs
-from pipeline.source import read_units
-from pipeline.storage import is_s3, resolved
-from pipeline.units import FilePlan, plan_files
+from pipeline.inputs.listing import list_inputs
+from pipeline.inputs.source import read_units
+from pipeline.inputs.units import FilePlan, plan_files
+from pipeline.storage.folder import is_s3, resolved
 
 _READ_ROWS = 4096
 _TRIED = 20

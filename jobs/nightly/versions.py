@@ -14,9 +14,9 @@ from pathlib import Path
 from jobs.nightly.archive import ROOT
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.status import now
-from pipeline.config import JobConfig, S3Config
+from pipeline.config.job import JobConfig, S3Config
 from pipeline.errors import UserError
-from pipeline.storage import Folder
+from pipeline.storage.folder import Folder
 
 _FILE = "versions.json"
 

@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
-from pipeline import storage
+from pipeline.storage import folder as storage
 from tests.conftest import TinyModels
 
 SECRET = "wJalrXUtnFEMIplanted"
@@ -22,7 +22,7 @@ SECRET = "wJalrXUtnFEMIplanted"
 @pytest.fixture(autouse=True)
 def no_ray_and_no_aws(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it is found before Ray starts, on a machine without AWS credentials."""
-    monkeypatch.setattr("pipeline.run.connected", lambda: pytest.fail("Ray was wanted"))
+    monkeypatch.setattr("pipeline.run.run.connected", lambda: pytest.fail("Ray was wanted"))
     for name in list(os.environ):
         if name.startswith("AWS_"):
             monkeypatch.delenv(name)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from jobs.cli import app
 from jobs.display import figures
-from pipeline.progress import JobProgress, Tally
+from pipeline.observe.progress import JobProgress, Tally
 from specdec.request import Counts
 from tests.conftest import TinyModels
 
@@ -170,7 +170,7 @@ def test_version_and_help() -> None:
     [
         ("jobs.cli", {"ray", "torch", "transformers", "scipy.stats"}),
         # Each process that plans, reads, writes or keeps the account would load it, too.
-        ("pipeline.run", {"torch", "transformers"}),
+        ("pipeline.run.run", {"torch", "transformers"}),
     ],
 )
 def test_what_starts_often_loads_no_more_than_it_needs(module: str, unwanted: set[str]) -> None:

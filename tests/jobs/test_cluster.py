@@ -27,7 +27,7 @@ from jobs import cluster, visible
 from jobs.cli import app
 from jobs.cluster import environment, find_address, find_token, source_folders
 from jobs.visible import check_visible
-from pipeline.config import JobConfig
+from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 from tests.conftest import TinyModels, free_port
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from jobs.cost import Cost, cost_of
-from pipeline.ledger import Account, Run
-from pipeline.prices import Hardware, Prices
+from pipeline.config.prices import Hardware, Prices
+from pipeline.observe.ledger import Account, Run
 
 PRICES = Prices.model_validate(
     {"source": "a test", "date": "2026-11-25", "gpus": {"L4": 3600.0}, "cpu_hour": 36.0}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.grafana import dashboard, exported
-from pipeline.metrics import COUNTERS, GAUGES
+from pipeline.observe.metrics import COUNTERS, GAUGES
 from tests.jobs.test_cli import call, one_error
 
 

@@ -15,11 +15,11 @@ from jobs.findings import Example, Findings, SlowRow, gather
 from jobs.page import headline, job_page, write_page
 from jobs.report_command import PAGE, page_at_the_end
 from jobs.timeline import timeline
-from pipeline import manifest
-from pipeline.config import JobConfig, S3Config
+from pipeline.commit import manifest
+from pipeline.commit.stats import summarise
+from pipeline.config.job import JobConfig, S3Config
 from pipeline.errors import JobStopped
-from pipeline.stats import summarise
-from pipeline.storage import Folder
+from pipeline.storage.folder import Folder
 from tests.conftest import S3Server, TinyModels
 from tests.jobs.browser import chromium, columns_at_the_right_edge, screenshot
 from tests.jobs.pages import PLANTED, make_job

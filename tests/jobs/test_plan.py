@@ -11,11 +11,11 @@ from typer.testing import CliRunner, Result
 
 from jobs.cli import app
 from jobs.plan import mean, seconds_per_row
-from pipeline.config import S3Config
-from pipeline.ledger import Account, Run, write_run
-from pipeline.prices import Hardware
-from pipeline.rehearsal import Rehearsal, Round
-from pipeline.storage import Folder
+from pipeline.config.job import S3Config
+from pipeline.config.prices import Hardware
+from pipeline.generate.rehearsal import Rehearsal, Round
+from pipeline.observe.ledger import Account, Run, write_run
+from pipeline.storage.folder import Folder
 from tests.conftest import TinyModels
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]

@@ -10,9 +10,9 @@ from rich.console import Console, RenderableType
 
 from jobs import explain
 from jobs.report import read_summary, render
-from pipeline import manifest
-from pipeline.config import S3Config
-from pipeline.stats import summarise
+from pipeline.commit import manifest
+from pipeline.commit.stats import summarise
+from pipeline.config.job import S3Config
 
 
 def printed(what: RenderableType, *, color: bool = False) -> str:

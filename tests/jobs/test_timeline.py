@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jobs.timeline import timeline
-from pipeline.stats import UnitRecord
+from pipeline.commit.stats import UnitRecord
 
 
 def record(started: float, finished: float, committed: int, actor: str = "a") -> UnitRecord:

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline.config import JobConfig
-from pipeline.run import JobResult, run_job
+from pipeline.config.job import JobConfig
+from pipeline.run.run import JobResult, run_job
 
 
 def run(values: dict[str, Any], **options: Any) -> JobResult:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jobs.nightly.compare import Side, compare, verdict
-from pipeline.config import JobConfig
+from pipeline.config.job import JobConfig
 from specdec.engine.engine import Engine
 from specdec.measure.speedup import Speedup
 from specdec.policies.costs import CostModel, CostTable

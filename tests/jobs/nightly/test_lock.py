@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from jobs.nightly.lock import LockLost, locked
-from pipeline.config import S3Config
+from pipeline.config.job import S3Config
 from pipeline.errors import UserError
-from pipeline.storage import Folder
+from pipeline.storage.folder import Folder
 
 if TYPE_CHECKING:
     from tests.conftest import S3Server
@@ -87,7 +87,8 @@ def test_a_lock_is_renewed(tmp_path: Path) -> None:
 
 def test_a_dead_process_holds_nothing(tmp_path: Path) -> None:
     script = (
-        "import os; from pipeline.config import S3Config; from pipeline.storage import Folder\n"
+        "import os\nfrom pipeline.config.job import S3Config\n"
+        "from pipeline.storage.folder import Folder\n"
         "from jobs.nightly.lock import locked\n"
         f"lock = locked(Folder({str(tmp_path)!r}, S3Config()), 3600); lock.__enter__()\n"
         "os._exit(0)"

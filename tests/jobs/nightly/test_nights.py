@@ -15,9 +15,9 @@ from jobs.nightly.nights import Hooks, run_nights
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.status import Status
 from jobs.report import read_summary
-from pipeline.config import S3Config
+from pipeline.config.job import S3Config
 from pipeline.errors import UserError
-from pipeline.progress import JobProgress
+from pipeline.observe.progress import JobProgress
 from tests.conftest import S3Server, TinyModels
 from tests.jobs.nightly.recipes import rows_of, small_recipe, write_seeds
 

@@ -1,0 +1,1 @@
+"""What is written, exactly once, and what is known of it."""

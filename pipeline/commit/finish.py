@@ -1,0 +1,137 @@
+"""The end of a job: does all add up? Then statistics, manifest and `_SUCCESS`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.commit import manifest
+from pipeline.commit.manifest import Inconsistent, NamedFile
+from pipeline.commit.provenance import commits
+from pipeline.commit.stats import UnitRecord, stats_tables, summarise
+from pipeline.config.job import JobConfig
+from pipeline.config.model_identity import digest
+from pipeline.inputs.units import Unit
+from pipeline.storage.folder import Folder
+
+_THREADS = 16
+
+
+def finish(
+    output: Folder,
+    job: JobConfig,
+    units: Sequence[Unit],
+    mark: dict[str, Any],
+    checksums: Mapping[str, str],
+    job_folder: Path | None = None,
+) -> dict[str, Any]:
+    """Check that every row is accounted for; write statistics, manifest and `_SUCCESS`.
+
+    Args:
+        output: the folder; all units are committed.
+        job: the job.
+        units: its units.
+        mark: its fingerprint.
+        checksums: SHA-256 of files, where it is known; other files are read.
+        job_folder: where the job file is, for the record of what it was made from.
+
+    Returns:
+        The job's summary (`stats.summarise`).
+
+    Raises:
+        Inconsistent: the files do not add up.
+    """
+    missing = {unit.id for unit in units} - manifest.committed(output, units)
+    if missing:
+        raise Inconsistent(f"{len(missing)} units were not committed, {min(missing)} among them")
+    records = manifest.read_records(output, [unit.id for unit in units])
+    record_of_job = json.loads(output.read(manifest.JOB) or b"{}")
+    digests = {digest(mark), *manifest.accepted_digests(record_of_job)}
+    _reconcile(output, units, records, digests, job.sampling.n)
+    files: list[NamedFile]
+    files = [(f"completions/{r.unit}.parquet", r.completions, None) for r in records]
+    history: list[NamedFile] = []
+    for record in records:
+        files += manifest.attached(record)
+        history += manifest.superseded(record)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        listed = list(pool.map(lambda file: _checked(output, checksums, *file), files))
+        kept = list(pool.map(lambda file: _checked(output, {}, *file), history))
+    # Written by attempts at units that other attempts committed.
+    named = {name for name, _, _ in (*files, *history)}
+    for folder in ("errors", "trace", manifest.HISTORY):
+        for name in output.list(folder):
+            if f"{folder}/{name}" not in named:
+                output.delete(f"{folder}/{name}")
+    tables = []
+    for name, table in stats_tables(records).items():
+        content = manifest.table_bytes(table)
+        output.put(f"stats/{name}.parquet", content)
+        tables.append(_entry(f"stats/{name}.parquet", table.num_rows, content))
+    summary = summarise(records)
+    listing = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fingerprint": digest(mark),
+        "versions": manifest.versions(),
+        "git": commits(job_folder),
+        "config": job.model_dump(mode="json"),
+        "rows_in": sum(unit.rows for unit in units),
+        "samples": sum(record.samples for record in records),
+        "rows_out": summary["rows"],
+        "rows_in_errors": summary["errors"],
+        "summary": summary,
+        "files": listed,
+        "history": kept,
+        "stats": tables,
+    }
+    output.put(manifest.MANIFEST, json.dumps(listing, indent=1).encode())
+    output.put(manifest.SUCCESS, b"")
+    output.clear_staging()
+    return summary
+
+
+def _reconcile(
+    output: Folder,
+    units: Sequence[Unit],
+    records: Sequence[UnitRecord],
+    digests: set[str],
+    n: int,
+) -> None:
+    """Check samples asked for = rows out + errors for each unit, and that its errors are there.
+
+    A unit's rows are those of the plan. Each has the job's `n` samples, unless rows may have an `n`
+    of their own: then only the actor that read them could count.
+    """
+    rows = {unit.id: unit.rows for unit in units}
+    error_files = set(output.list("errors"))
+    for record in records:
+        if record.job not in digests:
+            raise Inconsistent(f"unit {record.unit} was committed by a job with other settings")
+        asked = record.samples if record.own_n else n * rows[record.unit]
+        found = record.completions + record.failed
+        if record.rows != rows[record.unit] or not record.samples == asked == found:
+            raise Inconsistent(
+                f"unit {record.unit}: {rows[record.unit]} rows in, which ask for {asked} samples; "
+                f"{record.completions} completed, {record.failed} in errors"
+            )
+        if record.errors_file and record.errors_file not in error_files:
+            raise Inconsistent(f"{output.join(f'errors/{record.errors_file}')} is missing")
+
+
+def _checked(
+    output: Folder, checksums: Mapping[str, str], name: str, rows: int, expected: str | None
+) -> dict[str, Any]:
+    """A file's entry in the manifest; its checksum must be the one expected, if one is."""
+    sha256 = checksums.get(name) or hashlib.sha256(output.read(name) or b"").hexdigest()
+    if expected not in (None, sha256):
+        raise Inconsistent(f"{output.join(name)}: its content has changed since it was written")
+    return {"name": name, "rows": rows, "sha256": sha256}
+
+
+def _entry(name: str, rows: int, content: bytes) -> dict[str, Any]:
+    return {"name": name, "rows": rows, "sha256": hashlib.sha256(content).hexdigest()}

@@ -1,0 +1,344 @@
+"""What the output folder says about itself: whose it is, what is done, and that it adds up.
+
+_specbatch/job.json         the job and its fingerprint: all that changes results
+_specbatch/planned_inputs.parquet   the input files that the job was planned on
+_specbatch/history/         error rows that a later run with --only-failed tried again
+_specbatch/manifest.json    at the end: every file with rows and checksum, versions, totals
+_SUCCESS                    last, once rows in, times samples = rows out + rows in errors
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from itertools import zip_longest
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.commit import planned_inputs
+from pipeline.commit.stats import FOOTER_KEY, UnitRecord
+from pipeline.config.job import JobConfig, S3Config
+from pipeline.config.model_identity import digest, head_identity, model_identity
+from pipeline.errors import UserError
+from pipeline.inputs.units import FilePlan, Unit
+from pipeline.storage.folder import Folder, check_access, is_s3, resolved
+
+JOB = "_specbatch/job.json"
+MANIFEST = "_specbatch/manifest.json"
+HISTORY = "_specbatch/history"
+SUCCESS = "_SUCCESS"
+
+_THREADS = 16
+_POLICY_SETTINGS = {
+    "none": (),
+    "fixed": ("k",),
+    "heuristic": ("k", "k_min", "k_max"),
+    "confidence": ("threshold", "k_max"),
+    "entropy": ("threshold", "k_max"),
+    "head": ("threshold", "k_min", "k_max", "estimator"),
+    "goodput": ("k_max", "estimator"),
+}
+_SHOWN_CHARACTERS = 80
+_PACKAGES = ("specbatch", "torch", "transformers", "ray", "pyarrow")
+
+
+class Inconsistent(RuntimeError):
+    """Committed files that do not add up. It takes a bug, or a hand in the output folder."""
+
+
+def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
+    """All that changes results, as plain data. The pool, its slots and the output are not in it.
+
+    With `coupled` verification neither draft nor policy changes a token, so they are left out.
+
+    Raises:
+        UserError: a model is not there.
+    """
+    models, speculation = job.models, job.speculation
+    result: dict[str, Any] = {
+        "input": _input_mark(job, plans),
+        "unit_rows": job.unit_rows,
+        "models": {
+            "target": model_identity(models.target),
+            **models.model_dump(mode="json", include={"dtype", "quantization", "deterministic"}),
+        },
+        "sampling": job.sampling.model_dump(mode="json"),
+        "speculation": {"verification": speculation.verification},
+    }
+    if speculation.verification == "rejection":
+        result["speculation"]["policy"] = speculation.policy
+        for name in _POLICY_SETTINGS[speculation.policy]:
+            result["speculation"][name] = getattr(speculation, name)
+        if speculation.head is not None:
+            result["speculation"]["head"] = head_identity(speculation.head)
+        if models.draft is not None and speculation.policy != "none":
+            result["models"]["draft"] = model_identity(models.draft)
+            result["models"]["draft_quantization"] = models.draft_quantization
+    return result
+
+
+def _input_mark(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
+    return {
+        **job.input.model_dump(mode="json", exclude={"paths", "format"}),
+        **({"format": job.input.format} if job.input.format else {}),
+        "files": len(plans),
+        "rows": sum(p.rows for p in plans),
+        "digest": digest([[p.file.name, p.file.size, p.rows] for p in plans]),
+    }
+
+
+def claim(
+    output: Folder,
+    job: JobConfig,
+    plans: Sequence[FilePlan],
+    mark: dict[str, Any],
+    *,
+    extend: bool = False,
+    same_content: bool = False,
+    forked_from: Folder | None = None,
+) -> None:
+    """Make the output folder this job's, or make sure that it already is.
+
+    Args:
+        output: the folder.
+        job: the job.
+        plans: its input.
+        mark: its fingerprint.
+        extend: input files that the job was not planned on become part of it.
+        same_content: input files of which only the time of change differs have not changed.
+        forked_from: the output of the job that this one was made from, for the record.
+
+    Raises:
+        UserError: the folder holds another job's output, or the input has changed; the message
+            shows the difference.
+    """
+    found = output.read(JOB)
+    if found is None and output.list("completions"):
+        raise UserError(
+            f"output: {output.url} has completions but no {JOB}; "
+            "choose another output folder, or empty this one"
+        )
+    record = json.loads(found) if found is not None else {}
+    planned = planned_inputs.read_planned(output)
+    there, digests = record.get("fingerprint", {}), accepted_digests(record)
+    added = [p for p in plans if p.file.name not in planned] if extend and planned else []
+    kept = [p for p in plans if p.file.name in planned] if added else plans
+    before = {**mark, "input": _input_mark(job, kept)} if added else mark
+    changed = planned_inputs.changes(planned, kept, times=not same_content) if planned else []
+    known = digest(before) in digests if added else not difference(there, before)
+    if found is None or not known or changed:
+        if found is not None and output.list("completions"):
+            if digest(mark) in digests and not changed:
+                raise UserError(
+                    f"output: {output.url} was being extended with new input files when that was "
+                    "stopped; run again with --extend"
+                )
+            raise _refusal(output, difference(there, before), changed)
+        # A job that never committed anything, perhaps for a mistake that is corrected now.
+        _record(output, job, plans, mark, {"created": _now(), **_fork(forked_from, mark)})
+    elif added:
+        _record(output, job, plans, mark, _extended(record, added))
+    elif same_content or not planned:
+        output.put(planned_inputs.INPUTS, planned_inputs.to_bytes(plans))
+
+
+def _record(
+    output: Folder,
+    job: JobConfig,
+    plans: Sequence[FilePlan],
+    mark: dict[str, Any],
+    more: Mapping[str, Any],
+) -> None:
+    record = {
+        "name": job.name,
+        "versions": versions(),
+        **more,
+        "fingerprint": mark,
+        "config": job.model_dump(mode="json"),
+    }
+    # In this order: a job whose input list is behind is told to extend it again.
+    output.put(JOB, json.dumps(record, indent=2).encode())
+    output.put(planned_inputs.INPUTS, planned_inputs.to_bytes(plans))
+
+
+def _extended(record: Mapping[str, Any], added: Sequence[FilePlan]) -> dict[str, Any]:
+    """What the record keeps when files are added: units of the job before stay valid."""
+    step = {
+        "at": _now(),
+        "files": len(added),
+        "rows": sum(p.rows for p in added),
+        "fingerprint": digest(record["fingerprint"]),
+    }
+    kept = {name: record[name] for name in ("created", "forked_from") if name in record}
+    return {**kept, "extended": [*record.get("extended", []), step]}
+
+
+def _fork(source: Folder | None, mark: dict[str, Any]) -> dict[str, Any]:
+    if source is None:
+        return {}
+    there = json.loads(source.read(JOB) or b"{}").get("fingerprint", {})
+    return {"forked_from": {"output": source.url, "differences": difference(there, mark)}}
+
+
+def accepted_digests(record: Mapping[str, Any]) -> set[str]:
+    """Digests of the fingerprints whose units belong to a job: its own, and before extensions."""
+    earlier = {step["fingerprint"] for step in record.get("extended", [])}
+    return {digest(record.get("fingerprint", {})), *earlier}
+
+
+def _refusal(output: Folder, differences: list[str], changed: list[str]) -> UserError:
+    if changed:
+        # These say the same as sums over all files, in plain words.
+        sums = tuple(f"input.{name}:" for name in ("files", "rows", "digest"))
+        differences = [line for line in differences if not line.startswith(sums)]
+    what = "another job" if differences or not changed else "a job on other input"
+    fix = "restore this" if what == "another job" else "restore these files"
+    if changed and all(": modified " in line for line in changed):
+        fix = "if only their times differ, say --same-content"
+    lines = "".join(f"\n  {line}" for line in [*differences, *changed])
+    return UserError(
+        f"output: {output.url} holds {what}; choose another output (--fork OUT), or {fix}:{lines}"
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines that say which settings of two fingerprints differ."""
+    lines = []
+    for key in [*there, *(key for key in here if key not in there)]:
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += difference(old, new, f"{prefix}{key}.")
+        elif old != new:
+            first, second = _pair(old, new)
+            lines.append(f"{prefix}{key}: {first} there, {second} here")
+    return lines
+
+
+def _pair(old: object, new: object) -> tuple[str, str]:
+    """Both values in a line; of long texts, the place where they begin to differ."""
+    texts = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
+    same = next((i for i, (a, b) in enumerate(zip_longest(*texts)) if a != b), 0)
+    start = max(0, same - 20) if max(map(len, texts)) > _SHOWN_CHARACTERS else 0
+    short = [f"...{text[start:]}" if start else text for text in texts]
+    most = _SHOWN_CHARACTERS
+    first, second = (text if len(text) <= most else f"{text[: most - 3]}..." for text in short)
+    return first, second
+
+
+def open_output(url: str, s3: S3Config) -> Folder:
+    """The output folder of a job, finished or not.
+
+    Args:
+        url: the folder, local or s3://.
+        s3: how to reach it, if it is on S3.
+
+    Raises:
+        UserError: there is no job in this folder, or it is out of reach.
+    """
+    s3 = resolved(s3, used=is_s3(url))
+    check_access(url, s3)
+    output = Folder(url, s3)
+    if output.read(JOB) is None:
+        raise UserError(f"{url}: no job's output here: there is no {JOB}")
+    return output
+
+
+def committed_ids(output: Folder) -> set[str]:
+    """Ids of the units that have a completions file, of whatever job."""
+    return {
+        name.removesuffix(".parquet")
+        for name in output.list("completions")
+        if name.endswith(".parquet")
+    }
+
+
+def committed(output: Folder, units: Iterable[Unit]) -> set[str]:
+    """Ids of the units that are done: those whose completions file exists.
+
+    Raises:
+        UserError: a file in `completions/` that is none of theirs.
+    """
+    known = {unit.id for unit in units}
+    found = committed_ids(output)
+    foreign = sorted(found - known)
+    if foreign:
+        raise UserError(
+            f"output: {output.join(f'completions/{foreign[0]}.parquet')} is not of this job; "
+            "move it away"
+        )
+    return found
+
+
+def read_record(output: Folder, unit: str) -> UnitRecord:
+    """The record in the footer of a unit's completions file.
+
+    Raises:
+        Inconsistent: the file is not what a unit commits.
+    """
+    name = f"completions/{unit}.parquet"
+    try:
+        with output.open(name) as file, pq.ParquetFile(file) as parquet:
+            metadata = parquet.metadata
+            record = UnitRecord.from_json(metadata.metadata[FOOTER_KEY])
+    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+        raise Inconsistent(
+            f"{output.join(name)}: not a file that specbatch wrote: {error}"
+        ) from None
+    if metadata.num_rows != record.completions or record.unit != unit:
+        raise Inconsistent(f"{output.join(name)}: its rows are not those that its footer counts")
+    return record
+
+
+def read_records(output: Folder, units: Iterable[str]) -> list[UnitRecord]:
+    """The records of committed units, read in parallel, in the order of their ids."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda unit: read_record(output, unit), sorted(units)))
+
+
+NamedFile = tuple[str, int, str | None]
+"""A file's name in the output folder, its rows, and its checksum if a footer says it."""
+
+
+def attached(record: UnitRecord) -> list[NamedFile]:
+    """The files of a unit that the footer of its completions file names."""
+    found: list[NamedFile] = []
+    if record.errors_file:
+        found.append((f"errors/{record.errors_file}", record.failed, record.errors_sha256))
+    if record.trace_file:
+        found.append((f"trace/{record.trace_file}", record.trace_rounds, record.trace_sha256))
+    return found
+
+
+def superseded(record: UnitRecord) -> list[NamedFile]:
+    """The error rows of a unit that were tried again, by generation."""
+    earlier = [UnitRecord.of(each) for each in record.earlier]
+    kept = [record for record in earlier if record.errors_file]
+    return [(f"{HISTORY}/{r.errors_file}", r.failed, r.errors_sha256) for r in kept]
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """A table as a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what its results depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found

@@ -1,0 +1,196 @@
+"""What the output looks like: the columns of completions and errors. An interface; see CHANGELOG.
+
+Input columns keep their names, order and Arrow types. Counts are stored; the two ratios are derived
+from them by `specdec.request.Counts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipeline.errors import RowError, UserError
+from pipeline.inputs.blocks import UnitRows
+from pipeline.inputs.jsonl import RAW_LINE, parse_line
+from pipeline.inputs.units import FilePlan, Unit
+from specdec.measure.calibration import Calibration
+from specdec.request import Completion, Counts
+
+ROW_ID = "row_id"
+
+COMPLETION_COLUMNS: dict[str, pa.DataType] = {
+    "completion": pa.string(),
+    "finish_reason": pa.string(),
+    "prompt_tokens": pa.int64(),
+    "output_tokens": pa.int64(),
+    "rounds": pa.int64(),
+    "drafted": pa.int64(),
+    "verified": pa.int64(),
+    "accepted": pa.int64(),
+    "acceptance_rate": pa.float64(),
+    "block_efficiency": pa.float64(),
+}
+"""Columns of `completions/`, after `row_id` and the input columns."""
+
+ERROR_COLUMNS: dict[str, pa.DataType] = {
+    "error_class": pa.string(),
+    "error_message": pa.string(),
+    "attempts": pa.int64(),
+}
+"""Columns of `errors/`, after `row_id` and the input columns; JSONL input adds `raw_line`."""
+
+RESERVED = frozenset({ROW_ID, RAW_LINE, *COMPLETION_COLUMNS, *ERROR_COLUMNS})
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A row that was completed.
+
+    Attributes:
+        text: the completion, cut before a stop string, without special tokens.
+        completion: what the engine returned.
+    """
+
+    text: str
+    completion: Completion
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A row that was not completed, and how often it was tried."""
+
+    error: RowError
+    attempts: int
+
+
+Outcome = Finished | Failed
+
+Outcomes = Sequence[Sequence[Outcome]]
+"""What became of a unit: for each of its rows, an outcome per sample; none: not this time."""
+
+
+def row_id(unit: Unit, index: int, sample: int = 0) -> str:
+    """The stable name of a row's sample: input file, row number in it, sample."""
+    return f"{unit.name}:{unit.start + index}:{sample}"
+
+
+def check_reserved(plans: Iterable[FilePlan]) -> None:
+    """Check that no input column has the name of an output column.
+
+    Raises:
+        UserError: names the column, the file and the fix.
+    """
+    for plan in plans:
+        for name in plan.schema.names:
+            if name in RESERVED:
+                raise UserError(
+                    f"{plan.file.url}: column {name!r} has the name of an output column; "
+                    f"rename it in the input, for example to {'input_' + name!r}"
+                )
+
+
+_NO_OBJECT = "the line is not a JSON object, is nested too deeply, or has half of a character in it"
+
+
+def line_error(line: str) -> RowError:
+    """Why a line of JSONL was kept as text."""
+    taken = sorted(RESERVED & (parse_line(line.encode()) or {}).keys())
+    if taken:
+        why = f"the line has a key {taken[0]!r}, the name of an output column; rename it"
+        return RowError("ReservedColumn", why)
+    return RowError("MalformedLine", _NO_OBJECT)
+
+
+def by_sample(outcomes: Outcomes) -> Iterator[tuple[int, int, Outcome]]:
+    """Index of the row, index of the sample, and its outcome, in this order."""
+    for index, samples in enumerate(outcomes):
+        for sample, outcome in enumerate(samples):
+            yield index, sample, outcome
+
+
+def completions_table(rows: UnitRows, outcomes: Outcomes) -> pa.Table:
+    """The unit's completed samples, in input order; no row if all failed.
+
+    Args:
+        rows: the unit as it was read.
+        outcomes: of its rows.
+    """
+    places = [(i, s) for i, s, outcome in by_sample(outcomes) if isinstance(outcome, Finished)]
+    finished = [outcome for _, _, outcome in by_sample(outcomes) if isinstance(outcome, Finished)]
+    values: dict[str, list[object]] = {
+        "completion": [f.text for f in finished],
+        "finish_reason": [f.completion.finish_reason for f in finished],
+        "prompt_tokens": [f.completion.prompt_tokens for f in finished],
+        "output_tokens": [len(f.completion.output_ids) for f in finished],
+    }
+    for name in ("rounds", "drafted", "verified", "accepted", *RATIOS):
+        values[name] = [getattr(f.completion.counts, name) for f in finished]
+    return _table(rows, places, values, COMPLETION_COLUMNS)
+
+
+RATIOS = ("acceptance_rate", "block_efficiency")
+"""Properties of `Counts`; null where nothing was verified."""
+
+
+def errors_table(rows: UnitRows, outcomes: Outcomes) -> pa.Table:
+    """The unit's failed samples, in input order.
+
+    Args:
+        rows: the unit as it was read.
+        outcomes: of its rows.
+    """
+    places = [(i, s) for i, s, outcome in by_sample(outcomes) if isinstance(outcome, Failed)]
+    failed = [outcome for _, _, outcome in by_sample(outcomes) if isinstance(outcome, Failed)]
+    columns = dict(ERROR_COLUMNS)
+    values: dict[str, list[object]] = {
+        "error_class": [f.error.error_class for f in failed],
+        "error_message": [f.error.message for f in failed],
+        "attempts": [f.attempts for f in failed],
+    }
+    if rows.unit.format == "jsonl":
+        columns[RAW_LINE] = pa.string()
+        values[RAW_LINE] = [rows.raw_lines.get(i) for i, _ in places]
+    return _table(rows, places, values, columns)
+
+
+def _table(
+    rows: UnitRows,
+    places: list[tuple[int, int]],
+    values: dict[str, list[object]],
+    columns: dict[str, pa.DataType],
+) -> pa.Table:
+    ids = pa.array([row_id(rows.unit, i, sample) for i, sample in places], pa.string())
+    arrays, fields = [ids], [pa.field(ROW_ID, ids.type)]
+    if rows.table.num_columns:
+        table = rows.table.take(pa.array([i for i, _ in places], pa.int64()))
+        arrays += table.columns
+        fields += list(table.schema)
+    arrays += [pa.array(values[name], type) for name, type in columns.items()]
+    fields += [pa.field(name, type) for name, type in columns.items()]
+    return pa.table(arrays, schema=pa.schema(fields))
+
+
+def slowest_rows(completions: Iterable[Completion], most: int = 10) -> list[tuple[str, float]]:
+    """The rows that took longest from slot to end: row id and seconds, slowest first."""
+    slowest = sorted(completions, key=lambda completion: -completion.seconds)[:most]
+    return [(completion.id, completion.seconds) for completion in slowest]
+
+
+def total_calibration(completions: Iterable[Completion]) -> dict[str, list[list[float]]]:
+    """The sum of the rows' calibration bins by class of context length, as plain data."""
+    total: dict[int, Calibration] = {}
+    for completion in completions:
+        for key, calibration in completion.calibration.items():
+            total.setdefault(key, Calibration()).bins += calibration.bins
+    return {str(key): calibration.bins.tolist() for key, calibration in sorted(total.items())}
+
+
+def total_counts(outcomes: Outcomes) -> Counts:
+    """The sum of the finished samples' counts."""
+    total = Counts()
+    for _, _, outcome in by_sample(outcomes):
+        if isinstance(outcome, Finished):
+            total.add(outcome.completion.counts)
+    return total

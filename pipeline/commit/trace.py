@@ -1,0 +1,128 @@
+"""Rounds kept on request (`speculation.trace`): written with their unit, found by row id."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from difflib import get_close_matches
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.commit import manifest
+from pipeline.commit.planned_inputs import INPUTS
+from pipeline.commit.schema import ROW_ID, Finished, Outcomes, by_sample, row_id
+from pipeline.commit.stats import UnitRecord
+from pipeline.errors import UserError
+from pipeline.inputs.blocks import UnitRows
+from pipeline.inputs.units import unit_id
+from pipeline.storage.folder import Folder
+
+TRACE_SCHEMA = pa.schema(
+    {
+        ROW_ID: pa.string(),
+        "round": pa.int64(),
+        "context": pa.int64(),
+        "live": pa.int64(),
+        "candidates": pa.list_(pa.int64()),
+        "texts": pa.list_(pa.string()),
+        "predicted": pa.list_(pa.float64()),
+        "submitted": pa.int64(),
+        "accepted": pa.int64(),
+        "reason": pa.string(),
+    }
+)
+"""Columns of `trace/`: one row per round of a completed row."""
+
+
+def trace_table(rows: UnitRows, outcomes: Outcomes, text: Callable[[int], str]) -> pa.Table:
+    """The rounds of the unit's completed samples.
+
+    Args:
+        rows: the unit as it was read.
+        outcomes: of its rows.
+        text: of a token.
+    """
+    rounds = []
+    for index, sample, outcome in by_sample(outcomes):
+        if isinstance(outcome, Finished):
+            name = row_id(rows.unit, index, sample)
+            for number, trace in enumerate(outcome.completion.trace):
+                texts = [text(token) for token in trace.candidates]
+                rounds.append({ROW_ID: name, "round": number, "texts": texts, **asdict(trace)})
+    return pa.Table.from_pylist(rounds, schema=TRACE_SCHEMA)
+
+
+def read_rounds(output: Folder, row: str) -> list[dict[str, Any]]:
+    """The rounds of a completed row, in order; none if its only token came with its prompt.
+
+    Raises:
+        UserError: there is no such row, it was not completed, or its rounds were not kept.
+    """
+    record = _unit_of(output, row)
+    if record is None:
+        raise UserError(f"--row {row}: {_instead(output, row)}")
+    with output.open(f"completions/{record.unit}.parquet") as file:
+        if row not in pq.read_table(file, columns=[ROW_ID])[ROW_ID].to_pylist():
+            raise UserError(
+                f"--row {row}: this row was not completed; "
+                f"{output.join(f'errors/{record.errors_file}')} says why"
+            )
+    if record.trace_file is None:
+        raise UserError(
+            f"{output.url}: the rounds of this row were not kept; run the job with "
+            "--set speculation.trace=true into another output"
+        )
+    with output.open(f"trace/{record.trace_file}") as file:
+        table = pq.read_table(file)
+    rounds: list[dict[str, Any]] = table.filter(pc.equal(table[ROW_ID], row)).to_pylist()
+    return rounds
+
+
+def _parsed(row: str) -> tuple[str, int] | None:
+    """Input file and row number of what looks like a row id."""
+    name, *numbers = row.rsplit(":", 2)
+    if len(numbers) == 2 and all(number.isascii() and number.isdigit() for number in numbers):
+        return name, int(numbers[0])
+    return None
+
+
+def _unit_of(output: Folder, row: str) -> UnitRecord | None:
+    """The committed unit that a row belongs to. Names of units tell where to look."""
+    parsed = _parsed(row)
+    if parsed is None:
+        return None
+    name, index = parsed
+    stem = unit_id(name, 0, 0).rsplit("-", 2)[0]
+    begins = []
+    for unit in manifest.committed_ids(output):
+        its_stem, start, _ = ["", "", *unit.rsplit("-", 2)][-3:]
+        if its_stem == stem and start.isdigit() and int(start) <= index:
+            begins.append((int(start), unit))
+    for _, unit in sorted(begins, reverse=True):
+        record = manifest.read_record(output, unit)
+        # Files whose names differ in signs only share a stem.
+        if record.input == name:
+            most = None if record.own_n else record.samples // record.rows
+            there = index < record.start + record.rows and (most is None or _sample(row) < most)
+            return record if there else None
+    return None
+
+
+def _sample(row: str) -> int:
+    return int(row.rsplit(":", 1)[1])
+
+
+def _instead(output: Folder, row: str) -> str:
+    """What may have been meant by an id that no committed row has."""
+    data = output.read(INPUTS)
+    inputs = pq.read_table(pa.BufferReader(data)).to_pylist() if data else []
+    rows = {each["name"]: each["rows"] for each in inputs if each["rows"]}
+    name, index = _parsed(row) or _parsed(f"{row}:0") or (row, 0)
+    if 0 <= index < rows.get(name, 0) and row == f"{name}:{index}:0":
+        return "this row is not committed yet; run the job to its end"
+    names = [name] if name in rows else get_close_matches(name, rows, 3, 0.0)
+    near = [f"{each}:{min(index, rows[each] - 1)}:0" for each in names]
+    return f"no such row; nearest: {', '.join(near)}" if near else "the job has no rows"

@@ -1,0 +1,1 @@
+"""What is asked: the job, prices, templates, and which models these are."""

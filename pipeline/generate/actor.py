@@ -1,0 +1,406 @@
+"""The actor that turns units of prompts into units of completions.
+
+Ray Data hands an actor several units at once; each call renders its rows, offers them to the one
+engine, and waits. The engine's slots are shared by all units in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from pipeline.commit.schema import (
+    Failed,
+    Finished,
+    Outcome,
+    Outcomes,
+    by_sample,
+    completions_table,
+    errors_table,
+    line_error,
+    row_id,
+    slowest_rows,
+    total_calibration,
+    total_counts,
+)
+from pipeline.commit.stats import UnitRecord, parquet_bytes
+from pipeline.commit.trace import trace_table
+from pipeline.config.job import JobConfig
+from pipeline.config.prices import default_prices, price
+from pipeline.errors import RowError, UserError
+from pipeline.generate.engine_loop import EngineFailed, EngineLoop
+from pipeline.generate.pool import group_of
+from pipeline.inputs.blocks import UnitFiles, UnitRows
+from pipeline.inputs.openai_requests import REQUEST, request_cells
+from pipeline.inputs.prompts import (
+    SAMPLING_COLUMN,
+    PromptRenderer,
+    required_columns,
+    row_sampling,
+    sample_count,
+)
+from pipeline.observe.attempts import History, Turns
+from pipeline.observe.ledger import Run, Timesheet
+from pipeline.observe.metrics import LiveMetrics, Reading
+from pipeline.observe.progress import Tally
+from pipeline.storage.folder import Folder
+from specdec.request import Completion, Request
+
+
+class GenerateActor:
+    """Holds one target and draft pair and runs one engine over all units it is given.
+
+    Args:
+        job: the job; paths in it are valid on this machine.
+        digest: of the job's fingerprint, for the record.
+        monitor: actor handle of the job's `Monitor`.
+        run: the run of the job, for the ledger.
+
+    Raises:
+        UserError: the models do not fit together or cannot be used; the monitor is told first,
+            since Ray wraps what an actor's constructor raises.
+    """
+
+    def __init__(self, job: JobConfig, digest: str, monitor: Any, run: Run) -> None:
+        self._timesheet = Timesheet(run, Folder(job.output, job.s3), monitor.book.remote)
+        self._spent: dict[str, dict[str, float]] = {}  # seconds by phase of each unit in flight
+        from specdec.loading.sources import PairError
+
+        began = time.monotonic()
+        ray.get(monitor.start.remote())
+        context = ray.get_runtime_context()
+        self._monitor = monitor
+        self._turns = Turns()
+        self._group = group_of(context.get_actor_name())
+        job = job.in_group(self._group)
+        self._job, self._digest = job, digest
+        self._actor, self._node = context.get_actor_id() or "local", context.get_node_id()
+        try:
+            # In a thread that ends: with OpenMP's threads of two others in one process, more than
+            # there are cores, its kernels no longer wait actively, and rounds take a third longer.
+            with _lasting(), ThreadPoolExecutor(1) as loader:
+                self._pair = loader.submit(load_pair, job).result()
+                self._head = loader.submit(load_acceptance_head, job, self._pair).result()
+            self._renderer = PromptRenderer(
+                job.input, self._pair.tokenizer, self._pair.context_length
+            )
+        except (PairError, UserError) as error:
+            ray.get(monitor.fail.remote(str(error)))
+            raise UserError(str(error)) from error
+        self._failure: str | None = None
+        self._columns = [*required_columns(job.input), SAMPLING_COLUMN]
+        self._loop = EngineLoop(
+            self._make_engine,
+            threads=max(1, int(job.actors.cores)),
+            report=self._report,
+            hang_seconds=job.actors.hang_seconds,
+        )
+        self._timesheet.loaded(self._loop.seconds, lambda: self._loop.busy)
+        self._load_seconds = time.monotonic() - began
+        hardware, prices = self._timesheet.account().hardware, job.prices or default_prices()
+        LiveMetrics(job.name, self._actor, self._reading, price(hardware, prices).per_hour)
+
+    def _reading(self) -> Reading:
+        return replace(self._loop.reading(), seconds=self._timesheet.account().seconds)
+
+    def _report(self, tally: Tally) -> None:
+        self._monitor.post.remote(self._actor, tally)
+        self._timesheet.nudge()
+
+    def _make_engine(self) -> Any:
+        return make_engine(self._job, self._pair, self._head, self._decode)
+
+    async def __call__(self, block: pa.Table) -> pa.Table:
+        """Complete one unit.
+
+        Args:
+            block: a `UnitRows` block.
+
+        Returns:
+            A `UnitFiles` block: what to commit.
+        """
+        started = time.time()
+        rows = UnitRows.from_block(block)
+        unit = rows.unit.id
+        while True:
+            samples = len(rows.unit.wanted) * self._job.sampling.n
+            self._spent[unit] = {}  # what an attempt before this one took is lost
+            history = await self._tell("begin", unit, samples)
+            if history is None:
+                return UnitFiles(unit, ()).to_block()
+            if history.hopeless:
+                raise EngineFailed(f"the engine dies whatever row it works on: {self._poison()}")
+            try:
+                if history.quarantined:
+                    async with self._turns.alone():
+                        outcomes = await self._in_quarantine(rows, history)
+                else:
+                    async with self._turns.shared():
+                        outcomes = await self._complete(rows, rows.unit.wanted)
+                break
+            except EngineFailed as failure:
+                # The engine was replaced, so this process can go on; the attempt counts as dead.
+                self._failure = str(failure)
+        files = await asyncio.to_thread(self._files, rows, outcomes, started)
+        await self._tell("end", unit)
+        return files.to_block()
+
+    async def _tell(self, what: str, *arguments: object) -> Any:
+        """Call the monitor and wait for its answer."""
+        return await asyncio.wrap_future(getattr(self._monitor, what).remote(*arguments).future())
+
+    async def _in_quarantine(self, rows: UnitRows, history: History) -> Outcomes:
+        """Complete a unit that has killed its engine; rows that killed it alone become errors."""
+        outcomes: dict[int, Sequence[Outcome]] = {}
+        for group in history.groups(rows.unit.wanted, self._job.actors.slots):
+            if history.poisonous(group):
+                poison = Failed(self._poison(), attempts=history.deaths)
+                outcomes[group[0]] = [poison] * self._samples(rows, group[0])
+                continue
+            await self._tell("trial", rows.unit.id, group)
+            outcomes.update(zip(group, await self._complete(rows, group), strict=True))
+            await self._tell("passed", rows.unit.id)
+        return [outcomes[index] for index in rows.unit.wanted]
+
+    def _poison(self) -> RowError:
+        why = self._failure or "the process died; too little memory is the usual reason"
+        return RowError("EngineDied", f"the engine died whenever it worked on this row: {why}")
+
+    async def _complete(self, rows: UnitRows, indices: Sequence[int]) -> Outcomes:
+        """Outcomes of some of a unit's rows."""
+        prepared = await asyncio.to_thread(lambda: [self._requests(rows, i) for i in indices])
+        requests = [each for row in prepared for each in row if isinstance(each, Request)]
+        self._loop.note_errors(sum(map(len, prepared)) - len(requests))
+        completions = await asyncio.wrap_future(
+            self._loop.submit(requests, self._spent[rows.unit.id])
+        )
+        remaining = iter(completions)
+        return [
+            [self._outcome(next(remaining)) if isinstance(p, Request) else p for p in row]
+            for row in prepared
+        ]
+
+    def _requests(self, rows: UnitRows, index: int) -> list[Request | Failed]:
+        """A request for each of a row's samples, or why there is none."""
+        job, unit = self._job.sampling, rows.unit
+        try:
+            row = self._cells(rows, index)
+            override = row.get(SAMPLING_COLUMN)
+            names = [row_id(unit, index, s) for s in range(sample_count(job, override))]
+            sampling = [row_sampling(job, override, name, s) for s, name in enumerate(names)]
+            prompt = self._renderer.prompt_ids(row)
+            if len(prompt) >= self._pair.context_length:
+                raise RowError(
+                    "PromptTooLong",
+                    f"the prompt has {len(prompt)} tokens; the target's context of "
+                    f"{self._pair.context_length} must also hold at least one new token",
+                )
+        except RowError as error:
+            return [Failed(error, attempts=1)] * self._samples(rows, index)
+        return [Request(name, prompt, each) for name, each in zip(names, sampling, strict=True)]
+
+    def _cells(self, rows: UnitRows, index: int) -> dict[str, Any]:
+        """The columns of a row that its request is made of."""
+        if index in rows.raw_lines:
+            raise line_error(rows.raw_lines[index])
+        there = [column for column in self._columns if column in rows.table.column_names]
+        try:
+            (row,) = rows.table.select(there).slice(index, 1).to_pylist()
+        except UnicodeDecodeError as error:
+            raise RowError("MalformedText", f"a column is not valid UTF-8: {error}") from None
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            raise RowError("MalformedValue", f"a column holds no usable value: {error}") from None
+        return request_cells(row[REQUEST]) if self._job.input.format else dict(row)
+
+    def _samples(self, rows: UnitRows, index: int) -> int:
+        """How many samples a row has; the job's `n` if it does not say so itself, or wrongly."""
+        try:
+            cell = self._cells(rows, index).get(SAMPLING_COLUMN)
+            return sample_count(self._job.sampling, cell)
+        except RowError:
+            return self._job.sampling.n
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text = self._pair.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def _token_text(self, token: int) -> str:
+        """A token as `trace/` shows it; special tokens are shown, too."""
+        return str(self._pair.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+    def _outcome(self, completion: Completion) -> Outcome:
+        if completion.finish_reason == "error":
+            return Failed(RowError("InvalidRequest", completion.error or "refused"), attempts=1)
+        text = self._decode(completion.output_ids)
+        if isinstance(completion.stop_reason, str):
+            text = text.split(completion.stop_reason, 1)[0]
+        return Finished(text, completion)
+
+    def _files(self, rows: UnitRows, wanted: Outcomes, started: float) -> UnitFiles:
+        """The unit's output files; the completions file, which commits the unit, comes last."""
+        unit = rows.unit
+        outcomes: list[Sequence[Outcome]] = [()] * unit.rows
+        for index, samples in zip(unit.wanted, wanted, strict=True):
+            outcomes[index] = samples
+        flat = [outcome for _, _, outcome in by_sample(outcomes)]
+        failed = Counter(o.error.error_class for o in flat if isinstance(o, Failed))
+        files: list[tuple[str, bytes]] = []
+        errors_file = errors_sha256 = None
+        if failed:
+            data = parquet_bytes(errors_table(rows, outcomes))
+            errors_sha256 = hashlib.sha256(data).hexdigest()
+            # Named after its content too: a retry that failed other rows writes another file, and
+            # the completions file says which one belongs to it.
+            errors_file = f"{unit.id}-{errors_sha256[:8]}.parquet"
+            files.append((f"errors/{errors_file}", data))
+        trace_file, trace_sha256, trace_rounds = None, None, 0
+        if self._job.speculation.trace:
+            rounds = trace_table(rows, outcomes, cache(self._token_text))
+            data, trace_rounds = parquet_bytes(rounds), rounds.num_rows
+            trace_sha256 = hashlib.sha256(data).hexdigest()
+            trace_file = f"{unit.id}-{trace_sha256[:8]}.parquet"
+            files.append((f"trace/{trace_file}", data))
+        finished = [o.completion for o in flat if isinstance(o, Finished)]
+        counts = total_counts(outcomes)
+        usage = self._loop.take_usage()
+        load, self._load_seconds = self._load_seconds, 0.0
+        seconds, spent = {"load": load, **usage.phase_seconds}, self._spent.pop(unit.id)
+        seconds |= {phase: seconds.get(phase, 0.0) + spent[phase] for phase in spent}
+        record = UnitRecord(
+            unit=unit.id,
+            job=self._digest,
+            input=unit.name,
+            start=unit.start,
+            rows=len(wanted),
+            samples=len(flat),
+            own_n=bool(self._job.input.format) or SAMPLING_COLUMN in rows.table.column_names,
+            completions=len(finished),
+            errors=dict(failed),
+            errors_file=errors_file,
+            errors_sha256=errors_sha256,
+            trace_file=trace_file,
+            trace_sha256=trace_sha256,
+            trace_rounds=trace_rounds,
+            prompt_tokens=sum(c.prompt_tokens for c in finished),
+            output_tokens=sum(len(c.output_ids) for c in finished),
+            counts={name: getattr(counts, name) for name in counts.__slots__},
+            actor=self._actor,
+            node=self._node,
+            started=started,
+            finished=time.time(),
+            engine=usage.engine,
+            phase_seconds=seconds,
+            peak_live=usage.peak_live,
+            speedup=usage.speedup.to_json(),
+            calibration=total_calibration(finished),
+            outcomes=[(*outcome, rounds) for outcome, rounds in sorted(usage.outcomes.items())],
+            slowest=slowest_rows(finished),
+            costs=usage.costs,
+            fell_back=usage.fell_back,
+            generation=unit.generation,
+            group=self._group or None,
+            worker=self._timesheet.worker,
+        )
+        table = completions_table(rows, outcomes)
+        files.append((f"completions/{unit.id}.parquet", parquet_bytes(table, record)))
+        return UnitFiles(unit.id, tuple(files))
+
+
+@contextmanager
+def _lasting() -> Iterator[None]:
+    """What is made in here lasts as long as the process: the garbage collector passes over it.
+
+    Otherwise it goes through half a million objects of torch, transformers and Ray again and again
+    while they are imported, now and then in a round, and twice when the process ends.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect()  # what loading leaves behind may hold weights
+        gc.freeze()
+        gc.enable()
+
+
+def load_pair(job: JobConfig) -> Any:
+    """The job's models, loaded (`specdec.loading.pair.ModelPair`).
+
+    Raises:
+        PairError: they are missing, unsupported, or do not fit together.
+    """
+    from specdec.loading.pair import ModelPair
+
+    models = job.models
+    # An actor that asked for no GPU must not take one that happens to be there.
+    device = models.device or (None if job.actors.num_gpus else "cpu")
+    return ModelPair.load(
+        models.target,
+        models.draft if job.speculation.policy != "none" else None,
+        dtype=models.dtype,
+        quantization=models.quantization,
+        draft_quantization=models.draft_quantization,
+        deterministic=models.deterministic,
+        device=device,
+        device_map=models.device_map,
+        trust_remote_code=models.trust_remote_code,
+    )
+
+
+def make_engine(job: JobConfig, pair: Any, head: Any, decode: Callable[..., str]) -> Any:
+    """The job's engine (`specdec.engine.engine.Engine`).
+
+    Args:
+        job: the job.
+        pair: its models.
+        head: its acceptance head, if it has one.
+        decode: token ids to text.
+    """
+    from specdec.engine.engine import Engine
+    from specdec.policies.registry import make_policy
+
+    speculation, actors = job.speculation, job.actors
+    memory = actors.kv_memory_gb
+    return Engine(
+        pair,
+        policy=make_policy(
+            speculation.policy,
+            k=speculation.k,
+            k_min=speculation.k_min,
+            k_max=speculation.k_max,
+            threshold=speculation.threshold,
+            estimator=speculation.estimator,
+            head=head,
+        ),
+        verification=speculation.verification,
+        slots=actors.slots,
+        kv_memory_bytes=int(memory * 1e9) if memory else None,
+        decode=decode,
+        control_share=speculation.control_share if speculation.policy != "none" else 0.0,
+        trace=speculation.trace,
+    )
+
+
+def load_acceptance_head(job: JobConfig, pair: Any) -> Any:
+    """The job's acceptance head, or None if it has none.
+
+    Raises:
+        PairError: it is missing, damaged, or was trained for another pair.
+    """
+    from specdec.loading.head_files import load_head
+
+    folder = job.speculation.head
+    return load_head(folder, pair) if folder is not None else None

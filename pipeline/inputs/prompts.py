@@ -1,0 +1,281 @@
+"""From a row to the engine's request: prompt token ids and sampling parameters.
+
+Chat `messages` go through the target's chat template. A plain prompt, and what a `template` over
+the columns renders to, are completed as they are: no chat template is put around them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from pipeline.config.job import MAX_SAMPLES, InputConfig, SamplingConfig
+from pipeline.config.templates import PromptTemplate
+from pipeline.errors import RowError, UserError, nearest
+from pipeline.inputs.openai_requests import REQUEST
+from specdec.request import InvalidRequest, SamplingParams
+
+SAMPLING_COLUMN = "sampling_params"
+"""A column of this name overrides the job's sampling, row by row (struct or JSON text)."""
+
+_DROPPED = 4  # characters of a text for one that a normalizer keeps: more than any does
+_INTEGERS = ("max_new_tokens", "top_k", "seed")
+_SAMPLING_KEYS = SamplingParams.__dataclass_fields__.keys()
+
+
+def required_columns(config: InputConfig) -> list[str]:
+    """The columns that every input file must have."""
+    if config.format is not None:
+        return [REQUEST]
+    if config.template is not None:
+        return PromptTemplate(config.template).columns
+    column = config.messages_column or config.prompt_column
+    return [column] if column else []
+
+
+class PromptRenderer:
+    """Renders rows to token ids with the target's tokenizer.
+
+    Args:
+        config: which column or template is the prompt.
+        tokenizer: the target's (transformers).
+        context: the target's most positions; texts far beyond it are not even tokenized.
+
+    Raises:
+        UserError: messages are asked for and the tokenizer has no chat template.
+    """
+
+    def __init__(self, config: InputConfig, tokenizer: Any, context: int | None = None) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._template = PromptTemplate(config.template) if config.template is not None else None
+        self._most_characters = _longest_text(tokenizer, context) if context else math.inf
+        self._knows_tools = "tool_calls" in str(tokenizer.chat_template)
+        if config.messages_column is not None and not tokenizer.chat_template:
+            raise UserError(
+                "input.messages_column: the target's tokenizer has no chat template; "
+                "use prompt_column or template, or an instruction-tuned target"
+            )
+
+    def prompt_ids(self, row: Mapping[str, Any]) -> tuple[int, ...]:
+        """Token ids of the row's prompt.
+
+        Args:
+            row: the input columns; of an OpenAI request, its cells.
+
+        Raises:
+            RowError: the row has no usable prompt.
+        """
+        if self._config.format is not None:
+            if "messages" in row:
+                ids = self._chat(row["messages"])
+            else:
+                ids = row["prompt_ids"] if "prompt_ids" in row else self._plain(row["prompt"])
+        elif self._config.messages_column is not None:
+            ids = self._chat(row[self._config.messages_column])
+        else:
+            ids = self._plain(self._text(row))
+        if not ids:
+            raise RowError("EmptyPrompt", "the prompt has no tokens")
+        return tuple(ids)
+
+    def _text(self, row: Mapping[str, Any]) -> str:
+        if self._template is not None:
+            try:
+                return self._template.render(row)
+            except Exception as error:  # a template may run into anything the row holds
+                raise RowError("TemplateError", f"{type(error).__name__}: {error}") from None
+        column = self._config.prompt_column
+        prompt = row[column or ""]
+        if prompt is None:
+            raise RowError("NullPrompt", f"column {column!r} is null")
+        if not isinstance(prompt, str):
+            kind = type(prompt).__name__
+            raise RowError("MalformedPrompt", f"column {column!r} holds a {kind}, not text")
+        return prompt
+
+    def _plain(self, text: str) -> list[int]:
+        if not text:
+            raise RowError("EmptyPrompt", "the prompt is empty")
+        self._check_length(text)
+        bos = self._tokenizer.bos_token
+        # A prompt that was rendered elsewhere may bring its own beginning-of-sequence token.
+        own_bos = bool(bos) and text.startswith(bos)
+        try:
+            ids = self._tokenizer(text, add_special_tokens=not own_bos)["input_ids"]
+        except (UnicodeError, TypeError, ValueError) as error:
+            raise RowError("MalformedPrompt", f"the tokenizer refused it: {error}") from None
+        return list(ids)
+
+    def _chat(self, value: Any) -> list[int]:
+        messages = check_messages(value)
+        for number, message in enumerate(messages):
+            self._check_length(message["content"])
+            if message.get("tool_calls") and not self._knows_tools:
+                raise RowError(
+                    "MalformedMessages",
+                    f"message {number} has tool_calls, which the target's chat template ignores",
+                )
+        try:
+            # The template writes the special tokens itself, so none are added here.
+            ids = self._tokenizer.apply_chat_template(
+                messages, tokenize=True, add_generation_prompt=True, return_dict=False
+            )
+        except Exception as error:  # a template may run into anything the messages hold
+            raise RowError("MalformedMessages", f"the chat template refused it: {error}") from None
+        return list(ids)
+
+    def _check_length(self, text: str) -> None:
+        """Refuse what no tokenizer makes short enough, before it takes minutes to find out."""
+        if len(text) > self._most_characters:
+            raise RowError(
+                "PromptTooLong",
+                f"a text of {len(text):,} characters does not fit the target's context",
+            )
+
+
+def check_messages(value: Any) -> list[dict[str, Any]]:
+    """The chat messages in a cell: a list of {role, content}, or the same as JSON text.
+
+    Content may be a list of text parts. An assistant's message may have `tool_calls` instead.
+
+    Raises:
+        RowError: names the message that is wrong.
+    """
+    if value is None:
+        raise RowError("NullPrompt", "messages are null")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise RowError("MalformedMessages", "messages are text, but not JSON") from None
+        if value is None:
+            raise RowError("NullPrompt", "messages are null")
+    if not isinstance(value, list):
+        raise RowError("MalformedMessages", f"messages are a {type(value).__name__}, not a list")
+    if not value:
+        raise RowError("EmptyMessages", "messages are an empty list")
+    return [_message(number, message) for number, message in enumerate(value)]
+
+
+def _message(number: int, message: Any) -> dict[str, Any]:
+    if isinstance(message, list) and all(isinstance(pair, tuple) for pair in message):
+        message = dict(message)  # a map, as Arrow gives it
+    if not isinstance(message, dict):
+        raise RowError("MalformedMessages", f"message {number} is not an object")
+    # Arrow fills fields that a message does not have with null; templates must not see those.
+    kept: dict[str, Any] = {k: _without_nulls(v) for k, v in message.items() if v is not None}
+    content = kept.get("content")
+    if isinstance(content, list):
+        kept["content"] = _joined(number, content)
+    elif content is None and kept.get("tool_calls"):
+        kept["content"] = ""
+    for key in ("role", "content"):
+        if not isinstance(kept.get(key), str):
+            raise RowError("MalformedMessages", f"message {number} has no text in {key!r}")
+    return kept
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(v) for key, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _joined(number: int, parts: list[Any]) -> str:
+    """The text of a content that is a list of parts, as chat APIs have it."""
+    texts = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise RowError(
+                "MalformedMessages", f"message {number} has a content part of {kind}, not of text"
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _longest_text(tokenizer: Any, context: int) -> int:
+    """Characters above which a text cannot fit the context.
+
+    No token stands for more characters than it has itself, but a normalizer may drop some.
+    """
+    return _DROPPED * context * max(map(len, tokenizer.get_vocab()))
+
+
+def sample_count(job: SamplingConfig, override: Any) -> int:
+    """How many samples a row asks for: the `n` of its `sampling_params` cell, or the job's.
+
+    Raises:
+        RowError: it is not a number of samples.
+    """
+    n = _override(override).get("n", job.n)
+    n = int(n) if isinstance(n, float) and n.is_integer() else n
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_SAMPLES:
+        raise RowError("InvalidSampling", f"n must be 1 to {MAX_SAMPLES}, got {n!r}")
+    return n
+
+
+def row_sampling(
+    job: SamplingConfig, override: Any, row_id: str, sample: int = 0
+) -> SamplingParams:
+    """The row's sampling: the job's, with what the row's `sampling_params` cell overrides.
+
+    Args:
+        job: the job's sampling.
+        override: a mapping, JSON text of one, or None.
+        row_id: with the job's seed, the key of the sample's random numbers, unless it has a `seed`.
+        sample: which sample of the row this is; a row's own `seed` gives each another one.
+
+    Raises:
+        RowError: unknown key or invalid value.
+    """
+    values: dict[str, Any] = job.model_dump(exclude={"n"})
+    values["seed"] = row_seed(job.seed, row_id)
+    for key, value in _override(override).items():
+        if key == "n":
+            continue  # of all samples: see `sample_count`
+        if key not in _SAMPLING_KEYS:
+            known = [*_SAMPLING_KEYS, "n"]
+            raise RowError("InvalidSampling", f"{key}: unknown; {nearest(key, known)}")
+        # Columns of numbers with nulls often arrive as floats.
+        whole = key in _INTEGERS and isinstance(value, float) and value.is_integer()
+        values[key] = int(value) if whole else value
+    for key, kind in (("stop", str), ("stop_token_ids", int)):
+        if isinstance(values[key], kind):
+            values[key] = (values[key],)  # one is as good as a list of one
+        elif isinstance(values[key], list):
+            values[key] = tuple(values[key])
+    try:
+        params = SamplingParams(**values)
+    except InvalidRequest as error:
+        raise RowError("InvalidSampling", str(error)) from None
+    if sample and "seed" in _override(override):
+        return replace(params, seed=row_seed(params.seed, str(sample)))
+    return params
+
+
+def _override(cell: Any) -> dict[str, Any]:
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except (ValueError, RecursionError):
+            raise RowError("InvalidSampling", f"{SAMPLING_COLUMN} is text, but not JSON") from None
+    if isinstance(cell, list) and cell and all(isinstance(pair, tuple) for pair in cell):
+        cell = dict(cell)  # a map, as Arrow gives it
+    if cell is None:
+        return {}
+    if not isinstance(cell, dict):
+        kind = type(cell).__name__
+        raise RowError("InvalidSampling", f"{SAMPLING_COLUMN} is a {kind}, not an object")
+    return {key: value for key, value in cell.items() if value is not None}
+
+
+def row_seed(job_seed: int, row_id: str) -> int:
+    """63 bits that depend on the job's seed and the row's name, and on nothing else."""
+    digest = hashlib.sha256(f"{job_seed}:{row_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

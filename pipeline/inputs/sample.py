@@ -1,0 +1,111 @@
+"""A few rows of the input, spread over its files: for training and estimates, not for jobs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from pipeline.commit.schema import row_id
+from pipeline.config.job import InputConfig, S3Config
+from pipeline.errors import UserError
+from pipeline.inputs.listing import list_inputs
+from pipeline.inputs.prompts import required_columns
+from pipeline.inputs.source import read_units
+from pipeline.inputs.units import FilePlan, Unit, check_columns, plan_files
+from pipeline.storage.folder import is_s3, resolved
+
+UNIT_ROWS = 64
+"""Rows that are read together."""
+
+_LEAST_UNITS = 8
+"""Ranges that a sample is spread over, if there are as many."""
+
+_USUAL = ("messages", "prompt")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of some files.
+
+    Attributes:
+        input: the files, and what the prompt is made of.
+        rows: by row id.
+    """
+
+    input: InputConfig
+    rows: Mapping[str, Mapping[str, Any]]
+
+
+def sample_rows(
+    paths: Sequence[str],
+    columns: Mapping[str, str | None],
+    s3: S3Config,
+    count: int,
+    seed: int = 0,
+) -> Sample:
+    """At most `count` rows, a function of the files and the seed.
+
+    Args:
+        paths: files, folders and globs, local or s3://.
+        columns: `messages_column`, `prompt_column` or `template` as in a job file; none: a column
+            called messages, or else one called prompt.
+        s3: how to reach files on S3.
+        count: most rows.
+        seed: of the choice and the order.
+
+    Raises:
+        UserError: no files, no such column, or unreadable files.
+    """
+    s3 = resolved(s3, used=any(map(is_s3, paths)))
+    plans = plan_files(list_inputs(paths, s3), s3, UNIT_ROWS)
+    if not any(columns.values()):
+        columns = _usual_columns(plans[0].schema.names, plans[0].file.url)
+    config = InputConfig.model_validate({"paths": tuple(paths), **columns})
+    check_columns(plans, required_columns(config))
+    units = [(plan, unit) for plan in plans for unit in plan.units]
+    return Sample(config, choose_rows(units, s3, count, seed))
+
+
+def choose_rows(
+    units: Sequence[tuple[FilePlan, Unit]], s3: S3Config, count: int, seed: int = 0
+) -> dict[str, Mapping[str, Any]]:
+    """At most `count` rows of some units by row id, spread over the units.
+
+    Args:
+        units: with the files that they are of.
+        s3: how to reach files on S3.
+        count: most rows.
+        seed: of the choice and the order.
+
+    Raises:
+        UserError: unreadable files.
+    """
+    chance = random.Random(seed)
+    units = chance.sample(units, len(units))
+    share = max(1, -(-count // _LEAST_UNITS))
+    chosen: list[tuple[str, Mapping[str, Any]]] = []
+    spare: list[tuple[str, Mapping[str, Any]]] = []
+    for plan, unit in units:
+        if len(chosen) >= count or len(chosen) + len(spare) >= count + _LEAST_UNITS * UNIT_ROWS:
+            break
+        schema = plan.schema if unit.format == "jsonl" else None
+        (read,) = read_units([unit], schema, s3)
+        rows = [(row_id(unit, i), row) for i, row in enumerate(read.table.to_pylist())]
+        chance.shuffle(rows)
+        chosen += rows[:share]
+        spare += rows[share:]
+    return dict(list(chain(chosen, spare))[:count])
+
+
+def _usual_columns(names: Sequence[str], url: str) -> dict[str, str | None]:
+    for name in _USUAL:
+        if name in names:
+            return {f"{name}_column": name}
+    have = ", ".join(names) or "none"
+    raise UserError(
+        f"{url}: neither a column 'messages' nor 'prompt'; its columns: {have}; "
+        "say which one is the prompt"
+    )

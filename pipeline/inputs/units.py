@@ -1,0 +1,299 @@
+"""Cutting input files into units: row ranges of one file that are read, generated and committed.
+
+A unit's id is a function of the file's name and the row range alone, so the same input gives the
+same units on any cluster, and a committed file's name says which rows it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config.job import S3Config
+from pipeline.errors import UserError
+from pipeline.inputs.jsonl import jsonl_schema
+from pipeline.inputs.listing import InputFile
+from pipeline.inputs.openai_requests import LINES_SCHEMA
+from pipeline.storage.folder import open_file
+from pipeline.storage.patience import explained
+
+_THREADS = 16
+_SAMPLE_BYTES = 1 << 20
+# What a file begins with that has the name of JSON lines and is something else.
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "compressed with gzip",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zXZ": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\xff\xfe": "text in UTF-16, not UTF-8",
+    b"\xfe\xff": "text in UTF-16, not UTF-8",
+}
+
+
+@dataclass(frozen=True, slots=True)  # a job may have a million of them
+class Unit:
+    """The smallest piece of work that is committed.
+
+    Attributes:
+        id: file name of its outputs, without extension.
+        url: the input file.
+        name: the input file's name in row ids.
+        format: "parquet" or "jsonl".
+        start: number of its first row in the file.
+        rows: how many rows.
+        offset: where reading starts: first row group (Parquet) or byte (JSONL).
+        end: where it ends: one past the last row group or byte.
+        skip: rows before `start` in the first row group; 0 for JSONL.
+        size, modified: of the file when it was planned (`InputFile`).
+        generation: how often its files were replaced when this work on it is committed.
+        only: the rows to complete, by their index in it; None: all.
+    """
+
+    id: str
+    url: str
+    name: str
+    format: str
+    start: int
+    rows: int
+    offset: int
+    end: int
+    skip: int = 0
+    size: int = 0
+    modified: int = 0
+    generation: int = 0
+    only: tuple[int, ...] | None = None
+
+    @property
+    def wanted(self) -> Sequence[int]:
+        """The rows to complete, by their index in the unit."""
+        return range(self.rows) if self.only is None else self.only
+
+    def to_json(self) -> str:
+        """One line that `from_json` reads back."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(line: str) -> Unit:
+        """The unit that `to_json` wrote."""
+        values = json.loads(line)
+        only = values.pop("only")
+        return Unit(**values, only=None if only is None else tuple(only))
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """What planning learned about one input file.
+
+    Attributes:
+        file: the file.
+        rows: how many rows it has; malformed lines count.
+        schema: its columns, without the schema's metadata. For JSONL: of its first lines.
+        units: its units, in row order.
+    """
+
+    file: InputFile
+    rows: int
+    schema: pa.Schema
+    units: tuple[Unit, ...]
+
+
+def unit_id(name: str, start: int, rows: int) -> str:
+    """A readable, unique and safe file name for a row range of an input file."""
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", name.rsplit(".", 1)[0]).strip("-")[-60:]
+    digest = hashlib.sha256(f"{name}:{start}:{rows}".encode()).hexdigest()[:10]
+    return f"{stem or 'rows'}-{start:09d}-{digest}"
+
+
+def plan_files(files: Sequence[InputFile], s3: S3Config, unit_rows: int) -> list[FilePlan]:
+    """Read footers (Parquet) or count lines (JSONL) and cut every file into units.
+
+    Args:
+        files: the input.
+        s3: how to reach the files on S3.
+        unit_rows: about how many rows a unit has; no unit has more.
+
+    Raises:
+        UserError: a file that cannot be read; the message names it.
+    """
+    known: dict[pa.Schema, pa.Schema] = {}
+
+    def plan(file: InputFile) -> FilePlan:
+        with readable(file.url), explained(file.url, s3):
+            if file.format == "parquet":
+                plan = _plan_parquet(file, s3, unit_rows)
+            else:
+                plan = _plan_jsonl(file, s3, unit_rows)
+        # Most files of a job have the same schema: it is kept once.
+        schema = plan.schema.remove_metadata()
+        return replace(plan, schema=known.setdefault(schema, schema))
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(plan, files))
+
+
+@contextmanager
+def readable(url: str) -> Iterator[None]:
+    """Turn what a file's content or its absence raises into one line that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(
+            f"{url}: was there when the input was listed, but is gone; restore it, and run the "
+            "same command again"
+        ) from None
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's, not the content's
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{url}: not a readable Parquet file: {reason}") from None
+
+
+def _plan_parquet(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
+    with open_file(file.url, s3) as opened, pq.ParquetFile(opened) as parquet:
+        metadata, schema = parquet.metadata, parquet.schema_arrow
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    units = tuple(
+        Unit(
+            id=unit_id(file.name, cut.start, cut.rows),
+            url=file.url,
+            name=file.name,
+            format="parquet",
+            start=cut.start,
+            rows=cut.rows,
+            offset=cut.first_group,
+            end=cut.end_group,
+            skip=cut.skip,
+            size=file.size,
+            modified=file.modified,
+        )
+        for cut in cut_row_groups(groups, unit_rows)
+    )
+    return FilePlan(file, metadata.num_rows, schema, units)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A row range in terms of row groups: `rows` rows after `skip` rows of `first_group`."""
+
+    start: int
+    rows: int
+    first_group: int
+    end_group: int
+    skip: int
+
+
+def cut_row_groups(groups: Sequence[int], unit_rows: int) -> list[Cut]:
+    """Row ranges of at most `unit_rows` rows that cover all rows once, in order.
+
+    Row groups that fit are kept whole and small neighbours are joined; larger ones are cut into
+    equal parts, so that no unit needs two pieces of different row groups.
+
+    Args:
+        groups: rows of each row group; zero is allowed.
+        unit_rows: most rows of a range.
+
+    >>> [(c.start, c.rows) for c in cut_row_groups([2, 3, 9], 5)]
+    [(0, 5), (5, 5), (10, 4)]
+    """
+    cuts: list[Cut] = []
+    start = joined = first = 0
+    for index, rows in enumerate(groups):
+        if joined and joined + rows > unit_rows:
+            cuts.append(Cut(start, joined, first, index, 0))
+            start, joined = start + joined, 0
+        if rows > unit_rows:
+            parts = -(-rows // unit_rows)
+            bounds = [-(-rows * part // parts) for part in range(parts + 1)]
+            for low, high in pairwise(bounds):
+                cuts.append(Cut(start + low, high - low, index, index + 1, low))
+            start += rows
+        elif rows:
+            first = first if joined else index
+            joined += rows
+    if joined:
+        cuts.append(Cut(start, joined, first, len(groups), 0))
+    return cuts
+
+
+def _plan_jsonl(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
+    # Row count and byte offset where each unit begins; a unit then reads its own bytes only.
+    starts: list[tuple[int, int]] = []
+    row = position = 0
+    sample: list[bytes] = []
+    with open_file(file.url, s3) as stream:
+        lines = io.BufferedReader(stream, 1 << 20)
+        _check_format(file, lines.peek(8))
+        for line in lines:
+            if line.strip():
+                if row % unit_rows == 0:
+                    starts.append((row, position))
+                row += 1
+            if position < _SAMPLE_BYTES:
+                sample.append(line)
+            position += len(line)
+    bounds = [*starts, (row, position)]
+    units = tuple(
+        Unit(
+            id=unit_id(file.name, start, end - start),
+            url=file.url,
+            name=file.name,
+            format="jsonl",
+            start=start,
+            rows=end - start,
+            offset=offset,
+            end=limit,
+            size=file.size,
+            modified=file.modified,
+        )
+        for (start, offset), (end, limit) in pairwise(bounds)
+    )
+    return FilePlan(file, row, jsonl_schema(sample), units)
+
+
+def _check_format(file: InputFile, start: bytes) -> None:
+    for magic, what in _OTHER_FORMATS.items():
+        if start.startswith(magic):
+            raise UserError(f"{file.url}: is {what}, though its name says JSON lines; convert it")
+
+
+def request_lines(plan: FilePlan) -> FilePlan:
+    """A file of JSON lines as one of requests, each of which stays whole.
+
+    Raises:
+        UserError: it is no file of lines.
+    """
+    if plan.file.format != "jsonl":
+        raise UserError(f"{plan.file.url}: input.format openai needs .jsonl files")
+    return replace(plan, schema=LINES_SCHEMA)
+
+
+def check_columns(plans: Iterable[FilePlan], required: Iterable[str]) -> None:
+    """Check that every file has the columns that prompts are made of.
+
+    Raises:
+        UserError: names the column, the file, and the columns it has.
+    """
+    required = list(required)
+    for plan in plans:
+        names = plan.schema.names
+        repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+        if repeated:
+            raise UserError(f"{plan.file.url}: two columns are named {repeated[0]!r}; rename one")
+        for column in required:
+            if column not in names and plan.rows:
+                have = ", ".join(names) or "none"
+                raise UserError(f"{plan.file.url}: no column {column!r}; its columns: {have}")

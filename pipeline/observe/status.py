@@ -1,0 +1,221 @@
+"""How far a job is, for everybody to read, and the wish that it stop: two files in its output.
+
+_specbatch/status.json      the running driver's account of itself, renewed every few seconds
+_specbatch/stop             written anew: the driver begins no more units, commits those in flight
+                            and ends
+
+They are for eyes and for stopping only. What is done is what is committed; see `manifest`. A job
+never fails for them: a record that cannot be written is written later, or not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import TypeVar
+
+from pipeline.errors import JobStopped, UserError
+from pipeline.observe.progress import JobProgress, OnProgress
+from pipeline.storage.folder import Folder
+
+STATUS = "_specbatch/status.json"
+STOP = "_specbatch/stop"
+
+RENEWED_SECONDS = 5.0
+SILENT_SECONDS = 60.0
+"""After this long without news, a job that says it is running probably is not."""
+
+_MESSAGE_CHARS = 1000
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """A moment of a job, as its driver saw it. What is not known is null.
+
+    Attributes:
+        name: the job's.
+        state: `running`, `stopping` (asked to), `stopped`, `failed` or `finished`.
+        stage: what is happening, in a few words.
+        rows, errors: completed and failed, of earlier runs too (there, failed ones are in `rows`).
+        rows_total: of the input.
+        units: committed, of earlier runs too.
+        units_total: of the job.
+        output_tokens: made by this run, those of unfinished rows included.
+        seconds: of this run, since its first actor reported.
+        tokens_per_second: of this run.
+        acceptance_rate: of this run.
+        seconds_left: as long as the rest takes at this run's pace.
+        started, updated: seconds since the epoch.
+        host, pid: where the driver runs.
+        message: why it failed, or was stopped if nobody asked for it.
+    """
+
+    name: str
+    state: str
+    stage: str
+    rows: int
+    errors: int
+    rows_total: int
+    units: int
+    units_total: int
+    output_tokens: int
+    seconds: float
+    tokens_per_second: float | None
+    acceptance_rate: float | None
+    seconds_left: float | None
+    started: float
+    updated: float
+    host: str
+    pid: int
+    message: str | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether a driver was at work when the record was written."""
+        return self.state in {"running", "stopping"}
+
+    def silent_seconds(self, now: float | None = None) -> float | None:
+        """Since when a driver that should be at work has not been heard of; None if it was."""
+        silence = (time.time() if now is None else now) - self.updated
+        return silence if self.alive and silence > SILENT_SECONDS else None
+
+
+def read_status(output: Folder) -> JobStatus | None:
+    """The record of the latest run, or None if there is none that this version can read.
+
+    Raises:
+        UserError: the storage refuses.
+    """
+    data = output.read(STATUS)
+    try:
+        record = json.loads(data or b"")
+        return JobStatus(**{f.name: record[f.name] for f in fields(JobStatus)})
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def request_stop(output: Folder) -> None:
+    """Ask the driver that works on this output to stop cleanly. It looks every few seconds.
+
+    Raises:
+        UserError: the storage refuses.
+    """
+    wish = {"requested": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    output.put(STOP, json.dumps(wish).encode())
+
+
+class Beacon:
+    """Writes a run's status and looks for the wish to stop, in a thread of its own.
+
+    Args:
+        output: the job's folder.
+        name: the job's.
+        units: how many there are.
+        units_before: how many earlier runs committed.
+        progress: told what `tell` is told.
+        stop: set when the run is asked to stop, here or by `_specbatch/stop`.
+    """
+
+    def __init__(
+        self,
+        output: Folder,
+        name: str,
+        units: int,
+        units_before: int,
+        progress: OnProgress | None,
+        stop: threading.Event | None,
+    ) -> None:
+        self.stop = stop or threading.Event()
+        self._output, self._name = output, name
+        self._units, self._units_before = units, units_before
+        self._pass_on = progress or (lambda _: None)
+        self._progress = JobProgress("starting", 0)
+        self._started = time.time()
+        self._over = threading.Event()
+        self._reachable = True
+
+    def tell(self, progress: JobProgress) -> None:
+        """A moment of the run; in place of the caller's `progress`."""
+        self._progress = progress
+        self._pass_on(progress)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Keep the record until the block ends, and say how it ended."""
+        meant_for_earlier_runs = self._quietly(lambda: self._output.read(STOP))
+        thread = threading.Thread(target=self._run, args=[meant_for_earlier_runs], daemon=True)
+        thread.start()
+        state, message = "failed", None
+        try:
+            yield
+            state = "finished"
+        except (JobStopped, KeyboardInterrupt) as stop:
+            state, message = "stopped", str(stop) or None
+            raise
+        except BaseException as error:
+            message = f"{type(error).__name__}: {error}"[:_MESSAGE_CHARS]
+            raise
+        finally:
+            self._over.set()
+            thread.join(timeout=2 * RENEWED_SECONDS)
+            # Storage out of reach is tried for minutes, which is too long for a job that is over.
+            if self._reachable and not thread.is_alive():
+                self._quietly(lambda: self._write(state, message))
+                if state == "finished":
+                    self._quietly(self._output.clear_staging)
+
+    def _run(self, old_wish: bytes | None) -> None:
+        while True:
+            wish = self._quietly(lambda: self._output.read(STOP))
+            if wish not in (None, old_wish):
+                self.stop.set()
+            self._quietly(lambda: self._write("stopping" if self.stop.is_set() else "running"))
+            if self._over.wait(RENEWED_SECONDS):
+                return
+
+    def _write(self, state: str, message: str | None = None) -> None:
+        record = self._record(state, message)
+        self._output.put(STATUS, json.dumps(asdict(record), indent=1).encode())
+
+    def _quietly(self, do: Callable[[], T]) -> T | None:
+        try:
+            result = do()
+        except (UserError, OSError):
+            self._reachable = False
+            return None
+        self._reachable = True
+        return result
+
+    def _record(self, state: str, message: str | None) -> JobStatus:
+        progress = self._progress
+        tally = progress.tally
+        return JobStatus(
+            name=self._name,
+            state=state,
+            stage=progress.stage if state in {"running", "stopping"} else state,
+            rows=progress.rows_done - tally.errors,
+            errors=tally.errors,
+            rows_total=progress.rows_total,
+            units=min(self._units_before + tally.units, self._units)
+            if state != "finished"
+            else self._units,
+            units_total=self._units,
+            output_tokens=tally.counts.committed,
+            seconds=progress.seconds,
+            tokens_per_second=progress.tokens_per_second,
+            acceptance_rate=tally.counts.acceptance_rate,
+            seconds_left=progress.seconds_left,
+            started=self._started,
+            updated=time.time(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            message=message,
+        )

@@ -1,0 +1,1 @@
+"""Finished outputs, read again."""

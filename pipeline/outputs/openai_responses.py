@@ -1,0 +1,144 @@
+"""A finished job over OpenAI batch lines as the API's output files, in the order of the input.
+
+Units are read one after the other and never held together. What is written is a function of the
+committed files, so writing it again writes the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+import pyarrow.parquet as pq
+
+from pipeline.commit.manifest import read_record
+from pipeline.commit.schema import ROW_ID
+from pipeline.inputs.jsonl import RAW_LINE
+from pipeline.inputs.openai_requests import CHAT, REQUEST, parsed
+from pipeline.inputs.units import Unit
+from pipeline.storage.folder import Folder
+
+_COMPLETED = (ROW_ID, REQUEST, "completion", "finish_reason", "prompt_tokens", "output_tokens")
+_FAILED = (ROW_ID, REQUEST, RAW_LINE, "error_class", "error_message")
+
+
+@dataclass
+class _Answer:
+    """What became of one line."""
+
+    line: str | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    error: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """How many lines went where."""
+
+    responses: int
+    errors: int
+
+
+def write_responses(
+    job: Folder, units: Sequence[Unit], model: str, responses: TextIO, errors: TextIO
+) -> Written:
+    """Write a line for each request: its response, or its error.
+
+    Args:
+        job: the output folder of a finished job.
+        units: the job's, in input order.
+        model: the name that responses give.
+        responses, errors: where to write.
+    """
+    seen: dict[str, int] = {}  # custom ids, and which request had them first
+    number = good = 0
+    for unit in units:
+        created = int(read_record(job, unit.id).finished)
+        for answer in _answers(job, unit):
+            number += 1
+            request = parsed(answer.line)
+            custom_id = request.get("custom_id")
+            if not isinstance(custom_id, str):
+                custom_id = None
+            first = number if custom_id is None else seen.setdefault(custom_id, number)
+            error = answer.error
+            if first != number:
+                error = ("DuplicateCustomId", f"request {first} has the same custom_id")
+            name = hashlib.sha256(f"{unit.id}:{number}".encode()).hexdigest()[:24]
+            line = {"id": f"batch_req_{name}", "custom_id": custom_id}
+            if error is not None:
+                detail = {"code": error[0], "message": error[1], "line": number, "param": None}
+                _write(errors, {**line, "response": None, "error": detail})
+                continue
+            good += 1
+            body = _body(request, answer.samples, name, created, model)
+            response = {"status_code": 200, "request_id": f"req_{name}", "body": body}
+            _write(responses, {**line, "response": response, "error": None})
+    return Written(good, number - good)
+
+
+def _write(file: TextIO, value: dict[str, Any]) -> None:
+    # Escaped, since a JSON text may hold what UTF-8 cannot: half of a surrogate pair.
+    file.write(json.dumps(value) + "\n")
+
+
+def _answers(job: Folder, unit: Unit) -> Iterator[_Answer]:
+    """What became of each of a unit's lines, in order."""
+    answers = [_Answer() for _ in range(unit.rows)]
+    for row in _rows(job, f"completions/{unit.id}.parquet", _COMPLETED):
+        answer = answers[_index(row) - unit.start]
+        answer.line = row[REQUEST]
+        answer.samples.append(row)
+    errors_file = read_record(job, unit.id).errors_file
+    if errors_file is not None:
+        for row in _rows(job, f"errors/{errors_file}", _FAILED):
+            answer = answers[_index(row) - unit.start]
+            answer.line = row[REQUEST] or row.get(RAW_LINE)
+            answer.error = (row["error_class"], row["error_message"])
+    yield from answers
+
+
+def _rows(job: Folder, name: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    with job.open(name) as file, pq.ParquetFile(file) as parquet:
+        there = parquet.schema_arrow.names
+        yield from parquet.read([c for c in columns if c in there]).to_pylist()
+
+
+def _index(row: Mapping[str, Any]) -> int:
+    return int(row[ROW_ID].rsplit(":", 2)[1])
+
+
+def _body(
+    request: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    name: str,
+    created: int,
+    model: str,
+) -> dict[str, Any]:
+    """A response's body: the samples of one request as its choices."""
+    chat = request["url"] == CHAT
+    choices: list[dict[str, Any]] = []
+    for index, sample in enumerate(samples):
+        text: dict[str, Any] = {"text": sample["completion"]}
+        if chat:
+            message = {"role": "assistant", "content": sample["completion"], "refusal": None}
+            text = {"message": message}
+        reason = {"logprobs": None, "finish_reason": sample["finish_reason"]}
+        choices.append({"index": index, **text, **reason})
+    prompt = samples[0]["prompt_tokens"]
+    output = sum(sample["output_tokens"] for sample in samples)
+    return {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": created,
+        "model": model,
+        "choices": choices,
+        "usage": {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+        },
+    }

@@ -1,0 +1,55 @@
+"""Mistakes in where a job reads and writes that can be seen before anything is read."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fsspec.utils import glob_translate  # type: ignore[import-untyped]
+
+from pipeline.errors import UserError
+from pipeline.storage.folder import is_s3
+
+_WRITTEN = ("completions", "errors", "stats", "trace")
+_WILDCARDS = re.compile(r"[*?\[]")
+
+
+def check_output(output: str, patterns: Sequence[str]) -> None:
+    """Check that the output can be a folder, and that none of its files would be read as input.
+
+    Args:
+        output: the output folder, local or s3://.
+        patterns: the job's input paths.
+
+    Raises:
+        UserError: names the output and the fix.
+    """
+    if not is_s3(output):
+        _check_folder(Path(output))
+    for pattern in patterns:
+        if is_s3(pattern) == is_s3(output) and _reads(_plain(pattern), _plain(output)):
+            raise UserError(
+                f"output: {output} lies in the input {pattern}, so that the job would read what "
+                "it has written; choose a folder outside of it"
+            )
+
+
+def _check_folder(output: Path) -> None:
+    existing = next(each for each in (output, *output.parents) if os.path.lexists(each))
+    if not existing.is_dir():
+        raise UserError(f"output: {output}: part of this path is a file, not a folder: {existing}")
+
+
+def _plain(url: str) -> str:
+    return url.rstrip("/") if is_s3(url) else os.path.realpath(url)
+
+
+def _reads(pattern: str, output: str) -> bool:
+    """Whether a pattern names files that the output folder will hold."""
+    if not _WILDCARDS.search(pattern):
+        inside = f"{output}/".removeprefix(f"{pattern}/")
+        return inside != f"{output}/" and not re.search(r"(^|/)[._]", inside)
+    names = re.compile(glob_translate(pattern))
+    return any(names.match(f"{output}/{folder}/x.parquet") for folder in _WRITTEN)

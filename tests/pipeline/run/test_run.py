@@ -1,0 +1,458 @@
+"""Whole jobs on a real Ray, with real (tiny, random) models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+from ray.data import DataContext
+
+from pipeline.commit import manifest
+from pipeline.commit.trace import read_rounds
+from pipeline.config.job import S3Config
+from pipeline.errors import UserError
+from pipeline.observe.progress import JobProgress
+from pipeline.run.run import JobResult
+from pipeline.storage.folder import Folder
+from specdec.measure.speedup import SpeedupMeter
+from tests.conftest import S3Server, TinyModels
+from tests.pipeline.small_jobs import rows_of, run, started
+
+pytestmark = pytest.mark.ray
+
+ROWS = 60
+USER = [{"role": "user", "content": "tell me"}]
+
+
+def settings(models: TinyModels, inputs: str, output: Path | str, **more: Any) -> dict[str, Any]:
+    """A job that takes every core of the test's Ray, with small units and room for several."""
+    return {
+        "input": {"paths": [inputs], "messages_column": "messages"},
+        "output": str(output),
+        "models": {"target": models.target, "draft": models.draft},
+        "sampling": {"max_new_tokens": 16, "temperature": 1.0, "seed": 7},
+        "speculation": {"policy": "heuristic", "verification": "coupled"},
+        "actors": {"num_cpus": 2, "slots": 16},
+        "unit_rows": 4,
+        **more,
+    }
+
+
+def texts(output: Path) -> dict[str, str]:
+    return {name: row["completion"] for name, row in rows_of(output).items()}
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prompts")
+    schema = pa.schema(
+        [
+            pa.field("id", pa.int32(), nullable=False),
+            pa.field("kind", pa.dictionary(pa.int8(), pa.string())),
+            pa.field("at", pa.timestamp("ms", tz="UTC")),
+            pa.field(
+                "messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+            ),
+        ]
+    )
+    for part in range(2):
+        rows = [
+            {
+                "id": i,
+                "kind": "even" if i % 2 == 0 else "odd",
+                "at": None,
+                "messages": [{"role": "user", "content": f"count to {i}"}],
+            }
+            for i in range(part * ROWS // 2, (part + 1) * ROWS // 2)
+        ]
+        table = pa.Table.from_pylist(rows, schema)
+        pq.write_table(table, folder / f"part-{part}.parquet", row_group_size=10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(
+    local_ray: None,
+    tiny_models: TinyModels,
+    prompts: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[dict[str, Any], Path, JobResult, list[JobProgress]]:
+    """A finished job: its settings, output, result, and what it told about its progress."""
+    output = tmp_path_factory.mktemp("job") / "out"
+    values = settings(tiny_models, str(prompts), output)
+    told: list[JobProgress] = []
+    return values, output, run(values, progress=told.append), told
+
+
+Finished = tuple[dict[str, Any], Path, JobResult, list[JobProgress]]
+
+
+def test_every_row_is_completed_once(finished: Finished) -> None:
+    _, output, result, _ = finished
+    rows = rows_of(output)
+    expected = {f"part-{i // 30}.parquet:{i % 30}:0": i for i in range(ROWS)}
+    assert {name: row["id"] for name, row in rows.items()} == expected
+    assert result.summary["rows"] == ROWS
+    assert result.summary["errors"] == 0
+    assert not (output / "errors").exists()
+    for row in rows.values():
+        assert row["finish_reason"] in {"stop", "length"}
+        assert 1 <= row["output_tokens"] <= 16
+        assert row["rounds"] >= 1
+        assert row["accepted"] <= row["verified"] <= row["drafted"]
+        assert row["block_efficiency"] == row["output_tokens"] / row["rounds"]
+
+
+def test_rows_keep_their_order_and_columns_their_types(finished: Finished, prompts: Path) -> None:
+    _, output, _, _ = finished
+    wanted = pq.read_schema(prompts / "part-0.parquet")
+    for file in (output / "completions").glob("*.parquet"):
+        table = pq.read_table(file)
+        assert table["id"].to_pylist() == sorted(table["id"].to_pylist())
+        for field in wanted:
+            assert table.schema.field(field.name).equals(field)
+    assert ds.dataset(output / "completions").count_rows() == ROWS
+
+
+def test_units_share_the_engines_slots(finished: Finished) -> None:
+    _, _, result, _ = finished
+    # A unit has 4 rows: more in the slots at once come from several units.
+    assert result.summary["peak_live"] > 4
+
+
+def test_progress_is_told_while_units_run(finished: Finished) -> None:
+    _, _, _, told = finished
+    assert told[0].stage == "starting actors"
+    assert any(p.stage == "generating" and p.tally.counts.committed for p in told)
+    assert all(p.rows_total == ROWS for p in told)
+
+
+def test_manifest_statistics_and_marker(finished: Finished) -> None:
+    _, output, result, _ = finished
+    listed = json.loads((output / "_specbatch" / "manifest.json").read_text())
+    assert listed["rows_in"] == listed["rows_out"] == ROWS
+    assert sum(file["rows"] for file in listed["files"]) == ROWS
+    assert (output / "_SUCCESS").exists()
+    assert not (output / "_specbatch" / "staging").exists()
+    units = pq.read_table(output / "stats" / "units.parquet")
+    assert sum(units["completions"].to_pylist()) == ROWS
+    phases = pq.read_table(output / "stats" / "phases.parquet").to_pylist()
+    assert {"load", "draft", "verify", "prefill", "idle"} <= {p["phase"] for p in phases}
+    assert sum(p["seconds"] for p in phases) == pytest.approx(
+        sum(result.summary["phase_seconds"].values())
+    )
+
+
+def test_a_finished_job_does_nothing(finished: Finished) -> None:
+    values, output, first, _ = finished
+    before = {f: f.stat().st_mtime_ns for f in output.rglob("*") if f.is_file()}
+    began = time.monotonic()
+    again = run(values)
+    assert time.monotonic() - began < 5
+    assert again.units_run == 0
+    assert again.summary == first.summary
+    assert {f: f.stat().st_mtime_ns for f in output.rglob("*") if f.is_file()} == before
+
+
+def test_missing_units_are_done_again_and_only_those(finished: Finished) -> None:
+    values, output, _, _ = finished
+    before = texts(output)
+    files = sorted((output / "completions").glob("*.parquet"))
+    kept = {file: file.stat().st_mtime_ns for file in files[2:]}
+    for file in files[:2]:
+        file.unlink()
+    assert run(values).units_run == 2
+    assert texts(output) == before
+    assert {file: file.stat().st_mtime_ns for file in files[2:]} == kept
+    assert (output / "_SUCCESS").exists()
+
+
+def test_a_changed_file_is_noticed(finished: Finished) -> None:
+    values, output, _, _ = finished
+    file = next((output / "completions").glob("*.parquet"))
+    data = file.read_bytes()
+    pq.write_table(pq.read_table(file).slice(1), file)
+    (output / "_SUCCESS").unlink()
+    with pytest.raises(RuntimeError, match=r"not a file that specbatch wrote|its rows are not"):
+        run(values)
+    file.write_bytes(data)
+    run(values)
+    assert (output / "_SUCCESS").exists()
+
+
+def test_another_job_is_refused(finished: Finished) -> None:
+    values, _, _, _ = finished
+    other = {**values, "sampling": {**values["sampling"], "seed": 8}}
+    with pytest.raises(UserError, match=r"sampling\.seed: 7 there, 8 here"):
+        run(other)
+
+
+def test_coupled_tokens_depend_on_nothing_but_seed_and_target(
+    finished: Finished,
+    tiny_models: TinyModels,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, output, _, _ = finished
+    # Otherwise the first actor may be done before the second has started.
+    monkeypatch.setattr(DataContext.get_current(), "wait_for_min_actors_s", 60)
+    plain = settings(
+        tiny_models,
+        str(prompts),
+        tmp_path / "plain",
+        speculation={"policy": "none", "verification": "coupled"},
+        actors={"min": 2, "num_cpus": 1, "slots": 3},
+        unit_rows=7,
+    )
+    result = run(plain)
+    assert result.summary["verified"] == 0
+    assert texts(tmp_path / "plain") == texts(output)
+    assert pq.read_table(tmp_path / "plain" / "stats" / "actors.parquet").num_rows == 2
+
+
+def test_speedup_calibration_and_rounds_are_recorded(
+    local_ray: None, tiny_models: TinyModels, prompts: Path, finished: Finished, tmp_path: Path
+) -> None:
+    """goodput, measured and traced, writes the same completions and explains each of them."""
+    speculation = {
+        "policy": "goodput",
+        "verification": "coupled",
+        "control_share": 0.3,
+        "trace": True,
+    }
+    output = tmp_path / "out"
+    result = run(settings(tiny_models, str(prompts), output, speculation=speculation))
+    assert texts(output) == texts(finished[1])
+
+    low, high = result.summary["speedup_ci"]
+    assert 0 < low <= result.summary["speedup"] <= high
+    assert result.summary["speedup_controls"] >= 3
+    units = pq.read_table(output / "stats/units.parquet")
+    assert {"speedup", "speedup_low", "speedup_high"} <= set(units.column_names)
+    costs = pq.read_table(output / "stats/costs.parquet").to_pylist()
+    assert {row["kind"] for row in costs} == {"draft", "verify"}
+    assert all(row["seconds"] > 0 for row in costs)
+
+    folder = Folder(str(output), S3Config())
+    records = manifest.read_records(folder, manifest.committed_ids(folder))
+    meter = SpeedupMeter()
+    for record in records:
+        assert record.speedup is not None
+        meter.add(SpeedupMeter.from_json(record.speedup))
+    whole = meter.estimate()
+    assert whole is not None
+    assert (whole.value, whole.controls) == pytest.approx(
+        (result.summary["speedup"], result.summary["speedup_controls"])
+    )
+
+    listed = json.loads((output / "_specbatch/manifest.json").read_text())["files"]
+    traces = {f["name"]: f for f in listed if f["name"].startswith("trace/")}
+    assert set(traces) == {f"trace/{record.trace_file}" for record in records}
+    for name, file in traces.items():
+        assert hashlib.sha256((output / name).read_bytes()).hexdigest() == file["sha256"]
+        assert pq.read_metadata(output / name).num_rows == file["rows"]
+    for name, row in rows_of(output).items():
+        rounds = read_rounds(folder, name)
+        assert [each["round"] for each in rounds] == list(range(len(rounds)))
+        # The round that feeds the last prompt token is not one of decoding.
+        assert len(rounds) in (row["rounds"], row["rounds"] - 1)
+        assert sum(len(each["candidates"]) for each in rounds) == row["drafted"]
+        assert sum(each["submitted"] for each in rounds) == row["verified"]
+    with pytest.raises(UserError, match=r"speculation\.trace=true"):
+        read_rounds(Folder(str(finished[1]), S3Config()), "part-0.parquet:0:0")
+
+    # A trace that another attempt left is no part of the job.
+    (output / "trace" / "left-over.parquet").write_bytes(b"")
+    (output / "_SUCCESS").unlink()
+    (output / "_specbatch/manifest.json").unlink()
+    run(settings(tiny_models, str(prompts), output, speculation=speculation))
+    assert {f"trace/{f.name}" for f in (output / "trace").iterdir()} == set(traces)
+
+
+@pytest.mark.parametrize("policy", [pytest.param("entropy", marks=pytest.mark.slow), "head"])
+def test_coupled_tokens_are_the_same_under_every_policy(
+    local_ray: None,
+    tiny_models: TinyModels,
+    tiny_head: str,
+    prompts: Path,
+    finished: Finished,
+    tmp_path: Path,
+    policy: str,
+) -> None:
+    speculation: dict[str, Any] = {"policy": policy, "verification": "coupled", "k_max": 3}
+    if policy == "head":
+        speculation["head"] = tiny_head
+    values = settings(tiny_models, str(prompts), tmp_path / "out", speculation=speculation)
+    summary = run(values).summary
+    assert texts(tmp_path / "out") == texts(finished[1])
+    judged = sum(row["judged"] for row in summary["calibration"] if row["by"] == "all")
+    # The candidates up to the first rejection are judged, in policies that predict.
+    assert (0 < judged <= summary["verified"]) == (policy == "head")
+
+
+@pytest.mark.parametrize(("missing", "message"), [("draft", "no such folder"), ("head", "no acc")])
+def test_a_missing_draft_or_head_is_found_before_ray_starts(
+    tiny_models: TinyModels,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr("pipeline.run.run.connected", lambda: pytest.fail("Ray was wanted"))
+    values = settings(tiny_models, str(prompts), tmp_path / "out")
+    if missing == "draft":
+        values["models"]["draft"] = "./gone/draft"
+    else:
+        values["speculation"] = {"head": str(tmp_path / "gone"), "verification": "coupled"}
+    with pytest.raises(UserError, match=message):
+        run(values)
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_kind_of_bad_row_becomes_an_error_row(
+    local_ray: None, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    good = {"messages": USER, "tag": "good"}
+    bad = {
+        "NullPrompt": {"messages": None},
+        "EmptyMessages": {"messages": []},
+        "MalformedMessages": {"messages": [{"role": "user"}]},
+        "PromptTooLong": {"messages": [{"role": "user", "content": "x" * 400}]},
+        "InvalidSampling": {"messages": USER, "sampling_params": {"temperature": -1}},
+    }
+    lines = [json.dumps({**good, "i": i}) for i in range(6)]
+    lines[1:1] = [json.dumps({**row, "tag": name}) for name, row in bad.items()]
+    lines.insert(3, '{"messages": ')
+    file = tmp_path / "in.jsonl"
+    file.write_text("\n".join(lines))
+    values = settings(
+        tiny_models, str(file), tmp_path / "out", unit_rows=3
+    )  # some units have errors only
+    result = run(values)
+    assert result.summary["rows"] == 6
+    assert result.summary["errors_by_class"] == dict.fromkeys([*bad, "MalformedLine"], 1)
+    errors = rows_of(tmp_path / "out", "errors")
+    assert set(errors) | set(rows_of(tmp_path / "out")) == {f"in.jsonl:{i}:0" for i in range(12)}
+    for row in errors.values():
+        assert row["attempts"] == 1
+        assert row["error_message"]
+        assert row["tag"] in {row["error_class"], None}
+    (malformed,) = (r for r in errors.values() if r["error_class"] == "MalformedLine")
+    assert malformed["raw_line"] == '{"messages": '
+
+
+def test_template_stop_strings_and_sampling_by_row(
+    local_ray: None, tiny_models: TinyModels, tmp_path: Path, write_rows: Callable[..., str]
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"q": "a", "sampling_params": {"max_new_tokens": 3, "ignore_eos": True}},
+        {"q": "a", "sampling_params": {"temperature": 0.0, "ignore_eos": True}},
+        {"q": "a", "sampling_params": {"temperature": 0.0, "ignore_eos": True}},
+        {"q": "b", "sampling_params": None},
+    ]
+    file = write_rows("in.parquet", rows)
+    values = settings(tiny_models, file, tmp_path / "first", unit_rows=2)
+    values["speculation"] = {"policy": "fixed", "k": 3, "verification": "rejection"}
+    values["input"] = {"paths": [file], "template": "Q: {{ q }}"}
+    run(values)
+    short, greedy, twin, _ = rows_of(tmp_path / "first").values()
+    assert short["output_tokens"] == 3
+    assert short["finish_reason"] == "length"
+    assert greedy["completion"] == twin["completion"]
+
+    # A stop string that the greedy output is known to reach ends the text before it.
+    text = greedy["completion"]
+    stop = text[4:6]
+    rows[1]["sampling_params"]["stop"] = [stop]
+    write_rows("in.parquet", rows)
+    run({**values, "output": str(tmp_path / "second")})
+    cut = rows_of(tmp_path / "second")["in.parquet:1:0"]
+    assert cut["completion"] == text.split(stop)[0]
+    assert cut["finish_reason"] == "stop"
+
+
+def test_no_rows_at_all(
+    local_ray: None, tiny_models: TinyModels, tmp_path: Path, write_rows: Callable[..., str]
+) -> None:
+    file = write_rows("in.jsonl", [])
+    result = run(settings(tiny_models, file, tmp_path / "out"))
+    assert result.summary["rows"] == 0
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_vocabularies_that_differ_are_the_users_error(
+    local_ray: None, tiny_models: TinyModels, prompts: Path, tmp_path: Path
+) -> None:
+    models = {"target": tiny_models.target, "draft": tiny_models.other_vocabulary}
+    values = settings(tiny_models, str(prompts), tmp_path / "out") | {"models": models}
+    with pytest.raises(UserError, match="the vocabularies differ at token 5") as caught:
+        run(values)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_than_the_cluster_has_is_refused_at_once(
+    local_ray: None, tiny_models: TinyModels, prompts: Path, tmp_path: Path
+) -> None:
+    for actors, message in (
+        ({"num_gpus": 1}, "needs 1 GPU, but the largest node of this Ray cluster has 0"),
+        ({"num_cpus": 64}, "needs 64 CPU, but the largest node of this Ray cluster has 2"),
+        ({"min": 3, "num_cpus": 1}, "3 actors of 1 CPU do not fit on this Ray cluster, only 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(settings(tiny_models, str(prompts), tmp_path / "out", actors=actors))
+
+
+@pytest.mark.slow
+def test_a_killed_job_is_resumed(
+    finished: Finished, tiny_models: TinyModels, prompts: Path, tmp_path: Path
+) -> None:
+    _, undisturbed, _, _ = finished
+    values = settings(tiny_models, str(prompts), tmp_path / "out")
+    values["actors"] = {"num_cpus": 1, "slots": 2, "units_in_flight": 1}
+    process = started(values, tmp_path / "job.yaml", "--quiet", stderr=subprocess.DEVNULL)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(list((tmp_path / "out" / "completions").glob("*.parquet")))
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    result = run(values)
+    units = len(list((undisturbed / "completions").iterdir()))
+    assert done >= 2
+    assert 0 < result.units_run == units - done
+    assert texts(tmp_path / "out") == texts(undisturbed)
+
+
+@pytest.mark.s3
+def test_the_same_job_on_s3(
+    finished: Finished, tiny_models: TinyModels, prompts: Path, s3_env: S3Server, tmp_path: Path
+) -> None:
+    client = s3_env.client()
+    client.create_bucket(Bucket="jobs")
+    for file in prompts.glob("*.parquet"):
+        client.upload_file(str(file), "jobs", f"in/{file.name}")
+    values = settings(tiny_models, "s3://jobs/in/*.parquet", "s3://jobs/out")
+    values["s3"] = {"endpoint": s3_env.endpoint}
+    assert run(values).summary["rows"] == ROWS
+    assert run(values).units_run == 0
+    for entry in client.list_objects_v2(Bucket="jobs", Prefix="out/")["Contents"]:
+        target = tmp_path / entry["Key"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        client.download_file("jobs", entry["Key"], str(target))
+    _, local, _, _ = finished
+    assert texts(tmp_path / "out") == texts(local)
+    assert sorted(f.name for f in (tmp_path / "out" / "completions").iterdir()) == sorted(
+        f.name for f in (local / "completions").iterdir()
+    )
+    written = b"".join(f.read_bytes() for f in (tmp_path / "out").rglob("*") if f.is_file())
+    assert b"test-secret-key" not in written
