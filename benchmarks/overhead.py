@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs.spec import load_job
+from jobs.job_file import load_job
 from pipeline.config.job import JobConfig
 from pipeline.generate.actor import load_pair
 from pipeline.inputs.prompts import PromptRenderer, row_sampling

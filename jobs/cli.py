@@ -11,19 +11,19 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from jobs import remote
-from jobs import render as render_commands
-from jobs.console import err, explained, out, stop_signals
+from jobs.cluster import commands
+from jobs.cluster import render as render_commands
 from jobs.explain import explain
-from jobs.grafana import grafana
+from jobs.job_file import load_job
 from jobs.nightly.cli import nightly
 from jobs.plan import plan
-from jobs.profile import profile as profile_command
-from jobs.report_command import ReportCommand, page_at_the_end, page_of, report
+from jobs.reports.command import ReportCommand, page_at_the_end, page_of, report
+from jobs.reports.grafana import grafana
 from jobs.run_batch import run_batch
-from jobs.spec import load_job
-from jobs.train_head import train_head
-from jobs.training import distill
+from jobs.terminal.console import err, explained, out, stop_signals
+from jobs.tuning.distill import distill
+from jobs.tuning.profile import profile as profile_command
+from jobs.tuning.train_head import train_head
 from jobs.verify import verify
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
@@ -122,8 +122,8 @@ def run(
             with stop_signals() as stop, page_at_the_end(job):
                 run_job(job, mode=mode, stop=stop, note=_note)
             return
-        from jobs.display import progress_bar
-        from jobs.report import read_summary, render
+        from jobs.reports.summary import read_summary, render
+        from jobs.terminal.display import progress_bar
 
         with progress_bar(err) as show, stop_signals() as stop, page_at_the_end(job):
             result = run_job(job, mode=mode, progress=show, stop=stop, note=_note)
@@ -203,7 +203,7 @@ def _described(job: JobConfig) -> dict[str, Any]:
 
 
 app.command(cls=ReportCommand)(report)
-for name, command in remote.COMMANDS.items():
+for name, command in commands.COMMANDS.items():
     app.command(name)(command)
 app.add_typer(render_commands.app, name="render")
 app.command()(verify)

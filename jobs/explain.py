@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from jobs.console import explained, out
-from jobs.spec import s3_options
+from jobs.job_file import s3_options
+from jobs.terminal.console import explained, out
 
 
 def explain(

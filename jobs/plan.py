@@ -20,16 +20,16 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.special import stdtrit
 
-from jobs.amounts import money
-from jobs.console import explained, out
-from jobs.display import duration, stages
-from jobs.spec import load_job, load_prices
+from jobs.job_file import load_job, load_prices
+from jobs.terminal.amounts import money
+from jobs.terminal.console import explained, out
+from jobs.terminal.display import duration, stages
 from pipeline.config.job import JobConfig
 from pipeline.config.prices import Hardware, Priced, Prices, default_prices, price
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
-    from jobs.display import Show
+    from jobs.terminal.display import Show
     from pipeline.generate.rehearsal import Rehearsal, Round
     from pipeline.run.run import JobPlan
 

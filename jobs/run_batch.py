@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from jobs.console import err, explained, out, stop_signals
-from jobs.spec import build_job, s3_options
+from jobs.job_file import build_job, s3_options
+from jobs.terminal.console import err, explained, out, stop_signals
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 
@@ -120,8 +120,8 @@ def _this_machine() -> dict[str, Any]:
 
 
 def _run(job: JobConfig, responses: str, errors: str, model: str, quiet: bool) -> None:
-    from jobs.display import progress_bar
-    from jobs.report import render
+    from jobs.reports.summary import render
+    from jobs.terminal.display import progress_bar
     from pipeline.run.run import plan_job, run_job
 
     if quiet:

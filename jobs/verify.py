@@ -12,8 +12,8 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jobs.console import FAILURE, err, explained, out
-from jobs.spec import s3_options
+from jobs.job_file import s3_options
+from jobs.terminal.console import FAILURE, err, explained, out
 
 _PROBLEMS_SHOWN = 100
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from jobs.amounts import money
 from jobs.nightly.archive import Night
 from jobs.nightly.filters import ORDER
 from jobs.nightly.publish import SPLITS, published_files
 from jobs.nightly.recipe import Recipe
+from jobs.terminal.amounts import money
 
 _SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 _EXAMPLE_CHARS = 1200

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from jobs.console import FAILURE, INTERRUPTED, err, explained, out, stop_signals
+from jobs.terminal.console import FAILURE, INTERRUPTED, err, explained, out, stop_signals
 from pipeline.errors import UserError, nearest
 
 if TYPE_CHECKING:  # These import Ray, which takes seconds, and `--help` needs none of it.
@@ -146,7 +146,7 @@ def _hooks(stop: Any, quiet: bool) -> Iterator[Hooks]:
     if quiet:
         yield Hooks(stop=stop)
         return
-    from jobs.display import progress_bar
+    from jobs.terminal.display import progress_bar
 
     with progress_bar(err) as show:
         yield Hooks(
@@ -300,7 +300,7 @@ def render(
       specbatch nightly render kuberay recipe.yaml --image my/image:1 --secret s3-keys
     """
     with explained():
-        from jobs.manifests import Pods, parse_volume
+        from jobs.cluster.manifests import Pods, parse_volume
         from jobs.nightly.recipe import load_recipe
         from jobs.nightly.schedule import KINDS, Scheduled
         from jobs.nightly.schedule import render as rendered

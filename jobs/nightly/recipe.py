@@ -15,7 +15,7 @@ from cronsim import CronSim, CronSimError
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from jobs.spec import load_settings, resolve_job_paths
+from jobs.job_file import load_settings, resolve_job_paths
 from pipeline.config.job import JobConfig, StringList
 from pipeline.config.model_identity import digest
 

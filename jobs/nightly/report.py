@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs.amounts import money
 from jobs.nightly.archive import Night
 from jobs.nightly.card import filters_table, nights_table, speedup, table
 from jobs.nightly.recipe import Recipe
+from jobs.terminal.amounts import money
 
 TREND = (
     "night",

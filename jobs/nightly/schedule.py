@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs import manifests
-from jobs.manifests import Pods
+from jobs.cluster import manifests
+from jobs.cluster.manifests import Pods
 from jobs.nightly.recipe import Recipe
 from pipeline.config.job import JobConfig
 

@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
-from jobs.display import figures
+from jobs.terminal.display import figures
 from pipeline.observe.progress import JobProgress, Tally
 from specdec.request import Counts
 from tests.conftest import TinyModels

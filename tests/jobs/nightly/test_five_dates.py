@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.amounts import money
 from jobs.nightly.archive import Archive
 from jobs.nightly.recipe import load_recipe
+from jobs.terminal.amounts import money
 from tests.conftest import TinyModels
 from tests.jobs.nightly.recipes import rows_of, small_recipe, write_seeds
 

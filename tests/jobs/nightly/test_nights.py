@@ -14,7 +14,7 @@ from jobs.nightly.archive import Archive
 from jobs.nightly.nights import Hooks, run_nights
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.status import Status
-from jobs.report import read_summary
+from jobs.reports.summary import read_summary
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 from pipeline.observe.progress import JobProgress

@@ -14,10 +14,10 @@ import yaml
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from jobs.job_file import JobFileError
 from jobs.nightly.recipe import Recipe, load_recipe
 from jobs.nightly.seeds import Templates, TurnError, pick
 from jobs.nightly.status import Status, notify
-from jobs.spec import JobFileError
 from pipeline.errors import UserError
 from tests.conftest import TinyModels
 from tests.jobs.nightly.recipes import small_recipe, write_seeds

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.spec import JobFileError, load_job, load_prices
+from jobs.job_file import JobFileError, load_job, load_prices
 from pipeline.config.prices import Hardware, Prices, default_prices, price
 
 TABLE = {

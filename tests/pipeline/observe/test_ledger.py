@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.report import read_summary
+from jobs.reports.summary import read_summary
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.config.prices import Hardware
 from pipeline.errors import BudgetReached, JobStopped, UserError

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.grafana import exported
+from jobs.reports.grafana import exported
 from pipeline.observe.metrics import COUNTERS, GAUGES, LiveMetrics, Reading, lately, totals
 from pipeline.observe.progress import Tally
 from specdec.request import Counts
@@ -77,7 +77,7 @@ def test_what_is_exported_adds_up_though_the_engine_is_replaced(
 SCRAPED_JOB = """
 import sys, threading, time, urllib.request
 import ray
-from jobs.spec import load_job
+from jobs.job_file import load_job
 from pipeline.run.run import run_job
 
 job, port = load_job(sys.argv[1], []), int(sys.argv[2])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.grafana import dashboard, exported
+from jobs.reports.grafana import dashboard, exported
 from pipeline.observe.metrics import COUNTERS, GAUGES
 from tests.jobs.test_cli import call, one_error
 

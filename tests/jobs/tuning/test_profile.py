@@ -9,9 +9,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-import jobs.profile
+import jobs.tuning.profile
 from jobs.cli import app
-from jobs.profile_report import recommend
+from jobs.tuning.profile_report import recommend
 from tests.conftest import TinyModels
 
 WriteRows = Callable[..., str]
@@ -30,7 +30,7 @@ def one_error(result: Result) -> str:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs.profile, "_COST_SECONDS", 0.2)
+    monkeypatch.setattr(jobs.tuning.profile, "_COST_SECONDS", 0.2)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.console import explained, out
+from jobs.terminal.console import explained, out
 from pipeline.errors import UserError
 from pipeline.observe.metrics import COUNTERS, GAUGES
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobs.cost import Cost, cost_of
+from jobs.reports.cost import Cost, cost_of
 from pipeline.config.prices import Hardware, Prices
 from pipeline.observe.ledger import Account, Run
 

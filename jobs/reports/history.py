@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from jobs.amounts import money, number
-from jobs.report import read_summary
+from jobs.reports.summary import read_summary
+from jobs.terminal.amounts import money, number
 from pipeline.commit import manifest
 from pipeline.config.job import S3Config
 from pipeline.config.prices import Prices

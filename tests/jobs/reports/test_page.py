@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from jobs.findings import Example, Findings, SlowRow, gather
-from jobs.page import headline, job_page, write_page
-from jobs.report_command import PAGE, page_at_the_end
-from jobs.timeline import timeline
+from jobs.reports.command import PAGE, page_at_the_end
+from jobs.reports.findings import Example, Findings, SlowRow, gather
+from jobs.reports.page import headline, job_page, write_page
+from jobs.reports.timeline import timeline
 from pipeline.commit import manifest
 from pipeline.commit.stats import summarise
 from pipeline.config.job import JobConfig, S3Config

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from jobs.console import err, explained, out
+from jobs.terminal.console import err, explained, out
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 

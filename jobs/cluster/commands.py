@@ -14,15 +14,15 @@ import typer
 from rich.live import Live
 from rich.markup import escape
 
-from jobs.cluster import Cluster, ClusterJob, Code, Submission, environment, find_address
-from jobs.console import FAILURE, INTERRUPTED, err, explained, out
-from jobs.spec import load_job, s3_options
+from jobs.cluster.client import Cluster, ClusterJob, Code, Submission, environment, find_address
+from jobs.job_file import load_job, s3_options
+from jobs.terminal.console import FAILURE, INTERRUPTED, err, explained, out
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     # It loads Ray and torch, which --help does without.
-    from jobs.watching import View
+    from jobs.cluster.status_view import View
 
 _POLL_SECONDS = 2.0
 
@@ -121,7 +121,7 @@ def submit(
         job = load_job(file, overrides or [])
         url = find_address(address)
         if not paths_on_cluster:
-            from jobs.visible import check_visible
+            from jobs.cluster.local_paths import check_visible
 
             check_visible(job, url)
         how = Submission(code, python, environment(env or []), stop_seconds)
@@ -160,7 +160,7 @@ def _attend(cluster: Cluster, job_id: str, follow: bool) -> None:
 
 
 def _show(cluster: Cluster, job: ClusterJob) -> None:
-    from jobs.watching import render, view_of_job
+    from jobs.cluster.status_view import render, view_of_job
 
     out.print(render(view_of_job(job, cluster.logs(job.id))))
 
@@ -173,7 +173,7 @@ async def _print_logs(cluster: Cluster, job_id: str) -> None:
 
 def _wait(cluster: Cluster, job_id: str) -> ClusterJob:
     """Return when the job is over; a terminal shows meanwhile how far it is."""
-    from jobs.watching import render, view_of_job
+    from jobs.cluster.status_view import render, view_of_job
 
     with Live(console=err, transient=True, auto_refresh=False) as live:
         while not (job := cluster.job(job_id)).over:
@@ -206,7 +206,7 @@ def list_jobs(address: Address = None, as_json: AsJson = False) -> None:
             ]
             print(json.dumps(rows))
         elif jobs:
-            from jobs.watching import table_of_jobs
+            from jobs.cluster.status_view import table_of_jobs
 
             out.print(table_of_jobs(jobs))
         else:
@@ -232,7 +232,7 @@ def status(
       specbatch status nightly-20261125-020000-1f3a --address http://head:8265
     """
     with explained():
-        from jobs.watching import render
+        from jobs.cluster.status_view import render
 
         view = _view(target, address, endpoint, profile)
         if as_json:
@@ -242,7 +242,7 @@ def status(
 
 
 def _view(target: str, address: str | None, endpoint: str | None, profile: str | None) -> View:
-    from jobs.watching import view_of_job, view_of_output
+    from jobs.cluster.status_view import view_of_job, view_of_output
 
     if is_folder(target):
         return view_of_output(target, s3_options(endpoint, profile))
@@ -308,7 +308,7 @@ def stop(
 
 
 def _stop_output(url: str, endpoint: str | None, profile: str | None, wait: bool) -> None:
-    from jobs.watching import render, view_of_output
+    from jobs.cluster.status_view import render, view_of_output
     from pipeline.commit.manifest import open_output
     from pipeline.observe.status import request_stop
 

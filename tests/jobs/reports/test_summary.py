@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from jobs import explain
-from jobs.report import read_summary, render
+from jobs.reports.summary import read_summary, render
 from pipeline.commit import manifest
 from pipeline.commit.stats import summarise
 from pipeline.config.job import S3Config

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.spec import JobFileError, load_job
+from jobs.job_file import JobFileError, load_job
 
 GOOD: dict[str, Any] = {
     "input": {"paths": ["prompts/*.parquet"], "messages_column": "messages"},

@@ -12,8 +12,8 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from jobs.console import err, explained, out
-from jobs.spec import load_prices, s3_options
+from jobs.job_file import load_prices, s3_options
+from jobs.terminal.console import err, explained, out
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.config.prices import Prices
 from pipeline.errors import JobStopped, UserError
@@ -127,7 +127,7 @@ def page_of(job: JobConfig) -> str:
 
 
 def _try_page(job: JobConfig) -> None:
-    from jobs.page import write_page
+    from jobs.reports.page import write_page
 
     try:
         write_page(job.output, job.s3)
@@ -139,7 +139,7 @@ def _try_page(job: JobConfig) -> None:
 def _report(
     outputs: list[str], s3: S3Config, prices: Prices | None, as_json: bool, html: str | None
 ) -> None:
-    from jobs.report import read_summary, render
+    from jobs.reports.summary import read_summary, render
 
     if len(outputs) > 1:
         raise UserError("one output at a time; --compare A B or --trend A B C take several")
@@ -156,8 +156,8 @@ def _report(
 
 
 def _write_job_page(url: str, s3: S3Config, prices: Prices | None, html: str) -> None:
-    from jobs.findings import gather
-    from jobs.page import job_page, write_page
+    from jobs.reports.findings import gather
+    from jobs.reports.page import job_page, write_page
 
     if html:
         _save(Path(html), job_page(gather(url, s3, prices)))
@@ -168,8 +168,8 @@ def _write_job_page(url: str, s3: S3Config, prices: Prices | None, html: str) ->
 def _compare(
     outputs: list[str], s3: S3Config, prices: Prices | None, as_json: bool, html: str | None
 ) -> None:
-    from jobs.compare import Comparison, page, render
-    from jobs.past import read_job
+    from jobs.reports.compare import Comparison, page, render
+    from jobs.reports.history import read_job
 
     if len(outputs) != 2:
         raise UserError(f"--compare: give two outputs, got {len(outputs)}")
@@ -185,8 +185,8 @@ def _compare(
 def _trend(
     outputs: list[str], s3: S3Config, prices: Prices | None, as_json: bool, html: str | None
 ) -> None:
-    from jobs.past import find_jobs
-    from jobs.trend import page, render
+    from jobs.reports.history import find_jobs
+    from jobs.reports.trend import page, render
 
     jobs = find_jobs(outputs, s3, prices)
     if html is not None:

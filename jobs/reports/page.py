@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from jobs import charts
-from jobs.amounts import amount, moment, money, number, percent, short
-from jobs.charts import Chart
-from jobs.findings import Findings, gather
-from jobs.report_command import PAGE
+from jobs.reports import charts
+from jobs.reports.charts import Chart
+from jobs.reports.command import PAGE
+from jobs.reports.findings import Findings, gather
+from jobs.terminal.amounts import amount, moment, money, number, percent, short
 from pipeline.commit import manifest
 from pipeline.config.job import S3Config
 from pipeline.config.prices import Prices
@@ -63,7 +63,7 @@ def write_page(url: str, s3: S3Config, prices: Prices | None = None) -> str:
 def environment() -> Environment:
     """Templates of pages. All that is put into them is escaped."""
     result = Environment(
-        loader=PackageLoader("jobs"),
+        loader=PackageLoader("jobs.reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

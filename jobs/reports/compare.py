@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from jobs import charts
-from jobs.page import environment
-from jobs.past import FIGURES, PastJob
+from jobs.reports import charts
+from jobs.reports.history import FIGURES, PastJob
+from jobs.reports.page import environment
 
 _APART = {"name", "output", "s3"}
 """Settings in which any two jobs differ."""

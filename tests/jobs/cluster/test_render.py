@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
-from jobs.manifests import kubernetes_name, quoted
+from jobs.cluster.manifests import kubernetes_name, quoted
 from pipeline.config.job import JobConfig
 
 # Fields of KubeRay's v1 types that are in use; an unknown one would be dropped in silence.

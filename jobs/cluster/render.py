@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from jobs import manifests
-from jobs.cluster import find_address
-from jobs.console import explained
-from jobs.manifests import Pods
-from jobs.spec import load_job
+from jobs.cluster import manifests
+from jobs.cluster.client import find_address
+from jobs.cluster.manifests import Pods
+from jobs.job_file import load_job
+from jobs.terminal.console import explained
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 
@@ -211,7 +211,7 @@ def _command(
     if address is None:
         return ["run", str(file), "--quiet", *changes]
     url = find_address(address)
-    from jobs.visible import check_visible
+    from jobs.cluster.local_paths import check_visible
 
     check_visible(job, url)
     return ["submit", str(file), "--address", url, "--wait", *changes]

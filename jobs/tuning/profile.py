@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.console import explained, out
-from jobs.display import Show, stages
-from jobs.spec import load_job
+from jobs.job_file import load_job
+from jobs.terminal.console import explained, out
+from jobs.terminal.display import Show, stages
 from pipeline.config.job import JobConfig
 from pipeline.errors import RowError, UserError, nearest
 
@@ -89,7 +89,7 @@ def profile(
         if as_json:
             print(json.dumps(found, allow_nan=False))
             return
-        from jobs.profile_report import tables
+        from jobs.tuning.profile_report import tables
 
         for title, table in tables(found):
             out.print(f"[bold]{title}[/]", table, "", highlight=False, sep="\n")
@@ -106,7 +106,7 @@ def _profile(
     """The whole profile, JSON-able."""
     import torch
 
-    from jobs.profile_report import recommend
+    from jobs.tuning.profile_report import recommend
     from specdec.simulate.record import measure_costs, record
     from specdec.simulate.replay import acceptance_by_position
 

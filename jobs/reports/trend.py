@@ -8,9 +8,9 @@ from datetime import UTC
 from rich.markup import escape
 from rich.table import Table
 
-from jobs import charts
-from jobs.page import environment
-from jobs.past import FIGURES, PastJob
+from jobs.reports import charts
+from jobs.reports.history import FIGURES, PastJob
+from jobs.reports.page import environment
 
 COLUMNS = (
     "rows",

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs.report import read_summary
-from jobs.timeline import Timeline, timeline
+from jobs.reports.summary import read_summary
+from jobs.reports.timeline import Timeline, timeline
 from pipeline.commit import manifest
 from pipeline.commit.schema import ROW_ID
 from pipeline.commit.stats import UnitRecord, parts, reliability, summarise

@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from jobs.amounts import money
-from jobs.cost import committed_seconds, committed_seconds_of, read_cost
+from jobs.reports.cost import committed_seconds, committed_seconds_of, read_cost
+from jobs.terminal.amounts import money
 from pipeline.commit import manifest
 from pipeline.commit.stats import summarise
 from pipeline.config.job import S3Config

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from jobs.console import err
+from jobs.terminal.console import err
 from pipeline.observe.progress import JobProgress, OnProgress
 
 _LOG_SECONDS = 30

@@ -18,8 +18,8 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jobs.amounts import amount
-from jobs.timeline import Array, Timeline
+from jobs.reports.timeline import Array, Timeline
+from jobs.terminal.amounts import amount
 
 # A chart is as wide as a phone, so that its letters keep their size there.
 _WIDTH, _HEIGHT = 5.0, 3.4

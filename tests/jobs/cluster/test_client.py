@@ -23,15 +23,15 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from jobs import cluster, visible
 from jobs.cli import app
-from jobs.cluster import environment, find_address, find_token, source_folders
-from jobs.visible import check_visible
+from jobs.cluster import client
+from jobs.cluster.client import environment, find_address, find_token, source_folders
+from jobs.cluster.local_paths import check_visible
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 from tests.conftest import TinyModels, free_port
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOKEN = "c0ffee00c0ffee00c0ffee00c0ffee00"
 SECRET = "a-key-of-the-nodes-that-nobody-may-see"
 
@@ -289,7 +289,7 @@ def test_nobody_answers(bare: pytest.MonkeyPatch, job_file: Path) -> None:
 
 
 def test_a_client_that_is_not_installed(bare: pytest.MonkeyPatch) -> None:
-    bare.setattr(cluster.importlib.util, "find_spec", lambda name: None)
+    bare.setattr(client.importlib.util, "find_spec", lambda name: None)
     result = CliRunner().invoke(app, ["list", "-a", "http://127.0.0.1:1"])
     assert result.exit_code == 2
     assert "pip install 'specbatch[submit]'" in result.stderr
@@ -336,5 +336,5 @@ def test_paths_that_the_cluster_does_not_see(
     # This machine, or the near end of a tunnel.
     for near in ("http://127.0.0.1:8265", "http://localhost:8265", "http://[::1]:8265"):
         check_visible(job(here, str(tmp_path / "out")), near)
-    monkeypatch.setattr(visible, "_on_network", lambda path: True)
+    monkeypatch.setattr(local_paths, "_on_network", lambda path: True)
     check_visible(job(here, str(tmp_path / "out")), far)

@@ -14,10 +14,10 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from jobs.amounts import money
-from jobs.cluster import ClusterJob
-from jobs.cost import read_cost
-from jobs.display import duration
+from jobs.cluster.client import ClusterJob
+from jobs.reports.cost import read_cost
+from jobs.terminal.amounts import money
+from jobs.terminal.display import duration
 from pipeline.commit import manifest
 from pipeline.commit.stats import summarise
 from pipeline.config.job import S3Config

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.timeline import timeline
+from jobs.reports.timeline import timeline
 from pipeline.commit.stats import UnitRecord
 
 

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from jobs.console import err, explained, out
-from jobs.spec import explain, load_job
+from jobs.job_file import explain, load_job
+from jobs.terminal.console import err, explained, out
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
-    from jobs.head_rows import HeadRows, Show
+    from jobs.tuning.head_rows import HeadRows, Show
     from pipeline.inputs.sample import Sample
     from specdec.loading.pair import ModelPair
     from specdec.training.head import HeadSettings
@@ -178,7 +178,7 @@ def train_head(
 
         import torch
 
-        from jobs.head_rows import HeadRows
+        from jobs.tuning.head_rows import HeadRows
         from specdec.training.head import HeadSettings
         from specdec.training.labels import LabelSettings
 
@@ -299,8 +299,8 @@ def _load(config: JobConfig) -> ModelPair:
 def _train(
     source: HeadRows, labelling: LabelSettings, training: HeadSettings, folder: Path, show: Show
 ) -> None:
-    from jobs.head_report import plot, tables, verdict
-    from jobs.head_rows import label_all
+    from jobs.tuning.head_report import plot, tables, verdict
+    from jobs.tuning.head_rows import label_all
     from pipeline.commit.manifest import versions
     from specdec.loading.head_files import save_head
     from specdec.training.head import Epoch, calibrate, describe_labels, evaluate, train_head

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.console import err
-from jobs.head_report import early_lines
+from jobs.terminal.console import err
+from jobs.tuning.head_report import early_lines
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.errors import RowError, UserError
 from pipeline.inputs.prompts import PromptRenderer, row_sampling

@@ -1,0 +1,1 @@
+"""Drafts and heads trained on a job, and profiles of it."""
