@@ -18,10 +18,10 @@ from jobs.nightly.recipe import Recipe
 from jobs.nightly.seeds import Picked, Prompt, Templates, TurnError
 from jobs.reports.summary import read_summary
 from pipeline.commit import manifest
-from pipeline.commit.schema import ROW_ID
 from pipeline.commit.stats import UnitRecord
 from pipeline.config.job import JobConfig
 from pipeline.inputs.prompts import row_seed
+from pipeline.inputs.row_ids import ROW_ID
 from pipeline.observe.progress import OnProgress
 from pipeline.run.run import JobResult, run_job
 from pipeline.storage.folder import Folder

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 from jobs.reports.summary import read_summary
 from jobs.reports.timeline import Timeline, timeline
 from pipeline.commit import manifest
-from pipeline.commit.schema import ROW_ID
 from pipeline.commit.stats import UnitRecord, parts, reliability, summarise
 from pipeline.config.job import InputConfig, S3Config
 from pipeline.config.prices import Prices
 from pipeline.inputs.jsonl import RAW_LINE
 from pipeline.inputs.prompts import required_columns
+from pipeline.inputs.row_ids import ROW_ID
 from pipeline.storage.folder import Folder
 from specdec.measure.speedup import Rounds, SpeedupMeter
 

@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.commit import manifest
-from pipeline.commit.schema import ROW_ID
 from pipeline.commit.sink import CommitSink
 from pipeline.commit.stats import FOOTER_KEY, UnitRecord, parquet_bytes
 from pipeline.inputs.blocks import UnitFiles
+from pipeline.inputs.row_ids import ROW_ID, parse_row_id
 from pipeline.inputs.units import Unit
 from pipeline.storage.folder import Folder
 
@@ -61,12 +61,7 @@ def _row_numbers(data: bytes | None) -> set[int]:
     if data is None:
         return set()
     table = pq.read_table(pa.BufferReader(data), columns=[ROW_ID])
-    return set(map(row_number, table[ROW_ID].to_pylist()))
-
-
-def row_number(row_id: str) -> int:
-    """A row's number in its input file."""
-    return int(row_id.rsplit(":", 2)[1])
+    return {parse_row_id(each).row for each in table[ROW_ID].to_pylist()}
 
 
 class RetrySink(CommitSink):
@@ -200,13 +195,9 @@ def _unless(completed: pa.ChunkedArray, table: pa.Table) -> pa.Table:
 def _in_order(tables: Sequence[pa.Table]) -> pa.Table:
     """Rows of all the tables in the order of the input; rows of one id stay in theirs."""
     table = pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
-    ids = table[ROW_ID].to_pylist()
-    order = sorted(range(len(ids)), key=lambda i: (row_number(ids[i]), _sample(ids[i])))
+    ids = [parse_row_id(each) for each in table[ROW_ID].to_pylist()]
+    order = sorted(range(len(ids)), key=ids.__getitem__)
     return table.take(pa.array(order, pa.int64()))
-
-
-def _sample(row_id: str) -> int:
-    return int(row_id.rsplit(":", 1)[1])
 
 
 def _add_attempts(errors: pa.Table, before: bytes | None) -> pa.Table:

@@ -14,11 +14,10 @@ import pyarrow as pa
 from pipeline.errors import RowError, UserError
 from pipeline.inputs.blocks import UnitRows
 from pipeline.inputs.jsonl import RAW_LINE, parse_line
-from pipeline.inputs.units import FilePlan, Unit
+from pipeline.inputs.row_ids import ROW_ID, row_id
+from pipeline.inputs.units import FilePlan
 from specdec.measure.calibration import Calibration
 from specdec.request import Completion, Counts
-
-ROW_ID = "row_id"
 
 COMPLETION_COLUMNS: dict[str, pa.DataType] = {
     "completion": pa.string(),
@@ -69,11 +68,6 @@ Outcome = Finished | Failed
 
 Outcomes = Sequence[Sequence[Outcome]]
 """What became of a unit: for each of its rows, an outcome per sample; none: not this time."""
-
-
-def row_id(unit: Unit, index: int, sample: int = 0) -> str:
-    """The stable name of a row's sample: input file, row number in it, sample."""
-    return f"{unit.name}:{unit.start + index}:{sample}"
 
 
 def check_reserved(plans: Iterable[FilePlan]) -> None:

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 
 from pipeline.commit import manifest
 from pipeline.commit.planned_inputs import INPUTS
-from pipeline.commit.schema import ROW_ID, Finished, Outcomes, by_sample, row_id
+from pipeline.commit.schema import Finished, Outcomes, by_sample
 from pipeline.commit.stats import UnitRecord
 from pipeline.errors import UserError
 from pipeline.inputs.blocks import UnitRows
+from pipeline.inputs.row_ids import ROW_ID, parse_row_id, row_id
 from pipeline.inputs.units import unit_id
 from pipeline.storage.folder import Folder
 
@@ -81,20 +82,9 @@ def read_rounds(output: Folder, row: str) -> list[dict[str, Any]]:
     return rounds
 
 
-def _parsed(row: str) -> tuple[str, int] | None:
-    """Input file and row number of what looks like a row id."""
-    name, *numbers = row.rsplit(":", 2)
-    if len(numbers) == 2 and all(number.isascii() and number.isdigit() for number in numbers):
-        return name, int(numbers[0])
-    return None
-
-
 def _unit_of(output: Folder, row: str) -> UnitRecord | None:
     """The committed unit that a row belongs to. Names of units tell where to look."""
-    parsed = _parsed(row)
-    if parsed is None:
-        return None
-    name, index = parsed
+    name, index, sample = parse_row_id(row)
     stem = unit_id(name, 0, 0).rsplit("-", 2)[0]
     begins = []
     for unit in manifest.committed_ids(output):
@@ -106,13 +96,9 @@ def _unit_of(output: Folder, row: str) -> UnitRecord | None:
         # Files whose names differ in signs only share a stem.
         if record.input == name:
             most = None if record.own_n else record.samples // record.rows
-            there = index < record.start + record.rows and (most is None or _sample(row) < most)
+            there = index < record.start + record.rows and (most is None or sample < most)
             return record if there else None
     return None
-
-
-def _sample(row: str) -> int:
-    return int(row.rsplit(":", 1)[1])
 
 
 def _instead(output: Folder, row: str) -> str:
@@ -120,7 +106,10 @@ def _instead(output: Folder, row: str) -> str:
     data = output.read(INPUTS)
     inputs = pq.read_table(pa.BufferReader(data)).to_pylist() if data else []
     rows = {each["name"]: each["rows"] for each in inputs if each["rows"]}
-    name, index = _parsed(row) or _parsed(f"{row}:0") or (row, 0)
+    parsed = parse_row_id(row)
+    if parsed.row < 0:
+        parsed = parse_row_id(f"{row}:0")
+    name, index = parsed.file, max(parsed.row, 0)
     if 0 <= index < rows.get(name, 0) and row == f"{name}:{index}:0":
         return "this row is not committed yet; run the job to its end"
     names = [name] if name in rows else get_close_matches(name, rows, 3, 0.0)

@@ -30,7 +30,6 @@ from pipeline.commit.schema import (
     completions_table,
     errors_table,
     line_error,
-    row_id,
     slowest_rows,
     total_calibration,
     total_counts,
@@ -51,6 +50,7 @@ from pipeline.inputs.prompts import (
     row_sampling,
     sample_count,
 )
+from pipeline.inputs.row_ids import row_id
 from pipeline.observe.attempts import History, Turns
 from pipeline.observe.ledger import Run, Timesheet
 from pipeline.observe.metrics import LiveMetrics, Reading

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from pipeline.commit.schema import row_id
 from pipeline.config.job import InputConfig, S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.prompts import required_columns
+from pipeline.inputs.row_ids import row_id
 from pipeline.inputs.source import read_units
 from pipeline.inputs.units import FilePlan, Unit, check_columns, plan_files
 from pipeline.storage.folder import is_s3, resolved

@@ -15,9 +15,9 @@ from typing import Any, TextIO
 import pyarrow.parquet as pq
 
 from pipeline.commit.manifest import read_record
-from pipeline.commit.schema import ROW_ID
 from pipeline.inputs.jsonl import RAW_LINE
 from pipeline.inputs.openai_requests import CHAT, REQUEST, parsed
+from pipeline.inputs.row_ids import ROW_ID, parse_row_id
 from pipeline.inputs.units import Unit
 from pipeline.storage.folder import Folder
 
@@ -108,7 +108,7 @@ def _rows(job: Folder, name: str, columns: Sequence[str]) -> Iterator[dict[str, 
 
 
 def _index(row: Mapping[str, Any]) -> int:
-    return int(row[ROW_ID].rsplit(":", 2)[1])
+    return parse_row_id(row[ROW_ID]).row
 
 
 def _body(

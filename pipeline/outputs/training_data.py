@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pipeline.commit import manifest
-from pipeline.commit.schema import ROW_ID
 from pipeline.config.job import InputConfig, ModelsConfig, S3Config, SamplingConfig
 from pipeline.errors import RowError, UserError, nearest
 from pipeline.inputs.prompts import SAMPLING_COLUMN, PromptRenderer, required_columns, row_sampling
+from pipeline.inputs.row_ids import ROW_ID
 from pipeline.storage.folder import Folder
 from specdec.training.examples import Example
 

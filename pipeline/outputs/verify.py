@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 
 from pipeline.commit import manifest, planned_inputs
 from pipeline.commit.manifest import NamedFile
-from pipeline.commit.schema import ROW_ID
 from pipeline.commit.stats import FOOTER_KEY, UnitRecord
 from pipeline.config.job import S3Config
 from pipeline.config.model_identity import digest
 from pipeline.inputs.prompts import SAMPLING_COLUMN
+from pipeline.inputs.row_ids import ROW_ID, parse_row_id
 from pipeline.inputs.units import unit_id
 from pipeline.storage.folder import STAGING, Folder
 
@@ -288,7 +288,7 @@ def _wrong_ids(
     others: list[str] = []
     there: dict[int, int] = {}  # samples by row
     for each in counts:
-        own, row, sample = _parts(each)
+        own, row, sample = parse_row_id(each)
         known = own == record.input and 0 <= row - record.start < record.rows
         if known and (samples is None or 0 <= sample < samples):
             there[row] = there.get(row, 0) + 1
@@ -304,14 +304,6 @@ def _wrong_ids(
     if missing:
         text = f"rows neither in completions nor in errors: {_some(missing)}"
         yield Problem("missing", name, text)
-
-
-def _parts(row_id: str) -> tuple[str, int, int]:
-    """Input file, row and sample of a row id; what is none has the row -1."""
-    match row_id.rsplit(":", 2):
-        case [name, row, sample] if row.isdecimal() and sample.isdecimal():
-            return name, int(row), int(sample)
-    return row_id, -1, -1
 
 
 def _some(names: Iterable[str]) -> str:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from specdec.loading.sources import cache_folder
+from specdec.user_cache import cache_folder
 
 if TYPE_CHECKING:
     from specdec.kernels.gpu import GpuKernels

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import tempfile
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from specdec.user_cache import cache_folder
 
 PACKAGE_PREFIX = "pkg:"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
@@ -96,15 +97,6 @@ def _check_weights(name: str, folder: Path) -> None:
 def check_model_name(name: str) -> None:
     """Raise PairError if `name` cannot be found; load nothing and trust hub names."""
     find_model(name)
-
-
-def cache_folder() -> Path:
-    """Where converted models and compiled kernels are kept.
-
-    $SPECBATCH_CACHE, or specbatch/ in the user's cache.
-    """
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("SPECBATCH_CACHE") or f"{base}/specbatch").expanduser()
 
 
 def _converted(gguf: Path) -> Path:

@@ -24,7 +24,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
-from jobs.cluster import client
+from jobs.cluster import client, local_paths
 from jobs.cluster.client import environment, find_address, find_token, source_folders
 from jobs.cluster.local_paths import check_visible
 from pipeline.config.job import JobConfig

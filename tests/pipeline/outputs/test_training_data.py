@@ -152,7 +152,8 @@ def test_a_job_on_s3(s3_env: S3Server, write_job_output: WriteJob, tokenizer: An
 
 def test_the_table_of_the_fixture_is_what_jobs_write(write_job_output: WriteJob) -> None:
     """Of the columns that are read; guards the tests above against a change of the schema."""
-    from pipeline.commit.schema import COMPLETION_COLUMNS, ROW_ID
+    from pipeline.commit.schema import COMPLETION_COLUMNS
+    from pipeline.inputs.row_ids import ROW_ID
 
     assert ROW_ID == "row_id"
     assert COMPLETION_COLUMNS["completion"] == pa.string()
