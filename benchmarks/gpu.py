@@ -28,8 +28,8 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec.engine.engine import Engine
-from specdec.engine.scheduler import common_prefix
 from specdec.model.decoder import PackedDecoder
+from specdec.model.sharing import common_prefix
 from specdec.policies.registry import make_policy
 
 DEVICE = torch.device("cuda")

@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec.engine.engine import Engine
-from specdec.engine.scheduler import common_prefix
 from specdec.loading.pair import ModelPair
+from specdec.model.sharing import common_prefix
 from specdec.policies.registry import POLICIES, make_policy
 from specdec.request import Request, SamplingParams
 

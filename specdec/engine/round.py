@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from specdec.drafters.base import Draw
 from specdec.engine.scheduler import LiveRow
 from specdec.lossless.sampling import SamplingBatch
 from specdec.lossless.verification import Mode, Proposal
+from specdec.measure.clock import RoundTimer
 from specdec.measure.speedup import SpeedupMeter
 from specdec.policies.base import Explanation, RoundOutcome, RoundStart, StopPolicy
 from specdec.request import RoundTrace
@@ -21,6 +23,7 @@ class Round:
 
     Attributes:
         rows: the live rows, by slot.
+        timer: its seconds.
         sampling: their sampling parameters.
         mode: how candidates are verified.
         start: what the policy may know before drafting.
@@ -29,12 +32,12 @@ class Round:
         submitted: how many of each row's candidates were verified.
         committed: for each row the tokens that verification gave: accepted candidates, then the
             bonus token; nothing for a row whose prompt is not yet fed to its end.
-        grown: how many of these each row's output grew by: fewer where it ended.
+        kept: how many of these each row's output grew by: fewer where it ended.
         draft_costs: packed tokens and seconds of each draft step.
-        seconds: what the rest of the round took.
     """
 
     rows: list[LiveRow]
+    timer: RoundTimer
     sampling: SamplingBatch
     mode: Mode
     start: RoundStart
@@ -42,9 +45,11 @@ class Round:
     proposal: Proposal
     submitted: Sequence[int] = ()
     committed: Sequence[Sequence[int]] = ()
-    grown: Sequence[int] = ()
+    kept: list[int] = field(init=False)
     draft_costs: list[tuple[int, float]] = field(default_factory=list)
-    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.kept = [0] * len(self.rows)
 
     @property
     def accepted(self) -> list[int]:
@@ -60,6 +65,10 @@ class Round:
         """The sampling parameters of the rows in `index` [m]; greedy rows are not picked apart."""
         return self.sampling if self.sampling.all_greedy else self.sampling.rows(index)
 
+    def drawing(self, index: Tensor, at: Tensor) -> Draw:
+        """How candidates of the rows in `index` [n] are drawn, at output positions `at` [n]."""
+        return lambda logits: self.mode.propose(logits, self.parameters(index), at)
+
     def outcome(self) -> RoundOutcome:
         """What the policy learns from."""
         return RoundOutcome(
@@ -68,19 +77,20 @@ class Round:
             submitted=self.submitted,
             accepted=self.accepted,
             draft_costs=self.draft_costs,
-            verify_cost=(self.target_tokens, self.seconds),
+            verify_cost=(self.target_tokens, self.timer.rest),
         )
 
     def book(self, meter: SpeedupMeter) -> None:
         """Enter the round's seconds and tokens of decoding rows in the speedup meter."""
         decoding = self.start.decoding
         live = sum(decoding)
-        tokens = sum(n for n, ready in zip(self.grown, decoding, strict=True) if ready)
-        whole = self.seconds + sum(spent for _, spent in self.draft_costs)
+        tokens = sum(n for n, ready in zip(self.kept, decoding, strict=True) if ready)
+        rest = self.timer.rest
+        whole = rest + sum(spent for _, spent in self.draft_costs)
         if all(decoding):
             meter.book(live, whole, tokens, control=self.control)
         else:
-            without = self.seconds * self.start.target_tokens / self.target_tokens
+            without = rest * self.start.target_tokens / self.target_tokens
             meter.book_mixed(whole, without, tokens - live)
 
     def trace(self, policy: StopPolicy) -> None:

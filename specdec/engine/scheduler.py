@@ -1,37 +1,15 @@
-"""Who is in flight: the queue, the rows in slots, and the caches that hold them.
-
-Rows that begin alike (samples of one prompt, one system prompt, one few-shot block) share what they
-have in common: a row takes over keys and values that another slot holds of the same tokens, be its
-row in flight or retired and not yet overwritten.
-"""
+"""Who is in flight: the queue, and the rows in slots."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from specdec.model.cache import SlotCache, round_to_blocks
+from specdec.model.cache import round_to_blocks
+from specdec.model.sharing import SharedCaches
 from specdec.policies.base import RowMemory
 from specdec.request import Counts, Request, RoundTrace, SamplingParams
-
-LEAST_SHARED = 32
-"""Fewer tokens in common than this are not worth a forward of their own."""
-
-OWN = 2
-"""Last tokens of a row that it never takes over. Its first round then feeds a prompt's end and
-yields one token, as it does without sharing: what is drawn does not depend on who is there."""
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences have in common from their beginning."""
-    n, most = 0, min(len(a), len(b))
-    while n < most and a[n : n + 64] == b[n : n + 64]:  # many at once, not one by one in Python
-        n += 64
-    while n < most and a[n] == b[n]:
-        n += 1
-    return min(n, most)
 
 
 @dataclass(slots=True, eq=False)
@@ -77,32 +55,15 @@ class Scheduler:
     changed when the row at the head of the queue does not fit, so long rows trade slots for length.
 
     Args:
-        caches: the target's and, if there is one, the draft's.
+        shared: the caches of target and drafter.
         slots: most rows in flight.
         max_positions: most cache positions over all slots.
-        grain: rows share multiples of this many tokens of their prompts in the target's cache, or,
-            if it is 1, whatever they have in common.
-        least_shared: fewer tokens than this are not shared.
-
-    Attributes:
-        shared_tokens: positions of the target's cache that were taken over, not computed.
     """
 
-    def __init__(
-        self,
-        caches: Sequence[SlotCache],
-        slots: int,
-        max_positions: int,
-        grain: int = 1,
-        least_shared: int = LEAST_SHARED,
-    ) -> None:
-        self.caches, self.slots, self.max_positions = caches, slots, max_positions
-        self.grain, self.least_shared, self.shared_tokens = grain, least_shared, 0
+    def __init__(self, shared: SharedCaches, slots: int, max_positions: int) -> None:
+        self.shared, self.slots, self.max_positions = shared, slots, max_positions
         self.queue: deque[LiveRow] = deque()
         self._rows: list[LiveRow | None] = []  # by slot; None is a hole left by a retired row
-        # Whose tokens each slot of the caches holds, as many as its length says: its row's, or
-        # those of the row that left it last.
-        self._held: list[LiveRow | None] = []
 
     @property
     def live(self) -> int:
@@ -121,7 +82,7 @@ class Scheduler:
             row = self.queue.popleft()
             row.admitted = time.perf_counter()
             self._rows[hole : hole + 1] = [row]
-            self._place(row, hole)
+            self.shared.place(row, hole)
         self._compact()
         return self.rows
 
@@ -129,60 +90,9 @@ class Scheduler:
         """Free a slot. What it holds stays there for others to share until it is overwritten."""
         self._rows[slot] = None
 
-    def share(self, cache: SlotCache, slot: int) -> None:
-        """Let a slot take over what another one holds of its row's tokens, if that is much more.
-
-        Args:
-            cache: one of `caches`.
-            slot: of a live row; its length grows by what it took over.
-        """
-        row, length = self._held[slot], cache.lengths[slot]
-        if row is None:
-            return
-        best, enough = slot, length + self.least_shared
-        if enough > len(row.tokens) - OWN:
-            return
-        for source, other in enumerate(self._held):
-            # Most of many slots hold too little or begin otherwise; that is quick to see.
-            if other is None or other is row or cache.lengths[source] < enough:
-                continue
-            if other.tokens[:enough] != row.tokens[:enough]:
-                continue
-            most = min(self.common(cache, row, other), cache.lengths[source])
-            if most >= enough:
-                best, enough = source, most + 1
-        if best != slot:
-            cache.fork(best, [slot], [enough - 1])
-            self._count(cache, enough - 1 - length)
-
-    def common(self, cache: SlotCache, row: LiveRow, other: LiveRow) -> int:
-        """How many tokens two rows may share in a cache.
-
-        Its last ones are left to each row (`OWN`).
-        """
-        most = min(len(row.tokens), len(other.tokens)) - OWN
-        n = max(0, min(common_prefix(row.tokens, other.tokens), most))
-        if self.grain == 1 or cache is not self.caches[0]:
-            return n
-        return min(n, row.output_start, other.output_start) // self.grain * self.grain
-
-    def _place(self, row: LiveRow, slot: int) -> None:
-        """Give a slot to a row, with what the slot, or a better one, holds of its tokens."""
-        before, self._held[slot] = self._held[slot], row
-        for cache in self.caches:
-            cache.rollback(slot, self.common(cache, row, before) if before is not None else 0)
-            if cache.lengths[slot] < self.least_shared:
-                cache.rollback(slot, 0)
-            self._count(cache, cache.lengths[slot])
-            self.share(cache, slot)
-
-    def _count(self, cache: SlotCache, tokens: int) -> None:
-        if cache is self.caches[0]:
-            self.shared_tokens += tokens
-
     def _reserve(self, need: int) -> bool:
         """Whether one more row of `need` positions fits; reshape the caches if that helps."""
-        live, shape = self.live, self.caches[0]
+        live, shape = self.live, self.shared.caches[0]
         if live >= self.slots:
             return False
         if need <= shape.capacity and live < shape.slots:
@@ -194,9 +104,7 @@ class Scheduler:
             slots = min(self.slots, self.max_positions // capacity)
             if live < slots:
                 self._compact()
-                for cache in self.caches:
-                    cache.resize(slots, capacity)
-                self._held = [*self._held, *[None] * slots][:slots]
+                self.shared.resize(slots, capacity)
                 return True
         return False
 
@@ -205,6 +113,5 @@ class Scheduler:
         for hole in reversed([slot for slot, row in enumerate(self._rows) if row is None]):
             last = self._rows.pop()
             if hole < len(self._rows):
-                self._rows[hole] = self._held[hole] = last
-                for cache in self.caches:
-                    cache.move(len(self._rows), hole)
+                self._rows[hole] = last
+                self.shared.move(len(self._rows), hole)

@@ -1,16 +1,17 @@
-"""Seconds per phase of a round, read once per round so that timing never stalls the device."""
+"""Seconds of a round: by phase, and in the parts that a stop policy learns its costs from."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 
 class PhaseClock:
-    """Accumulates seconds by phase name.
+    """Accumulates seconds by phase name. It never stalls the device.
 
     On a CPU a phase is timed as it runs. On CUDA two events are recorded around it on the stream,
     and their distance is read in `settle`, after the round's one synchronisation.
@@ -44,6 +45,33 @@ class PhaseClock:
     def _book(self, shares: dict[str, float], seconds: float) -> None:
         for name, share in shares.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + share * seconds
+
+
+@dataclass(slots=True)
+class Lap:
+    """A part of a round, and the seconds it took once it is over."""
+
+    seconds: float = 0.0
+
+
+class RoundTimer:
+    """Wall-clock seconds of a round, less those of the parts that are timed apart."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def apart(self) -> Iterator[Lap]:
+        """Time the body by itself, and leave it out of the rest of the round."""
+        lap, began = Lap(), time.perf_counter()
+        yield lap
+        lap.seconds = time.perf_counter() - began
+        self._began += lap.seconds
+
+    @property
+    def rest(self) -> float:
+        """Seconds of the round so far, less what was timed apart."""
+        return time.perf_counter() - self._began
 
 
 def _event() -> torch.cuda.Event:

@@ -714,7 +714,7 @@ def bytes_for(pair: TinyPair, positions: int) -> int:
 
 def held(engine: Engine) -> int:
     """Bytes of keys and values that an engine holds now."""
-    caches = {id(cache): cache for cache in (engine.target_cache, engine.draft_cache)}
+    caches = {id(cache): cache for cache in (engine.target_cache, engine.drafter.cache)}
     return sum(t.nbytes for cache in caches.values() for t in (*cache.keys, *cache.values))
 
 
@@ -798,7 +798,7 @@ def test_rows_that_outgrow_the_draft_go_on_without_it(
     short = replace(pair, draft_context_length=context, eos_token_ids=frozenset({reference.eos}))
     engine = Engine(short, policy=Fixed(4), slots=4, prefill_chunk=64)
     assert outputs(engine.generate(requests_of(reference.prompts, GREEDY))) == reference.outputs
-    assert max(engine.draft_cache.lengths) <= context
+    assert max(engine.drafter.cache.lengths) <= context
     for request, done in zip(
         reference.prompts, engine.generate(requests_of(reference.prompts, GREEDY)), strict=True
     ):

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.engine.scheduler import LEAST_SHARED, LiveRow, Scheduler, common_prefix
+from specdec.engine.scheduler import LiveRow, Scheduler
 from specdec.model.cache import KEY_BLOCK, LayerLayout, SlotCache, round_to_blocks
+from specdec.model.sharing import LEAST_SHARED, SharedCaches, common_prefix
 from specdec.request import Request, SamplingParams
 
 LAYOUT = (LayerLayout(1, 1, 1),)
@@ -23,14 +24,14 @@ def row(name: int, need: int, alike: int = 0) -> LiveRow:
 
 def scheduler(slots: int, blocks: int, grain: int = 1) -> Scheduler:
     caches = [SlotCache(LAYOUT, 0, 0, torch.float32, torch.device("cpu")) for _ in range(2)]
-    return Scheduler(caches, slots, blocks * KEY_BLOCK, grain)
+    return Scheduler(SharedCaches(caches, grain), slots, blocks * KEY_BLOCK)
 
 
 def feed(scheduler: Scheduler, rows: Sequence[LiveRow], generated: int = 1) -> None:
     """Write what each row lacks of its tokens in both caches, as the engine's forwards do."""
     for each in rows:
         each.tokens += [2000 + int(each.request.id)] * generated
-    for cache in scheduler.caches:
+    for cache in scheduler.shared.caches:
         for slot, each in enumerate(rows):
             fed = cache.lengths[slot]
             lacking = torch.tensor(each.tokens[fed:-1], dtype=torch.float32)[:, None, None]
@@ -88,7 +89,7 @@ def test_every_slot_holds_its_rows_tokens_through_refills_moves_resizes_and_shar
     while s.queue or s.live:
         rows = s.admit()
         assert 0 < len(rows) <= slots and s.live == len(rows)
-        for cache in s.caches:
+        for cache in s.shared.caches:
             assert cache.slots * cache.capacity <= s.max_positions
             assert cache.capacity >= max(each.need for each in rows)
             assert cache.capacity == round_to_blocks(cache.capacity)
@@ -99,10 +100,10 @@ def test_every_slot_holds_its_rows_tokens_through_refills_moves_resizes_and_shar
                     assert cache.lengths[slot] == len(each.tokens) - 1
                     continue
                 assert cache.lengths[slot] <= max(0, len(each.tokens) - 2)
-                if cache is s.caches[0]:
+                if cache is s.shared.caches[0]:
                     taken += cache.lengths[slot]
                     assert cache.lengths[slot] % grain == 0
-        assert s.shared_tokens == taken
+        assert s.shared.taken_over == taken
         feed(s, rows)
         known |= {each.request.id for each in rows}
         for slot, each in enumerate(rows):
@@ -118,8 +119,8 @@ def test_a_row_takes_over_the_longest_prefix_that_any_slot_holds() -> None:
     feed(s, s.admit())
     s.queue.append(row(3, 100, alike=70))
     s.admit()
-    assert [cache.lengths[3] for cache in s.caches] == [70, 70]
-    assert s.shared_tokens == 70
+    assert [cache.lengths[3] for cache in s.shared.caches] == [70, 70]
+    assert s.shared.taken_over == 70
 
 
 def test_a_retired_row_is_shared_until_its_slot_is_overwritten() -> None:
@@ -128,7 +129,7 @@ def test_a_retired_row_is_shared_until_its_slot_is_overwritten() -> None:
     lengths = []
     for _ in range(4):
         rows = s.admit()
-        lengths.append(s.caches[0].lengths[0])
+        lengths.append(s.shared.caches[0].lengths[0])
         feed(s, rows)
         s.retire(0)
     assert lengths == [0, 60, 0, 0]
@@ -140,7 +141,7 @@ def test_the_last_two_tokens_of_a_prompt_are_never_taken_over() -> None:
     feed(s, s.admit())
     s.queue.append(row(1, 51, alike=50))
     s.admit()
-    assert s.caches[0].lengths[1] == 48
+    assert s.shared.caches[0].lengths[1] == 48
 
 
 def test_short_prefixes_are_not_worth_it() -> None:
@@ -149,7 +150,7 @@ def test_short_prefixes_are_not_worth_it() -> None:
     feed(s, s.admit())
     s.queue.append(row(1, 90, alike=LEAST_SHARED - 1))
     s.admit()
-    assert s.caches[0].lengths[1] == s.shared_tokens == 0
+    assert s.shared.caches[0].lengths[1] == s.shared.taken_over == 0
 
 
 def test_with_a_grain_the_target_shares_whole_pieces_of_prompts_and_the_draft_everything() -> None:
@@ -158,7 +159,7 @@ def test_with_a_grain_the_target_shares_whole_pieces_of_prompts_and_the_draft_ev
     feed(s, s.admit())
     s.queue.append(row(1, 200, alike=190))
     s.admit()
-    assert [cache.lengths[1] for cache in s.caches] == [128, 190]
+    assert [cache.lengths[1] for cache in s.shared.caches] == [128, 190]
 
 
 def test_with_a_grain_what_a_row_has_generated_is_not_shared_in_the_target() -> None:
@@ -171,7 +172,7 @@ def test_with_a_grain_what_a_row_has_generated_is_not_shared_in_the_target() -> 
     following.tokens[:297] = first.tokens[:297]
     s.queue.append(following)
     s.admit()
-    assert [cache.lengths[1] for cache in s.caches] == [192, 297]
+    assert [cache.lengths[1] for cache in s.shared.caches] == [192, 297]
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_an_engine_that_records_gives_the_same_tokens(
         outputs.append([each.output_ids for each in engine.generate(requests)])
     assert outputs[0] == outputs[1]
     assert engine.target_cache.recorded
-    assert engine.draft_cache.recorded
+    assert engine.drafter.cache.recorded
 
 
 @torch.inference_mode()

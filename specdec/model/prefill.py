@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specdec.engine.scheduler import LiveRow, Scheduler
 from specdec.model.attention import upload
 from specdec.model.cache import SlotCache
 from specdec.model.decoder import PackedDecoder
+from specdec.model.sharing import SharedCaches, TokenRow
 
 
 def feed(
-    decoder: PackedDecoder, cache: SlotCache, slot: int, row: LiveRow, length: int, chunk: int
+    decoder: PackedDecoder, cache: SlotCache, slot: int, row: TokenRow, length: int, chunk: int
 ) -> list[int]:
     """Feed a row's tokens up to `length`, at most `chunk` in a forward.
 
@@ -37,8 +37,8 @@ def feed(
 def feed_shared(
     decoder: PackedDecoder,
     cache: SlotCache,
-    scheduler: Scheduler,
-    rows: Sequence[LiveRow],
+    shared: SharedCaches,
+    rows: Sequence[TokenRow],
     slots: Sequence[int],
     chunk: int,
 ) -> list[int]:
@@ -47,7 +47,7 @@ def feed_shared(
     Args:
         decoder: the model.
         cache: its cache.
-        scheduler: of the cache.
+        shared: the caches of all models, `cache` among them.
         rows: the live rows, by slot.
         slots: the rows that are about to be fed; others only take over what these leave.
         chunk: most tokens of a forward.
@@ -55,15 +55,15 @@ def feed_shared(
     Returns:
         Tokens of each forward. What rows lack beyond their common beginnings is still pending.
     """
-    least, forwards = scheduler.least_shared, list[int]()
+    least, forwards = shared.least, list[int]()
     lacking = [s for s, row in enumerate(rows) if len(row.tokens) - cache.lengths[s] > least]
     for slot in (slot for slot in slots if slot in lacking):
-        scheduler.share(cache, slot)
-        common = {o: scheduler.common(cache, rows[slot], rows[o]) for o in lacking if o != slot}
+        shared.take_over(cache, slot)
+        common = {o: shared.common(cache, rows[slot], rows[o]) for o in lacking if o != slot}
         gaining = [other for other, n in common.items() if n - cache.lengths[other] >= least]
         most = max((common[other] for other in gaining), default=0)
         if most - cache.lengths[slot] >= least:
             forwards += feed(decoder, cache, slot, rows[slot], most, chunk)
             for other in gaining:
-                scheduler.share(cache, other)
+                shared.take_over(cache, other)
     return forwards

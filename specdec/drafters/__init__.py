@@ -1,0 +1,1 @@
+"""Who proposes candidates: the seam, and a small model behind it."""

@@ -1,0 +1,79 @@
+"""Who proposes candidates: the `Drafter` seam.
+
+In each round the engine asks a drafter to `begin` and then, as long as the stop policy wants more,
+for one `step` after another. A step gives one more candidate of each row that still drafts.
+
+    drafting = drafter.begin(rows, slots, shared)
+    while the policy wants more:
+        step = drafting.step(draw)          # one more candidate a row
+        drafting.go_on(indices)             # which of the rows draft another
+
+A drafter may keep state of each row in a `SlotCache`. The engine moves and rolls it back with the
+rows, so that between rounds it holds a prefix of a row's tokens and never a rejected candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from specdec.model.cache import SlotCache
+from specdec.model.sharing import SharedCaches, TokenRow
+
+Draw = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""Draft logits [n, V] of the active rows to the candidates int64 [n] drawn from them, and the
+distributions float32 [n, V] that they were drawn from, if verification needs them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """One more candidate of each of n active rows.
+
+    Attributes:
+        tokens: int64 [n].
+        q: float32 [n, V], the distributions they were drawn from, if verification needs them.
+        logits: float [n, V], and `hidden` [n, H]: what a policy's signals are read from.
+        fed: tokens of each forward that it took.
+    """
+
+    tokens: Tensor
+    q: Tensor | None
+    logits: Tensor
+    hidden: Tensor
+    fed: Sequence[int]
+
+
+class Drafting(Protocol):
+    """The drafting of one round."""
+
+    def step(self, draw: Draw) -> Candidates:
+        """Propose one more candidate for each active row."""
+
+    def go_on(self, indices: Sequence[int]) -> None:
+        """Keep those of the active rows that draft another candidate: indices into them."""
+
+
+class Drafter(Protocol):
+    """Proposes candidates.
+
+    Attributes:
+        cache: what it keeps of each row.
+        context_length: most tokens of a row that it can read.
+    """
+
+    cache: SlotCache
+    context_length: int
+
+    def begin(
+        self, rows: Sequence[TokenRow], slots: Sequence[int], shared: SharedCaches
+    ) -> Drafting:
+        """Start to draft for some of the live rows.
+
+        Args:
+            rows: the live rows, by slot.
+            slots: those that draft.
+            shared: the caches, `cache` among them, whose slots take over each other's beginnings.
+        """

@@ -1,0 +1,140 @@
+"""A small language model as the drafter.
+
+The first forward of a round reads all that the model lacks of the rows: a prompt in a row's first
+round, two tokens after all candidates were accepted, one otherwise. Every other forward reads the
+candidates just drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from torch import Tensor
+
+from specdec.drafters.base import Candidates, Draw
+from specdec.measure.clock import PhaseClock
+from specdec.model.attention import Row, upload
+from specdec.model.decoder import PackedDecoder
+from specdec.model.prefill import feed, feed_shared
+from specdec.model.sharing import SharedCaches, TokenRow
+
+
+@dataclass(frozen=True, slots=True)
+class DraftLayout:
+    """What the first forward of a round reads: the tokens that each row's slot lacks, end to end.
+
+    Two rows, of which the cache has 2 and 3 tokens:
+
+    >>> DraftLayout.of([[5, 6, 7, 8], [1, 2, 3, 4]], cached=[2, 3], slots=[0, 1])
+    DraftLayout(rows=[(0, 2), (1, 1)], tokens=[7, 8, 4], last=[1, 2])
+
+    Attributes:
+        rows: slot and number of tokens of each.
+        tokens: the tokens, packed.
+        last: where each row's last one is: its logits propose the first candidate.
+    """
+
+    rows: list[Row]
+    tokens: list[int]
+    last: list[int]
+
+    @classmethod
+    def of(
+        cls, texts: Sequence[Sequence[int]], cached: Sequence[int], slots: Sequence[int]
+    ) -> DraftLayout:
+        """The layout of some rows.
+
+        Args:
+            texts: the tokens of each live row, by slot.
+            cached: how many of them each slot holds already, fewer than there are.
+            slots: the rows to read.
+        """
+        lacking = [texts[slot][cached[slot] :] for slot in slots]
+        counts = [len(tokens) for tokens in lacking]
+        return cls(
+            rows=list(zip(slots, counts, strict=True)),
+            tokens=[token for tokens in lacking for token in tokens],
+            last=[end - 1 for end in accumulate(counts)],
+        )
+
+
+class ModelDrafter:
+    """Proposes from a language model's distribution; see `Drafter`.
+
+    Args:
+        decoder: the model.
+        vocab_size: tokens that it has in common with the target.
+        context_length: most tokens of a row that it can read.
+        chunk: most tokens of a row in one forward.
+        clock: books what is timed, as `prefill`, `draft` and `sample`.
+    """
+
+    def __init__(
+        self,
+        decoder: PackedDecoder,
+        *,
+        vocab_size: int,
+        context_length: int,
+        chunk: int,
+        clock: PhaseClock,
+    ) -> None:
+        self.decoder, self.cache = decoder, decoder.new_cache(0, 0)
+        self.vocab_size, self.context_length = vocab_size, context_length
+        self.chunk, self.clock = chunk, clock
+
+    def begin(
+        self, rows: Sequence[TokenRow], slots: Sequence[int], shared: SharedCaches
+    ) -> ModelDrafting:
+        return ModelDrafting(self, rows, slots, shared)
+
+
+class ModelDrafting:
+    """The drafting of one round by a `ModelDrafter`; see `Drafting`."""
+
+    def __init__(
+        self,
+        drafter: ModelDrafter,
+        rows: Sequence[TokenRow],
+        slots: Sequence[int],
+        shared: SharedCaches,
+    ) -> None:
+        self._drafter, self._rows, self._slots, self._shared = drafter, rows, slots, shared
+        self._drawn: Tensor | None = None  # the active rows' last candidates [n]
+
+    def step(self, draw: Draw) -> Candidates:
+        """One forward for all active rows."""
+        by, fed, last = self._drafter, list[int](), None
+        if self._drawn is None:
+            fed = self._read_ahead()
+            texts = [row.tokens for row in self._rows]
+            first = DraftLayout.of(texts, by.cache.lengths, self._slots)
+            rows, (tokens, last) = first.rows, upload(by.cache.device, first.tokens, first.last)
+        else:
+            rows, tokens = [(slot, 1) for slot in self._slots], self._drawn
+        with by.clock.phase({"draft": 1.0}):
+            hidden = by.decoder.forward(by.cache, rows, tokens)
+            if last is not None:
+                hidden = hidden[last]
+            logits = by.decoder.logits(hidden)[:, : by.vocab_size]
+        with by.clock.phase({"sample": 1.0}):
+            self._drawn, q = draw(logits)
+        return Candidates(self._drawn, q, logits, hidden, [*fed, len(tokens)])
+
+    def go_on(self, indices: Sequence[int]) -> None:
+        assert self._drawn is not None, "a step comes first"
+        if len(indices) < len(self._slots):
+            self._slots = [self._slots[i] for i in indices]
+            self._drawn = self._drawn[upload(self._drawn.device, indices)[0]]
+
+    def _read_ahead(self) -> list[int]:
+        """Read what rows share, and all but the last chunk of what is long: tokens by forward."""
+        by = self._drafter
+        with by.clock.phase({"prefill": 1.0}):
+            fed = feed_shared(by.decoder, by.cache, self._shared, self._rows, self._slots, by.chunk)
+            for slot in self._slots:
+                row = self._rows[slot]
+                most = len(row.tokens) - by.chunk
+                fed += feed(by.decoder, by.cache, slot, row, most, by.chunk)
+        return fed

@@ -1,0 +1,50 @@
+"""What an engine counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from specdec.measure.speedup import SpeedupMeter
+from specdec.request import Counts
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """What an engine did since it was made.
+
+    Attributes:
+        counts: summed over rows.
+        rounds: steps that ran a target forward.
+        live_rows: summed over these rounds; divided by `rounds`, the mean live batch.
+        target_forwards, draft_forwards, target_tokens, draft_tokens: forwards and tokens through
+            each.
+        shared_tokens: prompt tokens that the target did not compute, since another row had.
+        seconds: by phase: profile, prefill, draft, decide (the policy, between draft steps),
+            verify, sample, host; control: target forwards of control rounds.
+        speedup: rounds with speculation and control rounds.
+        outcomes: rounds of rows by (candidates verified, candidates that verification accepted).
+    """
+
+    counts: Counts = field(default_factory=Counts)
+    rounds: int = 0
+    live_rows: int = 0
+    target_forwards: int = 0
+    draft_forwards: int = 0
+    target_tokens: int = 0
+    draft_tokens: int = 0
+    shared_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    speedup: SpeedupMeter = field(default_factory=SpeedupMeter)
+    outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+    def count_target(self, forwards: Sequence[int]) -> None:
+        """Add forwards of the target: tokens of each."""
+        self.target_forwards += len(forwards)
+        self.target_tokens += sum(forwards)
+
+    def count_draft(self, forwards: Sequence[int]) -> None:
+        """Add forwards of the draft: tokens of each."""
+        self.draft_forwards += len(forwards)
+        self.draft_tokens += sum(forwards)
