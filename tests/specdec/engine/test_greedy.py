@@ -1,0 +1,93 @@
+"""Greedy output is transformers' own, for every policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from transformers import PreTrainedModel
+
+from specdec.engine.engine import Engine
+from specdec.policies.base import Fixed
+from specdec.request import Request, SamplingParams
+from tests.specdec.engine.references import Reference, generate
+from tests.specdec.tiny_models import TinyPair, make_pair, noisy_copy, tiny_model
+from tests.specdec.workloads import (
+    GREEDY,
+    POLICIES,
+    SPECULATING,
+    make,
+    outputs,
+    prompts,
+    requests_of,
+)
+
+
+@pytest.mark.parametrize(("slots", "mode"), [(1, "rejection"), (4, "coupled"), (16, "rejection")])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_greedy_equals_transformers_generate(
+    pair: TinyPair, reference: Reference, policy: str, slots: int, mode: str
+) -> None:
+    """Ragged prompts, prefill in chunks, refills of slots, ends of sequence."""
+    engine = Engine(
+        replace(pair, eos_token_ids=frozenset({reference.eos})),
+        policy=make(policy),
+        verification=mode,  # type: ignore[arg-type]
+        slots=slots,
+        prefill_chunk=64,
+    )
+    done = engine.generate(requests_of(reference.prompts, GREEDY))
+    assert outputs(done) == reference.outputs
+    for completion, output in zip(done, reference.outputs, strict=True):
+        assert completion.finish_reason == ("stop" if output[-1] == reference.eos else "length")
+    if policy in SPECULATING:
+        assert 0.3 < (engine.stats.counts.acceptance_rate or 0) < 0.99
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_greedy_equals_generate_in_every_family(family: str) -> None:
+    extra = {"sliding_window": 16} if family == "mistral" else {}
+    model = tiny_model(family, seed=3, **extra)
+    engine = Engine(
+        make_pair(model, noisy_copy(model, 0.08)), policy=Fixed(4), slots=4, prefill_chunk=32
+    )
+    many = prompts((1, 40, 9, 70, 25, 3))
+    done = outputs(engine.generate(requests_of(many, GREEDY)))
+    assert done == [generate(model, prompt, 24) for prompt in many]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_greedy_rows_among_sampled_ones_equal_transformers_under_rejection(
+    pair: TinyPair, reference: Reference, policy: str
+) -> None:
+    engine = Engine(
+        replace(pair, eos_token_ids=frozenset({reference.eos})), policy=make(policy), slots=8
+    )
+    greedy = requests_of(reference.prompts, GREEDY)
+    sampled = [
+        Request(f"s{i}", prompt, SamplingParams(max_new_tokens=24, top_p=0.9, seed=i))
+        for i, prompt in enumerate(reference.prompts)
+    ]
+    mixed = [request for both in zip(greedy, sampled, strict=True) for request in both]
+    assert outputs(engine.generate(mixed))[::2] == reference.outputs
+
+
+def test_a_draft_of_another_architecture_changes_nothing(
+    target_model: PreTrainedModel, reference: Reference
+) -> None:
+    draft = tiny_model("qwen3", hidden=32, heads=4, layers=1, seed=9)
+    pair = make_pair(target_model, draft, eos=frozenset({reference.eos}))
+    engine = Engine(pair, policy=Fixed(4), slots=5, prefill_chunk=64)
+    assert outputs(engine.generate(requests_of(reference.prompts, GREEDY))) == reference.outputs
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_without_a_draft_every_policy_decodes_plainly(
+    pair: TinyPair, reference: Reference, policy: str
+) -> None:
+    alone = replace(pair, draft=None, eos_token_ids=frozenset({reference.eos}))
+    engine = Engine(alone, policy=make(policy), slots=4, control_share=0.1, trace=True)
+    assert outputs(engine.generate(requests_of(reference.prompts, GREEDY))) == reference.outputs
+    assert engine.stats.counts.drafted == engine.stats.draft_forwards == 0
+    assert engine.stats.counts.rounds == engine.stats.counts.committed
+    assert not engine.stats.speedup.control
