@@ -2,7 +2,7 @@
 
 Nothing here keeps a generator: a random number is a hash of the request's seed, the position in its
 output and what the number is for. The same request therefore draws the same numbers in any batch,
-on any machine, in any retry (DESIGN.md §3).
+on any machine, in any retry.
 """
 
 from __future__ import annotations

@@ -36,6 +36,21 @@ print(*(name for name, module in sys.modules.items() if module))
     assert not loaded & set(FOREIGN)
 
 
+def test_all_that_a_user_needs_comes_from_specdec_itself_and_torch_only_when_asked_for() -> None:
+    code = """
+import sys, specdec
+assert "torch" not in sys.modules
+assert specdec.Request("a", (1,)).sampling == specdec.SamplingParams()
+assert "torch" not in sys.modules
+from specdec import Engine, ModelPair, Request, SamplingParams, make_policy
+print(*sorted(specdec.__all__))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == sorted(specdec.__all__)
+    assert not hasattr(specdec, "Nothing")
+
+
 def test_no_source_file_imports_a_package_above() -> None:
     """Also not inside a function."""
     for path in SOURCES:
