@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -22,6 +21,7 @@ import torch
 
 from specdec.drafters.base import Candidates, Drafter
 from specdec.drafters.model import ModelDrafter
+from specdec.engine.admission import Pair, row_of
 from specdec.engine.ending import Decode, Ending, find_ending
 from specdec.engine.layout import VerifyLayout
 from specdec.engine.round import Round
@@ -32,8 +32,6 @@ from specdec.lossless.verification import MODES, Proposal
 from specdec.measure.clock import PhaseClock, RoundTimer
 from specdec.measure.speedup import ControlSchedule
 from specdec.model.attention import GRID_TOKENS, upload
-from specdec.model.cache import round_to_blocks
-from specdec.model.decoder import PackedDecoder
 from specdec.model.prefill import feed_shared
 from specdec.model.sharing import LEAST_SHARED, SharedCaches
 from specdec.policies.base import DraftStep, RoundStart, StopPolicy
@@ -46,17 +44,6 @@ INVARIANT_CHUNK = 128
 A prompt's bits there are those of its chunks, which begin at multiples of their size, so that rows
 can share whole chunks only: small ones cost little and share more.
 """
-
-
-class Pair(Protocol):
-    """What the engine needs of a `ModelPair`."""
-
-    target: PackedDecoder
-    draft: PackedDecoder | None
-    vocab_size: int
-    context_length: int
-    draft_context_length: int
-    eos_token_ids: frozenset[int]
 
 
 class Engine:
@@ -126,39 +113,12 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request. One that cannot be served comes back from `step` as an error."""
         try:
-            self.scheduler.queue.append(self._checked(request))
+            most = self.scheduler.max_positions
+            row = row_of(request, self.pair, most, can_decode=self.decode is not None)
+            self.scheduler.queue.append(row)
         except InvalidRequest as error:
             prompt = len(request.prompt_ids)
             self.rejected.append(Completion(request.id, prompt, (), "error", error=str(error)))
-
-    def _checked(self, request: Request) -> LiveRow:
-        prompt, context = len(request.prompt_ids), self.pair.context_length
-        if not prompt:
-            raise InvalidRequest("the prompt has no tokens")
-        if not all(0 <= token < self.pair.vocab_size for token in request.prompt_ids):
-            raise InvalidRequest(
-                f"the prompt has a token outside the vocabulary of {self.pair.vocab_size}"
-            )
-        if prompt >= context:
-            raise InvalidRequest(
-                f"the prompt has {prompt} tokens, but the model's context of {context} must also "
-                "hold at least one new token"
-            )
-        if request.sampling.stop and self.decode is None:
-            raise InvalidRequest("stop strings need an engine with a decode function")
-        room = min(request.sampling.max_new_tokens, context - prompt)
-        row = LiveRow(
-            request,
-            replace(request.sampling, max_new_tokens=room),
-            list(request.prompt_ids),
-            prompt,
-        )
-        if round_to_blocks(row.need) > self.scheduler.max_positions:
-            raise InvalidRequest(
-                f"prompt and max_new_tokens need {row.need} cache positions, but the memory for "
-                f"keys and values holds {self.scheduler.max_positions}"
-            )
-        return row
 
     @property
     def live(self) -> int:
@@ -295,11 +255,12 @@ class Engine:
                 within = [i for i, slot in enumerate(active) if budget[slot] > depth + 1]
                 with self.clock.phase({"decide": 1.0}):
                     going = self._going_on(active, depth + 1, candidates, within)
+                if going:
+                    drafting.go_on(going)
             this.draft_costs.append((sum(candidates.fed), lap.seconds))
             self.stats.count_draft(candidates.fed)
             if not going:
                 break
-            drafting.go_on(going)
             active = [active[i] for i in going]
         this.submitted = self.policy.submit(proposal.lengths)
 

@@ -32,7 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.engine.engine import Engine, Pair
+from specdec.engine.admission import Pair
+from specdec.engine.engine import Engine
 from specdec.lossless.sampling import Draw, SamplingBatch, probabilities, sample, uniform
 from specdec.lossless.verification import MODES
 from specdec.model.decoder import PackedDecoder

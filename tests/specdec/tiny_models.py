@@ -24,7 +24,7 @@ Precision = Literal["plain", "float32"] | Quantization
 
 @dataclass
 class TinyPair:
-    """What `specdec.engine.engine.Pair` asks for, and the plain target to compare with."""
+    """What `specdec.engine.admission.Pair` asks for, and the plain target to compare with."""
 
     target: PackedDecoder
     draft: PackedDecoder | None
