@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from engine import greedy_requests, interleave, ratios, spread
+from common import greedy_requests, interleave, ratios, spread
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM

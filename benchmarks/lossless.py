@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 import typer
-from engine import (
+from common import (
     DRAFT,
     PROMPTS,
     TARGET,
@@ -22,11 +22,10 @@ from engine import (
     Target,
     Threads,
     Tokens,
-    plain_target,
     prepare,
     read_prompts,
-    score,
 )
+from engine import plain_target, score
 from rich.console import Console
 from rich.table import Table
 

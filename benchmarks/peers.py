@@ -31,7 +31,7 @@ from typing import Annotated, Any
 
 import pyarrow.parquet as pq
 import typer
-from engine import ragged_lengths
+from common import ragged_lengths
 from rich.console import Console
 from rich.table import Table
 from sides import Side, command

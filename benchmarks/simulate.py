@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from engine import DRAFT, PROMPTS, TARGET, Draft, Target, Threads, load, prepare, read_prompts
+from common import DRAFT, PROMPTS, TARGET, Draft, Target, Threads, load, prepare, read_prompts
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
