@@ -18,41 +18,30 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import typer
-from ray.cluster_utils import Cluster
+from engine_double import cluster
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
-
-from pipeline import generate, manifest  # noqa: E402
-from pipeline import run as run_module  # noqa: E402
-from pipeline.config.job import JobConfig, S3Config  # noqa: E402
-from pipeline.inputs.source import UnitDatasource  # noqa: E402
-from pipeline.observe.progress import JobProgress  # noqa: E402
-from pipeline.run.run import plan_job, run_job  # noqa: E402
-from specdec.engine.engine import EngineStats  # noqa: E402
-from specdec.policies.registry import make_policy  # noqa: E402
-from specdec.request import Completion, Counts, Request  # noqa: E402
-from tests.conftest import save_llama, save_tokenizer  # noqa: E402
+from pipeline.commit import manifest
+from pipeline.config.job import JobConfig, S3Config
+from pipeline.inputs.source import UnitDatasource
+from pipeline.observe.progress import JobProgress
+from pipeline.run.run import plan_job, run_job
+from tests.conftest import save_llama, save_tokenizer
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
 console = Console(width=110)
@@ -60,91 +49,6 @@ console = Console(width=110)
 Actors = Annotated[int, typer.Option(help="actors of the double")]
 UnitRows = Annotated[int, typer.Option(help="rows of a unit")]
 _FOLDER_FILES = 10_000  # hard links of one file: filesystems allow some ten thousand
-
-
-# -------------------------------------------------------------------- the double
-
-
-class InstantEngine:
-    """Completes every request with one token in the step after it was submitted.
-
-    Args:
-        token: the token.
-        seconds: how long a step sleeps for each of its requests.
-    """
-
-    def __init__(self, token: int, seconds: float) -> None:
-        self.stats = EngineStats()
-        self.policy = make_policy("none")
-        self._token, self._seconds = token, seconds
-        self._queue: deque[Request] = deque()
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self._queue)
-
-    @property
-    def live(self) -> int:
-        return 0
-
-    @property
-    def live_ids(self) -> list[str]:
-        return []
-
-    def submit(self, request: Request) -> None:
-        self._queue.append(request)
-
-    def step(self) -> list[Completion]:
-        requests = [self._queue.popleft() for _ in range(min(64, len(self._queue)))]
-        if self._seconds:
-            time.sleep(self._seconds * len(requests))
-        counts = Counts(rounds=1, committed=1)
-        for _ in requests:
-            self.stats.counts.add(counts)
-        return [
-            Completion(r.id, len(r.prompt_ids), (self._token,), "length", counts=counts)
-            for r in requests
-        ]
-
-
-class DoubleActor(generate.GenerateActor):
-    """A `GenerateActor` of which the models and the engine are not there."""
-
-    def __init__(self, job: JobConfig, *rest: Any) -> None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(job.models.target)
-        generate.load_pair = lambda job: SimpleNamespace(tokenizer=tokenizer, context_length=1000)
-        super().__init__(job, *rest)
-
-    def _make_engine(self) -> Any:
-        seconds = float(os.environ.get("DOUBLE_SECONDS", "0"))
-        return InstantEngine(len(self._pair.tokenizer) - 1, seconds)
-
-
-run_module.GenerateActor = DoubleActor  # type: ignore[misc]
-
-
-@contextmanager
-def cluster(nodes: int, cpus: int, seconds_per_row: float = 0.0) -> Iterator[None]:
-    """Several raylets, to which this process is connected as the driver."""
-    os.environ |= {"PYTHONPATH": str(ROOT), "RAY_BACKEND_LOG_LEVEL": "fatal"}
-    os.environ["DOUBLE_SECONDS"] = str(seconds_per_row)
-    raylets = Cluster()
-    raylets.add_node(
-        num_cpus=0,
-        include_dashboard=False,
-        object_store_memory=500 * 2**20,
-        _system_config=run_module.LOCAL_RAY,
-    )
-    for _ in range(nodes):
-        raylets.add_node(num_cpus=cpus, object_store_memory=500 * 2**20)
-    ray.init(address=raylets.address, log_to_driver=False, logging_level="ERROR")
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        raylets.shutdown()
 
 
 # ----------------------------------------------------------------------- helpers
