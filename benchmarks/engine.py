@@ -7,6 +7,8 @@
     python benchmarks/engine.py prefixes  # 8 samples a prompt, a few-shot block: shared or not
     python benchmarks/engine.py quality   # what a precision costs in agreement with fp32
 
+Each prints a table; each command's `--help` says of what, and how long it takes on two cores.
+
 Sides are interleaved in one process, `--repeats` times over; a ratio is the median of the paired
 ratios, with the smallest and largest beside it. Every side decodes greedily and generates the same
 number of tokens from the same prompts (end of sequence ignored), so tokens per second compare
@@ -16,6 +18,7 @@ directly.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, get_args
 
@@ -27,6 +30,7 @@ from common import (
     PROMPTS,
     TARGET,
     Draft,
+    Precision,
     Prompts,
     Repeats,
     Rows,
@@ -39,11 +43,13 @@ from common import (
     prepare,
     ratios,
     read_prompts,
+    run,
     run_engine,
     spread,
 )
 from policies import overhead, policies, speedup
 from rich.table import Table
+from sides import Outputs, Work, continuous_batch, static_batches
 
 from specdec.engine.engine import Engine
 from specdec.loading.pair import ModelPair
@@ -53,10 +59,6 @@ from specdec.policies.costs import CostModel
 from specdec.policies.registry import make_policy
 from specdec.request import Completion
 
-app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
-for command in (policies, speedup, overhead):
-    app.command()(command)
-
 
 def plain_target(target: str) -> Any:
     """The target in fp32 as transformers loads it, with nothing of ours in it."""
@@ -65,7 +67,6 @@ def plain_target(target: str) -> Any:
     ).eval()
 
 
-@app.command()
 def peers(
     target: Target = TARGET,
     draft: Draft = DRAFT,
@@ -76,50 +77,32 @@ def peers(
     repeats: Repeats = 2,
     threads: Threads = 0,
 ) -> None:
-    """Our engine without speculation against transformers' generate and generate_batch, fp32."""
+    """Our engine without speculation against transformers' generate and generate_batch, fp32.
+
+    All in one process; `peers.py` compares more sides, in processes of their own. Prints each
+    side's tokens per second, how much faster the engine is, and how many outputs are equal. Some
+    15 minutes.
+    """
     prepare(threads)
     pair = ModelPair.load(target, draft)
-    other = plain_target(target)
-    ids = read_prompts(pair, prompts, rows)
-    pad = pair.tokenizer.pad_token_id or 0
+    plain = plain_target(target)
+    ids = read_prompts(pair.tokenizer, prompts, rows)
+    work = Work(ids, [tokens] * len(ids), temperature=0.0)
     outputs: dict[str, list[tuple[int, ...]]] = {}
 
-    def ours() -> None:
+    def ours() -> Outputs:
         completions, _ = run_engine(pair, make_policy("none"), batch, ids, tokens)
-        outputs["specbatch"] = [completion.output_ids for completion in completions]
+        return [list(completion.output_ids) for completion in completions]
 
-    def static() -> None:
-        outputs["generate"] = []
-        for begin in range(0, len(ids), batch):
-            part = ids[begin : begin + batch]
-            width = max(map(len, part))
-            padded = torch.tensor([[pad] * (width - len(p)) + list(p) for p in part])
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
-            out = other.generate(
-                padded,
-                attention_mask=mask,
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=pad,
-            )
-            outputs["generate"] += [tuple(row) for row in out[:, width:].tolist()]
+    def kept(name: str, side: Callable[[], Outputs]) -> None:
+        outputs[name] = [tuple(row) for row in side()]
 
-    def continuous() -> None:
-        config = transformers.GenerationConfig(
-            max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=pad
-        )
-        out = other.generate_batch(
-            [list(p) for p in ids], generation_config=config, progress_bar=False
-        )
-        outputs["generate_batch"] = [tuple(out[key].generated_tokens) for key in out]
-
-    sides = {
+    ways = {
         "specbatch": ours,
-        "generate": static,
-        "generate_batch": continuous,
+        "generate": partial(static_batches, plain, work, batch),
+        "generate_batch": partial(continuous_batch, plain, work),
     }
-    times = interleave(sides, repeats)
+    times = interleave({name: partial(kept, name, side) for name, side in ways.items()}, repeats)
     table = Table("side", "tokens/s", "specbatch is faster by", "same outputs")
     for name, taken in times.items():
         made = sum(map(len, outputs[name]))
@@ -130,24 +113,25 @@ def peers(
     console.print(table)
 
 
-@app.command()
 def prefixes(
     target: Target = TARGET,
     draft: Draft = DRAFT,
     prompts: Prompts = PROMPTS,
-    precision: Annotated[
-        str, typer.Option(help="fp32, int8wo, int8; +det: deterministic")
-    ] = "int8",
+    precision: Precision = "int8",
     tokens: Tokens = 32,
     slots: Annotated[int, typer.Option(help="rows in flight")] = 16,
     policy: Annotated[str, typer.Option(help="stop policy")] = "goodput",
     repeats: Repeats = 3,
     threads: Threads = 0,
 ) -> None:
-    """Prompts that begin alike: their beginning computed once, against computed for every row."""
+    """Prompts that begin alike: their beginning computed once, against computed for every row.
+
+    Prints for two kinds of prompts the seconds of both ways, how much faster sharing is, how many
+    tokens were copied, and how many outputs are equal. Some 5 minutes.
+    """
     prepare(threads)
     pair = load(target, draft, precision)
-    questions = read_prompts(pair, prompts, 64)
+    questions = read_prompts(pair.tokenizer, prompts, 64)
     block = tuple(token for question in questions[32:] for token in question)
     work = {
         "4 prompts of 400 tokens x 8 samples": [
@@ -180,7 +164,6 @@ def prefixes(
     console.print(table)
 
 
-@app.command()
 def quality(
     target: Target = TARGET,
     prompts: Prompts = PROMPTS,
@@ -188,10 +171,14 @@ def quality(
     tokens: Tokens = 128,
     threads: Threads = 0,
 ) -> None:
-    """Agreement of each precision with fp32, teacher-forced on fp32's greedy outputs."""
+    """Agreement of each precision with fp32, teacher-forced on fp32's greedy outputs.
+
+    Prints by precision how often the likeliest token is the same, the perplexity of fp32's output,
+    and how much of the two distributions overlaps. Some 3 minutes.
+    """
     prepare(threads)
     pair = ModelPair.load(target)
-    ids = read_prompts(pair, prompts, rows)
+    ids = read_prompts(pair.tokenizer, prompts, rows)
     completions, _ = run_engine(pair, make_policy("none"), 16, ids, tokens)
     texts = [(prompt, done.output_ids) for prompt, done in zip(ids, completions, strict=True)]
     table = Table(
@@ -223,4 +210,4 @@ def score(pair: ModelPair, prompt: tuple[int, ...], output: tuple[int, ...]) -> 
 
 
 if __name__ == "__main__":
-    app()
+    run(__doc__, peers, policies, speedup, overhead, prefixes, quality)

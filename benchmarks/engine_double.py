@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import ray
-from ray.cluster_utils import Cluster
 
 from pipeline.config.job import JobConfig
 from pipeline.generate import actor as generate
@@ -22,8 +22,9 @@ from specdec.engine.engine import EngineStats
 from specdec.policies.registry import make_policy
 from specdec.request import Completion, Counts, Request
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # `tests`, whose helpers some benchmarks use, is not installed
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # `tests` is not installed
+
+from tests.chaos import small_cluster
 
 
 class InstantEngine:
@@ -83,26 +84,17 @@ class DoubleActor(generate.GenerateActor):
         return InstantEngine(len(self._pair.tokenizer) - 1, seconds)
 
 
-run_module.GenerateActor = DoubleActor  # type: ignore[misc]
-
-
 @contextmanager
 def cluster(nodes: int, cpus: int, seconds_per_row: float = 0.0) -> Iterator[None]:
-    """Several raylets, to which this process is connected as the driver."""
-    os.environ |= {"PYTHONPATH": str(ROOT), "RAY_BACKEND_LOG_LEVEL": "fatal"}
-    os.environ["DOUBLE_SECONDS"] = str(seconds_per_row)
-    raylets = Cluster()
-    raylets.add_node(
-        num_cpus=0,
-        include_dashboard=False,
-        object_store_memory=500 * 2**20,
-        _system_config=run_module.LOCAL_RAY,
-    )
-    for _ in range(nodes):
-        raylets.add_node(num_cpus=cpus, object_store_memory=500 * 2**20)
-    ray.init(address=raylets.address, log_to_driver=False, logging_level="ERROR")
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        raylets.shutdown()
+    """Several raylets whose jobs have `DoubleActor`s, and this process as the driver."""
+    environment = {"DOUBLE_SECONDS": str(seconds_per_row)}
+    with (
+        patch.object(run_module, "GenerateActor", DoubleActor),
+        patch.dict(os.environ, environment),
+        small_cluster(nodes, cpus, object_store=500 * 2**20) as raylets,
+    ):
+        ray.init(address=raylets.address, log_to_driver=False, logging_level="ERROR")
+        try:
+            yield
+        finally:
+            ray.shutdown()

@@ -17,6 +17,7 @@ from common import (
     TARGET,
     Batches,
     Draft,
+    MeanTokens,
     Prompts,
     Repeats,
     Rows,
@@ -24,12 +25,12 @@ from common import (
     Threads,
     Tokens,
     console,
-    greedy_requests,
     load,
     prepare,
     ragged_lengths,
     ratios,
     read_prompts,
+    requests_of,
     run_engine,
     seconds,
     spread,
@@ -72,7 +73,7 @@ def policies(
     target: Target = TARGET,
     draft: Draft = DRAFT,
     prompts: Prompts = PROMPTS,
-    tokens: Annotated[int, typer.Option(help="new tokens per prompt, on average")] = 48,
+    tokens: MeanTokens = 48,
     batches: Batches = "1,2,4,8,16",
     precisions: Annotated[str, typer.Option(help="fp32, int8wo, int8; +det")] = "fp32,int8",
     lengths: Annotated[str, typer.Option(help="candidates of fixed")] = "1,2,3,4,6,8",
@@ -85,7 +86,8 @@ def policies(
 
     All sides run once; then none, the best of the fixed lengths and goodput run `--repeats` times
     more, and only these runs are compared. The sides of a run take their steps in turn. goodput
-    keeps what it learned from run to run, as in a job.
+    keeps what it learned from run to run, as in a job. Prints each side's speed over none, and
+    goodput's over the best and over none, with its tokens per row and round. Some 25 minutes.
     """
     prepare(threads)
     every, duel = Table("precision", "live batch"), Table("precision", "live batch")
@@ -98,8 +100,8 @@ def policies(
         pair = load(target, draft, precision)
         trained = load_head(head, pair) if head else None
         for batch in map(int, batches.split(",")):
-            ids = read_prompts(pair, prompts, max(4, batch * rounds))
-            requests = greedy_requests(ids, ragged_lengths(len(ids), tokens))
+            ids = read_prompts(pair.tokenizer, prompts, max(4, batch * rounds))
+            requests = requests_of(ids, ragged_lengths(len(ids), tokens))
             instances = {
                 name: make_policy(name.split()[0], k=int(name.split()[-1]), k_max=16)
                 if name.startswith("fixed")
@@ -150,10 +152,11 @@ def speedup(
     speculation and only there. Each repetition has two full runs with and two without speculation,
     in the order without, with, with, without, so that a drift of the machine cancels. What they say
     is itself uncertain, as the table shows by how it varies; all of them together say it better.
+    Prints both for each repetition, and how often the reported interval covers. Some 15 minutes.
     """
     prepare(threads)
     pair = load(target, draft, "fp32")
-    ids = read_prompts(pair, prompts, rows)
+    ids = read_prompts(pair.tokenizer, prompts, rows)
     lengths = [int(n) for n in np.random.default_rng(0).integers(tokens // 2, tokens * 2, rows)]
     instance, plain = make_policy(policy, k=k, k_max=16), make_policy("none")
 
@@ -207,10 +210,11 @@ def overhead(
     """What goodput's own work costs, as a share of round time, when it speculates in every round.
 
     Drafting is stated to cost next to nothing, so that the policy has as much to decide as it can.
+    Prints the share and the milliseconds per round of each of the policy's methods. A minute.
     """
     prepare(threads)
     pair = load(target, draft, "fp32")
-    ids = read_prompts(pair, prompts, batch)
+    ids = read_prompts(pair.tokenizer, prompts, batch)
     costs = CostModel(CostTable([1], [1e-5]), CostTable([1, 8 * batch], [0.05, 0.06]))
     costs.draft.observe = costs.verify.observe = lambda *_: None  # type: ignore[method-assign]
     policy = make_policy("goodput", costs=costs, k_max=8)

@@ -33,7 +33,9 @@ _OBJECT_STORE = 80 * 1024 * 1024  # bytes; little more than Ray's least
 
 
 @contextmanager
-def small_cluster(nodes: int, cpus: int = 1, **head: Any) -> Iterator[Cluster]:
+def small_cluster(
+    nodes: int, cpus: int = 1, object_store: int = _OBJECT_STORE, **head: Any
+) -> Iterator[Cluster]:
     """A cluster of a head without cores, where the driver is, and nodes with some.
 
     Everything in it has this process's environment, and finds the packages where they are.
@@ -45,12 +47,12 @@ def small_cluster(nodes: int, cpus: int = 1, **head: Any) -> Iterator[Cluster]:
         cluster.add_node(
             num_cpus=0,
             include_dashboard=False,
-            object_store_memory=_OBJECT_STORE,
+            object_store_memory=object_store,
             _system_config=LOCAL_RAY,
             **head,
         )
         for _ in range(nodes):
-            add_node(cluster, num_cpus=cpus)
+            add_node(cluster, object_store, num_cpus=cpus)
         yield cluster
     finally:
         cluster.shutdown()
@@ -58,9 +60,9 @@ def small_cluster(nodes: int, cpus: int = 1, **head: Any) -> Iterator[Cluster]:
         os.environ |= before
 
 
-def add_node(cluster: Cluster, **options: Any) -> None:
+def add_node(cluster: Cluster, object_store: int = _OBJECT_STORE, **options: Any) -> None:
     """One more node, ready when this returns."""
-    cluster.add_node(object_store_memory=_OBJECT_STORE, **options)
+    cluster.add_node(object_store_memory=object_store, **options)
 
 
 @dataclass
