@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 from ray.cluster_utils import Cluster
 
 from pipeline.run.run import LOCAL_RAY
+from tests.pipeline.small_jobs import launched
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("actor", "node", "driver", "worker")
@@ -145,12 +144,12 @@ class Chaos:
 
     def _start(self) -> None:
         self.drivers += 1
-        job = self.folder / "job.yaml"
-        job.write_text(yaml.safe_dump(self.values))
         with self._log().open("w") as log:
-            self._driver = subprocess.Popen(
-                [sys.executable, "-m", "jobs.cli", "run", str(job), "--quiet"],
-                env={**os.environ, "RAY_ADDRESS": self.cluster.address},
+            self._driver = launched(
+                self.values,
+                self.folder / "job.yaml",
+                "--quiet",
+                address=self.cluster.address,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
