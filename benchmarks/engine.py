@@ -81,7 +81,7 @@ def peers(
 
     All in one process; `peers.py` compares more sides, in processes of their own. Prints each
     side's tokens per second, how much faster the engine is, and how many outputs are equal. Some
-    15 minutes.
+    10 minutes.
     """
     prepare(threads)
     pair = ModelPair.load(target, draft)
@@ -127,7 +127,7 @@ def prefixes(
     """Prompts that begin alike: their beginning computed once, against computed for every row.
 
     Prints for two kinds of prompts the seconds of both ways, how much faster sharing is, how many
-    tokens were copied, and how many outputs are equal. Some 5 minutes.
+    tokens were copied, and how many outputs are equal. Some 3 minutes.
     """
     prepare(threads)
     pair = load(target, draft, precision)
@@ -174,7 +174,7 @@ def quality(
     """Agreement of each precision with fp32, teacher-forced on fp32's greedy outputs.
 
     Prints by precision how often the likeliest token is the same, the perplexity of fp32's output,
-    and how much of the two distributions overlaps. Some 3 minutes.
+    and how much of the two distributions overlaps. Some 2 minutes.
     """
     prepare(threads)
     pair = ModelPair.load(target)

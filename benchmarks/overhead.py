@@ -9,7 +9,7 @@ second in which units were in work, so from the first unit's start to the last o
 the models' loading; `wall` is the rate with loading and everything else, which matters less the
 longer a job is. A ratio is the median of the paired ratios, with the smallest and largest beside.
 
-Prints the tokens per second of both and the job's share of the engine's. Some 5 minutes on two
+Prints the tokens per second of both and the job's share of the engine's. Some 4 minutes on two
 cores with the defaults.
 """
 

@@ -12,7 +12,7 @@ from the same token ids: each row has a length of its own between a half and one
 first turn is not counted: caches, compilation and what a policy learns happen there.
 
 Prints each side's tokens per second, how many times faster the best of ours is, and how many rows
-are equal to it. On two cores some 40 minutes with the defaults; with `--rows 8 --tokens 48` five.
+are equal to it. On two cores some 30 minutes with the defaults; with `--rows 8 --tokens 48` two.
 
 vLLM wants a virtual environment of its own:
 

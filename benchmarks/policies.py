@@ -47,6 +47,7 @@ from specdec.policies.registry import make_policy
 from specdec.request import Request
 
 OTHERS = ("heuristic", "confidence", "entropy", "goodput")
+"""Policies that `policies` runs once beside `none` and the fixed lengths."""
 
 
 def race(
@@ -87,7 +88,7 @@ def policies(
     All sides run once; then none, the best of the fixed lengths and goodput run `--repeats` times
     more, and only these runs are compared. The sides of a run take their steps in turn. goodput
     keeps what it learned from run to run, as in a job. Prints each side's speed over none, and
-    goodput's over the best and over none, with its tokens per row and round. Some 25 minutes.
+    goodput's over the best and over none, with its tokens per row and round. Some 20 minutes.
     """
     prepare(threads)
     every, duel = Table("precision", "live batch"), Table("precision", "live batch")

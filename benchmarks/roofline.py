@@ -11,7 +11,7 @@ machine grants differs from minute to minute. Weights are counted as they are st
 in fp32, 2 in bf16, 1 in int8; embeddings are not read as a whole.
 
 Prints by rows and cached positions the milliseconds of a step and the share of the limit it
-reaches. Some 5 minutes on two cores; with few batches and contexts one.
+reaches. Some 2 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from specdec.model.decoder import PackedDecoder
 from specdec.model.linear import Int8Linear
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+"""Of a stored weight, by precision."""
 MOST_CACHE = 4e9
+"""Bytes of keys and values; batches and contexts that need more are left out. Memory bounds it."""
 
 
 def quickest(do: Callable[[], object], repeats: int = 7) -> float:

@@ -47,7 +47,8 @@ from tests.conftest import save_llama, save_tokenizer
 
 Actors = Annotated[int, typer.Option(help="actors of the double")]
 UnitRows = Annotated[int, typer.Option(help="rows of a unit")]
-_FOLDER_FILES = 10_000  # hard links of one file: filesystems allow some ten thousand
+_FOLDER_FILES = 10_000
+"""Hard links of one file. Filesystems allow some ten thousand, so more would fail."""
 
 
 # ----------------------------------------------------------------------- helpers

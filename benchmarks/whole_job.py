@@ -11,7 +11,7 @@ benchmarks/ray_vllm.py; see `peers.py` for its virtual environment, in which it 
 install "ray[data]"`.
 
 Prints tokens per second of both, and how many times longer than ours theirs took. A turn takes some
-4 minutes on two cores, three of them by default.
+6 minutes on two cores, three of them by default.
 """
 
 from __future__ import annotations

@@ -27,8 +27,10 @@ ROOT = Path(__file__).parents[1]
 KINDS = ("actor", "node", "driver", "worker")
 _WORKERS = ("ray::Read", "ray::Write", "ray::Monitor")
 _POLL_SECONDS = 0.05
-_PATIENCE = 120.0  # seconds that a victim is waited for
-_OBJECT_STORE = 80 * 1024 * 1024  # bytes; little more than Ray's least
+_PATIENCE = 120.0
+"""Seconds that something to kill is waited for: after a driver, actors must start again first."""
+_OBJECT_STORE = 80 * 2**20
+"""Bytes of a node's object store: little more than Ray's least, so that many nodes fit."""
 
 
 @contextmanager
