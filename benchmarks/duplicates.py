@@ -13,6 +13,9 @@ case and punctuation changed, a greeting before and a question after, and paraph
 connectives and other beginnings. With --paraphrases, a column to group by, also those of a model:
 several samples of one prompt, which say the same in other words. Word n-grams are not made to find
 paraphrases; the figures say what to expect.
+
+Prints a line of JSON for each length of n-grams and each threshold: share found by kind of copy,
+precision, milliseconds a text. 1,000 texts take a minute a line on one core.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
 No checkpoint is needed: models are random, in the shapes of Llama 3, in bfloat16. For `rates` the
 draft is the target's first layers, and what the other layers add is scaled until draft and target
 agree on `--agreement` of tokens: costs are those of real models, acceptance is chosen.
+
+Each prints a table; each command's `--help` says of what, and how long it takes.
 """
 
 from __future__ import annotations
@@ -22,8 +24,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from engine import greedy_requests, interleave, ratios, spread
-from rich.console import Console
+from common import console, interleave, ratios, requests_of, run, spread
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,9 +43,6 @@ SHAPES = {
              "num_attention_heads": 4, "num_key_value_heads": 2},
 }  # fmt: skip
 VOCABULARY = {"8b": 128256, "1b": 128256, "tiny": 512}
-
-app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
-console = Console(width=140)
 
 
 @dataclass
@@ -112,14 +110,17 @@ def way(decoder: PackedDecoder, cache: Any, name: str) -> Iterator[None]:
     decoder.recorder, cache.kernels = recorder, kernels
 
 
-@app.command()
 def forwards(
     shape: Annotated[str, typer.Option(help="8b, 1b or tiny")] = "8b",
     context: Annotated[int, typer.Option(help="cached positions of a row")] = 512,
     rows: Annotated[int, typer.Option(help="most rows")] = 64,
     sizes: Annotated[str, typer.Option(help="packed tokens")] = "1,2,4,8,16,32,64,128,256,512",
 ) -> None:
-    """Milliseconds of a forward with logits, by packed tokens."""
+    """Milliseconds of a forward with logits, by packed tokens.
+
+    Prints them on torch's operators, with kernels and recorded, and the limit of the memory. A few
+    minutes.
+    """
     bandwidth = measured_bandwidth()
     model = random_llama(shape)
     weights = weight_bytes(model)
@@ -212,7 +213,7 @@ class Load:
     def engine(self, name: str, engine: Engine) -> None:
         """Run ours, all rows at once."""
         prompts = [tuple(row) for row in self.ids.tolist()]
-        done = engine.generate(greedy_requests(prompts, self.tokens))
+        done = engine.generate(requests_of(prompts, self.tokens))
         self.outputs[name] = [each.output_ids for each in done]
 
     @torch.inference_mode()
@@ -235,7 +236,6 @@ class Load:
         return len(gaps), max(gaps, default=0.0)
 
 
-@app.command()
 def rates(
     shape: Annotated[str, typer.Option(help="8b, 1b or tiny")] = "8b",
     draft_layers: Annotated[int, typer.Option(help="layers of the draft")] = 3,
@@ -250,6 +250,8 @@ def rates(
     """Tokens a second, greedily, of rows of one length: the best case of a static batch.
 
     Engines last, as in a job: what the first turn records and learns is there in those that count.
+    Prints by number of rows each side's rate, and goodput's over the best of the others. Some 10
+    minutes on an H200.
     """
     transformers.logging.set_verbosity_error()
     plain = random_llama(shape)
@@ -298,4 +300,4 @@ def rates(
 
 
 if __name__ == "__main__":
-    app()
+    run(__doc__, forwards, rates)

@@ -11,6 +11,8 @@ without a forward, so that everything else is what is measured: planning, Ray, r
 and tokenizing, Parquet, commits and the manifest. The cluster is several raylets on this machine.
 `actors` lets the double take a while for each row, as an engine on an accelerator of its own would;
 otherwise all actors would share this machine's cores, and show those.
+
+Each prints tables; each command's `--help` says of what, and how long it takes on two cores.
 """
 
 from __future__ import annotations
@@ -18,133 +20,35 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import typer
-from ray.cluster_utils import Cluster
-from rich.console import Console
+from common import console, run
+from engine_double import cluster
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
-
-from pipeline import generate, manifest  # noqa: E402
-from pipeline import run as run_module  # noqa: E402
-from pipeline.config.job import JobConfig, S3Config  # noqa: E402
-from pipeline.inputs.source import UnitDatasource  # noqa: E402
-from pipeline.observe.progress import JobProgress  # noqa: E402
-from pipeline.run.run import plan_job, run_job  # noqa: E402
-from specdec.engine.stats import EngineStats  # noqa: E402
-from specdec.policies.registry import make_policy  # noqa: E402
-from specdec.request import Completion, Counts, Request  # noqa: E402
-from tests.conftest import save_llama, save_tokenizer  # noqa: E402
-
-app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
-console = Console(width=110)
+from pipeline.commit import manifest
+from pipeline.config.job import JobConfig, S3Config
+from pipeline.inputs.source import UnitDatasource
+from pipeline.observe.progress import JobProgress
+from pipeline.run.run import plan_job, run_job
+from tests.conftest import save_llama, save_tokenizer
 
 Actors = Annotated[int, typer.Option(help="actors of the double")]
 UnitRows = Annotated[int, typer.Option(help="rows of a unit")]
-_FOLDER_FILES = 10_000  # hard links of one file: filesystems allow some ten thousand
-
-
-# -------------------------------------------------------------------- the double
-
-
-class InstantEngine:
-    """Completes every request with one token in the step after it was submitted.
-
-    Args:
-        token: the token.
-        seconds: how long a step sleeps for each of its requests.
-    """
-
-    def __init__(self, token: int, seconds: float) -> None:
-        self.stats = EngineStats()
-        self.policy = make_policy("none")
-        self._token, self._seconds = token, seconds
-        self._queue: deque[Request] = deque()
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self._queue)
-
-    @property
-    def live(self) -> int:
-        return 0
-
-    @property
-    def live_ids(self) -> list[str]:
-        return []
-
-    def submit(self, request: Request) -> None:
-        self._queue.append(request)
-
-    def step(self) -> list[Completion]:
-        requests = [self._queue.popleft() for _ in range(min(64, len(self._queue)))]
-        if self._seconds:
-            time.sleep(self._seconds * len(requests))
-        counts = Counts(rounds=1, committed=1)
-        for _ in requests:
-            self.stats.counts.add(counts)
-        return [
-            Completion(r.id, len(r.prompt_ids), (self._token,), "length", counts=counts)
-            for r in requests
-        ]
-
-
-class DoubleActor(generate.GenerateActor):
-    """A `GenerateActor` of which the models and the engine are not there."""
-
-    def __init__(self, job: JobConfig, *rest: Any) -> None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(job.models.target)
-        generate.load_pair = lambda job: SimpleNamespace(tokenizer=tokenizer, context_length=1000)
-        super().__init__(job, *rest)
-
-    def _make_engine(self) -> Any:
-        seconds = float(os.environ.get("DOUBLE_SECONDS", "0"))
-        return InstantEngine(len(self._pair.tokenizer) - 1, seconds)
-
-
-run_module.GenerateActor = DoubleActor  # type: ignore[misc]
-
-
-@contextmanager
-def cluster(nodes: int, cpus: int, seconds_per_row: float = 0.0) -> Iterator[None]:
-    """Several raylets, to which this process is connected as the driver."""
-    os.environ |= {"PYTHONPATH": str(ROOT), "RAY_BACKEND_LOG_LEVEL": "fatal"}
-    os.environ["DOUBLE_SECONDS"] = str(seconds_per_row)
-    raylets = Cluster()
-    raylets.add_node(
-        num_cpus=0,
-        include_dashboard=False,
-        object_store_memory=500 * 2**20,
-        _system_config=run_module.LOCAL_RAY,
-    )
-    for _ in range(nodes):
-        raylets.add_node(num_cpus=cpus, object_store_memory=500 * 2**20)
-    ray.init(address=raylets.address, log_to_driver=False, logging_level="ERROR")
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        raylets.shutdown()
+_FOLDER_FILES = 10_000
+"""Hard links of one file. Filesystems allow some ten thousand, so more would fail."""
 
 
 # ----------------------------------------------------------------------- helpers
@@ -259,13 +163,16 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 # ------------------------------------------------------------------ measurements
 
 
-@app.command()
 def plan(
     files: Annotated[int, typer.Option(help="input files")] = 2000,
     rows: Annotated[int, typer.Option(help="rows of each")] = 1000,
     unit_rows: UnitRows = 256,
 ) -> None:
-    """Plan a job over many files: footers only, no data page."""
+    """Plan a job over many files: footers only, no data page.
+
+    Prints the seconds of planning and claiming, the driver's memory, and the bytes read of a file.
+    100,000 files take half a minute, and a minute to be made.
+    """
     with workspace() as root:
         size = write_files(root, files, rows)
         job = job_of(root, "out", unit_rows)
@@ -295,13 +202,16 @@ def plan(
     )
 
 
-@app.command()
 def flow(
     rows: Annotated[int, typer.Option(help="rows of the job")] = 50_000,
     unit_rows: UnitRows = 256,
     actors: Actors = 2,
 ) -> None:
-    """Run a job from end to end and watch the driver's memory."""
+    """Run a job from end to end and watch the driver's memory.
+
+    Prints rows per second and the driver's memory by tenth of the rows. A million rows take five
+    minutes, the default one.
+    """
     with workspace() as root:
         per_file = 10_000
         write_files(root, -(-rows // per_file), min(rows, per_file))
@@ -326,12 +236,14 @@ def flow(
           [(first, last, last / first, peak)])  # fmt: skip
 
 
-@app.command()
 def units(
     rows: Annotated[int, typer.Option(help="rows of each job")] = 20_000,
     sizes: Annotated[str, typer.Option(help="rows of a unit, two sizes")] = "16,256",
 ) -> None:
-    """Split the time of a job into seconds per unit and seconds per row."""
+    """Split the time of a job into seconds per unit and seconds per row.
+
+    Runs two jobs whose units differ in size, and prints both costs in milliseconds. Two minutes.
+    """
     found = []
     with workspace() as root:
         write_files(root, 2, rows // 2)
@@ -350,14 +262,17 @@ def units(
     table("hence", ["ms per unit", "ms per row"], [(unit * 1e3, row * 1e3)])
 
 
-@app.command()
 def actors(
     rows: Annotated[int, typer.Option(help="rows for each actor")] = 5000,
     counts: Annotated[str, typer.Option(help="numbers of actors")] = "1,2,4,8",
     row_ms: Annotated[float, typer.Option(help="the double sleeps so long for each row")] = 5.0,
     unit_rows: UnitRows = 64,
 ) -> None:
-    """Rows per second by number of actors, each on a raylet of its own."""
+    """Rows per second by number of actors, each on a raylet of its own.
+
+    Prints by number of actors the rate, how many times that of one it is, and its share of what
+    the doubles could do. Some 4 minutes.
+    """
     found: list[tuple[int, float, float]] = []
     with workspace() as root:
         for count in map(int, counts.split(",")):
@@ -377,13 +292,16 @@ def actors(
     )
 
 
-@app.command()
 def resume(
     shapes: Annotated[
         str, typer.Option(help="units x rows of a unit, separated by commas")
     ] = "250x8,1000x8,250x256,1000x256",
 ) -> None:
-    """Seconds until a job whose units are all committed is known to be whole."""
+    """Seconds until a job whose units are all committed is known to be whole.
+
+    Prints by shape of job the seconds to list what is missing, and to check and write the manifest.
+    Some 5 minutes, in which the jobs are run.
+    """
     found = []
     with workspace() as root, cluster(nodes=2, cpus=1):
         for shape in shapes.split(","):
@@ -408,4 +326,4 @@ def resume(
 
 
 if __name__ == "__main__":
-    app()
+    run(__doc__, plan, flow, units, actors, resume)

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,19 +46,19 @@ class Side:
 class Work:
     """What to generate: a number of tokens for each prompt, wherever a text would end."""
 
-    prompts: list[list[int]]
-    lengths: list[int]
+    prompts: Sequence[Sequence[int]]
+    lengths: Sequence[int]
     temperature: float
 
 
 def specbatch(side: Side) -> Callable[[Work], Outputs]:
     """Our engine; options: `policy`, `k`, `quantization`."""
     import torch
+    from common import requests_of
 
     from specdec.engine.engine import Engine
     from specdec.loading.pair import ModelPair
     from specdec.policies.registry import make_policy
-    from specdec.request import Request, SamplingParams
 
     torch.set_num_threads(side.threads)
     options = side.options
@@ -72,16 +72,7 @@ def specbatch(side: Side) -> Callable[[Work], Outputs]:
 
     def run(work: Work) -> Outputs:
         engine = Engine(pair, policy=policy, slots=side.batch, control_share=0.0)
-        requests = [
-            Request(
-                str(i),
-                tuple(prompt),
-                SamplingParams(
-                    max_new_tokens=length, temperature=work.temperature, ignore_eos=True
-                ),
-            )
-            for i, (prompt, length) in enumerate(zip(work.prompts, work.lengths, strict=True))
-        ]
+        requests = requests_of(work.prompts, work.lengths, work.temperature)
         return [list(done.output_ids) for done in engine.generate(requests)]
 
     return run
@@ -111,8 +102,6 @@ def generate(side: Side) -> Callable[[Work], Outputs]:
 
     Options: `schedule` and `k` of the assistant, `confidence` below which it stops.
     """
-    import torch
-
     model = _transformers(side, side.target)
     more: dict[str, Any] = {}
     if side.draft:
@@ -122,45 +111,51 @@ def generate(side: Side) -> Callable[[Work], Outputs]:
         settings.num_assistant_tokens_schedule = side.options.get("schedule", "constant")
         settings.assistant_confidence_threshold = side.options.get("confidence", 0.0)
 
-    def run(work: Work) -> Outputs:
-        outputs: Outputs = []
-        for begin in range(0, len(work.prompts), side.batch):
-            part = work.prompts[begin : begin + side.batch]
-            lengths = work.lengths[begin : begin + side.batch]
-            width = max(map(len, part))
-            padded = torch.tensor([[0] * (width - len(p)) + p for p in part])
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
-            out = model.generate(
-                padded,
-                attention_mask=mask,
-                max_new_tokens=max(lengths),
-                min_new_tokens=max(lengths),
-                pad_token_id=0,
-                **_sampling(work),
-                **more,
-            )
-            made = out[:, width:].tolist()
-            outputs += [row[:length] for row, length in zip(made, lengths, strict=True)]
-        return outputs
+    return lambda work: static_batches(model, work, side.batch, **more)
 
-    return run
+
+def static_batches(model: Any, work: Work, batch: int, **options: Any) -> Outputs:
+    """transformers' `generate`, so many rows at a time, each batch as long as its longest row."""
+    import torch
+
+    outputs: Outputs = []
+    for begin in range(0, len(work.prompts), batch):
+        part = work.prompts[begin : begin + batch]
+        lengths = work.lengths[begin : begin + batch]
+        width = max(map(len, part))
+        padded = torch.tensor([[0] * (width - len(p)) + list(p) for p in part])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
+        out = model.generate(
+            padded,
+            attention_mask=mask,
+            max_new_tokens=max(lengths),
+            min_new_tokens=max(lengths),
+            pad_token_id=0,
+            **_sampling(work),
+            **options,
+        )
+        made = out[:, width:].tolist()
+        outputs += [row[:length] for row, length in zip(made, lengths, strict=True)]
+    return outputs
 
 
 def generate_batch(side: Side) -> Callable[[Work], Outputs]:
-    """transformers' continuous batching. It knows one length for all rows: the longest."""
+    """transformers' continuous batching."""
+    model = _transformers(side, side.target)
+    return lambda work: continuous_batch(model, work)
+
+
+def continuous_batch(model: Any, work: Work) -> Outputs:
+    """transformers' `generate_batch`. It knows one length for all rows: the longest."""
     import transformers
 
-    model = _transformers(side, side.target)
-
-    def run(work: Work) -> Outputs:
-        config = transformers.GenerationConfig(
-            max_new_tokens=max(work.lengths), eos_token_id=-1, pad_token_id=0, **_sampling(work)
-        )
-        out = model.generate_batch(work.prompts, generation_config=config, progress_bar=False)
-        made = [list(out[key].generated_tokens) for key in out]
-        return [row[:length] for row, length in zip(made, work.lengths, strict=True)]
-
-    return run
+    config = transformers.GenerationConfig(
+        max_new_tokens=max(work.lengths), eos_token_id=-1, pad_token_id=0, **_sampling(work)
+    )
+    prompts = [list(prompt) for prompt in work.prompts]
+    out = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+    made = [list(out[key].generated_tokens) for key in out]
+    return [row[:length] for row, length in zip(made, work.lengths, strict=True)]
 
 
 def prepare_vllm(threads: int) -> None:

@@ -12,6 +12,8 @@ bound is a clairvoyant policy's, which drafts what will be accepted and nothing 
 Intervals are 95%, over prompts, paired (specdec/simulate/replay.py). The best fixed length is
 chosen on the same prompts, which is in its favour.
 
+`record` writes traces, `replay` prints a table; each command's `--help` says how long it takes.
+
 Cost models (`--costs`):
 
 paper     0.022 s a draft step and 0.108 s a target forward, however many tokens: Llama-2-chat 7B
@@ -35,8 +37,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from engine import DRAFT, PROMPTS, TARGET, Draft, Target, Threads, load, prepare, read_prompts
-from rich.console import Console
+from common import (
+    DRAFT,
+    PROMPTS,
+    TARGET,
+    Draft,
+    Precision,
+    Prompts,
+    Rows,
+    Target,
+    Threads,
+    console,
+    interval,
+    load,
+    prepare,
+    read_prompts,
+    run,
+)
 from rich.progress import track
 from rich.table import Table
 
@@ -50,11 +67,6 @@ from specdec.simulate.bound import least_seconds
 from specdec.simulate.record import MOST, Text, measure_costs, record, write_texts
 from specdec.simulate.replay import Ratio, Replay, Trace, faster, load_traces, replay, save_traces
 
-app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
-console = Console(width=130)
-
-Precision = Annotated[str, typer.Option(help="fp32, int8wo or int8; +det")]
-
 
 class Costs(StrEnum):
     """Where D(n) and V(n) come from."""
@@ -67,13 +79,12 @@ class Costs(StrEnum):
 # ------------------------------------------------------------------------ record
 
 
-@app.command("record")
 def record_command(
     out: Annotated[Path, typer.Option(help="the traces, safetensors")],
     target: Target = TARGET,
     draft: Draft = DRAFT,
-    prompts: Annotated[Path, typer.Option(help="Parquet file with a column `prompt`")] = PROMPTS,
-    rows: Annotated[int, typer.Option(help="how many prompts")] = 48,
+    prompts: Prompts = PROMPTS,
+    rows: Rows = 48,
     tokens: Annotated[int, typer.Option(help="new tokens per prompt, at most")] = 96,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 1.0,
     verification: Annotated[str, typer.Option(help="rejection or coupled")] = "rejection",
@@ -82,7 +93,11 @@ def record_command(
     slots: Annotated[int, typer.Option(help="rows that the target completes at once")] = 16,
     threads: Threads = 0,
 ) -> None:
-    """Let the target complete prompts, and trace what a draft would have met on the way."""
+    """Let the target complete prompts, and trace what a draft would have met on the way.
+
+    Writes the traces, and prints how many positions they have and how many were accepted. Some 10
+    minutes on two cores.
+    """
     prepare(threads)
     pair = load(target, draft, precision)
     trained = load_head(head, pair) if head else None
@@ -90,7 +105,7 @@ def record_command(
     engine = Engine(pair, policy=make_policy("none"), verification=mode, slots=slots)
     requests = [
         Request(str(i), ids, SamplingParams(tokens, temperature, seed=i))
-        for i, ids in enumerate(read_prompts(pair, prompts, rows))
+        for i, ids in enumerate(read_prompts(pair.tokenizer, prompts, rows))
     ]
     done = {
         completion.id: completion.output_ids
@@ -180,7 +195,7 @@ def contenders(trained: bool, make: Callable[[], CostModel]) -> dict[str, Callab
     return named
 
 
-def run(
+def replayed(
     traces: list[Trace],
     warm: list[Trace],
     named: dict[str, Callable[[], StopPolicy]],
@@ -198,7 +213,6 @@ def run(
     return results
 
 
-@app.command("replay")
 def replay_command(
     traces: Annotated[Path, typer.Argument(help="traces that `record` wrote")],
     warm: Annotated[Path | None, typer.Option(help="traces that estimators learn from")] = None,
@@ -211,14 +225,17 @@ def replay_command(
     precision: Precision = "fp32",
     threads: Threads = 0,
 ) -> None:
-    """Every policy over the same traces: SpecDec++'s axes, speed, share of the bound."""
+    """Every policy over the same traces: SpecDec++'s axes, speed, share of the bound.
+
+    Prints a row a policy. Some 3 minutes on two cores.
+    """
     prepare(threads)
     loaded, about = load_traces(traces)
     prompt = sum(trace.prompt_tokens for trace in loaded) // len(loaded)
     make = costs_maker(costs, live, prompt, target, draft, precision)
     trained = bool(about["head"])
     warming = load_traces(warm)[0] if warm else []
-    results = run(loaded, warming, contenders(trained, make), make(), live)
+    results = replayed(loaded, warming, contenders(trained, make), make(), live)
     tokens = sum(len(trace.accepted) - trace.first for trace in loaded)
     bound = tokens / float(least_seconds(loaded, make(), live).sum())
     fixed = max(
@@ -248,7 +265,7 @@ def replay_command(
             "-" if rate is None else f"{rate:.2f}",
             f"{result.tokens_per_second:.2f}",
             f"{figures[name]['speedup']:.3f}",
-            spread(against),
+            interval(against.value, against.low, against.high, digits=3),
             f"{figures[name]['share_of_bound']:.1%}",
         )
     speedup = bound / results["none"].tokens_per_second
@@ -270,11 +287,6 @@ def describe(result: Replay, none: Replay, against: Ratio, bound: float) -> dict
         "against_best_fixed": [against.value, against.low, against.high],
         "share_of_bound": result.tokens_per_second / bound,
     }
-
-
-def spread(ratio: Ratio) -> str:
-    """A ratio with its interval."""
-    return f"{ratio.value:.3f} ({ratio.low:.3f}-{ratio.high:.3f})"
 
 
 def draw(results: dict[str, Replay], path: Path, title: str) -> None:
@@ -304,4 +316,4 @@ def draw(results: dict[str, Replay], path: Path, title: str) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run(__doc__, record_command, replay_command)

@@ -9,6 +9,9 @@ is what counts in a job of hours. With `--dtype auto` each side takes the dtype 
 itself for models as they are stored; both models must be folders of safetensors then. The peer is
 benchmarks/ray_vllm.py; see `peers.py` for its virtual environment, in which it also wants `pip
 install "ray[data]"`.
+
+Prints tokens per second of both, and how many times longer than ours theirs took. A turn takes some
+6 minutes on two cores, three of them by default.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from typing import Annotated, Any
 
 import pyarrow.parquet as pq
 import typer
-from peers import (
+from common import (
     CORES,
     DRAFT,
     PROMPTS,
@@ -35,11 +38,13 @@ from peers import (
     Rows,
     Target,
     Temperature,
-    Threads,
+    Tokens,
     console,
-    export,
+    ratios,
+    run,
     spread,
 )
+from peers import Threads, export
 from rich.table import Table
 
 Taken = dict[str, float]
@@ -95,7 +100,7 @@ def main(
     draft: Draft = DRAFT,
     prompts: Annotated[Path, typer.Option(help="Parquet with a column `prompt`")] = PROMPTS,
     rows: Rows = 256,
-    tokens: Annotated[int, typer.Option(help="new tokens of a row")] = 64,
+    tokens: Tokens = 64,
     temperature: Temperature = 0.0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto")] = "float32",
     batch: Annotated[int, typer.Option(help="rows in flight")] = 64,
@@ -126,13 +131,13 @@ def main(
             f"{statistics.median(each['tokens'] / each[key] for each in takens):.1f}"
             for key in ("wall", "working")
         ]
-        ratios = [
-            spread([b[key] / a[key] for a, b in zip(found["specbatch"], takens, strict=True)])
+        times = [
+            spread(ratios([t[key] for t in takens], [t[key] for t in found["specbatch"]]))
             for key in ("wall", "working")
         ]
-        table.add_row(name, *rates, *(ratios if name != "specbatch" else ("", "")))
+        table.add_row(name, *rates, *(times if name != "specbatch" else ("", "")))
     console.print("How many times longer than specbatch a side took:", table)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(__doc__, main)

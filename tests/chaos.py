@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,21 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 from ray.cluster_utils import Cluster
 
 from pipeline.run.run import LOCAL_RAY
+from tests.pipeline.small_jobs import launched
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("actor", "node", "driver", "worker")
 _WORKERS = ("ray::Read", "ray::Write", "ray::Monitor")
 _POLL_SECONDS = 0.05
-_PATIENCE = 120.0  # seconds that a victim is waited for
-_OBJECT_STORE = 80 * 1024 * 1024  # bytes; little more than Ray's least
+_PATIENCE = 120.0
+"""Seconds that something to kill is waited for: after a driver, actors must start again first."""
+_OBJECT_STORE = 80 * 2**20
+"""Bytes of a node's object store: little more than Ray's least, so that many nodes fit."""
 
 
 @contextmanager
-def small_cluster(nodes: int, cpus: int = 1, **head: Any) -> Iterator[Cluster]:
+def small_cluster(
+    nodes: int, cpus: int = 1, object_store: int = _OBJECT_STORE, **head: Any
+) -> Iterator[Cluster]:
     """A cluster of a head without cores, where the driver is, and nodes with some.
 
     Everything in it has this process's environment, and finds the packages where they are.
@@ -45,12 +48,12 @@ def small_cluster(nodes: int, cpus: int = 1, **head: Any) -> Iterator[Cluster]:
         cluster.add_node(
             num_cpus=0,
             include_dashboard=False,
-            object_store_memory=_OBJECT_STORE,
+            object_store_memory=object_store,
             _system_config=LOCAL_RAY,
             **head,
         )
         for _ in range(nodes):
-            add_node(cluster, num_cpus=cpus)
+            add_node(cluster, object_store, num_cpus=cpus)
         yield cluster
     finally:
         cluster.shutdown()
@@ -58,9 +61,9 @@ def small_cluster(nodes: int, cpus: int = 1, **head: Any) -> Iterator[Cluster]:
         os.environ |= before
 
 
-def add_node(cluster: Cluster, **options: Any) -> None:
+def add_node(cluster: Cluster, object_store: int = _OBJECT_STORE, **options: Any) -> None:
     """One more node, ready when this returns."""
-    cluster.add_node(object_store_memory=_OBJECT_STORE, **options)
+    cluster.add_node(object_store_memory=object_store, **options)
 
 
 @dataclass
@@ -143,12 +146,12 @@ class Chaos:
 
     def _start(self) -> None:
         self.drivers += 1
-        job = self.folder / "job.yaml"
-        job.write_text(yaml.safe_dump(self.values))
         with self._log().open("w") as log:
-            self._driver = subprocess.Popen(
-                [sys.executable, "-m", "jobs.cli", "run", str(job), "--quiet"],
-                env={**os.environ, "RAY_ADDRESS": self.cluster.address},
+            self._driver = launched(
+                self.values,
+                self.folder / "job.yaml",
+                "--quiet",
+                address=self.cluster.address,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

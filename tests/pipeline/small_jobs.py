@@ -32,10 +32,10 @@ def rows_of(output: Path, kind: str = "completions") -> dict[str, dict[str, Any]
     return {row["row_id"]: row for row in rows}
 
 
-def started(
+def launched(
     values: dict[str, Any], job: Path, *options: str, address: str | None = None, **popen: Any
 ) -> subprocess.Popen[Any]:
-    """`specbatch run` in a process of its own, once at least two units are committed.
+    """`specbatch run` in a process of its own.
 
     Args:
         values: the job.
@@ -46,11 +46,16 @@ def started(
     """
     job.write_text(yaml.safe_dump(values))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "jobs.cli", "run", str(job), *options],
         env=environment | ({"RAY_ADDRESS": address} if address else {}),
         **popen,
     )
+
+
+def started(values: dict[str, Any], job: Path, *options: str, **more: Any) -> subprocess.Popen[Any]:
+    """A `launched` job, once at least two units are committed."""
+    process = launched(values, job, *options, **more)
     # Beside the chaos test, on two cores, a Ray of its own takes minutes to get so far.
     deadline = time.monotonic() + 360
     while len(list(Path(values["output"]).glob("completions/*"))) < 2 and process.poll() is None:

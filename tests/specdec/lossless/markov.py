@@ -1,0 +1,110 @@
+"""A speculative decoder without models: tables of logits, small enough to enumerate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.lossless.sampling import SamplingBatch
+from specdec.lossless.verification import Mode, Proposal
+from specdec.request import SamplingParams
+from tests.specdec.goodness import reference_distribution
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Markov:
+    """Language models small enough to enumerate: logits depend on the last token alone."""
+
+    target: Tensor
+    draft: Tensor
+
+    @classmethod
+    def random(cls, vocab: int, seed: int, disagreement: float = 1.5) -> Markov:
+        generator = torch.Generator().manual_seed(seed)
+        target = 1.5 * torch.randn(vocab, vocab, generator=generator)
+        noise = disagreement * torch.randn(vocab, vocab, generator=generator)
+        return cls(target, target + noise)
+
+    @property
+    def vocab(self) -> int:
+        return len(self.target)
+
+    def first_two(self, params: SamplingParams) -> Tensor:
+        """float64 [V, V]: exact joint distribution of the two tokens after token 0."""
+        p = reference_distribution(self.target, params)
+        return p[0][:, None] * p
+
+
+Trim = Callable[[Tensor, Tensor], Tensor]
+"""(candidates [n, K], draft probabilities of each [n, K]) -> submitted lengths [n]."""
+
+
+@dataclass
+class Outcome:
+    tokens: Tensor
+    """[n, 2], the first two output tokens."""
+    verified: int
+    accepted: int
+
+
+def decode_two(
+    models: Markov,
+    params: SamplingParams,
+    mode: Mode,
+    k: int,
+    rows: int = 100_000,
+    first_seed: int = 0,
+    trim: Trim | None = None,
+) -> Outcome:
+    """The first two output tokens of `rows` independent requests with seeds of their own."""
+    seed = torch.arange(first_seed, first_seed + rows)
+    output = torch.zeros(rows, 2 + k + 1, dtype=torch.int64)
+    generated = torch.zeros(rows, dtype=torch.int64)
+    verified = accepted_total = 0
+    batch = SamplingBatch.of([params], CPU)
+    while len(active := (generated < 2).nonzero().flatten()):
+        n = len(active)
+        shared = batch.rows(torch.zeros(n, dtype=torch.int64))
+        shared.seed.copy_(seed[active])
+        start = generated[active]
+        last = torch.where(start > 0, output[active, (start - 1).clamp(min=0)], 0)
+        proposal = Proposal(n, k, CPU)
+        index = torch.arange(n)
+        contexts, scores = [last], []
+        for depth in range(k):
+            logits = models.draft[contexts[-1]]
+            tokens, q = mode.propose(logits, shared, start + depth)
+            proposal.add(range(n), index, tokens, q)
+            scores.append(torch.softmax(logits, -1).gather(1, tokens[:, None]))
+            contexts.append(tokens)
+        lengths = torch.full((n,), k)
+        if trim is not None:
+            lengths = trim(proposal.candidates, torch.cat(scores, 1))
+        packed_row = index.repeat_interleave(lengths + 1)
+        first = (lengths + 1).cumsum(0) - lengths - 1
+        offset = torch.arange(len(packed_row)) - first[packed_row]
+        context = torch.stack(contexts, 1)[packed_row, offset]
+        accepted, bonus = mode.verify(
+            models.target[context],
+            shared.rows(packed_row),
+            start[packed_row] + offset,
+            first,
+            lengths,
+            proposal,
+        )
+        assert ((accepted >= 0) & (accepted <= lengths)).all()
+        steps = torch.arange(k)
+        places = (start[:, None] + steps).clamp(max=output.shape[1] - 1)
+        rows_at = active[:, None].expand(-1, k)
+        stands = steps < accepted[:, None]
+        output[rows_at[stands], places[stands]] = proposal.candidates[stands]
+        output[active, start + accepted] = bonus
+        generated[active] = start + accepted + 1
+        verified += int(lengths.sum())
+        accepted_total += int(accepted.sum())
+    return Outcome(output[:, :2], verified, accepted_total)
