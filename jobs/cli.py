@@ -1,15 +1,17 @@
-"""The command line: `specbatch run`, `validate`, `report`, `distill`, `train-head`, `profile`."""
+"""The command line. It registers the commands, each of which has a file of its own."""
 
 from __future__ import annotations
 
 import atexit
 import gc
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
-from jobs.cluster import commands
-from jobs.cluster import render as render_commands
+from jobs.cluster import commands as cluster
+from jobs.cluster.render import app as render
 from jobs.explain import explain
 from jobs.nightly.cli import nightly
 from jobs.plan import plan
@@ -18,7 +20,7 @@ from jobs.reports.grafana import grafana
 from jobs.run import run
 from jobs.run_batch import run_batch
 from jobs.tuning.distill import distill
-from jobs.tuning.profile import profile as profile_command
+from jobs.tuning.profile import profile
 from jobs.tuning.train_head import train_head
 from jobs.validate import validate
 from jobs.verify import verify
@@ -27,28 +29,42 @@ app = typer.Typer(
     name="specbatch",
     help="Complete shards of prompts with a language model on Ray, accelerated by lossless "
     "speculative decoding.",
-    epilog="Start with: specbatch validate job.yaml, then specbatch run job.yaml",
+    epilog="Start with `specbatch validate job.yaml`, then `specbatch run job.yaml`.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
-app.command()(run)
-app.command()(validate)
-app.command(cls=ReportCommand)(report)
-for name, command in commands.COMMANDS.items():
-    app.command(name)(command)
-app.add_typer(render_commands.app, name="render")
-app.command()(verify)
-app.command()(run_batch)
-app.command()(plan)
-app.command()(explain)
-app.command()(distill)
-app.command()(grafana)
-app.command()(train_head)
-app.command()(profile_command)
-app.add_typer(nightly)
+_GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "Run a job": {
+        "validate": validate,
+        "plan": plan,
+        "run": run,
+        "run-batch": run_batch,
+    },
+    "Look at results": {
+        "report": report,
+        "verify": verify,
+        "explain": explain,
+        "grafana": grafana,
+    },
+    "Make it faster": {
+        "profile": profile,
+        "train-head": train_head,
+        "distill": distill,
+    },
+    "On a cluster": cluster.COMMANDS,
+}
+"""Commands by the names that users type, in the groups and the order of `specbatch --help`."""
+
+_CLASSES: dict[str, type[TyperCommand]] = {"report": ReportCommand}
+
+for group, commands in _GROUPS.items():
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=group, cls=_CLASSES.get(name))(command)
+app.add_typer(render, name="render", rich_help_panel="On a cluster")
+app.add_typer(nightly, name="nightly", rich_help_panel="Every night")
 
 
 def _version(value: bool) -> None:

@@ -24,6 +24,7 @@ from jobs.job_file import load_job, load_prices
 from jobs.terminal.amounts import money
 from jobs.terminal.console import explained, out
 from jobs.terminal.display import duration, stages
+from jobs.terminal.options import AsJson, JobFile, Overrides
 from pipeline.config.job import JobConfig
 from pipeline.config.prices import Hardware, Priced, Prices, default_prices, price
 from pipeline.errors import UserError
@@ -107,36 +108,26 @@ class Plan:
 
 
 def plan(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="The job file (YAML).", show_default=False)
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a key of the job file.", show_default=False
-        ),
-    ] = None,
+    file: JobFile,
+    overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=2, help="Rows of the input to generate, at most.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of the choice of rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of rows.")] = 0,
     prices: Annotated[
         Path | None,
         typer.Option(help="A price table (YAML).", show_default="the job's, or the packaged one"),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object instead of a table.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Tell what a job will take and cost, from some of its rows; write nothing.
+    """Tell what a job will take and cost, from a sample of its rows. Writes nothing.
 
     Generates a sample of rows as an actor of the job would, with its slots full, and reckons from
     it: tokens, hours and money with 95% intervals, for what an existing output does not have yet.
-    It runs on what an actor asks for: of the Ray cluster at RAY_ADDRESS, or of a local one.
+    It runs on what an actor asks for: of the Ray cluster at `RAY_ADDRESS`, or of a local one.
 
-    [bold]Examples[/]
+    For example:
 
-      specbatch plan job.yaml
-
-      specbatch plan job.yaml --rows 128 --json | jq .dollars
+        specbatch plan job.yaml
+        specbatch plan job.yaml --rows 128 --json | jq .dollars
     """
     with explained("Nothing was written."):
         job = load_job(file, overrides or [])

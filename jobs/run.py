@@ -11,7 +11,7 @@ from rich.markup import escape
 from jobs.job_file import load_job
 from jobs.reports.command import page_at_the_end, page_of
 from jobs.terminal.console import err, explained, out, stop_signals
-from jobs.terminal.options import JobFile, Overrides
+from jobs.terminal.options import JobFile, Overrides, Quiet
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 
@@ -20,18 +20,18 @@ def run(
     file: JobFile,
     overrides: Overrides = None,
     only_failed: Annotated[
-        bool, typer.Option("--only-failed", help="Try the rows in errors/ again, and no others.")
+        bool, typer.Option("--only-failed", help="Try the rows in `errors/` again, and no others.")
     ] = False,
     extend: Annotated[
         bool,
-        typer.Option("--extend", help="Input files that are new become part of the job."),
+        typer.Option("--extend", help="Take in input files that came since the job began."),
     ] = False,
     fork: Annotated[
         str | None,
         typer.Option(
             "--fork",
             metavar="OUT",
-            help="Leave the job's output alone and start a new one, which reuses nothing.",
+            help="Leave the job's output alone and start a new one in OUT, which reuses nothing.",
             show_default=False,
         ),
     ] = None,
@@ -39,30 +39,24 @@ def run(
         bool,
         typer.Option(
             "--same-content",
-            help="Take input files whose time of change alone differs for unchanged.",
+            help="Accept input files that differ in their time of change only, as after a copy.",
         ),
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")
-    ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run a job, or what is missing of it.
 
-    Uses the Ray cluster at RAY_ADDRESS, or starts a local one. The same command resumes a job that
-    was stopped, and does nothing if the job is done. Ctrl-C (or SIGTERM) once: units in flight are
-    completed and committed, then it stops. Twice: it stops at once.
+    Uses the Ray cluster at `RAY_ADDRESS`, or starts a local one. The same command resumes a job
+    that was stopped, and does nothing if the job is done. Ctrl-C (or SIGTERM) once: units in flight
+    are completed and committed, then it stops. Twice: it stops at once.
 
-    [bold]Examples[/]
+    For example:
 
-      specbatch run job.yaml
-
-      specbatch run job.yaml --set output=out/greedy --set sampling.temperature=0
-
-      specbatch run job.yaml --only-failed                        # rows in errors/, once more
-
-      specbatch run job.yaml --extend                             # with prompts that came since
-
-      specbatch run job.yaml --set sampling.seed=1 --fork out/b   # another job beside this one
+        specbatch run job.yaml
+        specbatch run job.yaml --set output=out/greedy --set sampling.temperature=0
+        specbatch run job.yaml --only-failed    # rows in errors/, once more
+        specbatch run job.yaml --extend         # with prompts that came since
+        specbatch run job.yaml --set sampling.seed=1 --fork out/another-seed
     """
     with explained("Committed rows are kept; run the same command again to resume."):
         job = load_job(file, overrides or [])

@@ -14,11 +14,13 @@ from pipeline.errors import UserError
 
 
 def validate(file: JobFile, overrides: Overrides = None) -> None:
-    """Check a job file, its models' names and its input paths; load no model, start nothing.
+    """Check a job file in seconds: its keys, models, input and output. Loads no model.
 
-    [bold]Example[/]
+    Prints the job with its defaults filled in, or one line for each mistake. Starts nothing.
 
-      specbatch validate job.yaml --set speculation.policy=none
+    For example:
+
+        specbatch validate job.yaml --set speculation.policy=none
     """
     with explained():
         job = load_job(file, overrides or [])

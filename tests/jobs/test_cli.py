@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
+from typer.core import TyperGroup
 from typer.testing import CliRunner, Result
 
-from jobs.cli import app
+from jobs.cli import _GROUPS, app
 from jobs.terminal.display import figures
 from pipeline.observe.progress import JobProgress, Tally
 from specdec.request import Counts
@@ -163,6 +165,16 @@ def test_version_and_help() -> None:
         result = call(command, "--help")
         assert result.exit_code == 0
         assert f"specbatch {command}" in result.stdout
+
+
+def test_every_command_is_in_a_group_and_has_a_line_of_help() -> None:
+    root = typer.main.get_command(app)
+    assert isinstance(root, TyperGroup)
+    for name, command in root.commands.items():
+        assert command.rich_help_panel in _GROUPS | {"Every night": {}}, name
+        assert command.help, name
+        # Help is Markdown: Rich's own markup would be shown as it is.
+        assert "[/]" not in command.help, name
 
 
 @pytest.mark.parametrize(
