@@ -13,11 +13,12 @@ import jinja2
 import jinja2.meta
 from cronsim import CronSim, CronSimError
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from jobs.job_file import load_settings, resolve_job_paths
-from pipeline.config.job import JobConfig, StringList
+from pipeline.config.job import JobConfig
 from pipeline.config.model_identity import digest
+from pipeline.config.settings import Settings, StringList
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _MADE_HERE = ("name", "input", "output")
@@ -26,11 +27,7 @@ TEMPLATE_VARIABLES = ("completions", "date")
 """What a template may use besides the columns of its seed."""
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class SeedsConfig(_Settings):
+class SeedsConfig(Settings):
     """What conversations are made from: rows of Parquet or JSONL files."""
 
     paths: StringList = Field(min_length=1, description="files, folders and globs, as in a job")
@@ -47,7 +44,7 @@ class SeedsConfig(_Settings):
     )
 
 
-class TemplateConfig(_Settings):
+class TemplateConfig(Settings):
     """A conversation: the user's turns, each one jinja2 over the seed and earlier completions."""
 
     name: str = Field(pattern=_NAME, max_length=60)
@@ -76,7 +73,7 @@ class TemplateConfig(_Settings):
         return sorted(used - {*TEMPLATE_VARIABLES})
 
 
-class LengthFilter(_Settings):
+class LengthFilter(Settings):
     """Bounds on a completion's length."""
 
     min_chars: int = Field(default=1, ge=0)
@@ -85,7 +82,7 @@ class LengthFilter(_Settings):
     max_words: int | None = Field(default=None, ge=1)
 
 
-class RepetitionFilter(_Settings):
+class RepetitionFilter(Settings):
     """A text that goes round in circles: few different n-grams, or one that compresses well."""
 
     ngram: int = Field(default=4, ge=1, description="words of an n-gram")
@@ -97,7 +94,7 @@ class RepetitionFilter(_Settings):
     )
 
 
-class RegexFilter(_Settings):
+class RegexFilter(Settings):
     """Patterns that a completion must match somewhere, and that it must not."""
 
     require: StringList = ()
@@ -109,7 +106,7 @@ class RegexFilter(_Settings):
         return _compiled(patterns)
 
 
-class LanguageFilter(_Settings):
+class LanguageFilter(Settings):
     """Languages that a completion may be in (py3langid)."""
 
     allow: StringList = Field(min_length=1, description="ISO 639-1 codes, such as en")
@@ -124,7 +121,7 @@ class LanguageFilter(_Settings):
         return codes
 
 
-class DuplicatesFilter(_Settings):
+class DuplicatesFilter(Settings):
     """Conversations that are there already, in this night or in one published before."""
 
     exact: bool = Field(default=True, description="the same messages but for case and white space")
@@ -135,7 +132,7 @@ class DuplicatesFilter(_Settings):
     min_words: int = Field(default=10, ge=1, description="shorter ones are compared exactly only")
 
 
-class FiltersConfig(_Settings):
+class FiltersConfig(Settings):
     """What is not published. Each completion must pass all; null turns a filter off."""
 
     finish_reason: StringList | None = Field(default=("stop",), description="those that are kept")
@@ -160,14 +157,14 @@ class FiltersConfig(_Settings):
         return reasons
 
 
-class SplitConfig(_Settings):
+class SplitConfig(Settings):
     """Which conversations are for validation: a hash of the seed decides, for ever."""
 
     validation: float = Field(default=0.05, ge=0, lt=1)
     salt: str = Field(default="", description="another one gives another split")
 
 
-class ImproveConfig(_Settings):
+class ImproveConfig(Settings):
     """After a night its outputs teach the pair; what is not surely better is not adopted."""
 
     head: bool = Field(default=False, description="train the next acceptance head")
@@ -194,7 +191,7 @@ class ImproveConfig(_Settings):
     seed: int = 0
 
 
-class ScheduleConfig(_Settings):
+class ScheduleConfig(Settings):
     """When a night runs, for the schedules that are rendered; and its dates' time zone."""
 
     cron: str = Field(default="0 1 * * *", description="minute hour day month weekday")
@@ -240,7 +237,7 @@ def _job_section(value: object) -> object:
     return {**value, **made}
 
 
-class Recipe(_Settings):
+class Recipe(Settings):
     """One nightly dataset: everything in a recipe file, with defaults filled in."""
 
     name: str = Field(pattern=_NAME, max_length=60)

@@ -13,16 +13,14 @@ from importlib import resources
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
+
+from pipeline.config.settings import Settings
 
 Market = Literal["on_demand", "spot"]
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Rate(_Settings):
+class Rate(Settings):
     """A price per hour."""
 
     on_demand: float = Field(ge=0)
@@ -41,7 +39,7 @@ AnyRate = Annotated[Rate, BeforeValidator(_as_rate)]
 """A price per hour; a single number is the price on demand."""
 
 
-class Prices(_Settings):
+class Prices(Settings):
     """A price table. All prices are per hour."""
 
     currency: str = Field(default="USD", pattern=r"^[A-Z]{3}$", description="three capitals")

@@ -1,0 +1,64 @@
+"""The section `input` of the job file."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.settings import Settings, StringList, no_null_byte
+from pipeline.config.templates import PromptTemplate
+
+
+class InputConfig(Settings):
+    """Where the rows are, and which column, or template over columns, is the prompt."""
+
+    paths: StringList = Field(
+        min_length=1, description="files, folders and globs of .parquet, .jsonl or .ndjson"
+    )
+    format: Literal["openai"] | None = Field(
+        default=None,
+        description="openai: lines of OpenAI's batch API, which bring prompt and sampling; null: "
+        "columns",
+    )
+    messages_column: str | None = Field(
+        default=None, description="column of chat messages; goes through the target's chat template"
+    )
+    prompt_column: str | None = Field(
+        default=None, description="column of plain prompts; completed as they are, no chat template"
+    )
+    template: str | None = Field(
+        default=None, description="jinja2 over the columns; its text is completed as it is"
+    )
+
+    @field_validator("paths")
+    @classmethod
+    def _paths_can_be(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(paths):
+            raise ValueError("holds an empty path")
+        return tuple(map(no_null_byte, paths))
+
+    @field_validator("template")
+    @classmethod
+    def _template_compiles(cls, template: str | None) -> str | None:
+        if template is not None:
+            PromptTemplate(template)
+        return template
+
+    @model_validator(mode="after")
+    def _one_prompt_source(self) -> InputConfig:
+        given = [
+            name
+            for name in ("messages_column", "prompt_column", "template")
+            if getattr(self, name) is not None
+        ]
+        if self.format is not None:
+            if given:
+                raise ValueError(f"{given[0]} does not go with format {self.format}; remove it")
+            return self
+        if len(given) != 1:
+            what = f"{' and '.join(given)} are all given" if given else "none is given"
+            raise ValueError(
+                f"give exactly one of messages_column, prompt_column, template; {what}"
+            )
+        return self

@@ -1,0 +1,32 @@
+"""The section `s3` of the job file."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from pipeline.config.settings import Settings
+
+
+class S3Config(Settings):
+    """How to reach s3:// paths. Credentials come from the AWS environment or profile."""
+
+    endpoint: str | None = Field(
+        default=None, description="URL of an S3-compatible server; null: AWS"
+    )
+    region: str | None = Field(
+        default=None, description="null: the profile's or environment's region"
+    )
+    profile: str | None = Field(
+        default=None,
+        description="name of a profile in ~/.aws on every machine; null: default chain",
+    )
+
+    @field_validator("endpoint")
+    @classmethod
+    def _plain_url(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None:
+            if not endpoint.startswith(("http://", "https://")):
+                raise ValueError("must be a URL such as https://s3.example.com")
+            if "@" in endpoint:
+                raise ValueError("must not hold a user name or password; use the AWS environment")
+        return endpoint

@@ -1,0 +1,80 @@
+"""The section `speculation` of the job file."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.settings import Settings
+
+Policy = Literal["none", "fixed", "heuristic", "confidence", "entropy", "head", "goodput"]
+Estimator = Literal["confidence", "entropy", "head"]
+
+THRESHOLD_POLICIES = ("confidence", "entropy", "head")
+ESTIMATING_POLICIES = ("head", "goodput")
+
+
+class SpeculationConfig(Settings):
+    """When to stop drafting, and how candidates are verified."""
+
+    policy: Policy = Field(
+        default="goodput",
+        description="when to stop drafting; goodput weighs what each step brings and costs",
+    )
+    verification: Literal["rejection", "coupled"] = Field(
+        default="rejection",
+        description="coupled: same tokens for any draft, policy and batch; rejection: accepts more",
+    )
+    k: int = Field(
+        default=4, ge=0, le=64, description="candidates per round: fixed, and heuristic's first"
+    )
+    k_min: int = Field(default=1, ge=0, le=64, description="least candidates: heuristic, head")
+    k_max: int = Field(default=20, ge=1, le=64, description="most candidates, of all but fixed")
+    threshold: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="where to stop: confidence, below this draft probability (0.4); entropy, below "
+        "this bound on acceptance (0.4); head, above this risk of a rejection (0.7)",
+    )
+    head: str | None = Field(
+        default=None, description="folder of a trained acceptance head (specbatch train-head)"
+    )
+    estimator: Estimator | None = Field(
+        default=None,
+        description="what head and goodput predict acceptance with; null: the head if there is "
+        "one, else confidence",
+    )
+    control_share: float = Field(
+        default=0.02,
+        ge=0,
+        le=0.5,
+        description="share of rounds without speculation, by which speedup is measured",
+    )
+    trace: bool = Field(
+        default=False, description="keep every round of every row for `specbatch explain`"
+    )
+
+    @model_validator(mode="after")
+    def _settings_of_the_policy(self) -> SpeculationConfig:
+        if self.k_min > self.k_max:
+            raise ValueError(f"k_min ({self.k_min}) is more than k_max ({self.k_max})")
+        if self.threshold is not None and self.policy not in THRESHOLD_POLICIES:
+            names = ", ".join(THRESHOLD_POLICIES)
+            raise ValueError(f"threshold belongs to the policies {names}, not to {self.policy}")
+        for name in ("head", "estimator"):
+            if getattr(self, name) is not None and self.policy not in ESTIMATING_POLICIES:
+                names = " and ".join(ESTIMATING_POLICIES)
+                raise ValueError(f"{name} belongs to the policies {names}, not to {self.policy}")
+        if self.head is not None and self.estimator not in (None, "head"):
+            raise ValueError(
+                f"head is not used with estimator {self.estimator}; remove one of them"
+            )
+        needs_head = self.estimator == "head" or (self.policy == "head" and not self.estimator)
+        if needs_head and self.head is None:
+            raise ValueError(
+                "head: give the folder of a trained head (make one with specbatch train-head), "
+                "or set estimator to confidence"
+            )
+        return self
