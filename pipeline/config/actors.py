@@ -19,41 +19,58 @@ class ActorsConfig(Settings):
     has all of these settings for itself; what it does not set, it takes from beside `groups`.
     """
 
-    min: int = Field(default=1, ge=1)
-    max: int | None = Field(default=None, ge=1, description="null: the same as min")
+    min: int = Field(default=1, ge=1, description="Actors that the pool starts with and keeps.")
+    max: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most actors: the pool grows to this while there is work for them. `null`: "
+        "the same as `min`.",
+    )
     num_cpus: float | None = Field(
         default=None,
         gt=0,
-        description="cores of an actor, and threads of torch; null: one beside a GPU, or else all "
-        "that the cluster has for each",
+        description="Cores of an actor, and threads of torch. `null`: 1 beside a GPU, or else an "
+        "equal share of the cluster's cores.",
     )
-    num_gpus: float = Field(default=0, ge=0)
-    accelerator_type: str | None = Field(default=None, description="Ray's name of it, such as A100")
+    num_gpus: float = Field(
+        default=0, ge=0, description="GPUs of an actor. `0.5` lets two actors share one."
+    )
+    accelerator_type: str | None = Field(
+        default=None, description="Kind of GPU, by Ray's name for it, such as `A100`. `null`: any."
+    )
     slots: int = Field(
         default=64,
         ge=1,
-        description="rows that an engine works on at once, if their keys and values fit",
+        description="Rows that an engine works on at once, if their keys and values fit into "
+        "memory.",
     )
     kv_memory_gb: float | None = Field(
-        default=None, gt=0, description="memory for keys and values; null: the engine decides"
+        default=None,
+        gt=0,
+        description="Memory for keys and values, in GB. `null`: half of what is free when the "
+        "models are loaded. Set it where several actors share a node.",
     )
     units_in_flight: int | None = Field(
         default=None,
         ge=1,
-        description="units handed to an actor at once; null: enough to keep slots full",
+        description="Units that an actor is handed at once. `null`: enough to keep its slots full.",
     )
     hang_seconds: float | None = Field(
         default=900,
         gt=0,
-        description="an engine whose round takes longer than this is restarted; null: never",
+        description="Restart an engine whose round takes longer than this, in seconds. `null`: "
+        "never.",
     )
     autoscaling_cluster: bool = Field(
         default=False,
-        description="true: wait for nodes that the cluster adds instead of refusing to start",
+        description="Wait for nodes that the cluster adds, instead of refusing to start without "
+        "them.",
     )
     groups: dict[GroupName, ActorsConfig] = Field(
         default_factory=dict,
-        description="kinds of actors by name, such as A100 and L4, each with its own settings",
+        description="Kinds of actors by a name of your own, such as `A100` and `L4`, each with "
+        "settings as in this section. What a group leaves out it takes from beside "
+        "`groups`.",
     )
 
     @model_validator(mode="before")

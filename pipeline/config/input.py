@@ -14,21 +14,30 @@ class InputConfig(Settings):
     """Where the rows are, and which column, or template over columns, is the prompt."""
 
     paths: StringList = Field(
-        min_length=1, description="files, folders and globs of .parquet, .jsonl or .ndjson"
+        min_length=1,
+        description="Files, folders and globs of `.parquet`, `.jsonl` or `.ndjson`, local or "
+        "`s3://`.",
     )
     format: Literal["openai"] | None = Field(
         default=None,
-        description="openai: lines of OpenAI's batch API, which bring prompt and sampling; null: "
-        "columns",
+        description="`openai`: lines of OpenAI's batch API, which bring their prompts and "
+        "sampling. `null`: rows with columns; one of the next three keys says what "
+        "the prompt is.",
     )
     messages_column: str | None = Field(
-        default=None, description="column of chat messages; goes through the target's chat template"
+        default=None,
+        description="Column of chat messages, a list of `{role, content}`. The target's chat "
+        "template turns them into text.",
     )
     prompt_column: str | None = Field(
-        default=None, description="column of plain prompts; completed as they are, no chat template"
+        default=None,
+        description="Column of plain prompts. They are completed as they are, without a chat "
+        "template.",
     )
     template: str | None = Field(
-        default=None, description="jinja2 over the columns; its text is completed as it is"
+        default=None,
+        description="A jinja2 template over the columns, such as `Q: {{ question }}`. Its text "
+        "is completed as it is.",
     )
 
     @field_validator("paths")

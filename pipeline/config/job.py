@@ -44,26 +44,52 @@ class BudgetConfig(Settings):
     """What a job may spend, all its runs together; it stops before it spends more."""
 
     dollars: float | None = Field(
-        default=None, gt=0, description="money in the price table's currency"
+        default=None, gt=0, description="Money, in the currency of the price table. `null`: no cap."
     )
-    hours: float | None = Field(default=None, gt=0, description="hours of running")
+    hours: float | None = Field(
+        default=None, gt=0, description="Hours of running, all runs together. `null`: no cap."
+    )
 
 
 class JobConfig(Settings):
     """One job: everything in a job file, with defaults filled in."""
 
-    name: str = Field(default="job", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    input: InputConfig
-    output: PlainString = Field(min_length=1, description="folder, local or s3://")
-    s3: S3Config = Field(default_factory=S3Config)
-    models: ModelsConfig
-    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
-    speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
-    actors: ActorsConfig = Field(default_factory=ActorsConfig)
-    unit_rows: int = Field(default=256, ge=1, description="rows committed together, about")
-    budget: BudgetConfig | None = Field(default=None, description="null: none")
+    name: str = Field(
+        default="job",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+        description="The job's name, in lists, reports and metrics.",
+    )
+    input: InputConfig = Field(description="Where the rows are, and what the prompt is.")
+    output: PlainString = Field(
+        min_length=1,
+        description="Folder of the results, local or `s3://`. Running the job again resumes it; "
+        "another job's folder is refused.",
+    )
+    s3: S3Config = Field(default_factory=S3Config, description="How to reach `s3://` paths.")
+    models: ModelsConfig = Field(description="The target and its draft.")
+    sampling: SamplingConfig = Field(
+        default_factory=SamplingConfig, description="How each row is sampled."
+    )
+    speculation: SpeculationConfig = Field(
+        default_factory=SpeculationConfig,
+        description="When to stop drafting, and how candidates are verified.",
+    )
+    actors: ActorsConfig = Field(
+        default_factory=ActorsConfig, description="The pool of workers, and what each may use."
+    )
+    unit_rows: int = Field(
+        default=256,
+        ge=1,
+        description="Rows that are committed together, about. Each unit is one output file.",
+    )
+    budget: BudgetConfig | None = Field(
+        default=None, description="What the job may spend. `null`: no cap."
+    )
     prices: Prices | None = Field(
-        default=None, description="a price table, or the file that holds it; null: the packaged one"
+        default=None,
+        description="A price table, or the path of a YAML file that holds one. `null`: the "
+        "packaged list prices of AWS.",
     )
 
     @model_validator(mode="after")

@@ -23,8 +23,10 @@ Market = Literal["on_demand", "spot"]
 class Rate(Settings):
     """A price per hour."""
 
-    on_demand: float = Field(ge=0)
-    spot: float | None = Field(default=None, ge=0, description="null: not known")
+    on_demand: float = Field(ge=0, description="Price per hour on demand.")
+    spot: float | None = Field(
+        default=None, ge=0, description="Price per hour as a spot instance. `null`: not known."
+    )
 
     def of(self, market: str) -> float | None:
         """The price in this market; None if it is not known."""
@@ -42,22 +44,28 @@ AnyRate = Annotated[Rate, BeforeValidator(_as_rate)]
 class Prices(Settings):
     """A price table. All prices are per hour."""
 
-    currency: str = Field(default="USD", pattern=r"^[A-Z]{3}$", description="three capitals")
-    source: str = Field(min_length=1, description="where the prices are from")
-    date: datetime.date = Field(description="when they were looked up")
+    currency: str = Field(
+        default="USD", pattern=r"^[A-Z]{3}$", description="Three capitals, such as `USD`."
+    )
+    source: str = Field(min_length=1, description="Where the prices are from. Reports name it.")
+    date: datetime.date = Field(description="Day on which they were looked up, `YYYY-MM-DD`.")
     market: Market = Field(
         default="on_demand",
-        description="of nodes that do not say; others say so by the label ray.io/market-type",
+        description="Market of nodes that do not say. Others say so by Ray's label "
+        "`ray.io/market-type`.",
     )
     instances: dict[str, AnyRate] = Field(
-        default_factory=dict, description="of a whole machine, by instance type"
+        default_factory=dict,
+        description="Prices of whole machines, by instance type. An actor pays its share of "
+        "cores or GPUs.",
     )
     gpus: dict[str, AnyRate] = Field(
         default_factory=dict,
-        description="of one GPU with its share of the machine, by Ray's accelerator type",
+        description="Prices of one GPU with its share of the machine, by Ray's accelerator type, "
+        "such as `L4`.",
     )
     cpu_hour: AnyRate | None = Field(
-        default=None, description="of one core, for actors without a GPU"
+        default=None, description="Price of one core, for actors without a GPU."
     )
 
     @property

@@ -8,17 +8,23 @@ from pipeline.config.settings import Settings
 
 
 class S3Config(Settings):
-    """How to reach s3:// paths. Credentials come from the AWS environment or profile."""
+    """How to reach `s3://` paths.
+
+    Credentials never stand in a job file: they come from the AWS environment or profile of each
+    machine.
+    """
 
     endpoint: str | None = Field(
-        default=None, description="URL of an S3-compatible server; null: AWS"
+        default=None, description="URL of an S3-compatible server. `null`: AWS."
     )
     region: str | None = Field(
-        default=None, description="null: the profile's or environment's region"
+        default=None,
+        description="Region of the buckets. `null`: the one of the profile or environment.",
     )
     profile: str | None = Field(
         default=None,
-        description="name of a profile in ~/.aws on every machine; null: default chain",
+        description="Name of a profile in `~/.aws` on every machine. "
+        "`null`: AWS's usual chain of credentials.",
     )
 
     @field_validator("endpoint")

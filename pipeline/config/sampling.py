@@ -13,18 +13,51 @@ MAX_SAMPLES = 10_000
 class SamplingConfig(Settings):
     """How each row is sampled; a row's own `sampling_params` column overrides these."""
 
-    max_new_tokens: int = Field(default=256, ge=1)
-    temperature: float = Field(default=1.0, ge=0, description="0 is greedy")
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0, description="0: off")
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    stop: StringList = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    seed: int = Field(
-        default=0, description="with the row id, the key of all random numbers of a row"
+    max_new_tokens: int = Field(default=256, ge=1, description="Most tokens to generate for a row.")
+    temperature: float = Field(
+        default=1.0,
+        ge=0,
+        description="Divides the logits: higher is more varied. `0` is greedy, the most likely "
+        "token each time.",
     )
-    n: int = Field(default=1, ge=1, le=MAX_SAMPLES, description="samples per prompt")
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Sample from the most likely tokens that together have this probability. "
+        "`1`: off.",
+    )
+    top_k: int = Field(
+        default=0, ge=0, description="Sample from this many of the most likely tokens. `0`: off."
+    )
+    min_p: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Leave out tokens with less than this share of the most likely token's "
+        "probability. `0`: off.",
+    )
+    stop: StringList = Field(
+        default=(), description="Strings that end a completion. The text is cut before them."
+    )
+    stop_token_ids: tuple[int, ...] = Field(
+        default=(),
+        description="Token ids that end a completion, besides the model's own end of sequence.",
+    )
+    ignore_eos: bool = Field(
+        default=False,
+        description="Go on past the end of sequence, up to `max_new_tokens`. For measurements.",
+    )
+    seed: int = Field(
+        default=0, description="With the row's id, the key of all random numbers of that row."
+    )
+    n: int = Field(
+        default=1,
+        ge=1,
+        le=MAX_SAMPLES,
+        description="Samples of each prompt, each an output row of its own. With many, lower "
+        "`unit_rows`.",
+    )
 
     @field_validator("stop")
     @classmethod

@@ -20,40 +20,56 @@ class SpeculationConfig(Settings):
 
     policy: Policy = Field(
         default="goodput",
-        description="when to stop drafting; goodput weighs what each step brings and costs",
+        description="When to stop drafting. `goodput` weighs what each candidate brings and "
+        "costs on this machine. `none` does not speculate.",
     )
     verification: Literal["rejection", "coupled"] = Field(
         default="rejection",
-        description="coupled: same tokens for any draft, policy and batch; rejection: accepts more",
+        description="`rejection` accepts the most candidates. `coupled` gives the same tokens "
+        "for any draft, policy and batch.",
     )
     k: int = Field(
-        default=4, ge=0, le=64, description="candidates per round: fixed, and heuristic's first"
+        default=4,
+        ge=0,
+        le=64,
+        description="Candidates per round: of `fixed`, and the first number of `heuristic`.",
     )
-    k_min: int = Field(default=1, ge=0, le=64, description="least candidates: heuristic, head")
-    k_max: int = Field(default=20, ge=1, le=64, description="most candidates, of all but fixed")
+    k_min: int = Field(
+        default=1, ge=0, le=64, description="Least candidates per round, of `heuristic` and `head`."
+    )
+    k_max: int = Field(
+        default=20,
+        ge=1,
+        le=64,
+        description="Most candidates per round, of all policies but `fixed`.",
+    )
     threshold: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="where to stop: confidence, below this draft probability (0.4); entropy, below "
-        "this bound on acceptance (0.4); head, above this risk of a rejection (0.7)",
+        description="Where to stop drafting. `confidence`: below this draft probability (`null`: "
+        "0.4). `entropy`: below this bound on acceptance (0.4). `head`: above this "
+        "risk of a rejection (0.7).",
     )
     head: str | None = Field(
-        default=None, description="folder of a trained acceptance head (specbatch train-head)"
+        default=None,
+        description="Folder of a trained acceptance head, made by `specbatch train-head`.",
     )
     estimator: Estimator | None = Field(
         default=None,
-        description="what head and goodput predict acceptance with; null: the head if there is "
-        "one, else confidence",
+        description="What `head` and `goodput` predict acceptance with. `null`: the trained head "
+        "if there is one, else `confidence`.",
     )
     control_share: float = Field(
         default=0.02,
         ge=0,
         le=0.5,
-        description="share of rounds without speculation, by which speedup is measured",
+        description="Share of rounds without speculation, chosen at random. They measure the "
+        "speedup.",
     )
     trace: bool = Field(
-        default=False, description="keep every round of every row for `specbatch explain`"
+        default=False,
+        description="Keep every round of every row in `trace/`, for `specbatch explain`.",
     )
 
     @model_validator(mode="after")
