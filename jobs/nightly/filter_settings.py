@@ -12,29 +12,38 @@ from pipeline.config.settings import Settings, StringList
 class LengthFilter(Settings):
     """Bounds on a completion's length."""
 
-    min_chars: int = Field(default=1, ge=0)
-    max_chars: int | None = Field(default=None, ge=1)
-    min_words: int = Field(default=1, ge=0)
-    max_words: int | None = Field(default=None, ge=1)
+    min_chars: int = Field(default=1, ge=0, description="Least characters.")
+    max_chars: int | None = Field(
+        default=None, ge=1, description="Most characters. `null`: no limit."
+    )
+    min_words: int = Field(default=1, ge=0, description="Least words.")
+    max_words: int | None = Field(default=None, ge=1, description="Most words. `null`: no limit.")
 
 
 class RepetitionFilter(Settings):
     """A text that goes round in circles: few different n-grams, or one that compresses well."""
 
-    ngram: int = Field(default=4, ge=1, description="words of an n-gram")
+    ngram: int = Field(default=4, ge=1, description="Words of an n-gram.")
     max_repeated: float = Field(
-        default=0.3, ge=0, le=1, description="share of n-grams that occurred before"
+        default=0.3,
+        ge=0,
+        le=1,
+        description="Most that may repeat: share of n-grams that occurred before.",
     )
     max_compression: float = Field(
-        default=5.0, gt=1, description="bytes over zlib's bytes; prose is 1 to 3"
+        default=5.0, gt=1, description="Most bytes per byte of zlib's. Prose has 1 to 3."
     )
 
 
 class RegexFilter(Settings):
     """Patterns that a completion must match somewhere, and that it must not."""
 
-    require: StringList = ()
-    forbid: StringList = ()
+    require: StringList = Field(
+        default=(), description="Regular expressions, all of which must match somewhere."
+    )
+    forbid: StringList = Field(
+        default=(), description="Regular expressions, none of which may match anywhere."
+    )
 
     @field_validator("require", "forbid")
     @classmethod
@@ -45,9 +54,13 @@ class RegexFilter(Settings):
 class LanguageFilter(Settings):
     """Languages that a completion may be in (py3langid)."""
 
-    allow: StringList = Field(min_length=1, description="ISO 639-1 codes, such as en")
-    min_confidence: float = Field(default=0.5, ge=0, le=1)
-    min_chars: int = Field(default=40, ge=0, description="shorter texts are not judged")
+    allow: StringList = Field(
+        min_length=1, description="Languages by ISO 639-1 code, such as `en`."
+    )
+    min_confidence: float = Field(
+        default=0.5, ge=0, le=1, description="Least confidence in the language, from 0 to 1."
+    )
+    min_chars: int = Field(default=40, ge=0, description="Shorter completions are not judged.")
 
     @field_validator("allow")
     @classmethod
@@ -60,25 +73,62 @@ class LanguageFilter(Settings):
 class DuplicatesFilter(Settings):
     """Conversations that are there already, in this night or in one published before."""
 
-    exact: bool = Field(default=True, description="the same messages but for case and white space")
-    near: bool = Field(default=True, description="completions that share most of their n-grams")
-    threshold: float = Field(default=0.6, gt=0, lt=1, description="Jaccard similarity")
-    shingle: int = Field(default=3, ge=1, description="words of an n-gram")
-    permutations: int = Field(default=128, ge=16, le=1024, description="of MinHash")
-    min_words: int = Field(default=10, ge=1, description="shorter ones are compared exactly only")
+    exact: bool = Field(
+        default=True,
+        description="Remove conversations with the same messages, but for case and white space.",
+    )
+    near: bool = Field(
+        default=True,
+        description="Remove completions that share most of their n-grams with another.",
+    )
+    threshold: float = Field(
+        default=0.6,
+        gt=0,
+        lt=1,
+        description="Jaccard similarity from which two are near duplicates. Lower finds more.",
+    )
+    shingle: int = Field(default=3, ge=1, description="Words of an n-gram.")
+    permutations: int = Field(
+        default=128,
+        ge=16,
+        le=1024,
+        description="Permutations of MinHash. More are surer of the similarity, and take memory.",
+    )
+    min_words: int = Field(
+        default=10, ge=1, description="Shorter completions are compared exactly only."
+    )
 
 
 class FiltersConfig(Settings):
     """What is not published. Each completion must pass all; null turns a filter off."""
 
-    finish_reason: StringList | None = Field(default=("stop",), description="those that are kept")
-    length: LengthFilter | None = Field(default_factory=LengthFilter)
-    repetition: RepetitionFilter | None = Field(default_factory=RepetitionFilter)
-    regex: RegexFilter | None = None
-    language: LanguageFilter | None = None
-    refusals: bool = Field(default=True, description="the model declines instead of answering")
-    refusal_patterns: StringList = Field(default=(), description="more regular expressions of it")
-    duplicates: DuplicatesFilter | None = Field(default_factory=DuplicatesFilter)
+    finish_reason: StringList | None = Field(
+        default=("stop",),
+        description="Reasons to end that are kept: `stop`, `length`. `null`: both.",
+    )
+    length: LengthFilter | None = Field(
+        default_factory=LengthFilter, description="Bounds on the length. `null`: none."
+    )
+    repetition: RepetitionFilter | None = Field(
+        default_factory=RepetitionFilter, description="Texts that go round in circles. `null`: off."
+    )
+    regex: RegexFilter | None = Field(
+        default=None, description="Patterns to require or forbid. `null`: none."
+    )
+    language: LanguageFilter | None = Field(
+        default=None, description="Languages to keep. `null`: all."
+    )
+    refusals: bool = Field(
+        default=True,
+        description="Remove completions in which the model declines instead of answering.",
+    )
+    refusal_patterns: StringList = Field(
+        default=(), description="More regular expressions that mean a refusal."
+    )
+    duplicates: DuplicatesFilter | None = Field(
+        default_factory=DuplicatesFilter,
+        description="Conversations that are there already, in any night. `null`: off.",
+    )
 
     @field_validator("refusal_patterns")
     @classmethod

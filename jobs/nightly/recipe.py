@@ -30,28 +30,46 @@ TEMPLATE_VARIABLES = ("completions", "date")
 class SeedsConfig(Settings):
     """What conversations are made from: rows of Parquet or JSONL files."""
 
-    paths: StringList = Field(min_length=1, description="files, folders and globs, as in a job")
+    paths: StringList = Field(
+        min_length=1,
+        description="Files, folders and globs of `.parquet`, `.jsonl` or `.ndjson`, local or "
+        "`s3://`.",
+    )
     id_column: str | None = Field(
-        default=None, description="column that names a seed; null: a digest of what templates use"
+        default=None,
+        description="Column that names a seed. `null`: a digest of the columns that templates use.",
     )
     only_new: bool = Field(
         default=False,
-        description="use what no published night used, or what has changed since",
+        description="Use only seeds that no published night used under a template, or that have "
+        "changed since.",
     )
-    per_night: int | None = Field(default=None, ge=1, description="seeds a night; null: all")
+    per_night: int | None = Field(
+        default=None, ge=1, description="Seeds of a night, drawn by its date. `null`: all."
+    )
     keep_columns: StringList = Field(
-        default=(), description="columns of the seeds that the dataset has too, such as an answer"
+        default=(),
+        description="Columns of the seeds that the dataset has too, such as an answer to compare "
+        "with.",
     )
 
 
 class TemplateConfig(Settings):
     """A conversation: the user's turns, each one jinja2 over the seed and earlier completions."""
 
-    name: str = Field(pattern=_NAME, max_length=60)
-    system: str | None = Field(default=None, description="jinja2; the system message")
+    name: str = Field(
+        pattern=_NAME,
+        max_length=60,
+        description="The template's name. It is a column of the dataset.",
+    )
+    system: str | None = Field(
+        default=None,
+        description="The system message, a jinja2 template over the seed's columns. `null`: none.",
+    )
     turns: StringList = Field(
         min_length=1,
-        description="jinja2 each, over the seed's columns, `completions` (those so far) and `date`",
+        description="The user's turns, each a jinja2 template over the seed's columns, "
+        "`completions` (what the model said so far) and `date`.",
     )
 
     @field_validator("system", "turns")
@@ -76,42 +94,73 @@ class TemplateConfig(Settings):
 class SplitConfig(Settings):
     """Which conversations are for validation: a hash of the seed decides, for ever."""
 
-    validation: float = Field(default=0.05, ge=0, lt=1)
-    salt: str = Field(default="", description="another one gives another split")
+    validation: float = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="Share of the seeds whose conversations are for validation.",
+    )
+    salt: str = Field(default="", description="Another text gives another split.")
 
 
 class ImproveConfig(Settings):
     """After a night its outputs teach the pair; what is not surely better is not adopted."""
 
-    head: bool = Field(default=False, description="train the next acceptance head")
-    draft: bool = Field(default=False, description="distil the draft further")
+    head: bool = Field(default=False, description="Train the next acceptance head.")
+    draft: bool = Field(default=False, description="Distil the draft further.")
     folder: str | None = Field(
         default=None,
-        description="local folder of the versions, on a disk that all workers see; "
-        "null: models/ beside the dataset's own files, which must then be local",
+        description="Local folder of the versions, on a disk that all workers see. `null`: "
+        "`models/` beside the dataset's own files, which must then be local.",
     )
-    held_out: float = Field(default=0.2, gt=0, lt=1, description="share of prompts to compare on")
-    rows: int = Field(default=400, ge=4, description="completions to learn from, at most")
-    compare_rows: int = Field(default=64, ge=2, description="held-out rows to compare on, at most")
+    held_out: float = Field(
+        default=0.2,
+        gt=0,
+        lt=1,
+        description="Share of prompts that teach nothing: candidates are compared on them.",
+    )
+    rows: int = Field(default=400, ge=4, description="Completions to learn from, at most.")
+    compare_rows: int = Field(default=64, ge=2, description="Held-out rows to compare on, at most.")
     least_gain: float = Field(
-        default=0.0, ge=0, description="the lower bound must exceed 1 by more than this"
+        default=0.0,
+        ge=0,
+        description="Adopt a candidate only if the lower 95% bound of its gain exceeds 1 by more "
+        "than this.",
     )
     control_share: float = Field(
-        default=0.25, gt=0, le=0.5, description="share of control rounds when both sides are run"
+        default=0.25,
+        gt=0,
+        le=0.5,
+        description="Share of control rounds when candidate and present pair are run side by side.",
     )
-    head_depth: int = Field(default=3, ge=0)
-    head_epochs: int = Field(default=20, ge=1)
-    draft_minutes: float = Field(default=10.0, gt=0)
-    draft_epochs: int = Field(default=2, ge=1)
-    draft_lr: float = Field(default=2e-4, gt=0)
-    seed: int = 0
+    head_depth: int = Field(default=3, ge=0, description="Residual blocks of the head.")
+    head_epochs: int = Field(
+        default=20, ge=1, description="Times that the head's training goes through its rows."
+    )
+    draft_minutes: float = Field(
+        default=10.0, gt=0, description="Most minutes of the draft's training."
+    )
+    draft_epochs: int = Field(
+        default=2,
+        ge=1,
+        description="Times that the draft's training goes through its rows, at most.",
+    )
+    draft_lr: float = Field(
+        default=2e-4, gt=0, description="Learning rate of the draft's training."
+    )
+    seed: int = Field(default=0, description="Seed of training and of the choice of rows.")
 
 
 class ScheduleConfig(Settings):
     """When a night runs, for the schedules that are rendered; and its dates' time zone."""
 
-    cron: str = Field(default="0 1 * * *", description="minute hour day month weekday")
-    timezone: str = "UTC"
+    cron: str = Field(
+        default="0 1 * * *", description="When a night runs: minute, hour, day, month, weekday."
+    )
+    timezone: str = Field(
+        default="UTC",
+        description="Time zone of the schedule and of the nights' dates, such as `Europe/Berlin`.",
+    )
 
     @field_validator("cron")
     @classmethod
@@ -147,29 +196,50 @@ def _job_section(value: object) -> object:
 class Recipe(Settings):
     """One nightly dataset: everything in a recipe file, with defaults filled in."""
 
-    name: str = Field(pattern=_NAME, max_length=60)
-    output: str = Field(min_length=1, description="the dataset's folder, local or s3://")
-    seeds: SeedsConfig
-    templates: tuple[TemplateConfig, ...] = Field(min_length=1)
-    job: Annotated[JobConfig, BeforeValidator(_job_section)] = Field(
-        description="models, sampling, speculation, actors, s3, ... as in a job file"
+    name: str = Field(pattern=_NAME, max_length=60, description="The dataset's name.")
+    output: str = Field(min_length=1, description="The dataset's folder, local or `s3://`.")
+    seeds: SeedsConfig = Field(description="What conversations are made from.")
+    templates: tuple[TemplateConfig, ...] = Field(
+        min_length=1,
+        description="How a seed becomes a conversation. Each seed goes through each template.",
     )
-    filters: FiltersConfig = Field(default_factory=FiltersConfig)
-    split: SplitConfig = Field(default_factory=SplitConfig)
-    improve: ImproveConfig = Field(default_factory=ImproveConfig)
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
-    catch_up: int = Field(default=3, ge=0, description="missed nights that a run makes up, at most")
+    job: Annotated[JobConfig, BeforeValidator(_job_section)] = Field(
+        description="A job file without `name`, `input` and `output`, which each night makes."
+    )
+    filters: FiltersConfig = Field(
+        default_factory=FiltersConfig, description="What is not published."
+    )
+    split: SplitConfig = Field(
+        default_factory=SplitConfig, description="Which conversations are for validation."
+    )
+    improve: ImproveConfig = Field(
+        default_factory=ImproveConfig, description="What each night's outputs teach draft and head."
+    )
+    schedule: ScheduleConfig = Field(
+        default_factory=ScheduleConfig, description="When a night runs."
+    )
+    catch_up: int = Field(
+        default=3, ge=0, description="Missed nights that a run makes up, at most."
+    )
     lock_minutes: float = Field(
-        default=15.0, gt=0, description="a run that shows no sign of life so long has lost its lock"
+        default=15.0,
+        gt=0,
+        description="A run that shows no sign of life for so many minutes has lost its lock on "
+        "the dataset.",
     )
     webhook: str | None = Field(
-        default=None, description="URL that is told of failures, or env:NAME of a variable with it"
+        default=None,
+        description="URL that is told how a run went, or `env:NAME` of a variable that holds it. "
+        "`null`: none.",
     )
-    webhook_on: Literal["failure", "always"] = "failure"
+    webhook_on: Literal["failure", "always"] = Field(
+        default="failure", description="When the webhook is told."
+    )
     licences: dict[str, str] = Field(
-        default_factory=dict, description="of the dataset, the models, the seeds: for the card"
+        default_factory=dict,
+        description="Licences of the dataset, the models and the seeds, for the dataset card.",
     )
-    description: str = Field(default="", description="first words of the dataset card")
+    description: str = Field(default="", description="First words of the dataset card.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
