@@ -19,6 +19,7 @@ from jobs.reports.command import ReportCommand, report
 from jobs.reports.grafana import grafana
 from jobs.run import run
 from jobs.run_batch import run_batch
+from jobs.schema import schema
 from jobs.tuning.distill import distill
 from jobs.tuning.profile import profile
 from jobs.tuning.train_head import train_head
@@ -42,6 +43,7 @@ _GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "plan": plan,
         "run": run,
         "run-batch": run_batch,
+        "schema": schema,
     },
     "Look at results": {
         "report": report,

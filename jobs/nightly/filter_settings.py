@@ -6,7 +6,7 @@ import re
 
 from pydantic import Field, field_validator
 
-from pipeline.config.settings import Settings, StringList
+from pipeline.config.settings import Settings, StringList, example
 
 
 class LengthFilter(Settings):
@@ -101,6 +101,16 @@ class DuplicatesFilter(Settings):
 
 class FiltersConfig(Settings):
     """What is not published. Each completion must pass all; null turns a filter off."""
+
+    model_config = example(
+        {
+            "finish_reason": ["stop"],
+            "length": {"min_words": 4, "max_words": 300},
+            "regex": {"forbid": ["https?://"]},
+            "language": {"allow": ["en"]},
+            "duplicates": {"threshold": 0.6},
+        }
+    )
 
     finish_reason: StringList | None = Field(
         default=("stop",),

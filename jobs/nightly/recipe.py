@@ -18,10 +18,11 @@ from jobs.job_file import load_settings, resolve_job_paths
 from jobs.nightly.filter_settings import FiltersConfig
 from pipeline.config.job import JobConfig
 from pipeline.config.model_identity import digest
-from pipeline.config.settings import Settings, StringList
+from pipeline.config.settings import Settings, StringList, example
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-_MADE_HERE = ("name", "input", "output")
+MADE_EACH_NIGHT = ("name", "input", "output")
+"""Keys of a job file that a recipe's `job` does not have: the recipe makes them."""
 
 TEMPLATE_VARIABLES = ("completions", "date")
 """What a template may use besides the columns of its seed."""
@@ -29,6 +30,10 @@ TEMPLATE_VARIABLES = ("completions", "date")
 
 class SeedsConfig(Settings):
     """What conversations are made from: rows of Parquet or JSONL files."""
+
+    model_config = example(
+        {"paths": ["seeds.jsonl"], "id_column": "id", "only_new": True, "per_night": 200}
+    )
 
     paths: StringList = Field(
         min_length=1,
@@ -56,6 +61,17 @@ class SeedsConfig(Settings):
 
 class TemplateConfig(Settings):
     """A conversation: the user's turns, each one jinja2 over the seed and earlier completions."""
+
+    model_config = example(
+        {
+            "name": "follow-up",
+            "system": "You answer briefly.",
+            "turns": [
+                "Explain {{ topic }} to {{ audience }}.",
+                "You said: {{ completions[0] }} Give one example.",
+            ],
+        }
+    )
 
     name: str = Field(
         pattern=_NAME,
@@ -106,6 +122,8 @@ class SplitConfig(Settings):
 class ImproveConfig(Settings):
     """After a night its outputs teach the pair; what is not surely better is not adopted."""
 
+    model_config = example({"head": True, "held_out": 0.2})
+
     head: bool = Field(default=False, description="Train the next acceptance head.")
     draft: bool = Field(default=False, description="Distil the draft further.")
     folder: str | None = Field(
@@ -154,6 +172,8 @@ class ImproveConfig(Settings):
 class ScheduleConfig(Settings):
     """When a night runs, for the schedules that are rendered; and its dates' time zone."""
 
+    model_config = example({"cron": "0 1 * * *", "timezone": "Europe/Berlin"})
+
     cron: str = Field(
         default="0 1 * * *", description="When a night runs: minute, hour, day, month, weekday."
     )
@@ -187,7 +207,7 @@ def _job_section(value: object) -> object:
     """The `job` section as a job file: the recipe makes its input and output each night."""
     if not isinstance(value, Mapping):
         return value
-    if given := [name for name in _MADE_HERE if name in value]:
+    if given := [name for name in MADE_EACH_NIGHT if name in value]:
         raise ValueError(f"{given[0]}: the recipe makes it each night; remove it")
     made = {"input": {"paths": ["-"], "messages_column": "messages"}, "output": "-"}
     return {**value, **made}
@@ -195,6 +215,22 @@ def _job_section(value: object) -> object:
 
 class Recipe(Settings):
     """One nightly dataset: everything in a recipe file, with defaults filled in."""
+
+    model_config = example(
+        {
+            "name": "explanations",
+            "output": "out/explanations",
+            "seeds": {"paths": ["seeds.jsonl"], "per_night": 200},
+            "templates": [{"name": "explain", "turns": ["Explain {{ topic }} to {{ audience }}."]}],
+            "job": {
+                "models": {
+                    "target": "Qwen/Qwen2.5-7B-Instruct",
+                    "draft": "Qwen/Qwen2.5-0.5B-Instruct",
+                },
+                "sampling": {"max_new_tokens": 256, "temperature": 0.7},
+            },
+        }
+    )
 
     name: str = Field(pattern=_NAME, max_length=60, description="The dataset's name.")
     output: str = Field(min_length=1, description="The dataset's folder, local or `s3://`.")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from pipeline.config.settings import Settings
+from pipeline.config.settings import Settings, example
 
 GroupName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
@@ -18,6 +18,16 @@ class ActorsConfig(Settings):
     With `groups` the pool has actors of several kinds, which take units as they get free. A group
     has all of these settings for itself; what it does not set, it takes from beside `groups`.
     """
+
+    model_config = example(
+        {
+            "num_gpus": 1,
+            "groups": {
+                "A100": {"min": 1, "max": 2, "accelerator_type": "A100", "slots": 64},
+                "L4": {"min": 1, "max": 8, "accelerator_type": "L4", "slots": 16},
+            },
+        }
+    )
 
     min: int = Field(default=1, ge=1, description="Actors that the pool starts with and keeps.")
     max: int | None = Field(

@@ -6,12 +6,14 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.settings import Settings, StringList, no_null_byte
+from pipeline.config.settings import Settings, StringList, example, no_null_byte
 from pipeline.config.templates import PromptTemplate
 
 
 class InputConfig(Settings):
     """Where the rows are, and which column, or template over columns, is the prompt."""
+
+    model_config = example({"paths": ["prompts/*.parquet"], "messages_column": "messages"})
 
     paths: StringList = Field(
         min_length=1,

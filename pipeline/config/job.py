@@ -6,6 +6,8 @@ recorded. The names are an interface: add to them, do not rename them.
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from pipeline.config.actors import ActorsConfig
@@ -14,7 +16,7 @@ from pipeline.config.models import ModelsConfig
 from pipeline.config.prices import Prices
 from pipeline.config.s3 import S3Config
 from pipeline.config.sampling import MAX_SAMPLES, SamplingConfig
-from pipeline.config.settings import PlainString, Settings
+from pipeline.config.settings import PlainString, Settings, example
 from pipeline.config.speculation import (
     ESTIMATING_POLICIES,
     THRESHOLD_POLICIES,
@@ -40,8 +42,15 @@ __all__ = [
 ]
 
 
+def _or_a_file(schema: dict[str, Any]) -> None:
+    """In a file, a price table may be the path of one; who reads the file puts it in its place."""
+    schema["anyOf"].insert(0, {"type": "string"})
+
+
 class BudgetConfig(Settings):
     """What a job may spend, all its runs together; it stops before it spends more."""
+
+    model_config = example({"dollars": 20, "hours": 8})
 
     dollars: float | None = Field(
         default=None, gt=0, description="Money, in the currency of the price table. `null`: no cap."
@@ -53,6 +62,17 @@ class BudgetConfig(Settings):
 
 class JobConfig(Settings):
     """One job: everything in a job file, with defaults filled in."""
+
+    model_config = example(
+        {
+            "name": "questions",
+            "input": {"paths": ["prompts/*.parquet"], "messages_column": "messages"},
+            "output": "out/questions",
+            "models": {"target": "Qwen/Qwen2.5-7B-Instruct", "draft": "Qwen/Qwen2.5-0.5B-Instruct"},
+            "sampling": {"max_new_tokens": 256, "temperature": 0.7},
+            "actors": {"max": 4, "num_gpus": 1},
+        }
+    )
 
     name: str = Field(
         default="job",
@@ -88,6 +108,7 @@ class JobConfig(Settings):
     )
     prices: Prices | None = Field(
         default=None,
+        json_schema_extra=_or_a_file,
         description="A price table, or the path of a YAML file that holds one. `null`: the "
         "packaged list prices of AWS.",
     )

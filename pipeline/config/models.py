@@ -6,11 +6,19 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.settings import PlainString, Settings
+from pipeline.config.settings import PlainString, Settings, example
 
 
 class ModelsConfig(Settings):
     """The target whose distribution the output has, and the draft that proposes."""
+
+    model_config = example(
+        {
+            "target": "Qwen/Qwen2.5-7B-Instruct",
+            "draft": "Qwen/Qwen2.5-0.5B-Instruct",
+            "dtype": "bfloat16",
+        }
+    )
 
     target: PlainString = Field(
         min_length=1,

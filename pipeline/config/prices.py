@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field
 
-from pipeline.config.settings import Settings
+from pipeline.config.settings import Settings, example
 
 Market = Literal["on_demand", "spot"]
 
@@ -37,12 +37,23 @@ def _as_rate(value: object) -> object:
     return {"on_demand": value} if isinstance(value, int | float) else value
 
 
-AnyRate = Annotated[Rate, BeforeValidator(_as_rate)]
+AnyRate = Annotated[Rate, BeforeValidator(_as_rate, json_schema_input_type=float | Rate)]
 """A price per hour; a single number is the price on demand."""
 
 
 class Prices(Settings):
     """A price table. All prices are per hour."""
+
+    model_config = example(
+        {
+            "currency": "USD",
+            "source": "our contract",
+            "date": "2026-11-01",
+            "instances": {"g6.xlarge": {"on_demand": 0.80, "spot": 0.35}},
+            "gpus": {"L4": {"on_demand": 0.80, "spot": 0.35}},
+            "cpu_hour": 0.04,
+        }
+    )
 
     currency: str = Field(
         default="USD", pattern=r"^[A-Z]{3}$", description="Three capitals, such as `USD`."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from pipeline.config.settings import Settings
+from pipeline.config.settings import Settings, example
 
 
 class S3Config(Settings):
@@ -13,6 +13,8 @@ class S3Config(Settings):
     Credentials never stand in a job file: they come from the AWS environment or profile of each
     machine.
     """
+
+    model_config = example({"endpoint": "https://s3.example.com", "profile": "batch"})
 
     endpoint: str | None = Field(
         default=None, description="URL of an S3-compatible server. `null`: AWS."

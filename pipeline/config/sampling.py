@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from pipeline.config.settings import Settings, StringList
+from pipeline.config.settings import Settings, StringList, example
 
 MAX_SAMPLES = 10_000
 """Most samples of one prompt. A unit holds all samples of its rows: lower unit_rows with many."""
@@ -12,6 +12,10 @@ MAX_SAMPLES = 10_000
 
 class SamplingConfig(Settings):
     """How each row is sampled; a row's own `sampling_params` column overrides these."""
+
+    model_config = example(
+        {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.95, "stop": ["###"], "n": 4}
+    )
 
     max_new_tokens: int = Field(default=256, ge=1, description="Most tokens to generate for a row.")
     temperature: float = Field(

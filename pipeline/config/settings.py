@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
@@ -11,6 +11,11 @@ class Settings(BaseModel):
     """A section: frozen, with no keys but its own, and no number that is infinite or NaN."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def example(values: dict[str, Any]) -> ConfigDict:
+    """The `model_config` of a section with an example, for its JSON Schema and its page."""
+    return ConfigDict(json_schema_extra={"examples": [values]})
 
 
 def _as_list(value: object) -> object:
@@ -31,5 +36,8 @@ def no_null_byte(text: str) -> str:
 PlainString = Annotated[str, AfterValidator(no_null_byte)]
 """A string that can be a path or a name."""
 
-StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+StringList = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_as_list, json_schema_input_type=str | tuple[str, ...]),
+]
 """A list of strings; a single string is a list of one."""

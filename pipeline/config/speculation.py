@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.settings import Settings
+from pipeline.config.settings import Settings, example
 
 Policy = Literal["none", "fixed", "heuristic", "confidence", "entropy", "head", "goodput"]
 Estimator = Literal["confidence", "entropy", "head"]
@@ -17,6 +17,8 @@ ESTIMATING_POLICIES = ("head", "goodput")
 
 class SpeculationConfig(Settings):
     """When to stop drafting, and how candidates are verified."""
+
+    model_config = example({"policy": "goodput", "verification": "coupled", "trace": True})
 
     policy: Policy = Field(
         default="goodput",
