@@ -171,7 +171,7 @@ def make_plan(planned: JobPlan, prices: Prices, count: int, seed: int, show: Sho
     fixed = start + tried.load + tried.profile
     # At the end the slots run empty: half of the last rows' time, about, is nobody's.
     tail = work.value * tried.live / 2
-    held = work.times(completed, plus=actors * (fixed + tail if rows_left else 0.0))
+    actor_seconds = work.times(completed, plus=actors * (fixed + tail if rows_left else 0.0))
     priced = price(hardware, prices)
     return Plan(
         files=len(planned.files),
@@ -185,8 +185,8 @@ def make_plan(planned: JobPlan, prices: Prices, count: int, seed: int, show: Sho
         output_tokens=mean(tried.output_tokens).times(completed),
         actors=actors,
         tokens_per_second=_speed(tried.rounds),
-        hours=held.times(1 / actors / 3600),
-        dollars=None if priced.per_hour is None else held.times(priced.per_hour / 3600),
+        hours=actor_seconds.times(1 / actors / 3600),
+        dollars=None if priced.per_hour is None else actor_seconds.times(priced.per_hour / 3600),
         currency=prices.currency,
         hardware=priced.hardware,
         market=priced.market,
@@ -232,7 +232,7 @@ def _notes(job: JobConfig, tried: Rehearsal, priced: Priced) -> Iterable[str]:
 
 
 def _rehearse(job: JobConfig, rows: Any, show: Show) -> tuple[Rehearsal, float, Hardware]:
-    """The rehearsal, the seconds in which its process started, and what it held.
+    """The rehearsal, the seconds in which its process started, and what it had.
 
     In a task that asks Ray for what an actor would: threads, cores and their contention are an
     actor's then, too.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.run.run import JobPlan
 
 FOLDER_SUFFIX = ".specbatch"
+"""What the output file's name is followed by in the name of the job's folder beside it."""
 
 
 def run_batch(

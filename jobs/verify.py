@@ -16,6 +16,7 @@ from jobs.terminal.console import FAILURE, err, explained, out
 from jobs.terminal.options import AsJson, Endpoint, Output, Profile
 
 _PROBLEMS_SHOWN = 100
+"""Problems that a terminal shows; --json has all."""
 
 
 def verify(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jobs.cluster.status_view import View
 
 _POLL_SECONDS = 2.0
+"""Between two looks at a job that is waited for. Lower shows news sooner and asks more often."""
 
 JobId = Annotated[
     str, typer.Argument(metavar="JOB", help="Id that `submit` printed.", show_default=False)
@@ -108,9 +109,9 @@ def submit(
         job = load_job(file, overrides or [])
         url = find_address(address)
         if not paths_on_cluster:
-            from jobs.cluster.local_paths import check_visible
+            from jobs.cluster.local_paths import refuse_local_paths
 
-            check_visible(job, url)
+            refuse_local_paths(job, url)
         how = Submission(code, python, environment(env or []), stop_seconds)
         _submit(Cluster(url), job, how, wait, follow)
 

@@ -204,9 +204,9 @@ def _command(
     if address is None:
         return ["run", str(file), "--quiet", *changes]
     url = find_address(address)
-    from jobs.cluster.local_paths import check_visible
+    from jobs.cluster.local_paths import refuse_local_paths
 
-    check_visible(job, url)
+    refuse_local_paths(job, url)
     return ["submit", str(file), "--address", url, "--wait", *changes]
 
 

@@ -21,6 +21,8 @@ from pipeline.config.model_identity import digest
 from pipeline.config.settings import Settings, StringList, example
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What the dataset and its templates may be called: part of a path in any storage."""
+
 MADE_EACH_NIGHT = ("name", "input", "output")
 """Keys of a job file that a recipe's `job` does not have: the recipe makes them."""
 
@@ -269,7 +271,8 @@ class Recipe(Settings):
         "`null`: none.",
     )
     webhook_on: Literal["failure", "always"] = Field(
-        default="failure", description="When the webhook is told."
+        default="failure",
+        description="When the webhook is told: after a run that failed, or after every run.",
     )
     licences: dict[str, str] = Field(
         default_factory=dict,

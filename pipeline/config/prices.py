@@ -126,19 +126,19 @@ def price(hardware: Hardware, prices: Prices) -> Priced:
     """
     market = hardware.market or prices.market
     instance = prices.instances.get(hardware.instance_type or "")
-    held = {name: hardware.resources.get(name, 0.0) for name in ("CPU", "GPU")}
+    amounts = {name: hardware.resources.get(name, 0.0) for name in ("CPU", "GPU")}
     if instance is not None and hardware.instance_type:
         share = max(
             amount / hardware.node_resources[name] if hardware.node_resources.get(name) else 0.0
-            for name, amount in held.items()
+            for name, amount in amounts.items()
         )
         return Priced(hardware.instance_type, market, _times(instance.of(market), share))
-    if held["GPU"]:
+    if amounts["GPU"]:
         name = hardware.gpu_type or "unknown GPU"
         rate = prices.gpus.get(name)
-        return Priced(name, market, _times(rate.of(market) if rate else None, held["GPU"]))
+        return Priced(name, market, _times(rate.of(market) if rate else None, amounts["GPU"]))
     rate = prices.cpu_hour
-    return Priced("CPU", market, _times(rate.of(market) if rate else None, held["CPU"]))
+    return Priced("CPU", market, _times(rate.of(market) if rate else None, amounts["CPU"]))
 
 
 def _times(rate: float | None, amount: float) -> float | None:

@@ -12,7 +12,10 @@ Policy = Literal["none", "fixed", "heuristic", "confidence", "entropy", "head", 
 Estimator = Literal["confidence", "entropy", "head"]
 
 THRESHOLD_POLICIES = ("confidence", "entropy", "head")
+"""Those that stop at `threshold`."""
+
 ESTIMATING_POLICIES = ("head", "goodput")
+"""Those that predict acceptance, with `estimator` or `head`."""
 
 
 class SpeculationConfig(Settings):

@@ -26,7 +26,7 @@ from typer.testing import CliRunner, Result
 from jobs.cli import app
 from jobs.cluster import client, local_paths
 from jobs.cluster.client import environment, find_address, find_token, source_folders
-from jobs.cluster.local_paths import check_visible
+from jobs.cluster.local_paths import refuse_local_paths
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 from tests.conftest import TinyModels, free_port
@@ -330,11 +330,11 @@ def test_paths_that_the_cluster_does_not_see(
         (job("s3://b/in", "s3://b/out", **mine), "models.target"),
     ):
         with pytest.raises(UserError, match=f"{field}: .* own disk, which {far} does not see"):
-            check_visible(refused, far)
-    check_visible(job("/shared/in/*.parquet", "/shared/out"), far)
-    check_visible(job("s3://b/in", "s3://b/out"), far)
+            refuse_local_paths(refused, far)
+    refuse_local_paths(job("/shared/in/*.parquet", "/shared/out"), far)
+    refuse_local_paths(job("s3://b/in", "s3://b/out"), far)
     # This machine, or the near end of a tunnel.
     for near in ("http://127.0.0.1:8265", "http://localhost:8265", "http://[::1]:8265"):
-        check_visible(job(here, str(tmp_path / "out")), near)
+        refuse_local_paths(job(here, str(tmp_path / "out")), near)
     monkeypatch.setattr(local_paths, "_on_network", lambda path: True)
-    check_visible(job(here, str(tmp_path / "out")), far)
+    refuse_local_paths(job(here, str(tmp_path / "out")), far)
