@@ -18,7 +18,6 @@ import typer
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
-from scipy.special import stdtrit
 
 from jobs.job_file import load_job, load_prices
 from jobs.terminal.amounts import money
@@ -315,6 +314,9 @@ def _speed(rounds: Sequence[Round]) -> float:
 
 
 def _t(freedom: int) -> float:
+    """The 97.5% quantile of Student's t."""
+    from scipy.special import stdtrit  # half a second to import, which --help does not need
+
     return float(stdtrit(freedom, 0.975))
 
 
