@@ -8,6 +8,7 @@ pipeline/config and jobs/nightly, `cli.md` from the help of the commands.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -202,8 +203,9 @@ def cli_page() -> str:
         if command.rich_help_panel != group:
             group = command.rich_help_panel
             parts.append(f"## {group}")
-        help_page = get_docs_for_click(obj=command, ctx=context, indent=2, call_prefix="specbatch")
-        parts.append(help_page)
+        page = get_docs_for_click(obj=command, ctx=context, indent=2, call_prefix="specbatch")
+        # Lists of sub-commands cut their help short; it follows whole, right below.
+        parts.append(re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", page))
     return _joined(parts)
 
 

@@ -13,7 +13,9 @@ from pipeline.config.job import JobConfig
 
 
 def schema(
-    nightly: Annotated[bool, typer.Option("--nightly", help="Of recipes instead.")] = False,
+    nightly: Annotated[
+        bool, typer.Option("--nightly", help="The schema of nightly recipes instead.")
+    ] = False,
 ) -> None:
     """Print the JSON Schema of job files, by which editors complete and check what you type.
 
