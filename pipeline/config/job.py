@@ -2,6 +2,8 @@
 
 Everything here is frozen and plain, so a job can be validated, hashed, sent to workers and
 recorded. The names are an interface: add to them, do not rename them.
+
+Each section has a file of its own in this room. All are imported from here.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ __all__ = [
 
 
 def _or_a_file(schema: dict[str, Any]) -> None:
-    """In a file, a price table may be the path of one; who reads the file puts it in its place."""
+    """A job file may name a price table's file; `jobs.job_file` puts the table in its place."""
     schema["anyOf"].insert(0, {"type": "string"})
 
 
