@@ -33,8 +33,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from jobs.nightly.duplicates import DuplicateIndex, shingles
+from jobs.nightly.filter_settings import DuplicatesFilter
 from jobs.nightly.filters import words
-from jobs.nightly.recipe import DuplicatesFilter
 
 Change = Callable[[str, list[str], random.Random], str]
 

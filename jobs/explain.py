@@ -11,31 +11,26 @@ from rich.text import Text
 
 from jobs.job_file import s3_options
 from jobs.terminal.console import explained, out
+from jobs.terminal.options import Endpoint, Output, Profile
 
 
 def explain(
-    output: Annotated[
-        str, typer.Argument(metavar="OUT", help="A job's output folder, local or s3://.")
-    ],
+    output: Output,
     row: Annotated[
         str, typer.Option(help="The row's `row_id` in completions.", show_default=False)
     ],
     limit: Annotated[int, typer.Option(min=1, help="Show so many rounds at most.")] = 100,
-    endpoint: Annotated[
-        str | None, typer.Option(help="URL of an S3-compatible server.", show_default=False)
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="AWS profile to use.", show_default=False)
-    ] = None,
+    endpoint: Endpoint = None,
+    profile: Profile = None,
 ) -> None:
-    """Show what was drafted, predicted, decided and accepted for one row, round by round.
+    """Show one row round by round: what was drafted, predicted, decided and accepted.
 
     Accepted candidates are green, the rejected one is red, those that no verdict was given on are
-    dim. The job must have run with speculation.trace: true.
+    dim. The job must have run with `speculation.trace: true`.
 
-    [bold]Example[/]
+    For example:
 
-      specbatch explain out/demo --row part-0.parquet:0:0
+        specbatch explain out/demo --row part-0.parquet:0:0
     """
     with explained():
         from pipeline.commit.manifest import open_output

@@ -16,6 +16,8 @@ from pipeline.config.prices import Prices
 from pipeline.errors import UserError, nearest
 
 _MOST_LINES = 20
+"""Mistakes of one file that are shown; more would hide the first ones."""
+
 _OWN_WORDS = {
     "model_type": "must be a section of keys and values (leave it out for the defaults)",
     "tuple_type": "must be a list",

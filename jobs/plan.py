@@ -18,12 +18,12 @@ import typer
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
-from scipy.special import stdtrit
 
 from jobs.job_file import load_job, load_prices
 from jobs.terminal.amounts import money
 from jobs.terminal.console import explained, out
 from jobs.terminal.display import duration, stages
+from jobs.terminal.options import AsJson, JobFile, Overrides
 from pipeline.config.job import JobConfig
 from pipeline.config.prices import Hardware, Priced, Prices, default_prices, price
 from pipeline.errors import UserError
@@ -107,36 +107,26 @@ class Plan:
 
 
 def plan(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="The job file (YAML).", show_default=False)
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a key of the job file.", show_default=False
-        ),
-    ] = None,
+    file: JobFile,
+    overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=2, help="Rows of the input to generate, at most.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of the choice of rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of rows.")] = 0,
     prices: Annotated[
         Path | None,
         typer.Option(help="A price table (YAML).", show_default="the job's, or the packaged one"),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object instead of a table.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Tell what a job will take and cost, from some of its rows; write nothing.
+    """Tell what a job will take and cost, from a sample of its rows. Writes nothing.
 
     Generates a sample of rows as an actor of the job would, with its slots full, and reckons from
     it: tokens, hours and money with 95% intervals, for what an existing output does not have yet.
-    It runs on what an actor asks for: of the Ray cluster at RAY_ADDRESS, or of a local one.
+    It runs on what an actor asks for: of the Ray cluster at `RAY_ADDRESS`, or of a local one.
 
-    [bold]Examples[/]
+    For example:
 
-      specbatch plan job.yaml
-
-      specbatch plan job.yaml --rows 128 --json | jq .dollars
+        specbatch plan job.yaml
+        specbatch plan job.yaml --rows 128 --json | jq .dollars
     """
     with explained("Nothing was written."):
         job = load_job(file, overrides or [])
@@ -180,7 +170,7 @@ def make_plan(planned: JobPlan, prices: Prices, count: int, seed: int, show: Sho
     fixed = start + tried.load + tried.profile
     # At the end the slots run empty: half of the last rows' time, about, is nobody's.
     tail = work.value * tried.live / 2
-    held = work.times(completed, plus=actors * (fixed + tail if rows_left else 0.0))
+    actor_seconds = work.times(completed, plus=actors * (fixed + tail if rows_left else 0.0))
     priced = price(hardware, prices)
     return Plan(
         files=len(planned.files),
@@ -194,8 +184,8 @@ def make_plan(planned: JobPlan, prices: Prices, count: int, seed: int, show: Sho
         output_tokens=mean(tried.output_tokens).times(completed),
         actors=actors,
         tokens_per_second=_speed(tried.rounds),
-        hours=held.times(1 / actors / 3600),
-        dollars=None if priced.per_hour is None else held.times(priced.per_hour / 3600),
+        hours=actor_seconds.times(1 / actors / 3600),
+        dollars=None if priced.per_hour is None else actor_seconds.times(priced.per_hour / 3600),
         currency=prices.currency,
         hardware=priced.hardware,
         market=priced.market,
@@ -241,7 +231,7 @@ def _notes(job: JobConfig, tried: Rehearsal, priced: Priced) -> Iterable[str]:
 
 
 def _rehearse(job: JobConfig, rows: Any, show: Show) -> tuple[Rehearsal, float, Hardware]:
-    """The rehearsal, the seconds in which its process started, and what it held.
+    """The rehearsal, the seconds in which its process started, and what it had.
 
     In a task that asks Ray for what an actor would: threads, cores and their contention are an
     actor's then, too.
@@ -324,6 +314,9 @@ def _speed(rounds: Sequence[Round]) -> float:
 
 
 def _t(freedom: int) -> float:
+    """The 97.5% quantile of Student's t."""
+    from scipy.special import stdtrit  # half a second to import, which --help does not need
+
     return float(stdtrit(freedom, 0.975))
 
 

@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from jobs.job_file import build_job, s3_options
 from jobs.terminal.console import err, explained, out, stop_signals
+from jobs.terminal.options import Endpoint, Profile, Quiet
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 
@@ -24,21 +25,23 @@ if TYPE_CHECKING:
     from pipeline.run.run import JobPlan
 
 FOLDER_SUFFIX = ".specbatch"
+"""What the output file's name is followed by in the name of the job's folder beside it."""
 
 
 def run_batch(
     requests: Annotated[
         str,
-        typer.Option("--input-file", "-i", help="The request file (JSONL), local or s3://."),
+        typer.Option("--input-file", "-i", help="The request file (JSONL), local or `s3://`."),
     ],
     responses: Annotated[
         str,
-        typer.Option("--output-file", "-o", help="Where responses go, local or s3://."),
+        typer.Option("--output-file", "-o", help="Where responses go, local or `s3://`."),
     ],
     model: Annotated[
         str,
         typer.Option(
-            "--model", help="The target: hub name, folder, *.gguf, or pkg:PACKAGE/FILE.gguf."
+            "--model",
+            help="The target: hub name, folder, `*.gguf`, or `pkg:PACKAGE/FILE.gguf`.",
         ),
     ],
     draft: Annotated[
@@ -59,36 +62,30 @@ def run_batch(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Any key of a job file, as often as needed: --set actors.num_gpus=1",
+            help="Any key of a job file, as often as needed: `--set actors.num_gpus=1`.",
             show_default=False,
         ),
     ] = None,
-    endpoint: Annotated[
-        str | None, typer.Option(help="URL of an S3-compatible server.", show_default=False)
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="AWS profile to use.", show_default=False)
-    ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")
-    ] = False,
+    endpoint: Endpoint = None,
+    profile: Profile = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Answer a request file of OpenAI's batch API.
+    r"""Answer a request file of OpenAI's batch API.
 
-    Takes /v1/chat/completions and /v1/completions with custom_id, messages or prompt, max_tokens,
-    max_completion_tokens, temperature, top_p, n, stop and seed. Responses have the API's form, one
-    line each in the order of the requests. A request that cannot be served becomes a line of the
-    error file and stops nothing. The model given here answers all, whatever a request's `model`.
+    Takes `/v1/chat/completions` and `/v1/completions` with `custom_id`, `messages` or `prompt`,
+    `max_tokens`, `max_completion_tokens`, `temperature`, `top_p`, `n`, `stop` and `seed`. Responses
+    have the API's form, one line each in the order of the requests. A request that cannot be served
+    becomes a line of the error file and stops nothing. The model given here answers all, whatever a
+    request's `model`.
 
-    The same command resumes what was stopped. What it has committed is in OUT.specbatch, a job
-    folder like any other: specbatch report OUT.specbatch.
+    The same command resumes what was stopped. What it has committed is in `OUT.specbatch`, a job
+    folder like any other: `specbatch report OUT.specbatch`.
 
-    [bold]Examples[/]
+    For example:
 
-      specbatch run-batch -i in.jsonl -o out.jsonl --model Qwen/Qwen2.5-7B-Instruct
-      --draft Qwen/Qwen2.5-0.5B-Instruct --set models.dtype=bfloat16
-
-      specbatch run-batch -i s3://bucket/in.jsonl -o s3://bucket/out.jsonl --model ./model
+        specbatch run-batch -i in.jsonl -o out.jsonl \
+            --model Qwen/Qwen2.5-7B-Instruct --draft Qwen/Qwen2.5-0.5B-Instruct
+        specbatch run-batch -i s3://bucket/in.jsonl -o s3://bucket/out.jsonl --model ./model
     """
     with explained("What is answered is kept; run the same command again to resume."):
         if responses.endswith("/") or os.path.isdir(responses):

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -14,35 +13,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jobs.job_file import s3_options
 from jobs.terminal.console import FAILURE, err, explained, out
+from jobs.terminal.options import AsJson, Endpoint, Output, Profile
 
 _PROBLEMS_SHOWN = 100
+"""Problems that a terminal shows; --json has all."""
 
 
 def verify(
-    output: Annotated[
-        str, typer.Argument(metavar="OUT", help="A job's output folder, local or s3://.")
-    ],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object instead of a text.")
-    ] = False,
-    endpoint: Annotated[
-        str | None, typer.Option(help="URL of an S3-compatible server.", show_default=False)
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="AWS profile to use.", show_default=False)
-    ] = None,
+    output: Output,
+    as_json: AsJson = False,
+    endpoint: Endpoint = None,
+    profile: Profile = None,
 ) -> None:
-    """Check a job's output again, from its files: every row there once, every file as written.
+    """Read a job's output again and check it: every row there once, every file as written.
 
     Reads all that the job committed: rows in = rows completed + rows in errors, row ids against the
     plan, counts and checksums, the manifest against the files, and files that belong to no unit.
     Exits with 1 and names each problem if there is one.
 
-    [bold]Examples[/]
+    For example:
 
-      specbatch verify out/demo
-
-      specbatch verify s3://bucket/out --endpoint http://s3.example.com --json | jq .problems
+        specbatch verify out/demo
+        specbatch verify s3://bucket/out --endpoint http://s3.example.com --json | jq .problems
     """
     with explained():
         s3 = s3_options(endpoint, profile)

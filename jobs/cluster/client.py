@@ -31,12 +31,25 @@ from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 
 PACKAGES = ("jobs", "pipeline", "specdec")
+"""What a checkout of specbatch consists of, and what `--code working-dir` uploads."""
+
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""Where Ray's own tools look for a cluster, in their order."""
+
 _METADATA = "specbatch"
+"""Key of a Ray job's metadata that marks it as submitted from here."""
+
 _JOB_FILE = "job.yaml"
+"""Name of the job file in the working directory that the cluster's driver starts in."""
+
 _CONNECT_SECONDS = 10
+"""Longest wait for the dashboard's first answer. Ray's client itself would wait for ever."""
+
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE", re.IGNORECASE)
+"""Names of variables that `--env` refuses."""
+
 _TOKEN_FIX = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
+"""The end of an error about tokens."""
 
 
 class Code(StrEnum):
@@ -166,7 +179,7 @@ class Cluster:
             self._client = JobSubmissionClient(address, headers=headers)
 
     def _headers(self) -> dict[str, str]:
-        """Knock, with a time limit that Ray's client does not set; the token if it is asked for."""
+        """Ask for the dashboard's version. Returns the token's header if it wants a token."""
         import requests
 
         try:
@@ -185,7 +198,7 @@ class Cluster:
 
     @contextmanager
     def _explained(self, job_id: str | None = None) -> Iterator[None]:
-        """Raise what Ray's client raises as an error of the user's, where it is one."""
+        """Turn what Ray's client raises into an error for the user, where it is the user's."""
         from ray.exceptions import AuthenticationError
 
         logging.disable(logging.INFO)  # Ray's client tells of each request
@@ -270,7 +283,7 @@ class Cluster:
             return str(self._client.get_job_logs(job_id))
 
     async def follow_logs(self, job_id: str) -> AsyncIterator[str]:
-        """What a job's driver prints, from its begin, until the job is over."""
+        """What a job's driver prints, from its start, until the job is over."""
         with self._explained(job_id):
             async for text in self._client.tail_job_logs(job_id):
                 yield text

@@ -17,6 +17,7 @@ from rich.markup import escape
 from jobs.cluster.client import Cluster, ClusterJob, Code, Submission, environment, find_address
 from jobs.job_file import load_job, s3_options
 from jobs.terminal.console import FAILURE, INTERRUPTED, err, explained, out
+from jobs.terminal.options import AsJson, Endpoint, JobFile, Overrides, Profile
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from jobs.cluster.status_view import View
 
 _POLL_SECONDS = 2.0
+"""Between two looks at a job that is waited for. Lower shows news sooner and asks more often."""
 
 JobId = Annotated[
     str, typer.Argument(metavar="JOB", help="Id that `submit` printed.", show_default=False)
@@ -33,7 +35,7 @@ Target = Annotated[
     str,
     typer.Argument(
         metavar="JOB|OUT",
-        help="A job on a cluster, or a job's output folder, local or s3://.",
+        help="A job on a cluster, or a job's output folder, local or `s3://`.",
         show_default=False,
     ),
 ]
@@ -43,7 +45,7 @@ Address = Annotated[
         "--address",
         "-a",
         metavar="URL",
-        help="The cluster's dashboard, such as http://HEAD:8265; else $RAY_API_SERVER_ADDRESS.",
+        help="The cluster's dashboard, such as `http://HEAD:8265`; else `$RAY_API_SERVER_ADDRESS`.",
         show_default=False,
     ),
 ]
@@ -58,32 +60,20 @@ Wait = Annotated[bool, typer.Option("--wait", help="Return when the job is over,
 Follow = Annotated[
     bool, typer.Option("--follow", "-f", help="Show what the job prints until it is over.")
 ]
-Endpoint = Annotated[
-    str | None, typer.Option(help="URL of an S3-compatible server.", show_default=False)
-]
-Profile = Annotated[str | None, typer.Option(help="AWS profile to use.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
 
 
 def submit(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="The job file (YAML).", show_default=False)
-    ],
+    file: JobFile,
     address: Address = None,
     code: CodeOption = Code.installed,
     wait: Wait = False,
     follow: Follow = False,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a key of the job file.", show_default=False
-        ),
-    ] = None,
+    overrides: Overrides = None,
     env: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="A variable for the job's processes, such as HF_HUB_OFFLINE=1. No secrets: the "
+            help="A variable for the job's processes, such as `HF_HUB_OFFLINE=1`. No secrets: the "
             "dashboard shows it.",
             show_default=False,
         ),
@@ -104,26 +94,24 @@ def submit(
 ) -> None:
     """Have a Ray cluster run a job.
 
-    The job file is read here; the paths in it are the cluster's: s3://, or a disk that all of its
+    The job file is read here; the paths in it are the cluster's: `s3://`, or a disk that all of its
     nodes mount. Credentials are never sent: S3's come from the environment of the cluster's nodes
     (AWS variables, a profile, a role). A Ray with token authentication is sent the token of
-    RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+    `RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH` or `~/.ray/auth_token`.
 
-    [bold]Examples[/]
+    For example:
 
-      specbatch submit job.yaml --address http://head:8265
-
-      specbatch submit job.yaml --follow --set output=s3://bucket/out/monday
-
-      specbatch submit job.yaml --code working-dir      # from a checkout, with its changes
+        specbatch submit job.yaml --address http://head:8265
+        specbatch submit job.yaml --follow --set output=s3://bucket/out/monday
+        specbatch submit job.yaml --code working-dir      # from a checkout, with its changes
     """
     with explained():
         job = load_job(file, overrides or [])
         url = find_address(address)
         if not paths_on_cluster:
-            from jobs.cluster.local_paths import check_visible
+            from jobs.cluster.local_paths import refuse_local_paths
 
-            check_visible(job, url)
+            refuse_local_paths(job, url)
         how = Submission(code, python, environment(env or []), stop_seconds)
         _submit(Cluster(url), job, how, wait, follow)
 
@@ -186,9 +174,9 @@ def _wait(cluster: Cluster, job_id: str) -> ClusterJob:
 def list_jobs(address: Address = None, as_json: AsJson = False) -> None:
     """List the jobs that a cluster runs and has run, latest first.
 
-    [bold]Example[/]
+    For example:
 
-      specbatch list --address http://head:8265
+        specbatch list --address http://head:8265
     """
     with explained():
         jobs = Cluster(find_address(address)).jobs()
@@ -225,11 +213,10 @@ def status(
     A running job renews its account of itself in its output folder every few seconds, so that any
     machine that sees the folder can tell, without a dashboard.
 
-    [bold]Examples[/]
+    For example:
 
-      specbatch status s3://bucket/out/monday
-
-      specbatch status nightly-20261125-020000-1f3a --address http://head:8265
+        specbatch status s3://bucket/out/monday
+        specbatch status nightly-20261125-020000-1f3a --address http://head:8265
     """
     with explained():
         from jobs.cluster.status_view import render
@@ -263,9 +250,9 @@ def logs(
 ) -> None:
     """Show what a job's driver has printed.
 
-    [bold]Example[/]
+    For example:
 
-      specbatch logs nightly-20261125-020000-1f3a --follow --address http://head:8265
+        specbatch logs nightly-20261125-020000-1f3a --follow --address http://head:8265
     """
     with explained():
         cluster = Cluster(find_address(address))
@@ -287,11 +274,10 @@ def stop(
     With an output folder it stops whatever run works on it, `specbatch run` on another machine
     included: the run looks for the wish every few seconds.
 
-    [bold]Examples[/]
+    For example:
 
-      specbatch stop nightly-20261125-020000-1f3a --address http://head:8265
-
-      specbatch stop s3://bucket/out/monday
+        specbatch stop nightly-20261125-020000-1f3a --address http://head:8265
+        specbatch stop s3://bucket/out/monday
     """
     with explained():
         if is_folder(target):
@@ -344,9 +330,9 @@ def resume(
 
     It is submitted again as it was, under a new id; committed units are not done again.
 
-    [bold]Example[/]
+    For example:
 
-      specbatch resume nightly-20261125-020000-1f3a --address http://head:8265 --follow
+        specbatch resume nightly-20261125-020000-1f3a --address http://head:8265 --follow
     """
     with explained():
         cluster = Cluster(find_address(address))

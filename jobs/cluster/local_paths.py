@@ -14,11 +14,16 @@ from pipeline.errors import UserError
 from pipeline.storage.folder import is_s3
 
 _GLOB = set("*?[")
+"""Characters by which a part of a path is a pattern."""
+
 _NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "gpfs", "beegfs", "gluster", "afs")
+"""Parts of the names of file systems that machines share; FUSE ones count, too."""
+
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+"""Hosts behind which a tunnel to another machine may begin."""
 
 
-def check_visible(job: JobConfig, address: str) -> None:
+def refuse_local_paths(job: JobConfig, address: str) -> None:
     """Refuse paths on this machine's own disk if the cluster is another machine.
 
     A path that does not exist here is taken to exist there, and so is any path if the address is

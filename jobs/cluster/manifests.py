@@ -22,9 +22,14 @@ from pipeline.config.job import ActorsConfig, JobConfig
 from pipeline.errors import UserError
 
 _FOLDER, _FILE = "/etc/specbatch", "job.yaml"
-# KubeRay refuses names of RayJobs above 47 characters, and a schedule adds some to its own.
+"""Where every pod finds the job file, or the recipe."""
+
 _LONGEST_NAME = 36
+"""Characters. KubeRay refuses names of RayJobs above 47, and a schedule adds some to its own."""
+
 _KEPT_SECONDS = 600
+"""How long KubeRay keeps a RayJob that is over, for its logs."""
+
 Manifest = dict[str, Any]
 
 

@@ -14,24 +14,16 @@ from jobs.cluster.client import find_address
 from jobs.cluster.manifests import Pods
 from jobs.job_file import load_job
 from jobs.terminal.console import explained
+from jobs.terminal.options import JobFile, Overrides
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 
 app = typer.Typer(
     help="Write a job for a scheduler to run: KubeRay, cron or Airflow. Prints to the terminal.",
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
 
-JobFile = Annotated[
-    Path, typer.Argument(metavar="FILE", help="The job file (YAML).", show_default=False)
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override a key of the job file.", show_default=False
-    ),
-]
 Address = Annotated[
     str | None,
     typer.Option(
@@ -54,7 +46,7 @@ def kuberay(
         str | None,
         typer.Option(
             metavar="CRON",
-            help="When to run, such as '0 2 * * *': a RayCronJob (KubeRay 1.6, behind its feature "
+            help="When to run, such as `0 2 * * *`: a RayCronJob (KubeRay 1.6, behind its feature "
             "gate RayCronJob).",
             show_default=False,
         ),
@@ -70,8 +62,8 @@ def kuberay(
     time_zone: Annotated[
         str | None,
         typer.Option(
-            help="Of the schedule, such as Europe/Paris; a RayCronJob takes it from KubeRay 1.7 "
-            "on.",
+            help="Time zone of the schedule, such as Europe/Paris. A RayCronJob takes it from "
+            "KubeRay 1.7 on.",
             show_default=False,
         ),
     ] = None,
@@ -79,8 +71,8 @@ def kuberay(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="A Secret whose keys become environment variables of the pods: AWS_ACCESS_KEY_ID "
-            "and so on.",
+            help="A Secret whose keys become environment variables of the pods, such as "
+            "`AWS_ACCESS_KEY_ID`.",
             show_default=False,
         ),
     ] = None,
@@ -96,8 +88,10 @@ def kuberay(
         str | None,
         typer.Option(help="Whose cloud role the pods have, for S3.", show_default=False),
     ] = None,
-    memory: Annotated[str, typer.Option(help="Of a worker, which holds one actor.")] = "16Gi",
-    head_memory: Annotated[str, typer.Option(help="Of the head.")] = "8Gi",
+    memory: Annotated[
+        str, typer.Option(help="Memory of a worker, which holds one actor.")
+    ] = "16Gi",
+    head_memory: Annotated[str, typer.Option(help="Memory of the head.")] = "8Gi",
     token_auth: Annotated[
         bool, typer.Option("--token-auth", help="Ray with token authentication (KubeRay 1.5.1).")
     ] = False,
@@ -109,18 +103,17 @@ def kuberay(
     ] = "registry.k8s.io/kubectl:v1.34.0",
     overrides: Overrides = None,
 ) -> None:
-    """Write a RayJob, or with a schedule a RayCronJob or CronJob, and the job file's ConfigMap.
+    r"""Write a RayJob, or with a schedule a RayCronJob or CronJob, and the job file's ConfigMap.
 
-    Paths of the job are those in the pods: s3://, or on a mounted volume. Secrets are named, never
-    written. $(...) in an override is left to the shell of each run, so that each night has an
-    output of its own.
+    Paths of the job are those in the pods: `s3://`, or on a mounted volume. Secrets are named,
+    never written. `$(...)` in an override is left to the shell of each run, so that each night has
+    an output of its own.
 
-    [bold]Examples[/]
+    For example:
 
-      specbatch render kuberay job.yaml --image my/image:1 --secret s3-keys | kubectl apply -f -
-
-      specbatch render kuberay job.yaml --image my/image:1 --schedule '0 2 * * *' \
-      --set 'output=s3://b/out/$(date -u +%F)' > nightly.yaml
+        specbatch render kuberay job.yaml --image my/image:1 --secret s3-keys | kubectl apply -f -
+        specbatch render kuberay job.yaml --image my/image:1 --schedule '0 2 * * *' \
+            --set 'output=s3://b/out/$(date -u +%F)' > nightly.yaml
     """
     with explained():
         load_job(file, overrides or [])
@@ -162,11 +155,11 @@ def cron(
     """Write a line for a crontab.
 
     A line begins nothing while the last one's job is still running, and what it prints is added to
-    FILE.log. $(...) in an override is left to cron's shell.
+    FILE.log. `$(...)` in an override is left to cron's shell.
 
-    [bold]Example[/]
+    For example:
 
-      specbatch render cron job.yaml -a http://head:8265 --set 'output=s3://b/out/$(date +%F)'
+        specbatch render cron job.yaml -a http://head:8265 --set 'output=s3://b/out/$(date +%F)'
     """
     with explained():
         check_schedule(schedule)
@@ -189,11 +182,11 @@ def airflow(
 ) -> None:
     """Write an Airflow DAG of one task, which a retry resumes.
 
-    Airflow fills in its templates in overrides, such as {{ ds }}, the date of the run.
+    Airflow fills in its templates in overrides, such as `{{ ds }}`, the date of the run.
 
-    [bold]Example[/]
+    For example:
 
-      specbatch render airflow job.yaml --schedule '0 2 * * *' --set 'output=s3://b/out/{{ ds }}'
+        specbatch render airflow job.yaml --schedule '0 2 * * *' --set 'output=s3://b/out/{{ ds }}'
     """
     with explained():
         if schedule is not None:
@@ -211,9 +204,9 @@ def _command(
     if address is None:
         return ["run", str(file), "--quiet", *changes]
     url = find_address(address)
-    from jobs.cluster.local_paths import check_visible
+    from jobs.cluster.local_paths import refuse_local_paths
 
-    check_visible(job, url)
+    refuse_local_paths(job, url)
     return ["submit", str(file), "--address", url, "--wait", *changes]
 
 

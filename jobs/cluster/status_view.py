@@ -32,8 +32,13 @@ _COLOURS = {
     "failed": "red",
     "pending": "cyan",
 }
+"""Of states; others are bold."""
+
 _ERROR = re.compile(r"^(error|failed): .*", re.MULTILINE)
+"""A line of a log in which `jobs.terminal.console` says why a command ended."""
+
 _PROGRESS = re.compile(r"^.* · [\d,]+/[\d,]+ rows.*$", re.MULTILINE)
+"""A line of a log in which a run says how far it is."""
 
 
 @dataclass(frozen=True)

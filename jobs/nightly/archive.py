@@ -30,9 +30,16 @@ from pipeline.commit.manifest import table_bytes
 from pipeline.storage.folder import Folder, check_access, is_s3, resolved
 
 CARD = "README.md"
+"""The dataset card, as Hugging Face's hub and `datasets` find it."""
+
 ROOT = "_nightly"
+"""Folder of what is not data, within the dataset's."""
+
 NIGHTS = f"{ROOT}/nights"
+"""Folder of the nights' manifests. A manifest there makes its night published."""
+
 _THREADS = 16
+"""Manifests that are read at a time. S3 answers each in tens of milliseconds."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,11 @@ from jobs.nightly.recipe import Recipe
 from jobs.terminal.amounts import money
 
 _SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
+"""Rows at which the hub's size categories begin."""
+
 _EXAMPLE_CHARS = 1200
+"""Characters of a message that the card shows; longer ones are cut."""
+
 _MEANING = {
     "finish reason": "did not end in one of the kept ways, such as cut at `max_new_tokens`",
     "length": "shorter or longer than allowed",

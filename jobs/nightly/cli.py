@@ -15,6 +15,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from jobs.terminal.console import FAILURE, INTERRUPTED, err, explained, out, stop_signals
+from jobs.terminal.options import Quiet
 from pipeline.errors import UserError, nearest
 
 if TYPE_CHECKING:  # These import Ray, which takes seconds, and `--help` needs none of it.
@@ -38,12 +39,10 @@ nightly = typer.Typer(
     name="nightly",
     cls=_RunByDefault,
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     help="Make a dataset every night: seeds and templates to clean, documented conversations.\n\n"
-    "[bold]specbatch nightly recipe.yaml[/] makes tonight's partition, and those of nights that "
-    "were missed (the command [bold]run[/], which may be left out).",
-    epilog="Examples: specbatch nightly recipe.yaml --date 2026-11-23 · "
-    "specbatch nightly trend recipe.yaml · specbatch nightly rollback recipe.yaml",
+    "`specbatch nightly recipe.yaml` makes tonight's partition, and those of nights that were "
+    "missed (the command `run`, which may be left out).",
 )
 
 RecipeFile = Annotated[
@@ -54,7 +53,7 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a key of the recipe: --set seeds.per_night=20",
+        help="Override a key of the recipe: `--set seeds.per_night=20`.",
         show_default=False,
     ),
 ]
@@ -84,24 +83,20 @@ def run(
             show_default="recipe's; with --date: 0",
         ),
     ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")
-    ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Publish a night's partition, unless it is published.
 
     A night is published as a whole or not at all. A run that was killed goes on where it was when
     the same command is given again. Two runs never work on one dataset at a time. How the last run
-    went is in _nightly/status.json of the dataset's folder; the exit code is 0 if all nights are
+    went is in `_nightly/status.json` of the dataset's folder; the exit code is 0 if all nights are
     published, 1 if one failed, 2 for a mistake in the recipe, 130 if it was stopped.
 
-    [bold]Examples[/]
+    For example:
 
-      specbatch nightly recipe.yaml
-
-      specbatch nightly recipe.yaml --date 2026-11-23
-
-      specbatch nightly recipe.yaml --from 2026-11-01 --to 2026-11-20
+        specbatch nightly recipe.yaml
+        specbatch nightly recipe.yaml --date 2026-11-23
+        specbatch nightly recipe.yaml --from 2026-11-01 --to 2026-11-20
     """
     with explained("What is published stays; the same command goes on from here."):
         from jobs.nightly.recipe import load_recipe
@@ -179,9 +174,9 @@ def trend(
 ) -> None:
     """Show how acceptance, block efficiency, speedup and cost went from night to night.
 
-    [bold]Example[/]
+    For example:
 
-      specbatch nightly trend recipe.yaml
+        specbatch nightly trend recipe.yaml
     """
     with explained():
         from jobs.nightly.archive import Archive
@@ -201,9 +196,9 @@ def trend(
 def status(file: RecipeFile, overrides: Overrides = None) -> None:
     """Print how the last run went, as JSON.
 
-    [bold]Example[/]
+    For example:
 
-      specbatch nightly status recipe.yaml | jq -r .message
+        specbatch nightly status recipe.yaml | jq -r .message
     """
     with explained():
         from jobs.nightly.archive import ROOT, Archive
@@ -220,9 +215,9 @@ def status(file: RecipeFile, overrides: Overrides = None) -> None:
 def versions(file: RecipeFile, overrides: Overrides = None) -> None:
     """List the drafts and heads that were adopted, and the one in use.
 
-    [bold]Example[/]
+    For example:
 
-      specbatch nightly versions recipe.yaml
+        specbatch nightly versions recipe.yaml
     """
     with explained():
         from jobs.nightly.recipe import load_recipe
@@ -243,11 +238,10 @@ def rollback(
 ) -> None:
     """Go back to the draft and head that were in use before; the next night runs with them.
 
-    [bold]Examples[/]
+    For example:
 
-      specbatch nightly rollback recipe.yaml
-
-      specbatch nightly rollback recipe.yaml --to 0
+        specbatch nightly rollback recipe.yaml
+        specbatch nightly rollback recipe.yaml --to 0
     """
     with explained("Nothing has changed."):
         from jobs.nightly.recipe import load_recipe
@@ -285,19 +279,20 @@ def render(
             metavar="CLAIM:/PATH", help="A volume claim to mount in every pod.", show_default=False
         ),
     ] = None,
-    memory: Annotated[str, typer.Option(help="Of a worker, which holds one actor.")] = "16Gi",
+    memory: Annotated[
+        str, typer.Option(help="Memory of a worker, which holds one actor.")
+    ] = "16Gi",
 ) -> None:
     """Print the recipe's schedule for what runs it; install nothing.
 
     cron: a line for crontab. airflow: a DAG. kuberay: a RayCronJob, which brings up a Ray cluster
     for each night. kubernetes: the same by a CronJob, where RayCronJobs are not enabled. For pods,
-    the recipe's paths are s3:// or on a mounted volume.
+    the recipe's paths are `s3://` or on a mounted volume.
 
-    [bold]Examples[/]
+    For example:
 
-      specbatch nightly render cron recipe.yaml
-
-      specbatch nightly render kuberay recipe.yaml --image my/image:1 --secret s3-keys
+        specbatch nightly render cron recipe.yaml
+        specbatch nightly render kuberay recipe.yaml --image my/image:1 --secret s3-keys
     """
     with explained():
         from jobs.cluster.manifests import Pods, parse_volume

@@ -23,6 +23,7 @@ from specdec.simulate.record import Text, measure_costs, record
 from specdec.simulate.replay import Ratio, Replay, Trace, acceptance, faster, replay
 
 _COST_SECONDS = 15.0
+"""Spent on measuring the costs of each side, about. More is surer, and delays the night's end."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from pipeline.storage.folder import Folder
 MESSAGE = pa.struct({"role": pa.string(), "content": pa.string()})
 
 _PLAN, _SKIPPED = "plan.parquet", b"specbatch.skipped"
+"""The night's plan in its work folder, and the key of its metadata that counts skipped seeds."""
+
 CONVERSATION = "conversation"
 """Column of a turn's job that names the conversation; of its prompt, in the first turn."""
 

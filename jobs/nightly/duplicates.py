@@ -19,8 +19,8 @@ import pyarrow as pa
 from datasketch import MinHash, MinHashLSH
 
 from jobs.nightly.archive import ROOT, Archive, Night
+from jobs.nightly.filter_settings import DuplicatesFilter
 from jobs.nightly.filters import EXACT, NEAR, words
-from jobs.nightly.recipe import DuplicatesFilter
 from pipeline.commit.manifest import table_bytes
 
 _SCHEME = "affine32"  # datasketch's; signatures of another are not comparable

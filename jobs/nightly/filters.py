@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from jobs.nightly.recipe import (
+from jobs.nightly.filter_settings import (
     FiltersConfig,
     LanguageFilter,
     LengthFilter,

@@ -22,7 +22,7 @@ Dates = Callable[[Archive], Sequence[Date]]
 
 @dataclass
 class Hooks:
-    """What a run tells, and whom it heeds.
+    """What a run calls on its way, and what can stop it.
 
     Attributes:
         on_night: called with each night's date before it is made.
@@ -54,13 +54,13 @@ def run_nights(recipe: Recipe, dates: Dates, hooks: Hooks | None = None) -> Stat
             try:
                 _all(recipe, archive, dates(archive), lock, status, hooks)
             except BaseException as error:
-                status.fail(_words(error))
+                status.fail(_reason(error))
                 raise
             finally:
                 status.close()
                 status.save(archive)
     except Exception as error:
-        status.fail(_words(error))
+        status.fail(_reason(error))
         raise
     finally:
         status.not_told = notify(recipe, status)
@@ -86,7 +86,7 @@ def _all(
                     recipe, archive, date, lock, on_turn=hooks.on_turn, stop=hooks.stop
                 )
                 state: State = "published" if new else "unchanged"
-                status.book(name, state, _told(night) if new else "was published before")
+                status.record_night(name, state, _size(night) if new else "was published before")
                 if new:
                     write_report(recipe, archive, night)
                 _learn(recipe, archive, night, status, hooks)
@@ -94,10 +94,10 @@ def _all(
                 raise
             except (JobStopped, KeyboardInterrupt) as error:
                 why = str(error) or "it was asked to stop"
-                status.book(name, "stopped", f"{why}; the same command goes on from there")
+                status.record_night(name, "stopped", f"{why}; the same command goes on from there")
                 break
             except Exception as error:
-                status.book(name, "failed", _words(error))
+                status.record_night(name, "failed", _reason(error))
             status.save(archive)
     refresh(recipe, archive)
 
@@ -121,8 +121,8 @@ def _learn(recipe: Recipe, archive: Archive, night: Night, status: Status, hooks
     except (JobStopped, KeyboardInterrupt):
         raise
     except Exception as error:
-        message = f"published, but nothing was learned from it: {_words(error)}"
-        status.book(night.date, "failed", message)
+        message = f"published, but nothing was learned from it: {_reason(error)}"
+        status.record_night(night.date, "failed", message)
         return
     write_report(recipe, archive, night)
     told = "; ".join(f"{each['what']}: {each['decision']}" for each in record["candidates"])
@@ -135,9 +135,9 @@ def _ray() -> AbstractContextManager[None]:
     return connected()
 
 
-def _told(night: Night) -> str:
+def _size(night: Night) -> str:
     return f"{night.total_rows:,} rows of {night.conversations:,} conversations"
 
 
-def _words(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

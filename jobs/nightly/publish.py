@@ -30,6 +30,8 @@ from pipeline.storage.folder import is_s3
 SPLITS = ("train", "validation")
 
 _FILE_ROWS = 50_000
+"""Most rows of a file of a partition. Fewer make more files; all are made in memory."""
+
 _COLUMNS = {
     "id": pa.string(),
     "night": pa.string(),

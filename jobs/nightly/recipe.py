@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,48 +12,82 @@ import jinja2
 import jinja2.meta
 from cronsim import CronSim, CronSimError
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from jobs.job_file import load_settings, resolve_job_paths
-from pipeline.config.job import JobConfig, StringList
+from jobs.nightly.filter_settings import FiltersConfig
+from pipeline.config.job import JobConfig
 from pipeline.config.model_identity import digest
+from pipeline.config.settings import Settings, StringList, example
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-_MADE_HERE = ("name", "input", "output")
+"""What the dataset and its templates may be called: part of a path in any storage."""
+
+MADE_EACH_NIGHT = ("name", "input", "output")
+"""Keys of a job file that a recipe's `job` does not have: the recipe makes them."""
 
 TEMPLATE_VARIABLES = ("completions", "date")
 """What a template may use besides the columns of its seed."""
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class SeedsConfig(_Settings):
+class SeedsConfig(Settings):
     """What conversations are made from: rows of Parquet or JSONL files."""
 
-    paths: StringList = Field(min_length=1, description="files, folders and globs, as in a job")
+    model_config = example(
+        {"paths": ["seeds.jsonl"], "id_column": "id", "only_new": True, "per_night": 200}
+    )
+
+    paths: StringList = Field(
+        min_length=1,
+        description="Files, folders and globs of `.parquet`, `.jsonl` or `.ndjson`, local or "
+        "`s3://`.",
+    )
     id_column: str | None = Field(
-        default=None, description="column that names a seed; null: a digest of what templates use"
+        default=None,
+        description="Column that names a seed. `null`: a digest of the columns that templates use.",
     )
     only_new: bool = Field(
         default=False,
-        description="use what no published night used, or what has changed since",
+        description="Use only seeds that no published night used under a template, or that have "
+        "changed since.",
     )
-    per_night: int | None = Field(default=None, ge=1, description="seeds a night; null: all")
+    per_night: int | None = Field(
+        default=None, ge=1, description="Seeds of a night, drawn by its date. `null`: all."
+    )
     keep_columns: StringList = Field(
-        default=(), description="columns of the seeds that the dataset has too, such as an answer"
+        default=(),
+        description="Columns of the seeds that the dataset has too, such as an answer to compare "
+        "with.",
     )
 
 
-class TemplateConfig(_Settings):
+class TemplateConfig(Settings):
     """A conversation: the user's turns, each one jinja2 over the seed and earlier completions."""
 
-    name: str = Field(pattern=_NAME, max_length=60)
-    system: str | None = Field(default=None, description="jinja2; the system message")
+    model_config = example(
+        {
+            "name": "follow-up",
+            "system": "You answer briefly.",
+            "turns": [
+                "Explain {{ topic }} to {{ audience }}.",
+                "You said: {{ completions[0] }} Give one example.",
+            ],
+        }
+    )
+
+    name: str = Field(
+        pattern=_NAME,
+        max_length=60,
+        description="The template's name. It is a column of the dataset.",
+    )
+    system: str | None = Field(
+        default=None,
+        description="The system message, a jinja2 template over the seed's columns. `null`: none.",
+    )
     turns: StringList = Field(
         min_length=1,
-        description="jinja2 each, over the seed's columns, `completions` (those so far) and `date`",
+        description="The user's turns, each a jinja2 template over the seed's columns, "
+        "`completions` (what the model said so far) and `date`.",
     )
 
     @field_validator("system", "turns")
@@ -76,129 +109,80 @@ class TemplateConfig(_Settings):
         return sorted(used - {*TEMPLATE_VARIABLES})
 
 
-class LengthFilter(_Settings):
-    """Bounds on a completion's length."""
-
-    min_chars: int = Field(default=1, ge=0)
-    max_chars: int | None = Field(default=None, ge=1)
-    min_words: int = Field(default=1, ge=0)
-    max_words: int | None = Field(default=None, ge=1)
-
-
-class RepetitionFilter(_Settings):
-    """A text that goes round in circles: few different n-grams, or one that compresses well."""
-
-    ngram: int = Field(default=4, ge=1, description="words of an n-gram")
-    max_repeated: float = Field(
-        default=0.3, ge=0, le=1, description="share of n-grams that occurred before"
-    )
-    max_compression: float = Field(
-        default=5.0, gt=1, description="bytes over zlib's bytes; prose is 1 to 3"
-    )
-
-
-class RegexFilter(_Settings):
-    """Patterns that a completion must match somewhere, and that it must not."""
-
-    require: StringList = ()
-    forbid: StringList = ()
-
-    @field_validator("require", "forbid")
-    @classmethod
-    def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        return _compiled(patterns)
-
-
-class LanguageFilter(_Settings):
-    """Languages that a completion may be in (py3langid)."""
-
-    allow: StringList = Field(min_length=1, description="ISO 639-1 codes, such as en")
-    min_confidence: float = Field(default=0.5, ge=0, le=1)
-    min_chars: int = Field(default=40, ge=0, description="shorter texts are not judged")
-
-    @field_validator("allow")
-    @classmethod
-    def _codes(cls, codes: tuple[str, ...]) -> tuple[str, ...]:
-        if bad := [code for code in codes if not re.fullmatch("[a-z]{2,3}", code)]:
-            raise ValueError(f"{bad[0]!r} is not a language code such as en or de")
-        return codes
-
-
-class DuplicatesFilter(_Settings):
-    """Conversations that are there already, in this night or in one published before."""
-
-    exact: bool = Field(default=True, description="the same messages but for case and white space")
-    near: bool = Field(default=True, description="completions that share most of their n-grams")
-    threshold: float = Field(default=0.6, gt=0, lt=1, description="Jaccard similarity")
-    shingle: int = Field(default=3, ge=1, description="words of an n-gram")
-    permutations: int = Field(default=128, ge=16, le=1024, description="of MinHash")
-    min_words: int = Field(default=10, ge=1, description="shorter ones are compared exactly only")
-
-
-class FiltersConfig(_Settings):
-    """What is not published. Each completion must pass all; null turns a filter off."""
-
-    finish_reason: StringList | None = Field(default=("stop",), description="those that are kept")
-    length: LengthFilter | None = Field(default_factory=LengthFilter)
-    repetition: RepetitionFilter | None = Field(default_factory=RepetitionFilter)
-    regex: RegexFilter | None = None
-    language: LanguageFilter | None = None
-    refusals: bool = Field(default=True, description="the model declines instead of answering")
-    refusal_patterns: StringList = Field(default=(), description="more regular expressions of it")
-    duplicates: DuplicatesFilter | None = Field(default_factory=DuplicatesFilter)
-
-    @field_validator("refusal_patterns")
-    @classmethod
-    def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        return _compiled(patterns)
-
-    @field_validator("finish_reason")
-    @classmethod
-    def _reasons(cls, reasons: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if bad := [reason for reason in reasons or () if reason not in {"stop", "length"}]:
-            raise ValueError(f"{bad[0]!r} is not a finish reason: stop, length")
-        return reasons
-
-
-class SplitConfig(_Settings):
+class SplitConfig(Settings):
     """Which conversations are for validation: a hash of the seed decides, for ever."""
 
-    validation: float = Field(default=0.05, ge=0, lt=1)
-    salt: str = Field(default="", description="another one gives another split")
+    validation: float = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="Share of the seeds whose conversations are for validation.",
+    )
+    salt: str = Field(default="", description="Another text gives another split.")
 
 
-class ImproveConfig(_Settings):
+class ImproveConfig(Settings):
     """After a night its outputs teach the pair; what is not surely better is not adopted."""
 
-    head: bool = Field(default=False, description="train the next acceptance head")
-    draft: bool = Field(default=False, description="distil the draft further")
+    model_config = example({"head": True, "held_out": 0.2})
+
+    head: bool = Field(default=False, description="Train the next acceptance head.")
+    draft: bool = Field(default=False, description="Distil the draft further.")
     folder: str | None = Field(
         default=None,
-        description="local folder of the versions, on a disk that all workers see; "
-        "null: models/ beside the dataset's own files, which must then be local",
+        description="Local folder of the versions, on a disk that all workers see. `null`: "
+        "`models/` beside the dataset's own files, which must then be local.",
     )
-    held_out: float = Field(default=0.2, gt=0, lt=1, description="share of prompts to compare on")
-    rows: int = Field(default=400, ge=4, description="completions to learn from, at most")
-    compare_rows: int = Field(default=64, ge=2, description="held-out rows to compare on, at most")
+    held_out: float = Field(
+        default=0.2,
+        gt=0,
+        lt=1,
+        description="Share of prompts that teach nothing: candidates are compared on them.",
+    )
+    rows: int = Field(default=400, ge=4, description="Completions to learn from, at most.")
+    compare_rows: int = Field(default=64, ge=2, description="Held-out rows to compare on, at most.")
     least_gain: float = Field(
-        default=0.0, ge=0, description="the lower bound must exceed 1 by more than this"
+        default=0.0,
+        ge=0,
+        description="Adopt a candidate only if the lower 95% bound of its gain exceeds 1 by more "
+        "than this.",
     )
     control_share: float = Field(
-        default=0.25, gt=0, le=0.5, description="share of control rounds when both sides are run"
+        default=0.25,
+        gt=0,
+        le=0.5,
+        description="Share of control rounds when candidate and present pair are run side by side.",
     )
-    head_depth: int = Field(default=3, ge=0)
-    head_epochs: int = Field(default=20, ge=1)
-    draft_minutes: float = Field(default=10.0, gt=0)
-    draft_epochs: int = Field(default=2, ge=1)
-    draft_lr: float = Field(default=2e-4, gt=0)
-    seed: int = 0
+    head_depth: int = Field(default=3, ge=0, description="Residual blocks of the head.")
+    head_epochs: int = Field(
+        default=20, ge=1, description="Times that the head's training goes through its rows."
+    )
+    draft_minutes: float = Field(
+        default=10.0, gt=0, description="Most minutes of the draft's training."
+    )
+    draft_epochs: int = Field(
+        default=2,
+        ge=1,
+        description="Times that the draft's training goes through its rows, at most.",
+    )
+    draft_lr: float = Field(
+        default=2e-4, gt=0, description="Learning rate of the draft's training."
+    )
+    seed: int = Field(default=0, description="Seed of training and of the choice of rows.")
 
 
-class ScheduleConfig(_Settings):
+class ScheduleConfig(Settings):
     """When a night runs, for the schedules that are rendered; and its dates' time zone."""
 
-    cron: str = Field(default="0 1 * * *", description="minute hour day month weekday")
-    timezone: str = "UTC"
+    model_config = example({"cron": "0 1 * * *", "timezone": "Europe/Berlin"})
+
+    cron: str = Field(
+        default="0 1 * * *", description="When a night runs: minute, hour, day, month, weekday."
+    )
+    timezone: str = Field(
+        default="UTC",
+        description="Time zone of the schedule and of the nights' dates, such as `Europe/Berlin`.",
+    )
 
     @field_validator("cron")
     @classmethod
@@ -221,51 +205,80 @@ class ScheduleConfig(_Settings):
         return name
 
 
-def _compiled(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-    return patterns
-
-
 def _job_section(value: object) -> object:
     """The `job` section as a job file: the recipe makes its input and output each night."""
     if not isinstance(value, Mapping):
         return value
-    if given := [name for name in _MADE_HERE if name in value]:
+    if given := [name for name in MADE_EACH_NIGHT if name in value]:
         raise ValueError(f"{given[0]}: the recipe makes it each night; remove it")
     made = {"input": {"paths": ["-"], "messages_column": "messages"}, "output": "-"}
     return {**value, **made}
 
 
-class Recipe(_Settings):
+class Recipe(Settings):
     """One nightly dataset: everything in a recipe file, with defaults filled in."""
 
-    name: str = Field(pattern=_NAME, max_length=60)
-    output: str = Field(min_length=1, description="the dataset's folder, local or s3://")
-    seeds: SeedsConfig
-    templates: tuple[TemplateConfig, ...] = Field(min_length=1)
-    job: Annotated[JobConfig, BeforeValidator(_job_section)] = Field(
-        description="models, sampling, speculation, actors, s3, ... as in a job file"
+    model_config = example(
+        {
+            "name": "explanations",
+            "output": "out/explanations",
+            "seeds": {"paths": ["seeds.jsonl"], "per_night": 200},
+            "templates": [{"name": "explain", "turns": ["Explain {{ topic }} to {{ audience }}."]}],
+            "job": {
+                "models": {
+                    "target": "Qwen/Qwen2.5-7B-Instruct",
+                    "draft": "Qwen/Qwen2.5-0.5B-Instruct",
+                },
+                "sampling": {"max_new_tokens": 256, "temperature": 0.7},
+            },
+        }
     )
-    filters: FiltersConfig = Field(default_factory=FiltersConfig)
-    split: SplitConfig = Field(default_factory=SplitConfig)
-    improve: ImproveConfig = Field(default_factory=ImproveConfig)
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
-    catch_up: int = Field(default=3, ge=0, description="missed nights that a run makes up, at most")
+
+    name: str = Field(pattern=_NAME, max_length=60, description="The dataset's name.")
+    output: str = Field(min_length=1, description="The dataset's folder, local or `s3://`.")
+    seeds: SeedsConfig = Field(description="What conversations are made from.")
+    templates: tuple[TemplateConfig, ...] = Field(
+        min_length=1,
+        description="How a seed becomes a conversation. Each seed goes through each template.",
+    )
+    job: Annotated[JobConfig, BeforeValidator(_job_section)] = Field(
+        description="A job file without `name`, `input` and `output`, which each night makes."
+    )
+    filters: FiltersConfig = Field(
+        default_factory=FiltersConfig, description="What is not published."
+    )
+    split: SplitConfig = Field(
+        default_factory=SplitConfig, description="Which conversations are for validation."
+    )
+    improve: ImproveConfig = Field(
+        default_factory=ImproveConfig, description="What each night's outputs teach draft and head."
+    )
+    schedule: ScheduleConfig = Field(
+        default_factory=ScheduleConfig, description="When a night runs."
+    )
+    catch_up: int = Field(
+        default=3, ge=0, description="Missed nights that a run makes up, at most."
+    )
     lock_minutes: float = Field(
-        default=15.0, gt=0, description="a run that shows no sign of life so long has lost its lock"
+        default=15.0,
+        gt=0,
+        description="A run that shows no sign of life for so many minutes has lost its lock on "
+        "the dataset.",
     )
     webhook: str | None = Field(
-        default=None, description="URL that is told of failures, or env:NAME of a variable with it"
+        default=None,
+        description="URL that is told how a run went, or `env:NAME` of a variable that holds it. "
+        "`null`: none.",
     )
-    webhook_on: Literal["failure", "always"] = "failure"
+    webhook_on: Literal["failure", "always"] = Field(
+        default="failure",
+        description="When the webhook is told: after a run that failed, or after every run.",
+    )
     licences: dict[str, str] = Field(
-        default_factory=dict, description="of the dataset, the models, the seeds: for the card"
+        default_factory=dict,
+        description="Licences of the dataset, the models and the seeds, for the dataset card.",
     )
-    description: str = Field(default="", description="first words of the dataset card")
+    description: str = Field(default="", description="First words of the dataset card.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

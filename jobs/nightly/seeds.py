@@ -23,7 +23,10 @@ from pipeline.inputs.units import FilePlan, plan_files
 from pipeline.storage.folder import is_s3, resolved
 
 _READ_ROWS = 4096
+"""Rows of a seed file that are read at a time."""
+
 _TRIED = 20
+"""Seeds of each template on which it is tried before any model is loaded."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How the last run went, in one file; and whom to tell."""
+"""How the last run went, in one file, and the webhook that is told."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 State = Literal["running", "published", "unchanged", "failed", "stopped"]
 
 _WEBHOOK_SECONDS = 10
+"""Longest wait for the webhook's answer, of each of three attempts."""
 
 
 def now() -> str:
@@ -46,7 +47,7 @@ class Status:
     nights: dict[str, dict[str, Any]] = field(default_factory=dict)
     not_told: str | None = None
 
-    def book(self, date: str, state: State, message: str) -> None:
+    def record_night(self, date: str, state: State, message: str) -> None:
         """Say how a night went."""
         self.nights[date] = {"state": state, "message": message, "at": now()}
 

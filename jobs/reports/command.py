@@ -82,19 +82,14 @@ def report(
 
     A page for the browser is also written at the end of each job, to _specbatch/report.html.
 
-    [bold]Examples[/]
+    For example:
 
-      specbatch report out/demo
-
-      specbatch report out/demo --json | jq .tokens_per_second
-
-      specbatch report out/demo --html demo.html
-
-      specbatch report out/demo --prices our-prices.yaml
-
-      specbatch report --compare out/demo out/plain
-
-      specbatch report --trend out/nightly --html
+        specbatch report out/demo
+        specbatch report out/demo --json | jq .tokens_per_second
+        specbatch report out/demo --html demo.html
+        specbatch report out/demo --prices our-prices.yaml
+        specbatch report --compare out/demo out/plain
+        specbatch report --trend out/nightly --html
     """
     with explained():
         s3, table = s3_options(endpoint, profile), load_prices(prices) if prices else None

@@ -28,9 +28,9 @@ def grafana(
     Import it in Grafana (Dashboards, New, Import), with the Prometheus that scrapes your Ray
     cluster as its data source. `specbatch status` shows the same figures without either.
 
-    [bold]Example[/]
+    For example:
 
-      specbatch grafana specbatch-dashboard.json
+        specbatch grafana specbatch-dashboard.json
     """
     with explained():
         text = json.dumps(dashboard(), indent=2)

@@ -15,6 +15,7 @@ from rich.markup import escape
 from pipeline.errors import BudgetReached, JobStopped, UserError
 
 USER_ERROR, FAILURE, OVER_BUDGET, INTERRUPTED = 2, 1, 3, 130
+"""Exit codes: a mistake in what was asked, any other failure, a budget reached, a signal."""
 
 out = Console()
 err = Console(stderr=True)
@@ -50,7 +51,7 @@ def explained(resume: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM as a wish, once; after that Ctrl-C is what it always was.
+    """Take the first Ctrl-C or SIGTERM as a wish to stop; the second stops at once.
 
     Yields:
         The event that the first signal sets.

@@ -110,13 +110,11 @@ def distill(
     kept at its best. The same command resumes a run that was stopped, with the rows it began with.
     The folder can be named as `models.draft` in a job file.
 
-    [bold]Examples[/]
+    For example:
 
-      specbatch distill out/questions --out drafts/two-layers --from-layers 0,29
-
-      specbatch distill out/a out/b --out drafts/better --draft drafts/two-layers --minutes 30
-
-      specbatch distill s3://bucket/out --out drafts/new --compare drafts/old --by kind
+        specbatch distill out/questions --out drafts/two-layers --from-layers 0,29
+        specbatch distill out/a out/b --out drafts/better --draft drafts/two-layers --minutes 30
+        specbatch distill s3://bucket/out --out drafts/new --compare drafts/old --by kind
     """
     with explained("Run the same command again to resume."), _user_errors():
         from pydantic import ValidationError

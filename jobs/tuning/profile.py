@@ -62,11 +62,10 @@ def profile(
     prompt, what forwards cost, the speedup to expect, and what to write in the job file. Needs no
     Ray; runs here, in the time of completing the rows twice and some minutes.
 
-    [bold]Examples[/]
+    For example:
 
-      specbatch profile job.yaml --rows 64 --class-column kind
-
-      specbatch profile job.yaml --set models.draft=other/draft --json | jq .recommendation
+        specbatch profile job.yaml --rows 64 --class-column kind
+        specbatch profile job.yaml --set models.draft=other/draft --json | jq .recommendation
     """
     with explained("Nothing was written."):
         job = load_job(file, overrides or [])

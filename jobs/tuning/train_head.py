@@ -122,7 +122,7 @@ def train_head(
         str | None, typer.Option(help="AWS profile to use.", show_default=False)
     ] = None,
 ) -> None:
-    """Train a head that predicts, from the draft's state, which candidates the target accepts.
+    r"""Train a head that predicts, from the draft's state, which candidates the target accepts.
 
     The target completes the prompts, or a job has. Along its text the draft proposes a candidate at
     every position, and the target judges it. After a fifth of the rows a first look is printed: if
@@ -130,14 +130,12 @@ def train_head(
     the end the head is measured on rows that it has not seen, beside what needs no training. Writes
     head.safetensors, card.json and reliability.png.
 
-    [bold]Examples[/]
+    For example:
 
-      specbatch train-head --job job.yaml --out heads/questions
-
-      specbatch train-head --outputs out/questions --other-prompts code.jsonl --out heads/questions
-
-      specbatch train-head --target Qwen/Qwen2.5-7B-Instruct --draft Qwen/Qwen2.5-0.5B-Instruct
-      --prompts prompts.parquet --out heads/qwen
+        specbatch train-head --job job.yaml --out heads/questions
+        specbatch train-head --outputs out/questions --other-prompts code.jsonl --out heads/new
+        specbatch train-head --target Qwen/Qwen2.5-7B-Instruct --draft Qwen/Qwen2.5-0.5B-Instruct \
+            --prompts prompts.parquet --out heads/qwen
     """
     with explained("Nothing was written."):
         s3 = _s3(job, endpoint, profile)

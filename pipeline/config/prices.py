@@ -13,20 +13,20 @@ from importlib import resources
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
+
+from pipeline.config.settings import Settings, example
 
 Market = Literal["on_demand", "spot"]
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Rate(_Settings):
+class Rate(Settings):
     """A price per hour."""
 
-    on_demand: float = Field(ge=0)
-    spot: float | None = Field(default=None, ge=0, description="null: not known")
+    on_demand: float = Field(ge=0, description="Price per hour on demand.")
+    spot: float | None = Field(
+        default=None, ge=0, description="Price per hour as a spot instance. `null`: not known."
+    )
 
     def of(self, market: str) -> float | None:
         """The price in this market; None if it is not known."""
@@ -37,29 +37,46 @@ def _as_rate(value: object) -> object:
     return {"on_demand": value} if isinstance(value, int | float) else value
 
 
-AnyRate = Annotated[Rate, BeforeValidator(_as_rate)]
+AnyRate = Annotated[Rate, BeforeValidator(_as_rate, json_schema_input_type=float | Rate)]
 """A price per hour; a single number is the price on demand."""
 
 
-class Prices(_Settings):
+class Prices(Settings):
     """A price table. All prices are per hour."""
 
-    currency: str = Field(default="USD", pattern=r"^[A-Z]{3}$", description="three capitals")
-    source: str = Field(min_length=1, description="where the prices are from")
-    date: datetime.date = Field(description="when they were looked up")
+    model_config = example(
+        {
+            "currency": "USD",
+            "source": "our contract",
+            "date": "2026-11-01",
+            "instances": {"g6.xlarge": {"on_demand": 0.80, "spot": 0.35}},
+            "gpus": {"L4": {"on_demand": 0.80, "spot": 0.35}},
+            "cpu_hour": 0.04,
+        }
+    )
+
+    currency: str = Field(
+        default="USD", pattern=r"^[A-Z]{3}$", description="Three capitals, such as `USD`."
+    )
+    source: str = Field(min_length=1, description="Where the prices are from. Reports name it.")
+    date: datetime.date = Field(description="Day on which they were looked up, `YYYY-MM-DD`.")
     market: Market = Field(
         default="on_demand",
-        description="of nodes that do not say; others say so by the label ray.io/market-type",
+        description="Market of nodes that do not say. Others say so by Ray's label "
+        "`ray.io/market-type`.",
     )
     instances: dict[str, AnyRate] = Field(
-        default_factory=dict, description="of a whole machine, by instance type"
+        default_factory=dict,
+        description="Prices of whole machines, by instance type. An actor pays its share of "
+        "cores or GPUs.",
     )
     gpus: dict[str, AnyRate] = Field(
         default_factory=dict,
-        description="of one GPU with its share of the machine, by Ray's accelerator type",
+        description="Prices of one GPU with its share of the machine, by Ray's accelerator type, "
+        "such as `L4`.",
     )
     cpu_hour: AnyRate | None = Field(
-        default=None, description="of one core, for actors without a GPU"
+        default=None, description="Price of one core, for actors without a GPU."
     )
 
     @property
@@ -109,19 +126,19 @@ def price(hardware: Hardware, prices: Prices) -> Priced:
     """
     market = hardware.market or prices.market
     instance = prices.instances.get(hardware.instance_type or "")
-    held = {name: hardware.resources.get(name, 0.0) for name in ("CPU", "GPU")}
+    amounts = {name: hardware.resources.get(name, 0.0) for name in ("CPU", "GPU")}
     if instance is not None and hardware.instance_type:
         share = max(
             amount / hardware.node_resources[name] if hardware.node_resources.get(name) else 0.0
-            for name, amount in held.items()
+            for name, amount in amounts.items()
         )
         return Priced(hardware.instance_type, market, _times(instance.of(market), share))
-    if held["GPU"]:
+    if amounts["GPU"]:
         name = hardware.gpu_type or "unknown GPU"
         rate = prices.gpus.get(name)
-        return Priced(name, market, _times(rate.of(market) if rate else None, held["GPU"]))
+        return Priced(name, market, _times(rate.of(market) if rate else None, amounts["GPU"]))
     rate = prices.cpu_hour
-    return Priced("CPU", market, _times(rate.of(market) if rate else None, held["CPU"]))
+    return Priced("CPU", market, _times(rate.of(market) if rate else None, amounts["CPU"]))
 
 
 def _times(rate: float | None, amount: float) -> float | None:

@@ -26,8 +26,12 @@ MAX_STEPS = 1_000_000
 MAX_SIZE = 10_000_000
 """Longest text or list that a template may make, and largest number that it may pass on."""
 
-_MAX_BITS = 10_000  # of an integer
+_MAX_BITS = 10_000
+"""Largest integer that a template may make, in bits: beyond it, arithmetic takes seconds."""
+
 _WIDE = re.compile(r"\d{7,}")
+"""A width in a format that would make millions of characters."""
+
 _steps_left: ContextVar[list[int] | None] = ContextVar("steps_left", default=None)
 
 

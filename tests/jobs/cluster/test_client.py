@@ -24,10 +24,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
-from jobs.cluster import client, local_paths
+from jobs.cluster import client
 from jobs.cluster.client import environment, find_address, find_token, source_folders
-from jobs.cluster.local_paths import check_visible
-from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 from tests.conftest import TinyModels, free_port
 
@@ -309,32 +307,3 @@ def test_code_of_the_working_directory(tmp_path: Path) -> None:
     assert [Path(folder).name for folder in source_folders(ROOT)] == ["jobs", "pipeline", "specdec"]
     with pytest.raises(UserError, match="no checkout of specbatch: it has no jobs/"):
         source_folders(tmp_path)
-
-
-def test_paths_that_the_cluster_does_not_see(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "in.parquet").touch()
-    model = {"models": {"target": "org/model"}, "speculation": {"policy": "none"}}
-
-    def job(paths: str, output: str, **changes: Any) -> JobConfig:
-        values = {"input": {"paths": paths, "prompt_column": "p"}, "output": output}
-        return JobConfig.model_validate({**values, **model, **changes})
-
-    far, here = "http://203.0.113.9:8265", str(tmp_path / "in.parquet")
-    mine = {"models": {"target": str(tmp_path)}}
-    for refused, field in (
-        (job(here, "s3://b/out"), "input.paths"),
-        (job(str(tmp_path / "*.parquet"), "s3://b/out"), "input.paths"),
-        (job("s3://b/in", str(tmp_path / "new/out")), "output"),
-        (job("s3://b/in", "s3://b/out", **mine), "models.target"),
-    ):
-        with pytest.raises(UserError, match=f"{field}: .* own disk, which {far} does not see"):
-            check_visible(refused, far)
-    check_visible(job("/shared/in/*.parquet", "/shared/out"), far)
-    check_visible(job("s3://b/in", "s3://b/out"), far)
-    # This machine, or the near end of a tunnel.
-    for near in ("http://127.0.0.1:8265", "http://localhost:8265", "http://[::1]:8265"):
-        check_visible(job(here, str(tmp_path / "out")), near)
-    monkeypatch.setattr(local_paths, "_on_network", lambda path: True)
-    check_visible(job(here, str(tmp_path / "out")), far)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import random
 
 from jobs.nightly.duplicates import DuplicateIndex, exact_key, shingles
+from jobs.nightly.filter_settings import DuplicatesFilter
 from jobs.nightly.filters import EXACT, NEAR
-from jobs.nightly.recipe import DuplicatesFilter
 
 WORDS = [f"word{i}" for i in range(500)]
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from jobs.nightly.filter_settings import FiltersConfig
 from jobs.nightly.filters import (
     COMPRESSION,
     FINISH_REASON,
@@ -15,7 +16,6 @@ from jobs.nightly.filters import (
     repeated_share,
     words,
 )
-from jobs.nightly.recipe import FiltersConfig
 from pipeline.errors import UserError
 
 GOOD = (

@@ -150,12 +150,12 @@ def test_the_webhook_is_told(values: dict[str, Any], monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HOOK", f"http://127.0.0.1:{server.server_port}/secret")
     recipe = Recipe.model_validate({**values, "webhook": "env:HOOK"})
     status = Status("small")
-    status.book("2026-11-20", "failed", "no seeds")
+    status.record_night("2026-11-20", "failed", "no seeds")
     status.close()
     assert notify(recipe, status) is None
     assert told[0]["text"] == "specbatch nightly small: failed: 2026-11-20: no seeds"
     fine = Status("small")
-    fine.book("2026-11-20", "published", "2 rows")
+    fine.record_night("2026-11-20", "published", "2 rows")
     fine.close()
     assert notify(recipe, fine) is None
     assert len(told) == 1

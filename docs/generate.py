@@ -1,0 +1,219 @@
+"""Writes the pages and schemas of docs/ that come from the code.
+
+    python docs/generate.py
+
+`job-file.md`, `recipe-file.md` and the two JSON Schemas come from the descriptions of keys in
+pipeline/config and jobs/nightly, `cli.md` from the help of the commands.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+from typer.cli import get_docs_for_click
+from typer.core import TyperGroup
+
+from jobs.cli import app
+from jobs.schema import job_schema, recipe_schema, schema_text
+
+DOCS = Path(__file__).parent
+NOTE = "<!-- Written by `python docs/generate.py`, from the code. -->"
+"""Stands last: MkDocs takes a page's title from its first line."""
+
+JOB_FILE = """\
+# Job file
+
+A job file says which rows to complete, with which models, how, and where the results go.
+It is YAML. Three keys are required; all others have defaults.
+
+{example}
+
+`specbatch validate job.yaml` checks a job file in seconds and prints it with its defaults filled
+in. A wrong key or value is refused in one line, with the key and the fix.
+
+- **Paths** are relative to the job file's folder.
+- **Overrides.** `--set speculation.policy=none` replaces any key for one run; its value is YAML.
+- **A row's own sampling.** A column `sampling_params` (a struct or JSON) overrides `sampling` for
+  its row.
+- **In your editor.** This first line makes editors complete and check keys, with the file that
+  `specbatch schema > job.schema.json` writes: `# yaml-language-server: $schema=job.schema.json`
+"""
+
+RECIPE_FILE = """\
+# Recipe file
+
+A recipe says how a dataset is made [every night](nightly.md): from which seeds, through which
+templates, with which job, and what is kept. It is YAML.
+
+{example}
+
+Paths are relative to the recipe's folder. `--set seeds.per_night=20` replaces any key for one run.
+Editors complete and check keys by `specbatch schema --nightly`, as for [job files](job-file.md).
+"""
+
+CLI = """\
+# Commands
+
+`specbatch COMMAND --help` prints the same in the terminal.
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1 | failed |
+| 2 | a mistake in what was asked |
+| 3 | stopped at the [budget](job-file.md#budget) |
+| 130 | stopped by Ctrl-C or SIGTERM |
+"""
+
+Schema = Mapping[str, Any]
+
+_BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+
+
+def pages() -> dict[str, str]:
+    """Each generated file's text, by its name in docs/."""
+    job, recipe = job_schema(), recipe_schema()
+    return {
+        "job-file.md": Reference(job, {}).page(JOB_FILE),
+        "recipe-file.md": Reference(recipe, {"JobConfig": "job-file.md"}).page(RECIPE_FILE),
+        "cli.md": cli_page(),
+        "job.schema.json": schema_text(job),
+        "recipe.schema.json": schema_text(recipe),
+    }
+
+
+class Reference:
+    """A JSON Schema as a page: a table of the file's keys, then one for each section.
+
+    Args:
+        schema: of the file.
+        elsewhere: links to what is described on other pages, by its name in the schema.
+    """
+
+    def __init__(self, schema: Schema, elsewhere: Mapping[str, str]) -> None:
+        self._schema = schema
+        self._links = dict(elsewhere)
+        self._sections: dict[str, Schema] = {}
+        """By their dotted paths, in the order of the page."""
+        self._find_sections(schema, "")
+
+    def _find_sections(self, section: Schema, prefix: str) -> None:
+        for key, value in section["properties"].items():
+            for name in _references(value):
+                if name not in self._links:
+                    path = prefix + key
+                    self._links[name] = f"#{path.replace('.', '')}"
+                    self._sections[path] = self._schema["$defs"][name]
+                    self._find_sections(self._sections[path], f"{path}.")
+
+    def page(self, introduction: str) -> str:
+        """The page as Markdown."""
+        [whole] = self._schema["examples"]
+        parts = [introduction.format(example=_fenced(whole)), self._table(self._schema)]
+        for path, section in self._sections.items():
+            parts += [f"{'#' * (2 + path.count('.'))} `{path}`", section["description"]]
+            parts += [self._example(path, each) for each in section.get("examples", ())]
+            parts.append(self._table(section))
+        return _joined(parts)
+
+    def _example(self, key: str, example: Any) -> str:
+        """An example of a section at its place in the file."""
+        a_list = self._schema["properties"][key].get("type") == "array"
+        return _fenced({key: [example] if a_list else example})
+
+    def _table(self, section: Schema) -> str:
+        lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for key, value in section["properties"].items():
+            default = "required" if key in section.get("required", ()) else _default(value)
+            lines.append(f"| `{key}` | {self._type(value)} | {default} | {self._meaning(value)} |")
+        return "\n".join(lines)
+
+    def _meaning(self, value: Schema) -> str:
+        if "description" in value:
+            return str(value["description"])
+        # Pydantic leaves it out where the section itself is described in the same words.
+        [section] = _references(value)
+        return str(self._schema["$defs"][section]["description"])
+
+    def _type(self, value: Schema) -> str:
+        match value:
+            case {"$ref": reference}:
+                return f"[section]({self._links[_name(reference)]})"
+            case {"anyOf": choices}:
+                return " or ".join(map(self._type, choices))
+            case {"enum": values}:
+                return ", ".join(f"`{each}`" for each in values)
+            case {"const": only}:
+                return f"`{only}`"
+            case {"items": items}:
+                return f"list of {self._type(items)}"
+            case {"additionalProperties": inner}:
+                return f"map of names to {self._type(inner)}"
+            case {"patternProperties": patterns}:
+                [inner] = patterns.values()
+                return f"map of names to {self._type(inner)}"
+            case {"type": "null"}:
+                return "`null`"
+        bounds = [f"{sign} {value[word]:g}" for word, sign in _BOUNDS.items() if word in value]
+        return ", ".join([value["type"], *bounds])
+
+
+def _references(value: Schema) -> Iterator[str]:
+    """Names of the sections that a key's value may be, or may hold."""
+    if "$ref" in value:
+        yield _name(value["$ref"])
+    inner = [*value.get("anyOf", ()), *value.get("patternProperties", {}).values()]
+    inner += [value[word] for word in ("items", "additionalProperties") if word in value]
+    for each in inner:
+        yield from _references(each)
+
+
+def _name(reference: str) -> str:
+    return reference.rpartition("/")[2]
+
+
+def _default(value: Schema) -> str:
+    if "default" in value:
+        # The first line: after a lone word, YAML ends the document in a second one.
+        return f"`{yaml.safe_dump(value['default'], default_flow_style=True).splitlines()[0]}`"
+    return "none" if value.get("type") == "object" else "its defaults"
+
+
+def _fenced(example: Any) -> str:
+    text = yaml.safe_dump(example, sort_keys=False, default_flow_style=None, width=100)
+    return f"```yaml\n{text}```"
+
+
+def _joined(parts: list[str]) -> str:
+    return "\n\n".join(part.strip() for part in [*parts, NOTE]) + "\n"
+
+
+def cli_page() -> str:
+    """The commands, in the groups of `specbatch --help`."""
+    root = typer.main.get_command(app)
+    assert isinstance(root, TyperGroup)
+    context = typer.Context(root, info_name="specbatch")
+    parts, group = [CLI], None
+    for command in root.commands.values():
+        if command.rich_help_panel != group:
+            group = command.rich_help_panel
+            parts.append(f"## {group}")
+        page = get_docs_for_click(obj=command, ctx=context, indent=2, call_prefix="specbatch")
+        # Lists of sub-commands cut their help short; it follows whole, right below.
+        parts.append(re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", page))
+    return _joined(parts)
+
+
+def main() -> None:
+    """Write all files."""
+    for name, text in pages().items():
+        (DOCS / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The section `input` of the job file."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.settings import Settings, StringList, example, no_null_byte
+from pipeline.config.templates import PromptTemplate
+
+
+class InputConfig(Settings):
+    """Where the rows are, and which column, or template over columns, is the prompt."""
+
+    model_config = example({"paths": ["prompts/*.parquet"], "messages_column": "messages"})
+
+    paths: StringList = Field(
+        min_length=1,
+        description="Files, folders and globs of `.parquet`, `.jsonl` or `.ndjson`, local or "
+        "`s3://`.",
+    )
+    format: Literal["openai"] | None = Field(
+        default=None,
+        description="`openai`: lines of OpenAI's batch API, which bring their prompts and "
+        "sampling. `null`: rows with columns; one of the next three keys says what "
+        "the prompt is.",
+    )
+    messages_column: str | None = Field(
+        default=None,
+        description="Column of chat messages, a list of `{role, content}`. The target's chat "
+        "template turns them into text.",
+    )
+    prompt_column: str | None = Field(
+        default=None,
+        description="Column of plain prompts. They are completed as they are, without a chat "
+        "template.",
+    )
+    template: str | None = Field(
+        default=None,
+        description="A jinja2 template over the columns, such as `Q: {{ question }}`. Its text "
+        "is completed as it is.",
+    )
+
+    @field_validator("paths")
+    @classmethod
+    def _paths_can_be(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(paths):
+            raise ValueError("holds an empty path")
+        return tuple(map(no_null_byte, paths))
+
+    @field_validator("template")
+    @classmethod
+    def _template_compiles(cls, template: str | None) -> str | None:
+        if template is not None:
+            PromptTemplate(template)
+        return template
+
+    @model_validator(mode="after")
+    def _one_prompt_source(self) -> InputConfig:
+        given = [
+            name
+            for name in ("messages_column", "prompt_column", "template")
+            if getattr(self, name) is not None
+        ]
+        if self.format is not None:
+            if given:
+                raise ValueError(f"{given[0]} does not go with format {self.format}; remove it")
+            return self
+        if len(given) != 1:
+            what = f"{' and '.join(given)} are all given" if given else "none is given"
+            raise ValueError(
+                f"give exactly one of messages_column, prompt_column, template; {what}"
+            )
+        return self

@@ -1,0 +1,77 @@
+"""The section `models` of the job file."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.settings import PlainString, Settings, example
+
+
+class ModelsConfig(Settings):
+    """The target whose distribution the output has, and the draft that proposes."""
+
+    model_config = example(
+        {
+            "target": "Qwen/Qwen2.5-7B-Instruct",
+            "draft": "Qwen/Qwen2.5-0.5B-Instruct",
+            "dtype": "bfloat16",
+        }
+    )
+
+    target: PlainString = Field(
+        min_length=1,
+        description="The model whose distribution the output has: a hub name (`owner/name` or "
+        "`owner/name@revision`), a folder, a `*.gguf` file, or "
+        "`pkg:PACKAGE/FILE.gguf`.",
+    )
+    draft: PlainString | None = Field(
+        default=None,
+        min_length=1,
+        description="The small model that proposes tokens, in the same forms. It must have the "
+        "target's tokenizer. `null` goes with `speculation.policy: none` only.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Number format of the weights. `auto`: as the target's are stored, where the "
+        "device is fast in that.",
+    )
+    quantization: Literal["int8wo", "int8"] | None = Field(
+        default=None,
+        description="Quantisation of the target's linear layers, on a CPU. `int8wo`: weights "
+        "only. `int8`: weights and activations, faster, at some cost in quality. "
+        "`null`: none.",
+    )
+    draft_quantization: Literal["int8wo", "int8", "none"] | None = Field(
+        default=None,
+        description="The same for the draft, or `none`. `null`: `int8` on a CPU, which costs no "
+        "quality, since the draft only proposes.",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="Use batch-invariant kernels (CPU). A row's tokens are then the same in any "
+        "batch, retry and resume, to the last bit.",
+    )
+    device: str | None = Field(
+        default=None,
+        description="Where the models run, such as `cuda:0` or `cpu`. `null`: the actor's GPU if "
+        "it has one, else the CPU.",
+    )
+    device_map: str | dict[str, int | str] | None = Field(
+        default=None,
+        description="Passed to transformers, such as `auto`: spreads a target over several GPUs "
+        "of one actor.",
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run Python code that comes with a model. Only for models whose authors you "
+        "trust.",
+    )
+
+    @model_validator(mode="after")
+    def _kernels_exist(self) -> ModelsConfig:
+        if (self.deterministic or self.quantization) and self.dtype not in ("auto", "float32"):
+            what = "deterministic" if self.deterministic else f"quantization {self.quantization}"
+            raise ValueError(f"{what} goes with dtype float32, not {self.dtype}")
+        return self

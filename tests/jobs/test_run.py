@@ -1,0 +1,154 @@
+"""`specbatch run` and what is asked before and after it: validate, report, explain."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from jobs.cli import app
+from tests.conftest import TinyModels
+
+JobFile = Callable[..., Path]
+
+
+@pytest.fixture
+def job_file(tiny_models: TinyModels, tmp_path: Path, write_rows: Callable[..., str]) -> JobFile:
+    """Writes a job file with eight good rows and one null prompt; sections may be replaced."""
+
+    def write(**changes: Any) -> Path:
+        rows: list[dict[str, Any]] = [{"prompt": f"say {i}"} for i in range(8)]
+        write_rows("in.parquet", [*rows, {"prompt": None}])
+        file = tmp_path / "job.yaml"
+        job: dict[str, Any] = {
+            "input": {"paths": "in.parquet", "prompt_column": "prompt"},
+            "output": "out",
+            "models": {"target": tiny_models.target, "draft": tiny_models.draft},
+            "sampling": {"max_new_tokens": 8, "temperature": 0},
+            "actors": {"num_cpus": 2},
+        }
+        file.write_text(yaml.safe_dump({**job, **changes}))
+        return file
+
+    return write
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def one_error(result: Result) -> str:
+    """The error message of a run that failed as it should: no traceback, code 2."""
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert result.stderr.startswith("error: ")
+    return result.stderr.removeprefix("error: ").strip()
+
+
+@pytest.mark.ray
+def test_run_report_explain_and_run_again(
+    local_ray: None, job_file: JobFile, tmp_path: Path
+) -> None:
+    speculation = {"policy": "goodput", "control_share": 0.2, "trace": True}
+    file, output = job_file(speculation=speculation), tmp_path / "out"
+    first = call("run", file)
+    assert first.exit_code == 0, first.output
+    assert "rows completed" in first.stdout
+    assert "NullPrompt" in first.stdout
+    assert f"Outputs: {output}" in first.stdout
+
+    numbers = json.loads(call("report", output, "--json").stdout)
+    assert numbers["rows"] == 8
+    assert numbers["errors"] == 1
+    assert numbers["finished"]
+    assert {
+        "output_tokens",
+        "tokens_per_second",
+        "acceptance_rate",
+        "block_efficiency",
+        "speedup",
+        "speedup_ci",
+        "cost",
+        "phase_seconds",
+    } <= set(numbers)
+
+    explained = call("explain", output, "--row", "in.parquet:0:0")
+    assert explained.exit_code == 0, explained.output
+    assert "candidates" in explained.stdout
+    limited = call("explain", output, "--row", "in.parquet:0:0", "--limit", 1)
+    assert "more rounds: --limit" in limited.stdout
+    assert len(limited.stdout.splitlines()) < len(explained.stdout.splitlines())
+    assert "not completed" in one_error(call("explain", output, "--row", "in.parquet:8:0"))
+    message = one_error(call("explain", output, "--row", "in.parquet:99:0"))
+    assert "no such row; nearest: in.parquet:8:0" in message
+
+    again = call("run", file)
+    assert again.exit_code == 0
+    assert "Nothing was missing" in again.stdout
+    assert call("run", file, "--quiet").output == ""
+
+    (output / "_SUCCESS").unlink()
+    assert "not finished" in call("report", output).stdout
+    assert "holds another job" in one_error(call("run", file, "--set", "sampling.seed=1"))
+
+
+def test_explain_of_what_is_no_job(tmp_path: Path) -> None:
+    assert "no job's output here" in one_error(call("explain", tmp_path, "--row", "x"))
+    message = one_error(call("explain", tmp_path, "--row", "x", "--endpoint", "nowhere"))
+    assert message == "--endpoint: must be a URL such as https://s3.example.com"
+
+
+def test_validate_says_what_will_run(job_file: JobFile) -> None:
+    result = call("validate", job_file(), "--set", "speculation.policy=none")
+    assert result.exit_code == 0, result.output
+    assert "valid" in result.stdout
+    assert "input files: 1" in result.stdout
+    assert '"policy": "none"' in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"outputs": "x"}, "outputs: unknown key; did you mean 'output'?"),
+        ({"input": {"paths": "no/*.parquet", "prompt_column": "p"}}, "no files match this glob"),
+        ({"models": {"target": "./gone", "draft": "./gone"}}, "gone: no such folder"),
+        ({"speculation": {"head": "gone"}}, "no acceptance head here"),
+        ({"s3": {"profile": "nobody"}, "output": "s3://b/x"}, "no AWS profile named 'nobody'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["validate", "run"])
+def test_mistakes_stop_before_anything_starts(
+    job_file: JobFile, command: str, changes: dict[str, Any], message: str
+) -> None:
+    assert message in one_error(call(command, job_file(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"input": {"paths": "in.parquet", "prompt_column": "q"}},
+            "no column 'q'; its columns: pr",
+        ),
+        ({"output": "in.parquet"}, "part of this path is a file, not a folder"),
+    ],
+)
+def test_mistakes_that_only_run_sees(
+    job_file: JobFile, changes: dict[str, Any], message: str
+) -> None:
+    assert message in one_error(call("run", job_file(**changes)))
+
+
+@pytest.mark.ray
+def test_a_gpu_where_there_is_none(local_ray: None, job_file: JobFile) -> None:
+    message = one_error(call("run", job_file(), "--set", "actors.num_gpus=1"))
+    assert "needs 1 GPU" in message
+
+
+def test_report_of_what_is_no_job(tmp_path: Path) -> None:
+    assert "no job's output here" in one_error(call("report", tmp_path))
