@@ -39,6 +39,7 @@ from specdec.measure.speedup import Speedup
 from specdec.model.linear import Quantization
 from specdec.policies.base import StopPolicy
 from specdec.policies.costs import CostModel, CostTable
+from specdec.policies.profiling import profile_costs
 from specdec.policies.registry import make_policy
 from specdec.request import Completion, Request, SamplingParams
 
@@ -442,7 +443,7 @@ def prefixes(
         ],
         "32 prompts behind a block of 600": [(*block[:600], *q) for q in questions[:32]],
     }
-    costs = CostModel.profile(pair.target, pair.draft, slots) if pair.draft else None
+    costs = profile_costs(pair.target, pair.draft, slots) if pair.draft else None
     table = Table("work", "shared, s", "not shared, s", "times faster", "tokens copied", "equal")
     for name, rows in work.items():
         found: dict[str, tuple[list[Completion], Engine]] = {}

@@ -33,7 +33,7 @@ from specdec.model.attention import GRID_TOKENS, Row, upload
 from specdec.model.cache import round_to_blocks
 from specdec.model.decoder import PackedDecoder
 from specdec.policies.base import DraftStep, RoundStart, StopPolicy
-from specdec.policies.estimators import read_signals
+from specdec.policies.signals import read_signals
 from specdec.request import Completion, Counts, InvalidRequest, Request
 
 INVARIANT_CHUNK = 128

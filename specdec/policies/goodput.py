@@ -29,18 +29,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from specdec.measure.calibration import Flags
-from specdec.policies.base import (
-    DraftStep,
-    EstimatingPolicy,
-    RoundOutcome,
-    RoundStart,
-    RowMemory,
-)
+from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, RowMemory
 from specdec.policies.costs import CostModel
-from specdec.policies.estimators import AcceptanceHead, Estimator
+from specdec.policies.estimating import EstimatingPolicy
+from specdec.policies.estimators import Estimator
 
 if TYPE_CHECKING:
     from specdec.model.decoder import PackedDecoder
+    from specdec.policies.signals import AcceptanceHead
 
 AHEAD = 8
 """Draft steps to look ahead: a staircase of costs may repay two candidates where one does not."""
@@ -121,7 +117,9 @@ class Goodput(EstimatingPolicy):
 
     def prepare(self, target: PackedDecoder, draft: PackedDecoder, slots: int) -> None:
         if self.costs is None:
-            self.costs = CostModel.profile(target, draft, slots)
+            from specdec.policies.profiling import profile_costs  # torch: policies load without
+
+            self.costs = profile_costs(target, draft, slots)
 
     def costs_table(self) -> dict[str, list[tuple[int, float]]]:
         return self.costs.points() if self.costs is not None else {}

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from specdec.policies.base import (
-    Confidence,
-    Entropy,
-    Fixed,
-    HeadPolicy,
-    Heuristic,
-    StopPolicy,
-)
+from typing import TYPE_CHECKING
+
+from specdec.policies.base import StopPolicy
 from specdec.policies.costs import CostModel
-from specdec.policies.estimators import (
-    ONLINE,
-    AcceptanceHead,
-    Estimator,
-    HeadEstimator,
-    online_estimator,
-)
+from specdec.policies.estimating import Confidence, Entropy, HeadPolicy
+from specdec.policies.estimators import ONLINE, Estimator, HeadEstimator, online_estimator
 from specdec.policies.goodput import Goodput
+from specdec.policies.simple import Fixed, Heuristic
+
+if TYPE_CHECKING:
+    from specdec.policies.signals import AcceptanceHead
 
 POLICIES = ("none", "fixed", "heuristic", "confidence", "entropy", "head", "goodput")
 ESTIMATORS = (*ONLINE, "head")

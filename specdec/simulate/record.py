@@ -36,8 +36,10 @@ from specdec.engine.engine import Engine, Pair
 from specdec.lossless.sampling import Draw, SamplingBatch, probabilities, sample, uniform
 from specdec.lossless.verification import MODES
 from specdec.model.decoder import PackedDecoder
+from specdec.policies.base import HEAD_SIGNALS, Signal
 from specdec.policies.costs import CostModel, CostTable
-from specdec.policies.estimators import HEAD_SIGNALS, AcceptanceHead, Signal, read_signals
+from specdec.policies.profiling import profile_costs
+from specdec.policies.signals import AcceptanceHead, read_signals
 from specdec.request import Completion, Request
 from specdec.simulate.replay import Trace
 from specdec.training.examples import Example
@@ -263,7 +265,7 @@ def measure_costs(pair: Pair, slots: int, prompt: int, seconds: float) -> CostMo
     draft = pair.draft
     if draft is None:
         raise ValueError("costs of speculation need a pair with a draft")
-    passes = [CostModel.profile(pair.target, draft, slots, seconds / 2).points() for _ in range(2)]
+    passes = [profile_costs(pair.target, draft, slots, seconds / 2).points() for _ in range(2)]
     curves: list[list[tuple[int, float]]] = []
     for name in ("draft", "verify"):
         first, second = (dict(each[name]) for each in passes)

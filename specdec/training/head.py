@@ -23,9 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.measure.calibration import Array, Flags
-from specdec.policies.base import EstimatingPolicy
-from specdec.policies.estimators import ONLINE, AcceptanceHead, RowHistory, Signal, online_estimator
-from specdec.training.labels import TOKEN_SIGNALS, Labels, Part
+from specdec.policies.base import TOKEN_SIGNALS, RowHistory, Signal
+from specdec.policies.estimating import EstimatingPolicy
+from specdec.policies.estimators import ONLINE, online_estimator
+from specdec.policies.signals import AcceptanceHead
+from specdec.training.labels import Labels, Part
 from specdec.training.reliability import fit_platt, score, sigmoid
 
 OUTPUTS = ("before", "after")

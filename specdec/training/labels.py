@@ -35,12 +35,12 @@ from specdec.lossless.sampling import (
 )
 from specdec.measure.calibration import Array
 from specdec.model.decoder import PackedDecoder
-from specdec.policies.estimators import Signal, read_signals
+from specdec.policies.base import TOKEN_SIGNALS
+from specdec.policies.signals import read_signals
 from specdec.request import Completion, Request, SamplingParams
 from specdec.training.examples import Example
 from specdec.training.scores import target_states
 
-TOKEN_SIGNALS = (Signal.LOG_Q, Signal.LOG_TOP, Signal.ENTROPY)
 _WANTED = frozenset(TOKEN_SIGNALS)
 
 _LOGIT_ROWS = 128

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from specdec.measure.calibration import Array, Flags
-from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, RowMemory, StopPolicy
+from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, RowMemory, Signal, StopPolicy
 from specdec.policies.costs import CostModel, CostTable
-from specdec.policies.estimators import AcceptanceHead, Signal
 from specdec.policies.goodput import Goodput
 from specdec.policies.registry import make_policy
+from specdec.policies.signals import AcceptanceHead
 from specdec.request import Completion, Request, SamplingParams
 from tests.specdec.tiny_models import DEVICE, VOCAB
 
@@ -129,6 +129,21 @@ class Scripted(StopPolicy):
     def submit(self, drafted: Sequence[int]) -> Sequence[int]:
         script = self.submissions
         return [min(n, script[(self.turn + i) % len(script)]) for i, n in enumerate(drafted)]
+
+
+class Known:
+    """An estimator that finds the probabilities in the head's columns."""
+
+    wanted = frozenset({Signal.HEAD_BEFORE, Signal.HEAD_AFTER})
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Array, Array, Flags]] = []
+
+    def predict(self, signals: Array, typical: Array) -> tuple[Array, Array]:
+        return signals[:, Signal.HEAD_BEFORE], signals[:, Signal.HEAD_AFTER]
+
+    def learn(self, signals: Array, typical: Array, accepted: Flags) -> None:
+        self.seen.append((signals, typical, accepted))
 
 
 class StatedGoodput(Goodput):

@@ -16,10 +16,12 @@ from specdec.engine.engine import Engine
 from specdec.lossless.sampling import SamplingBatch, coupled_choice, probabilities
 from specdec.measure.calibration import Flags
 from specdec.model.cache import KEY_BLOCK
-from specdec.policies.base import DraftStep, Fixed, RoundStart, StopPolicy, _Judgement
+from specdec.policies.base import DraftStep, RoundStart, Signal, StopPolicy
 from specdec.policies.costs import CostModel
-from specdec.policies.estimators import Signal, online_estimator
+from specdec.policies.estimating import _Judgement
+from specdec.policies.estimators import online_estimator
 from specdec.policies.registry import make_policy
+from specdec.policies.simple import Fixed
 from specdec.request import Completion, Counts, InvalidRequest, Request, SamplingParams
 from tests.specdec.goodness import chi_square_excess, counted, reference_distribution
 from tests.specdec.tiny_models import DEVICE, VOCAB, TinyPair, make_pair, noisy_copy, tiny_model

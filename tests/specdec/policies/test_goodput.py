@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.measure.calibration import Array
-from specdec.policies.base import RoundOutcome, RowMemory
+from specdec.policies.base import RoundOutcome, RowMemory, Signal
 from specdec.policies.costs import CostModel, CostTable
-from specdec.policies.estimators import Estimator, Signal, online_estimator
+from specdec.policies.estimators import Estimator, online_estimator
 from specdec.policies.goodput import IN_A_ROW, PROBE_SHARE, REST, Goodput
-from tests.specdec.policies.test_base import Known
 from tests.specdec.tiny_models import TinyPair
 from tests.specdec.workloads import (
+    Known,
     StatedGoodput,
     draft_step,
     linear,

@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 
 from specdec.policies import registry
-from specdec.policies.base import Confidence, Entropy, Fixed, HeadPolicy, Heuristic, StopPolicy
-from specdec.policies.estimators import HEAD_SIGNALS, HeadEstimator, OnlineEstimator, Signal
+from specdec.policies.base import HEAD_SIGNALS, Signal, StopPolicy
+from specdec.policies.estimating import Confidence, Entropy, HeadPolicy
+from specdec.policies.estimators import HeadEstimator, OnlineEstimator
 from specdec.policies.goodput import Goodput
 from specdec.policies.registry import POLICIES, make_policy
+from specdec.policies.simple import Fixed, Heuristic
 from tests.specdec.workloads import POLICIES as RUN
 from tests.specdec.workloads import random_head, trimming_costs
 

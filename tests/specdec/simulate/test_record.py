@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
 from specdec.lossless.sampling import SamplingBatch, coupled_choice, probabilities
-from specdec.policies.base import StopPolicy
+from specdec.policies.base import Signal, StopPolicy
 from specdec.policies.costs import CostModel
-from specdec.policies.estimators import Signal, read_signals
 from specdec.policies.registry import make_policy
+from specdec.policies.signals import read_signals
 from specdec.request import Completion, Counts, Request, SamplingParams
 from specdec.simulate.record import Text, measure_costs, record, reversed_coupling
 from specdec.simulate.replay import Trace, replay

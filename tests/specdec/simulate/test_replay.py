@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specdec.policies.base import DraftStep, Fixed, RoundOutcome, RoundStart
+from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, Signal
 from specdec.policies.costs import CostModel, CostTable
-from specdec.policies.estimators import Signal
 from specdec.policies.registry import make_policy
+from specdec.policies.simple import Fixed
 from specdec.request import Counts
 from specdec.simulate.bound import least_seconds
 from specdec.simulate.replay import (

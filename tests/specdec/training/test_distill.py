@@ -14,7 +14,7 @@ from specdec.engine.engine import Engine
 from specdec.loading.pair import ModelPair
 from specdec.loading.sources import PairError
 from specdec.model.decoder import PackedDecoder
-from specdec.policies.base import Fixed
+from specdec.policies.simple import Fixed
 from specdec.request import Request, SamplingParams
 from specdec.training.distill import distill
 from specdec.training.evaluate import ALL, Agreements, batches, evaluate

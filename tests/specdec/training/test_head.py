@@ -9,8 +9,8 @@ from torch import Tensor
 
 from specdec.engine.engine import Engine
 from specdec.lossless.sampling import SamplingBatch, probabilities
-from specdec.policies.base import StopPolicy
-from specdec.policies.estimators import AcceptanceHead, Signal
+from specdec.policies.base import Signal, StopPolicy
+from specdec.policies.signals import AcceptanceHead
 from specdec.request import Request, SamplingParams
 from specdec.training.examples import Example
 from specdec.training.head import (
@@ -362,7 +362,7 @@ def test_score_of_perfect_probabilities() -> None:
 
 
 def test_signals_are_in_the_order_that_the_head_reads() -> None:
-    from specdec.training.labels import TOKEN_SIGNALS
+    from specdec.policies.base import TOKEN_SIGNALS
 
     assert TOKEN_SIGNALS == (Signal.LOG_Q, Signal.LOG_TOP, Signal.ENTROPY)
 
