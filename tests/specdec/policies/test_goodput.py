@@ -14,7 +14,9 @@ from specdec.measure.calibration import Array
 from specdec.policies.base import RoundOutcome, RowMemory, Signal
 from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.estimators import Estimator, online_estimator
-from specdec.policies.goodput import IN_A_ROW, PROBE_SHARE, REST, Goodput
+from specdec.policies.goodput import Goodput
+from specdec.policies.objective import leading_rows
+from specdec.policies.switch import IN_A_ROW, PROBE_SHARE, REST
 from tests.specdec.tiny_models import TinyPair
 from tests.specdec.workloads import (
     Known,
@@ -412,14 +414,13 @@ def test_a_decision_against_speculation_stands_while_rows_are_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     policy, asked = policy_of(DEAR, STEEP), [0]
-    policy._allowance = 0.0
-    original = policy._worth
+    policy.switch.allowance = 0.0
 
     def counting(*arguments: Any) -> tuple[int, float]:
         asked[0] += 1
-        return original(*arguments)
+        return leading_rows(*arguments)
 
-    monkeypatch.setattr(policy, "_worth", counting)
+    monkeypatch.setattr("specdec.policies.goodput.leading_rows", counting)
     rows = memories(4)
     for _ in range(2 * (REST + 1)):
         assert policy.budget(round_start(rows)) == [0] * 4
@@ -449,7 +450,7 @@ def test_rows_whose_prompts_were_read_still_owe_for_it(owed: float, speculating:
     verify = CostTable([1, 6, 7, 4096], [1.0, 1.0, 1.5, 1.5])
     draft = CostTable([1, 6, 100], [0.001, 0.001, 2.0])
     policy = policy_of(draft, verify, k_max=1)
-    policy._allowance = 0.0
+    policy.switch.allowance = 0.0
     start = round_start([*(RowMemory(catch_up=owed) for _ in range(5)), RowMemory()])
     start = replace(start, draft_pending=[1] * 5 + [100])
     assert np.count_nonzero(policy.budget(start)) == speculating
