@@ -42,15 +42,7 @@ class Side:
     def policy(self, job: JobConfig) -> StopPolicy:
         """A new policy, as an actor would make it."""
         ours = job.speculation
-        return make_policy(
-            ours.policy,
-            k=ours.k,
-            k_min=ours.k_min,
-            k_max=ours.k_max,
-            threshold=ours.threshold,
-            estimator=ours.estimator,
-            head=self.head,
-        )
+        return make_policy(ours.policy, head=self.head, **ours.settings)
 
 
 @dataclass(frozen=True)

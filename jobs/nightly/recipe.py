@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from jobs.job_file import load_settings, resolve_job_paths
 from pipeline.config.job import JobConfig, StringList
 from pipeline.config.model_identity import digest
+from specdec.policies.registry import POLICIES
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _MADE_HERE = ("name", "input", "output")
@@ -277,11 +278,10 @@ class Recipe(_Settings):
             raise ValueError("improve needs job.models.draft")
         if improve.draft and self.job.speculation.policy == "none":
             raise ValueError("improve.draft: job.speculation.policy is none, which uses no draft")
-        if improve.head and self.job.speculation.policy not in ("head", "goodput"):
-            raise ValueError(
-                "improve.head: a head serves the policies head and goodput, not "
-                f"{self.job.speculation.policy}"
-            )
+        policy = self.job.speculation.policy
+        if improve.head and not POLICIES[policy].estimates:
+            serves = " and ".join(name for name, each in POLICIES.items() if each.estimates)
+            raise ValueError(f"improve.head: a head serves the policies {serves}, not {policy}")
         if improve.head and self.job.speculation.estimator not in (None, "head"):
             raise ValueError(
                 "improve.head: job.speculation.estimator is "

@@ -271,25 +271,24 @@ def _batches(slots: int) -> list[int]:
 
 def _policies(job: JobConfig, pair: ModelPair, live: int, head: Any) -> dict[str, StopPolicy]:
     """What is tried, by the names of reports; prepared as an Engine would prepare it."""
-    from specdec.policies.registry import make_policy
+    from specdec.policies.registry import POLICIES, make_policy
 
     ours = job.speculation
-    policies = {"none": make_policy("none")}
-    policies |= {f"fixed {k}": make_policy("fixed", k=k) for k in FIXED}
-    policies["heuristic"] = make_policy("heuristic", k=ours.k, k_min=ours.k_min, k_max=ours.k_max)
-    for name in ("confidence", "entropy", *(["head"] if head or ours.policy == "head" else [])):
-        own = ours.policy == name
-        policies[name] = make_policy(
-            name,
-            k_min=ours.k_min,
-            k_max=ours.k_max,
-            threshold=ours.threshold if own else None,
-            estimator=ours.estimator if own else None,
-            head=head,
-        )
-    policies["goodput"] = make_policy(
-        "goodput", k_max=ours.k_max, estimator=ours.estimator, head=head
-    )
+    settings: dict[str, Any] = {
+        "k": ours.k,
+        "k_min": ours.k_min,
+        "k_max": ours.k_max,
+        "estimator": ours.estimator,
+    }
+    policies: dict[str, StopPolicy] = {}
+    for name, policy in POLICIES.items():
+        own = name == ours.policy
+        if name == "fixed":
+            policies |= {f"fixed {k}": make_policy(name, k=k) for k in FIXED}
+        elif own or head or not policy.needs_head:
+            # A threshold means something to the job's own policy only.
+            threshold = ours.threshold if own else None
+            policies[name] = make_policy(name, head=head, threshold=threshold, **settings)
     assert pair.draft is not None, "a profile loads the draft"
     for policy in policies.values():
         policy.prepare(pair.target, pair.draft, live)

@@ -7,7 +7,7 @@ recorded. The names are an interface: add to them, do not rename them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -21,12 +21,13 @@ from pydantic import (
 
 from pipeline.config.prices import Prices
 from pipeline.config.templates import PromptTemplate
+from specdec.policies.estimators import ESTIMATORS
+from specdec.policies.registry import POLICIES, takers
 
-Policy = Literal["none", "fixed", "heuristic", "confidence", "entropy", "head", "goodput"]
-Estimator = Literal["confidence", "entropy", "head"]
-
-THRESHOLD_POLICIES = ("confidence", "entropy", "head")
-ESTIMATING_POLICIES = ("head", "goodput")
+if TYPE_CHECKING:
+    Policy = Estimator = str
+else:  # the registry's names: an unknown one is refused, and the schema lists them
+    Policy, Estimator = Literal[(*POLICIES,)], Literal[ESTIMATORS]
 
 MAX_SAMPLES = 10_000
 """Most samples of one prompt. A unit holds all samples of its rows: lower unit_rows with many."""
@@ -202,36 +203,56 @@ class SamplingConfig(_Settings):
         return temperature
 
 
+def _setting(name: str, **limits: float) -> Any:
+    """A number that stop policies take: bounds, default and help are theirs.
+
+    Where their defaults differ, the field's is null, which stands for each policy's own.
+    """
+    takes = takers(name)
+    one = len({each.default for each in takes.values()}) == 1 and not limits
+    meanings: dict[str, list[str]] = {}
+    for policy, each in takes.items():
+        own = each.meaning if one else f"{each.meaning} ({each.default})"
+        meanings.setdefault(own, []).append(policy)
+    first = next(iter(takes.values()))
+    return Field(
+        default=first.default if one else None,
+        description="; ".join(f"{', '.join(who)}: {what}" for what, who in meanings.items()),
+        **limits or {"ge": first.least, "le": first.most},
+    )
+
+
+_ESTIMATING = [name for name, policy in POLICIES.items() if policy.estimates]
+
+
+def _names(policies: Sequence[str]) -> str:
+    return (" and " if len(policies) == 2 else ", ").join(policies)
+
+
 class SpeculationConfig(_Settings):
     """When to stop drafting, and how candidates are verified."""
 
     policy: Policy = Field(
         default="goodput",
-        description="when to stop drafting; goodput weighs what each step brings and costs",
+        description="when to stop drafting; "
+        + "; ".join(f"{name} {policy.summary}" for name, policy in POLICIES.items()),
     )
     verification: Literal["rejection", "coupled"] = Field(
         default="rejection",
         description="coupled: same tokens for any draft, policy and batch; rejection: accepts more",
     )
-    k: int = Field(
-        default=4, ge=0, le=64, description="candidates per round: fixed, and heuristic's first"
-    )
-    k_min: int = Field(default=1, ge=0, le=64, description="least candidates: heuristic, head")
-    k_max: int = Field(default=20, ge=1, le=64, description="most candidates, of all but fixed")
-    threshold: float | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="where to stop: confidence, below this draft probability (0.4); entropy, below "
-        "this bound on acceptance (0.4); head, above this risk of a rejection (0.7)",
-    )
+    k: int = _setting("k")
+    k_min: int = _setting("k_min")
+    k_max: int = _setting("k_max")
+    # A policy that never stops, or always, is `fixed`: a mistake in a job file.
+    threshold: float | None = _setting("threshold", gt=0, lt=1)
     head: str | None = Field(
         default=None, description="folder of a trained acceptance head (specbatch train-head)"
     )
     estimator: Estimator | None = Field(
         default=None,
-        description="what head and goodput predict acceptance with; null: the head if there is "
-        "one, else confidence",
+        description=f"what {_names(_ESTIMATING)} predict acceptance with; null: the head if there "
+        "is one, else confidence",
     )
     control_share: float = Field(
         default=0.02,
@@ -247,24 +268,34 @@ class SpeculationConfig(_Settings):
     def _settings_of_the_policy(self) -> SpeculationConfig:
         if self.k_min > self.k_max:
             raise ValueError(f"k_min ({self.k_min}) is more than k_max ({self.k_max})")
-        if self.threshold is not None and self.policy not in THRESHOLD_POLICIES:
-            names = ", ".join(THRESHOLD_POLICIES)
-            raise ValueError(f"threshold belongs to the policies {names}, not to {self.policy}")
-        for name in ("head", "estimator"):
-            if getattr(self, name) is not None and self.policy not in ESTIMATING_POLICIES:
-                names = " and ".join(ESTIMATING_POLICIES)
-                raise ValueError(f"{name} belongs to the policies {names}, not to {self.policy}")
+        policy = POLICIES[self.policy]
+        for name in ("threshold", "head", "estimator"):
+            owners = [*takers(name)] if name == "threshold" else _ESTIMATING
+            if getattr(self, name) is not None and self.policy not in owners:
+                raise ValueError(
+                    f"{name} belongs to the policies {_names(owners)}, not to {self.policy}"
+                )
         if self.head is not None and self.estimator not in (None, "head"):
             raise ValueError(
                 f"head is not used with estimator {self.estimator}; remove one of them"
             )
-        needs_head = self.estimator == "head" or (self.policy == "head" and not self.estimator)
+        needs_head = self.estimator == "head" or (policy.needs_head and not self.estimator)
         if needs_head and self.head is None:
             raise ValueError(
                 "head: give the folder of a trained head (make one with specbatch train-head), "
                 "or set estimator to confidence"
             )
         return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the policy takes of these, for `make_policy`; not the head, which is to be loaded.
+
+        Their order is part of fingerprints.
+        """
+        policy = POLICIES[self.policy]
+        names = [*policy.settings(), *(["estimator"] if policy.estimates else [])]
+        return {name: getattr(self, name) for name in names if name in type(self).model_fields}
 
 
 GroupName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]

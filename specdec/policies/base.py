@@ -18,9 +18,9 @@ sees y_k and decides about y_{k+1}. `submit` must keep to it by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     from specdec.policies.signals import AcceptanceHead
 
 Indices = NDArray[np.int64]
+
+MOST_CANDIDATES = 64
+"""Most candidates of a round that a policy can be told.
+
+Verification packs all candidates of all rows: raised, a wrong setting takes much memory before
+anybody notices. Acceptance makes more than about 20 useless with the drafts there are.
+"""
 
 
 class Signal(IntEnum):
@@ -173,16 +180,62 @@ class Explanation:
     reason: str
 
 
-class StopPolicy:
-    """Drafts nothing and remembers nothing: the base, and the policy `none`.
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A number that a policy takes.
 
     Attributes:
+        default: the policy's own.
+        least, most: its bounds, both allowed.
+        meaning: what it does, for help texts.
+    """
+
+    default: float
+    least: float
+    most: float
+    meaning: str
+
+
+Number = TypeVar("Number", int, float)
+
+
+def setting(default: Number, least: float, most: float, meaning: str) -> Number:
+    """A field of a policy's dataclass that is one of its settings; the arguments of `Setting`."""
+    declared = Setting(default, least, most, meaning)
+    number: Number = field(default=default, metadata={"setting": declared})
+    return number
+
+
+class StopPolicy:
+    """The base of policies: drafts nothing and remembers nothing.
+
+    A policy is a dataclass in a file of its own. Its fields made by `setting` are what it can be
+    told; `name` and `summary` are what job files and help call it. One line in
+    specdec/policies/registry.py makes it known to jobs, commands and tests. A policy's file must
+    load without torch, since configuration does: what needs torch is imported where it is used.
+
+    Attributes:
+        name: in job files.
+        summary: what it does, in half a sentence.
+        estimates: whether it takes an estimator, and so a trained head.
+        needs_head: whether a job must name a trained head, or another estimator.
         wanted: signals to compute for `go_on`; empty: `go_on` is not asked.
         head: the acceptance head behind the head's signals.
     """
 
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    estimates: ClassVar[bool] = False
+    needs_head: ClassVar[bool] = False
+
     wanted: frozenset[Signal] = frozenset()
     head: AcceptanceHead | None = None
+
+    @classmethod
+    def settings(cls) -> dict[str, Setting]:
+        """What it can be told, by name."""
+        own = fields(cls) if is_dataclass(cls) else ()
+        return {each.name: each.metadata["setting"] for each in own if "setting" in each.metadata}
 
     def prepare(self, target: PackedDecoder, draft: PackedDecoder, slots: int) -> None:
         """Called once before the first round, with the models that will be run."""

@@ -10,12 +10,14 @@ import numpy as np
 
 from specdec.measure.calibration import Array, Flags
 from specdec.policies.base import (
+    MOST_CANDIDATES,
     DraftStep,
     Explanation,
     RoundOutcome,
     RoundStart,
     Signal,
     StopPolicy,
+    setting,
 )
 from specdec.policies.estimators import Estimator, HeadEstimator
 
@@ -31,9 +33,12 @@ class Confidence(StopPolicy):
     greedy. The unlikely candidate itself is still submitted.
     """
 
-    threshold: float = 0.4
-    k_max: int = 20
+    name = "confidence"
+    summary = "stops after a candidate to which the draft gave less than `threshold`"
     wanted = frozenset({Signal.LOG_Q})
+
+    threshold: float = setting(0.4, 0, 1, "stop after a candidate that the draft finds less likely")
+    k_max: int = setting(20, 1, MOST_CANDIDATES, "most candidates of a round")
 
     def budget(self, start: RoundStart) -> Sequence[int]:
         return [self.k_max] * len(start.rows)
@@ -51,9 +56,12 @@ class Entropy(StopPolicy):
     below. The candidate drawn from that distribution is still submitted.
     """
 
-    threshold: float = 0.4
-    k_max: int = 20
+    name = "entropy"
+    summary = "stops where the draft's entropy bounds acceptance below `threshold` (AdaEDL)"
     wanted = frozenset({Signal.ENTROPY})
+
+    threshold: float = setting(0.4, 0, 1, "stop where the bound on acceptance is lower")
+    k_max: int = setting(20, 1, MOST_CANDIDATES, "most candidates of a round")
 
     def budget(self, start: RoundStart) -> Sequence[int]:
         return [self.k_max] * len(start.rows)
@@ -74,24 +82,45 @@ class _Judgement:
     survival: list[float]
 
 
+@dataclass(eq=False)
 class EstimatingPolicy(StopPolicy):
     """A policy with an estimator: keeps each row's survival and teaches the estimator.
 
     The survival of a row is the estimated probability that all its candidates so far are accepted.
 
-    Args:
+    Attributes:
         estimator: acceptance probabilities from signals.
         head: the module behind the head's signals.
     """
 
-    PRIOR_RATE, PRIOR_WEIGHT = 0.6, 8.0
-    """Acceptance rate before anything was judged, and how many candidates that is worth."""
+    estimates = True
+
+    PRIOR_RATE = 0.6
+    """Acceptance rate of a pair before anything was judged.
+
+    Raised, the first rounds draft more. Between what useless and good drafts have; it soon fades.
+    """
+
+    PRIOR_WEIGHT = 8.0
+    """Candidates that this rate is worth; later the pair's rate is worth as many to a new row.
+
+    Raised, rows are told apart later; lowered, chance makes rows look different. Set by hand.
+    """
 
     FORGET = 0.998
-    """Weight that is left of the pair's old evidence after one more candidate."""
+    """Weight that is left of the pair's old evidence after one more candidate: 500 are remembered.
 
-    def __init__(self, estimator: Estimator, head: AcceptanceHead | None = None) -> None:
-        self.estimator, self.head, self.wanted = estimator, head, estimator.wanted
+    Raised, a change of the text is noticed later. Set by hand.
+    """
+
+    LEAST_RATE, MOST_RATE = 0.02, 0.98
+    """What a row's rate is kept within: beyond, its odds would drown all that signals say."""
+
+    estimator: Estimator
+    head: AcceptanceHead | None = None
+
+    def __post_init__(self) -> None:
+        self.wanted = self.estimator.wanted
         self._judged, self._accepted = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * self.PRIOR_RATE
         self._steps: list[_Judgement] = []
 
@@ -104,7 +133,7 @@ class EstimatingPolicy(StopPolicy):
         self._steps = []
         weight, known = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * self._accepted / self._judged
         rates = [(r.history.accepted + known) / (r.history.judged + weight) for r in start.rows]
-        self.typical = [min(max(rate, 0.02), 0.98) for rate in rates]
+        self.typical = [min(max(rate, self.LEAST_RATE), self.MOST_RATE) for rate in rates]
         self.survival = [1.0] * len(rates)
 
     def _judge(self, step: DraftStep) -> _Judgement:
@@ -168,26 +197,22 @@ class EstimatingPolicy(StopPolicy):
         raise NotImplementedError
 
 
+@dataclass(eq=False)
 class HeadPolicy(EstimatingPolicy):
     """SpecDec++ (arXiv 2405.19715): stop once P(some candidate is rejected) exceeds `threshold`.
 
-    Args:
-        estimator, head: as published a trained head; any estimator will do.
-        threshold: h, on 1 - prod p. The optimal stop is a threshold (theorem 3.1 there), at
-            (c2 + d) / (c1 + c2 + d) for costs c1 of a draft step and c2 of the rest of a round.
-        k_min, k_max: least and most candidates.
+    The threshold h is on 1 - prod p. The optimal stop is a threshold (theorem 3.1 there), at
+    (c2 + d) / (c1 + c2 + d) for costs c1 of a draft step and c2 of the rest of a round. As
+    published, a trained head estimates p; any estimator will do.
     """
 
-    def __init__(
-        self,
-        estimator: Estimator,
-        head: AcceptanceHead | None = None,
-        threshold: float = 0.7,
-        k_min: int = 2,
-        k_max: int = 20,
-    ) -> None:
-        super().__init__(estimator, head)
-        self.threshold, self.k_min, self.k_max = threshold, k_min, k_max
+    name = "head"
+    summary = "stops once the risk that a candidate is rejected exceeds `threshold` (SpecDec++)"
+    needs_head = True
+
+    threshold: float = setting(0.7, 0, 1, "stop where the risk of a rejection is higher")
+    k_min: int = setting(1, 0, MOST_CANDIDATES, "least candidates of a round")
+    k_max: int = setting(20, 1, MOST_CANDIDATES, "most candidates of a round")
 
     def budget(self, start: RoundStart) -> Sequence[int]:
         self._begin(start)

@@ -17,13 +17,16 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from scipy.special import expit
 
 from specdec.measure.calibration import Array, Calibration, Flags
 from specdec.policies.base import HEAD_SIGNALS, Signal
+
+if TYPE_CHECKING:
+    from specdec.policies.signals import AcceptanceHead
 
 BOUND, MOST_LOGIT = 10.0, 12.0
 """What signals and the logits of estimates are kept within."""
@@ -177,6 +180,26 @@ ONLINE = {
 def online_estimator(name: str) -> OnlineEstimator:
     """The online estimator called `name`, one of ONLINE."""
     return OnlineEstimator(ONLINE[name])
+
+
+ESTIMATORS = (*ONLINE, "head")
+"""All estimators, by the names that a job file uses."""
+
+
+def make_estimator(name: str | None, head: AcceptanceHead | None) -> Estimator:
+    """The estimator called `name`; None: the head if there is one, else confidence.
+
+    Raises:
+        ValueError: there is no such estimator, or it needs a head.
+    """
+    name = name or ("head" if head is not None else "confidence")
+    if name == "head":
+        if head is None:
+            raise ValueError("the estimator head needs a trained head")
+        return HeadEstimator()
+    if name not in ONLINE:
+        raise ValueError(f"no estimator {name!r}; there are {', '.join(ESTIMATORS)}")
+    return online_estimator(name)
 
 
 def posterior_mode(

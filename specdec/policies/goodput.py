@@ -21,23 +21,22 @@ drawn: after the draft step that made its distribution, by the estimate that doe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from specdec.measure.calibration import Flags
-from specdec.policies.base import DraftStep, RoundOutcome, RoundStart
+from specdec.policies.base import MOST_CANDIDATES, DraftStep, RoundOutcome, RoundStart, setting
 from specdec.policies.catch_up import owed, shared
 from specdec.policies.costs import CostModel
 from specdec.policies.estimating import EstimatingPolicy
-from specdec.policies.estimators import Estimator
 from specdec.policies.objective import best_prefixes, further_seconds, leading_rows
 from specdec.policies.switch import IN_A_ROW, Switch
 
 if TYPE_CHECKING:
     from specdec.model.decoder import PackedDecoder
-    from specdec.policies.signals import AcceptanceHead
 
 MEMORY = 0.98
 """Weight that is left of a round's goodput, and of what was trimmed, after one more round.
@@ -65,24 +64,22 @@ The seconds of further candidates are kept for each share that occurs. Raised, f
 """
 
 
+@dataclass(eq=False)
 class Goodput(EstimatingPolicy):
     """Maximises committed tokens per second; K = 0 where speculation does not pay.
 
-    Args:
-        estimator, head: where probabilities come from.
+    Attributes:
         costs: D(n) and V(n); by default profiled before the first round.
-        k_max: most candidates per row.
     """
 
-    def __init__(
-        self,
-        estimator: Estimator,
-        head: AcceptanceHead | None = None,
-        costs: CostModel | None = None,
-        k_max: int = 20,
-    ) -> None:
-        super().__init__(estimator, head)
-        self.costs, self.k_max = costs, k_max
+    name = "goodput"
+    summary = "drafts and verifies what brings more tokens per second than it costs"
+
+    costs: CostModel | None = None
+    k_max: int = setting(20, 1, MOST_CANDIDATES, "most candidates of a round")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.switch = Switch()
         # Tokens per row and seconds lately, both relative to a round without speculation.
         self._tokens, self._seconds = 5.0, 5.0
