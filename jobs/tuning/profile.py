@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of i
     from specdec.policies.base import StopPolicy
     from specdec.policies.costs import CostModel
     from specdec.simulate.record import Text
-    from specdec.simulate.replay import Trace
+    from specdec.simulate.replay import Transcript
 
 FIXED = range(1, 9)
 """Lengths of `fixed` that are tried."""
@@ -233,11 +233,11 @@ def _texts(
     return [texts[name] for name in requests if name in texts], left_out
 
 
-def _by_class(traces: list[Trace]) -> list[dict[str, Any]]:
+def _by_class(traces: list[Transcript]) -> list[dict[str, Any]]:
     """How often candidates are accepted at any position, by class, the largest class first."""
     from specdec.simulate.replay import acceptance
 
-    classes: dict[str, list[Trace]] = {}
+    classes: dict[str, list[Transcript]] = {}
     for trace in traces:
         classes.setdefault(trace.group, []).append(trace)
     result = []
@@ -296,7 +296,7 @@ def _policies(job: JobConfig, pair: ModelPair, live: int, head: Any) -> dict[str
 
 
 def _predict(
-    traces: list[Trace], policies: dict[str, StopPolicy], costs: CostModel, live: int
+    traces: list[Transcript], policies: dict[str, StopPolicy], costs: CostModel, live: int
 ) -> dict[str, Any]:
     """Every policy at one live batch, as it does once it has learned from these rows."""
     from specdec.simulate.bound import least_seconds
