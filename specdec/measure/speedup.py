@@ -16,7 +16,10 @@ from typing import Any
 from scipy.special import stdtrit
 
 LEAST_CONTROLS = 3
-"""Control rounds of one live-batch class before it is judged by itself."""
+"""Control rounds of one live-batch class before it is judged by itself.
+
+With fewer there is no variance to speak of. Raised, more classes borrow the others' ratio.
+"""
 
 
 @dataclass(slots=True)
@@ -93,7 +96,7 @@ class SpeedupMeter:
         return result
 
     def minus(self, other: SpeedupMeter) -> SpeedupMeter:
-        """What was booked since `other` was this meter."""
+        """What was added since `other` was this meter."""
         result = SpeedupMeter()
         for target, now, then in (
             (result.speculative, self.speculative, other.speculative),
@@ -129,7 +132,7 @@ class SpeedupMeter:
         return SpeedupMeter(arm("speculative"), arm("control"), list(data["mixed"]))
 
     def estimate(self, confidence: float = 0.95) -> Speedup | None:
-        """Seconds without speculation over seconds with it, for the work of the booked rounds.
+        """Seconds without speculation over seconds with it, for the work of these rounds.
 
         The tokens that were committed at a live batch are charged at what its control rounds took
         per token; a class with fewer than LEAST_CONTROLS of them borrows the other classes' ratio.

@@ -1,4 +1,7 @@
-"""When to stop drafting: the `StopPolicy` seam and the policies that look at one row at a time.
+"""When to stop drafting: the seam between the engine and stop policies.
+
+Each candidate costs a draft step and a token of the verification, and counts only if all before it
+are accepted. So drafting has to stop somewhere, and where it pays to stop differs from row to row.
 
 A policy decides per row, in four places of a round:
 
@@ -56,7 +59,10 @@ class Signal(IntEnum):
 
 
 HEAD_SIGNALS = frozenset({Signal.HEAD_BEFORE, Signal.HEAD_AFTER})
+"""What a trained head says."""
+
 TOKEN_SIGNALS = (Signal.LOG_Q, Signal.LOG_TOP, Signal.ENTROPY)
+"""What the draft's distribution says: the first columns, in their order."""
 
 
 @dataclass(slots=True)
@@ -68,13 +74,16 @@ class RowHistory:
     """
 
     FORGET: ClassVar[float] = 0.97
-    """Weight that is left of old candidates after one more round."""
+    """Weight that is left of old candidates after one more round: 33 rounds are remembered.
+
+    Raised, a row's rate is steadier and follows its text more slowly. Set by hand.
+    """
 
     judged: float = 0.0
     accepted: float = 0.0
 
     def add(self, judged: float, accepted: float) -> None:
-        """Book a round."""
+        """Count a round."""
         self.judged = self.FORGET * self.judged + judged
         self.accepted = self.FORGET * self.accepted + accepted
 

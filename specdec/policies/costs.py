@@ -1,8 +1,10 @@
 """What a forward costs, as measured: seconds by packed tokens.
 
-Cost curves are staircases that differ by machine, precision and kernel (DESIGN.md §3), so they are
-profiled when a model is loaded and refined by every round. A round is made of draft steps, D(n)
-each, and one verification, V(n), which is all the rest of the round; both include sampling and what
+A policy can weigh costs only if it knows them. Cost curves are staircases that differ by machine,
+precision and kernel: in fp32 on a CPU, 4 tokens through a layer take 3 times as long as one; in
+int8, 8 tokens take 1.5 times as long. So they are profiled when a model is loaded
+(specdec/policies/profiling.py) and refined by every round. A round is made of draft steps, D(n)
+each, and one verification, V(n), which is all the rest of the round. Both include sampling and what
 the host does, so that they sum to the round's wall time.
 """
 
@@ -16,26 +18,52 @@ import numpy as np
 
 from specdec.measure.calibration import Array
 
-SPEED_ERROR, SPEED_WALK = 0.3, 0.04
-"""By what share a machine's speed, the same for all forwards, differs between a profile and rounds,
-and changes from one round to the next."""
+SPEED_ERROR = 0.3
+"""By what share a machine's speed, the same for all forwards, differs between a profile and rounds.
 
-PROFILE_ERROR, EXTRAPOLATED_ERROR = 0.05, 1.0
-"""Relative errors of a place of a table against the others: of one that was profiled, and of one
-that was not."""
+Raised, the first rounds move all of a table further. Chosen for machines that are a fifth to a
+third slower for a while (benchmarks/LOG.md).
+"""
+
+SPEED_WALK = 0.04
+"""By what share that speed changes from one round to the next.
+
+Raised, a slow round is more readily taken for a slow machine. Any walk from 0.03 to 0.1 found the
+same differences between sizes on a machine whose speed changes by itself (benchmarks/LOG.md).
+"""
+
+PROFILE_ERROR = 0.05
+"""Relative error of a profiled place of a table against the others.
+
+Raised, rounds correct single places faster, and their noise does, too.
+"""
+
+EXTRAPOLATED_ERROR = 1.0
+"""The same of a place beyond the profile: next to nothing is known there, so rounds decide."""
 
 ROUND_NOISE = 0.15
-"""What rounds of the same size differ by, relative."""
+"""What rounds of the same size differ by, relative: measured on a CPU.
+
+Raised, tables follow measurements more slowly.
+"""
 
 PLACE_WALK = 0.001
-"""By what share a place changes against others between two observations: rows become longer."""
+"""By what share a place changes against others between two observations: rows become longer.
+
+Raised, tables forget sooner how sizes differ. Set by hand, far below ROUND_NOISE.
+"""
 
 OUTLIER = 2.0
-"""An error of more than this factor counts as this one."""
+"""An error of more than this factor counts as this one: a pause of the machine is no cost.
+
+Raised, pauses move tables further; lowered, a real change takes more rounds.
+"""
 
 BEYOND = 1.25
-"""A measurement at more than so many times the tokens of a table makes the table longer."""
+"""A measurement at more than so many times the tokens of a table makes the table longer.
 
+Raised, costs beyond the profile stay extrapolated; lowered, tables grow a place for every size.
+"""
 
 _UNKNOWN = np.zeros(0)
 
@@ -48,7 +76,7 @@ class CostTable:
 
     What is learnt is the machine's speed, which all places share, and each place's own part: a
     Kalman filter over relative errors. A machine is a fifth slower for a while now and then, and a
-    place that happened to be visited then must not be taken for a dear one.
+    place that happened to be visited then must not be taken for an expensive one.
 
     Args:
         tokens: increasing, from 1.
@@ -169,7 +197,7 @@ class CostModel:
         """Learn from the rest of rounds of so many tokens.
 
         What it says of the machine's speed holds for the draft, too, which may be resting: else a
-        machine that has become faster since would have a dear draft.
+        machine that has become faster since would have an expensive draft.
         """
         before = self.verify.speed
         self.verify.observe(tokens, *seconds)

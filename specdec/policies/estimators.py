@@ -1,4 +1,4 @@
-"""How likely a candidate is accepted: what is read off a draft step, and estimators over it.
+"""How likely a candidate is accepted, judged by what it shows.
 
 An estimator gives two probabilities for a candidate y_k, both on condition that y_1..y_{k-1} are
 accepted:
@@ -9,7 +9,9 @@ accepted:
 Rejection sampling may decide whether to *submit* y_k by the first only (specdec/policies/base.py).
 
 Everything an estimator looks at is read off the device once per draft step, as a few numbers per
-row (`Signal`). Estimators and policies then work on the host, on arrays over rows.
+row (`Signal`). Estimators and policies then work on the host, on arrays over rows. An online
+estimator learns from the job's own verdicts and needs no training; a trained head sees the draft's
+hidden state as well.
 """
 
 from __future__ import annotations
@@ -28,8 +30,14 @@ from specdec.policies.base import HEAD_SIGNALS, Signal
 if TYPE_CHECKING:
     from specdec.policies.signals import AcceptanceHead
 
-BOUND, MOST_LOGIT = 10.0, 12.0
-"""What signals and the logits of estimates are kept within."""
+BOUND = 10.0
+"""What signals are kept within, in nats: one odd candidate must not carry the fit. Set by hand."""
+
+MOST_LOGIT = 12.0
+"""What logits of estimates are kept within: probabilities of 6e-6 and its complement.
+
+Raised, a sure and wrong prediction costs more; at 0 and 1 there is no way back.
+"""
 
 
 class Estimator(Protocol):
@@ -66,14 +74,29 @@ class OnlineEstimator:
     """
 
     FORGET = 0.9998
-    """Weight that is left of old evidence after one more candidate."""
+    """Weight that is left of old evidence after one more candidate: 5,000 are remembered.
+
+    Raised, weights are steadier and follow a change of the text more slowly. Set by hand.
+    """
 
     PRIOR = 4.0
-    """Precision of each first weight."""
+    """Precision of each first weight.
 
-    TOGETHER, SHARE = 16, 1 / 16
-    """Candidates that are collected before weights are fitted to them: at least so many, and so
-    large a share of the evidence behind the weights, which fewer would hardly move."""
+    Raised, more candidates are needed to leave the first guess. Set by hand.
+    """
+
+    TOGETHER = 16
+    """Least candidates that are collected before weights are fitted to them.
+
+    Each fit takes array operations; candidate by candidate, the policy took 4% of a round at one
+    row. Raised, the first lessons come later.
+    """
+
+    SHARE = 1 / 16
+    """Least share of the evidence behind the weights to be collected: less would hardly move them.
+
+    Raised, fits are fewer, and later.
+    """
 
     def __init__(self, before: Sequence[Signal], after: Sequence[Signal] = (Signal.LOG_Q,)) -> None:
         self._columns = [*after, *before]
@@ -141,11 +164,20 @@ class HeadEstimator:
         fallen_back: whether the head was found out of calibration.
     """
 
-    LEAST, MOST_ECE = 500, 0.15
-    """Judged candidates before the head is doubted, and the calibration error that it may have."""
+    LEAST = 500
+    """Judged candidates before the head is doubted. Raised, a wrong head is believed for longer."""
+
+    MOST_ECE = 0.15
+    """The calibration error that the head may have.
+
+    A true one has about 0.03 over the candidates that are remembered. Raised, worse heads stay.
+    """
 
     FORGET = 0.999
-    """Weight that is left of old evidence after one more candidate: 1,000 are remembered."""
+    """Weight that is left of old evidence after one more candidate: 1,000 are remembered.
+
+    Raised, a head that goes wrong on later text is noticed later.
+    """
 
     def __init__(self, fallback: OnlineEstimator | None = None) -> None:
         self.fallback = fallback or online_estimator("confidence")

@@ -14,13 +14,28 @@ from specdec.model.decoder import PackedDecoder
 from specdec.policies.costs import CostModel, CostTable
 
 CONTEXT = 192
-"""Cached positions of each row while profiling; refinement finds the job's own."""
+"""Cached positions of each row while profiling: about a prompt and half an output.
+
+Raised, attention seems to cost more from the start; rounds find the job's own.
+"""
 
 PROMPT = 256
-"""Tokens that the draft is profiled up to: one it has not followed must read the row's prompt."""
+"""Tokens that the draft is profiled up to: one it has not followed must read the row's prompt.
 
-REPEATS, LEAST_POINTS = 5, 4
-"""Timings of each usual number of tokens if there is time; numbers tried even if there is none."""
+Raised, the profile takes longer and says more of long prompts.
+"""
+
+REPEATS = 5
+"""Timings of each usual number of tokens, if there is time: their median counts.
+
+Raised, a table is truer and a profile longer.
+"""
+
+LEAST_POINTS = 4
+"""Numbers of tokens that are tried even if there is no time: a curve needs both ends and a middle.
+
+Raised, a slow model is profiled beyond its time.
+"""
 
 
 def profile_costs(

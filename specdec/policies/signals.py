@@ -1,4 +1,9 @@
-"""What a candidate shows: `Signal`s read off the device, those of a trained head among them."""
+"""What a candidate shows: `Signal`s, read off the device once per draft step.
+
+Of each candidate: how likely it was to the draft, how likely the likeliest token was, and how
+spread out the distribution. A trained head adds what the draft's hidden state says of acceptance.
+This is all of a policy that runs on the device; the rest works with these numbers on the host.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ from specdec.kernels.cpu import kernels_over
 from specdec.policies.base import HEAD_SIGNALS, TOKEN_SIGNALS, Signal
 
 LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)
-"""What the logarithm of less is taken for."""
+"""What the logarithm of less is taken for, so that all are finite: of the least normal float32."""
 
 
 class ResidualBlock(nn.Module):

@@ -44,9 +44,13 @@ from specdec.training.scores import target_states
 _WANTED = frozenset(TOKEN_SIGNALS)
 
 _LOGIT_ROWS = 128
-"""Positions whose logits and distributions are held at once: 80 MB each at 150,000 tokens."""
+"""Positions whose logits and distributions are in memory at once: 80 MB each at 150,000 tokens.
+
+Raised, labelling takes more memory and hardly less time.
+"""
 
 _LARGEST = torch.finfo(torch.float16).max
+"""What hidden states are kept within: they are stored in float16."""
 
 
 class Part(IntEnum):

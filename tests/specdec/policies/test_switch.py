@@ -14,7 +14,7 @@ from specdec.policies.objective import leading_rows
 from specdec.policies.switch import IN_A_ROW, PROBE_SHARE, REST
 from tests.specdec.policies.worlds import (
     CHEAP,
-    DEAR,
+    COSTLY,
     FLAT,
     STEEP,
     World,
@@ -31,8 +31,8 @@ from tests.specdec.workloads import (
 @pytest.mark.parametrize("free_trimming", [True, False], ids=["matching", "rejection"])
 @pytest.mark.parametrize(
     ("rates", "draft", "verify"),
-    [([0.02] * 6, CHEAP, FLAT), ([0.7] * 6, DEAR, FLAT), ([0.7] * 6, CHEAP, STEEP)],
-    ids=["useless draft", "dear draft", "dear verification"],
+    [([0.02] * 6, CHEAP, FLAT), ([0.7] * 6, COSTLY, FLAT), ([0.7] * 6, CHEAP, STEEP)],
+    ids=["useless draft", "costly draft", "costly verification"],
 )
 def test_speculation_that_does_not_pay_switches_itself_off(
     rates: list[float], draft: CostTable, verify: CostTable, free_trimming: bool
@@ -70,8 +70,8 @@ class Deaf(Goodput):
     hidden = 0.0
 
     def observe(self, outcome: RoundOutcome) -> None:
-        dear = [(tokens, seconds + self.hidden) for tokens, seconds in outcome.draft_costs]
-        super().observe(replace(outcome, draft_costs=dear))
+        costly = [(tokens, seconds + self.hidden) for tokens, seconds in outcome.draft_costs]
+        super().observe(replace(outcome, draft_costs=costly))
         self._measured = {}
 
 
@@ -99,7 +99,7 @@ def test_a_round_without_candidates_comes_now_and_then_where_it_is_close(
 def test_a_decision_against_speculation_stands_while_rows_are_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    policy, asked = policy_of(DEAR, STEEP), [0]
+    policy, asked = policy_of(COSTLY, STEEP), [0]
     policy.switch.allowance = 0.0
 
     def counting(*arguments: Any) -> tuple[int, float]:

@@ -59,7 +59,7 @@ def drafted(
     return [len(after) * (row in active) for row in range(rows)]
 
 
-CHEAP, DEAR = linear(0.05, 0.001), linear(1.0, 0.01)
+CHEAP, COSTLY = linear(0.05, 0.001), linear(1.0, 0.01)
 """A draft that costs a twentieth of the target, and one that costs the same."""
 FLAT, STEEP = linear(1.0, 0.01), linear(0.01, 1.0)
 """A target whose tokens ride along, and one that pays for each."""

@@ -195,7 +195,7 @@ POLICIES = [
 CURVES = {
     "linear": COSTS,
     "staircase": CostModel(staircase(4, 0.3), staircase(8, 1.5)),
-    "draft is dear": CostModel(linear(4.0, 0.5), linear(4.0, 0.5)),
+    "draft is costly": CostModel(linear(4.0, 0.5), linear(4.0, 0.5)),
     "draft is free": CostModel(linear(1e-6, 0.0), staircase(8, 0.6)),
     "falls": CostModel(CostTable([1, 2, 40], [1, 0.6, 3]), CostTable([1, 3, 60], [5, 3, 20])),
 }
