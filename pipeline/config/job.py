@@ -22,7 +22,7 @@ from pydantic import (
 from pipeline.config.prices import Prices
 from pipeline.config.templates import PromptTemplate
 from specdec.policies.estimators import ESTIMATORS
-from specdec.policies.registry import POLICIES, takers
+from specdec.policies.registry import POLICIES, meaning, takers
 
 if TYPE_CHECKING:
     Policy = Estimator = str
@@ -203,25 +203,13 @@ class SamplingConfig(_Settings):
         return temperature
 
 
-def _setting(name: str, **limits: float) -> Any:
-    """A number that stop policies take: bounds, default and help are theirs.
-
-    Where their defaults differ, the field's is null, which stands for each policy's own.
-    """
-    takes = takers(name)
-    one = len({each.default for each in takes.values()}) == 1 and not limits
-    meanings: dict[str, list[str]] = {}
-    for policy, each in takes.items():
-        own = each.meaning if one else f"{each.meaning} ({each.default})"
-        meanings.setdefault(own, []).append(policy)
-    first = next(iter(takes.values()))
-    return Field(
-        default=first.default if one else None,
-        description="; ".join(f"{', '.join(who)}: {what}" for what, who in meanings.items()),
-        **limits or {"ge": first.least, "le": first.most},
-    )
+def _length(setting: str) -> Any:
+    """A number of candidates that stop policies take: its bounds and default are theirs."""
+    first = next(iter(takers(setting).values()))
+    return Field(default=first.default, ge=first.least, le=first.most, description=meaning(setting))
 
 
+_LENGTHS = ("k", "k_min", "k_max")
 _ESTIMATING = [name for name, policy in POLICIES.items() if policy.estimates]
 
 
@@ -241,11 +229,12 @@ class SpeculationConfig(_Settings):
         default="rejection",
         description="coupled: same tokens for any draft, policy and batch; rejection: accepts more",
     )
-    k: int = _setting("k")
-    k_min: int = _setting("k_min")
-    k_max: int = _setting("k_max")
-    # A policy that never stops, or always, is `fixed`: a mistake in a job file.
-    threshold: float | None = _setting("threshold", gt=0, lt=1)
+    k: int = _length("k")
+    k_min: int = _length("k_min")
+    k_max: int = _length("k_max")
+    threshold: float | None = Field(
+        default=None, gt=0, lt=1, description=f"null: the policy's own; {meaning('threshold')}"
+    )
     head: str | None = Field(
         default=None, description="folder of a trained acceptance head (specbatch train-head)"
     )
@@ -263,6 +252,19 @@ class SpeculationConfig(_Settings):
     trace: bool = Field(
         default=False, description="keep every round of every row for `specbatch explain`"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_policy(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(name := values.get("policy"), str):
+            return values
+        own = POLICIES[name].settings() if name in POLICIES else {}
+        differing = {
+            key: each.default
+            for key, each in own.items()
+            if key in _LENGTHS and each.default != cls.model_fields[key].default
+        }
+        return {**differing, **values}
 
     @model_validator(mode="after")
     def _settings_of_the_policy(self) -> SpeculationConfig:

@@ -232,8 +232,8 @@ class StopPolicy:
         head: the acceptance head behind the head's signals.
     """
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
+    name: ClassVar[str] = "unnamed"
+    summary: ClassVar[str] = ""
     estimates: ClassVar[bool] = False
     needs_head: ClassVar[bool] = False
 
@@ -275,7 +275,7 @@ class StopPolicy:
 
     def explain(self, row: int) -> Explanation:
         """Why the round just drafted stopped where it did, for one of its rows."""
-        return Explanation((), type(self).__name__.lower())
+        return Explanation((), self.name)
 
 
 def context_class(tokens: int) -> int:

@@ -44,6 +44,17 @@ def takers(name: str) -> dict[str, Setting]:
     }
 
 
+def meaning(setting: str) -> str:
+    """What the policies say of a setting, and their defaults where these differ."""
+    takes = takers(setting)
+    differ = len({each.default for each in takes.values()}) > 1
+    said: dict[str, list[str]] = {}
+    for policy, each in takes.items():
+        own = f"{each.meaning} ({each.default})" if differ else each.meaning
+        said.setdefault(own, []).append(policy)
+    return "; ".join(f"{', '.join(policies)}: {own}" for own, policies in said.items())
+
+
 def make_policy(
     name: str,
     *,

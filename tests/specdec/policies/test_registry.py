@@ -173,8 +173,9 @@ POLICIES["timid"] = Timid
 from pipeline.config.job import SpeculationConfig
 job = SpeculationConfig(policy="timid", threshold=0.5, k_max=9)
 assert make_policy(job.policy, **job.settings) == Timid(0.5, 9)
-plain = SpeculationConfig(policy="timid", k_max=3)
-assert make_policy(plain.policy, **plain.settings).threshold == 0.9
+plain = SpeculationConfig(policy="timid")
+assert make_policy(plain.policy, **plain.settings) == Timid(0.9, 6)
+assert SpeculationConfig().k_max == SpeculationConfig(policy="heuristic").k_max == 20
 for field, words in (("policy", Timid.summary), ("threshold", "the ratio is lower (0.9)")):
     assert words in SpeculationConfig.model_fields[field].description, field
 assert "timid" in SpeculationConfig.model_json_schema()["properties"]["policy"]["enum"]
