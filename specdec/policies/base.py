@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 from specdec.measure.calibration import Array, Calibration, Flags
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from specdec.model.decoder import PackedDecoder
-    from specdec.policies.signals import AcceptanceHead
 
 Indices = NDArray[np.int64]
 
@@ -63,6 +64,18 @@ HEAD_SIGNALS = frozenset({Signal.HEAD_BEFORE, Signal.HEAD_AFTER})
 
 TOKEN_SIGNALS = (Signal.LOG_Q, Signal.LOG_TOP, Signal.ENTROPY)
 """What the draft's distribution says: the first columns, in their order."""
+
+
+class Head(Protocol):
+    """What says HEAD_SIGNALS of a candidate: an `AcceptanceHead`."""
+
+    def debiased(self, hidden: Tensor, token_signals: Tensor) -> Tensor:
+        """Logits of acceptance, before and after the draw: float32 [n, 2].
+
+        Args:
+            hidden: float32 [n, width], states that the candidates are drawn from.
+            token_signals: float32 [n, 3]: their TOKEN_SIGNALS.
+        """
 
 
 @dataclass(slots=True)
@@ -238,7 +251,7 @@ class StopPolicy:
     needs_head: ClassVar[bool] = False
 
     wanted: frozenset[Signal] = frozenset()
-    head: AcceptanceHead | None = None
+    head: Head | None = None
 
     @classmethod
     def settings(cls) -> dict[str, Setting]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from specdec.policies.base import (
     MOST_CANDIDATES,
     DraftStep,
     Explanation,
+    Head,
     RoundOutcome,
     RoundStart,
     Signal,
@@ -20,9 +20,6 @@ from specdec.policies.base import (
     setting,
 )
 from specdec.policies.estimators import Estimator, HeadEstimator
-
-if TYPE_CHECKING:
-    from specdec.policies.signals import AcceptanceHead
 
 
 @dataclass
@@ -117,7 +114,7 @@ class EstimatingPolicy(StopPolicy):
     """What a row's rate is kept within: beyond, its odds would drown all that signals say."""
 
     estimator: Estimator
-    head: AcceptanceHead | None = None
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         self.wanted = self.estimator.wanted

@@ -19,16 +19,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 from scipy.special import expit
 
 from specdec.measure.calibration import Array, Calibration, Flags
-from specdec.policies.base import HEAD_SIGNALS, Signal
-
-if TYPE_CHECKING:
-    from specdec.policies.signals import AcceptanceHead
+from specdec.policies.base import HEAD_SIGNALS, Head, Signal
 
 BOUND = 10.0
 """What signals are kept within, in nats: one odd candidate must not carry the fit. Set by hand."""
@@ -218,7 +215,7 @@ ESTIMATORS = (*ONLINE, "head")
 """All estimators, by the names that a job file uses."""
 
 
-def make_estimator(name: str | None, head: AcceptanceHead | None) -> Estimator:
+def make_estimator(name: str | None, head: Head | None) -> Estimator:
     """The estimator called `name`; None: the head if there is one, else confidence.
 
     Raises:

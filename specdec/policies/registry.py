@@ -8,17 +8,14 @@ configuration takes names, defaults and help from the policies themselves.
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from specdec.policies.base import Setting, StopPolicy
+from specdec.policies.base import Head, Setting, StopPolicy
 from specdec.policies.costs import CostModel
 from specdec.policies.estimating import Confidence, Entropy, HeadPolicy
 from specdec.policies.estimators import make_estimator
 from specdec.policies.goodput import Goodput
 from specdec.policies.simple import Fixed, Heuristic, NoDrafting
-
-if TYPE_CHECKING:
-    from specdec.policies.signals import AcceptanceHead
 
 POLICIES: dict[str, type[StopPolicy]] = {
     policy.name: policy
@@ -59,7 +56,7 @@ def make_policy(
     name: str,
     *,
     estimator: str | None = None,
-    head: AcceptanceHead | None = None,
+    head: Head | None = None,
     costs: CostModel | None = None,
     **settings: float | None,
 ) -> StopPolicy:

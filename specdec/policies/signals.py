@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.kernels.cpu import kernels_over
-from specdec.policies.base import HEAD_SIGNALS, TOKEN_SIGNALS, Signal
+from specdec.policies.base import HEAD_SIGNALS, TOKEN_SIGNALS, Head, Signal
 
 LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)
 """What the logarithm of less is taken for, so that all are finite: of the least normal float32."""
@@ -81,7 +81,7 @@ def read_signals(
     tokens: Tensor,
     hidden: Tensor,
     wanted: frozenset[Signal],
-    head: AcceptanceHead | None = None,
+    head: Head | None = None,
 ) -> Tensor:
     """What policies and estimators want to know of the candidates just drawn.
 
