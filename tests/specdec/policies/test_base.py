@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from specdec.policies.base import context_class
+from specdec.policies.base import RowHistory, context_class
 
 
 @pytest.mark.parametrize(
@@ -10,3 +10,16 @@ from specdec.policies.base import context_class
 )
 def test_context_class(tokens: int, least: int) -> None:
     assert context_class(tokens) == least
+
+
+def test_a_rows_history_forgets() -> None:
+    """Round by round, to what the last rounds alone would give."""
+    history = RowHistory()
+    history.add(4, 4)
+    history.add(2, 0)
+    kept = RowHistory.FORGET
+    assert (history.judged, history.accepted) == (kept * 4 + 2, kept * 4)
+    for _ in range(500):
+        history.add(3, 0)
+    assert history.accepted < 1e-3
+    assert history.judged == pytest.approx(3 / (1 - kept), rel=1e-3)

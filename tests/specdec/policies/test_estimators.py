@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from specdec.measure.calibration import Array, Flags
-from specdec.policies.base import RowHistory, Signal
+from specdec.policies.base import Signal
 from specdec.policies.estimators import ONLINE, Estimator, HeadEstimator, online_estimator
 from specdec.policies.signals import read_signals
 from tests.specdec.workloads import random_head
@@ -31,22 +31,6 @@ def test_what_is_known_before_the_draw_does_not_depend_on_the_candidate() -> Non
     for estimator in estimators().values():
         before, after = estimator.predict(host, typical)
         assert len(set(before.tolist())) == 1 and len(set(after.tolist())) == 9
-
-
-# ------------------------------------------------------------------------------- history
-
-
-def test_a_rows_history_forgets() -> None:
-    """Round by round, to what the last rounds alone would give."""
-    history = RowHistory()
-    history.add(4, 4)
-    history.add(2, 0)
-    kept = RowHistory.FORGET
-    assert (history.judged, history.accepted) == (kept * 4 + 2, kept * 4)
-    for _ in range(500):
-        history.add(3, 0)
-    assert history.accepted < 1e-3
-    assert history.judged == pytest.approx(3 / (1 - kept), rel=1e-3)
 
 
 # ---------------------------------------------------------------------------- estimators

@@ -12,9 +12,6 @@ from tests.specdec.workloads import random_head
 WANTED = frozenset(TOKEN_SIGNALS)
 
 
-# ------------------------------------------------------------------------------- signals
-
-
 @pytest.fixture(params=["compiled", "torch"])
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Signals are read by a compiled kernel where there is one."""
