@@ -55,7 +55,7 @@ from specdec.engine.engine import Engine
 from specdec.loading.pair import ModelPair
 from specdec.loading.sources import find_model, model_folder
 from specdec.model.linear import Quantization
-from specdec.policies.costs import CostModel
+from specdec.policies.profiling import profile_costs
 from specdec.policies.registry import make_policy
 from specdec.request import Completion
 
@@ -139,7 +139,7 @@ def prefixes(
         ],
         "32 prompts behind a block of 600": [(*block[:600], *q) for q in questions[:32]],
     }
-    costs = CostModel.profile(pair.target, pair.draft, slots) if pair.draft else None
+    costs = profile_costs(pair.target, pair.draft, slots) if pair.draft else None
     table = Table("work", "shared, s", "not shared, s", "times faster", "tokens copied", "equal")
     for name, rows in work.items():
         found: dict[str, tuple[list[Completion], Engine]] = {}

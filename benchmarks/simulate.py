@@ -65,7 +65,15 @@ from specdec.policies.registry import make_policy
 from specdec.request import Request, SamplingParams
 from specdec.simulate.bound import least_seconds
 from specdec.simulate.record import MOST, Text, measure_costs, record, write_texts
-from specdec.simulate.replay import Ratio, Replay, Trace, faster, load_traces, replay, save_traces
+from specdec.simulate.replay import (
+    Ratio,
+    Replay,
+    Transcript,
+    faster,
+    load_transcripts,
+    replay,
+    save_transcripts,
+)
 
 
 class Costs(StrEnum):
@@ -123,7 +131,7 @@ def record_command(
         "verification": verification,
         "head": str(head) if head else None,
     }
-    save_traces(out, traces, about)
+    save_transcripts(out, traces, about)
     accepted = sum(int(trace.accepted.sum()) for trace in traces)
     n = sum(len(trace.accepted) for trace in traces)
     console.print(f"{out}: {len(traces)} rows, {n} positions, {accepted / n:.1%} accepted")
@@ -196,8 +204,8 @@ def contenders(trained: bool, make: Callable[[], CostModel]) -> dict[str, Callab
 
 
 def replayed(
-    traces: list[Trace],
-    warm: list[Trace],
+    traces: list[Transcript],
+    warm: list[Transcript],
     named: dict[str, Callable[[], StopPolicy]],
     clock: CostModel,
     live: int,
@@ -230,11 +238,11 @@ def replay_command(
     Prints a row a policy. Some 3 minutes on two cores.
     """
     prepare(threads)
-    loaded, about = load_traces(traces)
+    loaded, about = load_transcripts(traces)
     prompt = sum(trace.prompt_tokens for trace in loaded) // len(loaded)
     make = costs_maker(costs, live, prompt, target, draft, precision)
     trained = bool(about["head"])
-    warming = load_traces(warm)[0] if warm else []
+    warming = load_transcripts(warm)[0] if warm else []
     results = replayed(loaded, warming, contenders(trained, make), make(), live)
     tokens = sum(len(trace.accepted) - trace.first for trace in loaded)
     bound = tokens / float(least_seconds(loaded, make(), live).sum())

@@ -104,7 +104,7 @@ def tiny_head(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory)
     """Folder of an untrained acceptance head for the tiny pair."""
     from specdec.loading.head_files import save_head
     from specdec.loading.pair import ModelPair
-    from specdec.policies.estimators import AcceptanceHead
+    from specdec.policies.signals import AcceptanceHead
 
     folder = tmp_path_factory.mktemp("heads") / "head"
     pair = ModelPair.load(tiny_models.target, tiny_models.draft, device="cpu")

@@ -20,7 +20,7 @@ from specdec.policies.base import StopPolicy
 from specdec.policies.costs import CostModel
 from specdec.policies.registry import make_policy
 from specdec.simulate.record import Text, measure_costs, record
-from specdec.simulate.replay import Ratio, Replay, Trace, acceptance, faster, replay
+from specdec.simulate.replay import Ratio, Replay, Transcript, acceptance, faster, replay
 
 _COST_SECONDS = 15.0
 """Spent on measuring the costs of each side, about. More is surer, and delays the night's end."""
@@ -43,15 +43,7 @@ class Side:
     def policy(self, job: JobConfig) -> StopPolicy:
         """A new policy, as an actor would make it."""
         ours = job.speculation
-        return make_policy(
-            ours.policy,
-            k=ours.k,
-            k_min=ours.k_min,
-            k_max=ours.k_max,
-            threshold=ours.threshold,
-            estimator=ours.estimator,
-            head=self.head,
-        )
+        return make_policy(ours.policy, head=self.head, **ours.settings)
 
 
 @dataclass(frozen=True)
@@ -160,14 +152,14 @@ def _shown(ratio: Ratio) -> str:
     return f"{ratio.value:.3f} (95% interval {ratio.low:.3f} to {ratio.high:.3f})"
 
 
-def _traces(side: Side, texts: Sequence[Text], job: JobConfig) -> list[Trace]:
+def _traces(side: Side, texts: Sequence[Text], job: JobConfig) -> list[Transcript]:
     verification = job.speculation.verification
     most = max(job.speculation.k_max, job.speculation.k)
     return list(record(side.pair, texts, verification=verification, head=side.head, most=most))
 
 
 def _clocks(
-    incumbent: Side, candidate: Side, traces: Sequence[Trace], job: JobConfig
+    incumbent: Side, candidate: Side, traces: Sequence[Transcript], job: JobConfig
 ) -> tuple[CostModel, CostModel]:
     """What forwards cost. The target's are the same on both sides, so they are measured once."""
     prompt = sum(trace.prompt_tokens for trace in traces) // len(traces)
@@ -179,7 +171,7 @@ def _clocks(
 
 
 def _replay(
-    side: Side, traces: Sequence[Trace], costs: CostModel, job: JobConfig, live: int
+    side: Side, traces: Sequence[Transcript], costs: CostModel, job: JobConfig, live: int
 ) -> Replay:
     """What the policy does once it has learned from these rows."""
     policy = side.policy(job)

@@ -37,7 +37,7 @@ from specdec.request import Request
 from specdec.simulate.record import Text
 from specdec.training.distill import distill
 from specdec.training.examples import Example
-from specdec.training.head import HeadSettings, calibrate, evaluate, train_head
+from specdec.training.head import HeadSettings, calibrate, evaluate_head, train_head
 from specdec.training.labels import Labels, LabelSettings, assign_parts, collect
 from specdec.training.settings import Settings, Watch
 from specdec.training.student import DistillError, Student
@@ -277,7 +277,7 @@ def _train_head(
     labels = Labels.cat(list(collect(pair, zip(lesson.learn, parts, strict=True), labelling)))
     head = train_head(labels, training)
     saved, calibration = calibrate(head, labels)
-    metrics = evaluate(head, saved, labels)
+    metrics = evaluate_head(head, saved, labels)
     names = ("temperature", "top_k", "top_p", "min_p")
     save_head(
         folder,

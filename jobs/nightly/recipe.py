@@ -19,6 +19,7 @@ from jobs.nightly.filter_settings import FiltersConfig
 from pipeline.config.job import JobConfig
 from pipeline.config.model_identity import digest
 from pipeline.config.settings import Settings, StringList, example
+from specdec.policies.registry import POLICIES
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """What the dataset and its templates may be called: part of a path in any storage."""
@@ -290,11 +291,10 @@ class Recipe(Settings):
             raise ValueError("improve needs job.models.draft")
         if improve.draft and self.job.speculation.policy == "none":
             raise ValueError("improve.draft: job.speculation.policy is none, which uses no draft")
-        if improve.head and self.job.speculation.policy not in ("head", "goodput"):
-            raise ValueError(
-                "improve.head: a head serves the policies head and goodput, not "
-                f"{self.job.speculation.policy}"
-            )
+        policy = self.job.speculation.policy
+        if improve.head and not POLICIES[policy].estimates:
+            serves = " and ".join(name for name, each in POLICIES.items() if each.estimates)
+            raise ValueError(f"improve.head: a head serves the policies {serves}, not {policy}")
         if improve.head and self.job.speculation.estimator not in (None, "head"):
             raise ValueError(
                 "improve.head: job.speculation.estimator is "

@@ -22,7 +22,7 @@ from pipeline.inputs.jsonl import RAW_LINE
 from pipeline.inputs.prompts import required_columns
 from pipeline.inputs.row_ids import ROW_ID
 from pipeline.storage.folder import Folder
-from specdec.measure.speedup import Rounds, SpeedupMeter
+from specdec.measure.speedup import RoundSums, SpeedupMeter
 
 _EXCERPT = 240
 _EXAMPLES = 3
@@ -148,7 +148,7 @@ def _speeds(records: Iterable[UnitRecord]) -> list[tuple[int, float | None, floa
         if record.speedup is not None:
             meter.add(SpeedupMeter.from_json(record.speedup))
 
-    def speed(rounds: Rounds | None) -> float | None:
+    def speed(rounds: RoundSums | None) -> float | None:
         return rounds.k / rounds.t if rounds is not None and rounds.t > 0 else None
 
     return [

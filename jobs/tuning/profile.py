@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of i
     from specdec.policies.base import StopPolicy
     from specdec.policies.costs import CostModel
     from specdec.simulate.record import Text
-    from specdec.simulate.replay import Trace
+    from specdec.simulate.replay import Transcript
 
 FIXED = range(1, 9)
 """Lengths of `fixed` that are tried."""
@@ -232,11 +232,11 @@ def _texts(
     return [texts[name] for name in requests if name in texts], left_out
 
 
-def _by_class(traces: list[Trace]) -> list[dict[str, Any]]:
+def _by_class(traces: list[Transcript]) -> list[dict[str, Any]]:
     """How often candidates are accepted at any position, by class, the largest class first."""
     from specdec.simulate.replay import acceptance
 
-    classes: dict[str, list[Trace]] = {}
+    classes: dict[str, list[Transcript]] = {}
     for trace in traces:
         classes.setdefault(trace.group, []).append(trace)
     result = []
@@ -270,25 +270,24 @@ def _batches(slots: int) -> list[int]:
 
 def _policies(job: JobConfig, pair: ModelPair, live: int, head: Any) -> dict[str, StopPolicy]:
     """What is tried, by the names of reports; prepared as an Engine would prepare it."""
-    from specdec.policies.registry import make_policy
+    from specdec.policies.registry import POLICIES, make_policy
 
     ours = job.speculation
-    policies = {"none": make_policy("none")}
-    policies |= {f"fixed {k}": make_policy("fixed", k=k) for k in FIXED}
-    policies["heuristic"] = make_policy("heuristic", k=ours.k, k_min=ours.k_min, k_max=ours.k_max)
-    for name in ("confidence", "entropy", *(["head"] if head or ours.policy == "head" else [])):
-        own = ours.policy == name
-        policies[name] = make_policy(
-            name,
-            k_min=ours.k_min,
-            k_max=ours.k_max,
-            threshold=ours.threshold if own else None,
-            estimator=ours.estimator if own else None,
-            head=head,
-        )
-    policies["goodput"] = make_policy(
-        "goodput", k_max=ours.k_max, estimator=ours.estimator, head=head
-    )
+    settings: dict[str, Any] = {
+        "k": ours.k,
+        "k_min": ours.k_min,
+        "k_max": ours.k_max,
+        "estimator": ours.estimator,
+    }
+    policies: dict[str, StopPolicy] = {}
+    for name, policy in POLICIES.items():
+        own = name == ours.policy
+        if name == "fixed":
+            policies |= {f"fixed {k}": make_policy(name, k=k) for k in FIXED}
+        elif own or head or not policy.needs_head:
+            # A threshold means something to the job's own policy only.
+            threshold = ours.threshold if own else None
+            policies[name] = make_policy(name, head=head, threshold=threshold, **settings)
     assert pair.draft is not None, "a profile loads the draft"
     for policy in policies.values():
         policy.prepare(pair.target, pair.draft, live)
@@ -296,7 +295,7 @@ def _policies(job: JobConfig, pair: ModelPair, live: int, head: Any) -> dict[str
 
 
 def _predict(
-    traces: list[Trace], policies: dict[str, StopPolicy], costs: CostModel, live: int
+    traces: list[Transcript], policies: dict[str, StopPolicy], costs: CostModel, live: int
 ) -> dict[str, Any]:
     """Every policy at one live batch, as it does once it has learned from these rows."""
     from specdec.simulate.bound import least_seconds

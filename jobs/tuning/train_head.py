@@ -301,7 +301,7 @@ def _train(
     from jobs.tuning.head_rows import label_all
     from pipeline.commit.manifest import versions
     from specdec.loading.head_files import save_head
-    from specdec.training.head import Epoch, calibrate, describe_labels, evaluate, train_head
+    from specdec.training.head import Epoch, calibrate, describe_labels, evaluate_head, train_head
     from specdec.training.labels import Part
 
     began = time.monotonic()
@@ -323,7 +323,7 @@ def _train(
 
     head = train_head(labels, training, trained)
     saved, calibration = calibrate(head, labels)
-    metrics = evaluate(head, saved, labels)
+    metrics = evaluate_head(head, saved, labels)
     sampling = source.config.sampling
     save_head(
         folder,

@@ -35,15 +35,6 @@ HISTORY = "_specbatch/history"
 SUCCESS = "_SUCCESS"
 
 _THREADS = 16
-_POLICY_SETTINGS = {
-    "none": (),
-    "fixed": ("k",),
-    "heuristic": ("k", "k_min", "k_max"),
-    "confidence": ("threshold", "k_max"),
-    "entropy": ("threshold", "k_max"),
-    "head": ("threshold", "k_min", "k_max", "estimator"),
-    "goodput": ("k_max", "estimator"),
-}
 _SHOWN_CHARACTERS = 80
 _PACKAGES = ("specbatch", "torch", "transformers", "ray", "pyarrow")
 
@@ -73,8 +64,7 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
     }
     if speculation.verification == "rejection":
         result["speculation"]["policy"] = speculation.policy
-        for name in _POLICY_SETTINGS[speculation.policy]:
-            result["speculation"][name] = getattr(speculation, name)
+        result["speculation"] |= speculation.settings
         if speculation.head is not None:
             result["speculation"]["head"] = head_identity(speculation.head)
         if models.draft is not None and speculation.policy != "none":

@@ -20,17 +20,13 @@ from pipeline.config.s3 import S3Config
 from pipeline.config.sampling import MAX_SAMPLES, SamplingConfig
 from pipeline.config.settings import PlainString, Settings, example
 from pipeline.config.speculation import (
-    ESTIMATING_POLICIES,
-    THRESHOLD_POLICIES,
     Estimator,
     Policy,
     SpeculationConfig,
 )
 
 __all__ = [
-    "ESTIMATING_POLICIES",
     "MAX_SAMPLES",
-    "THRESHOLD_POLICIES",
     "ActorsConfig",
     "BudgetConfig",
     "Estimator",

@@ -1,21 +1,38 @@
-"""The section `speculation` of the job file."""
+"""The section `speculation` of the job file.
+
+Policies declare their names, settings and bounds themselves (specdec/policies/registry.py); this
+section takes them from there.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.config.settings import Settings, example
+from specdec.policies.estimators import ESTIMATORS
+from specdec.policies.registry import POLICIES, meaning, takers
 
-Policy = Literal["none", "fixed", "heuristic", "confidence", "entropy", "head", "goodput"]
-Estimator = Literal["confidence", "entropy", "head"]
+if TYPE_CHECKING:
+    Policy = Estimator = str
+else:  # the registry's names: an unknown one is refused, and the schema lists them
+    Policy, Estimator = Literal[(*POLICIES,)], Literal[ESTIMATORS]
 
-THRESHOLD_POLICIES = ("confidence", "entropy", "head")
-"""Those that stop at `threshold`."""
+_LENGTHS = ("k", "k_min", "k_max")
+_ESTIMATING = [name for name, policy in POLICIES.items() if policy.estimates]
 
-ESTIMATING_POLICIES = ("head", "goodput")
-"""Those that predict acceptance, with `estimator` or `head`."""
+
+def _length(setting: str) -> Any:
+    """A number of candidates that stop policies take: its bounds and default are theirs."""
+    first = next(iter(takers(setting).values()))
+    return Field(default=first.default, ge=first.least, le=first.most, description=meaning(setting))
+
+
+def _names(policies: Sequence[str], quote: str = "") -> str:
+    quoted = [f"{quote}{name}{quote}" for name in policies]
+    return (" and " if len(policies) == 2 else ", ").join(quoted)
 
 
 class SpeculationConfig(Settings):
@@ -25,36 +42,22 @@ class SpeculationConfig(Settings):
 
     policy: Policy = Field(
         default="goodput",
-        description="When to stop drafting. `goodput` weighs what each candidate brings and "
-        "costs on this machine. `none` does not speculate.",
+        description="When to stop drafting. "
+        + " ".join(f"`{name}` {policy.summary}." for name, policy in POLICIES.items()),
     )
     verification: Literal["rejection", "coupled"] = Field(
         default="rejection",
         description="`rejection` accepts the most candidates. `coupled` gives the same tokens "
         "for any draft, policy and batch.",
     )
-    k: int = Field(
-        default=4,
-        ge=0,
-        le=64,
-        description="Candidates per round: of `fixed`, and the first number of `heuristic`.",
-    )
-    k_min: int = Field(
-        default=1, ge=0, le=64, description="Least candidates per round, of `heuristic` and `head`."
-    )
-    k_max: int = Field(
-        default=20,
-        ge=1,
-        le=64,
-        description="Most candidates per round, of all policies but `fixed`.",
-    )
+    k: int = _length("k")
+    k_min: int = _length("k_min")
+    k_max: int = _length("k_max")
     threshold: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="Where to stop drafting. `confidence`: below this draft probability (`null`: "
-        "0.4). `entropy`: below this bound on acceptance (0.4). `head`: above this "
-        "risk of a rejection (0.7).",
+        description=f"Where to stop drafting. {meaning('threshold')} `null`: the policy's own.",
     )
     head: str | None = Field(
         default=None,
@@ -62,8 +65,8 @@ class SpeculationConfig(Settings):
     )
     estimator: Estimator | None = Field(
         default=None,
-        description="What `head` and `goodput` predict acceptance with. `null`: the trained head "
-        "if there is one, else `confidence`.",
+        description=f"What {_names(_ESTIMATING, '`')} predict acceptance with. `null`: the "
+        "trained head if there is one, else `confidence`.",
     )
     control_share: float = Field(
         default=0.02,
@@ -77,25 +80,48 @@ class SpeculationConfig(Settings):
         description="Keep every round of every row in `trace/`, for `specbatch explain`.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_policy(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(name := values.get("policy"), str):
+            return values
+        own = POLICIES[name].settings() if name in POLICIES else {}
+        differing = {
+            key: each.default
+            for key, each in own.items()
+            if key in _LENGTHS and each.default != cls.model_fields[key].default
+        }
+        return {**differing, **values}
+
     @model_validator(mode="after")
     def _settings_of_the_policy(self) -> SpeculationConfig:
         if self.k_min > self.k_max:
             raise ValueError(f"k_min ({self.k_min}) is more than k_max ({self.k_max})")
-        if self.threshold is not None and self.policy not in THRESHOLD_POLICIES:
-            names = ", ".join(THRESHOLD_POLICIES)
-            raise ValueError(f"threshold belongs to the policies {names}, not to {self.policy}")
-        for name in ("head", "estimator"):
-            if getattr(self, name) is not None and self.policy not in ESTIMATING_POLICIES:
-                names = " and ".join(ESTIMATING_POLICIES)
-                raise ValueError(f"{name} belongs to the policies {names}, not to {self.policy}")
+        policy = POLICIES[self.policy]
+        for name in ("threshold", "head", "estimator"):
+            owners = [*takers(name)] if name == "threshold" else _ESTIMATING
+            if getattr(self, name) is not None and self.policy not in owners:
+                raise ValueError(
+                    f"{name} belongs to the policies {_names(owners)}, not to {self.policy}"
+                )
         if self.head is not None and self.estimator not in (None, "head"):
             raise ValueError(
                 f"head is not used with estimator {self.estimator}; remove one of them"
             )
-        needs_head = self.estimator == "head" or (self.policy == "head" and not self.estimator)
+        needs_head = self.estimator == "head" or (policy.needs_head and not self.estimator)
         if needs_head and self.head is None:
             raise ValueError(
                 "head: give the folder of a trained head (make one with specbatch train-head), "
                 "or set estimator to confidence"
             )
         return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the policy takes of these, for `make_policy`; not the head, which is to be loaded.
+
+        Their order is part of fingerprints.
+        """
+        policy = POLICIES[self.policy]
+        names = [*policy.settings(), *(["estimator"] if policy.estimates else [])]
+        return {name: getattr(self, name) for name in names if name in type(self).model_fields}

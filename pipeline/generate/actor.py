@@ -376,15 +376,7 @@ def make_engine(job: JobConfig, pair: Any, head: Any, decode: Callable[..., str]
     memory = actors.kv_memory_gb
     return Engine(
         pair,
-        policy=make_policy(
-            speculation.policy,
-            k=speculation.k,
-            k_min=speculation.k_min,
-            k_max=speculation.k_max,
-            threshold=speculation.threshold,
-            estimator=speculation.estimator,
-            head=head,
-        ),
+        policy=make_policy(speculation.policy, head=head, **speculation.settings),
         verification=speculation.verification,
         slots=actors.slots,
         kv_memory_bytes=int(memory * 1e9) if memory else None,

@@ -35,7 +35,7 @@ from specdec.model.attention import GRID_TOKENS, upload
 from specdec.model.prefill import feed_shared
 from specdec.model.sharing import LEAST_SHARED, SharedCaches
 from specdec.policies.base import DraftStep, RoundStart, StopPolicy
-from specdec.policies.estimators import read_signals
+from specdec.policies.signals import read_signals
 from specdec.request import Completion, Counts, InvalidRequest, Request
 
 INVARIANT_CHUNK = 128

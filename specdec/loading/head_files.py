@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specdec.loading.sources import PairError
 from specdec.model.decoder import PackedDecoder
-from specdec.policies.estimators import AcceptanceHead
+from specdec.policies.signals import AcceptanceHead
 
 WEIGHTS, CARD = "head.safetensors", "card.json"
 _FORMAT = 1

@@ -14,6 +14,7 @@ Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 BINS = 10
+"""Classes of predictions, of equal width. More tell finer and need more candidates each."""
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +29,7 @@ class Calibration:
     bins: Array = field(default_factory=lambda: np.zeros((BINS, 3)))
 
     def add(self, predicted: Array, accepted: Flags | Array) -> None:
-        """Book judged candidates: predictions float [n] in [0, 1], and what happened.
+        """Count judged candidates: predictions float [n] in [0, 1], and what happened.
 
         That is bool [n], or float [n] where only the probability of acceptance is known.
         """
@@ -37,7 +38,7 @@ class Calibration:
 
     @property
     def judged(self) -> float:
-        """Candidates booked."""
+        """Candidates counted."""
         return float(self.bins[:, 0].sum())
 
     @property

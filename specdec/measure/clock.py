@@ -24,7 +24,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, shares: dict[str, float]) -> Iterator[None]:
-        """Time the body and book it to phases by their shares, which sum to 1."""
+        """Time the body and count it for phases by their shares, which sum to 1."""
         if self._cuda:
             begin, end = _event(), _event()
             begin.record()

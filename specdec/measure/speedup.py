@@ -16,11 +16,14 @@ from typing import Any
 from scipy.special import stdtrit
 
 LEAST_CONTROLS = 3
-"""Control rounds of one live-batch class before it is judged by itself."""
+"""Control rounds of one live-batch class before it is judged by itself.
+
+With fewer there is no variance to speak of. Raised, more classes borrow the others' ratio.
+"""
 
 
 @dataclass(slots=True)
-class Rounds:
+class RoundSums:
     """Sums over rounds: how many, seconds t, committed tokens k, and their second moments."""
 
     n: float = 0.0
@@ -32,11 +35,11 @@ class Rounds:
 
     def book(self, seconds: float, tokens: int) -> None:
         """Add one round."""
-        self.add(Rounds(1, seconds, tokens, seconds**2, seconds * tokens, tokens**2))
+        self.add(RoundSums(1, seconds, tokens, seconds**2, seconds * tokens, tokens**2))
 
-    def add(self, other: Rounds) -> None:
+    def add(self, other: RoundSums) -> None:
         """Add the rounds of `other`."""
-        for name in Rounds.__slots__:
+        for name in RoundSums.__slots__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @property
@@ -53,7 +56,7 @@ class Rounds:
 
 @dataclass(slots=True)
 class SpeedupMeter:
-    """Rounds by live batch, with speculation and as control.
+    """RoundSums by live batch, with speculation and as control.
 
     Attributes:
         speculative, control: by class of live batch (`batch_class`); rounds in which no prompt was
@@ -62,14 +65,14 @@ class SpeedupMeter:
             taken without candidates, and the tokens they committed beyond one per row.
     """
 
-    speculative: dict[int, Rounds] = field(default_factory=dict)
-    control: dict[int, Rounds] = field(default_factory=dict)
+    speculative: dict[int, RoundSums] = field(default_factory=dict)
+    control: dict[int, RoundSums] = field(default_factory=dict)
     mixed: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
 
     def book(self, live: int, seconds: float, tokens: int, *, control: bool) -> None:
         """Add a round that committed `tokens` for `live` rows."""
         arm = self.control if control else self.speculative
-        arm.setdefault(batch_class(live), Rounds()).book(seconds, tokens)
+        arm.setdefault(batch_class(live), RoundSums()).book(seconds, tokens)
 
     def book_mixed(self, seconds: float, without: float, extra: int) -> None:
         """Add a round that also fed prompts; see `mixed`."""
@@ -83,7 +86,7 @@ class SpeedupMeter:
             (self.control, other.control),
         ):
             for key, rounds in theirs.items():
-                mine.setdefault(key, Rounds()).add(rounds)
+                mine.setdefault(key, RoundSums()).add(rounds)
         self.mixed = [a + b for a, b in zip(self.mixed, other.mixed, strict=True)]
 
     def copy(self) -> SpeedupMeter:
@@ -93,25 +96,25 @@ class SpeedupMeter:
         return result
 
     def minus(self, other: SpeedupMeter) -> SpeedupMeter:
-        """What was booked since `other` was this meter."""
+        """What was added since `other` was this meter."""
         result = SpeedupMeter()
         for target, now, then in (
             (result.speculative, self.speculative, other.speculative),
             (result.control, self.control, other.control),
         ):
             for key, rounds in now.items():
-                before = then.get(key, Rounds())
-                sums = [getattr(rounds, s) - getattr(before, s) for s in Rounds.__slots__]
+                before = then.get(key, RoundSums())
+                sums = [getattr(rounds, s) - getattr(before, s) for s in RoundSums.__slots__]
                 if sums[0]:
-                    target[key] = Rounds(*sums)
+                    target[key] = RoundSums(*sums)
         result.mixed = [a - b for a, b in zip(self.mixed, other.mixed, strict=True)]
         return result
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for records."""
 
-        def plain(arm: Mapping[int, Rounds]) -> dict[str, list[float]]:
-            return {str(k): [getattr(r, s) for s in Rounds.__slots__] for k, r in arm.items()}
+        def plain(arm: Mapping[int, RoundSums]) -> dict[str, list[float]]:
+            return {str(k): [getattr(r, s) for s in RoundSums.__slots__] for k, r in arm.items()}
 
         return {
             "speculative": plain(self.speculative),
@@ -123,13 +126,13 @@ class SpeedupMeter:
     def from_json(data: Mapping[str, Any]) -> SpeedupMeter:
         """What `to_json` gave."""
 
-        def arm(name: str) -> dict[int, Rounds]:
-            return {int(k): Rounds(*sums) for k, sums in data[name].items()}
+        def arm(name: str) -> dict[int, RoundSums]:
+            return {int(k): RoundSums(*sums) for k, sums in data[name].items()}
 
         return SpeedupMeter(arm("speculative"), arm("control"), list(data["mixed"]))
 
     def estimate(self, confidence: float = 0.95) -> Speedup | None:
-        """Seconds without speculation over seconds with it, for the work of the booked rounds.
+        """Seconds without speculation over seconds with it, for the work of these rounds.
 
         The tokens that were committed at a live batch are charged at what its control rounds took
         per token; a class with fewer than LEAST_CONTROLS of them borrows the other classes' ratio.

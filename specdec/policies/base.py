@@ -1,4 +1,7 @@
-"""When to stop drafting: the `StopPolicy` seam and the policies that look at one row at a time.
+"""When to stop drafting: the seam between the engine and stop policies.
+
+Each candidate costs a draft step and a token of the verification, and counts only if all before it
+are accepted. So drafting has to stop somewhere, and where it pays to stop differs from row to row.
 
 A policy decides per row, in four places of a round:
 
@@ -18,19 +21,84 @@ sees y_k and decides about y_{k+1}. `submit` must keep to it by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from specdec.measure.calibration import Array, Calibration, Flags
-from specdec.policies.estimators import AcceptanceHead, Estimator, HeadEstimator, RowHistory, Signal
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from specdec.model.decoder import PackedDecoder
 
 Indices = NDArray[np.int64]
+
+MOST_CANDIDATES = 64
+"""Most candidates of a round that a policy can be told.
+
+Verification packs all candidates of all rows: raised, a wrong setting takes much memory before
+anybody notices. Acceptance makes more than about 20 useless with the drafts there are.
+"""
+
+
+class Signal(IntEnum):
+    """Columns of what is read off a draft step; logarithms and entropy are in nats.
+
+    All are of the draft's raw distribution (temperature 1), so that they mean something for greedy
+    rows too. The head's two are its logits without the bias that its training weights put in.
+    """
+
+    LOG_Q = 0  # of the candidate
+    LOG_TOP = 1  # of the likeliest token
+    ENTROPY = 2
+    HEAD_BEFORE = 3
+    HEAD_AFTER = 4
+
+
+HEAD_SIGNALS = frozenset({Signal.HEAD_BEFORE, Signal.HEAD_AFTER})
+"""What a trained head says."""
+
+TOKEN_SIGNALS = (Signal.LOG_Q, Signal.LOG_TOP, Signal.ENTROPY)
+"""What the draft's distribution says: the first columns, in their order."""
+
+
+class Head(Protocol):
+    """What says HEAD_SIGNALS of a candidate: an `AcceptanceHead`."""
+
+    def debiased(self, hidden: Tensor, token_signals: Tensor) -> Tensor:
+        """Logits of acceptance, before and after the draw: float32 [n, 2].
+
+        Args:
+            hidden: float32 [n, width], states that the candidates are drawn from.
+            token_signals: float32 [n, 3]: their TOKEN_SIGNALS.
+        """
+
+
+@dataclass(slots=True)
+class RowHistory:
+    """Candidates of one row that were judged lately; older ones count less.
+
+    Attributes:
+        judged, accepted: decayed counts.
+    """
+
+    FORGET: ClassVar[float] = 0.97
+    """Weight that is left of old candidates after one more round: 33 rounds are remembered.
+
+    Raised, a row's rate is steadier and follows its text more slowly. Set by hand.
+    """
+
+    judged: float = 0.0
+    accepted: float = 0.0
+
+    def add(self, judged: float, accepted: float) -> None:
+        """Count a round."""
+        self.judged = self.FORGET * self.judged + judged
+        self.accepted = self.FORGET * self.accepted + accepted
 
 
 @dataclass(slots=True)
@@ -134,16 +202,62 @@ class Explanation:
     reason: str
 
 
-class StopPolicy:
-    """Drafts nothing and remembers nothing: the base, and the policy `none`.
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A number that a policy takes.
 
     Attributes:
+        default: the policy's own.
+        least, most: its bounds, both allowed.
+        meaning: what it does, for help texts.
+    """
+
+    default: float
+    least: float
+    most: float
+    meaning: str
+
+
+Number = TypeVar("Number", int, float)
+
+
+def setting(default: Number, least: float, most: float, meaning: str) -> Number:
+    """A field of a policy's dataclass that is one of its settings; the arguments of `Setting`."""
+    declared = Setting(default, least, most, meaning)
+    number: Number = field(default=default, metadata={"setting": declared})
+    return number
+
+
+class StopPolicy:
+    """The base of policies: drafts nothing and remembers nothing.
+
+    A policy is a dataclass in a file of its own. Its fields made by `setting` are what it can be
+    told; `name` and `summary` are what job files and help call it. One line in
+    specdec/policies/registry.py makes it known to jobs, commands and tests. A policy's file must
+    load without torch, since configuration does: what needs torch is imported where it is used.
+
+    Attributes:
+        name: in job files.
+        summary: what it does, in half a sentence.
+        estimates: whether it takes an estimator, and so a trained head.
+        needs_head: whether a job must name a trained head, or another estimator.
         wanted: signals to compute for `go_on`; empty: `go_on` is not asked.
         head: the acceptance head behind the head's signals.
     """
 
+    name: ClassVar[str] = "unnamed"
+    summary: ClassVar[str] = ""
+    estimates: ClassVar[bool] = False
+    needs_head: ClassVar[bool] = False
+
     wanted: frozenset[Signal] = frozenset()
-    head: AcceptanceHead | None = None
+    head: Head | None = None
+
+    @classmethod
+    def settings(cls) -> dict[str, Setting]:
+        """What it can be told, by name."""
+        own = fields(cls) if is_dataclass(cls) else ()
+        return {each.name: each.metadata["setting"] for each in own if "setting" in each.metadata}
 
     def prepare(self, target: PackedDecoder, draft: PackedDecoder, slots: int) -> None:
         """Called once before the first round, with the models that will be run."""
@@ -174,217 +288,7 @@ class StopPolicy:
 
     def explain(self, row: int) -> Explanation:
         """Why the round just drafted stopped where it did, for one of its rows."""
-        return Explanation((), type(self).__name__.lower())
-
-
-@dataclass
-class Fixed(StopPolicy):
-    """Always k candidates."""
-
-    k: int = 4
-
-    def budget(self, start: RoundStart) -> Sequence[int]:
-        return [self.k] * len(start.rows)
-
-
-@dataclass
-class Heuristic(StopPolicy):
-    """Hugging Face's schedule, per row: k grows by 2 after a full acceptance, else shrinks by 1."""
-
-    k: int = 4
-    k_min: int = 1
-    k_max: int = 20
-
-    def budget(self, start: RoundStart) -> Sequence[int]:
-        return [row.k or self.k for row in start.rows]
-
-    def observe(self, outcome: RoundOutcome) -> None:
-        for row, submitted, accepted in zip(
-            outcome.start.rows, outcome.submitted, outcome.accepted, strict=True
-        ):
-            if submitted:
-                k = (row.k or self.k) + (2 if accepted == submitted else -1)
-                row.k = min(max(k, self.k_min), self.k_max)
-
-
-@dataclass
-class Confidence(StopPolicy):
-    """Hugging Face's assisted generation: stop after a candidate less likely than `threshold`.
-
-    The likelihood is the draft's own, before temperature, so that it also means something when
-    greedy. The unlikely candidate itself is still submitted.
-    """
-
-    threshold: float = 0.4
-    k_max: int = 20
-    wanted = frozenset({Signal.LOG_Q})
-
-    def budget(self, start: RoundStart) -> Sequence[int]:
-        return [self.k_max] * len(start.rows)
-
-    def go_on(self, step: DraftStep) -> Flags:
-        flags: Flags = step.signals[:, Signal.LOG_Q] >= np.log(self.threshold)
-        return flags
-
-
-@dataclass
-class Entropy(StopPolicy):
-    """AdaEDL (arXiv 2410.18351): stop where 1 - sqrt(0.2 H) falls below `threshold`.
-
-    H is the entropy of the draft's distribution; the expression bounds the acceptance rate from
-    below. The candidate drawn from that distribution is still submitted.
-    """
-
-    threshold: float = 0.4
-    k_max: int = 20
-    wanted = frozenset({Signal.ENTROPY})
-
-    def budget(self, start: RoundStart) -> Sequence[int]:
-        return [self.k_max] * len(start.rows)
-
-    def go_on(self, step: DraftStep) -> Flags:
-        flags: Flags = 1 - np.sqrt(0.2 * step.signals[:, Signal.ENTROPY]) >= self.threshold
-        return flags
-
-
-@dataclass(slots=True)
-class _Judgement:
-    """One draft step as an estimator saw it, by row."""
-
-    rows: list[int]
-    signals: Array
-    before: list[float]
-    after: list[float]
-    survival: list[float]
-
-
-class EstimatingPolicy(StopPolicy):
-    """A policy with an estimator: keeps each row's survival and teaches the estimator.
-
-    The survival of a row is the estimated probability that all its candidates so far are accepted.
-
-    Args:
-        estimator: acceptance probabilities from signals.
-        head: the module behind the head's signals.
-    """
-
-    PRIOR_RATE, PRIOR_WEIGHT = 0.6, 8.0
-    """Acceptance rate before anything was judged, and how many candidates that is worth."""
-
-    FORGET = 0.998
-    """Weight that is left of the pair's old evidence after one more candidate."""
-
-    def __init__(self, estimator: Estimator, head: AcceptanceHead | None = None) -> None:
-        self.estimator, self.head, self.wanted = estimator, head, estimator.wanted
-        self._judged, self._accepted = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * self.PRIOR_RATE
-        self._steps: list[_Judgement] = []
-
-    @property
-    def fell_back(self) -> bool:
-        return isinstance(self.estimator, HeadEstimator) and self.estimator.fallen_back
-
-    def _begin(self, start: RoundStart) -> None:
-        """Start a round: nothing drafted, all rows alive."""
-        self._steps = []
-        weight, known = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * self._accepted / self._judged
-        rates = [(r.history.accepted + known) / (r.history.judged + weight) for r in start.rows]
-        self.typical = [min(max(rate, 0.02), 0.98) for rate in rates]
-        self.survival = [1.0] * len(rates)
-
-    def _judge(self, step: DraftStep) -> _Judgement:
-        """Estimate the candidates just drawn and take them into the rows' survival."""
-        rows: list[int] = step.rows.tolist()
-        typical = np.array([self.typical[row] for row in rows])
-        before, after = (p.tolist() for p in self.estimator.predict(step.signals, typical))
-        for row, p in zip(rows, after, strict=True):
-            self.survival[row] *= p
-        survival = [self.survival[row] for row in rows]
-        judged = _Judgement(rows, step.signals, before, after, survival)
-        self._steps.append(judged)
-        return judged
-
-    def observe(self, outcome: RoundOutcome) -> None:
-        if not self._steps:
-            return
-        start, steps, self._steps = outcome.start, self._steps, []
-        # Up to a row's first rejected candidate all were judged; what comes after it was not.
-        each = zip(outcome.accepted, outcome.submitted, strict=True)
-        judged = [min(accepted + 1, submitted) for accepted, submitted in each]
-        # A candidate that was not submitted, behind accepted ones, counts as what it was taken for:
-        # those dropped are the unlikely ones, and without them a row's rate would be too high.
-        dropped: dict[int, float] = {}
-        # In plain Python: an array operation takes longer after a forward than all of this.
-        known, rows, stood, at = [], [], [], 0
-        for depth, step in enumerate(steps):
-            for row, predicted in zip(step.rows, step.after, strict=True):
-                if depth < judged[row]:
-                    stands = depth < outcome.accepted[row]
-                    start.rows[row].judged.append((start.contexts[row], predicted, stands))
-                    known.append(at)
-                    rows.append(row)
-                    stood.append(stands)
-                elif depth == outcome.submitted[row] == outcome.accepted[row]:
-                    dropped[row] = predicted
-                at += 1
-        for i, memory in enumerate(start.rows):
-            if judged[i] or i in dropped:
-                accepted = outcome.accepted[i] + dropped.get(i, 0.0)
-                memory.history.add(judged[i] + (i in dropped), accepted)
-        reached = sum(judged) + len(dropped)
-        kept = self.FORGET**reached
-        self._judged = self._judged * kept + reached
-        self._accepted = self._accepted * kept + sum(stood) + sum(dropped.values())
-        if known:
-            signals = np.concatenate([step.signals for step in steps])[known]
-            typical = np.array([self.typical[row] for row in rows])
-            self.estimator.learn(signals, typical, np.array(stood))
-
-    def explain(self, row: int) -> Explanation:
-        predicted = tuple(
-            p
-            for step in self._steps
-            for p, owner in zip(step.after, step.rows, strict=True)
-            if owner == row
-        )
-        return Explanation(predicted, self._reason(row, len(predicted)))
-
-    def _reason(self, row: int, drafted: int) -> str:
-        raise NotImplementedError
-
-
-class HeadPolicy(EstimatingPolicy):
-    """SpecDec++ (arXiv 2405.19715): stop once P(some candidate is rejected) exceeds `threshold`.
-
-    Args:
-        estimator, head: as published a trained head; any estimator will do.
-        threshold: h, on 1 - prod p. The optimal stop is a threshold (theorem 3.1 there), at
-            (c2 + d) / (c1 + c2 + d) for costs c1 of a draft step and c2 of the rest of a round.
-        k_min, k_max: least and most candidates.
-    """
-
-    def __init__(
-        self,
-        estimator: Estimator,
-        head: AcceptanceHead | None = None,
-        threshold: float = 0.7,
-        k_min: int = 2,
-        k_max: int = 20,
-    ) -> None:
-        super().__init__(estimator, head)
-        self.threshold, self.k_min, self.k_max = threshold, k_min, k_max
-
-    def budget(self, start: RoundStart) -> Sequence[int]:
-        self._begin(start)
-        return [self.k_max] * len(start.rows)
-
-    def go_on(self, step: DraftStep) -> Flags:
-        judged = self._judge(step)
-        few = step.depth < self.k_min
-        return np.array([few or 1 - alive <= self.threshold for alive in judged.survival])
-
-    def _reason(self, row: int, drafted: int) -> str:
-        risk = 1 - self.survival[row]
-        return f"after {drafted}: P(some rejected) {risk:.2f}, threshold {self.threshold:.2f}"
+        return Explanation((), self.name)
 
 
 def context_class(tokens: int) -> int:

@@ -1,54 +1,69 @@
 """What a forward costs, as measured: seconds by packed tokens.
 
-Cost curves are staircases that differ by machine, precision and kernel (DESIGN.md §3), so they are
-profiled when a model is loaded and refined by every round. A round is made of draft steps, D(n)
-each, and one verification, V(n), which is all the rest of the round; both include sampling and what
+A policy can weigh costs only if it knows them. Cost curves are staircases that differ by machine,
+precision and kernel: in fp32 on a CPU, 4 tokens through a layer take 3 times as long as one; in
+int8, 8 tokens take 1.5 times as long. So they are profiled when a model is loaded
+(specdec/policies/profiling.py) and refined by every round. A round is made of draft steps, D(n)
+each, and one verification, V(n), which is all the rest of the round. Both include sampling and what
 the host does, so that they sum to the round's wall time.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from specdec.lossless.sampling import greedy_choice
 from specdec.measure.calibration import Array
-from specdec.model.decoder import PackedDecoder
 
-SPEED_ERROR, SPEED_WALK = 0.3, 0.04
-"""By what share a machine's speed, the same for all forwards, differs between a profile and rounds,
-and changes from one round to the next."""
+SPEED_ERROR = 0.3
+"""By what share a machine's speed, the same for all forwards, differs between a profile and rounds.
 
-PROFILE_ERROR, EXTRAPOLATED_ERROR = 0.05, 1.0
-"""Relative errors of a place of a table against the others: of one that was profiled, and of one
-that was not."""
+Raised, the first rounds move all of a table further. Chosen for machines that are a fifth to a
+third slower for a while (benchmarks/LOG.md).
+"""
+
+SPEED_WALK = 0.04
+"""By what share that speed changes from one round to the next.
+
+Raised, a slow round is more readily taken for a slow machine. Any walk from 0.03 to 0.1 found the
+same differences between sizes on a machine whose speed changes by itself (benchmarks/LOG.md).
+"""
+
+PROFILE_ERROR = 0.05
+"""Relative error of a profiled place of a table against the others.
+
+Raised, rounds correct single places faster, and their noise does, too.
+"""
+
+EXTRAPOLATED_ERROR = 1.0
+"""The same of a place beyond the profile: next to nothing is known there, so rounds decide."""
 
 ROUND_NOISE = 0.15
-"""What rounds of the same size differ by, relative."""
+"""What rounds of the same size differ by, relative: measured on a CPU.
+
+Raised, tables follow measurements more slowly.
+"""
 
 PLACE_WALK = 0.001
-"""By what share a place changes against others between two observations: rows become longer."""
+"""By what share a place changes against others between two observations: rows become longer.
+
+Raised, tables forget sooner how sizes differ. Set by hand, far below ROUND_NOISE.
+"""
 
 OUTLIER = 2.0
-"""An error of more than this factor counts as this one."""
+"""An error of more than this factor counts as this one: a pause of the machine is no cost.
 
-CONTEXT = 192
-"""Cached positions of each row while profiling; refinement finds the job's own."""
-
-PROMPT = 256
-"""Tokens that the draft is profiled up to: one it has not followed must read the row's prompt."""
-
-REPEATS, LEAST_POINTS = 5, 4
-"""Timings of each usual number of tokens if there is time; numbers tried even if there is none."""
+Raised, pauses move tables further; lowered, a real change takes more rounds.
+"""
 
 BEYOND = 1.25
-"""A measurement at more than so many times the tokens of a table makes the table longer."""
+"""A measurement at more than so many times the tokens of a table makes the table longer.
 
+Raised, costs beyond the profile stay extrapolated; lowered, tables grow a place for every size.
+"""
 
 _UNKNOWN = np.zeros(0)
 
@@ -61,7 +76,7 @@ class CostTable:
 
     What is learnt is the machine's speed, which all places share, and each place's own part: a
     Kalman filter over relative errors. A machine is a fifth slower for a while now and then, and a
-    place that happened to be visited then must not be taken for a dear one.
+    place that happened to be visited then must not be taken for an expensive one.
 
     Args:
         tokens: increasing, from 1.
@@ -174,21 +189,6 @@ class CostModel:
     def __init__(self, draft: CostTable, verify: CostTable) -> None:
         self.draft, self.verify = draft, verify
 
-    @classmethod
-    def profile(
-        cls, target: PackedDecoder, draft: PackedDecoder, slots: int, seconds: float = 4.0
-    ) -> CostModel:
-        """Time forwards of both models on made-up rows.
-
-        Args:
-            slots: most rows in a round.
-            seconds: for both, about; the fewer forwards fit into it, the coarser the tables.
-        """
-        return cls(
-            _profile(draft, slots, max(2 * slots, PROMPT), seconds / 3),
-            _profile(target, slots, 9 * slots, seconds * 2 / 3),
-        )
-
     def observe_draft(self, tokens: int, *seconds: float) -> None:
         """Learn from draft steps of so many tokens."""
         self.draft.observe(tokens, *seconds)
@@ -197,7 +197,7 @@ class CostModel:
         """Learn from the rest of rounds of so many tokens.
 
         What it says of the machine's speed holds for the draft, too, which may be resting: else a
-        machine that has become faster since would have a dear draft.
+        machine that has become faster since would have an expensive draft.
         """
         before = self.verify.speed
         self.verify.observe(tokens, *seconds)
@@ -206,62 +206,3 @@ class CostModel:
     def points(self) -> dict[str, list[tuple[int, float]]]:
         """Both tables, JSON-able."""
         return {"draft": self.draft.points(), "verify": self.verify.points()}
-
-
-@torch.inference_mode()
-def _profile(decoder: PackedDecoder, slots: int, most: int, budget: float) -> CostTable:
-    cache = decoder.new_cache(slots, CONTEXT + max(most // slots + 1, 16))
-    ladder = list(_ladder(most))
-    # What most rounds will have comes first, in turns: what else the machine does slows all alike.
-    n = sum(tokens <= 2 * slots + 8 for tokens in ladder)
-    usual, larger = [ladder[i] for i in _coarse_to_fine(n)], ladder[: n - 1 : -1]
-    timings: dict[int, list[float]] = {}
-    began = time.perf_counter()
-    _time(decoder, cache, slots, 1)  # the first forward of a shape allocates
-    for tokens in [*usual, *larger[:1], *usual * (REPEATS - 1), *larger[1:]]:
-        if time.perf_counter() - began > budget and len(timings) >= LEAST_POINTS:
-            break
-        if decoder.device.type == "cuda" and tokens not in timings:
-            began += _time(decoder, cache, slots, tokens)  # compiling and recording come once
-        timings.setdefault(tokens, []).append(_time(decoder, cache, slots, tokens))
-    sizes = sorted(timings)
-    return CostTable(sizes, [float(np.median(timings[tokens])) for tokens in sizes])
-
-
-def _coarse_to_fine(n: int) -> Iterator[int]:
-    """0..n-1: both ends, then what halves the widest gap, so that any beginning covers it all."""
-    yield from sorted({0, n - 1})
-    gaps = [(0, n - 1)]
-    while gaps:
-        low, high = gaps.pop(0)
-        if high - low > 1:
-            middle = (low + high) // 2
-            yield middle
-            gaps += [(low, middle), (middle, high)]
-
-
-def _ladder(most: int) -> Iterator[int]:
-    """1, 2, 3, 4, 6, 8, 9, 12, 16, 17, 24, 25, 32, 33, 48, ... up to `most`.
-
-    Kernels work on tiles of 8 or more tokens: a curve jumps behind one, not halfway to the next.
-    """
-    step, tokens = 1, 1
-    while tokens <= most:
-        yield tokens
-        if tokens % 8 == 0 and tokens < most:
-            yield tokens + 1
-        if tokens >= 4 * step:
-            step *= 2
-        tokens += step
-
-
-def _time(decoder: PackedDecoder, cache: Any, slots: int, tokens: int) -> float:
-    """Seconds of one forward of `tokens` tokens over as many rows as there are, logits included."""
-    rows = min(slots, tokens)
-    feed = [(slot, tokens // rows + (slot < tokens % rows)) for slot in range(rows)]
-    cache.lengths = [CONTEXT] * slots
-    ids = torch.zeros(tokens, dtype=torch.int64, device=decoder.device)
-    start = time.perf_counter()
-    chosen = greedy_choice(decoder.logits(decoder.forward(cache, feed, ids)))
-    chosen.tolist()  # waits for the device
-    return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""How likely a candidate is accepted: what is read off a draft step, and estimators over it.
+"""How likely a candidate is accepted, judged by what it shows.
 
 An estimator gives two probabilities for a candidate y_k, both on condition that y_1..y_{k-1} are
 accepted:
@@ -9,7 +9,9 @@ accepted:
 Rejection sampling may decide whether to *submit* y_k by the first only (specdec/policies/base.py).
 
 Everything an estimator looks at is read off the device once per draft step, as a few numbers per
-row (`Signal`). Estimators and policies then work on the host, on arrays over rows.
+row (`Signal`). Estimators and policies then work on the host, on arrays over rows. An online
+estimator learns from the job's own verdicts and needs no training; a trained head sees the draft's
+hidden state as well.
 """
 
 from __future__ import annotations
@@ -17,164 +19,22 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
-import torch
 from scipy.special import expit
-from torch import Tensor, nn
 
-from specdec.kernels.cpu import kernels_over
 from specdec.measure.calibration import Array, Calibration, Flags
+from specdec.policies.base import HEAD_SIGNALS, Head, Signal
 
+BOUND = 10.0
+"""What signals are kept within, in nats: one odd candidate must not carry the fit. Set by hand."""
 
-class Signal(IntEnum):
-    """Columns of what is read off a draft step; logarithms and entropy are in nats.
+MOST_LOGIT = 12.0
+"""What logits of estimates are kept within: probabilities of 6e-6 and its complement.
 
-    All are of the draft's raw distribution (temperature 1), so that they mean something for greedy
-    rows too. The head's two are its logits without the bias that its training weights put in.
-    """
-
-    LOG_Q = 0  # of the candidate
-    LOG_TOP = 1  # of the likeliest token
-    ENTROPY = 2
-    HEAD_BEFORE = 3
-    HEAD_AFTER = 4
-
-
-HEAD_SIGNALS = frozenset({Signal.HEAD_BEFORE, Signal.HEAD_AFTER})
-_TOKEN_SIGNALS = (Signal.LOG_Q, Signal.LOG_TOP, Signal.ENTROPY)
-
-LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)
-"""What the logarithm of less is taken for."""
-
-BOUND, MOST_LOGIT = 10.0, 12.0
-"""What signals and the logits of estimates are kept within."""
-
-
-class ResidualBlock(nn.Module):
-    """x + SiLU(W x + b)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-        # As the identity at first: training starts from a linear head.
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + nn.functional.silu(self.linear(x))
-
-
-class AcceptanceHead(nn.Module):
-    """Predicts acceptance from the draft's last hidden state (SpecDec++, arXiv 2405.19715, §3.2).
-
-    D residual blocks, each with weights of its own, then a linear layer. The published head reads
-    the state after y_k was fed, and so judges y_k one draft step late. This one reads the state
-    that y_k is drawn from; a second linear layer sees y_k's `LOG_Q`, `LOG_TOP` and `ENTROPY` too,
-    and so judges y_k at once.
-
-    Args:
-        width: size of the hidden state.
-        depth: D.
-        reject_weight: w_rej / w_acc of the training loss. A head trained with it estimates
-            P / (P + w (1 - P)); ln w added to the logit takes that back.
-    """
-
-    def __init__(self, width: int, depth: int = 3, reject_weight: float = 1.0) -> None:
-        super().__init__()
-        self.width, self.depth, self.reject_weight = width, depth, reject_weight
-        self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(depth)))
-        self.before = nn.Linear(width, 1)
-        self.after = nn.Linear(width + len(_TOKEN_SIGNALS), 1)
-
-    def forward(self, hidden: Tensor, token_signals: Tensor) -> Tensor:
-        """Weighted logits, as trained.
-
-        Args:
-            hidden: float32 [n, width], states that the candidates are drawn from.
-            token_signals: float32 [n, 3]: LOG_Q, LOG_TOP, ENTROPY.
-
-        Returns:
-            float32 [n, 2]: before and after.
-        """
-        state = self.blocks(hidden)
-        after = self.after(torch.cat([state, token_signals], -1))
-        return torch.cat([self.before(state), after], -1)
-
-    def debiased(self, hidden: Tensor, token_signals: Tensor) -> Tensor:
-        """As `forward`, with the bias of the training weights taken back."""
-        logits: Tensor = self(hidden, token_signals)
-        return logits + float(np.log(self.reject_weight))
-
-
-def read_signals(
-    logits: Tensor,
-    tokens: Tensor,
-    hidden: Tensor,
-    wanted: frozenset[Signal],
-    head: AcceptanceHead | None = None,
-) -> Tensor:
-    """What policies and estimators want to know of the candidates just drawn.
-
-    Args:
-        logits: [n, V], raw; tokens: int64 [n]; hidden: [n, width], the states behind the logits.
-        wanted: the columns to compute; the others are 0.
-        head: needed for its own columns.
-
-    Returns:
-        float32 [n, len(Signal)] on the device.
-    """
-    judging = head is not None and bool(wanted & HEAD_SIGNALS)
-    of_tokens = frozenset(_TOKEN_SIGNALS) if judging else wanted & frozenset(_TOKEN_SIGNALS)
-    signals = torch.zeros(len(tokens), len(Signal), device=logits.device)
-    if (kernels := kernels_over(logits)) is not None:
-        kernels.token_signals(logits, tokens, signals, of_tokens)
-    else:
-        _token_signals(logits, tokens, signals, of_tokens)
-    if head is not None and judging:
-        judged = head.debiased(hidden.float(), signals[:, : len(_TOKEN_SIGNALS)])
-        signals[:, len(_TOKEN_SIGNALS) :] = judged
-    return signals
-
-
-def _token_signals(logits: Tensor, tokens: Tensor, out: Tensor, wanted: frozenset[Signal]) -> None:
-    """`Kernels.token_signals` by torch's operators."""
-    # As few as there can be: after a forward each takes longer to begin than to run.
-    log_q = torch.log_softmax(logits.float(), -1)
-    if Signal.LOG_Q in wanted:
-        out[:, Signal.LOG_Q] = log_q.gather(1, tokens[:, None])[:, 0].clamp_(min=LEAST_LOG)
-    if Signal.LOG_TOP in wanted:
-        out[:, Signal.LOG_TOP] = log_q.amax(-1)
-    if Signal.ENTROPY in wanted:
-        probs = log_q.exp()
-        log_q.clamp_(min=LEAST_LOG)  # 0 * -inf is no number
-        out[:, Signal.ENTROPY] = torch.linalg.vecdot(probs, log_q).neg_().clamp_(min=0)
-
-
-# ------------------------------------------------------------------- estimators
-
-
-@dataclass(slots=True)
-class RowHistory:
-    """Candidates of one row that were judged lately; older ones count less.
-
-    Attributes:
-        judged, accepted: decayed counts.
-    """
-
-    FORGET: ClassVar[float] = 0.97
-    """Weight that is left of old candidates after one more round."""
-
-    judged: float = 0.0
-    accepted: float = 0.0
-
-    def add(self, judged: float, accepted: float) -> None:
-        """Book a round."""
-        self.judged = self.FORGET * self.judged + judged
-        self.accepted = self.FORGET * self.accepted + accepted
+Raised, a sure and wrong prediction costs more; at 0 and 1 there is no way back.
+"""
 
 
 class Estimator(Protocol):
@@ -211,14 +71,29 @@ class OnlineEstimator:
     """
 
     FORGET = 0.9998
-    """Weight that is left of old evidence after one more candidate."""
+    """Weight that is left of old evidence after one more candidate: 5,000 are remembered.
+
+    Raised, weights are steadier and follow a change of the text more slowly. Set by hand.
+    """
 
     PRIOR = 4.0
-    """Precision of each first weight."""
+    """Precision of each first weight.
 
-    TOGETHER, SHARE = 16, 1 / 16
-    """Candidates that are collected before weights are fitted to them: at least so many, and so
-    large a share of the evidence behind the weights, which fewer would hardly move."""
+    Raised, more candidates are needed to leave the first guess. Set by hand.
+    """
+
+    TOGETHER = 16
+    """Least candidates that are collected before weights are fitted to them.
+
+    Each fit takes array operations; candidate by candidate, the policy took 4% of a round at one
+    row. Raised, the first lessons come later.
+    """
+
+    SHARE = 1 / 16
+    """Least share of the evidence behind the weights to be collected: less would hardly move them.
+
+    Raised, fits are fewer, and later.
+    """
 
     def __init__(self, before: Sequence[Signal], after: Sequence[Signal] = (Signal.LOG_Q,)) -> None:
         self._columns = [*after, *before]
@@ -286,11 +161,20 @@ class HeadEstimator:
         fallen_back: whether the head was found out of calibration.
     """
 
-    LEAST, MOST_ECE = 500, 0.15
-    """Judged candidates before the head is doubted, and the calibration error that it may have."""
+    LEAST = 500
+    """Judged candidates before the head is doubted. Raised, a wrong head is believed for longer."""
+
+    MOST_ECE = 0.15
+    """The calibration error that the head may have.
+
+    A true one has about 0.03 over the candidates that are remembered. Raised, worse heads stay.
+    """
 
     FORGET = 0.999
-    """Weight that is left of old evidence after one more candidate: 1,000 are remembered."""
+    """Weight that is left of old evidence after one more candidate: 1,000 are remembered.
+
+    Raised, a head that goes wrong on later text is noticed later.
+    """
 
     def __init__(self, fallback: OnlineEstimator | None = None) -> None:
         self.fallback = fallback or online_estimator("confidence")
@@ -325,6 +209,26 @@ ONLINE = {
 def online_estimator(name: str) -> OnlineEstimator:
     """The online estimator called `name`, one of ONLINE."""
     return OnlineEstimator(ONLINE[name])
+
+
+ESTIMATORS = (*ONLINE, "head")
+"""All estimators, by the names that a job file uses."""
+
+
+def make_estimator(name: str | None, head: Head | None) -> Estimator:
+    """The estimator called `name`; None: the head if there is one, else confidence.
+
+    Raises:
+        ValueError: there is no such estimator, or it needs a head.
+    """
+    name = name or ("head" if head is not None else "confidence")
+    if name == "head":
+        if head is None:
+            raise ValueError("the estimator head needs a trained head")
+        return HeadEstimator()
+    if name not in ONLINE:
+        raise ValueError(f"no estimator {name!r}; there are {', '.join(ESTIMATORS)}")
+    return online_estimator(name)
 
 
 def posterior_mode(

@@ -1,84 +1,102 @@
-"""Stop policies by the names that a job file uses."""
+"""All stop policies, by the names that a job file uses.
+
+A policy says in its own file what it is called, what it can be told, and what it does
+(`StopPolicy`). Here is the one line that makes it known. Nothing here needs torch, so that a job's
+configuration takes names, defaults and help from the policies themselves.
+"""
 
 from __future__ import annotations
 
-from specdec.policies.base import (
-    Confidence,
-    Entropy,
-    Fixed,
-    HeadPolicy,
-    Heuristic,
-    StopPolicy,
-)
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from specdec.policies.base import Head, Setting, StopPolicy
 from specdec.policies.costs import CostModel
-from specdec.policies.estimators import (
-    ONLINE,
-    AcceptanceHead,
-    Estimator,
-    HeadEstimator,
-    online_estimator,
-)
+from specdec.policies.estimating import Confidence, Entropy, HeadPolicy
+from specdec.policies.estimators import make_estimator
 from specdec.policies.goodput import Goodput
+from specdec.policies.simple import Fixed, Heuristic, NoDrafting
 
-POLICIES = ("none", "fixed", "heuristic", "confidence", "entropy", "head", "goodput")
-ESTIMATORS = (*ONLINE, "head")
+POLICIES: dict[str, type[StopPolicy]] = {
+    policy.name: policy
+    for policy in (
+        NoDrafting,
+        Fixed,
+        Heuristic,
+        Confidence,
+        Entropy,
+        HeadPolicy,
+        Goodput,
+    )
+}
+"""The policies that there are; a new one takes a line here."""
 
-THRESHOLDS = {"confidence": 0.4, "entropy": 0.4, "head": 0.7}
-"""Default threshold of each policy that has one; its meaning is the policy's own."""
+
+def takers(name: str) -> dict[str, Setting]:
+    """The policies that take a setting, and how each declares it."""
+    return {
+        policy.name: declared[name]
+        for policy in POLICIES.values()
+        if name in (declared := policy.settings())
+    }
+
+
+def meaning(setting: str) -> str:
+    """What the policies say of a setting, and their defaults where these differ."""
+    takes = takers(setting)
+    differ = len({each.default for each in takes.values()}) > 1
+    said: dict[str, list[str]] = {}
+    for policy, each in takes.items():
+        own = f"{each.meaning} ({each.default})" if differ else each.meaning
+        said.setdefault(own, []).append(policy)
+    return "; ".join(f"{', '.join(policies)}: {own}" for own, policies in said.items())
 
 
 def make_policy(
     name: str,
     *,
-    k: int = 4,
-    k_min: int = 1,
-    k_max: int = 20,
-    threshold: float | None = None,
     estimator: str | None = None,
-    head: AcceptanceHead | None = None,
+    head: Head | None = None,
     costs: CostModel | None = None,
+    **settings: float | None,
 ) -> StopPolicy:
-    """The policy called `name`, from the numbers of a job file's `speculation` section.
+    """The policy called `name`.
+
+    One set of settings serves all policies, so that a comparison changes the name alone: what only
+    others take is ignored, and None is the policy's own default.
 
     Args:
         name: one of POLICIES.
-        k: candidates of `fixed`, first length of `heuristic`.
-        k_min, k_max: least and most candidates of policies that adapt.
-        threshold: of `confidence`, `entropy` and `head`; by default the one in THRESHOLDS.
         estimator: what `head` and `goodput` predict acceptance with, one of ESTIMATORS; by default
             the head, if there is one.
         head: a trained acceptance head.
         costs: for `goodput`, if they are known already.
+        settings: as the policies declare them: `k`, `k_min`, `k_max`, `threshold`.
 
     Raises:
-        ValueError: there is no such policy or estimator, or it needs a head.
+        ValueError: there is no such policy, setting or estimator, a setting is out of its bounds,
+            or the estimator needs a head.
     """
-    if threshold is None:
-        threshold = THRESHOLDS.get(name, 0.0)
-    match name:
-        case "none":
-            return StopPolicy()
-        case "fixed":
-            return Fixed(k)
-        case "heuristic":
-            return Heuristic(k, k_min, k_max)
-        case "confidence":
-            return Confidence(threshold, k_max)
-        case "entropy":
-            return Entropy(threshold, k_max)
-        case "head":
-            return HeadPolicy(_estimator(estimator, head), head, threshold, k_min, k_max)
-        case "goodput":
-            return Goodput(_estimator(estimator, head), head, costs, k_max)
-    raise ValueError(f"no stop policy {name!r}; there are {', '.join(POLICIES)}")
-
-
-def _estimator(name: str | None, head: AcceptanceHead | None) -> Estimator:
-    name = name or ("head" if head is not None else "confidence")
-    if name == "head":
-        if head is None:
-            raise ValueError("the estimator head needs a trained head")
-        return HeadEstimator()
-    if name not in ONLINE:
-        raise ValueError(f"no estimator {name!r}; there are {', '.join(ESTIMATORS)}")
-    return online_estimator(name)
+    if name not in POLICIES:
+        raise ValueError(f"no stop policy {name!r}; there are {', '.join(POLICIES)}")
+    policy = POLICIES[name]
+    declared = policy.settings()
+    known = {key for each in POLICIES.values() for key in each.settings()}
+    for key in settings:
+        if key not in known:
+            own = ", ".join([*declared, *(["estimator"] if policy.estimates else [])])
+            raise ValueError(f"no setting {key!r} of stop policies; {name} takes {own or 'none'}")
+    given: dict[str, Any] = {}
+    for key, limits in declared.items():
+        value = settings.get(key)
+        if value is None:
+            continue
+        if not limits.least <= value <= limits.most:
+            bounds = f"from {limits.least} to {limits.most}"
+            raise ValueError(f"{key} of the policy {name} must be {bounds}, not {value}")
+        given[key] = value
+    if policy.estimates:
+        given |= {"estimator": make_estimator(estimator, head), "head": head}
+    if is_dataclass(policy) and "costs" in {each.name for each in fields(policy)}:
+        given["costs"] = costs
+    return policy(**given)

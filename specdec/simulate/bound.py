@@ -1,4 +1,4 @@
-"""The clairvoyant bound: the least time that any stop policy could take over recorded traces."""
+"""The clairvoyant bound: the least time that any stop policy could take over transcripts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 from specdec.measure.calibration import Array
 from specdec.policies.costs import CostModel, CostTable
-from specdec.simulate.replay import Trace
+from specdec.simulate.replay import Transcript
 
 
-def least_seconds(traces: Sequence[Trace], costs: CostModel, live: int = 1) -> Array:
-    """Seconds that each trace takes at least: a bound for every policy.
+def least_seconds(transcripts: Sequence[Transcript], costs: CostModel, live: int = 1) -> Array:
+    """Seconds that each transcript takes at least: a bound for every policy.
 
     Who knows which candidates are accepted drafts no other. With one live row, the best lengths are
     found exactly, from the end of the text backwards: k candidates take k D(1) + V(k + 1), where a
@@ -29,7 +29,7 @@ def least_seconds(traces: Sequence[Trace], costs: CostModel, live: int = 1) -> A
     Returns:
         float [rows]; their sum is the bound.
     """
-    most = max((trace.most for trace in traces), default=1)
+    most = max((transcript.most for transcript in transcripts), default=1)
     k = np.arange(most + 1)
     if live == 1:
         verify, draft = _rising(costs.verify, most + 1), _rising(costs.draft, most)
@@ -40,18 +40,18 @@ def least_seconds(traces: Sequence[Trace], costs: CostModel, live: int = 1) -> A
         choices = np.array(
             [a / live + b * (k + 1) + k * (c / live + d) for a, b in verifying for c, d in drafting]
         )
-    seconds = np.stack([_least(trace, choices) for trace in traces], 1)
+    seconds = np.stack([_least(transcript, choices) for transcript in transcripts], 1)
     best: Array = seconds[np.argmax(seconds.sum(1))]
     return best
 
 
-def _least(trace: Trace, choices: Array) -> Array:
-    """float [c]: the least cost of the trace, if k candidates cost choices[c, k]."""
-    n = len(trace.accepted)
+def _least(transcript: Transcript, choices: Array) -> Array:
+    """float [c]: the least cost of the transcript, if k candidates cost choices[c, k]."""
+    n = len(transcript.accepted)
     best = np.zeros((len(choices), n + 1))
-    first = min(trace.first, n)
+    first = min(transcript.first, n)
     for t in range(n - 1, first - 1, -1):
-        most = max(min(int(trace.runs[t]), trace.most, trace.limit - t), 0)
+        most = max(min(int(transcript.runs[t]), transcript.most, transcript.limit - t), 0)
         after = np.minimum(np.arange(t + 1, t + most + 2), n)
         best[:, t] = (choices[:, : most + 1] + best[:, after]).min(1)
     cost: Array = best[:, first]

@@ -1,4 +1,4 @@
-"""Recording `Trace`s: what speculation would meet along texts that the target wrote itself.
+"""Recording `Transcript`s: what speculation would meet along texts that the target wrote itself.
 
 Both models read a text x once (teacher forcing). At each output position t, after the true prefix
 x_<t, a candidate y_t is drawn *given* x_t, so that the two have the joint law that they have in
@@ -37,18 +37,26 @@ from specdec.engine.engine import Engine
 from specdec.lossless.sampling import Draw, SamplingBatch, probabilities, sample, uniform
 from specdec.lossless.verification import MODES
 from specdec.model.decoder import PackedDecoder
+from specdec.policies.base import HEAD_SIGNALS, Signal
 from specdec.policies.costs import CostModel, CostTable
-from specdec.policies.estimators import HEAD_SIGNALS, AcceptanceHead, Signal, read_signals
+from specdec.policies.profiling import profile_costs
+from specdec.policies.signals import AcceptanceHead, read_signals
 from specdec.request import Completion, Request
-from specdec.simulate.replay import Trace
+from specdec.simulate.replay import Transcript
 from specdec.training.examples import Example
 from specdec.training.scores import target_states
 
 MOST = 20
-"""Most candidates of a round that the traces can answer for."""
+"""Most candidates of a round that the transcripts can answer for.
+
+Recording takes a draft forward for each, and files grow with it. 20 is the usual `k_max`.
+"""
 
 _LOGIT_ROWS = 256
+"""Positions whose logits are held at once: 150 MB at 150,000 tokens. More gain no time."""
+
 _BRANCHES = 64
+"""Rejected candidates that the draft is rolled out from at once. More take more cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +108,8 @@ def record(
     verification: Literal["rejection", "coupled"] = "rejection",
     head: AcceptanceHead | None = None,
     most: int = MOST,
-) -> Iterator[Trace]:
-    """Trace texts one by one.
+) -> Iterator[Transcript]:
+    """Record texts one by one.
 
     Args:
         pair: both models.
@@ -115,13 +123,13 @@ def record(
         ValueError: the pair has no draft.
     """
     if pair.draft is None:
-        raise ValueError("traces need a pair with a draft")
+        raise ValueError("transcripts need a pair with a draft")
     recorder = _Recorder(pair, pair.draft, verification, head, most)
     for text in texts:
         room = pair.draft_context_length - len(text.request.prompt_ids) + 1
         output = text.output_ids[: max(room, 0)]
         if output:
-            yield recorder.trace(replace(text, output_ids=output))
+            yield recorder.transcript(replace(text, output_ids=output))
 
 
 class _Recorder:
@@ -141,7 +149,7 @@ class _Recorder:
         self.cache = draft.new_cache(1 + _BRANCHES, 0)
 
     @torch.inference_mode()
-    def trace(self, text: Text) -> Trace:
+    def transcript(self, text: Text) -> Transcript:
         request, output = text.request, text.output_ids
         prompt, n = len(request.prompt_ids), len(output)
         longest = min(request.sampling.max_new_tokens, self.pair.context_length - prompt)
@@ -159,7 +167,7 @@ class _Recorder:
         branches = self._branches(starts, candidates[starts], prompt, limit, sampling)
         branch_of = np.full(n, -1, dtype=np.int64)
         branch_of[starts] = np.arange(len(starts))
-        return Trace(
+        return Transcript(
             id=request.id,
             group=text.group,
             prompt_tokens=prompt,
@@ -248,7 +256,7 @@ def _own_seed(request: Request) -> int:
 
 
 def measure_costs(pair: Pair, slots: int, prompt: int, seconds: float) -> CostModel:
-    """A virtual clock for traces: both models' curves as they are on this machine, now.
+    """A virtual clock for transcripts: both models' curves as they are on this machine, now.
 
     Measured twice, the smaller counts, against what else the machine was doing. What the draft
     takes to read a typical prompt is measured too, if the profile ends before it.
@@ -264,7 +272,7 @@ def measure_costs(pair: Pair, slots: int, prompt: int, seconds: float) -> CostMo
     draft = pair.draft
     if draft is None:
         raise ValueError("costs of speculation need a pair with a draft")
-    passes = [CostModel.profile(pair.target, draft, slots, seconds / 2).points() for _ in range(2)]
+    passes = [profile_costs(pair.target, draft, slots, seconds / 2).points() for _ in range(2)]
     curves: list[list[tuple[int, float]]] = []
     for name in ("draft", "verify"):
         first, second = (dict(each[name]) for each in passes)

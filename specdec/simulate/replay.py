@@ -1,10 +1,11 @@
 """Replaying stop policies over recorded acceptance, under any cost model.
 
-A `Trace` (specdec/simulate/record.py records them) says of one row's text which candidate would be
-accepted at each position and what a policy would see of it. `replay` lets a real `StopPolicy`
-decide over such rows as the Engine would let it, on a virtual clock: a draft step takes D(packed
-tokens), the rest of a round V(packed tokens). Left out is what is the same for every policy:
-feeding prompts to the target, and the first output token, which comes with it.
+A `Transcript` says of one row's text which candidate would be accepted at each position, and what a
+policy would see of it (specdec/simulate/record.py). `replay` lets a real `StopPolicy` decide over
+such rows as the Engine would let it, on a virtual clock: a draft step takes D(packed tokens), the
+rest of a round V(packed tokens). So policies meet the same texts, candidates and costs, on no
+particular machine and in seconds. Left out is what is the same for every policy: feeding prompts to
+the target, and the first output token, which comes with it.
 
 specdec/simulate/bound.py says what is the least that any policy could take.
 """
@@ -30,19 +31,23 @@ from specdec.policies.costs import CostModel
 from specdec.request import Counts
 
 LAPS = 4
-"""Rows per slot that a steady replay runs at least."""
+"""Rows per slot that a steady replay runs at least.
+
+Raised, replays take longer and depend less on which rows come first.
+"""
 
 RESAMPLES = 4000
+"""Bootstrap samples behind an interval. More make its ends repeat more closely."""
 
 Signals = NDArray[np.float32]
 Whole = NDArray[np.int64]
 
 
-# ----------------------------------------------------------------------- traces
+# ------------------------------------------------------------------ transcripts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Trace:
+class Transcript:
     """What speculation would meet along one row's output of n tokens.
 
     Attributes:
@@ -97,39 +102,41 @@ class Trace:
         return row
 
 
-def save_traces(path: Path, traces: Sequence[Trace], about: Mapping[str, Any]) -> None:
-    """Write traces as safetensors.
+def save_transcripts(
+    path: Path, transcripts: Sequence[Transcript], about: Mapping[str, Any]
+) -> None:
+    """Write transcripts as safetensors.
 
     Args:
-        traces: at least one, of equal depth.
+        transcripts: at least one, of equal depth.
         about: how they were made, JSON-able.
     """
     plain = ("id", "group", "prompt_tokens", "limit", "free_trimming")
     rows = [
-        {name: getattr(trace, name) for name in plain}
-        | {"n": len(trace.accepted), "m": len(trace.branches)}
-        for trace in traces
+        {name: getattr(transcript, name) for name in plain}
+        | {"n": len(transcript.accepted), "m": len(transcript.branches)}
+        for transcript in transcripts
     ]
     arrays = {
-        name: np.concatenate([getattr(trace, name) for trace in traces])
+        name: np.concatenate([getattr(transcript, name) for transcript in transcripts])
         for name in ("accepted", "signals", "branch_of", "branches")
     }
     save_file(arrays, path, {"rows": json.dumps(rows), "about": json.dumps(dict(about))})
 
 
-def load_traces(path: Path) -> tuple[list[Trace], dict[str, Any]]:
-    """The traces that `save_traces` wrote, and how they were made."""
+def load_transcripts(path: Path) -> tuple[list[Transcript], dict[str, Any]]:
+    """The transcripts that `save_transcripts` wrote, and how they were made."""
     opened: Any = safe_open(path, framework="np")
     metadata = opened.metadata()
     arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    traces: list[Trace] = []
+    transcripts: list[Transcript] = []
     n = m = 0
     for row in json.loads(metadata["rows"]):
         ends = n + row.pop("n"), m + row.pop("m")
         parts = {name: arrays[name][n : ends[0]] for name in ("accepted", "signals", "branch_of")}
-        traces.append(Trace(**row, **parts, branches=arrays["branches"][m : ends[1]]))
+        transcripts.append(Transcript(**row, **parts, branches=arrays["branches"][m : ends[1]]))
         n, m = ends
-    return traces, json.loads(metadata["about"])
+    return transcripts, json.loads(metadata["about"])
 
 
 # ----------------------------------------------------------------------- replay
@@ -137,12 +144,12 @@ def load_traces(path: Path) -> tuple[list[Trace], dict[str, Any]]:
 
 @dataclass(slots=True, eq=False)
 class Replay:
-    """What a policy did over some traces; ratios are derived from counts and seconds here.
+    """What a policy did over some transcripts; ratios are derived from counts and seconds here.
 
     Attributes:
-        rows: each trace's counts. The tokens that came with its prompt are not among them.
-        row_seconds: float [rows], each trace's share of its rounds' virtual seconds; with one live
-            row simply its own.
+        rows: each transcript's counts. The tokens that came with its prompt are not among them.
+        row_seconds: float [rows], each transcript's share of its rounds' virtual seconds; with one
+            live row simply its own.
     """
 
     rows: list[Counts]
@@ -186,47 +193,58 @@ class Replay:
 
 @dataclass(slots=True)
 class _Row:
-    """A trace on its way: `at` output tokens so far, of which the draft lacks `pending` in all."""
+    """A transcript on its way: `at` output tokens so far, `pending` tokens unknown to the draft."""
 
     number: int
-    trace: Trace
+    transcript: Transcript
     at: int
     pending: int
     memory: RowMemory = field(default_factory=RowMemory)
 
 
 def replay(
-    traces: Sequence[Trace],
+    transcripts: Sequence[Transcript],
     policy: StopPolicy,
     costs: CostModel,
     live: int = 1,
     *,
     steady: bool = False,
 ) -> Replay:
-    """Let a policy speculate along the traces, `live` rows side by side, as the Engine would.
+    """Let a policy speculate along the transcripts, `live` rows side by side, as the Engine would.
 
-    A policy that learns goes on from what it knows; give it other traces first to warm it up.
+    A policy that learns goes on from what it knows; give it other transcripts first to warm it up.
 
     Args:
-        policy: asked for more than a trace's `most` candidates, it gets these.
+        policy: asked for more than a transcript's `most` candidates, it gets these.
         costs: the virtual clock; a policy that refines costs needs a copy of its own.
-        live: rows are refilled from the traces in order.
-        steady: count only rounds in which all `live` rows are there, and go round the traces until
-            there are LAPS rows a slot.
+        live: rows are refilled from the transcripts in order.
+        steady: count only rounds in which all `live` rows are there, and go round the transcripts
+            until there are LAPS rows a slot.
     """
-    result = Replay([Counts() for _ in traces], np.zeros(len(traces)))
-    numbered = [(i, trace) for i, trace in enumerate(traces) if trace.first < len(trace.accepted)]
+    result = Replay([Counts() for _ in transcripts], np.zeros(len(transcripts)))
+    numbered = [
+        (i, transcript)
+        for i, transcript in enumerate(transcripts)
+        if transcript.first < len(transcript.accepted)
+    ]
     rounds = max(len(numbered), LAPS * live) if steady and numbered else len(numbered)
     queue = deque(islice(cycle(numbered), rounds))
     rows: list[_Row] = []
     while queue or rows:
         while queue and len(rows) < live:
-            number, trace = queue.popleft()
-            rows.append(_Row(number, trace, trace.first, trace.prompt_tokens + trace.first))
+            number, transcript = queue.popleft()
+            rows.append(
+                _Row(
+                    number,
+                    transcript,
+                    transcript.first,
+                    transcript.prompt_tokens + transcript.first,
+                )
+            )
         if steady and len(rows) < live:
             break
         _round(rows, policy, costs, result)
-        rows = [row for row in rows if row.at < len(row.trace.accepted)]
+        rows = [row for row in rows if row.at < len(row.transcript.accepted)]
     return result
 
 
@@ -234,12 +252,12 @@ def _round(rows: Sequence[_Row], policy: StopPolicy, costs: CostModel, result: R
     """One round: what `Engine.step` does, without models."""
     start = RoundStart(
         rows=[row.memory for row in rows],
-        room=[max(row.trace.limit - row.at, 0) for row in rows],
+        room=[max(row.transcript.limit - row.at, 0) for row in rows],
         decoding=[True] * len(rows),
-        contexts=[row.trace.prompt_tokens + row.at for row in rows],
+        contexts=[row.transcript.prompt_tokens + row.at for row in rows],
         draft_pending=[row.pending for row in rows],
         target_tokens=len(rows),
-        free_trimming=all(row.trace.free_trimming for row in rows),
+        free_trimming=all(row.transcript.free_trimming for row in rows),
     )
     drafted, draft_costs = _draft(rows, start, policy, costs)
     submitted = policy.submit(drafted) if draft_costs else drafted
@@ -249,7 +267,7 @@ def _round(rows: Sequence[_Row], policy: StopPolicy, costs: CostModel, result: R
 
     accepted, judged = [], []
     for row, d, k in zip(rows, drafted, submitted, strict=True):
-        left, run = len(row.trace.accepted) - row.at, int(row.trace.runs[row.at])
+        left, run = len(row.transcript.accepted) - row.at, int(row.transcript.runs[row.at])
         a = min(k, run)
         # Past the end of the text nothing is known of candidates, and nothing can be learned.
         accepted.append(a)
@@ -269,7 +287,7 @@ def _draft(
     """How many candidates each row gets, and packed tokens and seconds of each draft step."""
     wanted = policy.budget(start)
     limits = zip(wanted, start.room, rows, strict=True)
-    budget = [min(k, room, row.trace.most) for k, room, row in limits]
+    budget = [min(k, room, row.transcript.most) for k, room, row in limits]
     drafted = [0] * len(rows)
     spent: list[tuple[int, float]] = []
     active = [i for i, k in enumerate(budget) if k > 0]
@@ -281,7 +299,7 @@ def _draft(
             drafted[i] = depth
         going = np.array([budget[i] > depth for i in active])
         if policy.wanted:
-            signals = [rows[i].trace.seen(rows[i].at, depth - 1) for i in active]
+            signals = [rows[i].transcript.seen(rows[i].at, depth - 1) for i in active]
             step = DraftStep(np.array(active), depth, np.stack(signals).astype(np.float64))
             going &= policy.go_on(step)
         active = [i for i, on in zip(active, going, strict=True) if on]
@@ -318,33 +336,33 @@ def faster(base: Replay, other: Replay, seed: int = 0) -> Ratio:
     return Ratio(float(ratio(np.ones(len(base.rows)))), float(low), float(high))
 
 
-def acceptance(traces: Sequence[Trace], seed: int = 0) -> Ratio:
+def acceptance(transcripts: Sequence[Transcript], seed: int = 0) -> Ratio:
     """How often a candidate behind the true text is accepted; interval as in `faster`."""
-    stood = np.array([float(trace.accepted.sum()) for trace in traces])
-    n = np.array([float(len(trace.accepted)) for trace in traces])
-    weights = _resamples(len(traces), seed)
+    stood = np.array([float(transcript.accepted.sum()) for transcript in transcripts])
+    n = np.array([float(len(transcript.accepted)) for transcript in transcripts])
+    weights = _resamples(len(transcripts), seed)
     low, high = np.quantile((weights @ stood) / (weights @ n), [0.025, 0.975])
     return Ratio(float(stood.sum() / n.sum()), float(low), float(high))
 
 
 def acceptance_by_position(
-    traces: Sequence[Trace], most: int = 8, seed: int = 0
+    transcripts: Sequence[Transcript], most: int = 8, seed: int = 0
 ) -> list[tuple[Ratio, int]]:
     """P(candidate i is accepted | those before it are), for i = 1..most, and how often it was met.
 
     Over rounds of `most` candidates that follow one another, as `fixed` would run them; intervals
     as in `faster`. It ends where no round got.
     """
-    reached, stood = np.zeros((len(traces), most)), np.zeros((len(traces), most))
-    for number, trace in enumerate(traces):
-        at = trace.first
-        while at < len(trace.accepted):
-            k = max(min(most, trace.limit - at, len(trace.accepted) - at), 0)
-            a = min(int(trace.runs[at]), k)
+    reached, stood = np.zeros((len(transcripts), most)), np.zeros((len(transcripts), most))
+    for number, transcript in enumerate(transcripts):
+        at = transcript.first
+        while at < len(transcript.accepted):
+            k = max(min(most, transcript.limit - at, len(transcript.accepted) - at), 0)
+            a = min(int(transcript.runs[at]), k)
             reached[number, : min(a + 1, k)] += 1
             stood[number, :a] += 1
             at += a + 1
-    weights = _resamples(len(traces), seed)
+    weights = _resamples(len(transcripts), seed)
     result = []
     for i in range(most):
         met = reached[:, i].sum()

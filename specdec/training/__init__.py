@@ -1,1 +1,1 @@
-"""Training of what speculates: drafts distilled from a target's own outputs."""
+"""Training of what speculates: drafts distilled from a target's outputs, and acceptance heads."""

@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.measure.calibration import Array, Flags
-from specdec.policies.base import EstimatingPolicy
-from specdec.policies.estimators import ONLINE, AcceptanceHead, RowHistory, Signal, online_estimator
-from specdec.training.labels import TOKEN_SIGNALS, Labels, Part
-from specdec.training.reliability import fit_platt, score, sigmoid
+from specdec.policies.base import TOKEN_SIGNALS, RowHistory, Signal
+from specdec.policies.estimating import EstimatingPolicy
+from specdec.policies.estimators import ONLINE, online_estimator
+from specdec.policies.signals import AcceptanceHead
+from specdec.training.labels import Labels, Part
+from specdec.training.reliability import fit_platt, reliability, sigmoid
 
 OUTPUTS = ("before", "after")
 """The estimates of a head or an online estimator: without and with knowing the candidate."""
@@ -35,6 +37,7 @@ POSITION_CLASSES = (0, 8, 32, 128, 512)
 """First output position of each class that acceptance is reported by."""
 
 _SCORE_ROWS = 8192
+"""Labels that a head judges in one forward. More take more memory and no less time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +203,7 @@ def calibrate(head: AcceptanceHead, labels: Labels) -> tuple[AcceptanceHead, dic
         for fitted, asked in ((half, ~half), (~half, half)):
             a, b = fit_platt(x[fitted], accepted[fitted])
             crosswise[asked] = a * x[asked] + b
-        plain, mended = score(sigmoid(x), accepted), score(sigmoid(crosswise), accepted)
+        plain, mended = reliability(sigmoid(x), accepted), reliability(sigmoid(crosswise), accepted)
         scale, shift = fit_platt(x, accepted)
         better = all(mended[key] < plain[key] for key in ("ece", "log_loss"))
         found[name] = {
@@ -221,7 +224,9 @@ def calibrate(head: AcceptanceHead, labels: Labels) -> tuple[AcceptanceHead, dic
 # ------------------------------------------------------------------- measurement
 
 
-def evaluate(as_trained: AcceptanceHead, saved: AcceptanceHead, labels: Labels) -> dict[str, Any]:
+def evaluate_head(
+    as_trained: AcceptanceHead, saved: AcceptanceHead, labels: Labels
+) -> dict[str, Any]:
     """How good a head's probabilities are on rows it has not seen, and what is to be had free.
 
     The free estimators learn from the rows that the head was trained and tuned on, then predict the
@@ -229,8 +234,8 @@ def evaluate(as_trained: AcceptanceHead, saved: AcceptanceHead, labels: Labels) 
 
     Returns:
         By part ("held_out", "other" if there are such rows): counts, acceptance by class of
-        position, and `estimators`: by name and output what `score` says. Of the head there are
-        three: "as trained", "de-biased", and "head", the one to save.
+        position, and `estimators`: by name and output what `reliability` says. Of the head there
+        are three: "as trained", "de-biased", and "head", the one to save.
     """
     report = {}
     for part in (Part.HELD_OUT, Part.OTHER):
@@ -244,7 +249,7 @@ def evaluate(as_trained: AcceptanceHead, saved: AcceptanceHead, labels: Labels) 
         }
         estimators = {
             name: {
-                output: score(sigmoid(each[:, i]), measured.acceptance)
+                output: reliability(sigmoid(each[:, i]), measured.acceptance)
                 for i, output in enumerate(OUTPUTS)
             }
             for name, each in logits.items()
@@ -273,7 +278,7 @@ def describe_labels(labels: Labels) -> dict[str, Any]:
 
 
 def free_estimators(learned: Labels, measured: Labels) -> dict[str, dict[str, dict[str, Any]]]:
-    """`score` by online estimator and output, after it has learned from other rows.
+    """`reliability` by online estimator and output, after it has learned from other rows.
 
     Both see what the engine would show them: hard verdicts, and each row's rate of acceptance so
     far, here as if every position had been judged.
@@ -289,7 +294,7 @@ def free_estimators(learned: Labels, measured: Labels) -> dict[str, dict[str, di
             estimator.learn(shown[chosen], typical[chosen], verdicts[chosen])
         predicted = estimator.predict(signals, typical_measured)
         result[name] = {
-            output: score(each, measured.acceptance)
+            output: reliability(each, measured.acceptance)
             for output, each in zip(OUTPUTS, predicted, strict=True)
         }
     return result

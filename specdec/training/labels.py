@@ -36,18 +36,22 @@ from specdec.lossless.sampling import (
 )
 from specdec.measure.calibration import Array
 from specdec.model.decoder import PackedDecoder
-from specdec.policies.estimators import Signal, read_signals
+from specdec.policies.base import TOKEN_SIGNALS
+from specdec.policies.signals import read_signals
 from specdec.request import Completion, Request, SamplingParams
 from specdec.training.examples import Example
 from specdec.training.scores import target_states
 
-TOKEN_SIGNALS = (Signal.LOG_Q, Signal.LOG_TOP, Signal.ENTROPY)
 _WANTED = frozenset(TOKEN_SIGNALS)
 
 _LOGIT_ROWS = 128
-"""Positions whose logits and distributions are held at once: 80 MB each at 150,000 tokens."""
+"""Positions whose logits and distributions are in memory at once: 80 MB each at 150,000 tokens.
+
+Raised, labelling takes more memory and hardly less time.
+"""
 
 _LARGEST = torch.finfo(torch.float16).max
+"""What hidden states are kept within: they are stored in float16."""
 
 
 class Part(IntEnum):

@@ -10,7 +10,7 @@ from specdec.measure.calibration import Array, Calibration
 from specdec.policies.estimators import posterior_mode
 
 
-def score(predicted: Array, accepted: Array) -> dict[str, Any]:
+def reliability(predicted: Array, accepted: Array) -> dict[str, Any]:
     """How good predictions are.
 
     Args:

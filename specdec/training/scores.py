@@ -24,13 +24,22 @@ from specdec.model.decoder import PackedDecoder
 from specdec.training.examples import Example, packs
 
 PACK_TOKENS = 2048
-"""Tokens of one target forward, about."""
+"""Tokens of one target forward, about. More take more memory; fewer leave the device idle."""
 
 LOGIT_ROWS = 256
-"""Positions whose logits are held at once: with 150,000 tokens in a vocabulary, 150 MB."""
+"""Positions whose logits are in memory at once: 150 MB with 150,000 tokens in a vocabulary.
+
+Raised, a pass takes more memory and hardly less time.
+"""
 
 _SHARD_EXAMPLES = 64
+"""Examples of a shard, in the mean.
+
+Raised, an interrupted pass loses more, and an example that is added makes more to compute again.
+"""
+
 _FORMAT = 1
+"""Part of every shard's name: raised when their content changes, so that old ones go unused."""
 
 
 def output_positions(lengths: Sequence[tuple[int, int]], stride: int | None = None) -> list[int]:

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from specdec.measure.calibration import Array, Flags
-from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, RowMemory, StopPolicy
+from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, RowMemory, Signal, StopPolicy
 from specdec.policies.costs import CostModel, CostTable
-from specdec.policies.estimators import AcceptanceHead, Signal
 from specdec.policies.goodput import Goodput
+from specdec.policies.registry import POLICIES as REGISTERED
 from specdec.policies.registry import make_policy
+from specdec.policies.signals import AcceptanceHead
 from specdec.request import Completion, Request, SamplingParams
 from tests.specdec.tiny_models import DEVICE, VOCAB
 
@@ -131,6 +132,21 @@ class Scripted(StopPolicy):
         return [min(n, script[(self.turn + i) % len(script)]) for i, n in enumerate(drafted)]
 
 
+class Known:
+    """An estimator that finds the probabilities in the head's columns."""
+
+    wanted = frozenset({Signal.HEAD_BEFORE, Signal.HEAD_AFTER})
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Array, Array, Flags]] = []
+
+    def predict(self, signals: Array, typical: Array) -> tuple[Array, Array]:
+        return signals[:, Signal.HEAD_BEFORE], signals[:, Signal.HEAD_AFTER]
+
+    def learn(self, signals: Array, typical: Array, accepted: Flags) -> None:
+        self.seen.append((signals, typical, accepted))
+
+
 class StatedGoodput(Goodput):
     """`goodput` in a world where every forward takes exactly what its cost model says.
 
@@ -193,9 +209,16 @@ POLICIES: dict[str, Make] = {
     "goodput head": lambda width: stated_goodput(random_head(width)),
     "scripted": lambda _: Scripted((0, 3, 1, 5), (9, 1, 0, 2), unlikely_stop=True),
 }
-"""All of specdec.policies.registry.POLICIES, some of them several times; `stated` ones do
-speculate.
+"""All policies that there are, some of them several times; `stated` ones do speculate.
+
+A policy that is not among these is run with its own settings.
 """
+
+POLICIES |= {
+    name: lambda _, name=name: make_policy(name)
+    for name in REGISTERED
+    if name not in {each.split()[0] for each in POLICIES}
+}
 
 SPECULATING = [name for name in POLICIES if name not in ("none", "goodput")]
 

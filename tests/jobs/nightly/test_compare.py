@@ -12,8 +12,8 @@ from pipeline.config.job import JobConfig
 from specdec.engine.engine import Engine
 from specdec.measure.speedup import Speedup
 from specdec.policies.costs import CostModel, CostTable
-from specdec.policies.estimators import AcceptanceHead
 from specdec.policies.registry import make_policy
+from specdec.policies.signals import AcceptanceHead
 from specdec.request import Request, SamplingParams
 from specdec.simulate.record import Text
 from specdec.simulate.replay import Ratio

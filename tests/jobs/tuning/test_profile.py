@@ -97,7 +97,7 @@ def test_a_profile_as_json(job: Path) -> None:
 def test_a_head_takes_part(job: Path, tiny_models: TinyModels, tmp_path: Path) -> None:
     from specdec.loading.head_files import save_head
     from specdec.loading.pair import ModelPair
-    from specdec.policies.estimators import AcceptanceHead
+    from specdec.policies.signals import AcceptanceHead
 
     pair = ModelPair.load(tiny_models.target, tiny_models.draft, device="cpu")
     save_head(tmp_path / "head", AcceptanceHead(64, depth=1), pair, {})

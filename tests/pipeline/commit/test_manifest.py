@@ -13,13 +13,14 @@ from pipeline.commit import manifest
 from pipeline.commit.schema import check_reserved
 from pipeline.commit.stats import UnitRecord, busy_seconds, stats_tables, summarise
 from pipeline.config import model_identity
-from pipeline.config.job import THRESHOLD_POLICIES, Estimator, JobConfig, Policy, S3Config
+from pipeline.config.job import Estimator, JobConfig, Policy, S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.listing import InputFile
 from pipeline.inputs.units import FilePlan, Unit
 from pipeline.storage.folder import Folder
 from specdec.measure.speedup import SpeedupMeter
-from specdec.policies.registry import ESTIMATORS, POLICIES, THRESHOLDS
+from specdec.policies.estimators import ESTIMATORS
+from specdec.policies.registry import POLICIES
 from tests.conftest import TinyModels
 
 
@@ -98,9 +99,28 @@ def test_coupled_results_depend_on_neither_draft_nor_policy(tiny_models: TinyMod
 
 
 def test_the_names_of_policies_are_those_of_specdec() -> None:
-    assert get_args(Policy) == POLICIES
+    assert get_args(Policy) == tuple(POLICIES)
     assert set(get_args(Estimator)) == set(ESTIMATORS)
-    assert set(THRESHOLD_POLICIES) == set(THRESHOLDS)
+
+
+def test_fingerprints_name_settings_in_the_order_of_earlier_jobs(
+    tiny_models: TinyModels, tiny_head: str
+) -> None:
+    """A fingerprint's digest depends on it: in another order, no earlier job could be resumed."""
+    found = {}
+    for policy in POLICIES:
+        chosen = {"policy": policy, "head": tiny_head if policy == "head" else None}
+        mark = manifest.fingerprint(job(tiny_models, speculation=chosen), plans())
+        found[policy] = list(mark["speculation"].items())[2:]
+    assert {**found, "head": found["head"][:-1]} == {
+        "none": [],
+        "fixed": [("k", 4)],
+        "heuristic": [("k", 4), ("k_min", 1), ("k_max", 20)],
+        "confidence": [("threshold", None), ("k_max", 20)],
+        "entropy": [("threshold", None), ("k_max", 20)],
+        "head": [("threshold", None), ("k_min", 1), ("k_max", 20), ("estimator", None)],
+        "goodput": [("k_max", 20), ("estimator", None)],
+    }
 
 
 @pytest.mark.parametrize("policy", get_args(Policy))

@@ -10,8 +10,10 @@ from itertools import pairwise
 import pytest
 
 from specdec.engine.engine import Engine
-from specdec.policies.base import EstimatingPolicy, Fixed, RoundOutcome, StopPolicy
+from specdec.policies.base import RoundOutcome, StopPolicy
 from specdec.policies.costs import CostModel
+from specdec.policies.estimating import EstimatingPolicy
+from specdec.policies.simple import Fixed
 from specdec.request import Completion
 from tests.specdec.tiny_models import TinyPair
 from tests.specdec.workloads import (

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
-from specdec.policies.base import Fixed, StopPolicy
+from specdec.policies.base import StopPolicy
 from specdec.policies.registry import make_policy
+from specdec.policies.simple import Fixed
 from specdec.request import Request, SamplingParams
 from tests.specdec.tiny_models import DEVICE, TinyPair, make_pair, noisy_copy
 from tests.specdec.workloads import (

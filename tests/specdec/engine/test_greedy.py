@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
-from specdec.policies.base import Fixed
+from specdec.policies.simple import Fixed
 from specdec.request import Request, SamplingParams
 from tests.specdec.engine.references import Reference, generate
 from tests.specdec.tiny_models import TinyPair, make_pair, noisy_copy, tiny_model

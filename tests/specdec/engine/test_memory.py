@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
 from specdec.model.cache import KEY_BLOCK
-from specdec.policies.base import Fixed
+from specdec.policies.simple import Fixed
 from specdec.request import Request
 from tests.specdec.engine.references import Reference
 from tests.specdec.tiny_models import TinyPair, make_pair

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from examples.one_round import generate
 from specdec.engine.engine import Engine
-from specdec.policies.base import Fixed
+from specdec.policies.simple import Fixed
 from specdec.request import SamplingParams
 from tests.specdec.tiny_models import TinyPair
 from tests.specdec.workloads import GREEDY, SAMPLED, SOME, outputs, requests_of

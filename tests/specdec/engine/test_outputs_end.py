@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from specdec.engine.engine import Engine
-from specdec.policies.base import Fixed
+from specdec.policies.simple import Fixed
 from specdec.request import Completion, Request, SamplingParams
 from tests.specdec.engine.references import letters
 from tests.specdec.tiny_models import TinyPair

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
 from specdec.measure.calibration import Flags
-from specdec.policies.base import DraftStep, Fixed, RoundStart, StopPolicy, _Judgement
+from specdec.policies.base import DraftStep, RoundStart, Signal, StopPolicy
 from specdec.policies.costs import CostModel
-from specdec.policies.estimators import Signal, online_estimator
+from specdec.policies.estimating import _Judgement
+from specdec.policies.estimators import online_estimator
+from specdec.policies.simple import Fixed
 from specdec.request import Counts, Request, SamplingParams
 from tests.specdec.goodness import chi_square_excess, counted, reference_distribution
 from tests.specdec.tiny_models import TinyPair, make_pair, noisy_copy, tiny_model

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from specdec.engine.engine import Engine
-from specdec.policies.base import Fixed
+from specdec.policies.simple import Fixed
 from specdec.request import Counts, InvalidRequest, Request, SamplingParams
 from tests.specdec.engine.references import Reference, letters
 from tests.specdec.tiny_models import VOCAB, TinyPair

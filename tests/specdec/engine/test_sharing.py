@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.engine.engine import INVARIANT_CHUNK, Engine
-from specdec.policies.base import Fixed, StopPolicy
+from specdec.policies.base import StopPolicy
 from specdec.policies.registry import make_policy
+from specdec.policies.simple import Fixed
 from specdec.request import Request, SamplingParams
 from tests.specdec.tiny_models import TinyPair, make_pair
 from tests.specdec.workloads import GREEDY, SAMPLED, Prompt, make, outputs, prompts, requests_of

@@ -9,7 +9,7 @@ import torch
 from specdec.loading.head_files import CARD, WEIGHTS, HeadError, load_head, read_card, save_head
 from specdec.loading.pair import ModelPair
 from specdec.loading.sources import PairError
-from specdec.policies.estimators import AcceptanceHead
+from specdec.policies.signals import AcceptanceHead
 from tests.specdec.loading.test_pair import saved
 from tests.specdec.tiny_models import noisy_copy, tiny_model
 

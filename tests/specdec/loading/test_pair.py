@@ -18,7 +18,7 @@ from specdec.engine.engine import Engine
 from specdec.loading.pair import ModelPair, chosen_dtype
 from specdec.loading.sources import PairError, check_model_name, find_model, model_digest
 from specdec.model.linear import Int8Linear, Int8WeightOnlyLinear, PackedLinear, packable
-from specdec.policies.base import Fixed
+from specdec.policies.simple import Fixed
 from specdec.request import Request, SamplingParams
 from tests.specdec.tiny_models import VOCAB, noisy_copy, tiny_model
 

@@ -12,22 +12,22 @@ from scipy import stats
 from specdec.measure.speedup import (
     LEAST_CONTROLS,
     ControlSchedule,
-    Rounds,
+    RoundSums,
     SpeedupMeter,
     batch_class,
 )
 from tests.specdec.goodness import FALSE_ALARM
 
 
-def sums(rounds: Rounds) -> list[float]:
-    return [getattr(rounds, name) for name in Rounds.__slots__]
+def sums(rounds: RoundSums) -> list[float]:
+    return [getattr(rounds, name) for name in RoundSums.__slots__]
 
 
 # ------------------------------------------------------------------------------- moments
 
 
 def test_rounds_keep_sums_and_second_moments() -> None:
-    rounds = Rounds()
+    rounds = RoundSums()
     for seconds, tokens in ((2.0, 3), (1.0, 1), (4.0, 5)):
         rounds.book(seconds, tokens)
     assert sums(rounds) == [3, 7, 9, 21, 27, 35]
@@ -37,7 +37,7 @@ def test_rounds_keep_sums_and_second_moments() -> None:
 
 
 def test_rounds_whose_tokens_explain_their_seconds_have_no_variance() -> None:
-    rounds = Rounds()
+    rounds = RoundSums()
     for tokens in (1, 2, 7):
         rounds.book(0.1 * tokens, tokens)
     assert rounds.variance == pytest.approx(0, abs=1e-12)

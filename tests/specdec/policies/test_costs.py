@@ -3,8 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from specdec.policies.costs import LEAST_POINTS, PROMPT, CostModel, CostTable
-from tests.specdec.tiny_models import TinyPair
+from specdec.policies.costs import CostModel, CostTable
 
 
 def test_a_table_is_linear_between_its_tokens() -> None:
@@ -139,26 +138,6 @@ def test_a_measurement_that_agrees_changes_nothing() -> None:
 def test_points_are_plain_numbers() -> None:
     model = CostModel(CostTable([1, 4], [1.0, 2.0]), CostTable([1, 9], [2.0, 5.0]))
     assert model.points() == {"draft": [(1, 1.0), (4, 2.0)], "verify": [(1, 2.0), (9, 5.0)]}
-
-
-@pytest.mark.parametrize("slots", [1, 3, 16])
-def test_a_profile_covers_the_rounds_that_are_to_come(pair: TinyPair, slots: int) -> None:
-    """Draft steps of all rows, a prompt to catch up with; verifications of 8 candidates a row."""
-    assert pair.draft is not None
-    model = CostModel.profile(pair.target, pair.draft, slots, seconds=60)
-    for table, most in ((model.draft, max(2 * slots, PROMPT)), (model.verify, 9 * slots)):
-        assert table.tokens[0] == 1 and (np.diff(table.tokens) > 0).all()
-        assert most / 1.6 < table.tokens[-1] <= most
-        assert (table.seconds > 0).all()
-
-
-def test_a_profile_without_time_is_short_but_of_use(pair: TinyPair) -> None:
-    assert pair.draft is not None
-    model = CostModel.profile(pair.target, pair.draft, 64, seconds=0)
-    for table in (model.draft, model.verify):
-        tokens = table.tokens.tolist()
-        assert len(tokens) == LEAST_POINTS and tokens[0] == 1 and tokens[-1] > 64
-        assert (table.seconds > 0).all()
 
 
 def test_a_draft_that_rests_while_the_machine_becomes_faster_is_not_taken_for_a_dear_one() -> None:

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
 from specdec.lossless.sampling import SamplingBatch, coupled_choice, probabilities
-from specdec.policies.base import StopPolicy
+from specdec.policies.base import Signal, StopPolicy
 from specdec.policies.costs import CostModel
-from specdec.policies.estimators import Signal, read_signals
 from specdec.policies.registry import make_policy
+from specdec.policies.signals import read_signals
 from specdec.request import Completion, Counts, Request, SamplingParams
 from specdec.simulate.record import Text, measure_costs, record, reversed_coupling
-from specdec.simulate.replay import Trace, replay
+from specdec.simulate.replay import Transcript, replay
 from tests.specdec.goodness import FALSE_ALARM, chi_square_excess, counted
 from tests.specdec.tiny_models import TinyPair, make_pair
 from tests.specdec.workloads import linear, prompts, random_head
@@ -92,29 +92,31 @@ def signals_after(
     return out.logits[0, -1:], out.hidden_states[-1][0, -1:]
 
 
-def test_traces_are_what_the_plain_models_say(pair: TinyPair, draft_model: PreTrainedModel) -> None:
+def test_transcripts_are_what_the_plain_models_say(
+    pair: TinyPair, draft_model: PreTrainedModel
+) -> None:
     """Greedy: candidates, verdicts, signals and branches, one plain forward at a time."""
     head = random_head(64)
     (text,) = texts_of(pair, [Request("a", prompts([11])[0], replace(GREEDY, max_new_tokens=16))])
-    (trace,) = record(pair, [text], head=head, most=5)
-    assert trace.free_trimming and trace.limit == 15 and trace.group == "g"
+    (transcript,) = record(pair, [text], head=head, most=5)
+    assert transcript.free_trimming and transcript.limit == 15 and transcript.group == "g"
     prompt = list(text.request.prompt_ids)
     wanted = frozenset(Signal)
-    assert not trace.accepted.all(), "the test needs branches"
+    assert not transcript.accepted.all(), "the test needs branches"
     for t, x in enumerate(text.output_ids):
         context = [*prompt, *text.output_ids[:t]]
         logits, hidden = signals_after(pair, draft_model, context)
         y = logits.argmax(-1)
-        assert trace.accepted[t] == (int(y) == x)
+        assert transcript.accepted[t] == (int(y) == x)
         expected = read_signals(logits, y, hidden, wanted, head)[0]
-        assert torch.tensor(trace.signals[t]) == pytest.approx(expected, abs=2e-3)
-        if trace.accepted[t] and t < len(text.output_ids) - 1:
-            assert trace.branch_of[t] == -1
+        assert torch.tensor(transcript.signals[t]) == pytest.approx(expected, abs=2e-3)
+        if transcript.accepted[t] and t < len(text.output_ids) - 1:
+            assert transcript.branch_of[t] == -1
             continue
-        branch = trace.branches[trace.branch_of[t]]
+        branch = transcript.branches[transcript.branch_of[t]]
         for step in range(4):
             context.append(int(y))
-            if t + 1 + step >= trace.limit:
+            if t + 1 + step >= transcript.limit:
                 assert not branch[step].any()
                 continue
             logits, hidden = signals_after(pair, draft_model, context)
@@ -128,15 +130,15 @@ def test_coupled_candidates_share_the_noise_of_the_row(
 ) -> None:
     request = Request("a", prompts([8])[0], replace(SAMPLED, temperature=0.7, top_k=20, seed=5))
     (text,) = texts_of(pair, [request], "coupled")
-    (trace,) = record(pair, [text], verification="coupled", most=3)
-    assert trace.free_trimming
-    assert not trace.signals[:, [Signal.HEAD_BEFORE, Signal.HEAD_AFTER]].any()
+    (transcript,) = record(pair, [text], verification="coupled", most=3)
+    assert transcript.free_trimming
+    assert not transcript.signals[:, [Signal.HEAD_BEFORE, Signal.HEAD_AFTER]].any()
     params = SamplingBatch.of([request.sampling], torch.device("cpu"))
     for t, x in enumerate(text.output_ids):
         context = [*request.prompt_ids, *text.output_ids[:t]]
         logits, _ = signals_after(pair, draft_model, context)
         y = coupled_choice(probabilities(logits, params), params.seed, torch.tensor([t]))
-        assert trace.accepted[t] == (int(y) == x)
+        assert transcript.accepted[t] == (int(y) == x)
 
 
 def test_a_text_is_cut_where_the_draft_ends(
@@ -145,12 +147,12 @@ def test_a_text_is_cut_where_the_draft_ends(
     short = make_pair(target_model, draft_model, draft_context=20)
     texts = texts_of(short, [Request("a", prompts([12])[0], GREEDY)])
     texts += texts_of(short, [Request("b", prompts([25])[0], GREEDY)])
-    (trace,) = record(short, texts)
-    assert len(trace.accepted) == 9
-    assert trace.limit == 8
+    (transcript,) = record(short, texts)
+    assert len(transcript.accepted) == 9
+    assert transcript.limit == 8
 
 
-def test_a_pair_without_a_draft_has_no_traces(target_model: PreTrainedModel) -> None:
+def test_a_pair_without_a_draft_has_no_transcripts(target_model: PreTrainedModel) -> None:
     alone = make_pair(target_model, None)
     with pytest.raises(ValueError, match="draft"):
         next(record(alone, [Text(requests_of(1, GREEDY)[0], (1,))]))
@@ -226,12 +228,16 @@ def test_sampled_rounds_are_the_engine_s_in_law(pair: TinyPair, verification: Ve
     FALSE_ALARM bounds the chance that a correct simulator fails, over all 12, in each mode.
     """
     rows = 90
-    traced = requests_of(rows, SAMPLED)
-    others = [replace(r, sampling=replace(r.sampling, seed=r.sampling.seed + 1000)) for r in traced]
-    traces = list(record(pair, texts_of(pair, traced, verification), verification=verification))
+    recorded = requests_of(rows, SAMPLED)
+    others = [
+        replace(r, sampling=replace(r.sampling, seed=r.sampling.seed + 1000)) for r in recorded
+    ]
+    transcripts = list(
+        record(pair, texts_of(pair, recorded, verification), verification=verification)
+    )
     bound = stats.norm.isf(FALSE_ALARM / (2 * 3 * len(STATISTICAL)))
     for name, make in STATISTICAL.items():
-        ours = replay(traces, make(), COSTS, live=8).rows
+        ours = replay(transcripts, make(), COSTS, live=8).rows
         theirs = [
             replace(c.counts, rounds=c.counts.rounds - 1, committed=c.counts.committed - 1)
             for c in run(pair, others, make(), verification)
@@ -261,10 +267,10 @@ def test_rejection_accepts_as_often_as_the_distributions_overlap(
     """At each position P(accepted) = sum min(p, q), with top-k and a temperature."""
     sampling = replace(SAMPLED, temperature=1.3, top_k=30)
     texts = texts_of(pair, requests_of(40, sampling))
-    traces: list[Trace] = list(record(pair, texts, most=2))
+    transcripts: list[Transcript] = list(record(pair, texts, most=2))
     params = SamplingBatch.of([sampling], torch.device("cpu"))
     overlap, variance, accepted = 0.0, 0.0, 0
-    for text, trace in zip(texts, traces, strict=True):
+    for text, transcript in zip(texts, transcripts, strict=True):
         prompt = text.request.prompt_ids
         ids = torch.tensor([[*prompt, *text.output_ids[:-1]]])
         with torch.no_grad():
@@ -279,5 +285,5 @@ def test_rejection_accepts_as_often_as_the_distributions_overlap(
         chances = torch.minimum(p, q).sum(-1)
         overlap += float(chances.sum())
         variance += float((chances * (1 - chances)).sum())
-        accepted += int(trace.accepted.sum())
+        accepted += int(transcript.accepted.sum())
     assert abs(accepted - overlap) < stats.norm.isf(FALSE_ALARM / 2) * sqrt(variance)

@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specdec.policies.base import DraftStep, Fixed, RoundOutcome, RoundStart
+from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, Signal
 from specdec.policies.costs import CostModel, CostTable
-from specdec.policies.estimators import Signal
 from specdec.policies.registry import make_policy
+from specdec.policies.simple import Fixed
 from specdec.request import Counts
 from specdec.simulate.bound import least_seconds
 from specdec.simulate.replay import (
-    Trace,
+    Transcript,
     acceptance,
     acceptance_by_position,
     faster,
-    load_traces,
+    load_transcripts,
     replay,
-    save_traces,
+    save_transcripts,
 )
 from tests.specdec.workloads import linear, staircase
 
@@ -28,10 +28,10 @@ DEPTH = 7
 COSTS = CostModel(linear(1.0, 0.25), linear(4.0, 0.5))
 
 
-def trace_of(
+def transcript_of(
     accepted: Sequence[int], *, prompt: int = 9, limit: int = 99, seed: int = 0, group: str = ""
-) -> Trace:
-    """A trace whose every signal is another number."""
+) -> Transcript:
+    """A transcript whose every signal is another number."""
     flags = np.array(accepted, dtype=bool)
     chance = np.random.default_rng(seed)
     n = len(flags)
@@ -42,21 +42,21 @@ def trace_of(
     branches = chance.normal(-1, 1, (len(starts), DEPTH, len(Signal))).astype(np.float32)
     for array in (signals, branches):
         array[..., Signal.ENTROPY] = abs(array[..., Signal.ENTROPY])
-    return Trace(f"r{seed}", group, prompt, limit, False, flags, signals, branch_of, branches)
+    return Transcript(f"r{seed}", group, prompt, limit, False, flags, signals, branch_of, branches)
 
 
-def random_traces(rows: int = 12, rate: float = 0.6, tokens: int = 60) -> list[Trace]:
+def random_transcripts(rows: int = 12, rate: float = 0.6, tokens: int = 60) -> list[Transcript]:
     """Acceptance that the signals tell of, so that there is something to learn."""
     chance = np.random.default_rng(7)
-    traces = []
+    transcripts = []
     for i in range(rows):
         n = int(chance.integers(tokens // 2, tokens))
         chances = chance.beta(4 * rate, 4 * (1 - rate), n)
-        trace = trace_of(chance.random(n) < chances, seed=i, group="ab"[i % 2])
-        trace.signals[:, [Signal.LOG_Q, Signal.LOG_TOP]] = np.log(chances)[:, None]
-        trace.branches[..., [Signal.LOG_Q, Signal.LOG_TOP]] = np.log(rate)
-        traces.append(trace)
-    return traces
+        transcript = transcript_of(chance.random(n) < chances, seed=i, group="ab"[i % 2])
+        transcript.signals[:, [Signal.LOG_Q, Signal.LOG_TOP]] = np.log(chances)[:, None]
+        transcript.branches[..., [Signal.LOG_Q, Signal.LOG_TOP]] = np.log(rate)
+        transcripts.append(transcript)
+    return transcripts
 
 
 # -------------------------------------------------------------------------------- fixed
@@ -64,8 +64,8 @@ def random_traces(rows: int = 12, rate: float = 0.6, tokens: int = 60) -> list[T
 
 def test_fixed_by_hand() -> None:
     # Position 0 came with the prompt; rounds of 2 begin at 1, 4, 6, 7.
-    trace = trace_of([0, 1, 1, 0, 1, 0, 0, 1])
-    done = replay([trace], Fixed(2), COSTS)
+    transcript = transcript_of([0, 1, 1, 0, 1, 0, 0, 1])
+    done = replay([transcript], Fixed(2), COSTS)
     # 1: both accepted, and a bonus; 4: one of two; 6: none of two; 7: the last token, accepted.
     assert done.rows == [Counts(rounds=4, drafted=8, verified=8, accepted=4, committed=7)]
     draft, verify = COSTS.draft, COSTS.verify
@@ -76,8 +76,8 @@ def test_fixed_by_hand() -> None:
 
 
 def test_no_speculation_is_one_round_a_token() -> None:
-    traces = [trace_of([1] * 5), trace_of([0]), trace_of([1, 0, 1])]
-    done = replay(traces, make_policy("none"), COSTS)
+    transcripts = [transcript_of([1] * 5), transcript_of([0]), transcript_of([1, 0, 1])]
+    done = replay(transcripts, make_policy("none"), COSTS)
     assert [row.rounds for row in done.rows] == [4, 0, 2]
     assert done.row_seconds == pytest.approx([4 * COSTS.verify(1), 0, 2 * COSTS.verify(1)])
 
@@ -85,28 +85,28 @@ def test_no_speculation_is_one_round_a_token() -> None:
 @pytest.mark.parametrize("k", [1, 2, 3, 8])
 @pytest.mark.parametrize("live", [1, 3])
 def test_fixed_agrees_with_a_direct_count(k: int, live: int) -> None:
-    traces = random_traces()
-    done = replay(traces, Fixed(k), COSTS, live)
-    for trace, counts in zip(traces, done.rows, strict=True):
+    transcripts = random_transcripts()
+    done = replay(transcripts, Fixed(k), COSTS, live)
+    for transcript, counts in zip(transcripts, done.rows, strict=True):
         at, expected = 1, Counts()
-        while at < len(trace.accepted):
+        while at < len(transcript.accepted):
             run = 0
-            while run < k and at + run < len(trace.accepted) and trace.accepted[at + run]:
+            while run < k and at + run < len(transcript.accepted) and transcript.accepted[at + run]:
                 run += 1
-            kept = min(run + 1, len(trace.accepted) - at)
+            kept = min(run + 1, len(transcript.accepted) - at)
             expected.add(Counts(1, k, k, run, kept))
             at += kept
         assert counts == expected
 
 
 def test_the_limit_bounds_candidates() -> None:
-    done = replay([trace_of([1] * 6, limit=5)], Fixed(8), COSTS)
+    done = replay([transcript_of([1] * 6, limit=5)], Fixed(8), COSTS)
     assert done.rows == [Counts(rounds=1, drafted=4, verified=4, accepted=4, committed=5)]
 
 
 def test_a_steady_replay_counts_full_rounds_only() -> None:
-    traces = [trace_of([0] * 4, seed=i) for i in range(3)]
-    done = replay(traces, Fixed(1), COSTS, 2, steady=True)
+    transcripts = [transcript_of([0] * 4, seed=i) for i in range(3)]
+    done = replay(transcripts, Fixed(1), COSTS, 2, steady=True)
     # 8 rows of 3 rounds each go through 2 slots in step: 12 rounds.
     assert done.counts.rounds == 24
     draft = 4 * (COSTS.draft(20) + 2 * COSTS.draft(2))
@@ -140,33 +140,43 @@ class Recorder(Fixed):
 
 def test_the_draft_lacks_what_the_engine_says() -> None:
     # none, none, then 2 accepted of 2, 1 of 2, none.
-    trace = trace_of([0, 0, 0, 1, 1, 0, 1, 0, 0, 1])
+    transcript = transcript_of([0, 0, 0, 1, 1, 0, 1, 0, 0, 1])
     policy = Recorder([0, 0, 2, 2, 0, 1])
-    replay([trace], policy, COSTS)
+    replay([transcript], policy, COSTS)
     assert [start.draft_pending for start in policy.starts] == [[10], [11], [12], [2], [1], [2]]
     assert [start.contexts for start in policy.starts] == [[10], [11], [12], [15], [17], [18]]
     assert [outcome.accepted for outcome in policy.outcomes] == [[0], [0], [2], [1], [0], [1]]
 
 
 def test_behind_a_wrong_candidate_a_policy_sees_the_branch() -> None:
-    trace = trace_of([0, 1, 0, 1, 1])
+    transcript = transcript_of([0, 1, 0, 1, 1])
     policy = Recorder([4, 4, 4])
-    replay([trace], policy, COSTS)
+    replay([transcript], policy, COSTS)
     seen = np.concatenate([step.signals for step in policy.steps[:4]])
-    expected = [trace.signals[1], trace.signals[2], trace.branches[1, 0], trace.branches[1, 1]]
+    expected = [
+        transcript.signals[1],
+        transcript.signals[2],
+        transcript.branches[1, 0],
+        transcript.branches[1, 1],
+    ]
     assert np.array_equal(seen, np.array(expected, dtype=np.float64))
     # From 3 the text is accepted to its end; what is drafted past it has signals and no verdict.
     seen = np.concatenate([step.signals for step in policy.steps[4:]])
-    expected = [trace.signals[3], trace.signals[4], trace.branches[2, 0], trace.branches[2, 1]]
+    expected = [
+        transcript.signals[3],
+        transcript.signals[4],
+        transcript.branches[2, 0],
+        transcript.branches[2, 1],
+    ]
     assert np.array_equal(seen, np.array(expected, dtype=np.float64))
     last = policy.outcomes[-1]
     assert (last.drafted, last.submitted, last.accepted) == ([4], [2], [2])
 
 
 def test_rows_are_refilled() -> None:
-    traces = [trace_of([0] * n, seed=n) for n in (2, 5, 3)]
+    transcripts = [transcript_of([0] * n, seed=n) for n in (2, 5, 3)]
     policy = Recorder([0] * 9)
-    replay(traces, policy, COSTS, live=2)
+    replay(transcripts, policy, COSTS, live=2)
     assert [len(start.rows) for start in policy.starts] == [2, 2, 2, 1]
 
 
@@ -185,7 +195,7 @@ POLICIES = [
 CURVES = {
     "linear": COSTS,
     "staircase": CostModel(staircase(4, 0.3), staircase(8, 1.5)),
-    "draft is dear": CostModel(linear(4.0, 0.5), linear(4.0, 0.5)),
+    "draft is costly": CostModel(linear(4.0, 0.5), linear(4.0, 0.5)),
     "draft is free": CostModel(linear(1e-6, 0.0), staircase(8, 0.6)),
     "falls": CostModel(CostTable([1, 2, 40], [1, 0.6, 3]), CostTable([1, 3, 60], [5, 3, 20])),
 }
@@ -194,11 +204,11 @@ CURVES = {
 @pytest.mark.parametrize("curves", CURVES)
 @pytest.mark.parametrize("live", [1, 4])
 def test_no_policy_beats_the_clairvoyant(curves: str, live: int) -> None:
-    costs, traces = CURVES[curves], random_traces()
-    bound = least_seconds(traces, costs, live)
+    costs, transcripts = CURVES[curves], random_transcripts()
+    bound = least_seconds(transcripts, costs, live)
     for name, options in POLICIES:
         own = {"costs": copy.deepcopy(costs)} if name == "goodput" else {}
-        done = replay(traces, make_policy(name, **options, **own), costs, live)
+        done = replay(transcripts, make_policy(name, **options, **own), costs, live)
         assert done.seconds >= bound.sum() - 1e-9, name
         if live == 1:
             assert (done.row_seconds >= bound - 1e-9).all(), name
@@ -206,23 +216,23 @@ def test_no_policy_beats_the_clairvoyant(curves: str, live: int) -> None:
 
 def test_the_clairvoyant_by_hand() -> None:
     # 0 0 | 1 1 1 0: with free drafts 1 round for the run and its bonus, beside 1 for position 1.
-    trace = trace_of([0, 0, 1, 1, 1, 0])
+    transcript = transcript_of([0, 0, 1, 1, 1, 0])
     costs = CostModel(linear(0.0, 1e-9), linear(5.0, 1e-9))
-    assert least_seconds([trace], costs) == pytest.approx([10], abs=1e-6)
+    assert least_seconds([transcript], costs) == pytest.approx([10], abs=1e-6)
     # Where drafting costs as much as it can bring, nobody drafts.
     costs = CostModel(linear(9.0, 0.0), linear(5.0, 0.0))
-    assert least_seconds([trace], costs) == pytest.approx([25])
+    assert least_seconds([transcript], costs) == pytest.approx([25])
     # In between: a candidate costs 2, and a round 5.
     costs = CostModel(linear(2.0, 0.0), linear(5.0, 0.0))
-    assert least_seconds([trace], costs) == pytest.approx([5 + 5 + 3 * 2])
+    assert least_seconds([transcript], costs) == pytest.approx([5 + 5 + 3 * 2])
 
 
 def test_all_accepted_and_free_is_reached() -> None:
-    traces = [trace_of([1] * 41, prompt=1, limit=40, seed=i) for i in range(4)]
+    transcripts = [transcript_of([1] * 41, prompt=1, limit=40, seed=i) for i in range(4)]
     costs = CostModel(linear(1.0, 0.0), linear(5.0, 0.0))
     for live in (1, 2):
-        done = replay(traces, Fixed(8), costs, live)
-        assert done.seconds == pytest.approx(least_seconds(traces, costs, live).sum(), rel=0.2)
+        done = replay(transcripts, Fixed(8), costs, live)
+        assert done.seconds == pytest.approx(least_seconds(transcripts, costs, live).sum(), rel=0.2)
 
 
 # -------------------------------------------------------------------------- goodput, in short
@@ -230,13 +240,13 @@ def test_all_accepted_and_free_is_reached() -> None:
 
 @pytest.mark.parametrize("live", [1, 4])
 def test_goodput_once_warm_is_near_the_best_fixed(live: int) -> None:
-    traces = random_traces(30)
+    transcripts = random_transcripts(30)
     for costs in (COSTS, CURVES["staircase"]):
         policy = make_policy("goodput", costs=copy.deepcopy(costs), k_max=8)
-        replay(traces, policy, costs, live)
-        ours = replay(traces, policy, costs, live).tokens_per_second
+        replay(transcripts, policy, costs, live)
+        ours = replay(transcripts, policy, costs, live).tokens_per_second
         fixed = max(
-            replay(traces, make_policy("fixed", k=k), costs, live).tokens_per_second
+            replay(transcripts, make_policy("fixed", k=k), costs, live).tokens_per_second
             for k in range(9)
         )
         assert ours > 0.97 * fixed
@@ -246,14 +256,14 @@ def test_goodput_once_warm_is_near_the_best_fixed(live: int) -> None:
 
 
 def test_a_policy_is_as_fast_as_itself() -> None:
-    done = replay(random_traces(), Fixed(2), COSTS)
+    done = replay(random_transcripts(), Fixed(2), COSTS)
     same = faster(done, done)
     assert (same.value, same.low, same.high) == (1, 1, 1)
 
 
 def test_faster_is_a_ratio_of_speeds() -> None:
-    traces = random_traces(40)
-    none, two = (replay(traces, Fixed(k), COSTS) for k in (0, 2))
+    transcripts = random_transcripts(40)
+    none, two = (replay(transcripts, Fixed(k), COSTS) for k in (0, 2))
     ratio = faster(none, two)
     assert ratio.value == pytest.approx(two.tokens_per_second / none.tokens_per_second)
     assert ratio.low < ratio.value < ratio.high
@@ -261,32 +271,32 @@ def test_faster_is_a_ratio_of_speeds() -> None:
 
 
 def test_acceptance_by_position() -> None:
-    found = acceptance_by_position([trace_of([0, 1, 1, 0, 0, 1, 0])], most=2)
+    found = acceptance_by_position([transcript_of([0, 1, 1, 0, 0, 1, 0])], most=2)
     # Rounds of 2 from 1: both stand; 4: none; 5: one of two.
     (first, met), (second, met_second) = found
     assert (first.value, met) == (pytest.approx(2 / 3), 3)
     assert (second.value, met_second) == (1 / 2, 2)
-    assert acceptance([trace_of([0, 1, 1, 0])]).value == 0.5
+    assert acceptance([transcript_of([0, 1, 1, 0])]).value == 0.5
 
 
 # ------------------------------------------------------------------------------------ files
 
 
-def test_traces_survive_a_file(tmp_path: Path) -> None:
-    traces = [*random_traces(3), replace_group(trace_of([1, 1]), "x")]
-    save_traces(tmp_path / "t.safetensors", traces, {"pair": "tiny", "temperature": 1})
-    loaded, about = load_traces(tmp_path / "t.safetensors")
+def test_transcripts_survive_a_file(tmp_path: Path) -> None:
+    transcripts = [*random_transcripts(3), replace_group(transcript_of([1, 1]), "x")]
+    save_transcripts(tmp_path / "t.safetensors", transcripts, {"pair": "tiny", "temperature": 1})
+    loaded, about = load_transcripts(tmp_path / "t.safetensors")
     assert about == {"pair": "tiny", "temperature": 1}
-    for before, after in zip(traces, loaded, strict=True):
+    for before, after in zip(transcripts, loaded, strict=True):
         for name in ("id", "group", "prompt_tokens", "limit", "free_trimming"):
             assert getattr(before, name) == getattr(after, name)
         for name in ("accepted", "signals", "branch_of", "branches", "runs"):
             assert np.array_equal(getattr(before, name), getattr(after, name))
     policies = [make_policy("head", estimator="confidence") for _ in range(2)]
-    results = [replay(t, p, COSTS) for t, p in zip((traces, loaded), policies, strict=True)]
+    results = [replay(t, p, COSTS) for t, p in zip((transcripts, loaded), policies, strict=True)]
     assert results[0].rows == results[1].rows
 
 
-def replace_group(trace: Trace, group: str) -> Trace:
-    names = [n for n in Trace.__dataclass_fields__ if n != "runs"]
-    return Trace(**{**{n: getattr(trace, n) for n in names}, "group": group})
+def replace_group(transcript: Transcript, group: str) -> Transcript:
+    names = [n for n in Transcript.__dataclass_fields__ if n != "runs"]
+    return Transcript(**{**{n: getattr(transcript, n) for n in names}, "group": group})

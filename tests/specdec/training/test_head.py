@@ -9,15 +9,15 @@ from torch import Tensor
 
 from specdec.engine.engine import Engine
 from specdec.lossless.sampling import SamplingBatch, probabilities
-from specdec.policies.base import StopPolicy
-from specdec.policies.estimators import AcceptanceHead, Signal
+from specdec.policies.base import Signal, StopPolicy
+from specdec.policies.signals import AcceptanceHead
 from specdec.request import Request, SamplingParams
 from specdec.training.examples import Example
 from specdec.training.head import (
     HeadSettings,
     calibrate,
     early_look,
-    evaluate,
+    evaluate_head,
     raw_logits,
     train_head,
     weighted_loss,
@@ -31,7 +31,7 @@ from specdec.training.labels import (
     continuations,
     judge,
 )
-from specdec.training.reliability import fit_platt, score, sigmoid, weighted_auc
+from specdec.training.reliability import fit_platt, reliability, sigmoid, weighted_auc
 from tests.specdec.tiny_models import VOCAB, TinyPair, make_pair, noisy_copy, tiny_model
 
 SAMPLED = SamplingParams(max_new_tokens=12, temperature=0.8, top_k=20, top_p=0.95, ignore_eos=True)
@@ -249,7 +249,7 @@ def test_debiasing_is_what_makes_a_weighted_head_calibrated(
     task: tuple[Labels, AcceptanceHead],
 ) -> None:
     labels, head = task
-    metrics = evaluate(head, head, labels)["held_out"]
+    metrics = evaluate_head(head, head, labels)["held_out"]
     for output in ("before", "after"):
         measured = {name: each[output] for name, each in metrics["estimators"].items()}
         assert measured["de-biased"]["ece"] <= 0.05
@@ -286,7 +286,7 @@ def test_calibration_is_fitted_on_tuning_rows_and_folded_into_the_head(
     kept = {name: tensor.clone() for name, tensor in distorted.state_dict().items()}
     saved, found = calibrate(distorted, labels)
     assert all(torch.equal(kept[name], tensor) for name, tensor in distorted.state_dict().items())
-    metrics = evaluate(distorted, saved, labels)["held_out"]["estimators"]
+    metrics = evaluate_head(distorted, saved, labels)["held_out"]["estimators"]
     bias = np.log(head.reject_weight)
     for i, output in enumerate(("before", "after")):
         assert metrics["de-biased"][output]["ece"] > 0.05
@@ -319,7 +319,7 @@ def test_another_kind_of_text_is_measured_and_not_trained_on() -> None:
     again = train_head(both, settings)
     pairs = zip(head.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    report = evaluate(head, head, both)
+    report = evaluate_head(head, head, both)
     assert report["other"]["positions"] == 400
     assert report["other"]["estimators"]["head"]["after"]["auc"] > 0.5
 
@@ -354,7 +354,7 @@ def test_auc_by_hand() -> None:
 
 def test_score_of_perfect_probabilities() -> None:
     truth = np.random.default_rng(0).random(1000)
-    found = score(truth, truth)
+    found = reliability(truth, truth)
     assert found["ece"] == pytest.approx(0)
     entropy = -(truth * np.log(truth) + (1 - truth) * np.log(1 - truth)).mean()
     assert found["log_loss"] == pytest.approx(entropy)
@@ -362,7 +362,7 @@ def test_score_of_perfect_probabilities() -> None:
 
 
 def test_signals_are_in_the_order_that_the_head_reads() -> None:
-    from specdec.training.labels import TOKEN_SIGNALS
+    from specdec.policies.base import TOKEN_SIGNALS
 
     assert TOKEN_SIGNALS == (Signal.LOG_Q, Signal.LOG_TOP, Signal.ENTROPY)
 

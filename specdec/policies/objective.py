@@ -1,0 +1,119 @@
+"""What `goodput` maximises: pure arithmetic on estimates and costs, without any state.
+
+A round commits one token per row plus what is accepted. It takes the time of its draft steps and of
+one verification. Tokens per second over many rounds are largest if every round maximises
+
+    gain = expected tokens - price * seconds,        price = the goodput reached (tokens/s).
+
+This is the renewal-reward form of the decision process of SpecDec++ (arXiv 2405.19715). There a
+threshold on the risk says when to stop; here the price takes its place, so that the answer follows
+the batch and what it costs. Two questions have this form:
+
+    leading_rows   before a step: which rows take it, when it is not known what it will bring?
+    best_prefixes  before verification: which of the candidates drawn are worth verifying?
+
+Loops over rows are plain Python: after a forward, an array operation takes longer than a row does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+
+import numpy as np
+
+from specdec.policies.costs import CostModel
+
+AHEAD = 8
+"""Draft steps that a decision looks ahead.
+
+A staircase of costs may repay two candidates where one does not: it must see the second to draft
+the first. More steps see further and take proportionally longer. 8 is the width of a kernel's tile
+on a CPU, behind which the next jump of a staircase lies.
+"""
+
+_STEPS = np.arange(1, AHEAD + 1)
+
+
+def leading_rows(
+    rates: Sequence[float],
+    expected: Sequence[float],
+    first: Sequence[float],
+    further: Sequence[Sequence[float]],
+    price: float,
+    steps: int,
+) -> tuple[int, float]:
+    """How many of the leading rows to take further, and what that gains.
+
+    Considers every number j of rows and every number of steps. The first step adds `expected`
+    tokens of each row; each later one the row's rate times the one before.
+
+    Args:
+        rates: of n rows, how often a candidate is accepted behind accepted ones.
+        expected: tokens that each row's next candidate is expected to add, falling.
+        first: seconds that the first step takes for the leading 1..n rows.
+        further: seconds of all else, by number of rows and of steps (`further_seconds`).
+        price: tokens that a second is worth.
+        steps: most candidates that the rows may still get; at most AHEAD are looked at.
+
+    Returns:
+        The best number of rows, at least 1, and the tokens that it gains; less than 0 if it loses.
+    """
+    tokens = [0.0] * min(steps, AHEAD)
+    number, most = 1, -inf
+    each = zip(rates, expected, first, further, strict=True)
+    for j, (rate, next_token, seconds, more) in enumerate(each, start=1):
+        chain = 0.0
+        for step, rest in zip(range(len(tokens)), more, strict=False):
+            chain += next_token
+            next_token *= rate
+            tokens[step] += chain
+            gain = tokens[step] - price * (seconds + rest)
+            if gain > most:
+                number, most = j, gain
+    return number, most
+
+
+def further_seconds(costs: CostModel, fed: int, n: int, share: float) -> list[list[float]]:
+    """Seconds of 1..AHEAD more candidates of each of 1..n rows, less the first draft step.
+
+    Args:
+        costs: of both models.
+        fed: packed tokens of the verification as it is.
+        n: rows.
+        share: how much of the candidates will be submitted.
+
+    Returns:
+        n lists of AHEAD.
+    """
+    j = np.arange(1, n + 1)[:, None]
+    verify = costs.verify.curve(fed, fed + n * AHEAD)
+    submitted = np.rint(share * j * _STEPS).astype(int)
+    drafting = costs.draft.curve(1, n)[:, None] * (_STEPS - 1)
+    further: list[list[float]] = (verify[submitted] - verify[0] + drafting).tolist()
+    return further
+
+
+def best_prefixes(
+    candidates: Sequence[tuple[float, int]], verify: Sequence[float], price: float
+) -> Sequence[tuple[float, int]]:
+    """Which candidates are worth verifying: a prefix of each row's, the best of all such sets.
+
+    A row's survival falls with every candidate. So the likeliest candidates, however many, hold a
+    prefix of every row, and one pass over all their numbers is the whole search. A staircase of
+    costs has many local optima; all of them are seen.
+
+    Args:
+        candidates: (survival, row) of all that were drawn, in the order that they were drawn.
+        verify: seconds of a verification with 0, 1, ... all candidates.
+        price: tokens that a second is worth.
+    """
+    likeliest = sorted(candidates, key=lambda candidate: -candidate[0])
+    bare = verify[0]
+    tokens, most, best = 0.0, 0.0, 0
+    for n, (survival, _) in enumerate(likeliest, start=1):
+        tokens += survival
+        gain = tokens - price * (verify[n] - bare)
+        if gain > most:
+            most, best = gain, n
+    return likeliest[:best]

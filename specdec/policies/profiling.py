@@ -1,0 +1,112 @@
+"""Profiles a pair: times forwards of both models on made-up rows, before the first round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from specdec.lossless.sampling import greedy_choice
+from specdec.model.decoder import PackedDecoder
+from specdec.policies.costs import CostModel, CostTable
+
+CONTEXT = 192
+"""Cached positions of each row while profiling: about a prompt and half an output.
+
+Raised, attention seems to cost more from the start; rounds find the job's own.
+"""
+
+PROMPT = 256
+"""Tokens that the draft is profiled up to: one it has not followed must read the row's prompt.
+
+Raised, the profile takes longer and says more of long prompts.
+"""
+
+REPEATS = 5
+"""Timings of each usual number of tokens, if there is time: their median counts.
+
+Raised, a table is truer and a profile longer.
+"""
+
+LEAST_POINTS = 4
+"""Numbers of tokens that are tried even if there is no time: a curve needs both ends and a middle.
+
+Raised, a slow model is profiled beyond its time.
+"""
+
+
+def profile_costs(
+    target: PackedDecoder, draft: PackedDecoder, slots: int, seconds: float = 4.0
+) -> CostModel:
+    """Time forwards of both models on made-up rows.
+
+    Args:
+        slots: most rows in a round.
+        seconds: for both, about; the fewer forwards fit into it, the coarser the tables.
+    """
+    return CostModel(
+        _profile(draft, slots, max(2 * slots, PROMPT), seconds / 3),
+        _profile(target, slots, 9 * slots, seconds * 2 / 3),
+    )
+
+
+@torch.inference_mode()
+def _profile(decoder: PackedDecoder, slots: int, most: int, budget: float) -> CostTable:
+    cache = decoder.new_cache(slots, CONTEXT + max(most // slots + 1, 16))
+    ladder = list(_ladder(most))
+    # What most rounds will have comes first, in turns: what else the machine does slows all alike.
+    n = sum(tokens <= 2 * slots + 8 for tokens in ladder)
+    usual, larger = [ladder[i] for i in _coarse_to_fine(n)], ladder[: n - 1 : -1]
+    timings: dict[int, list[float]] = {}
+    began = time.perf_counter()
+    _time(decoder, cache, slots, 1)  # the first forward of a shape allocates
+    for tokens in [*usual, *larger[:1], *usual * (REPEATS - 1), *larger[1:]]:
+        if time.perf_counter() - began > budget and len(timings) >= LEAST_POINTS:
+            break
+        if decoder.device.type == "cuda" and tokens not in timings:
+            began += _time(decoder, cache, slots, tokens)  # compiling and recording come once
+        timings.setdefault(tokens, []).append(_time(decoder, cache, slots, tokens))
+    sizes = sorted(timings)
+    return CostTable(sizes, [float(np.median(timings[tokens])) for tokens in sizes])
+
+
+def _coarse_to_fine(n: int) -> Iterator[int]:
+    """0..n-1: both ends, then what halves the widest gap, so that any beginning covers it all."""
+    yield from sorted({0, n - 1})
+    gaps = [(0, n - 1)]
+    while gaps:
+        low, high = gaps.pop(0)
+        if high - low > 1:
+            middle = (low + high) // 2
+            yield middle
+            gaps += [(low, middle), (middle, high)]
+
+
+def _ladder(most: int) -> Iterator[int]:
+    """1, 2, 3, 4, 6, 8, 9, 12, 16, 17, 24, 25, 32, 33, 48, ... up to `most`.
+
+    Kernels work on tiles of 8 or more tokens: a curve jumps behind one, not halfway to the next.
+    """
+    step, tokens = 1, 1
+    while tokens <= most:
+        yield tokens
+        if tokens % 8 == 0 and tokens < most:
+            yield tokens + 1
+        if tokens >= 4 * step:
+            step *= 2
+        tokens += step
+
+
+def _time(decoder: PackedDecoder, cache: Any, slots: int, tokens: int) -> float:
+    """Seconds of one forward of `tokens` tokens over as many rows as there are, logits included."""
+    rows = min(slots, tokens)
+    feed = [(slot, tokens // rows + (slot < tokens % rows)) for slot in range(rows)]
+    cache.lengths = [CONTEXT] * slots
+    ids = torch.zeros(tokens, dtype=torch.int64, device=decoder.device)
+    start = time.perf_counter()
+    chosen = greedy_choice(decoder.logits(decoder.forward(cache, feed, ids)))
+    chosen.tolist()  # waits for the device
+    return time.perf_counter() - start

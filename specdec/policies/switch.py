@@ -1,0 +1,147 @@
+"""Whether to speculate at all: what speculation promised, what it kept, and when to try it again.
+
+Estimates leave things out: other work of the machine, prompts to come, rows that end early. So the
+switch compares what rounds with candidates promised with what they yielded. What was missing lately
+is taken off the next promise. Where nothing is left, nothing is drafted.
+
+A switch that is off learns nothing about what it does not do. So now and then a few rows are tried:
+a *probe*, paid from time that was saved up for it. And where speculation pays a little only, a
+round without candidates comes now and then, so that its cost is known as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+
+from specdec.policies.base import RoundStart, RowMemory
+from specdec.policies.costs import CostModel
+
+KEPT = 0.9988
+"""Weight that is left of what promises lacked after one more row and round: 830 are remembered.
+
+Raised, a loss is noticed later. Lowered, noise switches off what pays: at one row and a memory of
+50 rounds 1.1 to 1.2 times the speed of `none` was left of 1.32 (benchmarks/LOG.md).
+"""
+
+TRUST_AGAIN = 0.999
+"""Weight that is left of that correction after a round without candidates.
+
+Raised, speculation that was switched off comes back later. Set by hand.
+"""
+
+IN_A_ROW = 64
+"""Most rounds with candidates in a row before one without, while the gain is CLOSE.
+
+Otherwise the cost of such a round would rest on a profile alone. Raised, it is measured less often;
+lowered, more rounds go without. Set by hand: 1 round in 64 costs little where the gain is small.
+"""
+
+CLOSE = 0.2
+"""Tokens per row and round beyond `none`, below which a gain counts as close.
+
+Raised, speculation that surely pays is interrupted, too, without need. Set by hand.
+"""
+
+PROBE_SHARE = 0.005
+"""Share of time that is spent on probes while speculation does not pay.
+
+Raised, a change is noticed sooner, at that price. At 0.01 twice as much was lost and no more found
+(benchmarks/LOG.md).
+"""
+
+PROBE_ROWS = 4
+"""Rows that a probe drafts for. More tell more about acceptance, and must be saved for longer."""
+
+PROBE_SAVINGS = 10.0
+"""Time that may be saved up for probes, in rounds without speculation.
+
+Also what there is at first: a job begins with many probes. Without a bound, a long time off would
+be followed by as long a time of probes. Set by hand.
+"""
+
+REST = 7
+"""Rounds for which a decision against speculation stands while the rows are the same.
+
+Their promises do not grow meanwhile, and computing them anew takes the host 0.4 ms. Raised, the
+time that is saved for probes waits longer for its use.
+"""
+
+
+class Switch:
+    """Remembers what speculation promised and kept.
+
+    Attributes:
+        allowance: time saved up for probes, in rounds without speculation.
+    """
+
+    def __init__(self) -> None:
+        self.allowance = PROBE_SAVINGS
+        # Tokens per row and round: of the last decision, and what earlier ones lacked.
+        self._promised, self._missing = 0.0, 0.0
+        self._in_a_row = 0
+        # Rows that were found not worth it, and for how many rounds this stands.
+        self._rested: Sequence[RowMemory] = []
+        self._resting = 0
+
+    @property
+    def look_again(self) -> bool:
+        """Whether it is time for a round without candidates."""
+        return self._in_a_row >= IN_A_ROW and self._promised - self._missing < CLOSE
+
+    def stands(self, start: RoundStart) -> bool:
+        """Whether this round is one without candidates, and nothing needs to be computed for it.
+
+        Asked once a round: it counts the rounds for which a decision stands.
+        """
+        if self.look_again and all(start.decoding):
+            return True
+        # Nothing that was promised too little for these rows grows while they go on without.
+        self._resting -= 1
+        same = len(start.rows) == len(self._rested) and all(map(is_, start.rows, self._rested))
+        return same and self._resting >= 0 and all(start.decoding)
+
+    def pays(self, promised: float) -> bool:
+        """Whether to speculate, as `promised` tokens per row and round beyond none."""
+        self._promised = promised
+        return promised > self._missing
+
+    def probe(self, start: RoundStart, rows: Sequence[int], costs: CostModel) -> list[int]:
+        """Which rows try speculation although it does not promise to pay: mostly none."""
+        cheapest = sorted(rows, key=start.draft_pending.__getitem__)[:PROBE_ROWS]
+        bare, verify = start.target_tokens, costs.verify
+        cost = float(costs.draft(sum(start.draft_pending[row] for row in cheapest)))
+        cost += float(verify(bare + len(cheapest)) - verify(bare))
+        cost /= float(verify(bare))
+        if self.allowance < cost:
+            cheapest = []
+        else:
+            self.allowance -= cost
+        final = not cheapest and all(start.decoding)
+        self._rested, self._resting = start.rows, REST if final else 0
+        return cheapest
+
+    def kept(self, tokens: float, rows: int) -> None:
+        """Learn from a round that was promised to pay.
+
+        Args:
+            tokens: what it yielded, per row that could speculate, beyond none.
+            rows: live rows.
+        """
+        missing = min(max(self._promised - tokens, -1.0), 1.0)  # a pause of the machine is neither
+        weight = KEPT**rows
+        self._missing = weight * self._missing + (1 - weight) * missing
+
+    def ended(self, speculated: bool, relative: float) -> None:
+        """Count a round in which all rows decoded.
+
+        Args:
+            speculated: whether it had candidates.
+            relative: its seconds, in rounds without speculation.
+        """
+        if speculated:
+            self._in_a_row += 1
+            return
+        self._in_a_row = 0
+        self._missing *= TRUST_AGAIN
+        self.allowance = min(self.allowance + PROBE_SHARE * relative, PROBE_SAVINGS)
