@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from specdec.atomic import atomic_file
 from specdec.measure.calibration import Array, Flags
 from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, RowMemory, StopPolicy
 from specdec.policies.costs import CostModel
@@ -98,7 +99,7 @@ class Trace:
 
 
 def save_traces(path: Path, traces: Sequence[Trace], about: Mapping[str, Any]) -> None:
-    """Write traces as safetensors.
+    """Write traces as safetensors, in one step.
 
     Args:
         traces: at least one, of equal depth.
@@ -114,7 +115,8 @@ def save_traces(path: Path, traces: Sequence[Trace], about: Mapping[str, Any]) -
         name: np.concatenate([getattr(trace, name) for trace in traces])
         for name in ("accepted", "signals", "branch_of", "branches")
     }
-    save_file(arrays, path, {"rows": json.dumps(rows), "about": json.dumps(dict(about))})
+    with atomic_file(path) as fresh:
+        save_file(arrays, fresh, {"rows": json.dumps(rows), "about": json.dumps(dict(about))})
 
 
 def load_traces(path: Path) -> tuple[list[Trace], dict[str, Any]]:
