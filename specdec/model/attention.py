@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from specdec.kernels.cpu import LayerKernels
+from specdec.kernels.base import LayerKernels
 from specdec.model.cache import KEY_BLOCK, LayerLayout, SlotCache
 
 GRID_TOKENS = 24

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from specdec.kernels.cpu import HEAD_STEP, LayerKernels, layer_kernels
+from specdec.kernels.base import LayerKernels
+from specdec.kernels.choose import layer_kernels
 
 if TYPE_CHECKING:
     from specdec.model.graphs import RecordedForward
@@ -69,9 +70,8 @@ class SlotCache:
     @functools.cached_property
     def kernels(self) -> LayerKernels | None:
         """The kernels that can read this cache, if there are any."""
-        dims = {dim for layer in self.layout for dim in (layer.key_dim, layer.value_dim)}
-        fit = not any(dim % HEAD_STEP for dim in dims)
-        return layer_kernels(self.dtype, self.device) if fit else None
+        sizes = {size for layer in self.layout for size in (layer.key_dim, layer.value_dim)}
+        return layer_kernels(self.dtype, self.device, sizes)
 
     @property
     def bytes_per_position(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.kernels.cpu import LayerKernels
+from specdec.kernels.base import LayerKernels
 from specdec.model.attention import LayoutProbe, Packing, attend, attend_stored
 
 FUSIBLE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}

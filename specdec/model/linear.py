@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from specdec.kernels.cpu import kernels_for
+from specdec.kernels.choose import cpu_kernels
 
 Quantization = Literal["int8wo", "int8"]
 
@@ -100,7 +100,7 @@ class Int8Linear(RowwiseLinear):
         self.packed, self.levels = _packed_int8(linear.weight.data), activation_levels()
 
     def product(self, x: Tensor) -> Tensor:
-        kernels = kernels_for(x.dtype, x.device)
+        kernels = cpu_kernels(x.dtype, x.device)
         if kernels is not None:
             scaled, largest = kernels.scale_rows(x.contiguous())
         else:

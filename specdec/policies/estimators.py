@@ -26,7 +26,7 @@ import torch
 from scipy.special import expit
 from torch import Tensor, nn
 
-from specdec.kernels.cpu import kernels_over
+from specdec.kernels.choose import kernels_over
 from specdec.measure.calibration import Array, Calibration, Flags
 
 

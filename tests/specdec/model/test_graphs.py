@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.engine.engine import Engine
-from specdec.kernels.cpu import Kernels
+from specdec.kernels.cpu import CpuKernels
 from specdec.model.decoder import PackedDecoder
 from specdec.model.graphs import LARGEST, Recorder, RecordingFailed, padded, record
 from specdec.policies.registry import make_policy
@@ -50,7 +50,7 @@ def test_sizes_are_few_and_hardly_larger() -> None:
 def test_a_recorded_forward_gives_what_a_plain_one_does(
     row_tokens: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Kernels, "row_tokens", row_tokens)  # on a GPU they have a limit anyway
+    monkeypatch.setattr(CpuKernels, "row_tokens", row_tokens)  # on a GPU they have a limit anyway
     recording, plain = decoder(RECORDER), decoder(None)
     caches = [each.new_cache(5, 128) for each in (recording, plain)]
     generator = torch.Generator().manual_seed(0)
