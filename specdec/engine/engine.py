@@ -29,9 +29,10 @@ from specdec.lossless.sampling import SamplingBatch
 from specdec.lossless.verification import MODES, Proposal
 from specdec.measure.clock import PhaseClock
 from specdec.measure.speedup import ControlSchedule, SpeedupMeter
-from specdec.model.attention import GRID_TOKENS, Row, upload
 from specdec.model.cache import round_to_blocks
 from specdec.model.decoder import PackedDecoder
+from specdec.model.packing import GRID_TOKENS
+from specdec.model.rows import Row, upload
 from specdec.policies.base import DraftStep, RoundStart, StopPolicy
 from specdec.policies.estimators import read_signals
 from specdec.request import Completion, Counts, InvalidRequest, Request

@@ -18,15 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.model.attention import (
-    ATTENTION,
-    GRID_TOKENS,
-    LayoutProbe,
-    Packing,
-    Row,
-    UnsupportedModel,
-    packed_rows,
-)
+from specdec.model.attention import ATTENTION, UnsupportedModel
 from specdec.model.cache import SlotCache
 from specdec.model.fused import fuse_layers
 from specdec.model.graphs import (
@@ -37,6 +29,8 @@ from specdec.model.graphs import (
     padded,
     record,
 )
+from specdec.model.packing import GRID_TOKENS, LayoutProbe, Packing
+from specdec.model.rows import Row, packed_rows
 
 GPU_CHECK = 401
 """Tokens of each row that a model on a GPU is checked with: several blocks of its kernels."""
@@ -121,7 +115,7 @@ class PackedDecoder:
             cache.recorded[size] = RecordedForward(size, most, self.recorder, self.device)
         run = functools.partial(self._run_places, cache)
         try:
-            return cache.recorded[size](run, tokens, packed_rows(cache, rows))
+            return cache.recorded[size](run, tokens, packed_rows(cache.lengths, rows))
         except RecordingFailed as error:
             log.warning("forwards are not recorded, which is slower: %s", error)
             self.recorder = None

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.model.attention import PackedRow, cut_rows
+from specdec.model.rows import PackedRow, cut_rows
 
 LARGEST = 512
 """More tokens than this keep a GPU busy for longer than their launches take."""
