@@ -22,7 +22,10 @@ from specdec.model.decoder import PackedDecoder
 from specdec.policies.estimators import AcceptanceHead
 
 WEIGHTS, CARD = "head.safetensors", "card.json"
+"""The two files of a head's folder."""
+
 _FORMAT = 1
+"""Of the card; raised whenever heads of before can no longer be read, which are then refused."""
 
 
 class HeadError(PairError):

@@ -30,7 +30,7 @@ from specdec.model.rows import PackedRow, Row, cut_rows, packed_rows
 LARGEST = 512
 """Most tokens of a forward that is recorded; more keep a GPU busy for longer than their launches.
 
-Raised, there are more sizes to record, each with memory of its own, for forwards that gain little.
+Raised, more sizes are recorded, for forwards that gain little.
 """
 
 SAME = 0.01

@@ -21,14 +21,13 @@ from specdec.model.rows import PackedRow, upload
 MANY_ROWS = 16
 """From so many rows on, batched products are faster than torch's fused kernel on a CPU.
 
-In bfloat16 only; float32 always takes the products. Raised, batches below it get the fused kernel,
-which takes them one by one.
+In bfloat16 only; float32 always takes the products. Raised, more batches get the fused kernel.
 """
 
 KEY_STEP = 16
 """Attended positions are rounded up to a multiple of this, so that there are few shapes.
 
-Raised, there are fewer shapes, for each of which torch allocates anew, and more masked positions.
+Raised, there are fewer shapes and more masked positions to compute.
 """
 
 

@@ -56,6 +56,7 @@ class PackedLinear(RowwiseLinear):
     """
 
     LEAST_ROWS = 5
+    """Fewest rows of a product; raised, small batches pay for more rows that nobody needs."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)

@@ -48,8 +48,8 @@ def test_capacities_are_whole_blocks(positions: int, rounded: int) -> None:
 def test_bytes_per_position_are_what_the_tensors_take() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         cache = SlotCache(LAYOUT, 3, 2 * KEY_BLOCK, dtype, CPU)
-        held = sum(t.nbytes for t in (*cache.keys, *cache.values))
-        assert cache.bytes_per_position * cache.slots * cache.capacity == held
+        taken = sum(t.nbytes for t in (*cache.keys, *cache.values))
+        assert cache.bytes_per_position * cache.slots * cache.capacity == taken
 
 
 def test_write_puts_each_token_at_its_slot_and_position() -> None:
