@@ -24,7 +24,7 @@ from specdec.training.settings import Moment, Settings, Watch
 from specdec.training.student import DistillError, Student
 from specdec.training.trainer import distill_loss, rate
 from specdec.training.workspace import Workspace
-from tests.specdec.loading.test_pair import EOS, saved, set_config
+from tests.specdec.loading.saved_models import EOS, saved, set_config
 from tests.specdec.tiny_models import VOCAB, noisy_copy, tiny_model
 
 QUICK = Settings(epochs=2, lr=3e-3, held_out=0.2, batch_tokens=200, evaluations=4, top_k=8)
