@@ -32,9 +32,10 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec.engine.engine import Engine
+from specdec.loading.conversion import model_folder
 from specdec.loading.head_files import load_head
 from specdec.loading.pair import ModelPair
-from specdec.loading.sources import find_model, model_folder
+from specdec.loading.sources import find_model
 from specdec.measure.speedup import Speedup
 from specdec.model.linear import Quantization
 from specdec.policies.base import StopPolicy
@@ -80,7 +81,7 @@ def read_prompts(pair: ModelPair, path: Path, rows: int) -> list[tuple[int, ...]
 def plain_target(target: str) -> Any:
     """The target in fp32 as transformers loads it, with nothing of ours in it."""
     return transformers.AutoModelForCausalLM.from_pretrained(
-        model_folder(find_model(target)), dtype=torch.float32
+        model_folder(find_model(target), torch.float32), dtype=torch.float32
     ).eval()
 
 
@@ -182,7 +183,7 @@ def peers(
 ) -> None:
     """Our engine without speculation against transformers' generate and generate_batch, fp32."""
     prepare(threads)
-    pair = ModelPair.load(target, draft)
+    pair = ModelPair.load(target, draft, dtype="float32")
     other = plain_target(target)
     ids = read_prompts(pair, prompts, rows)
     pad = pair.tokenizer.pad_token_id or 0
@@ -477,7 +478,7 @@ def quality(
 ) -> None:
     """Agreement of each precision with fp32, teacher-forced on fp32's greedy outputs."""
     prepare(threads)
-    pair = ModelPair.load(target)
+    pair = ModelPair.load(target, dtype="float32")
     ids = read_prompts(pair, prompts, rows)
     completions, _ = run_engine(pair, make_policy("none"), 16, ids, tokens)
     texts = [(prompt, done.output_ids) for prompt, done in zip(ids, completions, strict=True)]

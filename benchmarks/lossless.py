@@ -52,7 +52,7 @@ def main(
     """Compare; exit with 1 if any difference is not a near-tie."""
     prepare(threads)
     console = Console(width=110)
-    pair = ModelPair.load(target, draft)
+    pair = ModelPair.load(target, draft, dtype="float32")
     reference = plain_target(target)
     ids = read_prompts(pair, prompts, rows)
     expected = [
