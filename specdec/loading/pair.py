@@ -178,8 +178,8 @@ class ModelPair:
 QUANTISED_AS = torch.bfloat16
 """The dtype in which weights of a quantised GGUF file count as stored.
 
-A scale and at most 8 bits a number fit into bfloat16 up to its rounding. float32 would double the
-file on disk and the time to stream its weights.
+Quantised numbers have a scale and at most 8 bits each, so bfloat16's 8 bits lose little. float32
+would double the file on disk and the time to stream its weights.
 """
 
 
