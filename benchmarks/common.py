@@ -82,7 +82,9 @@ def load(target: str, draft: str | None, precision: str) -> ModelPair:
     """A pair in `fp32`, `int8wo` or `int8`; `+det` behind it for batch-invariant kernels."""
     name, _, det = precision.partition("+")
     quantization: Any = None if name == "fp32" else name
-    return ModelPair.load(target, draft, quantization=quantization, deterministic=bool(det))
+    return ModelPair.load(
+        target, draft, dtype="float32", quantization=quantization, deterministic=bool(det)
+    )
 
 
 def read_prompts(tokenizer: Any, path: Path, rows: int) -> list[tuple[int, ...]]:

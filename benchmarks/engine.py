@@ -52,8 +52,9 @@ from rich.table import Table
 from sides import Outputs, Work, continuous_batch, static_batches
 
 from specdec.engine.engine import Engine
+from specdec.loading.conversion import model_folder
 from specdec.loading.pair import ModelPair
-from specdec.loading.sources import find_model, model_folder
+from specdec.loading.sources import find_model
 from specdec.model.linear import Quantization
 from specdec.policies.profiling import profile_costs
 from specdec.policies.registry import make_policy
@@ -63,7 +64,7 @@ from specdec.request import Completion
 def plain_target(target: str) -> Any:
     """The target in fp32 as transformers loads it, with nothing of ours in it."""
     return transformers.AutoModelForCausalLM.from_pretrained(
-        model_folder(find_model(target)), dtype=torch.float32
+        model_folder(find_model(target), torch.float32), dtype=torch.float32
     ).eval()
 
 
@@ -84,7 +85,7 @@ def peers(
     10 minutes.
     """
     prepare(threads)
-    pair = ModelPair.load(target, draft)
+    pair = ModelPair.load(target, draft, dtype="float32")
     plain = plain_target(target)
     ids = read_prompts(pair.tokenizer, prompts, rows)
     work = Work(ids, [tokens] * len(ids), temperature=0.0)
@@ -177,7 +178,7 @@ def quality(
     and how much of the two distributions overlaps. Some 2 minutes.
     """
     prepare(threads)
-    pair = ModelPair.load(target)
+    pair = ModelPair.load(target, dtype="float32")
     ids = read_prompts(pair.tokenizer, prompts, rows)
     completions, _ = run_engine(pair, make_policy("none"), 16, ids, tokens)
     texts = [(prompt, done.output_ids) for prompt, done in zip(ids, completions, strict=True)]

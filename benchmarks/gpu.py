@@ -101,13 +101,13 @@ def timed(do: Callable[[], object], repeats: int = 10) -> list[float]:
 @contextmanager
 def way(decoder: PackedDecoder, cache: Any, name: str) -> Iterator[None]:
     """Run forwards on torch's operators, with kernels, or recorded."""
-    recorder, kernels = decoder.recorder, cache.kernels
+    recordings, kernels = decoder.recordings, cache.kernels
     if name != "recorded":
-        decoder.recorder = None
+        decoder.recordings = None
     if name == "torch":
         cache.kernels = None
     yield
-    decoder.recorder, cache.kernels = recorder, kernels
+    decoder.recordings, cache.kernels = recordings, kernels
 
 
 def forwards(

@@ -52,7 +52,7 @@ def main(
 ) -> None:
     """Compare every policy at every live batch."""
     prepare(threads)
-    pair = ModelPair.load(target, draft)
+    pair = ModelPair.load(target, draft, dtype="float32")
     reference = plain_target(target)
     ids = read_prompts(pair.tokenizer, prompts, rows)
     expected = [

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config.job import JobConfig
-from specdec.engine.engine import Engine, Pair
+from specdec.engine.admission import Pair
+from specdec.engine.engine import Engine
 from specdec.measure.speedup import Speedup
 from specdec.policies.base import StopPolicy
 from specdec.policies.costs import CostModel

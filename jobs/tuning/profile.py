@@ -289,8 +289,8 @@ def _policies(job: JobConfig, pair: ModelPair, live: int, head: Any) -> dict[str
             threshold = ours.threshold if own else None
             policies[name] = make_policy(name, head=head, threshold=threshold, **settings)
     assert pair.draft is not None, "a profile loads the draft"
-    for policy in policies.values():
-        policy.prepare(pair.target, pair.draft, live)
+    for made in policies.values():
+        made.prepare(pair.target, pair.draft, live)
     return policies
 
 

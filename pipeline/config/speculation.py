@@ -7,7 +7,7 @@ section takes them from there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -16,7 +16,8 @@ from specdec.policies.estimators import ESTIMATORS
 from specdec.policies.registry import POLICIES, meaning, takers
 
 if TYPE_CHECKING:
-    Policy = Estimator = str
+    Policy: TypeAlias = str
+    Estimator: TypeAlias = str
 else:  # the registry's names: an unknown one is refused, and the schema lists them
     Policy, Estimator = Literal[(*POLICIES,)], Literal[ESTIMATORS]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from specdec.drafters.base import Candidates, Draw
 from specdec.measure.clock import PhaseClock
-from specdec.model.attention import Row, upload
 from specdec.model.decoder import PackedDecoder
 from specdec.model.prefill import feed, feed_shared
+from specdec.model.rows import Row, upload
 from specdec.model.sharing import SharedCaches, TokenRow
 
 

@@ -31,8 +31,9 @@ from specdec.lossless.sampling import SamplingBatch
 from specdec.lossless.verification import MODES, Proposal
 from specdec.measure.clock import PhaseClock, RoundTimer
 from specdec.measure.speedup import ControlSchedule
-from specdec.model.attention import GRID_TOKENS, upload
+from specdec.model.packing import GRID_TOKENS
 from specdec.model.prefill import feed_shared
+from specdec.model.rows import upload
 from specdec.model.sharing import LEAST_SHARED, SharedCaches
 from specdec.policies.base import DraftStep, RoundStart, StopPolicy
 from specdec.policies.signals import read_signals

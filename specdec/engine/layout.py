@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from specdec.model.attention import Row
+from specdec.model.rows import Row
 
 
 class VerifiedRow(Protocol):

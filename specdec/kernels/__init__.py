@@ -1,1 +1,7 @@
-"""Hand-written kernels for CPUs and GPUs, and the choice between them."""
+"""Hand-written code for what runs between a model's matrix products.
+
+base      what a set of kernels does for a decoder layer: `LayerKernels`
+cpu       the kernels for CPUs, bindings of cpu.cpp and its headers; compile makes the library
+gpu       the kernels for GPUs, in Triton
+choose    which of them a tensor gets, if any
+"""

@@ -1,9 +1,9 @@
-"""What kernels.cpp does between matrix products, for GPUs: Triton kernels of the same functions.
+"""The kernels for GPUs, in Triton.
 
 On a GPU an operator costs a launch, whatever it computes, and torch runs some twenty of them a
 layer. Attention reads each token's own slot up to itself, so that neither a grid nor a mask is
-made, and nothing but the number of tokens shapes a forward: that is what lets
-specdec/model/graphs.py record it.
+made. Nothing but the number of tokens shapes a forward: that is what lets specdec/model/graphs.py
+record it.
 
 When a model is loaded, `PackedDecoder` compares its logits with those of plain transformers, and
 does without kernels where they differ.
@@ -18,30 +18,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specdec.kernels.base import LayerKernels
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of activations and caches."""
 
 KEYS = 64
-"""Cached positions that a program looks at together."""
+"""Cached positions that a program looks at together: the width of its tile of scores.
+
+More need more registers and shared memory for each program, fewer give tensor cores less to do.
+"""
 
 LEAST_DOT = 16
 """Tensor cores multiply tiles of at least so many rows; fewer are padded to it."""
 
 ROW_TOKENS = 4
-"""Tokens of a row that read its positions together: with the heads of a group, a tile's rows."""
+"""Tokens of a row that read its positions together: with the heads of a group, a tile's rows.
+
+More read a long row's keys fewer times and divide its work among fewer programs.
+"""
 
 LOWEST = tl.constexpr(-1e30)
 """Less than any score, and unlike infinity equal to itself when it is subtracted."""
 
 MOST_SPLITS = 16
-"""A token's positions are divided among at most so many programs, where tokens are few."""
+"""A token's positions are divided among at most so many programs, where tokens are few.
+
+More keep a GPU busy with fewer rows, and leave more partial sums to put together.
+"""
 
 GATE_BLOCK = 1024
+"""Numbers of a row that one program gates."""
 
 
-class GpuKernels:
-    """Methods as in `specdec.kernels.cpu.Kernels`; all take tensors on one GPU."""
+class GpuKernels(LayerKernels):
+    """Kernels for tensors on one GPU, in any of DTYPES."""
 
-    row_tokens = ROW_TOKENS
+    row_tokens: int | None = ROW_TOKENS
 
     def __init__(self, device: torch.device) -> None:
         cuda = device.type == "cuda"  # else Triton's interpreter
@@ -57,10 +70,7 @@ class GpuKernels:
         window: int | None,
         out: Tensor,
     ) -> None:
-        """See `Kernels.attend`; the rows [R, 4] have at most ROW_TOKENS tokens, some may have none.
-
-        What comes out for a token depends on R, but not on the other tokens.
-        """
+        # What comes out for a token depends on R, but not on the other tokens.
         _, kv_heads, capacity, dim = keys.shape
         n, heads, _ = query.shape
         value_dim, group = values.shape[3], heads // kv_heads
@@ -84,7 +94,6 @@ class GpuKernels:
         )  # fmt: skip
 
     def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """See `Kernels.add_norm`."""
         out, width = torch.empty_like(x), x.shape[-1]
         _add_norm[(x.numel() // width,)](
             x, x if y is None else y, weight, out, width, eps,
@@ -93,7 +102,6 @@ class GpuKernels:
         return out
 
     def gate(self, gate_up: Tensor) -> Tensor:
-        """See `Kernels.gate`."""
         width = gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], width)
         grid = (out.numel() // width, triton.cdiv(width, GATE_BLOCK))
@@ -111,7 +119,6 @@ class GpuKernels:
         slots: Tensor,
         positions: Tensor,
     ) -> None:
-        """See `Kernels.rotate_and_store`."""
         n, all_heads, dim = heads.shape
         kv_heads, capacity = keys.shape[1], keys.shape[2]
         query_norm, key_norm, eps = norms or (cos, cos, 0.0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,12 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from specdec.atomic import write_bytes
 from specdec.loading.sources import PairError
 from specdec.model.decoder import PackedDecoder
 from specdec.policies.signals import AcceptanceHead
 
 WEIGHTS, CARD = "head.safetensors", "card.json"
+"""The two files of a head's folder."""
+
 _FORMAT = 1
+"""Of the card; raised whenever heads of before can no longer be read, which are then refused."""
 
 
 class HeadError(PairError):
@@ -66,8 +69,8 @@ def save_head(
         **details,
     }
     text = json.dumps(card, indent=2, allow_nan=False)
-    _write(folder / WEIGHTS, weights)
-    _write(folder / CARD, text.encode())
+    write_bytes(folder / WEIGHTS, weights)
+    write_bytes(folder / CARD, text.encode())
     return card
 
 
@@ -146,9 +149,3 @@ def _named(model: Mapping[str, Any]) -> str:
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().float().cpu().contiguous()
-
-
-def _write(path: Path, data: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_bytes(data)
-    scratch.replace(path)

@@ -6,7 +6,14 @@ import ctypes
 import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+"""Parameters of mallopt, as glibc's malloc.h numbers them."""
+
 LARGE = 1 << 28
+"""Bytes of a block from which on it is handed back when it is freed: 256 MiB.
+
+Activations of a forward are smaller, weights and caches are larger. Raised, a process keeps more
+memory that it does not use.
+"""
 
 
 def keep_freed_memory() -> None:

@@ -10,13 +10,16 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from specdec.loading.conversion import model_folder, tokenizer_folder
+from specdec.loading.gguf_header import stored_dtype
 from specdec.loading.heap import keep_freed_memory
-from specdec.loading.sources import ModelSource, PairError, find_model, model_digest, model_folder
+from specdec.loading.sources import ModelSource, PairError, find_model, model_digest
 from specdec.model.attention import UnsupportedModel
 from specdec.model.decoder import PackedDecoder
 from specdec.model.linear import Quantization, is_invariant, pack_linears, packable
 
 SHARED_MODULES = ("embed_tokens.weight", "lm_head.weight")
+"""Ends of the names of weights that a draft's checkpoint may lack: it uses the target's."""
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -64,7 +67,8 @@ class ModelPair:
         Args:
             target, draft: see `find_model`. A draft checkpoint without embeddings or LM head uses
                 the target's.
-            dtype: of weights and activations; "auto": see `chosen_dtype`.
+            dtype: of weights and activations; "auto": see `chosen_dtype`. A GGUF file is converted
+                to it on disk, too.
             quantization: int8 linear layers, on a CPU (specdec/model/linear.py).
             draft_quantization: the same for the draft alone, or "none". By default int8 on a CPU: a
                 draft only proposes, so that this costs some acceptance and no quality.
@@ -171,6 +175,14 @@ class ModelPair:
         return self.description
 
 
+QUANTISED_AS = torch.bfloat16
+"""The dtype in which weights of a quantised GGUF file count as stored.
+
+Quantised numbers have a scale and at most 8 bits each, so bfloat16's 8 bits lose little. float32
+would double the file on disk and the time to stream its weights.
+"""
+
+
 def chosen_dtype(stored: torch.dtype | None, place: torch.device) -> DType:
     """What "auto" is: the dtype of the target's weights where the device is fast in it.
 
@@ -185,12 +197,17 @@ def chosen_dtype(stored: torch.dtype | None, place: torch.device) -> DType:
 
 
 def _stored_dtype(source: ModelSource, trust_remote_code: bool) -> torch.dtype | None:
-    """The dtype of a checkpoint's weights, by its config.json."""
+    """The dtype of a checkpoint's weights, by its config.json or a GGUF file's header."""
     from transformers import AutoConfig
 
+    path = source.path
     try:
+        if path is not None and path.is_file():
+            return stored_dtype(path) or QUANTISED_AS
         config = AutoConfig.from_pretrained(
-            model_folder(source), revision=source.revision, trust_remote_code=trust_remote_code
+            str(path or source.name),
+            revision=source.revision,
+            trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
         raise PairError(f"model {source.name} cannot be loaded: {_reason(error)}") from error
@@ -212,12 +229,13 @@ class _Loader:
         """The model, in evaluation mode, and which of SHARED_MODULES its checkpoint lacks."""
         from transformers import AutoModelForCausalLM
 
-        path = model_folder(source)
+        dtype = getattr(torch, self.dtype)
+        folder = model_folder(source, dtype)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
+                folder,
                 revision=source.revision,
-                dtype=getattr(torch, self.dtype),
+                dtype=dtype,
                 device_map=device_map,
                 use_safetensors=True,
                 attn_implementation="sdpa",
@@ -260,7 +278,7 @@ class _Loader:
 
 
 def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
-    """A model's tokenizer (transformers).
+    """A model's tokenizer (transformers); a GGUF file must have been converted.
 
     Raises:
         PairError: it has none, or one that cannot be used.
@@ -269,7 +287,9 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(
-            model_folder(source), revision=source.revision, trust_remote_code=trust_remote_code
+            str(tokenizer_folder(source) or source.name),
+            revision=source.revision,
+            trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
         raise PairError(f"model {source.name} has no usable tokenizer: {_reason(error)}") from error

@@ -6,18 +6,17 @@ import hashlib
 import importlib.util
 import json
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-
-from specdec.user_cache import cache_folder
 
 PACKAGE_PREFIX = "pkg:"
+"""Begins the name of a file in an installed package: `pkg:PACKAGE/FILE.gguf`."""
+
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+"""`model`, `owner/model` or either with `@revision`."""
+
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+"""Files of weights that run code when they are loaded; they are refused by name."""
 
 
 class PairError(ValueError):
@@ -97,60 +96,6 @@ def _check_weights(name: str, folder: Path) -> None:
 def check_model_name(name: str) -> None:
     """Raise PairError if `name` cannot be found; load nothing and trust hub names."""
     find_model(name)
-
-
-def _converted(gguf: Path) -> Path:
-    """Where the conversion of a GGUF file is, or will be."""
-    stat = gguf.stat()
-    key = hashlib.sha256(
-        f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()
-    ).hexdigest()[:16]
-    return cache_folder() / "gguf" / f"{gguf.stem}-{key}"
-
-
-def local_folder(source: ModelSource) -> Path | None:
-    """The folder that a model would be loaded from; it may not be there yet."""
-    path = source.path
-    return _converted(path) if path is not None and path.suffix == ".gguf" else path
-
-
-def model_folder(source: ModelSource) -> str:
-    """What from_pretrained takes; a GGUF file is converted once to a folder of safetensors.
-
-    The conversion is written beside its place and renamed into it, so that several actors may do it
-    at once and none reads half of it.
-    """
-    path = source.path
-    if path is None:
-        return source.name
-    if path.suffix != ".gguf":
-        return str(path)
-    folder = _converted(path)
-    if folder.is_dir():
-        return str(folder)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
-        try:
-            where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-            model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-        except (OSError, ValueError, KeyError) as error:
-            raise PairError(f"model {source.name}: cannot read this GGUF file: {error}") from error
-        # The weights are float32 now, but transformers does not save what it calls quantized.
-        model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        converted = Path(scratch) / "model"
-        model.save_pretrained(converted)
-        tokenizer.save_pretrained(converted)
-        try:
-            converted.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster, with the same content
-                raise
-    return str(folder)
 
 
 def model_digest(path: Path) -> str:

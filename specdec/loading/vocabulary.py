@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from specdec.loading.conversion import tokenizer_folder
 from specdec.loading.pair import compare_vocabularies, load_tokenizer
-from specdec.loading.sources import ModelSource, find_model, local_folder
+from specdec.loading.sources import ModelSource, find_model
 
 
 def check_tokenizers(target: str, draft: str, *, trust_remote_code: bool = False) -> None:
@@ -27,7 +28,7 @@ def check_tokenizers(target: str, draft: str, *, trust_remote_code: bool = False
 
 
 def _tokenizer_file(source: ModelSource) -> Path | None:
-    folder = local_folder(source)
+    folder = tokenizer_folder(source)
     file = folder / "tokenizer.json" if folder is not None else None
     return file if file is not None and file.is_file() else None
 

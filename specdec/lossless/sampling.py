@@ -14,7 +14,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from specdec.kernels.cpu import kernels_over
+from specdec.kernels.choose import kernels_over
 from specdec.request import SamplingParams
 
 

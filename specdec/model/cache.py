@@ -5,18 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from specdec.kernels.cpu import HEAD_STEP, LayerKernels, layer_kernels
-
-if TYPE_CHECKING:
-    from specdec.model.graphs import RecordedForward
+from specdec.kernels.base import LayerKernels
+from specdec.kernels.choose import layer_kernels
 
 KEY_BLOCK = 128
-"""Capacities and attended lengths are multiples of this many positions."""
+"""Capacities, and the lengths that batch-invariant attention reads, are multiples of this.
+
+Raised, caches grow less often, and short rows pay for more positions that are empty.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,11 @@ class SlotCache:
         lengths: per slot, how many positions hold the tokens of its row, or of the row that left it
             last.
         keys, values: per layer, [slots, heads, capacity, dim].
-        recorded: forwards that were recorded over these very tensors, by number of tokens.
+        generation: how often these tensors were replaced by others: what remembers their addresses
+            is out of date when this changes.
+
+    Args:
+        use_kernels: whether hand-written kernels may work on it (specdec/kernels).
     """
 
     def __init__(
@@ -54,13 +58,16 @@ class SlotCache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        use_kernels: bool = True,
     ) -> None:
         self.layout, self.dtype, self.device = layout, dtype, device
         self.slots, self.capacity = slots, round_to_blocks(capacity)
         self.lengths = [0] * slots
         self.keys = [self._zeros(layer.heads, layer.key_dim) for layer in layout]
         self.values = [self._zeros(layer.heads, layer.value_dim) for layer in layout]
-        self.recorded: dict[int, RecordedForward] = {}
+        self.generation = 0
+        self._use_kernels = use_kernels
 
     def _zeros(self, heads: int, dim: int) -> Tensor:
         shape = (self.slots, heads, self.capacity, dim)
@@ -68,10 +75,11 @@ class SlotCache:
 
     @functools.cached_property
     def kernels(self) -> LayerKernels | None:
-        """The kernels that can read this cache, if there are any."""
-        dims = {dim for layer in self.layout for dim in (layer.key_dim, layer.value_dim)}
-        fit = not any(dim % HEAD_STEP for dim in dims)
-        return layer_kernels(self.dtype, self.device) if fit else None
+        """The kernels that can read this cache, if there are any and they are wanted."""
+        if not self._use_kernels:
+            return None
+        sizes = {size for layer in self.layout for size in (layer.key_dim, layer.value_dim)}
+        return layer_kernels(self.dtype, self.device, sizes)
 
     @property
     def bytes_per_position(self) -> int:
@@ -111,7 +119,7 @@ class SlotCache:
         """Take another shape in place, layer by layer, keeping what fits of each slot."""
         kept = min(slots, self.slots)
         self.slots, self.capacity = slots, round_to_blocks(capacity)
-        self.recorded.clear()
+        self.generation += 1
         fitting = [min(length, self.capacity) for length in self.lengths[:kept]]
         self.lengths, n = fitting + [0] * (slots - kept), max(fitting, default=0)
         for tensors in (self.keys, self.values):

@@ -9,7 +9,6 @@ Decoder layers of the Llama family are replaced by ones with fewer operators
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -18,28 +17,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.model.attention import (
-    ATTENTION,
-    GRID_TOKENS,
-    LayoutProbe,
-    Packing,
-    Row,
-    UnsupportedModel,
-    packed_rows,
-)
+from specdec.model.attention import ATTENTION, UnsupportedModel
 from specdec.model.cache import SlotCache
 from specdec.model.fused import fuse_layers
-from specdec.model.graphs import (
-    LARGEST,
-    RecordedForward,
-    Recorder,
-    RecordingFailed,
-    padded,
-    record,
-)
+from specdec.model.graphs import RecordingFailed, Recordings, record
+from specdec.model.packing import LayoutProbe, Packing
+from specdec.model.rows import Row
+
+CPU_CHECK = 9
+"""Tokens of each row that a model on a CPU is checked with: enough to roll back and go on.
+
+Raised, loading takes longer. An odd number fills no block of a kernel.
+"""
 
 GPU_CHECK = 401
-"""Tokens of each row that a model on a GPU is checked with: several blocks of its kernels."""
+"""Tokens of each row that a model on a GPU is checked with: several blocks of its kernels.
+
+Raised, loading takes longer; at 64 or less only one block of keys would be checked.
+"""
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +57,7 @@ class PackedDecoder:
     ) -> None:
         self.model, self.invariant = model, invariant
         self.use_kernels = True
-        self.recorder: Recorder | None = None
+        self.recordings: Recordings | None = None
         embedding: Any = model.get_input_embeddings()
         self.device: torch.device = embedding.weight.device
         self.dtype: torch.dtype = model.dtype
@@ -70,14 +65,13 @@ class PackedDecoder:
         _refuse_by_config(model)
         self._check_against_plain(fuse)
         if self.device.type == "cuda" and self.use_kernels:
-            self.recorder = record
+            self.recordings = Recordings(record)
 
     def new_cache(self, slots: int, capacity: int) -> SlotCache:
         """An empty cache for this model, in its dtype."""
-        cache = SlotCache(self.layout, slots, capacity, self.dtype, self.device)
-        if not self.use_kernels:
-            cache.kernels = None
-        return cache
+        return SlotCache(
+            self.layout, slots, capacity, self.dtype, self.device, use_kernels=self.use_kernels
+        )
 
     @torch.inference_mode()
     def forward(self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor) -> Tensor:
@@ -110,21 +104,13 @@ class PackedDecoder:
 
     def _recorded(self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor) -> Tensor | None:
         """What `forward` returns, if it can be recorded, as it is when its size first comes."""
-        kernels = cache.kernels
-        if self.recorder is None or kernels is None or len(tokens) > LARGEST:
+        if self.recordings is None:
             return None
-        if max(count for _, count in rows) > GRID_TOKENS:
-            return None
-        size = padded(len(tokens))
-        if size not in cache.recorded:
-            most = kernels.row_tokens or GRID_TOKENS
-            cache.recorded[size] = RecordedForward(size, most, self.recorder, self.device)
-        run = functools.partial(self._run_places, cache)
         try:
-            return cache.recorded[size](run, tokens, packed_rows(cache, rows))
+            return self.recordings.forward(self._run_places, cache, rows, tokens)
         except RecordingFailed as error:
             log.warning("forwards are not recorded, which is slower: %s", error)
-            self.recorder = None
+            self.recordings = None
             return None
 
     def _run_places(self, cache: SlotCache, tokens: Tensor, places: Tensor, rows: Tensor) -> Tensor:
@@ -148,7 +134,7 @@ class PackedDecoder:
         """
         name, config = type(self.model).__name__, self.model.config
         on_gpu = self.device.type == "cuda"
-        length = min(GPU_CHECK, config.max_position_embeddings) if on_gpu else 9
+        length = min(GPU_CHECK, config.max_position_embeddings) if on_gpu else CPU_CHECK
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.vocab_size, (2, length), generator=generator).to(self.device)
         try:

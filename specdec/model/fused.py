@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.kernels.cpu import LayerKernels
-from specdec.model.attention import LayoutProbe, Packing, attend, attend_stored
+from specdec.kernels.base import LayerKernels
+from specdec.model.attention import attend, attend_stored
+from specdec.model.packing import LayoutProbe, Packing
 
 FUSIBLE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 """transformers' layers that compute what `FusedLayer` does."""

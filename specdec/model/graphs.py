@@ -5,6 +5,9 @@ recorded has one shape, so the tokens of a forward are padded to one of a few si
 repeats the last token in its own place: the same keys and values are written there once more, and
 what comes out for it is dropped. Where each token belongs is read from memory that is overwritten
 before a replay; with the kernels of specdec/kernels/gpu.py nothing else shapes a forward.
+
+A recording holds the addresses of a cache's tensors, so it is good for these tensors alone. The
+decoder has one `Recordings`, which knows over which cache each was made.
 """
 
 from __future__ import annotations
@@ -13,19 +16,28 @@ import functools
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.model.attention import PackedRow, cut_rows
+from specdec.model.cache import SlotCache
+from specdec.model.packing import GRID_TOKENS
+from specdec.model.rows import PackedRow, Row, cut_rows, packed_rows
 
 LARGEST = 512
-"""More tokens than this keep a GPU busy for longer than their launches take."""
+"""Most tokens of a forward that is recorded; more keep a GPU busy for longer than their launches.
+
+Raised, more sizes are recorded, for forwards that gain little.
+"""
 
 SAME = 0.01
-"""Relative difference between a forward and its replay that may be the order of sums."""
+"""Relative difference between a forward and its replay that may be the order of sums.
+
+Raised, a recording that computes something else is more likely to pass.
+"""
 
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Takes a computation; gives what repeats it on the same memory and returns the same tensor."""
@@ -136,3 +148,65 @@ class RecordedForward:
         flat[: 2 * self._size] = cut_rows(table, 1)[:, 2:].T.ravel()
         flat[2 * self._size :][: cut.size] = cut.ravel()
         return flat
+
+
+class _OverCache(NamedTuple):
+    """What was recorded over one cache: by size, all for the tensors of one generation."""
+
+    generation: int
+    by_size: dict[int, RecordedForward]
+
+
+class Recordings:
+    """A decoder's recorded forwards: one for each cache and size.
+
+    They go with the cache, and when the cache takes other tensors. Nothing refers to a cache from
+    here, and no cache refers to its recordings: they are gigabytes, and may not wait for the
+    garbage collector, which would destroy them while others are made.
+
+    Args:
+        recorder: makes them.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._by_cache = weakref.WeakKeyDictionary[SlotCache, _OverCache]()
+
+    def over(self, cache: SlotCache) -> dict[int, RecordedForward]:
+        """What was recorded over the tensors that the cache has now, by size; add to it."""
+        found = self._by_cache.get(cache)
+        if found is None or found.generation != cache.generation:
+            found = self._by_cache[cache] = _OverCache(cache.generation, {})
+        return found.by_size
+
+    def forward(
+        self,
+        run: Callable[[SlotCache, Tensor, Tensor, Tensor], Tensor],
+        cache: SlotCache,
+        rows: Sequence[Row],
+        tokens: Tensor,
+    ) -> Tensor | None:
+        """Hidden states [N, hidden] of the rows' tokens, or None if such a forward is not recorded.
+
+        They are good until the next call.
+
+        Args:
+            run: as `RecordedForward` runs it, given a cache.
+            cache: where the rows' tokens go; its lengths stay as they are.
+            rows: (slot, number of tokens).
+            tokens: int64 [N], on the device.
+
+        Raises:
+            RecordingFailed: see `RecordedForward`.
+        """
+        kernels = cache.kernels
+        if kernels is None or len(tokens) > LARGEST:
+            return None
+        if max(count for _, count in rows) > GRID_TOKENS:
+            return None
+        size, recorded = padded(len(tokens)), self.over(cache)
+        if size not in recorded:
+            most = kernels.row_tokens or GRID_TOKENS
+            recorded[size] = RecordedForward(size, most, self._recorder, cache.device)
+        places = packed_rows(cache.lengths, rows)
+        return recorded[size](functools.partial(run, cache), tokens, places)

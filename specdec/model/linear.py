@@ -2,8 +2,13 @@
 
 Three precisions: the model's own, float32 or bfloat16, with weights in oneDNN's blocked layout;
 `int8wo`, int8 weights and bf16 activations; `int8`, int8 weights and activations. Int8 weights are
-quantized per output channel. Embeddings, norms and attention stay in the model's dtype. DESIGN.md
-§3, "CPU", has the kernels and why.
+quantized per output channel. Embeddings, norms and attention stay in the model's dtype.
+
+A matrix product of few rows waits for its weights, so int8 weights make it faster by what they are
+smaller. On two cores of AMD Zen 3 eight rows of a 2048 x 4096 layer took 6.8 ms in float32, 2.5 ms
+in `int8wo`, which was wrong by 0.3%, and 0.8 ms in `int8`, wrong by 1.8%. The kernels are the ones
+of torch that give a row the same bits in any batch: `_weight_int8pack_mm` for `int8wo`, fbgemm for
+`int8`.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from specdec.kernels.cpu import kernels_for
+from specdec.kernels.choose import cpu_kernels
 
 Quantization = Literal["int8wo", "int8"]
 
@@ -51,6 +56,7 @@ class PackedLinear(RowwiseLinear):
     """
 
     LEAST_ROWS = 5
+    """Fewest rows of a product; raised, small batches pay for more rows that nobody needs."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
@@ -100,7 +106,7 @@ class Int8Linear(RowwiseLinear):
         self.packed, self.levels = _packed_int8(linear.weight.data), activation_levels()
 
     def product(self, x: Tensor) -> Tensor:
-        kernels = kernels_for(x.dtype, x.device)
+        kernels = cpu_kernels(x.dtype, x.device)
         if kernels is not None:
             scaled, largest = kernels.scale_rows(x.contiguous())
         else:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specdec.model.attention import upload
 from specdec.model.cache import SlotCache
 from specdec.model.decoder import PackedDecoder
+from specdec.model.rows import upload
 from specdec.model.sharing import SharedCaches, TokenRow
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from specdec.kernels.cpu import kernels_over
+from specdec.kernels.choose import kernels_over
 from specdec.policies.base import HEAD_SIGNALS, TOKEN_SIGNALS, Head, Signal
 
 LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from specdec.atomic import atomic_file
 from specdec.measure.calibration import Array, Flags
 from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, RowMemory, StopPolicy
 from specdec.policies.costs import CostModel
@@ -105,7 +106,7 @@ class Transcript:
 def save_transcripts(
     path: Path, transcripts: Sequence[Transcript], about: Mapping[str, Any]
 ) -> None:
-    """Write transcripts as safetensors.
+    """Write transcripts as safetensors, in one step.
 
     Args:
         transcripts: at least one, of equal depth.
@@ -121,7 +122,8 @@ def save_transcripts(
         name: np.concatenate([getattr(transcript, name) for transcript in transcripts])
         for name in ("accepted", "signals", "branch_of", "branches")
     }
-    save_file(arrays, path, {"rows": json.dumps(rows), "about": json.dumps(dict(about))})
+    with atomic_file(path) as fresh:
+        save_file(arrays, fresh, {"rows": json.dumps(rows), "about": json.dumps(dict(about))})
 
 
 def load_transcripts(path: Path) -> tuple[list[Transcript], dict[str, Any]]:

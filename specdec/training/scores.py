@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specdec.atomic import atomic_file
 from specdec.model.decoder import PackedDecoder
 from specdec.training.examples import Example, packs
 
@@ -147,9 +147,8 @@ def score(
     for shard in missing:
         tensors = _score(target, examples[shard.begin : shard.end], vocab_size, top_k)
         # Runs that share the folder may be at the same shard, with the same content.
-        scratch = shard.path.with_suffix(f".writing-{os.getpid()}")
-        save_file(tensors, scratch)
-        scratch.replace(shard.path)
+        with atomic_file(shard.path) as fresh:
+            save_file(tensors, fresh)
         done += len(tensors["ids"])
         progress(done, total)
     return Scores(shards, examples)

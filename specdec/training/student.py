@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from specdec.atomic import atomic_file, write_bytes
 from specdec.loading.pair import ModelPair, load_draft
 from specdec.training.examples import Example
 from specdec.training.scores import lengths_of, output_positions
@@ -142,23 +143,15 @@ class Student:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint that `models.draft` can name; the weights come last, in one step."""
-        write(folder / "config.json", self.model.config.to_json_string().encode())
+        write_bytes(folder / "config.json", self.model.config.to_json_string().encode())
         state = self.model.state_dict()
         weights = {key: state[key].detach().cpu().contiguous() for key in self._own}
-        scratch = folder / f"{WEIGHTS}.writing"
-        save_file(weights, scratch, metadata={"format": "pt"})
-        scratch.replace(folder / WEIGHTS)
+        with atomic_file(folder / WEIGHTS) as fresh:
+            save_file(weights, fresh, metadata={"format": "pt"})
 
     def restore(self, folder: Path) -> None:
         """Take the weights that `save` wrote."""
         self.model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file in one atomic step."""
-    scratch = path.with_name(f"{path.name}.writing")
-    scratch.write_bytes(data)
-    scratch.replace(path)
 
 
 def _ends(model: Any) -> list[nn.Module]:

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specdec.atomic import atomic_file, write_bytes
 from specdec.training.examples import Example, from_lines, to_lines
-from specdec.training.student import WEIGHTS, DistillError, write
+from specdec.training.student import WEIGHTS, DistillError
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +88,16 @@ class Workspace:
     def begin(self, arguments: Mapping[str, Any], examples: Sequence[Example]) -> None:
         """Take the folder; its plan, written last, says that the examples are complete."""
         self.work.mkdir(parents=True, exist_ok=True)
-        write(self.work / "examples.jsonl", to_lines(examples).encode())
-        write(self.work / "plan.json", json.dumps({"arguments": arguments}, indent=2).encode())
+        write_bytes(self.work / "examples.jsonl", to_lines(examples).encode())
+        plan = json.dumps({"arguments": arguments}, indent=2)
+        write_bytes(self.work / "plan.json", plan.encode())
 
     def checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Keep tensors and plain data in one atomic step."""
         path = self.work / "checkpoint.safetensors"
-        scratch = path.with_suffix(".writing")
         on_host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(on_host, scratch, metadata={"state": json.dumps(state)})
-        scratch.replace(path)
+        with atomic_file(path) as fresh:
+            save_file(on_host, fresh, metadata={"state": json.dumps(state)})
 
     def resume(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What `checkpoint` kept last, or None."""
@@ -109,5 +110,5 @@ class Workspace:
 
     def finish(self, card: Mapping[str, Any]) -> None:
         """Write the card and remove what was only needed to resume."""
-        write(self.out / "training.json", json.dumps(card, indent=2).encode())
+        write_bytes(self.out / "training.json", json.dumps(card, indent=2).encode())
         shutil.rmtree(self.work)

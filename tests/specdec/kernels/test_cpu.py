@@ -1,25 +1,18 @@
-"""The compiled kernels against torch, and what happens where they cannot be compiled."""
+"""The compiled kernels against torch."""
 
 from __future__ import annotations
 
-import logging
 import shutil
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from specdec.kernels import cpu as module
-from specdec.kernels.cpu import SWITCH, Kernels, kernels_for
-from specdec.model.decoder import PackedDecoder
-from tests.specdec.tiny_models import tiny_model
+from specdec.kernels.base import LayerKernels
+from specdec.kernels.choose import cpu_kernels
+from specdec.kernels.cpu import DTYPES, CpuKernels
 
 CPU = torch.device("cpu")
-DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 0.005}
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -31,21 +24,10 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture
-def kernels(dtype: torch.dtype) -> Kernels:
-    found = kernels_for(dtype, CPU)
+def kernels(dtype: torch.dtype) -> CpuKernels:
+    found = cpu_kernels(dtype, CPU)
     assert found is not None
     return found
-
-
-@pytest.fixture
-def anew() -> Iterator[None]:
-    """Look for a compiler again, and once more when the test is over."""
-    caches = (module.kernels_for, module._library)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -81,7 +63,7 @@ def attention(
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (7, 1), (9, 3)])
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (16, 16), (48, 80)])
 def test_attention_is_what_its_definition_says(
-    kernels: Kernels,
+    kernels: CpuKernels,
     dtype: torch.dtype,
     dims: tuple[int, int],
     heads: int,
@@ -102,7 +84,7 @@ def test_attention_is_what_its_definition_says(
 @needs_compiler
 @pytest.mark.parametrize("window", [None, 40])
 def test_attention_gives_a_token_the_same_bits_in_any_batch(
-    kernels: Kernels, dtype: torch.dtype, window: int | None
+    kernels: CpuKernels, dtype: torch.dtype, window: int | None
 ) -> None:
     keys, values = (random(9, 3, 256, 64, dtype=dtype, seed=seed) for seed in (1, 2))
     query = random(9 * 5, 9, 64, dtype=dtype)
@@ -125,7 +107,7 @@ def test_attention_gives_a_token_the_same_bits_in_any_batch(
 @needs_compiler
 @pytest.mark.parametrize("width", [1, 7, 1024, 1025, 49152])
 def test_argmax_is_torchs_and_the_first_of_equals(
-    kernels: Kernels, dtype: torch.dtype, width: int
+    kernels: CpuKernels, dtype: torch.dtype, width: int
 ) -> None:
     x = random(40, width + 3, dtype=dtype)[:, :width]  # as logits of a vocabulary that is padded
     assert torch.equal(kernels.argmax(x), x.argmax(-1))
@@ -139,7 +121,7 @@ def test_argmax_is_torchs_and_the_first_of_equals(
 @needs_compiler
 @pytest.mark.parametrize("width", [1, 7, 49152])
 def test_a_tokens_signals_are_what_their_definitions_say(
-    kernels: Kernels, dtype: torch.dtype, width: int
+    kernels: CpuKernels, dtype: torch.dtype, width: int
 ) -> None:
     logits = (5 * random(20, width + 3, dtype=dtype))[:, :width]
     logits[:, width // 2 + 1 :] = -torch.inf
@@ -156,7 +138,7 @@ def test_a_tokens_signals_are_what_their_definitions_say(
 
 
 @needs_compiler
-def test_extreme_scores_are_no_problem(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_extreme_scores_are_no_problem(kernels: CpuKernels, dtype: torch.dtype) -> None:
     keys, values = (random(1, 1, 128, 16, dtype=dtype, seed=seed) for seed in (1, 2))
     query = 1000 * random(1, 1, 16, dtype=dtype)
     out = torch.empty(1, 1, 16, dtype=dtype)
@@ -166,7 +148,7 @@ def test_extreme_scores_are_no_problem(kernels: Kernels, dtype: torch.dtype) -> 
 
 
 def check_small_operators(
-    kernels: Any, rows: int, width: int, dtype: torch.dtype, device: torch.device
+    kernels: LayerKernels, rows: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """`add_norm` and `gate` of kernels for CPUs or GPUs against torch."""
     x, y = (random(rows, width, dtype=dtype, seed=seed).to(device) for seed in (0, 1))
@@ -190,7 +172,7 @@ def check_small_operators(
 @pytest.mark.parametrize("rows", [1, 3, 200])
 @pytest.mark.parametrize("width", [24, 576])
 def test_the_small_operators_equal_torch(
-    kernels: Kernels, dtype: torch.dtype, rows: int, width: int
+    kernels: CpuKernels, dtype: torch.dtype, rows: int, width: int
 ) -> None:
     check_small_operators(kernels, rows, width, dtype, CPU)
     x = random(rows, width, dtype=dtype)
@@ -200,7 +182,7 @@ def test_the_small_operators_equal_torch(
 
 
 def check_rotation(
-    kernels: Any, normed: bool, dim: int, dtype: torch.dtype, device: torch.device
+    kernels: LayerKernels, normed: bool, dim: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """`rotate_and_store` of kernels for CPUs or GPUs against its definition."""
     heads = random(5, 6 + 2 + 2, dim, dtype=dtype).to(device)
@@ -229,73 +211,6 @@ def check_rotation(
 @needs_compiler
 @pytest.mark.parametrize("normed", [False, True])
 def test_rotation_stores_keys_and_values_and_leaves_queries(
-    kernels: Kernels, dtype: torch.dtype, normed: bool
+    kernels: CpuKernels, dtype: torch.dtype, normed: bool
 ) -> None:
     check_rotation(kernels, normed, 16, dtype, CPU)
-
-
-def test_there_are_none_for_other_devices_and_dtypes() -> None:
-    assert kernels_for(torch.float16, CPU) is None
-    assert kernels_for(torch.float32, torch.device("cuda")) is None
-
-
-@needs_compiler
-def test_the_library_is_compiled_once_and_kept(
-    anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("SPECBATCH_CACHE", str(tmp_path))
-    assert kernels_for(torch.float32, CPU) is not None
-    (library,) = tmp_path.iterdir()
-    before = library.stat().st_mtime_ns
-    module._library.cache_clear()
-    module.kernels_for.cache_clear()
-    assert kernels_for(torch.float32, CPU) is not None
-    assert library.stat().st_mtime_ns == before
-
-
-@needs_compiler
-def test_a_cache_folder_that_cannot_be_written_is_no_problem(
-    anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("")
-    for folder in (str(tmp_path / "file" / "folder"), "~nobody-of-this-name/cache"):
-        monkeypatch.setenv("SPECBATCH_CACHE", folder)
-        assert module._compiled("g++").is_file()
-    assert kernels_for(torch.float32, CPU) is not None
-
-
-@pytest.mark.parametrize("why", ["switched off", "no compiler", "a compiler that fails"])
-def test_without_them_layers_run_on_torch_and_a_failure_is_told(
-    anew: None,
-    why: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setenv("SPECBATCH_CACHE", str(tmp_path))
-    if why == "switched off":
-        monkeypatch.setenv(SWITCH, "0")
-    elif why == "no compiler":
-        monkeypatch.delenv("CXX", raising=False)
-        monkeypatch.setattr(shutil, "which", lambda name: None)
-    else:
-        compiler = tmp_path / "broken"
-        compiler.write_text(
-            "#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'no OpenMP' >&2; exit 1\n"
-        )
-        compiler.chmod(0o755)
-        monkeypatch.setenv("CXX", str(compiler))
-    with caplog.at_level(logging.WARNING):
-        assert kernels_for(torch.float32, CPU) is None
-    assert ("no OpenMP" in caplog.text) == (why == "a compiler that fails")
-    PackedDecoder(tiny_model(), fuse=True)  # which compares itself with the plain forward
-
-
-@needs_compiler
-def test_the_source_compiles_without_a_warning(tmp_path: Path) -> None:
-    out = subprocess.run(
-        ["g++", *module.FLAGS, "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-fsyntax-only",
-         str(module.SOURCE)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert out.returncode == 0 and not out.stderr

@@ -10,7 +10,7 @@ from specdec.loading.head_files import CARD, WEIGHTS, HeadError, load_head, read
 from specdec.loading.pair import ModelPair
 from specdec.loading.sources import PairError
 from specdec.policies.signals import AcceptanceHead
-from tests.specdec.loading.test_pair import saved
+from tests.specdec.loading.saved_models import saved
 from tests.specdec.tiny_models import noisy_copy, tiny_model
 
 HIDDEN = 64

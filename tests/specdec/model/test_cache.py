@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from specdec.kernels.choose import cpu_kernels
 from specdec.model.cache import KEY_BLOCK, LayerLayout, SlotCache, round_to_blocks
 
 LAYOUT = (LayerLayout(2, 4, 6), LayerLayout(1, 8, 8))
@@ -48,8 +49,8 @@ def test_capacities_are_whole_blocks(positions: int, rounded: int) -> None:
 def test_bytes_per_position_are_what_the_tensors_take() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         cache = SlotCache(LAYOUT, 3, 2 * KEY_BLOCK, dtype, CPU)
-        held = sum(t.nbytes for t in (*cache.keys, *cache.values))
-        assert cache.bytes_per_position * cache.slots * cache.capacity == held
+        taken = sum(t.nbytes for t in (*cache.keys, *cache.values))
+        assert cache.bytes_per_position * cache.slots * cache.capacity == taken
 
 
 def test_write_puts_each_token_at_its_slot_and_position() -> None:
@@ -111,3 +112,22 @@ def test_resize_from_nothing_and_to_nothing() -> None:
     assert cache.lengths == [0, 0]
     cache.resize(0, 0)
     assert cache.keys[0].numel() == 0
+
+
+def test_kernels_read_a_cache_where_they_are_wanted_and_can() -> None:
+    wide, narrow = LayerLayout(1, 16, 32), LayerLayout(1, 16, 24)
+    found = SlotCache((wide,), 1, 1, torch.float32, CPU).kernels
+    assert found is cpu_kernels(torch.float32, CPU)
+    assert SlotCache((wide, narrow), 1, 1, torch.float32, CPU).kernels is None
+    assert SlotCache((wide,), 1, 1, torch.float32, CPU, use_kernels=False).kernels is None
+
+
+def test_a_cache_counts_how_often_its_tensors_were_replaced() -> None:
+    cache = filled()
+    cache.rollback(0, 2)
+    cache.move(2, 0)
+    cache.fork(0, [1], [2])
+    assert cache.generation == 0
+    cache.resize(3, KEY_BLOCK)
+    cache.resize(3, KEY_BLOCK)
+    assert cache.generation == 2

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -24,18 +23,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from specdec.model.attention import (
-    GRID_TOKENS,
-    MANY_ROWS,
-    PackedRow,
-    UnsupportedModel,
-    _fused,
-    _matmul,
-    cut_rows,
-    upload,
-)
+from specdec.model.attention import UnsupportedModel
 from specdec.model.cache import KEY_BLOCK, SlotCache
 from specdec.model.decoder import PackedDecoder
+from specdec.model.packing import GRID_TOKENS
 from tests.specdec.tiny_models import VOCAB, seeded, tiny_model
 
 WINDOW = 12
@@ -223,37 +214,6 @@ def test_half_precision_agrees_to_its_precision() -> None:
     assert bench.cache.dtype == torch.bfloat16
     bench.check((0, 17), (1, 3), (2, 40), tolerance=0.02)
     bench.check((2, 4), (0, 1), tolerance=0.02)
-
-
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_kernels_of_half_precision_agree_with_float32(tokens: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(MANY_ROWS, 3, 2, tokens, 64, generator=generator)
-    keys, values = (torch.randn(MANY_ROWS, 3, 96, 64, generator=generator) for _ in range(2))
-    hidden = torch.rand(MANY_ROWS, tokens, 80, generator=generator) < 0.2
-    mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, float("-inf"))
-    half = [x.bfloat16() for x in (q, keys, values)]
-    reached = [x[:, :, :80] for x in (keys, values, *half[1:])]  # of a longer cache
-    expected = _matmul(q, reached[0], reached[1], mask, 0.125)
-    for kernel in (_matmul, _fused):
-        got = kernel(half[0], reached[2], reached[3], mask, 0.125)
-        assert got.dtype == torch.bfloat16
-        assert (got - expected).abs().max() < 0.03
-
-
-def test_cut_rows_have_the_same_tokens_in_the_same_places() -> None:
-    rows = np.array([PackedRow(0, 9, 2, 5), PackedRow(9, 1, 0, 0), PackedRow(10, 4, 7, 3)])
-    cut = cut_rows(rows, 4).tolist()
-    assert cut == [[0, 4, 2, 5], [4, 4, 2, 9], [8, 1, 2, 13], [9, 1, 0, 0], [10, 4, 7, 3]]
-    ones = cut_rows(rows, 1).tolist()
-    assert [begin for begin, *_ in ones] == list(range(14))
-    assert ones[5] == [5, 1, 2, 10]
-
-
-def test_upload_splits_what_one_transfer_carried() -> None:
-    parts = upload(torch.device("cpu"), [1, 2], [], range(3))
-    assert [part.tolist() for part in parts] == [[1, 2], [], [0, 1, 2]]
-    assert all(part.dtype == torch.int64 for part in parts)
 
 
 # -------------------------------------------------------------------- other architectures

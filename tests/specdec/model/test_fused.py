@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from specdec.kernels.cpu import Kernels
+from specdec.kernels.cpu import CpuKernels
 from specdec.model import fused
 from specdec.model.attention import UnsupportedModel
 from specdec.model.decoder import PackedDecoder
@@ -75,6 +75,6 @@ def test_a_fused_layer_that_computes_something_else_is_refused(
     model = tiny_model(heads=heads)
     PackedDecoder(copy.deepcopy(model), fuse=True)
     monkeypatch.setattr(fused, "_rotated", lambda heads, cos, sin: heads)
-    monkeypatch.setattr(Kernels, "gate", lambda self, both: both.chunk(2, -1)[1])
+    monkeypatch.setattr(CpuKernels, "gate", lambda self, both: both.chunk(2, -1)[1])
     with pytest.raises(UnsupportedModel, match="differ from the plain forward"):
         PackedDecoder(model, fuse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from specdec.engine.engine import Engine
-from specdec.kernels.cpu import Kernels
+from specdec.kernels.cpu import CpuKernels
+from specdec.model.cache import SlotCache
 from specdec.model.decoder import PackedDecoder
-from specdec.model.graphs import LARGEST, Recorder, RecordingFailed, padded, record
+from specdec.model.graphs import LARGEST, Recorder, RecordingFailed, Recordings, padded, record
 from specdec.policies.registry import make_policy
 from specdec.request import Request, SamplingParams
 from tests.specdec.tiny_models import DEVICE, make_pair, noisy_copy, tiny_model
@@ -33,14 +34,20 @@ RECORDER: Recorder = record if DEVICE.type == "cuda" else again
 
 def decoder(recorder: Recorder | None) -> PackedDecoder:
     found = PackedDecoder(tiny_model().to(DEVICE), fuse=True)
-    found.recorder = recorder
+    found.recordings = Recordings(recorder) if recorder is not None else None
     return found
 
 
+def sizes(decoder: PackedDecoder, cache: SlotCache) -> list[int]:
+    """Of what a decoder recorded over a cache."""
+    assert decoder.recordings is not None
+    return sorted(decoder.recordings.over(cache))
+
+
 def test_sizes_are_few_and_hardly_larger() -> None:
-    sizes = {padded(n) for n in range(1, LARGEST + 1)}
-    assert len(sizes) < 50
-    assert max(sizes) == LARGEST
+    found = {padded(n) for n in range(1, LARGEST + 1)}
+    assert len(found) < 50
+    assert max(found) == LARGEST
     for n in range(1, LARGEST + 1):
         assert n <= padded(n) <= n + max(3, n / 4)
 
@@ -50,7 +57,7 @@ def test_sizes_are_few_and_hardly_larger() -> None:
 def test_a_recorded_forward_gives_what_a_plain_one_does(
     row_tokens: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Kernels, "row_tokens", row_tokens)  # on a GPU they have a limit anyway
+    monkeypatch.setattr(CpuKernels, "row_tokens", row_tokens)  # on a GPU they have a limit anyway
     recording, plain = decoder(RECORDER), decoder(None)
     caches = [each.new_cache(5, 128) for each in (recording, plain)]
     generator = torch.Generator().manual_seed(0)
@@ -63,7 +70,7 @@ def test_a_recorded_forward_gives_what_a_plain_one_does(
         ]
         torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
         assert caches[0].lengths == caches[1].lengths
-    assert sorted(caches[0].recorded) == [5, 12, 20]
+    assert sizes(recording, caches[0]) == [5, 12, 20]
     for slot, length in enumerate(caches[0].lengths):
         for a, b in zip(
             caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True
@@ -72,29 +79,83 @@ def test_a_recorded_forward_gives_what_a_plain_one_does(
                 a[slot, :, :length], b[slot, :, :length], atol=1e-4, rtol=1e-4
             )
             assert not a[slot, :, length:].any()  # padding goes nowhere else
-    caches[0].resize(6, 256)
-    assert not caches[0].recorded
+
+
+def record_once(run: Run) -> Run:
+    """Keeps what a graph keeps: the tensors that it wrote, and not what made them."""
+    hidden = run()
+    return lambda: hidden
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Whatever goes must go at once: recordings are gigabytes, and may go while others are made."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @torch.inference_mode()
-def test_a_cache_and_its_recordings_go_when_nobody_needs_them() -> None:
-    """And not when garbage is collected: they are gigabytes, and may go while others are made."""
-
-    def record_once(run: Run) -> Run:
-        hidden = run()
-        return lambda: hidden
-
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("first", ["the cache", "the decoder"])
+def test_a_cache_and_its_recordings_go_when_nobody_needs_them(first: str) -> None:
     recording = decoder(record_once)
-    cache = recording.new_cache(1, 128)
-    recording.forward(cache, [(0, 3)], torch.arange(3, device=DEVICE))
-    assert cache.recorded
+    cache, other = recording.new_cache(1, 128), recording.new_cache(1, 128)
+    for each in (cache, other):
+        recording.forward(each, [(0, 3)], torch.arange(3, device=DEVICE))
+    assert recording.recordings is not None
+    recorded = weakref.ref(recording.recordings.over(cache)[3])
     gone = weakref.ref(cache)
-    gc.disable()
-    try:
-        del cache
+    if first == "the decoder":
+        del recording
+    else:
+        del cache, each
         assert gone() is None
-    finally:
-        gc.enable()
+        assert sizes(recording, other) == [3]
+    assert recorded() is None
+
+
+@torch.inference_mode()
+@pytest.mark.usefixtures("no_collection")
+def test_recordings_over_tensors_that_were_replaced_are_not_repeated() -> None:
+    """Nor where a cache took another shape and its first one again: it is at other addresses."""
+    recording, plain = decoder(RECORDER), decoder(None)
+    caches = [each.new_cache(2, 128) for each in (recording, plain)]
+    tokens = torch.arange(3, device=DEVICE)
+
+    def forward() -> None:
+        outs = [
+            each.forward(cache, [(1, 2), (0, 1)], tokens)
+            for each, cache in zip((recording, plain), caches, strict=True)
+        ]
+        torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
+
+    forward()
+    assert recording.recordings is not None
+    first = weakref.ref(recording.recordings.over(caches[0])[3])
+    for slots, capacity in ((3, 256), (2, 128)):
+        for cache in caches:
+            cache.resize(slots, capacity)
+    assert not sizes(recording, caches[0])
+    assert first() is None
+    forward()
+    assert sizes(recording, caches[0]) == [3]
+
+
+@torch.inference_mode()
+def test_two_caches_have_recordings_of_their_own() -> None:
+    recording, plain = decoder(RECORDER), decoder(None)
+    generator = torch.Generator().manual_seed(0)
+    pairs = [tuple(each.new_cache(2, 128) for each in (recording, plain)) for _ in range(2)]
+    for _ in range(3):
+        for caches in pairs:
+            tokens = torch.randint(90, (5,), generator=generator).to(DEVICE)
+            outs = [
+                each.forward(cache, [(0, 2), (1, 3)], tokens)
+                for each, cache in zip((recording, plain), caches, strict=True)
+            ]
+            torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
+    assert [sizes(recording, cache) for cache, _ in pairs] == [[5], [5]]
 
 
 @torch.inference_mode()
@@ -114,7 +175,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(why: str, caplog: pytest.LogCaptu
             for each, cache in zip((failing, plain), caches, strict=True)
         ]
         torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
-    assert failing.recorder is None
+    assert failing.recordings is None
     assert caplog.text.count("forwards are not recorded") == 1
 
 
@@ -136,14 +197,15 @@ def test_an_engine_that_records_gives_the_same_tokens(
     ]
     outputs = []
     for recorder in (None, RECORDER):
-        pair.target.recorder = recorder
         assert pair.draft is not None
-        pair.draft.recorder = recorder
+        for each in (pair.target, pair.draft):
+            each.recordings = Recordings(recorder) if recorder is not None else None
         engine = Engine(pair, policy=make_policy(policy, k=3), verification=verification, slots=3)
         outputs.append([each.output_ids for each in engine.generate(requests)])
     assert outputs[0] == outputs[1]
-    assert engine.target_cache.recorded
-    assert engine.drafter.cache.recorded
+    assert sizes(pair.target, engine.target_cache)
+    assert pair.draft is not None and engine.drafter is not None
+    assert sizes(pair.draft, engine.drafter.cache)
 
 
 @torch.inference_mode()

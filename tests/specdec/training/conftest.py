@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specdec.training.examples import Example
-from tests.specdec.loading.test_pair import saved
+from tests.specdec.loading.saved_models import saved
 from tests.specdec.tiny_models import VOCAB
 from tests.specdec.training.drafts import (
     target_model,

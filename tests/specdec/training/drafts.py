@@ -18,7 +18,7 @@ from specdec.training.examples import Example
 from specdec.training.settings import Settings, Watch
 from specdec.training.student import Student
 from specdec.training.workspace import Workspace
-from tests.specdec.loading.test_pair import set_config
+from tests.specdec.loading.saved_models import set_config
 from tests.specdec.tiny_models import tiny_model
 
 QUICK = Settings(epochs=2, lr=3e-3, held_out=0.2, batch_tokens=200, evaluations=4, top_k=8)

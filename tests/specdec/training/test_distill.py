@@ -13,7 +13,7 @@ from specdec.training.evaluate import ALL, Agreements, batches, evaluate
 from specdec.training.examples import Example, split
 from specdec.training.settings import Moment, Watch
 from specdec.training.student import DistillError, Student
-from tests.specdec.loading.test_pair import EOS, saved
+from tests.specdec.loading.saved_models import EOS, saved
 from tests.specdec.tiny_models import noisy_copy, tiny_model
 from tests.specdec.training.drafts import (
     LAYERS,

@@ -10,7 +10,7 @@ from specdec.loading.sources import PairError
 from specdec.training.evaluate import ALL, batches, evaluate
 from specdec.training.examples import Example
 from specdec.training.student import DistillError, Student
-from tests.specdec.loading.test_pair import saved
+from tests.specdec.loading.saved_models import saved
 from tests.specdec.tiny_models import noisy_copy, tiny_model
 from tests.specdec.training.drafts import (
     LAYERS,

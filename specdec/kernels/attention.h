@@ -1,0 +1,168 @@
+// Attention of packed tokens, each to its own slot up to itself.
+//
+// Keys and values are read once for all query heads that share them, and no position behind a row's
+// end is looked at.
+
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "numbers.h"
+
+struct Row {
+    i64 begin, count, slot, start;  // packed tokens [begin, begin + count), from position start
+};
+
+// Queries first..last of a row and a key/value head. Query i is token i / group and, of the query
+// heads that share the key/value head, number i % group.
+struct Item {
+    const Row* row;
+    i64 kv_head, first, last;
+};
+
+// out[j][p] = q[j] . key[p] for J queries and P positions.
+template <int J, int P, typename T>
+static inline void dots(const float* q, const T* key, i64 dim, float* out, i64 stride) {
+    vec sums[J][P] = {};
+    for (i64 d = 0; d < dim; d += LANES) {
+        vec k[P];
+        for (int p = 0; p < P; p++) {
+            k[p] = load(key + p * dim + d);
+            __builtin_prefetch(key + (p + 2 * P) * dim + d);
+        }
+        for (int j = 0; j < J; j++) {
+            const vec x = load(q + j * dim + d);
+            for (int p = 0; p < P; p++) sums[j][p] = fused(x, k[p], sums[j][p]);
+        }
+    }
+    for (int j = 0; j < J; j++)
+        for (int p = 0; p < P; p++) out[j * stride + p] = total(sums[j][p]);
+}
+
+// sums[j] += weights[j][l] * values[l] over positions l, for J queries and C vectors of a head.
+template <int J, int C, typename T>
+static inline void mix(const float* weights, i64 stride, const T* values, i64 low, i64 high,
+                       i64 dim, float* sums) {
+    vec acc[J][C];
+    for (int j = 0; j < J; j++) std::memcpy(acc[j], sums + j * dim, sizeof acc[j]);
+    for (i64 l = low; l < high; l++) {
+        vec v[C];
+        for (int c = 0; c < C; c++) {
+            v[c] = load(values + l * dim + c * LANES);
+            __builtin_prefetch(values + (l + 8) * dim + c * LANES);
+        }
+        for (int j = 0; j < J; j++)
+            for (int c = 0; c < C; c++)
+                acc[j][c] = fused(all(weights[j * stride + l]), v[c], acc[j][c]);
+    }
+    for (int j = 0; j < J; j++) std::memcpy(sums + j * dim, acc[j], sizeof acc[j]);
+}
+
+// Positions whose values are read in one go: those of a wide head in several passes, out of cache.
+static constexpr i64 NEAR = 64;
+
+template <int N>
+using Number = std::integral_constant<int, N>;
+
+// Calls f(Number<J>, first) for groups of J = QUERIES of n queries, the last one smaller.
+template <typename F>
+static inline void by_queries(i64 n, F f) {
+    i64 j = 0;
+    for (; j + QUERIES <= n; j += QUERIES) f(Number<QUERIES>(), j);
+    if (n - j == 1) f(Number<1>(), j);
+    if (QUERIES > 2 && n - j == 2) f(Number<2>(), j);
+    if (QUERIES > 3 && n - j == 3) f(Number<3>(), j);
+}
+
+// Head sizes are multiples of 16.
+template <typename T>
+static void attend(const T* query, i64 token_stride, i64 head_stride, const T* keys,
+                   const T* values, const Row* rows, i64 n_rows, i64 kv_heads, i64 group,
+                   i64 capacity, i64 key_dim, i64 value_dim, i64 window, float scale, T* out) {
+    i64 queries = 0, work = 0;
+    for (i64 r = 0; r < n_rows; r++) {
+        queries += rows[r].count * group * kv_heads;
+        work += rows[r].count * group * kv_heads * (rows[r].start + rows[r].count) * key_dim;
+    }
+    // Many queries for each pass over the keys, yet enough pieces for every thread.
+    const i64 each = std::clamp<i64>(queries / (4 * omp_get_max_threads()), 1, 4 * group);
+    std::vector<Item> items;
+    for (i64 r = 0; r < n_rows; r++)
+        for (i64 head = 0; head < kv_heads; head++)
+            for (i64 i = 0; i < rows[r].count * group; i += each)
+                items.push_back({&rows[r], head, i, std::min(i + each, rows[r].count * group)});
+
+#pragma omp parallel if (work > SERIAL)
+    {
+        std::vector<float> scores, sums(each * value_dim), q(each * key_dim);
+#pragma omp for schedule(dynamic)
+        for (size_t at = 0; at < items.size(); at++) {
+            const Item& item = items[at];
+            const Row& row = *item.row;
+            const i64 n = item.last - item.first;
+            const i64 plane = (row.slot * kv_heads + item.kv_head) * capacity;
+            const T *key = keys + plane * key_dim, *value = values + plane * value_dim;
+            // The queries attend from where the first may look back to, up to the last.
+            const i64 earliest = row.start + item.first / group + 1;
+            const i64 low = window ? std::max<i64>(0, earliest - window) : 0;
+            const i64 high = row.start + (item.last - 1) / group + 1, stride = high - low;
+            scores.resize(std::max<i64>(scores.size(), n * stride));
+
+            for (i64 j = 0; j < n; j++) {
+                const i64 token = row.begin + (item.first + j) / group;
+                const i64 head = item.kv_head * group + (item.first + j) % group;
+                const T* from = query + token * token_stride + head * head_stride;
+                for (i64 d = 0; d < key_dim; d++) q[j * key_dim + d] = get(from[d]) * scale;
+            }
+            by_queries(n, [&](auto count, i64 j) {
+                constexpr int J = count, P = 4;
+                float* to = &scores[j * stride];
+                i64 l = low;
+                for (; l + P <= high; l += P)
+                    dots<J, P>(&q[j * key_dim], key + l * key_dim, key_dim, to + l - low, stride);
+                for (; l < high; l++)
+                    dots<J, 1>(&q[j * key_dim], key + l * key_dim, key_dim, to + l - low, stride);
+            });
+            for (i64 j = 0; j < n; j++) {
+                const i64 to = row.start + (item.first + j) / group + 1;
+                const i64 from = window ? std::max<i64>(0, to - window) : 0, m = to - from;
+                float *begin = &scores[j * stride], *score = begin + from - low;
+                std::fill(begin, score, 0.0f);
+                std::fill(score + m, begin + stride, 0.0f);
+                float most = score[0];
+#pragma omp simd reduction(max : most)
+                for (i64 l = 0; l < m; l++) most = score[l] > most ? score[l] : most;
+#pragma omp simd
+                for (i64 l = 0; l < m; l++) score[l] = exp_(score[l] - most);
+                const float inverse = 1.0f / sum(score, m);
+#pragma omp simd
+                for (i64 l = 0; l < m; l++) score[l] *= inverse;
+            }
+            by_queries(n, [&](auto count, i64 j) {
+                constexpr int J = count, C = 4;
+                const float* weights = &scores[j * stride] - low;
+                float* to = &sums[j * value_dim];
+                std::fill(to, to + J * value_dim, 0.0f);
+                for (i64 l = low; l < high; l += NEAR) {
+                    const i64 end = std::min(l + NEAR, high);
+                    i64 d = 0;
+                    for (; d + C * LANES <= value_dim; d += C * LANES)
+                        mix<J, C>(weights, stride, value + d, l, end, value_dim, to + d);
+                    for (; d < value_dim; d += LANES)
+                        mix<J, 1>(weights, stride, value + d, l, end, value_dim, to + d);
+                }
+            });
+            for (i64 j = 0; j < n; j++) {
+                const i64 token = row.begin + (item.first + j) / group;
+                const i64 head = item.kv_head * group + (item.first + j) % group;
+                T* to = out + (token * kv_heads * group + head) * value_dim;
+                for (i64 d = 0; d < value_dim; d++) put(to + d, sums[j * value_dim + d]);
+            }
+        }
+    }
+}

@@ -1,0 +1,73 @@
+"""What a set of kernels does for a decoder layer, whatever device it is for."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+HEAD_STEP = 16
+"""Sizes of attention heads must be multiples of this: the kernels read a head in whole vectors.
+
+Models with other heads run on torch's operators. It is the length of an AVX-512 vector in float32,
+so a smaller step would not do on such a CPU.
+"""
+
+
+class LayerKernels(Protocol):
+    """Kernels for the parts of a layer between its matrix products, in one dtype on one device.
+
+    All tensors are contiguous unless said otherwise. N is the number of packed tokens.
+    """
+
+    row_tokens: int | None
+    """Most tokens of a row that `attend` takes; None: any number."""
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rows: Tensor,
+        scale: float,
+        window: int | None,
+        out: Tensor,
+    ) -> None:
+        """Attention of the tokens of some rows, each to its own slot up to itself.
+
+        Args:
+            query: [N, H, D] with D contiguous.
+            keys: [slots, Hkv, capacity, D]; values: [slots, Hkv, capacity, Dv].
+            rows: int64 [R, 4]: first packed token, number of tokens, slot, position of the first.
+                A row may have no tokens.
+            scale: of the scores.
+            window: positions a token may look back, itself included; None: all.
+            out: [N, H, Dv]; the rows' tokens are written.
+        """
+
+    def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """Add y to x in place, if there is one; return weight * x / rms(x). x, y: [..., width]."""
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """silu(g) * u of [..., 2 * width], g and u its halves: [..., width]."""
+
+    def rotate_and_store(
+        self,
+        heads: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        norms: tuple[Tensor, Tensor, float] | None,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+    ) -> None:
+        """Rotate query and key heads; queries stay in place, keys and values go to their slots.
+
+        Args:
+            heads: [N, H + 2 Hkv, D], changed in place.
+            cos, sin: [N, D], the same numbers in both halves.
+            norms: weights [D] of a norm of queries and one of keys, and their epsilon.
+            keys, values: a layer's cache, [slots, Hkv, capacity, D].
+            slots, positions: int64 [N].
+        """

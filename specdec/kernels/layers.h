@@ -1,0 +1,115 @@
+// A decoder layer's small operators between its matrix products, each in one pass over memory.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "numbers.h"
+
+// The reciprocal root mean square of `width` numbers.
+static inline float inverse_rms(const float* x, i64 width, float eps) {
+    return 1.0f / std::sqrt(sum_of_squares(x, width) / static_cast<float>(width) + eps);
+}
+
+// x += y, unless y is null; out = weight * x / rms(x). All [n, width].
+template <typename T>
+static void add_norm(T* x, const T* y, const T* weight, T* out, i64 n, i64 width, float eps) {
+#pragma omp parallel if (n * width > SERIAL)
+    {
+        std::vector<float> row(width);
+#pragma omp for
+        for (i64 i = 0; i < n; i++) {
+            T *to = x + i * width, *normed = out + i * width;
+            if (y) {
+                const T* more = y + i * width;
+#pragma omp simd
+                for (i64 d = 0; d < width; d++) put(to + d, get(to[d]) + get(more[d]));
+            }
+            for (i64 d = 0; d < width; d++) row[d] = get(to[d]);
+            const float inverse = inverse_rms(row.data(), width, eps);
+#pragma omp simd
+            for (i64 d = 0; d < width; d++) put(normed + d, get(weight[d]) * (row[d] * inverse));
+        }
+    }
+}
+
+// out [n, width] = silu(first half) * second half of each row of gate_up [n, 2 * width].
+template <typename T>
+static void gate(const T* gate_up, T* out, i64 n, i64 width) {
+#pragma omp parallel for if (n * width > SERIAL)
+    for (i64 i = 0; i < n; i++) {
+        const T *g = gate_up + i * 2 * width, *up = g + width;
+        T* to = out + i * width;
+#pragma omp simd
+        for (i64 d = 0; d < width; d++) {
+            const float x = get(g[d]);
+            put(to + d, x / (1.0f + exp_(-x)) * get(up[d]));
+        }
+    }
+}
+
+// Rotates the query and key heads of n tokens, each [query_heads + 2 * kv_heads, dim], queries in
+// place, and stores keys and values at their slots and positions. Heads are normed before if there
+// are weights for it. cos and sin are [n, dim]; each angle stands there twice.
+template <typename T>
+static void rotate_and_store(T* heads, const T* cos, const T* sin, const T* query_norm,
+                             const T* key_norm, float eps, T* keys, T* values, const i64* slots,
+                             const i64* positions, i64 n, i64 query_heads, i64 kv_heads, i64 dim,
+                             i64 capacity) {
+    const i64 half = dim / 2, all = query_heads + 2 * kv_heads;
+#pragma omp parallel if (n * all * dim > SERIAL)
+    {
+        std::vector<float> x(dim);
+#pragma omp for
+        for (i64 i = 0; i < n; i++) {
+            const T *c = cos + i * dim, *s = sin + i * dim;
+            for (i64 h = 0; h < query_heads + kv_heads; h++) {
+                T* head = heads + (i * all + h) * dim;
+                for (i64 d = 0; d < dim; d++) x[d] = get(head[d]);
+                const bool is_key = h >= query_heads;
+                if (const T* weight = is_key ? key_norm : query_norm) {
+                    const float inverse = inverse_rms(x.data(), dim, eps);
+#pragma omp simd
+                    for (i64 d = 0; d < dim; d++) x[d] = get(weight[d]) * (x[d] * inverse);
+                }
+                T* to = head;
+                if (is_key) {
+                    const i64 plane = slots[i] * kv_heads + h - query_heads;
+                    to = keys + (plane * capacity + positions[i]) * dim;
+                }
+                const float *low = x.data(), *high = low + half;
+#pragma omp simd
+                for (i64 d = 0; d < half; d++) {
+                    put(to + d, low[d] * get(c[d]) - high[d] * get(s[d]));
+                    put(to + half + d, high[d] * get(c[half + d]) + low[d] * get(s[half + d]));
+                }
+            }
+            for (i64 h = 0; h < kv_heads; h++) {
+                const T* from = heads + (i * all + query_heads + kv_heads + h) * dim;
+                std::copy(from, from + dim,
+                          values + ((slots[i] * kv_heads + h) * capacity + positions[i]) * dim);
+            }
+        }
+    }
+}
+
+// largest [n] = the largest magnitude of each row of x [n, width], but 1e-12 at least;
+// out [n, width] = x / largest.
+template <typename T>
+static void scale_rows(const T* x, float* out, float* largest, i64 n, i64 width) {
+#pragma omp parallel for if (n * width > SERIAL)
+    for (i64 i = 0; i < n; i++) {
+        const T* from = x + i * width;
+        float most = 1e-12f;
+#pragma omp simd reduction(max : most)
+        for (i64 d = 0; d < width; d++) {
+            const float size = std::fabs(get(from[d]));
+            most = size > most ? size : most;
+        }
+        largest[i] = most;
+#pragma omp simd
+        for (i64 d = 0; d < width; d++) out[i * width + d] = get(from[d]) / most;
+    }
+}

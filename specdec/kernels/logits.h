@@ -1,0 +1,65 @@
+// A first look at logits: the likeliest token, and what the softmax says of a token.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "numbers.h"
+
+template <typename T>
+static inline float largest(const T* x, i64 n) {
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (i64 d = 0; d < n; d++) {
+        const float here = get(x[d]);
+        most = here > most ? here : most;
+    }
+    return most;
+}
+
+// at [n] = where the largest of each row of x [n, width] stands, the first if it stands twice. Rows
+// begin `stride` numbers apart: a vocabulary may be padded.
+template <typename T>
+static void argmax(const T* x, i64 stride, i64* at, i64 n, i64 width) {
+    constexpr i64 BLOCK = 1024;  // only one of them is gone through number by number
+#pragma omp parallel for if (n > 1 && n * width > SERIAL)
+    for (i64 i = 0; i < n; i++) {
+        const T* row = x + i * stride;
+        float most = -INFINITY;
+        i64 place = 0;
+        for (i64 d = 0; d < width; d += BLOCK) {
+            const float here = largest(row + d, std::min(BLOCK, width - d));
+            if (here > most) most = here, place = d;
+        }
+        while (place + 1 < width && get(row[place]) != most) place++;
+        at[i] = place;
+    }
+}
+
+// Of the softmax of each row of x [n, width]: the logarithms at the row's token, no less than that of
+// the smallest normal number, and at its largest; the entropy. They go to the first three of
+// out [n, columns], those whose bits are set in `wanted`.
+template <typename T>
+static void token_signals(const T* x, i64 stride, const i64* tokens, float* out, i64 n, i64 width,
+                          i64 columns, i64 wanted) {
+#pragma omp parallel for if (n > 1 && n * width > SERIAL)
+    for (i64 i = 0; i < n; i++) {
+        const T* row = x + i * stride;
+        const float most = largest(row, width);
+        float sum = 0, mean = 0;
+#pragma omp simd reduction(+ : sum, mean)
+        for (i64 d = 0; d < width; d++) {
+            const float below = get(row[d]) - most;
+            const float e = below < -87.0f ? 0.0f : exp_(below);
+            sum += e;
+            mean += e * std::max(below, -87.0f);  // 0 * -inf is no number
+        }
+        const float log_sum = std::log(sum), log_q = get(row[tokens[i]]) - most - log_sum;
+        const float found[] = {std::max(log_q, std::log(std::numeric_limits<float>::min())),
+                               -log_sum, std::max(log_sum - mean / sum, 0.0f)};
+        for (i64 c = 0; c < 3; c++)
+            if (wanted >> c & 1) out[i * columns + c] = found[c];
+    }
+}

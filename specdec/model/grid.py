@@ -1,0 +1,193 @@
+"""Attention of short rows together, on torch's operators: a grid over a range of slots.
+
+Keys and values are a view of the cache, which is what the contiguous range of slots is for. With
+`invariant` every reduction has a shape that does not depend on the batch. Each query token is its
+own batch item, keys come in blocks of KEY_BLOCK that are accumulated in order, and blocks behind a
+row's end add exact zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specdec.model.cache import KEY_BLOCK
+from specdec.model.rows import PackedRow, upload
+
+MANY_ROWS = 16
+"""From so many rows on, batched products are faster than torch's fused kernel on a CPU.
+
+In bfloat16 only; float32 always takes the products. Raised, more batches get the fused kernel.
+"""
+
+KEY_STEP = 16
+"""Attended positions are rounded up to a multiple of this, so that there are few shapes.
+
+Raised, there are fewer shapes and more masked positions to compute.
+"""
+
+
+@dataclass(slots=True)
+class Grid:
+    """Short rows as a batch of one shape over a contiguous range of slots; built once per forward.
+
+    Attributes:
+        invariant: whether a token's bits must not depend on the other rows.
+        slots: the range [low, high) of slots that the grid covers; B = high - low.
+        tokens: T, tokens per grid row.
+        keys: L, positions attended: a multiple of KEY_STEP; if invariant, of KEY_BLOCK.
+        cell_token: int64 [B * T], the packed token in each cell (any token in an unused cell).
+        cell_position: int64 [B, T], that token's position (0 in an unused cell).
+        short_tokens, short_cells: int64 [n], packed tokens of the grid and their cells.
+        aligned: the packed tokens are exactly the cells in order.
+    """
+
+    invariant: bool
+    slots: tuple[int, int]
+    tokens: int
+    keys: int
+    cell_token: Tensor
+    cell_position: Tensor
+    short_tokens: Tensor
+    short_cells: Tensor
+    aligned: bool
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def lay_out(
+        cls, rows: Sequence[PackedRow], tokens: int, invariant: bool, device: torch.device
+    ) -> Grid:
+        """The grid of some rows out of `tokens` packed tokens."""
+        low, high = min(row.slot for row in rows), max(row.slot for row in rows) + 1
+        width = max(row.tokens for row in rows)
+        step = KEY_BLOCK if invariant else KEY_STEP
+        cell_token, cell_position = ([0] * ((high - low) * width) for _ in range(2))
+        short_tokens: list[int] = []
+        short_cells: list[int] = []
+        for begin, count, slot, start in rows:
+            cell = (slot - low) * width
+            cell_token[cell : cell + count] = range(begin, begin + count)
+            cell_position[cell : cell + count] = range(start, start + count)
+            short_tokens += range(begin, begin + count)
+            short_cells += range(cell, cell + count)
+        on_device = upload(device, cell_token, cell_position, short_tokens, short_cells)
+        return cls(
+            invariant,
+            (low, high),
+            width,
+            -(-max(row.start + row.tokens for row in rows) // step) * step,
+            cell_token=on_device[0],
+            cell_position=on_device[1].view(high - low, width),
+            short_tokens=on_device[2],
+            short_cells=on_device[3],
+            aligned=cell_token == list(range(tokens)),
+        )
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Attention of all rows of the grid.
+
+        Args:
+            query: [N, H, D], of all packed tokens.
+            keys: [slots, Hkv, capacity, D]; values: [slots, Hkv, capacity, Dv]; a layer's cache.
+            scale: of the scores.
+            window: positions that a token may look back, itself included; None: all.
+
+        Returns:
+            [n, H, Dv] for the n short tokens, in packed order.
+        """
+        low, high = self.slots
+        batch, tokens = high - low, self.tokens
+        keys = keys[low:high, :, : self.keys]  # [B, Hkv, L, D], a view
+        values = values[low:high, :, : self.keys]
+        heads, kv_heads = query.shape[1], keys.shape[1]
+
+        q = query if self.aligned else query.index_select(0, self.cell_token)
+        # [B, T, Hkv, G, D] -> [B, Hkv, G, T, D]: the G query heads of a key/value head share keys.
+        q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4)
+        out = self._product(q)(q, keys, values, self._mask(window), scale)  # [B, Hkv, G, T, Dv]
+        out = out.permute(0, 3, 1, 2, 4).reshape(batch * tokens, heads, -1)
+        return out if self.aligned else out.index_select(0, self.short_cells)
+
+    def _product(self, q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]:
+        if self.invariant:
+            return invariant_attention
+        many = q.device.type == "cpu" and len(q) >= MANY_ROWS
+        return product_attention if q.dtype == torch.float32 or many else fused_attention
+
+    def _mask(self, window: int | None) -> Tensor:
+        """Additive float32 [B, T, L]: 0 where a cell may attend, else -inf; made once a forward."""
+        if window not in self._masks:
+            key = torch.arange(self.keys, device=self.cell_position.device)
+            query = self.cell_position[..., None]
+            allowed = key <= query
+            if window is not None:
+                allowed &= key > query - window
+            zero = torch.zeros((), device=key.device)
+            self._masks[window] = torch.where(allowed, zero, float("-inf"))
+        return self._masks[window]
+
+
+def product_attention(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """Softmax attention as two batched matrix products, the softmax in float32.
+
+    Args:
+        q: [B, Hkv, G, T, D]; keys: [B, Hkv, L, D]; values: [B, Hkv, L, Dv]; mask: [B, T, L].
+
+    Returns:
+        [B, Hkv, G, T, Dv].
+    """
+    batch, kv_heads, group, tokens, _ = q.shape
+    flat, keys = q.reshape(batch * kv_heads, group * tokens, -1), keys.flatten(0, 1)
+    if q.dtype == torch.float32:
+        scores = torch.bmm(flat * scale, keys.transpose(1, 2))
+    else:  # CPUs multiply bfloat16 three times as fast with the many keys on the left
+        scores = torch.bmm(keys, flat.transpose(1, 2)).transpose(1, 2).contiguous()
+        scores = scores.float().mul_(scale)
+    scores.view(batch, kv_heads * group, tokens, -1).add_(mask[:, None])
+    out = torch.bmm(torch.softmax(scores, -1).to(values.dtype), values.flatten(0, 1))
+    return out.view(batch, kv_heads, group, tokens, -1)
+
+
+def fused_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """As `product_attention`, in torch's fused kernel."""
+    batch, kv_heads, group, tokens, _ = q.shape
+    flat = q.reshape(batch, kv_heads, group * tokens, -1)
+    repeated = mask.to(q.dtype).repeat(1, group, 1)[:, None]
+    out = F.scaled_dot_product_attention(flat, keys, values, repeated, scale=scale)
+    return out.view(batch, kv_heads, group, tokens, -1)
+
+
+def invariant_attention(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """As `product_attention`, bit-equal for a token whatever B, T and L are.
+
+    The products are [G, D] x [D, KEY_BLOCK] and [G, KEY_BLOCK] x [KEY_BLOCK, Dv] in every case;
+    sums over blocks run in order, and a block past a row's end adds exact zeros. The maximum is
+    exact in any order.
+    """
+    batch, kv_heads, group, tokens, dim = q.shape
+    key_blocks = torch.split(keys.float().flatten(0, 1), KEY_BLOCK, 1)
+    value_blocks = torch.split(values.float().flatten(0, 1), KEY_BLOCK, 1)
+    outs = []
+    for t in range(tokens):
+        qt = (q[:, :, :, t].float() * scale).reshape(batch * kv_heads, group, dim)
+        scores = torch.cat([torch.bmm(qt, block.transpose(1, 2)) for block in key_blocks], -1)
+        scores.view(batch, kv_heads * group, -1).add_(mask[:, t, None])
+        exps = torch.exp(scores - scores.amax(-1, keepdim=True))
+        weights = torch.split(exps, KEY_BLOCK, -1)
+        total = weights[0].sum(-1, keepdim=True)
+        out = torch.bmm(weights[0], value_blocks[0])
+        for weight, block in zip(weights[1:], value_blocks[1:], strict=True):
+            total += weight.sum(-1, keepdim=True)
+            out += torch.bmm(weight, block)
+        outs.append((out / total).view(batch, kv_heads, group, -1))
+    return torch.stack(outs, 3).to(q.dtype)

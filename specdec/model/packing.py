@@ -1,0 +1,93 @@
+"""Where the tokens of one forward belong, made once and read by every attention layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from specdec.kernels.base import LayerKernels
+from specdec.model.cache import LayerLayout, SlotCache
+from specdec.model.grid import Grid
+from specdec.model.rows import PackedRow, Row, cut_rows, packed_rows, upload
+
+GRID_TOKENS = 24
+"""Rows with more tokens than this in one forward attend one by one.
+
+Rows that decode or verify have fewer, prefill has more. Raised, a long row that is in the grid
+makes its other rows as wide as itself. Rows that attend one by one have shapes of their own, so
+their bits depend on no other row.
+"""
+
+
+@dataclass(slots=True)
+class Packing:
+    """Where each of the N packed tokens goes and what it may attend to; built once per forward.
+
+    Attributes:
+        cache: the slots.
+        invariant: whether reductions must not depend on the batch.
+        slots, positions: int64 [N] on the device.
+        short, long: rows of at most GRID_TOKENS tokens, and those that attend one by one.
+        short_rows: int64 [R, 4] on the device, the short ones as kernels take them.
+        kernels: what computes short rows and fused layers besides torch, if there is anything.
+    """
+
+    cache: SlotCache
+    invariant: bool
+    slots: Tensor
+    positions: Tensor
+    short: list[PackedRow]
+    long: list[PackedRow]
+    short_rows: Tensor
+    kernels: LayerKernels | None
+    _grid: Grid | None = None
+
+    @classmethod
+    def plan(cls, cache: SlotCache, rows: Sequence[Row], invariant: bool) -> Packing:
+        """Lay out `rows` (distinct slots, at least one token each) behind what their slots have."""
+        slots: list[int] = []
+        positions: list[int] = []
+        short: list[PackedRow] = []
+        long: list[PackedRow] = []
+        for row in packed_rows(cache.lengths, rows):
+            (short if row.tokens <= GRID_TOKENS else long).append(row)
+            slots += [row.slot] * row.tokens
+            positions += range(row.start, row.start + row.tokens)
+        most = cache.kernels.row_tokens if cache.kernels is not None else None
+        cut = cut_rows(np.array(short), most).tolist() if short and most else short
+        flat = [number for row in cut for number in row]
+        slots_, positions_, short_rows = upload(cache.device, slots, positions, flat)
+        return cls(
+            cache,
+            invariant,
+            slots_,
+            positions_,
+            short,
+            long,
+            short_rows.view(-1, 4),
+            cache.kernels,
+        )
+
+    @classmethod
+    def of_places(cls, cache: SlotCache, places: Tensor, rows: Tensor) -> Packing:
+        """That of tokens at places (slot, position) [2, N] in rows [R, 4], which no host reads."""
+        return cls(cache, False, places[0], places[1], [], [], rows, cache.kernels)
+
+    @property
+    def grid(self) -> Grid:
+        """The short rows as a grid, laid out when the first layer asks for it."""
+        if self._grid is None:
+            self._grid = Grid.lay_out(
+                self.short, len(self.slots), self.invariant, self.cache.device
+            )
+        return self._grid
+
+
+class LayoutProbe:
+    """Stands in for a `Packing` once, to see what each attention layer caches."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerLayout] = {}
