@@ -142,16 +142,18 @@ def _run(job: JobConfig, responses: str, errors: str, model: str, quiet: bool) -
 def _write(plan: JobPlan, responses: str, errors: str, model: str) -> Written:
     """The output files, each replaced in one step; no error file if there are no errors."""
     from pipeline.outputs.openai_responses import write_responses
-    from pipeline.storage.folder import publish, remove
+    from pipeline.storage.folder import locate
 
     s3 = plan.job.s3
     with tempfile.TemporaryDirectory() as scratch:
         files = Path(scratch, "responses"), Path(scratch, "errors")
         with files[0].open("w") as good, files[1].open("w") as bad:
             written = write_responses(plan.output, plan.units, model, good, bad)
-        publish(files[0], responses, s3)
+        folder, name = locate(responses, s3)
+        folder.upload(name, files[0])
+        folder, name = locate(errors, s3)
         if written.errors:
-            publish(files[1], errors, s3)
+            folder.upload(name, files[1])
         else:
-            remove(errors, s3)
+            folder.delete(name)
     return written

@@ -40,7 +40,7 @@ from pipeline.observe.budget import Books
 from pipeline.observe.progress import JobProgress, OnProgress, Tally, start_monitor
 from pipeline.observe.status import Beacon
 from pipeline.run.preflight import check_output
-from pipeline.storage.folder import Folder, check_access, is_s3, resolved
+from pipeline.storage.folder import Folder, check_access, open_folder, resolved
 
 _POLL_SECONDS = 0.5
 _UNIT_RETRIES = 2
@@ -115,11 +115,10 @@ def plan_job(job: JobConfig, *, extend: bool = False) -> JobPlan:
     Raises:
         UserError: no such files, missing or reserved columns, S3 or disk out of reach.
     """
-    on_s3 = any(map(is_s3, (*job.input.paths, job.output)))
-    job = job.model_copy(update={"s3": resolved(job.s3, used=on_s3)})
+    job = job.model_copy(update={"s3": resolved(job.s3, *job.input.paths, job.output)})
     check_output(job.output, job.input.paths)
-    check_access(job.output, job.s3)
-    output = Folder(job.output, job.s3)
+    check_access(job.s3, job.output)
+    output = open_folder(job.output, job.s3)
     listed = list_inputs(job.input.paths, job.s3)
     left_out = set() if extend else set(_new_files(output, listed))
     files = plan_files([f for f in listed if f not in left_out], job.s3, job.unit_rows)
@@ -191,7 +190,7 @@ def run_job(
         mark,
         extend=mode.extend,
         same_content=mode.same_content,
-        forked_from=Folder(mode.forked_from, job.s3) if mode.forked_from else None,
+        forked_from=open_folder(mode.forked_from, job.s3) if mode.forked_from else None,
     )
     if plan.left_out:
         note(_left_out(plan.left_out))

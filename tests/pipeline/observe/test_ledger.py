@@ -27,7 +27,7 @@ from pipeline.observe.budget import Books, _tokens_to_come
 from pipeline.observe.ledger import LEDGER, Account, Run, read_ledger, write_run
 from pipeline.observe.progress import Tally
 from pipeline.run.run import JobResult
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, open_folder
 from specdec.request import Counts
 from tests.conftest import TinyModels
 from tests.pipeline.small_jobs import run
@@ -50,7 +50,7 @@ def account(**changes: Any) -> Account:
 
 
 def folder(path: Path) -> Folder:
-    return Folder(str(path), S3Config())
+    return open_folder(str(path), S3Config())
 
 
 # ------------------------------------------------------------------------- files

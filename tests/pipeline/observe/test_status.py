@@ -13,7 +13,8 @@ from pipeline.errors import JobStopped, UserError
 from pipeline.observe import status
 from pipeline.observe.progress import JobProgress, Tally
 from pipeline.observe.status import STATUS, STOP, Beacon, JobStatus, read_status, request_stop
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, open_folder
+from pipeline.storage.local import LocalFolder
 from specdec.request import Counts
 
 MOMENT = JobProgress(
@@ -27,7 +28,7 @@ MOMENT = JobProgress(
 
 @pytest.fixture
 def output(tmp_path: Path) -> Folder:
-    return Folder(str(tmp_path), S3Config())
+    return open_folder(str(tmp_path), S3Config())
 
 
 @pytest.fixture(autouse=True)
@@ -118,11 +119,11 @@ def test_no_run_fails_for_its_status(
 ) -> None:
     tried = threading.Event()
 
-    def refuse(self: Folder, name: str, data: bytes) -> None:
+    def refuse(self: LocalFolder, name: str, data: bytes) -> None:
         tried.set()
         raise UserError("no space left")
 
-    monkeypatch.setattr(Folder, "put", refuse)
+    monkeypatch.setattr(LocalFolder, "put", refuse)
     with beacon(output).running():
         assert tried.wait(30)
     assert not (tmp_path / STATUS).exists()
@@ -155,7 +156,7 @@ def test_silence(output: Folder) -> None:
 def test_on_s3(s3_env: object, until: Callable[[Callable[[], object]], None]) -> None:
     client = s3_env.client()  # type: ignore[attr-defined]
     client.create_bucket(Bucket="status")
-    output = Folder("s3://status/out", S3Config(endpoint=s3_env.endpoint))  # type: ignore[attr-defined]
+    output = open_folder("s3://status/out", S3Config(endpoint=s3_env.endpoint))  # type: ignore[attr-defined]
     it = beacon(output)
     with it.running():
         until(lambda: state_of(output) == "running")

@@ -23,7 +23,7 @@ from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 from pipeline.observe.progress import JobProgress
 from pipeline.run.run import JobResult
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import open_folder
 from specdec.measure.speedup import SpeedupMeter
 from tests.conftest import S3Server, TinyModels
 from tests.pipeline.small_jobs import rows_of, run, started
@@ -244,7 +244,7 @@ def test_speedup_calibration_and_rounds_are_recorded(
     assert {row["kind"] for row in costs} == {"draft", "verify"}
     assert all(row["seconds"] > 0 for row in costs)
 
-    folder = Folder(str(output), S3Config())
+    folder = open_folder(str(output), S3Config())
     records = manifest.read_records(folder, manifest.committed_ids(folder))
     meter = SpeedupMeter()
     for record in records:
@@ -270,7 +270,7 @@ def test_speedup_calibration_and_rounds_are_recorded(
         assert sum(len(each["candidates"]) for each in rounds) == row["drafted"]
         assert sum(each["submitted"] for each in rounds) == row["verified"]
     with pytest.raises(UserError, match=r"speculation\.trace=true"):
-        read_rounds(Folder(str(finished[1]), S3Config()), "part-0.parquet:0:0")
+        read_rounds(open_folder(str(finished[1]), S3Config()), "part-0.parquet:0:0")
 
     # A trace that another attempt left is no part of the job.
     (output / "trace" / "left-over.parquet").write_bytes(b"")
