@@ -29,7 +29,8 @@ from jobs.job_file import load_job
 from pipeline.config.job import JobConfig
 from pipeline.generate.actor import load_pair
 from pipeline.inputs.prompts import PromptRenderer, row_sampling
-from pipeline.run.run import connected, run_job
+from pipeline.run.ray_session import connected
+from pipeline.run.run import run_job
 from specdec.engine.engine import Engine
 from specdec.loading.pair import ModelPair
 from specdec.policies.registry import make_policy

@@ -48,7 +48,8 @@ from pipeline import run as run_module  # noqa: E402
 from pipeline.config.job import JobConfig, S3Config  # noqa: E402
 from pipeline.inputs.source import UnitDatasource  # noqa: E402
 from pipeline.observe.progress import JobProgress  # noqa: E402
-from pipeline.run.run import plan_job, run_job  # noqa: E402
+from pipeline.run.plan import plan_job  # noqa: E402
+from pipeline.run.run import run_job  # noqa: E402
 from specdec.engine.engine import EngineStats  # noqa: E402
 from specdec.policies.registry import make_policy  # noqa: E402
 from specdec.request import Completion, Counts, Request  # noqa: E402

@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.outputs.openai_responses import Written
-    from pipeline.run.run import JobPlan
+    from pipeline.run.plan import JobPlan
 
 FOLDER_SUFFIX = ".specbatch"
 
@@ -122,7 +122,8 @@ def _this_machine() -> dict[str, Any]:
 def _run(job: JobConfig, responses: str, errors: str, model: str, quiet: bool) -> None:
     from jobs.reports.summary import render
     from jobs.terminal.display import progress_bar
-    from pipeline.run.run import plan_job, run_job
+    from pipeline.run.plan import plan_job
+    from pipeline.run.run import run_job
 
     if quiet:
         with stop_signals() as stop:

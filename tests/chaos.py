@@ -22,7 +22,7 @@ import psutil
 import yaml
 from ray.cluster_utils import Cluster
 
-from pipeline.run.run import LOCAL_RAY
+from pipeline.run.ray_session import LOCAL_RAY
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("actor", "node", "driver", "worker")

@@ -117,7 +117,7 @@ def local_ray() -> Iterator[None]:
     """One Ray of two cores for all tests; workers find the packages where they are."""
     import ray
 
-    from pipeline.run.run import LOCAL_RAY
+    from pipeline.run.ray_session import LOCAL_RAY
 
     root = str(Path(__file__).parents[1])
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

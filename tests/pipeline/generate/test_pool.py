@@ -15,7 +15,7 @@ from pipeline.config.job import ActorsConfig
 from pipeline.errors import UserError
 from pipeline.generate import pool
 from pipeline.generate.pool import check_resources, check_workers, group_of, next_group
-from pipeline.run.run import _data_context
+from pipeline.run.dataflow import data_context
 from tests.chaos import add_node, small_cluster
 from tests.conftest import TinyModels
 from tests.pipeline.small_jobs import rows_of, started
@@ -150,7 +150,7 @@ def test_what_the_user_must_mend_is_not_tried_again_and_the_rest_is() -> None:
     from ray._common.retry import format_exception, matches_error
     from ray.data import DataContext
 
-    with _data_context():
+    with data_context():
         patterns = DataContext.get_current().retried_map_errors
     assert isinstance(patterns, list)
 
