@@ -60,12 +60,3 @@ def test_what_a_killed_writer_left_is_cleared(
     folder.clear_staging()
     assert not (tmp_path / local.STAGING).exists()
     assert folder.read("x") == b"1"
-
-
-def test_a_glob_just_below_the_root(tmp_path: Path) -> None:
-    first = tmp_path.parts[1]
-    pattern = f"/{first[:-1]}[{first[-1]}]/" + "/".join(tmp_path.parts[2:]) + "/x"
-    (tmp_path / "x").write_bytes(b"1")
-    (file,) = local.find_files(pattern).files
-    assert file.url == str(tmp_path / "x")
-    assert f"/{file.name}" == file.url
