@@ -32,7 +32,8 @@ from jobs.job_file import load_job
 from pipeline.config.job import JobConfig
 from pipeline.generate.actor import load_pair, make_engine
 from pipeline.inputs.prompts import PromptRenderer, row_sampling
-from pipeline.run.run import connected, run_job
+from pipeline.run.ray_session import connected
+from pipeline.run.run import run_job
 from specdec.loading.pair import ModelPair
 from specdec.request import Request
 

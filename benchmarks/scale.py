@@ -42,7 +42,8 @@ from pipeline.commit import manifest
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.inputs.source import UnitDatasource
 from pipeline.observe.progress import JobProgress
-from pipeline.run.run import plan_job, run_job
+from pipeline.run.plan import plan_job
+from pipeline.run.run import run_job
 from tests.conftest import save_llama, save_tokenizer
 
 Actors = Annotated[int, typer.Option(help="actors of the double")]

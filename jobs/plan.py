@@ -31,7 +31,7 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from jobs.terminal.display import Show
     from pipeline.generate.rehearsal import Rehearsal, Round
-    from pipeline.run.run import JobPlan
+    from pipeline.run.plan import JobPlan
 
 _BLOCKS = 8
 """Groups of rounds whose speeds are compared, to know how sure the speed is."""
@@ -131,7 +131,7 @@ def plan(
     with explained("Nothing was written."):
         job = load_job(file, overrides or [])
         table = load_prices(prices) if prices else job.prices or default_prices()
-        from pipeline.run.run import plan_job
+        from pipeline.run.plan import plan_job
 
         planned = plan_job(job)
         with stages() as show:
@@ -239,7 +239,7 @@ def _rehearse(job: JobConfig, rows: Any, show: Show) -> tuple[Rehearsal, float, 
     import ray
 
     from pipeline.generate.pool import actor_options, check_resources
-    from pipeline.run.run import connected
+    from pipeline.run.ray_session import connected
 
     show("starting Ray", 0.0)
     with connected():

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.outputs.openai_responses import Written
-    from pipeline.run.run import JobPlan
+    from pipeline.run.plan import JobPlan
 
 FOLDER_SUFFIX = ".specbatch"
 """What the output file's name is followed by in the name of the job's folder beside it."""
@@ -119,7 +119,8 @@ def _this_machine() -> dict[str, Any]:
 def _run(job: JobConfig, responses: str, errors: str, model: str, quiet: bool) -> None:
     from jobs.reports.summary import render
     from jobs.terminal.display import progress_bar
-    from pipeline.run.run import plan_job, run_job
+    from pipeline.run.plan import plan_job
+    from pipeline.run.run import run_job
 
     if quiet:
         with stop_signals() as stop:
@@ -139,16 +140,18 @@ def _run(job: JobConfig, responses: str, errors: str, model: str, quiet: bool) -
 def _write(plan: JobPlan, responses: str, errors: str, model: str) -> Written:
     """The output files, each replaced in one step; no error file if there are no errors."""
     from pipeline.outputs.openai_responses import write_responses
-    from pipeline.storage.folder import publish, remove
+    from pipeline.storage.folder import locate
 
     s3 = plan.job.s3
     with tempfile.TemporaryDirectory() as scratch:
         files = Path(scratch, "responses"), Path(scratch, "errors")
         with files[0].open("w") as good, files[1].open("w") as bad:
             written = write_responses(plan.output, plan.units, model, good, bad)
-        publish(files[0], responses, s3)
+        folder, name = locate(responses, s3)
+        folder.upload(name, files[0])
+        folder, name = locate(errors, s3)
         if written.errors:
-            publish(files[1], errors, s3)
+            folder.upload(name, files[1])
         else:
-            remove(errors, s3)
+            folder.delete(name)
     return written

@@ -36,11 +36,11 @@ def validate(file: JobFile, overrides: Overrides = None) -> None:
             head_identity(job.speculation.head)
         from pipeline.inputs.listing import list_inputs
         from pipeline.run.preflight import check_output
-        from pipeline.storage.folder import check_access, is_s3, resolved
+        from pipeline.storage.folder import check_access, resolved
 
-        s3 = resolved(job.s3, used=any(map(is_s3, (*job.input.paths, job.output))))
+        s3 = resolved(job.s3, *job.input.paths, job.output)
         check_output(job.output, job.input.paths)
-        check_access(job.output, s3)
+        check_access(s3, job.output)
         files = list_inputs(job.input.paths, s3)
         out.print(f"[green]valid[/]: {escape(str(file))}", highlight=False, soft_wrap=True)
         size = sum(f.size for f in files) / 1e6

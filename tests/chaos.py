@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
-from pipeline.run.run import LOCAL_RAY
+from pipeline.run.ray_session import LOCAL_RAY
 from tests.pipeline.small_jobs import launched
 
 ROOT = Path(__file__).parents[1]

@@ -117,7 +117,7 @@ def local_ray() -> Iterator[None]:
     """One Ray of two cores for all tests; workers find the packages where they are."""
     import ray
 
-    from pipeline.run.run import LOCAL_RAY
+    from pipeline.run.ray_session import LOCAL_RAY
 
     root = str(Path(__file__).parents[1])
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -221,14 +221,14 @@ def s3_env(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """An empty output folder of each kind: the same tests must pass on both."""
     from pipeline.config.job import S3Config
-    from pipeline.storage.folder import Folder
+    from pipeline.storage.folder import open_folder
 
     if request.param == "local":
-        return Folder(str(tmp_path / "out"), S3Config())
+        return open_folder(str(tmp_path / "out"), S3Config())
     server: S3Server = request.getfixturevalue("s3_env")
     bucket = f"b{abs(hash(tmp_path))}"
     server.client().create_bucket(Bucket=bucket)
-    return Folder(f"s3://{bucket}/out", S3Config(endpoint=server.endpoint))
+    return open_folder(f"s3://{bucket}/out", S3Config(endpoint=server.endpoint))
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def write_job_output(tiny_models: TinyModels, tmp_path: Path) -> Callable[..., s
     ) -> str:
         from pipeline.commit import manifest
         from pipeline.config.job import JobConfig
-        from pipeline.storage.folder import Folder
+        from pipeline.storage.folder import open_folder
 
         values = {
             "input": {"paths": "in.parquet", "prompt_column": "prompt"},
@@ -268,7 +268,7 @@ def write_job_output(tiny_models: TinyModels, tmp_path: Path) -> Callable[..., s
             "speculation": {"policy": "none"},
         }
         job = JobConfig.model_validate({**values, **sections})
-        folder = Folder(job.output, job.s3)
+        folder = open_folder(job.output, job.s3)
         manifest.claim(folder, job, [], manifest.fingerprint(job, []))
         for unit, rows in units.items():
             table = manifest.table_bytes(pa.Table.from_pylist(rows))

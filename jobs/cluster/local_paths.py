@@ -11,7 +11,7 @@ import psutil
 
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
-from pipeline.storage.folder import is_s3
+from pipeline.storage.folder import is_local
 
 _GLOB = set("*?[")
 """Characters by which a part of a path is a pattern."""
@@ -59,7 +59,7 @@ def _local_paths(job: JobConfig) -> Iterator[tuple[str, str]]:
     fields += [("models.target", job.models.target), ("models.draft", job.models.draft or "")]
     fields += [("speculation.head", job.speculation.head or ""), ("output", job.output)]
     for field, path in fields:
-        if not is_s3(path) and Path(path).is_absolute():
+        if is_local(path) and Path(path).is_absolute():
             yield field, path
 
 

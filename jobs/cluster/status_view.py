@@ -23,7 +23,7 @@ from pipeline.commit.stats import summarise
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 from pipeline.observe.status import JobStatus, read_status
-from pipeline.storage.folder import is_s3
+from pipeline.storage.folder import is_local
 
 _COLOURS = {
     "running": "green",
@@ -126,7 +126,7 @@ def view_of_job(job: ClusterJob, log: str) -> View:
     """
     s3 = S3Config.model_validate(job.config.get("s3", {}))
     view = View(output=job.output)
-    if is_s3(job.output) or os.path.isdir(job.output):
+    if not is_local(job.output) or os.path.isdir(job.output):
         # Not begun yet, or the cluster has credentials that are not here.
         with suppress(UserError):
             view = view_of_output(job.output, s3)

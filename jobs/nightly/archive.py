@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from jobs.nightly.recipe import Recipe
 from pipeline.commit.manifest import table_bytes
-from pipeline.storage.folder import Folder, check_access, is_s3, resolved
+from pipeline.storage.folder import Folder, reach_folder
 
 CARD = "README.md"
 """The dataset card, as Hugging Face's hub and `datasets` find it."""
@@ -122,9 +122,7 @@ class Archive:
         Raises:
             UserError: S3 is out of reach.
         """
-        s3 = resolved(recipe.job.s3, used=is_s3(recipe.output))
-        check_access(recipe.output, s3)
-        return Archive(Folder(recipe.output, s3))
+        return Archive(reach_folder(recipe.output, recipe.job.s3))
 
     def dates(self) -> list[str]:
         """Published nights, in the order of their dates."""
@@ -184,7 +182,7 @@ class WorkFolder:
     def folder(self) -> Folder:
         """The folder."""
         name = f"{ROOT}/work/{self.date.isoformat()}-{self.mark}"
-        return Folder(self.archive.folder.join(name), self.archive.folder.s3)
+        return self.archive.folder.subfolder(name)
 
     def keep_table(self, name: str, table: pa.Table) -> pa.Table:
         """Write a table unless it is there; returns the one that is there."""
@@ -199,4 +197,4 @@ class WorkFolder:
 
     def output(self, turn: int) -> Folder:
         """Output folder of a turn's job."""
-        return Folder(self.folder.join(f"turn-{turn}"), self.folder.s3)
+        return self.folder.subfolder(f"turn-{turn}")

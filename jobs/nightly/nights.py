@@ -130,7 +130,7 @@ def _learn(recipe: Recipe, archive: Archive, night: Night, status: Status, hooks
 
 
 def _ray() -> AbstractContextManager[None]:
-    from pipeline.run.run import connected
+    from pipeline.run.ray_session import connected
 
     return connected()
 

@@ -9,11 +9,8 @@ manifests; what it lists is always whole, on S3 too.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +22,6 @@ from jobs.nightly.recipe import Recipe, SplitConfig
 from jobs.nightly.seeds import Prompt
 from pipeline.commit.manifest import table_bytes
 from pipeline.errors import UserError
-from pipeline.storage.folder import is_s3
 
 SPLITS = ("train", "validation")
 
@@ -205,23 +201,7 @@ def commit(
 def _place(archive: Archive, partition: Partition) -> None:
     """Put the files where they belong; what an earlier attempt left there is none of any night."""
     folder = archive.folder
-    if is_s3(folder.url):
-        new = {name for name, *_ in partition.files}
-        for name, _, _, data in partition.files:
-            folder.put(f"{partition.folder}/{name}", data)
-        for name in folder.list(partition.folder).keys() - new:
-            folder.delete(f"{partition.folder}/{name}")
-        return
-    staging = f"{ROOT}/staging/{partition.date}"
-    aside, target = Path(folder.url, staging), Path(folder.url, partition.folder)
-    for left in (aside, target):
-        shutil.rmtree(left, ignore_errors=True)
-    if not partition.files:
-        return
-    for name, _, _, data in partition.files:
-        folder.put(f"{staging}/{name}", data)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(aside, target)
+    folder.put_folder(partition.folder, {name: data for name, _, _, data in partition.files})
     folder.clear_staging()
 
 

@@ -20,7 +20,7 @@ from pipeline.errors import UserError, nearest
 from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.source import read_units
 from pipeline.inputs.units import FilePlan, plan_files
-from pipeline.storage.folder import is_s3, resolved
+from pipeline.storage.folder import resolved
 
 _READ_ROWS = 4096
 """Rows of a seed file that are read at a time."""
@@ -84,7 +84,7 @@ def pick(recipe: Recipe, date: Date, used: Mapping[tuple[str, str], str]) -> Pic
         UserError: no such files or columns, or a template that fails on the first seed.
     """
     settings = recipe.seeds
-    s3 = resolved(recipe.job.s3, used=any(map(is_s3, settings.paths)))
+    s3 = resolved(recipe.job.s3, *settings.paths)
     try:
         plans = plan_files(list_inputs(settings.paths, s3), s3, _READ_ROWS)
     except UserError as error:

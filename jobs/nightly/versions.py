@@ -16,7 +16,7 @@ from jobs.nightly.recipe import Recipe
 from jobs.nightly.status import now
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.errors import UserError
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import open_folder
 
 _FILE = "versions.json"
 
@@ -98,7 +98,7 @@ def read_versions(recipe: Recipe) -> Versions:
 
 def write_versions(recipe: Recipe, versions: Versions) -> None:
     """Keep the versions, in one step."""
-    folder = Folder(str(models_folder(recipe)), S3Config())
+    folder = open_folder(str(models_folder(recipe)), S3Config())
     folder.put(_FILE, json.dumps(asdict(versions), indent=1).encode())
 
 

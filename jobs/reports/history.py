@@ -15,7 +15,7 @@ from pipeline.commit import manifest
 from pipeline.config.job import S3Config
 from pipeline.config.prices import Prices
 from pipeline.errors import UserError
-from pipeline.storage.folder import Folder, check_access, is_s3, resolved
+from pipeline.storage.folder import Folder, reach_folder
 
 _THREADS = 16
 _DEPTH = 5
@@ -156,9 +156,7 @@ def find_jobs(urls: Sequence[str], s3: S3Config, prices: Prices | None = None) -
 
 def _outputs(url: str, s3: S3Config) -> list[str]:
     """The folder itself if it holds a job, else the jobs' folders below it."""
-    s3 = resolved(s3, used=is_s3(url))
-    check_access(url, s3)
-    found = list(_below(Folder(url, s3), _DEPTH))
+    found = list(_below(reach_folder(url, s3), _DEPTH))
     if not found:
         raise UserError(f"{url}: no job's output in this folder or below it")
     return found
@@ -169,4 +167,4 @@ def _below(folder: Folder, depth: int) -> Iterator[str]:
         yield folder.url
     elif depth:
         for name in (name for name in folder.folders() if not name.startswith(".")):
-            yield from _below(Folder(folder.join(name), folder.s3), depth - 1)
+            yield from _below(folder.subfolder(name), depth - 1)

@@ -72,7 +72,7 @@ def profile(
         if job.models.draft is None:
             raise UserError("models.draft: none is given; a profile tells what a draft is worth")
         from pipeline.inputs.sample import sample_rows
-        from pipeline.run.run import plan_job
+        from pipeline.run.plan import plan_job
 
         # What is wrong with the input should show before models are loaded.
         plan = plan_job(job)

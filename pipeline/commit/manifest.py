@@ -27,7 +27,7 @@ from pipeline.config.job import JobConfig, S3Config
 from pipeline.config.model_identity import digest, head_identity, model_identity
 from pipeline.errors import UserError
 from pipeline.inputs.units import FilePlan, Unit
-from pipeline.storage.folder import Folder, check_access, is_s3, resolved
+from pipeline.storage.folder import Folder, reach_folder
 
 JOB = "_specbatch/job.json"
 MANIFEST = "_specbatch/manifest.json"
@@ -235,9 +235,7 @@ def open_output(url: str, s3: S3Config) -> Folder:
     Raises:
         UserError: there is no job in this folder, or it is out of reach.
     """
-    s3 = resolved(s3, used=is_s3(url))
-    check_access(url, s3)
-    output = Folder(url, s3)
+    output = reach_folder(url, s3)
     if output.read(JOB) is None:
         raise UserError(f"{url}: no job's output here: there is no {JOB}")
     return output

@@ -55,7 +55,7 @@ from pipeline.observe.attempts import History, Turns
 from pipeline.observe.ledger import Run, Timesheet
 from pipeline.observe.metrics import LiveMetrics, Reading
 from pipeline.observe.progress import Tally
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import open_folder
 from specdec.request import Completion, Request
 
 
@@ -74,7 +74,7 @@ class GenerateActor:
     """
 
     def __init__(self, job: JobConfig, digest: str, monitor: Any, run: Run) -> None:
-        self._timesheet = Timesheet(run, Folder(job.output, job.s3), monitor.book.remote)
+        self._timesheet = Timesheet(run, open_folder(job.output, job.s3), monitor.book.remote)
         self._spent: dict[str, dict[str, float]] = {}  # seconds by phase of each unit in flight
         from specdec.loading.sources import PairError
 

@@ -17,7 +17,11 @@ from pipeline.config.job import ActorsConfig
 from pipeline.errors import UserError
 
 _PROBE_SECONDS = 60
-_NEEDED = ("pipeline", "specdec", "torch", "transformers", "pyarrow")
+"""For which nodes are asked what they can import. Less trusts more nodes that are only busy."""
+
+_NEEDED = ("pipeline.generate.actor", "specdec.engine.engine", "torch", "transformers", "pyarrow")
+"""Modules that an actor is made of. Of ours, ones that no other project has: a package called
+`pipeline` or `specdec` may be anybody's."""
 
 
 def check_resources(actors: ActorsConfig, nodes: Sequence[Mapping[str, float]]) -> None:
@@ -82,14 +86,7 @@ def check_workers(nodes: Sequence[str]) -> None:
     Raises:
         UserError: names the node and what it lacks.
     """
-
-    # A function inside a function travels by value, so nodes that lack this module can run it.
-    def missing(packages: Sequence[str]) -> list[str]:
-        from importlib.util import find_spec
-
-        return [package for package in packages if find_spec(package) is None]
-
-    probe = ray.remote(num_cpus=0)(missing)
+    probe = ray.remote(num_cpus=0)(_probe())
     answers = {}
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node, soft=False)
@@ -107,6 +104,24 @@ def check_workers(nodes: Sequence[str]) -> None:
                 f"node {node[:8]} of the Ray cluster cannot import {', '.join(lacking)}; install "
                 "specbatch there in the Python that Ray runs, or name it in a runtime_env"
             )
+
+
+def _probe() -> Callable[[Sequence[str]], list[str]]:
+    """What a node runs: of some modules, those that it cannot find."""
+
+    # A function inside a function travels by value, so nodes that lack this module can run it.
+    def missing(modules: Sequence[str]) -> list[str]:
+        from importlib.util import find_spec
+
+        def found(module: str) -> bool:
+            try:
+                return find_spec(module) is not None
+            except Exception:  # of a parent that is another project's, whatever that does
+                return False
+
+        return [module for module in modules if not found(module)]
+
+    return missing
 
 
 # ------------------------------------------------------------------------ groups

@@ -15,7 +15,7 @@ from pipeline.inputs.prompts import required_columns
 from pipeline.inputs.row_ids import row_id
 from pipeline.inputs.source import read_units
 from pipeline.inputs.units import FilePlan, Unit, check_columns, plan_files
-from pipeline.storage.folder import is_s3, resolved
+from pipeline.storage.folder import resolved
 
 UNIT_ROWS = 64
 """Rows that are read together."""
@@ -59,7 +59,7 @@ def sample_rows(
     Raises:
         UserError: no files, no such column, or unreadable files.
     """
-    s3 = resolved(s3, used=any(map(is_s3, paths)))
+    s3 = resolved(s3, *paths)
     plans = plan_files(list_inputs(paths, s3), s3, UNIT_ROWS)
     if not any(columns.values()):
         columns = _usual_columns(plans[0].schema.names, plans[0].file.url)

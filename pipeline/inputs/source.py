@@ -19,8 +19,7 @@ from pipeline.inputs.jsonl import parse_line, to_table
 from pipeline.inputs.listing import check_unchanged
 from pipeline.inputs.openai_requests import LINES_SCHEMA, REQUEST
 from pipeline.inputs.units import Unit, readable
-from pipeline.storage.folder import open_file
-from pipeline.storage.patience import explained
+from pipeline.storage.folder import locate
 
 _BATCH_ROWS = 4096
 _MOST_TASKS = 1000
@@ -119,10 +118,11 @@ def read_units(
     """
     url = units[0].url
     check_unchanged(url, units[0].size, units[0].modified, s3)
-    with readable(url), explained(url, s3):
+    folder, name = locate(url, s3)
+    with readable(url):
         if units[0].format == "jsonl":
             (unit,) = units
-            with open_file(url, s3) as file:
+            with folder.open(name) as file:
                 file.seek(unit.offset)
                 data = file.read(unit.end - unit.offset)
             read = iter([parse_jsonl(unit, data, schema, reserved)])
@@ -139,7 +139,8 @@ def read_units(
 
 
 def _read_parquet(units: list[Unit], s3: S3Config) -> Iterator[UnitRows]:
-    with open_file(units[0].url, s3) as file, pq.ParquetFile(file) as parquet:
+    folder, name = locate(units[0].url, s3)
+    with folder.open(name) as file, pq.ParquetFile(file) as parquet:
         groups = range(units[0].offset, max(u.end for u in units))
         position, wanted = 0, iter(units)
         unit, pieces = next(wanted), list[pa.RecordBatch]()

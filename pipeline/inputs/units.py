@@ -25,8 +25,7 @@ from pipeline.errors import UserError
 from pipeline.inputs.jsonl import jsonl_schema
 from pipeline.inputs.listing import InputFile
 from pipeline.inputs.openai_requests import LINES_SCHEMA
-from pipeline.storage.folder import open_file
-from pipeline.storage.patience import explained
+from pipeline.storage.folder import locate
 
 _THREADS = 16
 _SAMPLE_BYTES = 1 << 20
@@ -132,7 +131,7 @@ def plan_files(files: Sequence[InputFile], s3: S3Config, unit_rows: int) -> list
     known: dict[pa.Schema, pa.Schema] = {}
 
     def plan(file: InputFile) -> FilePlan:
-        with readable(file.url), explained(file.url, s3):
+        with readable(file.url):
             if file.format == "parquet":
                 plan = _plan_parquet(file, s3, unit_rows)
             else:
@@ -163,7 +162,8 @@ def readable(url: str) -> Iterator[None]:
 
 
 def _plan_parquet(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
-    with open_file(file.url, s3) as opened, pq.ParquetFile(opened) as parquet:
+    folder, name = locate(file.url, s3)
+    with folder.open(name) as opened, pq.ParquetFile(opened) as parquet:
         metadata, schema = parquet.metadata, parquet.schema_arrow
     groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     units = tuple(
@@ -234,7 +234,8 @@ def _plan_jsonl(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
     starts: list[tuple[int, int]] = []
     row = position = 0
     sample: list[bytes] = []
-    with open_file(file.url, s3) as stream:
+    folder, name = locate(file.url, s3)
+    with folder.open(name) as stream:
         lines = io.BufferedReader(stream, 1 << 20)
         _check_format(file, lines.peek(8))
         for line in lines:

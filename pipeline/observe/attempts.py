@@ -1,10 +1,10 @@
 """Which units were begun and did not end: how a row that kills its engine is found.
 
 An actor that dies takes its account of what it was doing with it, so the account is kept elsewhere
-(`progress.Monitor`). A unit that was begun twice without an end is *in quarantine*: it gets an
-engine to itself and runs in groups, each announced before it starts. The group that was announced
-when the engine died runs row by row next time; a row that was alone in the engine when it died,
-`POISON_DEATHS` times, is not tried again.
+(`pipeline.observe.monitor.Monitor`). A unit that was begun twice without an end is *in quarantine*:
+it gets an engine to itself and runs in groups, each announced before it starts. The group that was
+announced when the engine died runs row by row next time. A row that was alone in the engine when it
+died, `POISON_DEATHS` times, is not tried again.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ _specbatch/ledger/RUN.json          one run: who held what when, by Ray's events
 _specbatch/ledger/RUN/WORKER.json   the account of one process, which it writes itself while it runs
 
 A process keeps its own account and posts it to the job's monitor every second, so the driver knows
-what a killed actor did; it also writes it to the output every WRITE_SECONDS, so a killed driver
-loses no more than these. `settle` replaces the accounts by the run's one file.
+what a killed actor did. It also writes it to the output every WRITE_SECONDS, so a killed driver
+loses no more than these. When the run has ended, its one file replaces the accounts
+(`pipeline.observe.run_ledger`).
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from pipeline.observe.progress import Tally
 from specdec.request import Counts
 
 EXPORT_SECONDS = 2.0
+"""Between two exports. Less costs the actor more time, and Prometheus asks less often anyway."""
 
 COUNTERS = {
     "specbatch_rows": "rows completed",
@@ -34,10 +35,10 @@ COUNTERS = {
 """Counters by name; tags: job_name, actor, and phase for specbatch_phase_seconds."""
 
 GAUGES = {
-    "specbatch_goodput": "tokens committed per second, of late",
-    "specbatch_acceptance_rate": "accepted / verified candidates, of late",
-    "specbatch_candidates_per_round": "candidates verified per row and round, of late",
-    "specbatch_live_batch": "rows per round, of late",
+    "specbatch_goodput": "tokens committed per second",
+    "specbatch_acceptance_rate": "accepted / verified candidates",
+    "specbatch_candidates_per_round": "candidates verified per row and round",
+    "specbatch_live_batch": "rows per round",
 }
 """Gauges by name, over the time since the last export; tags: job_name and actor."""
 
@@ -79,7 +80,7 @@ def totals(reading: Reading) -> dict[tuple[str, str], float]:
     return {(name, ""): float(value) for name, value in plain.items()} | phases
 
 
-def lately(now: Reading, before: Reading, seconds: float) -> dict[str, float]:
+def recent(now: Reading, before: Reading, seconds: float) -> dict[str, float]:
     """The gauges' values for the time between two readings; none where nothing was done."""
     counts = Counts()
     counts.add(now.tally.counts)
@@ -144,7 +145,7 @@ class LiveMetrics:
                 tags = {"phase": phase} if phase else None
                 self._counters[name].inc(added, tags)
             self._booked[name, phase] = value
-        for name, value in lately(reading, self._last, max(now - self._at, 1e-6)).items():
+        for name, value in recent(reading, self._last, max(now - self._at, 1e-6)).items():
             self._gauges[name].set(value)
         self._last, self._at = reading, now
 

@@ -16,13 +16,16 @@ from typing import Any
 import ray
 
 _SECONDS_TO_DIE = 10.0
+"""For which the end of a process is waited for. Less leaves more accounts without an end; more
+makes the end of a job later if a process hangs."""
+
 _NEVER = 2**63  # milliseconds; an unset time is more than this
 _CLASS = "MapWorker("  # what Ray Data calls the classes of its actors
 
 
 @dataclass(frozen=True)
-class Held:
-    """A process's time by Ray's events.
+class Lifetime:
+    """When a process of an actor held resources, by Ray's events.
 
     Attributes:
         actor, worker, node: Ray's ids.
@@ -40,10 +43,10 @@ class Held:
     killed: bool
 
 
-def held_by_ray(
+def actor_lifetimes(
     actors: Collection[str], since: float | None = None, wait: float = _SECONDS_TO_DIE
-) -> dict[str, Held]:
-    """Processes of actors, by worker id; empty if Ray's tables cannot be read.
+) -> dict[str, Lifetime]:
+    """Lifetimes of actors' processes, by worker id; empty if Ray's tables cannot be read.
 
     A process holds resources from when Ray launches it for the actor; or, if Ray took one that was
     there, from when it runs the actor's constructor; or, when an actor is restarted in such a one,
@@ -58,7 +61,7 @@ def held_by_ray(
     try:
         deadline = time.monotonic() + wait
         found = _look(actors, since)
-        while any(held.ended is None for held in found.values()) and time.monotonic() < deadline:
+        while any(life.ended is None for life in found.values()) and time.monotonic() < deadline:
             time.sleep(0.1)
             found = _look(actors, since)
         return found
@@ -67,7 +70,7 @@ def held_by_ray(
         return {}
 
 
-def _look(actors: Collection[str], since: float | None) -> dict[str, Held]:
+def _look(actors: Collection[str], since: float | None) -> dict[str, Lifetime]:
     from ray._private.state import state
 
     gcs, common = _messages("gcs"), _messages("common")
@@ -78,7 +81,7 @@ def _look(actors: Collection[str], since: float | None) -> dict[str, Held]:
         worker = gcs.WorkerTableData.FromString(data)
         workers[worker.worker_address.worker_id.hex()] = worker
     created = _creations(accessor)
-    found: dict[str, Held] = {}
+    found: dict[str, Lifetime] = {}
     for data in accessor.get_actor_table(None, None):
         row = gcs.ActorTableData.FromString(data)
         actor = row.actor_id.hex()
@@ -103,7 +106,7 @@ def _look(actors: Collection[str], since: float | None) -> dict[str, Held]:
                 common.INTENDED_USER_EXIT,
             )
             resources = dict(row.required_resources)
-            found[life] = Held(actor, life, node, resources, began, ended, killed)
+            found[life] = Lifetime(actor, life, node, resources, began, ended, killed)
             before = ended
     return found
 

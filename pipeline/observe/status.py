@@ -4,8 +4,9 @@ _specbatch/status.json      the running driver's account of itself, renewed ever
 _specbatch/stop             written anew: the driver begins no more units, commits those in flight
                             and ends
 
-They are for eyes and for stopping only. What is done is what is committed; see `manifest`. A job
-never fails for them: a record that cannot be written is written later, or not.
+They are for eyes and for stopping only. What is done is what is committed; see
+`pipeline.commit.manifest`. A job never fails for them: a record that cannot be written is written
+later, or not.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
 
 from pipeline.errors import JobStopped, UserError
+from pipeline.observe.monitor import Observer, Posted
 from pipeline.observe.progress import JobProgress, OnProgress
 from pipeline.storage.folder import Folder
 
@@ -28,6 +30,9 @@ STATUS = "_specbatch/status.json"
 STOP = "_specbatch/stop"
 
 RENEWED_SECONDS = 5.0
+"""Between two records, and between two looks for the wish to stop. Less costs requests on S3; more
+makes a job stop later."""
+
 SILENT_SECONDS = 60.0
 """After this long without news, a job that says it is running probably is not."""
 
@@ -112,8 +117,8 @@ def request_stop(output: Folder) -> None:
     output.put(STOP, json.dumps(wish).encode())
 
 
-class Beacon:
-    """Writes a run's status and looks for the wish to stop, in a thread of its own.
+class StatusFile(Observer):
+    """Keeps a run's status file, and looks for the wish to stop.
 
     Args:
         output: the job's folder.
@@ -121,7 +126,7 @@ class Beacon:
         units: how many there are.
         units_before: how many earlier runs committed.
         progress: told what `tell` is told.
-        stop: set when the run is asked to stop, here or by `_specbatch/stop`.
+        stop: set when the run is asked to stop by `_specbatch/stop`.
     """
 
     def __init__(
@@ -131,16 +136,20 @@ class Beacon:
         units: int,
         units_before: int,
         progress: OnProgress | None,
-        stop: threading.Event | None,
+        stop: threading.Event,
     ) -> None:
-        self.stop = stop or threading.Event()
-        self._output, self._name = output, name
+        self._output, self._name, self._stop = output, name, stop
         self._units, self._units_before = units, units_before
         self._pass_on = progress or (lambda _: None)
         self._progress = JobProgress("starting", 0)
         self._started = time.time()
-        self._over = threading.Event()
         self._reachable = True
+        self._old_wish: bytes | None = None
+        self._renewal: threading.Thread | None = None
+
+    @property
+    def every(self) -> float:
+        return RENEWED_SECONDS
 
     def tell(self, progress: JobProgress) -> None:
         """A moment of the run; in place of the caller's `progress`."""
@@ -148,11 +157,10 @@ class Beacon:
         self._pass_on(progress)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Keep the record until the block ends, and say how it ended."""
-        meant_for_earlier_runs = self._quietly(lambda: self._output.read(STOP))
-        thread = threading.Thread(target=self._run, args=[meant_for_earlier_runs], daemon=True)
-        thread.start()
+    def kept(self) -> Iterator[None]:
+        """Say at the end of the block how it ended."""
+        # One that is there already was meant for an earlier run.
+        self._old_wish = self._quietly(lambda: self._output.read(STOP))
         state, message = "failed", None
         try:
             yield
@@ -164,22 +172,29 @@ class Beacon:
             message = f"{type(error).__name__}: {error}"[:_MESSAGE_CHARS]
             raise
         finally:
-            self._over.set()
-            thread.join(timeout=2 * RENEWED_SECONDS)
+            if self._renewal is not None:
+                self._renewal.join(timeout=2 * RENEWED_SECONDS)
             # Storage out of reach is tried for minutes, which is too long for a job that is over.
-            if self._reachable and not thread.is_alive():
+            if self._reachable and not self._renewing:
                 self._quietly(lambda: self._write(state, message))
                 if state == "finished":
                     self._quietly(self._output.clear_staging)
 
-    def _run(self, old_wish: bytes | None) -> None:
-        while True:
-            wish = self._quietly(lambda: self._output.read(STOP))
-            if wish not in (None, old_wish):
-                self.stop.set()
-            self._quietly(lambda: self._write("stopping" if self.stop.is_set() else "running"))
-            if self._over.wait(RENEWED_SECONDS):
-                return
+    def look(self, posted: Posted | None) -> None:
+        """Renew the record and look for the wish, in a thread, since storage may take minutes."""
+        if not self._renewing:
+            self._renewal = threading.Thread(target=self._renew, name="status", daemon=True)
+            self._renewal.start()
+
+    @property
+    def _renewing(self) -> bool:
+        return self._renewal is not None and self._renewal.is_alive()
+
+    def _renew(self) -> None:
+        wish = self._quietly(lambda: self._output.read(STOP))
+        if wish not in (None, self._old_wish):
+            self._stop.set()
+        self._quietly(lambda: self._write("stopping" if self._stop.is_set() else "running"))
 
     def _write(self, state: str, message: str | None = None) -> None:
         record = self._record(state, message)

@@ -27,7 +27,8 @@ from pipeline.config.model_identity import digest
 from pipeline.inputs.prompts import SAMPLING_COLUMN
 from pipeline.inputs.row_ids import ROW_ID, parse_row_id
 from pipeline.inputs.units import unit_id
-from pipeline.storage.folder import STAGING, Folder
+from pipeline.storage.folder import Folder
+from pipeline.storage.local import STAGING
 
 _THREADS = 8
 _MOST_PROBLEMS = 10_000

@@ -10,7 +10,7 @@ from pathlib import Path
 from fsspec.utils import glob_translate  # type: ignore[import-untyped]
 
 from pipeline.errors import UserError
-from pipeline.storage.folder import is_s3
+from pipeline.storage.folder import is_local
 
 _WRITTEN = ("completions", "errors", "stats", "trace")
 _WILDCARDS = re.compile(r"[*?\[]")
@@ -26,10 +26,10 @@ def check_output(output: str, patterns: Sequence[str]) -> None:
     Raises:
         UserError: names the output and the fix.
     """
-    if not is_s3(output):
+    if is_local(output):
         _check_folder(Path(output))
     for pattern in patterns:
-        if is_s3(pattern) == is_s3(output) and _reads(_plain(pattern), _plain(output)):
+        if is_local(pattern) == is_local(output) and _reads(_plain(pattern), _plain(output)):
             raise UserError(
                 f"output: {output} lies in the input {pattern}, so that the job would read what "
                 "it has written; choose a folder outside of it"
@@ -43,7 +43,7 @@ def _check_folder(output: Path) -> None:
 
 
 def _plain(url: str) -> str:
-    return url.rstrip("/") if is_s3(url) else os.path.realpath(url)
+    return os.path.realpath(url) if is_local(url) else url.rstrip("/")
 
 
 def _reads(pattern: str, output: str) -> bool:

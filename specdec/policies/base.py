@@ -21,9 +21,9 @@ sees y_k and decides about y_{k+1}. `submit` must keep to it by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -256,7 +256,7 @@ class StopPolicy:
     @classmethod
     def settings(cls) -> dict[str, Setting]:
         """What it can be told, by name."""
-        own = fields(cls) if is_dataclass(cls) else ()
+        own: tuple[Field[Any], ...] = fields(cls) if is_dataclass(cls) else ()
         return {each.name: each.metadata["setting"] for each in own if "setting" in each.metadata}
 
     def prepare(self, target: PackedDecoder, draft: PackedDecoder, slots: int) -> None:

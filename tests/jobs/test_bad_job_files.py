@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
-from pipeline.storage import folder as storage
+from pipeline.storage import s3
 from tests.conftest import TinyModels
 
 SECRET = "wJalrXUtnFEMIplanted"
@@ -30,8 +30,8 @@ def no_ray_and_no_aws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     # Sessions and clients that other tests opened know their credentials.
-    storage._session.cache_clear()
-    storage._client.cache_clear()
+    s3._session.cache_clear()
+    s3._client.cache_clear()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pipeline.config.job import S3Config
 from pipeline.config.prices import Hardware
 from pipeline.generate.rehearsal import Rehearsal, Round
 from pipeline.observe.ledger import Account, Run, write_run
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import open_folder
 from tests.conftest import TinyModels
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -93,7 +93,7 @@ def test_every_sample_of_a_row_is_reckoned_with(job: Path) -> None:
 def test_what_is_done_is_not_planned_again(
     job: Path, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
-    ledger = Folder(str(tmp_path / "out"), S3Config())
+    ledger = open_folder(str(tmp_path / "out"), S3Config())
     hardware = Hardware({"CPU": 2.0}, {"CPU": 2.0})
     account = Account("r", "a", "w", "n", hardware, 0.0, {"load": 1200.0}, ended=1200.0)
     write_run(ledger, Run("r", 0.0, 3600.0, "stopped", accounts=(account,)))

@@ -15,11 +15,26 @@ import yaml
 
 from pipeline.config.job import JobConfig
 from pipeline.run.run import JobResult, run_job
+from tests.conftest import TinyModels
 
 
 def run(values: dict[str, Any], **options: Any) -> JobResult:
     """Run the job that a job file with these values describes."""
     return run_job(JobConfig.model_validate(values), **options)
+
+
+def settings(models: TinyModels, inputs: str, output: Path | str, **more: Any) -> dict[str, Any]:
+    """A job that takes every core of the test's Ray, with small units and room for several."""
+    return {
+        "input": {"paths": [inputs], "messages_column": "messages"},
+        "output": str(output),
+        "models": {"target": models.target, "draft": models.draft},
+        "sampling": {"max_new_tokens": 16, "temperature": 1.0, "seed": 7},
+        "speculation": {"policy": "heuristic", "verification": "coupled"},
+        "actors": {"num_cpus": 2, "slots": 16},
+        "unit_rows": 4,
+        **more,
+    }
 
 
 def rows_of(output: Path, kind: str = "completions") -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ import pytest
 from jobs.nightly.lock import LockLost, locked
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, open_folder
 
 if TYPE_CHECKING:
     from tests.conftest import S3Server
@@ -68,17 +68,17 @@ def check(folder: Folder) -> None:
 
 
 def test_on_disk(tmp_path: Path) -> None:
-    check(Folder(str(tmp_path), S3Config()))
+    check(open_folder(str(tmp_path), S3Config()))
 
 
 @pytest.mark.s3
 def test_on_s3(s3_env: S3Server) -> None:
     s3_env.client().create_bucket(Bucket="locks")
-    check(Folder("s3://locks/dataset", S3Config(endpoint=s3_env.endpoint)))
+    check(open_folder("s3://locks/dataset", S3Config(endpoint=s3_env.endpoint)))
 
 
 def test_a_lock_is_renewed(tmp_path: Path) -> None:
-    folder = Folder(str(tmp_path), S3Config())
+    folder = open_folder(str(tmp_path), S3Config())
     with locked(folder, 0.8):
         time.sleep(1.2)
         with pytest.raises(UserError, match="another run"), locked(folder, 60):
@@ -88,13 +88,13 @@ def test_a_lock_is_renewed(tmp_path: Path) -> None:
 def test_a_dead_process_holds_nothing(tmp_path: Path) -> None:
     script = (
         "import os\nfrom pipeline.config.job import S3Config\n"
-        "from pipeline.storage.folder import Folder\n"
+        "from pipeline.storage.folder import open_folder\n"
         "from jobs.nightly.lock import locked\n"
         f"lock = locked(Folder({str(tmp_path)!r}, S3Config()), 3600); lock.__enter__()\n"
         "os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[3])
-    folder = Folder(str(tmp_path), S3Config())
+    folder = open_folder(str(tmp_path), S3Config())
     assert [h["released"] for h in holders(folder)] == [False]
     with locked(folder, 60):
         pass

@@ -19,7 +19,7 @@ from pipeline.commit import manifest
 from pipeline.commit.stats import summarise
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.errors import JobStopped
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import open_folder
 from tests.conftest import S3Server, TinyModels
 from tests.jobs.browser import chromium, columns_at_the_right_edge, screenshot
 from tests.jobs.pages import PLANTED, make_job
@@ -288,7 +288,7 @@ def test_pages_on_s3(
             "speculation": {"policy": "none"},
         }
         job = JobConfig.model_validate(values)
-        folder = Folder(job.output, job.s3)
+        folder = open_folder(job.output, job.s3)
         manifest.claim(folder, job, [], manifest.fingerprint(job, []))
     at = ("--endpoint", s3_env.endpoint)
     page = f"s3://pages/nights/a/{PAGE}"

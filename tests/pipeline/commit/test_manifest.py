@@ -17,7 +17,7 @@ from pipeline.config.job import Estimator, JobConfig, Policy, S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.listing import InputFile
 from pipeline.inputs.units import FilePlan, Unit
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import open_folder
 from specdec.measure.speedup import SpeedupMeter
 from specdec.policies.estimators import ESTIMATORS
 from specdec.policies.registry import POLICIES
@@ -81,7 +81,7 @@ def test_what_does_not_change_results_is_not_in_the_fingerprint(
 def test_what_changes_results_is_named(
     tiny_models: TinyModels, tmp_path: Path, changes: dict[str, Any], line: str
 ) -> None:
-    output = Folder(str(tmp_path), S3Config())
+    output = open_folder(str(tmp_path), S3Config())
     first, second = job(tiny_models), job(tiny_models, **changes)
     manifest.claim(output, first, plans(), manifest.fingerprint(first, plans()))
     output.put("completions/u.parquet", b"")
@@ -187,7 +187,7 @@ def test_changed_weights_are_another_model(tiny_models: TinyModels, tmp_path: Pa
 
 
 def test_changed_inputs_are_named(tiny_models: TinyModels, tmp_path: Path) -> None:
-    output = Folder(str(tmp_path), S3Config())
+    output = open_folder(str(tmp_path), S3Config())
     config = job(tiny_models)
     manifest.claim(output, config, plans(), manifest.fingerprint(config, plans()))
     output.put("completions/u.parquet", b"")
@@ -203,7 +203,7 @@ def test_changed_inputs_are_named(tiny_models: TinyModels, tmp_path: Path) -> No
 def test_a_job_that_committed_nothing_can_be_corrected(
     tiny_models: TinyModels, tmp_path: Path
 ) -> None:
-    output = Folder(str(tmp_path), S3Config())
+    output = open_folder(str(tmp_path), S3Config())
     for seed in (1, 2):
         config = job(tiny_models, sampling__seed=seed)
         manifest.claim(output, config, plans(), manifest.fingerprint(config, plans()))
@@ -211,7 +211,7 @@ def test_a_job_that_committed_nothing_can_be_corrected(
 
 
 def test_a_folder_with_someone_elses_completions(tiny_models: TinyModels, tmp_path: Path) -> None:
-    output = Folder(str(tmp_path), S3Config())
+    output = open_folder(str(tmp_path), S3Config())
     output.put("completions/mine.parquet", b"")
     with pytest.raises(UserError, match=r"has completions but no _specbatch/job\.json"):
         manifest.claim(output, job(tiny_models), plans(), {})
@@ -223,7 +223,7 @@ def test_the_job_record_holds_no_secret(
     tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
-    output = Folder(str(tmp_path), S3Config())
+    output = open_folder(str(tmp_path), S3Config())
     manifest.claim(output, job(tiny_models, s3__profile="mine"), plans(), {})
     text = (tmp_path / manifest.JOB).read_text()
     assert json.loads(text)["config"]["s3"]["profile"] == "mine"

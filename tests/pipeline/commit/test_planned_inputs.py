@@ -23,7 +23,8 @@ from pipeline.inputs.source import read_units
 from pipeline.inputs.units import FilePlan, plan_files
 from pipeline.outputs.verify import verify
 from pipeline.run.run import Mode
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import open_folder
+from pipeline.storage.local import LocalFolder
 from tests.conftest import S3Server, TinyModels
 from tests.pipeline.small_jobs import rows_of, run
 
@@ -34,7 +35,7 @@ def plan(name: str, size: int = 10, rows: int = 3, modified: int = 5 * 10**9) ->
 
 
 def test_what_was_planned_is_read_back(tmp_path: Path) -> None:
-    output = Folder(str(tmp_path), S3Config())
+    output = open_folder(str(tmp_path), S3Config())
     assert planned_inputs.read_planned(output) == {}
     output.put(planned_inputs.INPUTS, planned_inputs.to_bytes([plan("a"), plan("b", 7, 2, 0)]))
     assert planned_inputs.read_planned(output) == {
@@ -191,15 +192,15 @@ def test_an_extension_that_was_stopped_is_finished(
 ) -> None:
     assert call("run", job_file, "-q").exit_code == 0
     write(tmp_path / "in", "b.parquet", ["four"])
-    put = Folder.put
+    put = LocalFolder.put
 
-    def die(self: Folder, name: str, data: bytes) -> None:
+    def die(self: LocalFolder, name: str, data: bytes) -> None:
         if name == planned_inputs.INPUTS:
             raise KeyboardInterrupt
         put(self, name, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "put", die)
+        patch.setattr(LocalFolder, "put", die)
         assert call("run", job_file, "--extend", "-q").exit_code == 130
     assert "run again with --extend" in refused(call("run", job_file))
     assert call("run", job_file, "--extend", "-q").exit_code == 0

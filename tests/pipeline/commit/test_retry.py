@@ -30,7 +30,7 @@ from pipeline.inputs.units import Unit, unit_id
 from pipeline.outputs.verify import verify
 from pipeline.run import run as run_module
 from pipeline.run.run import Mode
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, open_folder
 from tests.conftest import S3Server, TinyModels
 from tests.faulty_s3 import faulty_s3
 from tests.pipeline.small_jobs import rows_of, run, started
@@ -180,15 +180,15 @@ class Killed(BaseException):
     """What a writer sees when its process ends."""
 
 
-class Mortal(Folder):
-    """A folder whose writer dies before one of its steps."""
+class Mortal:
+    """What makes the writer of a folder die before one of its steps."""
 
     steps = 0
     die_at = -1
 
     def _step(self) -> None:
-        type(self).steps += 1
-        if type(self).steps == type(self).die_at:
+        Mortal.steps += 1
+        if Mortal.steps == Mortal.die_at:
             raise Killed
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
@@ -210,7 +210,7 @@ def test_killed_at_any_step_a_retry_loses_nothing(
     CommitSink(folder).commit(attempt(0, [0, 2, 3], [1, 4, 5]))
     before = seen(folder)
     deaths = 0
-    mortal = Mortal(folder.url, folder.s3)
+    mortal = type("MortalFolder", (Mortal, type(folder)), {})(folder.url, folder.s3)
     for step in range(1, 20):
         monkeypatch.setattr(Mortal, "steps", 0)
         monkeypatch.setattr(Mortal, "die_at", step)
@@ -274,12 +274,12 @@ def test_through_answers_that_are_lost(s3_env: S3Server) -> None:
     s3_env.client().create_bucket(Bucket="lost")
     faults = ("lost", "reset", "error", "truncated")
     with faulty_s3(s3_env.endpoint, probability=0.3, seed=2, faults=faults) as proxy:
-        folder = Folder("s3://lost/out", S3Config(endpoint=proxy.endpoint))
+        folder = open_folder("s3://lost/out", S3Config(endpoint=proxy.endpoint))
         CommitSink(folder).commit(attempt(0, [0, 2, 3], [1, 4, 5]))
         assert COMPLETIONS in RetrySink(folder).commit(attempt(1, [4], [1, 5], text="y"))
         assert COMPLETIONS in RetrySink(folder).commit(attempt(2, [1, 5], [], text="z"))
         assert proxy.injected["lost"] >= 2
-    completed, failed = seen(Folder("s3://lost/out", S3Config(endpoint=s3_env.endpoint)))
+    completed, failed = seen(open_folder("s3://lost/out", S3Config(endpoint=s3_env.endpoint)))
     assert list(completed) == [f"{NAME}:{i}:0" for i in range(ROWS)]
     assert not failed
 
@@ -299,7 +299,7 @@ def test_only_failed_rows_are_wanted_even_if_their_file_is_lost(folder: Folder) 
 
 
 def test_the_parts_of_a_record_sum_to_the_whole(tmp_path: Path) -> None:
-    output = Folder(str(tmp_path), S3Config())
+    output = open_folder(str(tmp_path), S3Config())
     CommitSink(output).commit(attempt(0, [0, 2, 3], [1, 4, 5]))
     RetrySink(output).commit(attempt(1, [4], [1, 5]))
     RetrySink(output).commit(attempt(2, [1], [5]))
@@ -510,7 +510,7 @@ def test_a_retry_that_is_killed_leaves_every_row_where_it_was_or_is(
     process.wait()
     assert not (output / "_SUCCESS").exists()
     assert texts(output) == before
-    folder = Folder(str(output), S3Config())
+    folder = open_folder(str(output), S3Config())
     records = manifest.read_records(folder, manifest.committed_ids(folder))
     assert len(records) == files
     retried = [record for record in records if record.generation]

@@ -7,7 +7,7 @@ import pyarrow as pa
 from pipeline.commit.sink import CommitSink
 from pipeline.config.job import S3Config
 from pipeline.inputs.blocks import UnitFiles
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, open_folder
 
 
 def files(completions: bytes, errors: str = "e1") -> pa.Table:
@@ -22,7 +22,7 @@ def test_a_unit_survives_its_block() -> None:
 
 
 def test_a_straggler_changes_nothing_that_is_committed(tmp_path: Path) -> None:
-    output = Folder(str(tmp_path), S3Config())
+    output = open_folder(str(tmp_path), S3Config())
     sink = CommitSink(output)
     first = sink.write([files(b"first")], None)
     assert set(first) == {"errors/u-e1.parquet", "completions/u.parquet"}

@@ -20,7 +20,7 @@ from pipeline.config.job import S3Config
 from pipeline.errors import RowError, UserError
 from pipeline.inputs.blocks import UnitRows
 from pipeline.inputs.units import Unit, unit_id
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, open_folder
 from specdec.request import Completion, RoundTrace
 from tests.pipeline.commit.test_manifest import record
 
@@ -53,7 +53,7 @@ def job(tmp_path: Path) -> Callable[..., Folder]:
     """Writes the output of a job over files of 6 and 3 rows, with some of its units committed."""
 
     def write(*units: Unit, traced: bool = True) -> Folder:
-        folder = Folder(str(tmp_path), S3Config())
+        folder = open_folder(str(tmp_path), S3Config())
         folder.put(manifest.JOB, b"{}")
         sizes = pa.table({"name": ["a.parquet", "a-.parquet"], "size": [1, 1], "rows": [6, 3]})
         folder.put(INPUTS, manifest.table_bytes(sizes))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from pipeline.config.job import ActorsConfig
 from pipeline.errors import UserError
 from pipeline.generate import pool
 from pipeline.generate.pool import check_resources, check_workers, group_of, next_group
-from pipeline.run.run import _data_context
+from pipeline.run.dataflow import data_context
 from tests.chaos import add_node, small_cluster
 from tests.conftest import TinyModels
 from tests.pipeline.small_jobs import rows_of, started
@@ -104,9 +107,42 @@ def test_a_node_without_the_packages_is_named(
     nodes = [node["NodeID"] for node in ray.nodes()]
     check_workers(nodes)
     check_workers([*nodes, "e" * 56])  # one has gone meanwhile
-    monkeypatch.setattr(pool, "_NEEDED", ("pipeline", "not_there"))
+    monkeypatch.setattr(pool, "_NEEDED", ("pipeline.generate.actor", "not_there"))
     with pytest.raises(UserError, match=f"node {nodes[0][:8]} .*cannot import not_there; install"):
         check_workers(nodes)
+
+
+FOREIGN = """
+import sys
+# An editable install finds our modules even inside of another package. This node has none.
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+from ray import cloudpickle
+missing = cloudpickle.load(sys.stdin.buffer)
+import pipeline
+print(pipeline.WHOSE, missing(("pipeline.generate.actor", "pipeline", "json")))
+"""
+
+
+@pytest.mark.parametrize("shape", ["package", "module", "has a generate of its own", "raises"])
+def test_another_projects_pipeline_is_not_ours(tmp_path: Path, shape: str) -> None:
+    """A worker that finds a package of this name finds no actor in it."""
+    if shape == "module":
+        (tmp_path / "pipeline.py").write_text("WHOSE = 'theirs'")
+    else:
+        (tmp_path / "pipeline").mkdir()
+        (tmp_path / "pipeline/__init__.py").write_text("WHOSE = 'theirs'")
+    if shape in ("has a generate of its own", "raises"):
+        (tmp_path / "pipeline/generate").mkdir()
+        text = "raise RuntimeError('not today')" if shape == "raises" else ""
+        (tmp_path / "pipeline/generate/__init__.py").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-c", FOREIGN],
+        input=ray.cloudpickle.dumps(pool._probe()),
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+    )
+    assert done.stdout.decode() == "theirs ['pipeline.generate.actor']\n", done.stderr.decode()
 
 
 @pytest.mark.slow
@@ -150,7 +186,7 @@ def test_what_the_user_must_mend_is_not_tried_again_and_the_rest_is() -> None:
     from ray._common.retry import format_exception, matches_error
     from ray.data import DataContext
 
-    with _data_context():
+    with data_context():
         patterns = DataContext.get_current().retried_map_errors
     assert isinstance(patterns, list)
 

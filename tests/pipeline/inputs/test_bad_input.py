@@ -26,7 +26,7 @@ from pipeline.commit.stats import FOOTER_KEY, UnitRecord
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.source import read_units
-from pipeline.run.run import JobPlan, plan_job
+from pipeline.run.plan import JobPlan, plan_job
 from tests.conftest import CONTEXT, TinyModels
 from tests.pipeline.small_jobs import run
 

@@ -23,11 +23,13 @@ from jobs.reports.summary import read_summary
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.config.prices import Hardware
 from pipeline.errors import BudgetReached, JobStopped, UserError
-from pipeline.observe.budget import Books, _tokens_to_come
+from pipeline.observe.budget import Budget, _tokens_to_come
 from pipeline.observe.ledger import LEDGER, Account, Run, read_ledger, write_run
+from pipeline.observe.monitor import Posted
 from pipeline.observe.progress import Tally
+from pipeline.observe.run_ledger import RunLedger
 from pipeline.run.run import JobResult
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, open_folder
 from specdec.request import Counts
 from tests.conftest import TinyModels
 from tests.pipeline.small_jobs import run
@@ -50,7 +52,7 @@ def account(**changes: Any) -> Account:
 
 
 def folder(path: Path) -> Folder:
-    return Folder(str(path), S3Config())
+    return open_folder(str(path), S3Config())
 
 
 # ------------------------------------------------------------------------- files
@@ -245,12 +247,17 @@ def test_units_in_flight_count_on_the_budget(
             "budget": budget,
         }
     )
-    books = Books(folder(tmp_path), job, threading.Event())
-    books.run = replace(books.run, began=now - 60)
-    books._accounts = {"w": account(began=now - 60, seconds={"verify": 60.0})}
-    books._in_flight = in_flight
-    reason = books._reason_to_stop()
-    assert isinstance(reason, BudgetReached) == stops
+    ledger, stop = RunLedger(folder(tmp_path), job), threading.Event()
+    it = Budget(job, ledger, stop)
+    ledger.run = replace(ledger.run, began=now - 60)
+    seen = Posted(None, (account(began=now - 60, seconds={"verify": 60.0}),), 0, 1, False)
+    it._in_flight = in_flight
+    it.look(None)  # the monitor does not answer
+    assert ledger.stopped_by is None and not stop.is_set()
+    ledger.look(seen)
+    it.look(seen)
+    reason = ledger.stopped_by
+    assert isinstance(reason, BudgetReached) == stops == stop.is_set()
     if stops:
         key, cap = next(iter(budget.items()))
         form = ".4g" if key == "dollars" else ".3g"

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from jobs.reports.grafana import exported
-from pipeline.observe.metrics import COUNTERS, GAUGES, LiveMetrics, Reading, lately, totals
+from pipeline.observe.metrics import COUNTERS, GAUGES, LiveMetrics, Reading, recent, totals
 from pipeline.observe.progress import Tally
 from specdec.request import Counts
 from tests.conftest import TinyModels, free_port
@@ -28,7 +28,7 @@ def reading(times: int, **changes: Any) -> Reading:
 
 
 def test_gauges_are_of_the_time_since_the_last_reading() -> None:
-    found = lately(reading(3), reading(1), seconds=10.0)
+    found = recent(reading(3), reading(1), seconds=10.0)
     assert found == {
         "specbatch_goodput": 3.0,
         "specbatch_acceptance_rate": 0.25,
@@ -36,9 +36,9 @@ def test_gauges_are_of_the_time_since_the_last_reading() -> None:
         "specbatch_live_batch": 3.0,
     }
     assert set(found) == set(GAUGES)
-    assert lately(reading(2), reading(2), 1.0) == {"specbatch_goodput": 0.0}
+    assert recent(reading(2), reading(2), 1.0) == {"specbatch_goodput": 0.0}
     # An engine that was replaced counts from the beginning.
-    assert lately(reading(1), reading(5), 10.0)["specbatch_goodput"] == 1.5
+    assert recent(reading(1), reading(5), 10.0)["specbatch_goodput"] == 1.5
 
 
 def test_every_counter_has_a_value() -> None:

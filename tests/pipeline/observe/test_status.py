@@ -4,16 +4,27 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.config.job import S3Config
 from pipeline.errors import JobStopped, UserError
 from pipeline.observe import status
-from pipeline.observe.progress import JobProgress, Tally
-from pipeline.observe.status import STATUS, STOP, Beacon, JobStatus, read_status, request_stop
-from pipeline.storage.folder import Folder
+from pipeline.observe.monitor import Observer, ObserverLoop, Posted
+from pipeline.observe.progress import JobProgress, OnProgress, Tally
+from pipeline.observe.status import (
+    STATUS,
+    STOP,
+    JobStatus,
+    StatusFile,
+    read_status,
+    request_stop,
+)
+from pipeline.storage.folder import Folder, open_folder
+from pipeline.storage.local import LocalFolder
 from specdec.request import Counts
 
 MOMENT = JobProgress(
@@ -27,7 +38,7 @@ MOMENT = JobProgress(
 
 @pytest.fixture
 def output(tmp_path: Path) -> Folder:
-    return Folder(str(tmp_path), S3Config())
+    return open_folder(str(tmp_path), S3Config())
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +57,20 @@ def until() -> Iterator[Callable[[Callable[[], object]], None]]:
     yield wait
 
 
-def beacon(output: Folder, stop: threading.Event | None = None) -> Beacon:
-    return Beacon(output, "demo", units=20, units_before=6, progress=None, stop=stop)
+class Run:
+    """A run that does nothing but keep its status."""
+
+    def __init__(self, output: Folder, progress: OnProgress | None = None) -> None:
+        self.stop = threading.Event()
+        self.status = StatusFile(output, "demo", 20, 6, progress, self.stop)
+
+    def __enter__(self) -> None:
+        self._context = ExitStack()
+        self._context.enter_context(self.status.kept())
+        self._context.enter_context(ObserverLoop(self.stop).running(self.status))
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
 
 
 def state_of(output: Folder) -> str | None:
@@ -59,10 +82,10 @@ def test_a_run_tells_how_far_it_is(
     output: Folder, until: Callable[[Callable[[], object]], None]
 ) -> None:
     seen: list[JobProgress] = []
-    it = Beacon(output, "demo", 20, 6, seen.append, None)
-    with it.running():
+    it = Run(output, seen.append)
+    with it:
         until(lambda: state_of(output) == "running")
-        it.tell(MOMENT)
+        it.status.tell(MOMENT)
         until(lambda: (found := read_status(output)) is not None and found.rows)
         found = read_status(output)
     assert seen == [MOMENT]
@@ -78,10 +101,10 @@ def test_a_run_tells_how_far_it_is(
 
 
 def test_how_it_ended(output: Folder) -> None:
-    with pytest.raises(JobStopped), beacon(output).running():
+    with pytest.raises(JobStopped), Run(output):
         raise JobStopped
     assert state_of(output) == "stopped"
-    with pytest.raises(RuntimeError), beacon(output).running():
+    with pytest.raises(RuntimeError), Run(output):
         raise RuntimeError("the disk is on fire")
     found = read_status(output)
     assert found is not None
@@ -91,8 +114,8 @@ def test_how_it_ended(output: Folder) -> None:
 def test_a_wish_to_stop_is_heard(
     output: Folder, until: Callable[[Callable[[], object]], None]
 ) -> None:
-    it = beacon(output)
-    with it.running():
+    it = Run(output)
+    with it:
         until(lambda: state_of(output) == "running")
         assert not it.stop.is_set()
         request_stop(output)
@@ -104,8 +127,8 @@ def test_a_wish_meant_for_an_earlier_run_is_not(
     output: Folder, until: Callable[[Callable[[], object]], None]
 ) -> None:
     request_stop(output)
-    it = beacon(output)
-    with it.running():
+    it = Run(output)
+    with it:
         before = read_status(output)
         until(lambda: (now := read_status(output)) and now != before)
         assert not it.stop.is_set()
@@ -118,12 +141,12 @@ def test_no_run_fails_for_its_status(
 ) -> None:
     tried = threading.Event()
 
-    def refuse(self: Folder, name: str, data: bytes) -> None:
+    def refuse(self: LocalFolder, name: str, data: bytes) -> None:
         tried.set()
         raise UserError("no space left")
 
-    monkeypatch.setattr(Folder, "put", refuse)
-    with beacon(output).running():
+    monkeypatch.setattr(LocalFolder, "put", refuse)
+    with Run(output):
         assert tried.wait(30)
     assert not (tmp_path / STATUS).exists()
 
@@ -133,7 +156,7 @@ def test_records_that_are_none(output: Folder) -> None:
     for data in (b"", b"{", b"[]", b'{"state": "running"}'):
         output.put(STATUS, data)
         assert read_status(output) is None
-    with beacon(output).running():
+    with Run(output):
         pass
     record = json.loads(output.read(STATUS) or b"")
     output.put(STATUS, json.dumps({**record, "of_a_later_version": 1}).encode())
@@ -141,7 +164,7 @@ def test_records_that_are_none(output: Folder) -> None:
 
 
 def test_silence(output: Folder) -> None:
-    with beacon(output).running():
+    with Run(output):
         pass
     found = read_status(output)
     assert found is not None
@@ -151,13 +174,42 @@ def test_silence(output: Folder) -> None:
     assert running.silent_seconds(running.updated + 61) == pytest.approx(61)
 
 
+def test_storage_that_hangs_holds_up_neither_the_loop_nor_the_end(
+    output: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked once at a time, and what others look at goes on meanwhile."""
+    asked, looks, back = [], [], threading.Event()
+
+    class Other(Observer):
+        every = 0.01
+
+        def look(self, posted: Posted | None) -> None:
+            looks.append(time.monotonic())
+
+    def hang(self: LocalFolder, name: str, data: bytes) -> None:
+        asked.append(name)
+        assert back.wait(60)
+
+    monkeypatch.setattr(LocalFolder, "put", hang)
+    it = Run(output)
+    with it.status.kept(), ObserverLoop(it.stop).running(it.status, Other()):
+        deadline = time.monotonic() + 30
+        while len(looks) < 20 or not asked:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        began = time.monotonic()
+    assert time.monotonic() - began < 30
+    assert asked == [STATUS]
+    back.set()
+
+
 @pytest.mark.s3
 def test_on_s3(s3_env: object, until: Callable[[Callable[[], object]], None]) -> None:
     client = s3_env.client()  # type: ignore[attr-defined]
     client.create_bucket(Bucket="status")
-    output = Folder("s3://status/out", S3Config(endpoint=s3_env.endpoint))  # type: ignore[attr-defined]
-    it = beacon(output)
-    with it.running():
+    output = open_folder("s3://status/out", S3Config(endpoint=s3_env.endpoint))  # type: ignore[attr-defined]
+    it = Run(output)
+    with it:
         until(lambda: state_of(output) == "running")
         request_stop(output)
         until(it.stop.is_set)

@@ -14,7 +14,7 @@ from pipeline.commit import manifest
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 from pipeline.outputs.training_data import open_job, read_examples
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import open_folder
 from specdec.training.examples import Example
 from tests.conftest import S3Server, TinyModels
 
@@ -142,7 +142,7 @@ def test_a_job_on_s3(s3_env: S3Server, write_job_output: WriteJob, tokenizer: An
     local = write_job_output({"a": [row(0, "zero")]})
     s3_env.client().create_bucket(Bucket="outputs")
     s3 = S3Config(endpoint=s3_env.endpoint)
-    remote = Folder("s3://outputs/job", s3)
+    remote = open_folder("s3://outputs/job", s3)
     for folder, _, files in os.walk(local):
         for file in files:
             path = Path(folder, file)

@@ -19,8 +19,8 @@ import ray.cloudpickle
 
 from pipeline.errors import JobStopped
 from pipeline.generate.actor import GenerateActor
-from pipeline.run import run as run_module
-from pipeline.run.run import JobFailed
+from pipeline.run import dataflow
+from pipeline.run.dataflow import JobFailed
 from specdec.request import Request
 from tests.conftest import TinyModels
 from tests.pipeline.small_jobs import rows_of, run, started
@@ -121,7 +121,7 @@ def test_poisonous_rows_become_errors_and_nothing_else_does(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run_module, "GenerateActor", actor)
+    monkeypatch.setattr(dataflow, "GenerateActor", actor)
     poison = {5, 6} if actor is RaisingActor else {6}
     inputs = write(tmp_path / "in", poison)
     hang = 2 if actor is HangingActor else None
@@ -139,7 +139,7 @@ def test_poisonous_rows_become_errors_and_nothing_else_does(
 def test_an_engine_that_fails_on_every_row_fails_the_job(
     local_ray: None, tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "GenerateActor", RaisingActor)
+    monkeypatch.setattr(dataflow, "GenerateActor", RaisingActor)
     inputs = write(tmp_path / "in", set(range(16)), rows=16)
     values = {**settings(tiny_models, inputs, tmp_path / "out"), "unit_rows": 16}
     with pytest.raises(JobFailed, match=r"whatever row it works on.*no such kernel") as failed:
@@ -204,7 +204,7 @@ def test_ctrl_c(local_ray: None, tiny_models: TinyModels, tmp_path: Path, twice:
 SLOW_START = """
 import time
 from ray._private import services
-from pipeline.run.run import connected
+from pipeline.run.ray_session import connected
 
 get_node, began = services.get_node, time.monotonic()
 

@@ -23,29 +23,14 @@ from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 from pipeline.observe.progress import JobProgress
 from pipeline.run.run import JobResult
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import open_folder
 from specdec.measure.speedup import SpeedupMeter
 from tests.conftest import S3Server, TinyModels
-from tests.pipeline.small_jobs import rows_of, run, started
+from tests.pipeline.small_jobs import rows_of, run, settings, started
 
 pytestmark = pytest.mark.ray
 
 ROWS = 60
-USER = [{"role": "user", "content": "tell me"}]
-
-
-def settings(models: TinyModels, inputs: str, output: Path | str, **more: Any) -> dict[str, Any]:
-    """A job that takes every core of the test's Ray, with small units and room for several."""
-    return {
-        "input": {"paths": [inputs], "messages_column": "messages"},
-        "output": str(output),
-        "models": {"target": models.target, "draft": models.draft},
-        "sampling": {"max_new_tokens": 16, "temperature": 1.0, "seed": 7},
-        "speculation": {"policy": "heuristic", "verification": "coupled"},
-        "actors": {"num_cpus": 2, "slots": 16},
-        "unit_rows": 4,
-        **more,
-    }
 
 
 def texts(output: Path) -> dict[str, str]:
@@ -244,7 +229,7 @@ def test_speedup_calibration_and_rounds_are_recorded(
     assert {row["kind"] for row in costs} == {"draft", "verify"}
     assert all(row["seconds"] > 0 for row in costs)
 
-    folder = Folder(str(output), S3Config())
+    folder = open_folder(str(output), S3Config())
     records = manifest.read_records(folder, manifest.committed_ids(folder))
     meter = SpeedupMeter()
     for record in records:
@@ -270,7 +255,7 @@ def test_speedup_calibration_and_rounds_are_recorded(
         assert sum(len(each["candidates"]) for each in rounds) == row["drafted"]
         assert sum(each["submitted"] for each in rounds) == row["verified"]
     with pytest.raises(UserError, match=r"speculation\.trace=true"):
-        read_rounds(Folder(str(finished[1]), S3Config()), "part-0.parquet:0:0")
+        read_rounds(open_folder(str(finished[1]), S3Config()), "part-0.parquet:0:0")
 
     # A trace that another attempt left is no part of the job.
     (output / "trace" / "left-over.parquet").write_bytes(b"")
@@ -299,58 +284,6 @@ def test_coupled_tokens_are_the_same_under_every_policy(
     judged = sum(row["judged"] for row in summary["calibration"] if row["by"] == "all")
     # The candidates up to the first rejection are judged, in policies that predict.
     assert (0 < judged <= summary["verified"]) == (policy == "head")
-
-
-@pytest.mark.parametrize(("missing", "message"), [("draft", "no such folder"), ("head", "no acc")])
-def test_a_missing_draft_or_head_is_found_before_ray_starts(
-    tiny_models: TinyModels,
-    prompts: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    missing: str,
-    message: str,
-) -> None:
-    monkeypatch.setattr("pipeline.run.run.connected", lambda: pytest.fail("Ray was wanted"))
-    values = settings(tiny_models, str(prompts), tmp_path / "out")
-    if missing == "draft":
-        values["models"]["draft"] = "./gone/draft"
-    else:
-        values["speculation"] = {"head": str(tmp_path / "gone"), "verification": "coupled"}
-    with pytest.raises(UserError, match=message):
-        run(values)
-    assert not (tmp_path / "out").exists()
-
-
-def test_each_kind_of_bad_row_becomes_an_error_row(
-    local_ray: None, tiny_models: TinyModels, tmp_path: Path
-) -> None:
-    good = {"messages": USER, "tag": "good"}
-    bad = {
-        "NullPrompt": {"messages": None},
-        "EmptyMessages": {"messages": []},
-        "MalformedMessages": {"messages": [{"role": "user"}]},
-        "PromptTooLong": {"messages": [{"role": "user", "content": "x" * 400}]},
-        "InvalidSampling": {"messages": USER, "sampling_params": {"temperature": -1}},
-    }
-    lines = [json.dumps({**good, "i": i}) for i in range(6)]
-    lines[1:1] = [json.dumps({**row, "tag": name}) for name, row in bad.items()]
-    lines.insert(3, '{"messages": ')
-    file = tmp_path / "in.jsonl"
-    file.write_text("\n".join(lines))
-    values = settings(
-        tiny_models, str(file), tmp_path / "out", unit_rows=3
-    )  # some units have errors only
-    result = run(values)
-    assert result.summary["rows"] == 6
-    assert result.summary["errors_by_class"] == dict.fromkeys([*bad, "MalformedLine"], 1)
-    errors = rows_of(tmp_path / "out", "errors")
-    assert set(errors) | set(rows_of(tmp_path / "out")) == {f"in.jsonl:{i}:0" for i in range(12)}
-    for row in errors.values():
-        assert row["attempts"] == 1
-        assert row["error_message"]
-        assert row["tag"] in {row["error_class"], None}
-    (malformed,) = (r for r in errors.values() if r["error_class"] == "MalformedLine")
-    assert malformed["raw_line"] == '{"messages": '
 
 
 def test_template_stop_strings_and_sampling_by_row(
@@ -390,28 +323,6 @@ def test_no_rows_at_all(
     result = run(settings(tiny_models, file, tmp_path / "out"))
     assert result.summary["rows"] == 0
     assert (tmp_path / "out" / "_SUCCESS").exists()
-
-
-def test_vocabularies_that_differ_are_the_users_error(
-    local_ray: None, tiny_models: TinyModels, prompts: Path, tmp_path: Path
-) -> None:
-    models = {"target": tiny_models.target, "draft": tiny_models.other_vocabulary}
-    values = settings(tiny_models, str(prompts), tmp_path / "out") | {"models": models}
-    with pytest.raises(UserError, match="the vocabularies differ at token 5") as caught:
-        run(values)
-    assert "\n" not in str(caught.value)
-
-
-def test_more_than_the_cluster_has_is_refused_at_once(
-    local_ray: None, tiny_models: TinyModels, prompts: Path, tmp_path: Path
-) -> None:
-    for actors, message in (
-        ({"num_gpus": 1}, "needs 1 GPU, but the largest node of this Ray cluster has 0"),
-        ({"num_cpus": 64}, "needs 64 CPU, but the largest node of this Ray cluster has 2"),
-        ({"min": 3, "num_cpus": 1}, "3 actors of 1 CPU do not fit on this Ray cluster, only 2"),
-    ):
-        with pytest.raises(UserError, match=message):
-            run(settings(tiny_models, str(prompts), tmp_path / "out", actors=actors))
 
 
 @pytest.mark.slow

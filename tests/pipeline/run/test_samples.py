@@ -18,7 +18,7 @@ from pipeline.commit.trace import read_rounds
 from pipeline.config.job import S3Config, SamplingConfig
 from pipeline.errors import RowError
 from pipeline.inputs.prompts import row_sampling, sample_count
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import open_folder
 from tests.conftest import TinyModels
 from tests.pipeline.commit.test_manifest import record
 from tests.pipeline.small_jobs import rows_of, run
@@ -101,7 +101,7 @@ def test_rows_with_an_n_of_their_own_add_up(
     assert (recorded["rows_in"], recorded["samples"]) == (6, 14)
     units = pq.read_table(output / "stats" / "units.parquet").to_pylist()
     assert [(u["rows"], u["samples"], u["own_n"]) for u in units] == [(3, 7, True), (3, 7, True)]
-    folder = Folder(str(output), S3Config())
+    folder = open_folder(str(output), S3Config())
     (first, *_) = read_rounds(folder, "in.jsonl:1:3")
     assert first["row_id"] == "in.jsonl:1:3"
 

@@ -16,7 +16,7 @@ import yaml
 
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import open_folder
 from tests.conftest import TinyModels
 
 ROOT = str(Path(__file__).parents[3])
@@ -49,10 +49,10 @@ import os, sys
 from pathlib import Path
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, open_folder
 
 out = Path(sys.argv[1])
-folder = Folder(str(out), S3Config())
+folder = open_folder(str(out), S3Config())
 for write in (folder.put_if_absent, folder.put):
     try:
         write("completions/large", os.urandom(300_000))
@@ -86,7 +86,7 @@ def test_a_full_and_a_read_only_disk_leave_whole_files(tmp_path: Path) -> None:
 
 
 def test_a_limit_on_file_size(tmp_path: Path) -> None:
-    folder = Folder(str(tmp_path), S3Config())
+    folder = open_folder(str(tmp_path), S3Config())
     folder.put("x", b"first")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))

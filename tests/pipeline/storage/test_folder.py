@@ -1,17 +1,18 @@
+"""What `Folder` promises: every test here runs on a disk and on a real S3 server."""
+
 from __future__ import annotations
 
 import pickle
 import threading
+import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
-from pipeline.inputs.listing import list_inputs
-from pipeline.storage import folder as storage
-from pipeline.storage.folder import Folder, check_access, filesystem
-from tests.conftest import ACCESS_KEY, AWS_ENV, SECRET_KEY, S3Server
+from pipeline.storage.folder import Folder, find_files, is_local, locate, open_folder
 
 
 def test_put_if_absent_never_overwrites(folder: Folder) -> None:
@@ -95,103 +96,99 @@ def test_read_and_delete_of_what_is_not_there(folder: Folder) -> None:
     assert folder.read("x") is None
 
 
-def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(storage.os, "link", refuse)
-    folder = Folder(str(tmp_path), S3Config())
-    assert folder.put_if_absent("x", b"first")
-    assert not folder.put_if_absent("x", b"second")
-    assert folder.read("x") == b"first"
-
-
-def test_nothing_half_written_is_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def crash(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(storage.os, "link", crash)
-    folder = Folder(str(tmp_path), S3Config())
-    with pytest.raises(KeyboardInterrupt):
-        folder.put_if_absent("completions/x", b"data")
-    assert folder.list("completions") == {}
+def test_a_file_is_opened_for_random_access(folder: Folder) -> None:
+    folder.put("a/x", b"0123456789")
+    with folder.open("a/x") as file:
+        assert file.size() == 10
+        file.seek(4)
+        assert file.read(3) == b"456"
+    with pytest.raises(FileNotFoundError), folder.open("a/none"):
+        pass
 
 
-def test_an_output_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("")
-    with pytest.raises(UserError, match="part of this path is a file"):
-        Folder(str(tmp_path / "out"), S3Config()).put("x", b"")
+def test_what_goes_wrong_with_the_content_of_an_open_file_stays_what_it_is(folder: Folder) -> None:
+    folder.put("x.parquet", b"no table")
+    with pytest.raises(ValueError, match="Parquet"), folder.open("x.parquet") as file:
+        pq.read_table(file)
 
 
-# ------------------------------------------------------------------------ S3
+def test_a_stamp_tells_a_file_from_a_later_one(folder: Folder) -> None:
+    assert folder.stamp("x") is None
+    folder.put("x", b"first")
+    stamp = folder.stamp("x")
+    assert stamp is not None
+    assert stamp.size == 5
+    assert abs(stamp.modified / 1e9 - time.time()) < 60
+    assert folder.stamp("x") == stamp
+    folder.put("x", b"longer")
+    assert folder.stamp("x") != stamp
+    folder.put("a/x", b"")
+    assert folder.stamp("a") is None
 
 
-@pytest.mark.s3
-def test_inputs_on_s3(s3_env: S3Server) -> None:
-    client = s3_env.client()
-    client.create_bucket(Bucket="inputs")
-    for key in ("a/x.jsonl", "a/deep/y.jsonl", "a/notes.txt", "b/z.jsonl"):
-        client.put_object(Bucket="inputs", Key=key, Body=b"{}\n")
-    s3 = S3Config(endpoint=s3_env.endpoint)
-    assert [f.name for f in list_inputs(["s3://inputs/a"], s3)] == ["deep/y.jsonl", "x.jsonl"]
-    (file,) = list_inputs(["s3://inputs/*/z.jsonl"], s3)
-    assert (file.url, file.name, file.size) == ("s3://inputs/b/z.jsonl", "b/z.jsonl", 3)
-    with pytest.raises(UserError, match="no files match this glob"):
-        list_inputs(["s3://inputs/*.parquet"], s3)
+def test_a_subfolder_is_a_folder(folder: Folder) -> None:
+    inner = folder.subfolder("a")
+    assert inner.put_if_absent("x", b"1")
+    assert not folder.put_if_absent("a/x", b"2")
+    assert (inner.url, inner.s3) == (folder.join("a"), folder.s3)
+    folder.put("b/deep/y", b"1")
+    folder.put("z", b"1")
+    assert set(folder.folders()) - {"_specbatch"} == {"a", "b"}
 
 
-@pytest.mark.s3
-def test_wrong_credentials(s3_env: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    forget_clients()
-    with pytest.raises(UserError, match=r"s3://any/x: the server refused these credentials"):
-        check_access("s3://any/x", S3Config(endpoint=s3_env.endpoint))
-    forget_clients()
+def test_a_folder_holds_what_was_put_there_and_nothing_else(folder: Folder) -> None:
+    folder.put_folder("day", {"a": b"1", "b": b"2"})
+    assert folder.tree("day") == {"a": 1, "b": 1}
+    folder.put("day/left/c", b"3")
+    folder.put_folder("day", {"b": b"22", "d": b"4"})
+    assert folder.tree("day") == {"b": 2, "d": 1}
+    folder.put_folder("day", {})
+    assert folder.tree("day") == {}
 
 
-@pytest.mark.s3
-def test_no_such_bucket(s3_env: S3Server) -> None:
-    with pytest.raises(UserError, match=r"s3://nothere/x: no such bucket: nothere"):
-        check_access("s3://nothere/x", S3Config(endpoint=s3_env.endpoint))
+def test_a_local_file_is_copied(folder: Folder, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for content in (b"first" * 1000, b"second"):
+        source.write_bytes(content)
+        folder.upload("a/x", source)
+        assert folder.read("a/x") == content
+    assert folder.tree("a") == {"x": 6}
 
 
-def test_no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in AWS_ENV:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    forget_clients()
-    with pytest.raises(UserError, match=r"s3://b/x: no AWS credentials found; set AWS_ACCESS_KEY"):
-        check_access("s3://b/x", S3Config(endpoint="http://127.0.0.1:9"))
-    forget_clients()
+def test_a_path_names_a_file_a_folder_or_the_files_of_a_glob(folder: Folder) -> None:
+    for name in ("in/a.jsonl", "in/deep/b.jsonl", "in/deep/_c", "in/deep/[d]"):
+        folder.put(name, b"{}")
+
+    def found(pattern: str) -> tuple[str, dict[str, str]]:
+        it = find_files(folder.join(pattern), folder.s3)
+        return it.kind, {file.name: file.url for file in it.files}
+
+    assert found("in/a.jsonl") == ("file", {"a.jsonl": folder.join("in/a.jsonl")})
+    assert found("in/deep/[d]") == ("file", {"[d]": folder.join("in/deep/[d]")})
+    kind, files = found("in")
+    assert (kind, set(files)) == ("folder", {"a.jsonl", "deep/b.jsonl", "deep/_c", "deep/[d]"})
+    assert found("in/*/b.*") == ("glob", {"deep/b.jsonl": folder.join("in/deep/b.jsonl")})
+    assert found("in/*.parquet") == ("glob", {})
+    assert found("gone") == ("nothing", {})
+    (file,) = find_files(folder.join("in/a.jsonl"), folder.s3).files
+    there, name = locate(file.url, folder.s3)
+    assert there.stamp(name) == file.stamp
+    assert there.read(name) == b"{}"
 
 
-def test_no_such_profile() -> None:
-    with pytest.raises(UserError, match="no AWS profile named 'nobody'"):
-        check_access("s3://b/x", S3Config(profile="nobody"))
+def test_a_folder_travels(folder: Folder) -> None:
+    folder.put("x", b"1")
+    assert pickle.loads(pickle.dumps(folder)) == folder
+    assert pickle.loads(pickle.dumps(folder)).read("x") == b"1"
 
 
-def test_server_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in AWS_ENV.items():
-        monkeypatch.setenv(name, value)
-    forget_clients()
-    with pytest.raises(UserError, match=r"s3://b/x: cannot reach http://127\.0\.0\.1:9"):
-        check_access("s3://b/x", S3Config(endpoint="http://127.0.0.1:9"))
-    forget_clients()
+# ------------------------------------------------------------------- which backend it is
 
 
-def test_a_folder_travels_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in AWS_ENV.items():
-        monkeypatch.setenv(name, value)
-    folder = Folder("s3://b/x", S3Config(endpoint="http://127.0.0.1:9"))
-    filesystem(folder.url, folder.s3)
-    data = pickle.dumps(folder)
-    assert SECRET_KEY.encode() not in data
-    assert ACCESS_KEY.encode() not in data
-
-
-def forget_clients() -> None:
-    """Clients are kept for a process's life, as its credentials usually are."""
-    storage._session.cache_clear()
-    storage._client.cache_clear()
+def test_a_url_says_which_backend_it_is() -> None:
+    assert is_local("a/b") and is_local("/a") and not is_local("s3://b/x")
+    assert open_folder("s3://b/x", S3Config()).join("y") == "s3://b/x/y"
+    folder, name = locate("x", S3Config())
+    assert (folder.url, name) == (".", "x")
+    with pytest.raises(UserError, match=r"^gs://b/x: gs:// is not supported; use a local path or"):
+        open_folder("gs://me:secret@b/x?key=secret", S3Config())

@@ -22,9 +22,9 @@ from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.source import read_units
 from pipeline.inputs.units import plan_files
 from pipeline.run.run import run_job
-from pipeline.storage import folder as storage
-from pipeline.storage import patience as faults
-from pipeline.storage.folder import Folder, check_access
+from pipeline.storage import patience, s3_answers
+from pipeline.storage import s3 as on_s3
+from pipeline.storage.folder import Folder, check_access, open_folder
 from tests.conftest import ACCESS_KEY, SECRET_KEY, S3Server, TinyModels
 from tests.faulty_s3 import FAULTS, FaultyS3, faulty_s3
 
@@ -43,13 +43,13 @@ def bucket(s3_env: S3Server, request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short waits: the tests' faults do not last."""
-    monkeypatch.setattr(faults, "_LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(patience, "_LONGEST_WAIT", 0.05)
 
 
 @pytest.fixture
 def no_clients() -> Iterator[None]:
     """Clients keep the credentials and settings that they were made with."""
-    caches = (storage._session, storage._client, storage._s3_filesystem)
+    caches = (on_s3._session, on_s3._client, on_s3._filesystem_with)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -74,7 +74,7 @@ def stored(server: S3Server, bucket: str) -> dict[str, bytes]:
 def test_operations_under_faults_tell_the_truth(s3_env: S3Server, bucket: str, quick: None) -> None:
     data = {f"completions/{i}": str(i).encode() * 10_000 for i in range(30)}
     with faulty_s3(s3_env.endpoint, probability=0.2, seed=1, delay=0.1) as server:
-        folder = Folder(f"s3://{bucket}/out", at(server))
+        folder = open_folder(f"s3://{bucket}/out", at(server))
         assert all(folder.put_if_absent(name, content) for name, content in data.items())
         assert not any(folder.put_if_absent(name, b"other") for name in data)
         assert {name: folder.read(name) for name in data} == data
@@ -98,7 +98,7 @@ def test_each_fault_of_every_kind_of_request_is_outlasted(
     s3_env: S3Server, bucket: str, quick: None, fault: str
 ) -> None:
     with faulty_s3(s3_env.endpoint, probability=0.5, faults=[fault], delay=0.05) as server:
-        folder = Folder(f"s3://{bucket}/out", at(server))
+        folder = open_folder(f"s3://{bucket}/out", at(server))
         for i in range(5):
             assert folder.put_if_absent(f"{i}", b"x" * 100_000)
             assert folder.read(f"{i}") == b"x" * 100_000
@@ -109,9 +109,9 @@ def test_each_fault_of_every_kind_of_request_is_outlasted(
 def test_an_answer_later_than_the_client_waits_for(
     s3_env: S3Server, bucket: str, quick: None, no_clients: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_SILENCE_SECONDS", 1)
+    monkeypatch.setattr(on_s3, "_SILENCE_SECONDS", 1)
     with faulty_s3(s3_env.endpoint, probability=0.5, faults=["delay"], delay=1.5) as server:
-        folder = Folder(f"s3://{bucket}/out", at(server))
+        folder = open_folder(f"s3://{bucket}/out", at(server))
         for i in range(4):
             assert folder.put_if_absent(f"{i}", b"content")
             assert folder.read(f"{i}") == b"content"
@@ -121,7 +121,7 @@ def test_an_answer_later_than_the_client_waits_for(
 
 def test_a_lost_answer_is_not_a_lost_file(s3_env: S3Server, bucket: str, quick: None) -> None:
     with faulty_s3(s3_env.endpoint, faults=["lost"]) as server:
-        folder = Folder(f"s3://{bucket}", at(server))
+        folder = open_folder(f"s3://{bucket}", at(server))
         lose_first_put(server, lambda: None)
         assert folder.put_if_absent("own", b"mine")
         assert server.injected["lost"] == 1
@@ -135,7 +135,7 @@ def test_of_two_writers_one_whose_answer_is_lost(
     """Its PUT fails on the way; before it tries again, another writer's file is there."""
     for other, truth in ((b"theirs", False), (b"mine", True)):
         with faulty_s3(s3_env.endpoint, faults=["reset"]) as server:
-            folder = Folder(f"s3://{bucket}", at(server))
+            folder = open_folder(f"s3://{bucket}", at(server))
             name = other.decode()
 
             def interfere(name: str = name, other: bytes = other) -> None:
@@ -163,7 +163,7 @@ def lose_first_put(server: FaultyS3, meanwhile: Callable[[], None]) -> None:
 
 def test_of_many_writers_under_faults_one_wins(s3_env: S3Server, bucket: str, quick: None) -> None:
     with faulty_s3(s3_env.endpoint, probability=0.3, seed=3, delay=0.05) as server:
-        folder = Folder(f"s3://{bucket}", at(server))
+        folder = open_folder(f"s3://{bucket}", at(server))
         for name in map(str, range(5)):
             contents = [f"{name} of {writer}".encode() * 100 for writer in range(6)]
             with ThreadPoolExecutor(6) as pool:
@@ -207,7 +207,7 @@ def rows_of_unit(unit: Any, schema: pa.Schema | None, s3: S3Config) -> list[dict
 def test_globbing_does_not_take_a_folder_it_cannot_list_for_an_empty_one(
     s3_env: S3Server, bucket: str, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faults, "PATIENCE", 0.5)
+    monkeypatch.setattr(patience, "PATIENCE", 0.5)
     s3_env.client().put_object(Bucket=bucket, Key="a/b/x.jsonl", Body=b"{}\n")
     with faulty_s3(s3_env.endpoint, faults=["error"]) as server:
 
@@ -225,17 +225,17 @@ def test_globbing_does_not_take_a_folder_it_cannot_list_for_an_empty_one(
 def test_a_failure_that_stays_is_told_in_time(
     s3_env: S3Server, bucket: str, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faults, "PATIENCE", 1.0)
+    monkeypatch.setattr(patience, "PATIENCE", 1.0)
     with faulty_s3(s3_env.endpoint, probability=1.0, faults=["slow_down"]) as server:
-        folder = Folder(f"s3://{bucket}/out", at(server))
+        folder = open_folder(f"s3://{bucket}/out", at(server))
         operations: list[Callable[[], object]] = [
             lambda: folder.put_if_absent("x", b""),
             lambda: folder.put("x", b""),
             lambda: folder.read("x"),
-            lambda: folder.open("x"),
+            lambda: folder.open("x").__enter__(),
             lambda: folder.list("x"),
             lambda: folder.delete("x"),
-            lambda: check_access(folder.url, folder.s3),
+            lambda: check_access(folder.s3, folder.url),
             lambda: list_inputs([folder.url], folder.s3),
         ]
         for operation in operations:
@@ -265,14 +265,14 @@ def test_what_cannot_succeed_is_not_tried_again(
 ) -> None:
     with faulty_s3(s3_env.endpoint, probability=1.0, faults=["denied"]) as server:
         with pytest.raises(UserError, match=r"refused these credentials"):
-            operation(Folder(f"s3://{bucket}/out", at(server)))
+            operation(open_folder(f"s3://{bucket}/out", at(server)))
         assert sum(server.requests.values()) == 1
 
 
 def test_a_bucket_that_is_not_there_is_not_asked_for_again(s3_env: S3Server) -> None:
     with faulty_s3(s3_env.endpoint) as server:
         with pytest.raises(UserError, match="no such bucket: nobody-made-this"):
-            check_access("s3://nobody-made-this/out", at(server))
+            check_access(at(server), "s3://nobody-made-this/out")
         assert server.requests == Counter(GET=1)
 
 
@@ -280,12 +280,12 @@ def test_no_message_holds_a_credential(
     s3_env: S3Server, bucket: str, quick: None, no_clients: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither what was typed nor what a careless server repeats of the request."""
-    monkeypatch.setattr(faults, "PATIENCE", 0.3)
+    monkeypatch.setattr(patience, "PATIENCE", 0.3)
     monkeypatch.setenv("AWS_SESSION_TOKEN", TOKEN)
     messages = []
     for kind in ("denied", "chatty", "error", "reset"):
         with faulty_s3(s3_env.endpoint, probability=1.0, faults=[kind]) as server:
-            folder = Folder(f"s3://{bucket}/out", at(server))
+            folder = open_folder(f"s3://{bucket}/out", at(server))
             for operation in (
                 lambda f: f.put_if_absent("x", b""),
                 lambda f: f.read("x"),
@@ -298,7 +298,7 @@ def test_no_message_holds_a_credential(
                 messages.append(f"{caught.value} {caught.value!r} {caught.value.__cause__}")
             assert ACCESS_KEY in server.last_authorization
     with pytest.raises(UserError) as caught:
-        check_access(f"s3://{ACCESS_KEY}:{SECRET_KEY}@{bucket}/out", S3Config())
+        check_access(S3Config(), f"s3://{ACCESS_KEY}:{SECRET_KEY}@{bucket}/out")
     messages.append(str(caught.value))
     assert len(messages) == 21
     for message in messages:
@@ -320,7 +320,7 @@ def test_no_message_holds_a_credential(
     ],
 )
 def test_what_of_pyarrows_words_is_transient(text: str, transient: bool) -> None:
-    assert faults.is_transient(OSError(text)) is transient
+    assert s3_answers.is_transient(OSError(text)) is transient
 
 
 def test_pyarrow_still_speaks_as_expected() -> None:
@@ -331,7 +331,7 @@ def test_pyarrow_still_speaks_as_expected() -> None:
     )  # fmt: skip
     with pytest.raises(OSError, match="AWS Error") as caught:
         fs.get_file_info("b/x")
-    assert faults.is_transient(caught.value)
+    assert s3_answers.is_transient(caught.value)
 
 
 # --------------------------------------------------------------------- whole jobs
