@@ -27,7 +27,7 @@ def job(models: TinyModels, **changes: Any) -> JobConfig:
     settings: dict[str, Any] = {
         "input": {"paths": ["x"], "prompt_column": "p"},
         "output": "out",
-        "models": {"target": model_identity.target, "draft": model_identity.draft},
+        "models": {"target": models.target, "draft": models.draft},
     }
     for dotted, value in changes.items():
         section, _, key = dotted.partition("__")
