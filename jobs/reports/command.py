@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 
 from jobs.job_file import load_prices, s3_options
 from jobs.terminal.console import err, explained, out
+from pipeline import layout
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.config.prices import Prices
 from pipeline.errors import JobStopped, UserError
@@ -34,9 +35,6 @@ class ReportCommand(TyperCommand):
 
 
 _PAGES = (".html", ".htm")
-
-PAGE = "_specbatch/report.html"
-"""Where a job's own page is, in its output folder."""
 
 
 def report(
@@ -123,7 +121,7 @@ def page_at_the_end(job: JobConfig) -> Iterator[None]:
 
 def page_of(job: JobConfig) -> str:
     """Where a job's page is."""
-    return f"{job.output.rstrip('/')}/{PAGE}"
+    return f"{job.output.rstrip('/')}/{layout.REPORT}"
 
 
 def _try_page(job: JobConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from jobs.reports.summary import read_summary
 from jobs.terminal.amounts import money, number
+from pipeline import layout
 from pipeline.commit import manifest
 from pipeline.config.job import S3Config
 from pipeline.config.prices import Prices
@@ -134,8 +135,8 @@ def read_job(url: str, s3: S3Config, prices: Prices | None = None) -> PastJob:
     """
     summary, finished = read_summary(url, s3, prices)
     output = manifest.open_output(url, s3)
-    job = json.loads(output.read(manifest.JOB) or b"{}")
-    done = json.loads(output.read(manifest.MANIFEST) or b"{}") if finished else {}
+    job = json.loads(output.read(layout.JOB) or b"{}")
+    done = json.loads(output.read(layout.MANIFEST) or b"{}") if finished else {}
     date = datetime.fromisoformat(done.get("finished") or job["created"])
     return PastJob(
         url, job["name"], date, finished, summary, job.get("config", {}), job.get("fingerprint", {})
@@ -165,7 +166,7 @@ def _outputs(url: str, s3: S3Config) -> list[str]:
 
 
 def _below(folder: Folder, depth: int) -> Iterator[str]:
-    if folder.read(manifest.JOB) is not None:
+    if folder.read(layout.JOB) is not None:
         yield folder.url
     elif depth:
         for name in (name for name in folder.folders() if not name.startswith(".")):

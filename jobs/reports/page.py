@@ -13,9 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from jobs.reports import charts
 from jobs.reports.charts import Chart
-from jobs.reports.command import PAGE
 from jobs.reports.findings import Findings, gather
 from jobs.terminal.amounts import amount, moment, money, number, percent, short
+from pipeline import layout
 from pipeline.commit import manifest
 from pipeline.config.job import S3Config
 from pipeline.config.prices import Prices
@@ -56,8 +56,8 @@ def write_page(url: str, s3: S3Config, prices: Prices | None = None) -> str:
     """
     page = job_page(gather(url, s3, prices))
     output = manifest.open_output(url, s3)
-    output.put(PAGE, page.encode())
-    return output.join(PAGE)
+    output.put(layout.REPORT, page.encode())
+    return output.join(layout.REPORT)
 
 
 def environment() -> Environment:

@@ -21,11 +21,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
 
 from pipeline.errors import JobStopped, UserError
+from pipeline.layout import STATUS, STOP
 from pipeline.observe.progress import JobProgress, OnProgress
 from pipeline.storage.folder import Folder
-
-STATUS = "_specbatch/status.json"
-STOP = "_specbatch/stop"
 
 RENEWED_SECONDS = 5.0
 SILENT_SECONDS = 60.0

@@ -28,10 +28,9 @@ from botocore.config import Config
 
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
+from pipeline.layout import LOCK, STAGING
 from pipeline.storage.patience import CutShort, explained, is_transient, patiently, s3_answer
 
-STAGING = "_specbatch/staging"
-_LOCK = "_specbatch/lock"
 _CONNECT_SECONDS = 5
 _SILENCE_SECONDS = 30  # that a connection may send nothing
 _CONDITION_FAILED = {"PreconditionFailed", "412", "NoSuchKey"}  # the last: If-Match of no file
@@ -328,7 +327,7 @@ class Folder:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Alone among all writers of this folder; a writer that dies lets go of it."""
-        with Path(self.url, _LOCK).open("ab") as lock:
+        with Path(self.url, LOCK).open("ab") as lock:
             # A filesystem without locks (some network ones): as good as it gets without.
             with suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)

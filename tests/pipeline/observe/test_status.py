@@ -10,9 +10,10 @@ import pytest
 
 from pipeline.config.job import S3Config
 from pipeline.errors import JobStopped, UserError
+from pipeline.layout import STATUS, STOP
 from pipeline.observe import status
 from pipeline.observe.progress import JobProgress, Tally
-from pipeline.observe.status import STATUS, STOP, Beacon, JobStatus, read_status, request_stop
+from pipeline.observe.status import Beacon, JobStatus, read_status, request_stop
 from pipeline.storage.folder import Folder
 from specdec.request import Counts
 
