@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from pipeline.commit.stats import UnitRecord, parts
+from pipeline import layout
+from pipeline.commit.record import UnitRecord, parts
 from pipeline.config.prices import Prices, price
 from pipeline.errors import UserError
 from pipeline.observe.ledger import WORK, Account, Reconciliation, Run, read_ledger, reconcile
@@ -153,12 +154,14 @@ Committed = Mapping[str, Mapping[str, float]]
 
 def committed_seconds(records: Iterable[UnitRecord]) -> Committed:
     """What the committed units took, from their records."""
-    return _by_worker((p.worker, p.phase_seconds) for record in records for p in parts(record))
+    return _by_worker(
+        (part.actor.worker, part.work.phase_seconds) for each in records for part in parts(each)
+    )
 
 
 def committed_seconds_of(output: Folder) -> Committed:
     """The same of a finished job, from its `stats/`."""
-    data = output.read("stats/units.parquet")
+    data = output.read(layout.stats("units"))
     table = pq.read_table(io.BytesIO(data)) if data else None
     if table is None or "worker" not in table.column_names:
         return {}

@@ -13,7 +13,9 @@ from rich.table import Table
 
 from jobs.reports.cost import committed_seconds, committed_seconds_of, read_cost
 from jobs.terminal.amounts import money
+from pipeline import layout
 from pipeline.commit import manifest
+from pipeline.commit.footer import read_records
 from pipeline.commit.stats import summarise
 from pipeline.config.job import S3Config
 from pipeline.config.prices import Prices
@@ -35,12 +37,12 @@ def read_summary(
         UserError: there is no job in this folder.
     """
     output = manifest.open_output(url, s3)
-    if output.read(manifest.SUCCESS) is not None and (data := output.read(manifest.MANIFEST)):
+    if output.read(layout.SUCCESS) is not None and (data := output.read(layout.MANIFEST)):
         # An older version's summary lacks what it did not measure.
         summary, finished = {**summarise([]), **json.loads(data)["summary"]}, True
         committed = committed_seconds_of(output)
     else:
-        records = manifest.read_records(output, manifest.committed_ids(output))
+        records = read_records(output, manifest.committed_ids(output))
         summary, finished = summarise(records), False
         committed = committed_seconds(records)
     cost = read_cost(output, summary, committed, prices)

@@ -33,8 +33,8 @@ def _installed_commit() -> str | None:
         source = json.loads(distribution.read_text("direct_url.json") or "{}")
     except (importlib.metadata.PackageNotFoundError, ValueError):
         return None
-    here = Path(__file__).resolve().parent
-    if Path(str(distribution.locate_file("pipeline"))).resolve() != here:
+    here = Path(__file__).resolve()
+    if Path(str(distribution.locate_file("pipeline"))).resolve() not in here.parents:
         return None  # this code comes from elsewhere on the path
     commit = source.get("vcs_info", {}).get("commit_id")
     return commit if isinstance(commit, str) else None

@@ -1,9 +1,7 @@
-"""Rounds kept on request (`speculation.trace`): written with their unit, found by row id."""
+"""The rounds of a completed row, found by its id, in a job that kept them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,49 +9,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline import layout
 from pipeline.commit import manifest
-from pipeline.commit.planned_inputs import INPUTS
-from pipeline.commit.schema import Finished, Outcomes, by_sample
-from pipeline.commit.stats import UnitRecord
+from pipeline.commit.footer import read_record
+from pipeline.commit.record import UnitRecord
 from pipeline.errors import UserError
-from pipeline.inputs.blocks import UnitRows
-from pipeline.inputs.row_ids import ROW_ID, parse_row_id, row_id
+from pipeline.inputs.row_ids import ROW_ID, parse_row_id
 from pipeline.inputs.units import unit_id
 from pipeline.storage.folder import Folder
-
-TRACE_SCHEMA = pa.schema(
-    {
-        ROW_ID: pa.string(),
-        "round": pa.int64(),
-        "context": pa.int64(),
-        "live": pa.int64(),
-        "candidates": pa.list_(pa.int64()),
-        "texts": pa.list_(pa.string()),
-        "predicted": pa.list_(pa.float64()),
-        "submitted": pa.int64(),
-        "accepted": pa.int64(),
-        "reason": pa.string(),
-    }
-)
-"""Columns of `trace/`: one row per round of a completed row."""
-
-
-def trace_table(rows: UnitRows, outcomes: Outcomes, text: Callable[[int], str]) -> pa.Table:
-    """The rounds of the unit's completed samples.
-
-    Args:
-        rows: the unit as it was read.
-        outcomes: of its rows.
-        text: of a token.
-    """
-    rounds = []
-    for index, sample, outcome in by_sample(outcomes):
-        if isinstance(outcome, Finished):
-            name = row_id(rows.unit, index, sample)
-            for number, trace in enumerate(outcome.completion.trace):
-                texts = [text(token) for token in trace.candidates]
-                rounds.append({ROW_ID: name, "round": number, "texts": texts, **asdict(trace)})
-    return pa.Table.from_pylist(rounds, schema=TRACE_SCHEMA)
 
 
 def read_rounds(output: Folder, row: str) -> list[dict[str, Any]]:
@@ -65,18 +28,17 @@ def read_rounds(output: Folder, row: str) -> list[dict[str, Any]]:
     record = _unit_of(output, row)
     if record is None:
         raise UserError(f"--row {row}: {_instead(output, row)}")
-    with output.open(f"completions/{record.unit}.parquet") as file:
+    errors, trace = record.files.errors, record.files.trace
+    with output.open(record.completions_file.name) as file:
         if row not in pq.read_table(file, columns=[ROW_ID])[ROW_ID].to_pylist():
-            raise UserError(
-                f"--row {row}: this row was not completed; "
-                f"{output.join(f'errors/{record.errors_file}')} says why"
-            )
-    if record.trace_file is None:
+            why = f"; {output.join(errors.name)} says why" if errors else ""
+            raise UserError(f"--row {row}: this row was not completed{why}")
+    if trace is None:
         raise UserError(
             f"{output.url}: the rounds of this row were not kept; run the job with "
             "--set speculation.trace=true into another output"
         )
-    with output.open(f"trace/{record.trace_file}") as file:
+    with output.open(trace.name) as file:
         table = pq.read_table(file)
     rounds: list[dict[str, Any]] = table.filter(pc.equal(table[ROW_ID], row)).to_pylist()
     return rounds
@@ -92,10 +54,11 @@ def _unit_of(output: Folder, row: str) -> UnitRecord | None:
         if its_stem == stem and start.isdigit() and int(start) <= index:
             begins.append((int(start), unit))
     for _, unit in sorted(begins, reverse=True):
-        record = manifest.read_record(output, unit)
+        record = read_record(output, unit)
         # Files whose names differ in signs only share a stem.
         if record.input == name:
-            most = None if record.own_n else record.samples // record.rows
+            results = record.results
+            most = None if results.own_n else results.samples // record.rows
             there = index < record.start + record.rows and (most is None or sample < most)
             return record if there else None
     return None
@@ -103,7 +66,7 @@ def _unit_of(output: Folder, row: str) -> UnitRecord | None:
 
 def _instead(output: Folder, row: str) -> str:
     """What may have been meant by an id that no committed row has."""
-    data = output.read(INPUTS)
+    data = output.read(layout.INPUTS)
     inputs = pq.read_table(pa.BufferReader(data)).to_pylist() if data else []
     rows = {each["name"]: each["rows"] for each in inputs if each["rows"]}
     parsed = parse_row_id(row)

@@ -21,8 +21,10 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
 
+from pipeline import layout
 from pipeline.commit import manifest, planned_inputs
 from pipeline.commit.finish import finish
+from pipeline.commit.footer import read_records
 from pipeline.commit.retry import RetrySink, failed_units
 from pipeline.commit.schema import RESERVED, check_reserved
 from pipeline.commit.sink import CommitSink
@@ -134,7 +136,7 @@ def _new_files(output: Folder, listed: list[InputFile]) -> list[InputFile]:
     """Input files that came after the output was begun, if there still are some from before."""
     planned = planned_inputs.read_planned(output)
     new = planned_inputs.new_files(listed, planned) if planned else []
-    return new if len(new) < len(listed) and new and output.list("completions") else []
+    return new if len(new) < len(listed) and new and output.list(layout.COMPLETIONS) else []
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def run_job(
             books = Books(output, job, beacon.stop)
             with connected():
                 job = job.model_copy(update={"actors": _placed(job.actors)})
-                output.delete(manifest.SUCCESS)
+                output.delete(layout.SUCCESS)
                 with books.open():
                     checksums = _generate(
                         replace(plan, job=job),
@@ -221,7 +223,7 @@ def run_job(
                         beacon.tell,
                     )
         if mode.only_failed and missing:
-            summary = summarise(manifest.read_records(output, done))
+            summary = summarise(read_records(output, done))
             return JobResult(job.output, summary, len(pending), missing=len(missing))
         summary = finish(output, job, units, mark, checksums, mode.job_folder)
     return JobResult(job.output, summary, units_run=len(pending))
@@ -229,8 +231,8 @@ def run_job(
 
 def _finished(output: Folder) -> dict[str, Any] | None:
     """The manifest of a job that is finished."""
-    recorded = output.read(manifest.MANIFEST)
-    if recorded is None or output.read(manifest.SUCCESS) is None:
+    recorded = output.read(layout.MANIFEST)
+    if recorded is None or output.read(layout.SUCCESS) is None:
         return None
     found: dict[str, Any] = json.loads(recorded)
     return found
