@@ -47,7 +47,7 @@ was killed, preempted, or another attempt was faster.
 
 
 @dataclass(frozen=True)
-class HolderCost:
+class ProcessCost:
     """One process that held resources: an actor, or an actor's life between two restarts.
 
     Attributes:
@@ -135,7 +135,7 @@ class Cost:
     seconds_held: float
     seconds_by_state: dict[str, float]
     cost_by_state: dict[str, float] | None
-    by_actor: list[HolderCost]
+    by_actor: list[ProcessCost]
     by_run: list[RunCost]
     price_source: str
     unpriced: list[str] = field(default_factory=list)
@@ -257,7 +257,7 @@ def cost_of(
     )
 
 
-def _holder(run: Run, account: Account, committed: Committed, prices: Prices) -> HolderCost:
+def _holder(run: Run, account: Account, committed: Committed, prices: Prices) -> ProcessCost:
     """What one process cost, with its work on units that it did not commit as lost."""
     priced = price(account.hardware, prices)
     held = account.booked if account.held is None else account.held
@@ -267,7 +267,7 @@ def _holder(run: Run, account: Account, committed: Committed, prices: Prices) ->
             lost = max(0.0, seconds.get(state, 0.0) - kept.get(state, 0.0))
             seconds[state] = seconds.get(state, 0.0) - lost
             seconds["lost"] = seconds.get("lost", 0.0) + lost
-    return HolderCost(
+    return ProcessCost(
         run=run.run,
         actor=account.actor,
         node=account.node,
@@ -292,7 +292,7 @@ def _end(run: Run, account: Account) -> str:
     return run.end or "unknown"
 
 
-def _saved(holders: Iterable[HolderCost], speedup: float | None) -> float | None:
+def _saved(holders: Iterable[ProcessCost], speedup: float | None) -> float | None:
     """Money that the committed rounds would have cost more without speculation.
 
     Measuring what forwards cost serves speculation alone, so it is taken off; rounds that ran

@@ -34,7 +34,7 @@ _CLASSES = 12
 
 
 @dataclass(frozen=True)
-class Example:
+class FailedRow:
     """A failed row: its id, what was wrong with it, and the beginning of its prompt."""
 
     row_id: str
@@ -87,7 +87,7 @@ class Findings:
     reliability: Mapping[tuple[str, str], list[list[float]]]
     rounds: Mapping[int, int]
     speeds: Sequence[tuple[int, float | None, float | None]]
-    errors: Mapping[str, list[Example]]
+    errors: Mapping[str, list[FailedRow]]
     slowest: Sequence[SlowRow]
 
 
@@ -165,9 +165,9 @@ def _speeds(records: Iterable[UnitRecord]) -> list[tuple[int, float | None, floa
 
 def _examples(
     output: Folder, records: Iterable[UnitRecord], prompt: InputConfig
-) -> dict[str, list[Example]]:
+) -> dict[str, list[FailedRow]]:
     """A few failed rows of each class, from as few files as have them."""
-    found: dict[str, list[Example]] = {}
+    found: dict[str, list[FailedRow]] = {}
     for record in records:
         lacking = [
             name
@@ -182,7 +182,7 @@ def _examples(
             if len(mine) < _EXAMPLES:
                 text = row.get(RAW_LINE) or prompt_text(prompt, row)
                 message = _excerpt(row["error_message"] or "")
-                mine.append(Example(row[ROW_ID], message, _excerpt(text)))
+                mine.append(FailedRow(row[ROW_ID], message, _excerpt(text)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Jobs of the past as lines of figures, to be set side by side or in a row by date."""
+"""Jobs as lines of figures, to be set side by side or in a row by date."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DEPTH = 5
 
 
 @dataclass(frozen=True)
-class PastJob:
+class ReportedJob:
     """A job, as far as it is committed.
 
     Attributes:
@@ -79,10 +79,10 @@ class JobFigure:
     key: str
     label: str
     form: str
-    of: Callable[[PastJob], float | None]
+    of: Callable[[ReportedJob], float | None]
     more_is: str = ""
 
-    def text(self, job: PastJob) -> str:
+    def text(self, job: ReportedJob) -> str:
         """The job's figure, as people read it."""
         value = self.of(job)
         if self.form == "money":
@@ -90,11 +90,11 @@ class JobFigure:
         return number(value, self.form)
 
 
-def _summed(key: str) -> Callable[[PastJob], float | None]:
+def _summed(key: str) -> Callable[[ReportedJob], float | None]:
     return lambda job: job.summary.get(key)
 
 
-def _costing(key: str) -> Callable[[PastJob], float | None]:
+def _costing(key: str) -> Callable[[ReportedJob], float | None]:
     return lambda job: job.summary["cost"].get(key) if job.summary["cost"] else None
 
 
@@ -127,7 +127,7 @@ FIGURES = (
 """What is compared between jobs."""
 
 
-def read_job(url: str, s3: S3Config, prices: Prices | None = None) -> PastJob:
+def read_job(url: str, s3: S3Config, prices: Prices | None = None) -> ReportedJob:
     """The job in a folder.
 
     Raises:
@@ -138,12 +138,12 @@ def read_job(url: str, s3: S3Config, prices: Prices | None = None) -> PastJob:
     job = json.loads(output.read(layout.JOB) or b"{}")
     done = json.loads(output.read(layout.MANIFEST) or b"{}") if finished else {}
     date = datetime.fromisoformat(done.get("finished") or job["created"])
-    return PastJob(
+    return ReportedJob(
         url, job["name"], date, finished, summary, job.get("config", {}), job.get("fingerprint", {})
     )
 
 
-def find_jobs(urls: Sequence[str], s3: S3Config, prices: Prices | None = None) -> list[PastJob]:
+def find_jobs(urls: Sequence[str], s3: S3Config, prices: Prices | None = None) -> list[ReportedJob]:
     """The jobs in folders or below them, by date.
 
     Raises:

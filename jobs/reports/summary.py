@@ -70,7 +70,7 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
         _add_cost(totals, cost)
     parts: list[RenderableType] = [totals]
     if seconds := cost["seconds_by_state"] if cost else summary["phase_seconds"]:
-        parts += ["", _phases(seconds, cost)]
+        parts += ["", _states(seconds, cost)]
     if cost and cost["reconciled"]["ok"] is False:
         parts += ["", f"[yellow]{_unreconciled(cost['reconciled'])}[/]"]
     if summary["calibration"]:
@@ -84,10 +84,10 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def _phases(seconds: Mapping[str, float], cost: Mapping[str, Any] | None) -> Table:
+def _states(seconds: Mapping[str, float], cost: Mapping[str, Any] | None) -> Table:
     """Where the time went and, if it is known, the money."""
     prices = cost["cost_by_state"] if cost else None
-    names = ["phase", "seconds", "share", *(["cost"] if prices else [])]
+    names = ["state", "seconds", "share", *(["cost"] if prices else [])]
     table = Table(*names, box=None, padding=(0, 2), header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -119,7 +119,7 @@ def _add_cost(totals: Table, cost: Mapping[str, Any]) -> None:
 
 def _unreconciled(found: Mapping[str, Any]) -> str:
     return (
-        f"The ledger does not add up: {found['booked']:,.1f} s are booked, but Ray held "
+        f"The ledger does not add up: it has {found['booked']:,.1f} s of actors, but Ray saw "
         f"{found['held']:,.1f} s ({found['difference']:.1%} apart)."
     )
 

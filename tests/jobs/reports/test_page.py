@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from jobs.reports.command import page_at_the_end
-from jobs.reports.findings import Example, Findings, SlowRow, gather
+from jobs.reports.findings import FailedRow, Findings, SlowRow, gather
 from jobs.reports.page import headline, job_page, write_page
 from jobs.reports.timeline import timeline
 from pipeline.commit import manifest
@@ -121,7 +121,7 @@ def test_names_that_hold_markup_are_text_in_charts_too(findings: Findings) -> No
             for actor in findings.actors
         ],
         reliability={("all", ""): bins, ("input", HOSTILE): bins, ("input", "b"): bins},
-        errors={HOSTILE: [Example(HOSTILE, HOSTILE, HOSTILE)]},
+        errors={HOSTILE: [FailedRow(HOSTILE, HOSTILE, HOSTILE)]},
         slowest=[SlowRow(HOSTILE, 1.0, 1, 1, 1, HOSTILE, HOSTILE)],
         summary={
             **findings.summary,
