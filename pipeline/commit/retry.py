@@ -1,9 +1,13 @@
 """Trying failed rows again, alone (`--only-failed`): a unit's files get a new generation.
 
-The rows that a unit's completions file lacks are generated again. What comes out is put together
-with the rows that are there, and the whole replaces the completions file in one atomic step, if the
-file still is the one that the new rows were made for (`Folder.replace`). See
-`pipeline.commit.sink`.
+The rows that a unit's completions file lacks are generated again and joined with the rows that are
+there. The whole replaces the completions file in one atomic step, if that still is the file that
+the new rows were made for (`Folder.replace`). Of two attempts one wins, and a straggler of an
+earlier retry cannot undo a later one.
+
+Errors and trace of the new generation are written before it, under new names, since these hold a
+checksum of the content; errors that it supersedes are copied to the history. A reader who opens the
+completions file once sees the old generation or the new one, each complete.
 """
 
 from __future__ import annotations
