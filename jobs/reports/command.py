@@ -166,18 +166,18 @@ def _write_job_page(url: str, s3: S3Config, prices: Prices | None, html: str) ->
 def _compare(
     outputs: list[str], s3: S3Config, prices: Prices | None, as_json: bool, html: str | None
 ) -> None:
-    from jobs.reports.compare import JobPair, page, render
+    from jobs.reports.compare import JobComparison, page, render
     from jobs.reports.history import read_job
 
     if len(outputs) != 2:
         raise UserError(f"--compare: give two outputs, got {len(outputs)}")
-    pair = JobPair(*(read_job(url, s3, prices) for url in outputs))
+    comparison = JobComparison(*(read_job(url, s3, prices) for url in outputs))
     if html is not None:
-        _save(Path(html or "compare.html"), page(pair))
+        _save(Path(html or "compare.html"), page(comparison))
     elif as_json:
-        print(json.dumps(pair.to_json()))
+        print(json.dumps(comparison.to_json()))
     else:
-        out.print(render(pair))
+        out.print(render(comparison))
 
 
 def _trend(

@@ -35,7 +35,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class JobPair:
+class JobComparison:
     """Two jobs; ratios are b / a."""
 
     a: ReportedJob
@@ -130,27 +130,27 @@ def _at(data: Mapping[str, Any], path: list[str]) -> Any:
     return found
 
 
-def render(pair: JobPair) -> RenderableType:
+def render(comparison: JobComparison) -> RenderableType:
     """Both jobs as tables for the terminal."""
     styles = {"good": "green", "bad": "red", "": ""}
     figures = _table("", "A", "B", "B / A")
-    for line in pair.lines():
+    for line in comparison.lines():
         ratio = f"[{styles[line.verdict]}]{line.ratio_text}[/]" if line.verdict else line.ratio_text
         figures.add_row(line.label, line.a, line.b, ratio)
     phases = _table("s per 1,000 tokens", "A", "B", "B / A")
-    for line in pair.state_lines():
+    for line in comparison.state_lines():
         phases.add_row(line.label, line.a, line.b, line.ratio_text)
     parts: list[RenderableType] = [
-        f"A  {escape(pair.a.url)}",
-        f"B  {escape(pair.b.url)}",
+        f"A  {escape(comparison.a.url)}",
+        f"B  {escape(comparison.b.url)}",
         "",
         figures,
         "",
         phases,
     ]
-    if caution := pair.caution():
+    if caution := comparison.caution():
         parts += ["", f"[yellow]{caution}[/]"]
-    if settings := pair.settings():
+    if settings := comparison.settings():
         table = Table("setting", "A", "B", box=None, padding=(0, 2), header_style="bold")
         for row in settings:
             table.add_row(*map(escape, row))
@@ -165,9 +165,9 @@ def _table(*names: str) -> Table:
     return table
 
 
-def page(pair: JobPair) -> str:
+def page(comparison: JobComparison) -> str:
     """Both jobs as an HTML page."""
-    jobs = {"A": pair.a, "B": pair.b}
+    jobs = {"A": comparison.a, "B": comparison.b}
     drawings = [
         charts.by_actor(
             "Time for a thousand output tokens",
@@ -178,4 +178,8 @@ def page(pair: JobPair) -> str:
     positions = {name: job.summary.get("positions") or [] for name, job in jobs.items()}
     if any(positions.values()):
         drawings.append(charts.acceptance_lines(positions))
-    return environment().get_template("compare.html").render(pair=pair, jobs=jobs, charts=drawings)
+    return (
+        environment()
+        .get_template("compare.html")
+        .render(comparison=comparison, jobs=jobs, charts=drawings)
+    )

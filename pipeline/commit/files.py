@@ -67,7 +67,9 @@ def unit_files(
 
     failed = errors_table(rows, outcomes)
     errors = attach(layout.ERRORS, failed) if failed.num_rows else None
-    trace = token_text and attach(layout.TRACE, trace_table(rows, outcomes, token_text))
+    trace = None
+    if token_text is not None:
+        trace = attach(layout.TRACE, trace_table(rows, outcomes, token_text))
     record = UnitRecord.of_attempt(
         unit,
         outcomes,
