@@ -69,6 +69,8 @@ _STYLE: Any = {  # matplotlib types its keys one by one
     "legend.columnspacing": 1.2,
 }
 _MOST_LINES = 8
+"""Lines in one chart: as many as there are colours, and as eyes can tell apart."""
+
 _FEW = 30
 """Fewer candidates than this say little about a position."""
 

@@ -28,9 +28,16 @@ from pipeline.storage.folder import Folder
 from specdec.measure.speedup import Rounds, SpeedupMeter
 
 _EXCERPT = 240
+"""Characters of a prompt or a completion on a page."""
+
 _EXAMPLES = 3
+"""Failed rows of each error class on a page."""
+
 _SLOWEST = 10
+"""Slow rows on a page. More than a footer keeps of its unit (`record`) would leave some out."""
+
 _CLASSES = 12
+"""Error classes that have examples; the others have a count alone."""
 
 
 @dataclass(frozen=True)

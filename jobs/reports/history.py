@@ -19,8 +19,10 @@ from pipeline.errors import UserError
 from pipeline.storage.folder import Folder, check_access, is_s3, resolved
 
 _THREADS = 16
+"""Jobs read at once: on S3 each is a few small files, and mostly waiting."""
+
 _DEPTH = 5
-"""How far below a given folder jobs are looked for."""
+"""How far below a given folder jobs are looked for. Each level more lists all folders of it."""
 
 
 @dataclass(frozen=True)

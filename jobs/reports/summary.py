@@ -21,6 +21,7 @@ from pipeline.config.job import S3Config
 from pipeline.config.prices import Prices
 
 _INPUTS_SHOWN = 10
+"""Input files in the terminal's table of calibration; the rest are in `stats/`."""
 
 
 def read_summary(

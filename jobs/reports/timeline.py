@@ -13,7 +13,12 @@ from specdec.request import Counts
 
 Array = NDArray[np.float64]
 
-_STEPS_PER_UNIT, _MOST_STEPS = 2, 60
+_STEPS_PER_UNIT = 2
+"""Steps of a timeline for each unit. More would draw detail that totals of units do not have."""
+
+_MOST_STEPS = 60
+"""Steps of a timeline: about as many as a chart of a phone's width can show."""
+
 _COUNTS = ("committed", "rounds", "verified", "accepted")
 
 

@@ -23,6 +23,7 @@ from pipeline.inputs.units import Unit
 from pipeline.storage.folder import Folder
 
 _THREADS = 16
+"""Files whose checksums are read at once. More would be faster on S3, and take more memory."""
 
 
 def finish(

@@ -27,8 +27,13 @@ _POLICY_SETTINGS = {
     "head": ("threshold", "k_min", "k_max", "estimator"),
     "goodput": ("k_max", "estimator"),
 }
+"""The settings of each policy that change results under `rejection`."""
+
 _SHOWN_CHARACTERS = 80
+"""Of a setting that differs, such as a template: a line of a terminal."""
+
 _PACKAGES = ("specbatch", "torch", "transformers", "ray", "pyarrow")
+"""What results depend on."""
 
 
 def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pipeline.inputs.units import FilePlan
 from pipeline.storage.folder import Folder
 
 _SHOWN = 5
+"""Changed files that a refusal names; the rest are counted."""
 
 
 @dataclass(frozen=True)

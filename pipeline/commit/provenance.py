@@ -7,7 +7,8 @@ import json
 import subprocess
 from pathlib import Path
 
-_PATIENCE = 10  # seconds for git
+_PATIENCE = 10
+"""Seconds that git may take. A repository on a network disk needs some; a job waits for no more."""
 
 
 def commits(job_folder: Path | None = None) -> dict[str, str | None]:

@@ -34,6 +34,7 @@ from pipeline.storage.folder import Folder
 from specdec.request import Counts
 
 _THREADS = 16
+"""Units whose failed rows are looked up at once, before anything starts."""
 
 
 def failed_units(output: Folder, units: Iterable[Unit]) -> list[Unit]:
