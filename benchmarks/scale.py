@@ -311,7 +311,7 @@ def resume(
             write_files(root, 10, units * unit_rows // 10)
             job = job_of(root, f"out-{shape}", unit_rows, actors=2)
             run_job(job)
-            (root / f"out-{shape}" / manifest.SUCCESS).unlink()
+            (root / f"out-{shape}" / "_SUCCESS").unlink()
             began = time.monotonic()
             planned = plan_job(job)
             manifest.committed(planned.output, planned.units)

@@ -34,7 +34,7 @@ def explain(
     """
     with explained():
         from pipeline.commit.manifest import open_output
-        from pipeline.commit.trace import read_rounds
+        from pipeline.outputs.rounds import read_rounds
 
         rounds = read_rounds(open_output(output, s3_options(endpoint, profile)), row)
         if not rounds:

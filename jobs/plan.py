@@ -197,16 +197,16 @@ def make_plan(planned: JobPlan, prices: Prices, count: int, seed: int, show: Sho
 
 
 def _done(planned: JobPlan, units: set[str], prices: Prices) -> Done:
-    from pipeline.commit import manifest
+    from pipeline.commit.footer import read_records
     from pipeline.observe.budget import spent
     from pipeline.observe.ledger import read_ledger
 
-    records = manifest.read_records(planned.output, units)
+    records = read_records(planned.output, units)
     before = spent(read_ledger(planned.output), prices)
     return Done(
         rows=sum(record.rows for record in records),
         units=len(records),
-        output_tokens=sum(record.output_tokens for record in records),
+        output_tokens=sum(record.results.output_tokens for record in records),
         dollars=before.dollars,
         hours=before.hours,
     )

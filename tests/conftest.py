@@ -258,6 +258,7 @@ def write_job_output(tiny_models: TinyModels, tmp_path: Path) -> Callable[..., s
         **sections: Any,
     ) -> str:
         from pipeline.commit import manifest
+        from pipeline.commit.files import parquet_bytes
         from pipeline.config.job import JobConfig
         from pipeline.storage.folder import open_folder
 
@@ -271,7 +272,7 @@ def write_job_output(tiny_models: TinyModels, tmp_path: Path) -> Callable[..., s
         folder = open_folder(job.output, job.s3)
         manifest.claim(folder, job, [], manifest.fingerprint(job, []))
         for unit, rows in units.items():
-            table = manifest.table_bytes(pa.Table.from_pylist(rows))
+            table = parquet_bytes(pa.Table.from_pylist(rows))
             folder.put(f"completions/{unit}.parquet", table)
         return job.output
 

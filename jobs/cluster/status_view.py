@@ -18,6 +18,7 @@ from jobs.cluster.client import ClusterJob
 from jobs.reports.cost import read_cost
 from jobs.terminal.amounts import money
 from jobs.terminal.display import duration
+from pipeline import layout
 from pipeline.commit import manifest
 from pipeline.commit.stats import summarise
 from pipeline.config.job import S3Config
@@ -111,7 +112,7 @@ def view_of_output(url: str, s3: S3Config) -> View:
         output=url,
         status=read_status(output),
         units=len(manifest.committed_ids(output)),
-        finished=output.read(manifest.SUCCESS) is not None,
+        finished=output.read(layout.SUCCESS) is not None,
         spent=spent.total if spent else None,
         currency=spent.currency if spent else "USD",
     )

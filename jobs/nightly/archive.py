@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.nightly.recipe import Recipe
-from pipeline.commit.manifest import table_bytes
+from pipeline.commit.files import parquet_bytes
 from pipeline.storage.folder import Folder, reach_folder
 
 CARD = "README.md"
@@ -186,7 +186,7 @@ class WorkFolder:
 
     def keep_table(self, name: str, table: pa.Table) -> pa.Table:
         """Write a table unless it is there; returns the one that is there."""
-        data = table_bytes(table)
+        data = parquet_bytes(table)
         if not self.folder.put_if_absent(name, data):
             data = self.folder.read(name) or data
         return pq.read_table(pa.BufferReader(data))

@@ -17,8 +17,10 @@ from jobs.nightly.filters import TextFilters
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.seeds import Picked, Prompt, Templates, TurnError
 from jobs.reports.summary import read_summary
+from pipeline import layout
 from pipeline.commit import manifest
-from pipeline.commit.stats import UnitRecord
+from pipeline.commit.footer import read_records
+from pipeline.commit.record import UnitRecord
 from pipeline.config.job import JobConfig
 from pipeline.inputs.prompts import row_seed
 from pipeline.inputs.row_ids import ROW_ID
@@ -223,7 +225,7 @@ def _turn_job(job: JobConfig, recipe: Recipe, work: WorkFolder, turn: int) -> Jo
 
 def _book(result: Generated, done: JobResult, output: Folder) -> None:
     result.units_run += done.units_run
-    result.records += manifest.read_records(output, manifest.committed_ids(output))
+    result.records += read_records(output, manifest.committed_ids(output))
     result.lost.update(done.summary["errors_by_class"])
     summary, _ = read_summary(output.url, output.s3)  # with what the ledger says of its cost
     result.costs.append(summary["cost"])
@@ -232,7 +234,7 @@ def _book(result: Generated, done: JobResult, output: Folder) -> None:
 def _answered(asked: dict[str, Conversation], output: Folder, turn: int) -> Iterator[Conversation]:
     """The conversations that got a completion, with it, in the order of the turn's input."""
     for unit in sorted(manifest.committed_ids(output)):
-        with output.open(f"completions/{unit}.parquet") as file:
+        with output.open(layout.completions(unit)) as file:
             table = pq.read_table(file, columns=list(_READ))
         for row in table.to_pylist():
             sample = row[ROW_ID].rpartition(":")[2]

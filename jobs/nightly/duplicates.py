@@ -21,7 +21,7 @@ from datasketch import MinHash, MinHashLSH
 from jobs.nightly.archive import ROOT, Archive, Night
 from jobs.nightly.filter_settings import DuplicatesFilter
 from jobs.nightly.filters import EXACT, NEAR, words
-from pipeline.commit.manifest import table_bytes
+from pipeline.commit.files import parquet_bytes
 
 _SCHEME = "affine32"  # datasketch's; signatures of another are not comparable
 _LSH_WEIGHTS = (0.1, 0.9)
@@ -127,7 +127,7 @@ class DuplicateIndex:
             table = archive.table(name) if data is not None else None
             if table is None or (table.schema.metadata or {}).get(_SETTINGS) != self._settings:
                 table = self._rebuilt(archive, night)
-                archive.folder.put(name, table_bytes(table))
+                archive.folder.put(name, parquet_bytes(table))
             for key, signature in zip(
                 table["exact"].to_pylist(), table["signature"].to_pylist(), strict=True
             ):

@@ -20,7 +20,7 @@ from jobs.nightly.conversations import MESSAGE, Conversation
 from jobs.nightly.duplicates import DuplicateIndex, index_name
 from jobs.nightly.recipe import Recipe, SplitConfig
 from jobs.nightly.seeds import Prompt
-from pipeline.commit.manifest import table_bytes
+from pipeline.commit.files import parquet_bytes
 from pipeline.errors import UserError
 
 SPLITS = ("train", "validation")
@@ -142,7 +142,7 @@ def make_partition(
     for split, rows in by_split.items():
         for number, start in enumerate(range(0, len(rows), _FILE_ROWS)):
             part = rows[start : start + _FILE_ROWS]
-            data = table_bytes(pa.Table.from_pylist(part, schema=schema))
+            data = parquet_bytes(pa.Table.from_pylist(part, schema=schema))
             files.append((f"{split}-{number:05d}.parquet", split, len(part), data))
     counts = {split: len(rows) for split, rows in by_split.items()}
     return Partition(date, files, counts, by_split["train"][:2])
@@ -191,9 +191,9 @@ def commit(
     if archive.night(night.date) is not None:
         return False
     folder = archive.folder
-    folder.put(f"{ROOT}/used/{night.date}.parquet", table_bytes(used_table(prompts)))
+    folder.put(f"{ROOT}/used/{night.date}.parquet", parquet_bytes(used_table(prompts)))
     if duplicates is not None:
-        folder.put(index_name(night.date), table_bytes(duplicates.table()))
+        folder.put(index_name(night.date), parquet_bytes(duplicates.table()))
     _place(archive, partition)
     return folder.put_if_absent(f"{NIGHTS}/{night.date}.json", night.to_json())
 

@@ -28,7 +28,7 @@ _INK = "#010203"
 
 _COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#06b6d4", "#ec4899", "#84cc16")
 _GREY = "#9ca3af"
-PHASE_COLOURS = {
+STATE_COLOURS = {
     "verify": "#3b82f6",
     "draft": "#10b981",
     "prefill": "#8b5cf6",
@@ -69,6 +69,8 @@ _STYLE: Any = {  # matplotlib types its keys one by one
     "legend.columnspacing": 1.2,
 }
 _MOST_LINES = 8
+"""Lines in one chart: as many as there are colours, and as eyes can tell apart."""
+
 _FEW = 30
 """Fewer candidates than this say little about a position."""
 
@@ -134,7 +136,7 @@ def shares(title: str, seconds: Mapping[str, float], unit: str = "s") -> Chart:
     with _Drawing(0.7 + 0.28 * len(parts)) as drawing:
         axes = drawing.axes
         names, values = [name for name, _ in parts], [value / whole for _, value in parts]
-        colours = [PHASE_COLOURS.get(name, _GREY) for name in names]
+        colours = [STATE_COLOURS.get(name, _GREY) for name in names]
         bars = axes.barh(names, [100 * value for value in values], color=colours)
         figures = [f"{amount(value, unit)} · {value / whole:.1%}" for _, value in parts]
         axes.bar_label(bars, figures, padding=3, fontsize=10.5)
@@ -156,11 +158,12 @@ def by_actor(title: str, actors: Mapping[str, Mapping[str, float]], xlabel: str)
         left = np.zeros(len(shown))
         for part in parts:
             values = np.array([spent.get(part, 0.0) for _, spent in shown])
-            axes.barh(names, values, left=left, color=PHASE_COLOURS.get(part, _GREY), label=part)
+            axes.barh(names, values, left=left, color=STATE_COLOURS.get(part, _GREY), label=part)
             left += values
         axes.set(xlabel=xlabel)
         axes.grid(axis="y", visible=False)
-        drawing.figure.legend(loc="outside upper left", ncols=4)
+        if parts:
+            drawing.figure.legend(loc="outside upper left", ncols=4)
         more = len(actors) - len(shown)
         return drawing.chart(title, f"{more:,} more actors are not drawn." if more else "")
 
@@ -292,7 +295,7 @@ def over_time(
             axes.axvline(pause / scale, color=_GREY, linestyle=":", linewidth=1)
         top = np.nanmax(values, initial=least)
         axes.set(
-            ylim=(least, least + 1.08 * (top - least) or least + 1),
+            ylim=(least, least + 1.08 * (top - least) if top > least else least + 1),
             xlabel=f"working time, {unit}",
             ylabel=ylabel,
         )
@@ -322,7 +325,7 @@ def reliability(title: str, curves: Mapping[str, Sequence[Sequence[float]]]) -> 
             bins = np.array([row for row in rows if row[0] > 0]).reshape(-1, 3)
             predicted, accepted = bins[:, 1] / bins[:, 0], bins[:, 2] / bins[:, 0]
             axes.plot(predicted, accepted, color=colour, linewidth=1.2, label=_tail(name))
-            sizes = 6 + 60 * bins[:, 0] / max(bins[:, 0].max(), 1)
+            sizes = 6 + 60 * bins[:, 0] / bins[:, 0].max(initial=1)
             axes.scatter(predicted, accepted, s=sizes, color=colour, alpha=0.8)
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="predicted acceptance", ylabel="observed")
         if len(curves) > 1:

@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 
 from jobs.job_file import load_prices, s3_options
 from jobs.terminal.console import err, explained, out
+from pipeline import layout
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.config.prices import Prices
 from pipeline.errors import JobStopped, UserError
@@ -34,9 +35,6 @@ class ReportCommand(TyperCommand):
 
 
 _PAGES = (".html", ".htm")
-
-PAGE = "_specbatch/report.html"
-"""Where a job's own page is, in its output folder."""
 
 
 def report(
@@ -118,7 +116,7 @@ def page_at_the_end(job: JobConfig) -> Iterator[None]:
 
 def page_of(job: JobConfig) -> str:
     """Where a job's page is."""
-    return f"{job.output.rstrip('/')}/{PAGE}"
+    return f"{job.output.rstrip('/')}/{layout.REPORT}"
 
 
 def _try_page(job: JobConfig) -> None:
@@ -163,12 +161,12 @@ def _write_job_page(url: str, s3: S3Config, prices: Prices | None, html: str) ->
 def _compare(
     outputs: list[str], s3: S3Config, prices: Prices | None, as_json: bool, html: str | None
 ) -> None:
-    from jobs.reports.compare import Comparison, page, render
+    from jobs.reports.compare import JobComparison, page, render
     from jobs.reports.history import read_job
 
     if len(outputs) != 2:
         raise UserError(f"--compare: give two outputs, got {len(outputs)}")
-    comparison = Comparison(*(read_job(url, s3, prices) for url in outputs))
+    comparison = JobComparison(*(read_job(url, s3, prices) for url in outputs))
     if html is not None:
         _save(Path(html or "compare.html"), page(comparison))
     elif as_json:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.reports import charts
-from jobs.reports.history import FIGURES, PastJob
+from jobs.reports.history import FIGURES, ReportedJob
 from jobs.reports.page import environment
 
 _APART = {"name", "output", "s3"}
@@ -35,11 +35,11 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class JobComparison:
     """Two jobs; ratios are b / a."""
 
-    a: PastJob
-    b: PastJob
+    a: ReportedJob
+    b: ReportedJob
 
     def lines(self) -> Iterator[Line]:
         """The figures that either job has."""
@@ -53,7 +53,7 @@ class Comparison:
                 verdict = "good" if (ratio > 1) == (figure.more_is == "better") else "bad"
             yield Line(figure.label, figure.text(self.a), figure.text(self.b), ratio, verdict)
 
-    def phase_lines(self) -> Iterator[Line]:
+    def state_lines(self) -> Iterator[Line]:
         """Seconds by state for a thousand output tokens: comparable for any amount of work."""
         a, b = (per_thousand_tokens(job) for job in (self.a, self.b))
         for state in sorted(a.keys() | b.keys(), key=lambda s: -(a.get(s, 0.0) + b.get(s, 0.0))):
@@ -105,7 +105,7 @@ class Comparison:
         return b / a if a and b is not None and a > 0 else None
 
 
-def per_thousand_tokens(job: PastJob) -> dict[str, float]:
+def per_thousand_tokens(job: ReportedJob) -> dict[str, float]:
     """Seconds by state that a thousand output tokens took."""
     cost = job.summary["cost"] or {}
     seconds = cost.get("seconds_by_state") or job.summary["phase_seconds"]
@@ -130,7 +130,7 @@ def _at(data: Mapping[str, Any], path: list[str]) -> Any:
     return found
 
 
-def render(comparison: Comparison) -> RenderableType:
+def render(comparison: JobComparison) -> RenderableType:
     """Both jobs as tables for the terminal."""
     styles = {"good": "green", "bad": "red", "": ""}
     figures = _table("", "A", "B", "B / A")
@@ -138,7 +138,7 @@ def render(comparison: Comparison) -> RenderableType:
         ratio = f"[{styles[line.verdict]}]{line.ratio_text}[/]" if line.verdict else line.ratio_text
         figures.add_row(line.label, line.a, line.b, ratio)
     phases = _table("s per 1,000 tokens", "A", "B", "B / A")
-    for line in comparison.phase_lines():
+    for line in comparison.state_lines():
         phases.add_row(line.label, line.a, line.b, line.ratio_text)
     parts: list[RenderableType] = [
         f"A  {escape(comparison.a.url)}",
@@ -165,7 +165,7 @@ def _table(*names: str) -> Table:
     return table
 
 
-def page(comparison: Comparison) -> str:
+def page(comparison: JobComparison) -> str:
     """Both jobs as an HTML page."""
     jobs = {"A": comparison.a, "B": comparison.b}
     drawings = [

@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from pipeline.commit.stats import UnitRecord, parts
+from pipeline import layout
+from pipeline.commit.record import UnitRecord, parts
 from pipeline.config.prices import Prices, price
 from pipeline.errors import UserError
 from pipeline.observe.ledger import WORK, Account, Reconciliation, Run, read_ledger, reconcile
@@ -46,7 +47,7 @@ was killed, preempted, or another attempt was faster.
 
 
 @dataclass(frozen=True)
-class HolderCost:
+class ProcessCost:
     """One process that held resources: an actor, or an actor's life between two restarts.
 
     Attributes:
@@ -134,7 +135,7 @@ class Cost:
     seconds_held: float
     seconds_by_state: dict[str, float]
     cost_by_state: dict[str, float] | None
-    by_actor: list[HolderCost]
+    by_actor: list[ProcessCost]
     by_run: list[RunCost]
     price_source: str
     unpriced: list[str] = field(default_factory=list)
@@ -153,12 +154,14 @@ Committed = Mapping[str, Mapping[str, float]]
 
 def committed_seconds(records: Iterable[UnitRecord]) -> Committed:
     """What the committed units took, from their records."""
-    return _by_worker((p.worker, p.phase_seconds) for record in records for p in parts(record))
+    return _by_worker(
+        (part.actor.worker, part.work.phase_seconds) for each in records for part in parts(each)
+    )
 
 
 def committed_seconds_of(output: Folder) -> Committed:
     """The same of a finished job, from its `stats/`."""
-    data = output.read("stats/units.parquet")
+    data = output.read(layout.stats("units"))
     table = pq.read_table(io.BytesIO(data)) if data else None
     if table is None or "worker" not in table.column_names:
         return {}
@@ -254,7 +257,7 @@ def cost_of(
     )
 
 
-def _holder(run: Run, account: Account, committed: Committed, prices: Prices) -> HolderCost:
+def _holder(run: Run, account: Account, committed: Committed, prices: Prices) -> ProcessCost:
     """What one process cost, with its work on units that it did not commit as lost."""
     priced = price(account.hardware, prices)
     held = account.booked if account.held is None else account.held
@@ -264,7 +267,7 @@ def _holder(run: Run, account: Account, committed: Committed, prices: Prices) ->
             lost = max(0.0, seconds.get(state, 0.0) - kept.get(state, 0.0))
             seconds[state] = seconds.get(state, 0.0) - lost
             seconds["lost"] = seconds.get("lost", 0.0) + lost
-    return HolderCost(
+    return ProcessCost(
         run=run.run,
         actor=account.actor,
         node=account.node,
@@ -289,7 +292,7 @@ def _end(run: Run, account: Account) -> str:
     return run.end or "unknown"
 
 
-def _saved(holders: Iterable[HolderCost], speedup: float | None) -> float | None:
+def _saved(holders: Iterable[ProcessCost], speedup: float | None) -> float | None:
     """Money that the committed rounds would have cost more without speculation.
 
     Measuring what forwards cost serves speculation alone, so it is taken off; rounds that ran

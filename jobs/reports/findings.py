@@ -14,8 +14,11 @@ import pyarrow.parquet as pq
 
 from jobs.reports.summary import read_summary
 from jobs.reports.timeline import Timeline, timeline
+from pipeline import layout
 from pipeline.commit import manifest
-from pipeline.commit.stats import UnitRecord, parts, reliability, summarise
+from pipeline.commit.footer import read_records
+from pipeline.commit.record import UnitRecord, parts
+from pipeline.commit.stats import reliability, summarise
 from pipeline.config.job import InputConfig, S3Config
 from pipeline.config.prices import Prices
 from pipeline.inputs.jsonl import RAW_LINE
@@ -25,13 +28,20 @@ from pipeline.storage.folder import Folder
 from specdec.measure.speedup import RoundSums, SpeedupMeter
 
 _EXCERPT = 240
+"""Characters of a prompt or a completion on a page."""
+
 _EXAMPLES = 3
+"""Failed rows of each error class on a page."""
+
 _SLOWEST = 10
+"""Slow rows on a page. More than a footer keeps of its unit (`record`) would leave some out."""
+
 _CLASSES = 12
+"""Error classes that have examples; the others have a count alone."""
 
 
 @dataclass(frozen=True)
-class Example:
+class FailedRow:
     """A failed row: its id, what was wrong with it, and the beginning of its prompt."""
 
     row_id: str
@@ -84,7 +94,7 @@ class Findings:
     reliability: Mapping[tuple[str, str], list[list[float]]]
     rounds: Mapping[int, int]
     speeds: Sequence[tuple[int, float | None, float | None]]
-    errors: Mapping[str, list[Example]]
+    errors: Mapping[str, list[FailedRow]]
     slowest: Sequence[SlowRow]
 
 
@@ -101,9 +111,9 @@ def gather(url: str, s3: S3Config, prices: Prices | None = None) -> Findings:
     """
     summary, finished = read_summary(url, s3, prices)
     output = manifest.open_output(url, s3)
-    job = json.loads(output.read(manifest.JOB) or b"{}")
-    done = json.loads(output.read(manifest.MANIFEST) or b"{}") if finished else {}
-    units = manifest.read_records(output, manifest.committed_ids(output))
+    job = json.loads(output.read(layout.JOB) or b"{}")
+    done = json.loads(output.read(layout.MANIFEST) or b"{}") if finished else {}
+    units = read_records(output, manifest.committed_ids(output))
     records = [part for unit in units for part in parts(unit)]
     prompt = InputConfig.model_validate(job["config"]["input"])
     return Findings(
@@ -126,9 +136,9 @@ def gather(url: str, s3: S3Config, prices: Prices | None = None) -> Findings:
 def _actors(records: Sequence[UnitRecord]) -> list[dict[str, Any]]:
     by_actor: dict[str, list[UnitRecord]] = {}
     for record in records:
-        by_actor.setdefault(record.actor, []).append(record)
+        by_actor.setdefault(record.actor.id, []).append(record)
     actors = [
-        {"actor": actor, "node": mine[0].node, **summarise(mine)}
+        {"actor": actor, "node": mine[0].actor.node, **summarise(mine)}
         for actor, mine in by_actor.items()
     ]
     return sorted(actors, key=lambda actor: -actor["output_tokens"])
@@ -137,7 +147,7 @@ def _actors(records: Sequence[UnitRecord]) -> list[dict[str, Any]]:
 def _rounds(records: Iterable[UnitRecord]) -> dict[int, int]:
     rounds = Counter[int]()
     for record in records:
-        for verified, _, n in record.outcomes:
+        for verified, _, n in record.work.rounds:
             rounds[verified] += n
     return dict(rounds)
 
@@ -145,8 +155,8 @@ def _rounds(records: Iterable[UnitRecord]) -> dict[int, int]:
 def _speeds(records: Iterable[UnitRecord]) -> list[tuple[int, float | None, float | None]]:
     meter = SpeedupMeter()
     for record in records:
-        if record.speedup is not None:
-            meter.add(SpeedupMeter.from_json(record.speedup))
+        if record.work.speedup is not None:
+            meter.add(SpeedupMeter.from_json(record.work.speedup))
 
     def speed(rounds: RoundSums | None) -> float | None:
         return rounds.k / rounds.t if rounds is not None and rounds.t > 0 else None
@@ -162,34 +172,34 @@ def _speeds(records: Iterable[UnitRecord]) -> list[tuple[int, float | None, floa
 
 def _examples(
     output: Folder, records: Iterable[UnitRecord], prompt: InputConfig
-) -> dict[str, list[Example]]:
+) -> dict[str, list[FailedRow]]:
     """A few failed rows of each class, from as few files as have them."""
-    found: dict[str, list[Example]] = {}
+    found: dict[str, list[FailedRow]] = {}
     for record in records:
         lacking = [
             name
-            for name in record.errors
+            for name in record.results.errors
             if len(found.get(name, ())) < _EXAMPLES and (name in found or len(found) < _CLASSES)
         ]
-        if not lacking or record.errors_file is None:
+        if not lacking or record.files.errors is None:
             continue
-        table = _read(output, f"errors/{record.errors_file}", prompt, "error_class", RAW_LINE)
+        table = _read(output, record.files.errors.name, prompt, "error_class", RAW_LINE)
         for row in table.to_pylist():
             mine = found.setdefault(row["error_class"], [])
             if len(mine) < _EXAMPLES:
                 text = row.get(RAW_LINE) or prompt_text(prompt, row)
                 message = _excerpt(row["error_message"] or "")
-                mine.append(Example(row[ROW_ID], message, _excerpt(text)))
+                mine.append(FailedRow(row[ROW_ID], message, _excerpt(text)))
     return found
 
 
 def _slowest(output: Folder, records: Iterable[UnitRecord], prompt: InputConfig) -> list[SlowRow]:
     all_rows = [
-        (seconds, row, record.unit) for record in records for row, seconds in record.slowest
+        (seconds, row, record.unit) for record in records for row, seconds in record.results.slowest
     ]
     found = []
     for seconds, name, unit in sorted(all_rows, reverse=True)[:_SLOWEST]:
-        table = _read(output, f"completions/{unit}.parquet", prompt, "completion")
+        table = _read(output, layout.completions(unit), prompt, "completion")
         for row in table.filter(pc.equal(table[ROW_ID], name)).to_pylist():
             found.append(
                 SlowRow(

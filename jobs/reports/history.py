@@ -1,4 +1,4 @@
-"""Jobs of the past as lines of figures, to be set side by side or in a row by date."""
+"""Jobs as lines of figures, to be set side by side or in a row by date."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from jobs.reports.summary import read_summary
 from jobs.terminal.amounts import money, number
+from pipeline import layout
 from pipeline.commit import manifest
 from pipeline.config.job import S3Config
 from pipeline.config.prices import Prices
@@ -18,12 +19,14 @@ from pipeline.errors import UserError
 from pipeline.storage.folder import Folder, reach_folder
 
 _THREADS = 16
+"""Jobs read at once: on S3 each is a few small files, and mostly waiting."""
+
 _DEPTH = 5
-"""How far below a given folder jobs are looked for."""
+"""How far below a given folder jobs are looked for. Each level more lists all folders of it."""
 
 
 @dataclass(frozen=True)
-class PastJob:
+class ReportedJob:
     """A job, as far as it is committed.
 
     Attributes:
@@ -78,10 +81,10 @@ class JobFigure:
     key: str
     label: str
     form: str
-    of: Callable[[PastJob], float | None]
+    of: Callable[[ReportedJob], float | None]
     more_is: str = ""
 
-    def text(self, job: PastJob) -> str:
+    def text(self, job: ReportedJob) -> str:
         """The job's figure, as people read it."""
         value = self.of(job)
         if self.form == "money":
@@ -89,11 +92,11 @@ class JobFigure:
         return number(value, self.form)
 
 
-def _summed(key: str) -> Callable[[PastJob], float | None]:
+def _summed(key: str) -> Callable[[ReportedJob], float | None]:
     return lambda job: job.summary.get(key)
 
 
-def _costing(key: str) -> Callable[[PastJob], float | None]:
+def _costing(key: str) -> Callable[[ReportedJob], float | None]:
     return lambda job: job.summary["cost"].get(key) if job.summary["cost"] else None
 
 
@@ -126,7 +129,7 @@ FIGURES = (
 """What is compared between jobs."""
 
 
-def read_job(url: str, s3: S3Config, prices: Prices | None = None) -> PastJob:
+def read_job(url: str, s3: S3Config, prices: Prices | None = None) -> ReportedJob:
     """The job in a folder.
 
     Raises:
@@ -134,15 +137,15 @@ def read_job(url: str, s3: S3Config, prices: Prices | None = None) -> PastJob:
     """
     summary, finished = read_summary(url, s3, prices)
     output = manifest.open_output(url, s3)
-    job = json.loads(output.read(manifest.JOB) or b"{}")
-    done = json.loads(output.read(manifest.MANIFEST) or b"{}") if finished else {}
+    job = json.loads(output.read(layout.JOB) or b"{}")
+    done = json.loads(output.read(layout.MANIFEST) or b"{}") if finished else {}
     date = datetime.fromisoformat(done.get("finished") or job["created"])
-    return PastJob(
+    return ReportedJob(
         url, job["name"], date, finished, summary, job.get("config", {}), job.get("fingerprint", {})
     )
 
 
-def find_jobs(urls: Sequence[str], s3: S3Config, prices: Prices | None = None) -> list[PastJob]:
+def find_jobs(urls: Sequence[str], s3: S3Config, prices: Prices | None = None) -> list[ReportedJob]:
     """The jobs in folders or below them, by date.
 
     Raises:
@@ -163,7 +166,7 @@ def _outputs(url: str, s3: S3Config) -> list[str]:
 
 
 def _below(folder: Folder, depth: int) -> Iterator[str]:
-    if folder.read(manifest.JOB) is not None:
+    if folder.read(layout.JOB) is not None:
         yield folder.url
     elif depth:
         for name in (name for name in folder.folders() if not name.startswith(".")):

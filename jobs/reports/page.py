@@ -13,9 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from jobs.reports import charts
 from jobs.reports.charts import Chart
-from jobs.reports.command import PAGE
 from jobs.reports.findings import Findings, gather
 from jobs.terminal.amounts import amount, moment, money, number, percent, short
+from pipeline import layout
 from pipeline.commit import manifest
 from pipeline.config.job import S3Config
 from pipeline.config.prices import Prices
@@ -29,7 +29,7 @@ _OVER_TIME = (
 
 
 @dataclass(frozen=True)
-class Figure:
+class Headline:
     """A headline number: what it is, how much, what belongs to it, and whether it is bad news."""
 
     label: str
@@ -39,7 +39,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Spent:
+class StateShare:
     """A state of actors: the seconds and the money that went into it, as text, and its share."""
 
     state: str
@@ -56,8 +56,8 @@ def write_page(url: str, s3: S3Config, prices: Prices | None = None) -> str:
     """
     page = job_page(gather(url, s3, prices))
     output = manifest.open_output(url, s3)
-    output.put(PAGE, page.encode())
-    return output.join(PAGE)
+    output.put(layout.REPORT, page.encode())
+    return output.join(layout.REPORT)
 
 
 def environment() -> Environment:
@@ -84,8 +84,8 @@ def job_page(findings: Findings) -> str:
             summary=summary,
             cost=summary["cost"],
             headline=headline(summary),
-            spent=spent(summary),
-            spent_charts=_spent_charts(findings),
+            states=state_shares(summary),
+            state_charts=_state_charts(findings),
             speculation_charts=_speculation_charts(findings),
             calibration_charts=_calibration_charts(findings),
             actor_names=_actor_names(findings),
@@ -100,27 +100,27 @@ def job_page(findings: Findings) -> str:
 # --------------------------------------------------------------------- numbers
 
 
-def headline(summary: Mapping[str, Any]) -> list[Figure]:
+def headline(summary: Mapping[str, Any]) -> list[Headline]:
     """The numbers on top of a job's page."""
     rows, errors = summary["rows"], summary["errors"]
     error_share = errors / (rows + errors) if errors else 0.0
     figures = [
-        Figure("rows completed", f"{rows:,}", f"in {summary['units']:,} units"),
-        Figure(
+        Headline("rows completed", f"{rows:,}", f"in {summary['units']:,} units"),
+        Headline(
             "rows in errors", f"{errors:,}", f"{error_share:.2%}" if errors else "", bool(errors)
         ),
-        Figure(
+        Headline(
             "tokens per second",
             number(summary["tokens_per_second"], ",.1f"),
             f"{summary['output_tokens']:,} output, {summary['prompt_tokens']:,} prompt tokens",
         ),
         _speedup(summary),
-        Figure(
+        Headline(
             "acceptance rate",
             percent(summary["acceptance_rate"]),
             f"{summary['accepted']:,} of {summary['verified']:,} candidates",
         ),
-        Figure(
+        Headline(
             "block efficiency",
             number(summary["block_efficiency"]),
             "tokens per row and target forward",
@@ -129,42 +129,42 @@ def headline(summary: Mapping[str, Any]) -> list[Figure]:
     return figures + (_cost_figures(summary["cost"]) if summary["cost"] else [])
 
 
-def _speedup(summary: Mapping[str, Any]) -> Figure:
+def _speedup(summary: Mapping[str, Any]) -> Headline:
     if summary["speedup"] is None:
-        return Figure("speedup", "–", "too few control rounds" if summary["drafted"] else "")
+        return Headline("speedup", "–", "too few control rounds" if summary["drafted"] else "")
     low, high = summary["speedup_ci"]
     detail = f"95% interval {low:.2f}–{high:.2f}, {summary['speedup_controls']:,} control rounds"
     if high < 1:
         detail += "; slower than without: try policy goodput or none"
-    return Figure("measured speedup", f"{summary['speedup']:.2f}×", detail, high < 1)
+    return Headline("measured speedup", f"{summary['speedup']:.2f}×", detail, high < 1)
 
 
-def _cost_figures(cost: Mapping[str, Any]) -> list[Figure]:
+def _cost_figures(cost: Mapping[str, Any]) -> list[Headline]:
     in_money = partial(money, currency=cost["currency"])
 
     unpriced = f"no price for {', '.join(cost['unpriced'])}" if cost["unpriced"] else ""
-    held = amount(cost["seconds_held"], "s")
     runs = f" in {len(cost['by_run'])} runs" if len(cost["by_run"]) > 1 else ""
+    time = f"{amount(cost['seconds_held'], 's')} of actors{runs}"
     saved, interval = cost["saved"], cost["saved_ci"]
     detail = "the speedup was not measured"
     if saved is not None and interval:
         detail = f"against no speculation; 95% interval {' to '.join(map(in_money, interval))}"
     return [
-        Figure("cost of the job", in_money(cost["total"]), unpriced or f"{held} held{runs}"),
-        Figure("per million output tokens", in_money(cost["per_million_output_tokens"])),
-        Figure("per thousand rows", in_money(cost["per_thousand_rows"])),
-        Figure("saved", in_money(saved), detail, saved is not None and saved < 0),
+        Headline("cost of the job", in_money(cost["total"]), unpriced or time),
+        Headline("per million output tokens", in_money(cost["per_million_output_tokens"])),
+        Headline("per thousand rows", in_money(cost["per_thousand_rows"])),
+        Headline("saved", in_money(saved), detail, saved is not None and saved < 0),
     ]
 
 
-def spent(summary: Mapping[str, Any]) -> list[Spent]:
+def state_shares(summary: Mapping[str, Any]) -> list[StateShare]:
     """Seconds and money by state, the largest first."""
     cost = summary["cost"] or {}
     seconds = cost.get("seconds_by_state") or summary["phase_seconds"]
     prices = cost.get("cost_by_state") or {}
     whole = sum(seconds.values()) or 1.0
     return [
-        Spent(
+        StateShare(
             state,
             f"{value:,.1f}",
             f"{value / whole:.1%}",
@@ -183,7 +183,7 @@ def _actor_names(findings: Findings) -> dict[str, str]:
     return {each["actor"]: f"actor {i + 1}" for i, each in enumerate(findings.actors)}
 
 
-def _spent_charts(findings: Findings) -> list[Chart]:
+def _state_charts(findings: Findings) -> list[Chart]:
     cost, names = findings.summary["cost"] or {}, _actor_names(findings)
     seconds = cost.get("seconds_by_state") or findings.summary["phase_seconds"]
     if not seconds:
@@ -191,14 +191,14 @@ def _spent_charts(findings: Findings) -> list[Chart]:
     result = [charts.shares("Time by state", _positive(seconds))]
     if priced := cost.get("cost_by_state"):
         result.append(charts.shares("Money by state", _positive(priced), cost["currency"]))
-    spending = {names[a["actor"]]: _positive(a["phase_seconds"]) for a in findings.actors}
+    by_process = {names[a["actor"]]: _positive(a["phase_seconds"]) for a in findings.actors}
     if holders := cost.get("by_actor"):
-        spending = dict(_held(holders, names))
-    result.append(charts.by_actor("Time by actor", spending, "seconds"))
+        by_process = dict(_seconds_by_process(holders, names))
+    result.append(charts.by_actor("Time by actor", by_process, "seconds"))
     return result
 
 
-def _held(
+def _seconds_by_process(
     holders: Iterable[Mapping[str, Any]], names: Mapping[str, str]
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Every process that held resources, with its seconds by state; restarted actors by number."""

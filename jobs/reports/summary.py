@@ -13,12 +13,15 @@ from rich.table import Table
 
 from jobs.reports.cost import committed_seconds, committed_seconds_of, read_cost
 from jobs.terminal.amounts import money
+from pipeline import layout
 from pipeline.commit import manifest
+from pipeline.commit.footer import read_records
 from pipeline.commit.stats import summarise
 from pipeline.config.job import S3Config
 from pipeline.config.prices import Prices
 
 _INPUTS_SHOWN = 10
+"""Input files in the terminal's table of calibration; the rest are in `stats/`."""
 
 
 def read_summary(
@@ -35,12 +38,12 @@ def read_summary(
         UserError: there is no job in this folder.
     """
     output = manifest.open_output(url, s3)
-    if output.read(manifest.SUCCESS) is not None and (data := output.read(manifest.MANIFEST)):
+    if output.read(layout.SUCCESS) is not None and (data := output.read(layout.MANIFEST)):
         # An older version's summary lacks what it did not measure.
         summary, finished = {**summarise([]), **json.loads(data)["summary"]}, True
         committed = committed_seconds_of(output)
     else:
-        records = manifest.read_records(output, manifest.committed_ids(output))
+        records = read_records(output, manifest.committed_ids(output))
         summary, finished = summarise(records), False
         committed = committed_seconds(records)
     cost = read_cost(output, summary, committed, prices)
@@ -68,7 +71,7 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
         _add_cost(totals, cost)
     parts: list[RenderableType] = [totals]
     if seconds := cost["seconds_by_state"] if cost else summary["phase_seconds"]:
-        parts += ["", _phases(seconds, cost)]
+        parts += ["", _states(seconds, cost)]
     if cost and cost["reconciled"]["ok"] is False:
         parts += ["", f"[yellow]{_unreconciled(cost['reconciled'])}[/]"]
     if summary["calibration"]:
@@ -82,10 +85,10 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def _phases(seconds: Mapping[str, float], cost: Mapping[str, Any] | None) -> Table:
+def _states(seconds: Mapping[str, float], cost: Mapping[str, Any] | None) -> Table:
     """Where the time went and, if it is known, the money."""
     prices = cost["cost_by_state"] if cost else None
-    names = ["phase", "seconds", "share", *(["cost"] if prices else [])]
+    names = ["state", "seconds", "share", *(["cost"] if prices else [])]
     table = Table(*names, box=None, padding=(0, 2), header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -117,7 +120,7 @@ def _add_cost(totals: Table, cost: Mapping[str, Any]) -> None:
 
 def _unreconciled(found: Mapping[str, Any]) -> str:
     return (
-        f"The ledger does not add up: {found['booked']:,.1f} s are booked, but Ray held "
+        f"The ledger does not add up: it has {found['booked']:,.1f} s of actors, but Ray saw "
         f"{found['held']:,.1f} s ({found['difference']:.1%} apart)."
     )
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.commit.stats import UnitRecord
+from pipeline.commit.record import UnitRecord
+from specdec.request import Counts
 
 Array = NDArray[np.float64]
 
-_STEPS_PER_UNIT, _MOST_STEPS = 2, 60
+_STEPS_PER_UNIT = 2
+"""Steps of a timeline for each unit. More would draw detail that totals of units do not have."""
+
+_MOST_STEPS = 60
+"""Steps of a timeline: about as many as a chart of a phone's width can show."""
+
 _COUNTS = ("committed", "rounds", "verified", "accepted")
 
 
@@ -36,10 +42,10 @@ class Steps:
         """Steps in which nothing was done yet."""
         return Steps(seconds, *(np.zeros_like(seconds) for _ in _COUNTS))
 
-    def add(self, counts: Mapping[str, int], share: Array) -> None:
+    def add(self, counts: Counts, share: Array) -> None:
         """Add counts in place, spread over the steps by their shares."""
         for name in _COUNTS:
-            getattr(self, name)[:] += counts[name] * share
+            getattr(self, name)[:] += getattr(counts, name) * share
 
     @property
     def goodput(self) -> Array:
@@ -95,10 +101,10 @@ def timeline(records: Sequence[UnitRecord], least_pause: float = 60.0) -> Timeli
     length = np.diff(edges)
     everything, actors = Steps.of(length), dict[str, Steps]()
     for record in records:
-        begin, end = np.interp([record.started, record.finished], clock, working)
+        begin, end = np.interp([record.work.started, record.work.finished], clock, working)
         share = _shares(edges, float(begin), float(end))
-        for steps_of in (everything, actors.setdefault(record.actor, Steps.of(length))):
-            steps_of.add(record.counts, share)
+        for steps_of in (everything, actors.setdefault(record.actor.id, Steps.of(length))):
+            steps_of.add(record.results.counts, share)
     return Timeline(edges, everything, actors, pauses)
 
 
@@ -120,14 +126,14 @@ def _working_time(
     clock: list[float] = []
     working: list[float] = []
     pauses: list[float] = []
-    for record in sorted(records, key=lambda each: each.started):
-        if not clock or record.started > clock[-1]:
+    for work in sorted((record.work for record in records), key=lambda work: work.started):
+        if not clock or work.started > clock[-1]:
             so_far = working[-1] if working else 0.0
-            if clock and record.started - clock[-1] >= least_pause:
+            if clock and work.started - clock[-1] >= least_pause:
                 pauses.append(so_far)
-            clock.append(record.started)
+            clock.append(work.started)
             working.append(so_far)
-        if record.finished > clock[-1]:
-            working.append(working[-1] + record.finished - clock[-1])
-            clock.append(record.finished)
+        if work.finished > clock[-1]:
+            working.append(working[-1] + work.finished - clock[-1])
+            clock.append(work.finished)
     return np.array(clock), np.array(working), tuple(pauses)

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.reports import charts
-from jobs.reports.history import FIGURES, PastJob
+from jobs.reports.history import FIGURES, ReportedJob
 from jobs.reports.page import environment
 
 COLUMNS = (
@@ -28,7 +28,7 @@ _LEAST = {"block_efficiency": 1.0, "speedup": 1.0}
 TREND_FIGURES = tuple(next(f for f in FIGURES if f.key == key) for key in COLUMNS)
 
 
-def render(jobs: Sequence[PastJob]) -> Table:
+def render(jobs: Sequence[ReportedJob]) -> Table:
     """One line per job, the oldest first."""
     figures = [figure for figure in TREND_FIGURES if figure.key != "cost"]  # 80 columns are few
     labels = [_SHORT.get(figure.key, figure.label) for figure in figures]
@@ -55,7 +55,7 @@ _SHORT = {
 }
 
 
-def page(jobs: Sequence[PastJob]) -> str:
+def page(jobs: Sequence[ReportedJob]) -> str:
     """The nights as an HTML page."""
     drawings = []
     for figure in TREND_FIGURES:

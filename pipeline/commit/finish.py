@@ -10,16 +10,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline import layout
 from pipeline.commit import manifest
-from pipeline.commit.manifest import Inconsistent, NamedFile
+from pipeline.commit.files import parquet_bytes
+from pipeline.commit.footer import Inconsistent, read_records
 from pipeline.commit.provenance import commits
-from pipeline.commit.stats import UnitRecord, stats_tables, summarise
+from pipeline.commit.record import UnitFile, UnitRecord
+from pipeline.commit.stats import stats_tables, summarise
 from pipeline.config.job import JobConfig
 from pipeline.config.model_identity import digest
 from pipeline.inputs.units import Unit
 from pipeline.storage.folder import Folder
 
 _THREADS = 16
+"""Files whose checksums are read at once. More would be faster on S3, and take more memory."""
 
 
 def finish(
@@ -49,30 +53,29 @@ def finish(
     missing = {unit.id for unit in units} - manifest.committed(output, units)
     if missing:
         raise Inconsistent(f"{len(missing)} units were not committed, {min(missing)} among them")
-    records = manifest.read_records(output, [unit.id for unit in units])
-    record_of_job = json.loads(output.read(manifest.JOB) or b"{}")
+    records = read_records(output, [unit.id for unit in units])
+    record_of_job = json.loads(output.read(layout.JOB) or b"{}")
     digests = {digest(mark), *manifest.accepted_digests(record_of_job)}
     _reconcile(output, units, records, digests, job.sampling.n)
-    files: list[NamedFile]
-    files = [(f"completions/{r.unit}.parquet", r.completions, None) for r in records]
-    history: list[NamedFile] = []
+    files = [record.completions_file for record in records]
+    history: list[UnitFile] = []
     for record in records:
-        files += manifest.attached(record)
-        history += manifest.superseded(record)
+        files += record.files.there
+        history += record.superseded_files
     with ThreadPoolExecutor(_THREADS) as pool:
-        listed = list(pool.map(lambda file: _checked(output, checksums, *file), files))
-        kept = list(pool.map(lambda file: _checked(output, {}, *file), history))
+        listed = list(pool.map(lambda file: _checked(output, checksums, file), files))
+        kept = list(pool.map(lambda file: _checked(output, {}, file), history))
     # Written by attempts at units that other attempts committed.
-    named = {name for name, _, _ in (*files, *history)}
-    for folder in ("errors", "trace", manifest.HISTORY):
+    named = {file.name for file in (*files, *history)}
+    for folder in (layout.ERRORS, layout.TRACE, layout.HISTORY):
         for name in output.list(folder):
             if f"{folder}/{name}" not in named:
                 output.delete(f"{folder}/{name}")
     tables = []
     for name, table in stats_tables(records).items():
-        content = manifest.table_bytes(table)
-        output.put(f"stats/{name}.parquet", content)
-        tables.append(_entry(f"stats/{name}.parquet", table.num_rows, content))
+        content = parquet_bytes(table)
+        output.put(layout.stats(name), content)
+        tables.append(_entry(layout.stats(name), table.num_rows, content))
     summary = summarise(records)
     listing = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -81,7 +84,7 @@ def finish(
         "git": commits(job_folder),
         "config": job.model_dump(mode="json"),
         "rows_in": sum(unit.rows for unit in units),
-        "samples": sum(record.samples for record in records),
+        "samples": sum(record.results.samples for record in records),
         "rows_out": summary["rows"],
         "rows_in_errors": summary["errors"],
         "summary": summary,
@@ -89,8 +92,8 @@ def finish(
         "history": kept,
         "stats": tables,
     }
-    output.put(manifest.MANIFEST, json.dumps(listing, indent=1).encode())
-    output.put(manifest.SUCCESS, b"")
+    output.put(layout.MANIFEST, json.dumps(listing, indent=1).encode())
+    output.put(layout.SUCCESS, b"")
     output.clear_staging()
     return summary
 
@@ -108,29 +111,29 @@ def _reconcile(
     of their own: then only the actor that read them could count.
     """
     rows = {unit.id: unit.rows for unit in units}
-    error_files = set(output.list("errors"))
+    error_files = {f"{layout.ERRORS}/{name}" for name in output.list(layout.ERRORS)}
     for record in records:
         if record.job not in digests:
             raise Inconsistent(f"unit {record.unit} was committed by a job with other settings")
-        asked = record.samples if record.own_n else n * rows[record.unit]
-        found = record.completions + record.failed
-        if record.rows != rows[record.unit] or not record.samples == asked == found:
+        results, errors = record.results, record.files.errors
+        asked = results.samples if results.own_n else n * rows[record.unit]
+        found = results.completions + results.failed
+        if record.rows != rows[record.unit] or not results.samples == asked == found:
             raise Inconsistent(
                 f"unit {record.unit}: {rows[record.unit]} rows in, which ask for {asked} samples; "
-                f"{record.completions} completed, {record.failed} in errors"
+                f"{results.completions} completed, {results.failed} in errors"
             )
-        if record.errors_file and record.errors_file not in error_files:
-            raise Inconsistent(f"{output.join(f'errors/{record.errors_file}')} is missing")
+        if errors is not None and errors.name not in error_files:
+            raise Inconsistent(f"{output.join(errors.name)} is missing")
 
 
-def _checked(
-    output: Folder, checksums: Mapping[str, str], name: str, rows: int, expected: str | None
-) -> dict[str, Any]:
-    """A file's entry in the manifest; its checksum must be the one expected, if one is."""
+def _checked(output: Folder, checksums: Mapping[str, str], file: UnitFile) -> dict[str, Any]:
+    """A file's entry in the manifest; its checksum must be the one that a footer says, if any."""
+    name = file.name
     sha256 = checksums.get(name) or hashlib.sha256(output.read(name) or b"").hexdigest()
-    if expected not in (None, sha256):
+    if file.sha256 not in (None, sha256):
         raise Inconsistent(f"{output.join(name)}: its content has changed since it was written")
-    return {"name": name, "rows": rows, "sha256": sha256}
+    return {"name": name, "rows": file.rows, "sha256": sha256}
 
 
 def _entry(name: str, rows: int, content: bytes) -> dict[str, Any]:

@@ -1,11 +1,4 @@
-"""What the output folder says about itself: whose it is, what is done, and that it adds up.
-
-_specbatch/job.json         the job and its fingerprint: all that changes results
-_specbatch/planned_inputs.parquet   the input files that the job was planned on
-_specbatch/history/         error rows that a later run with --only-failed tried again
-_specbatch/manifest.json    at the end: every file with rows and checksum, versions, totals
-_SUCCESS                    last, once rows in, times samples = rows out + rows in errors
-"""
+"""Whose an output folder is, and which units in it are done."""
 
 from __future__ import annotations
 
@@ -13,34 +6,24 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import zip_longest
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from pipeline import layout
 from pipeline.commit import planned_inputs
-from pipeline.commit.stats import FOOTER_KEY, UnitRecord
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.config.model_identity import digest, head_identity, model_identity
 from pipeline.errors import UserError
 from pipeline.inputs.units import FilePlan, Unit
 from pipeline.storage.folder import Folder, reach_folder
 
-JOB = "_specbatch/job.json"
-MANIFEST = "_specbatch/manifest.json"
-HISTORY = "_specbatch/history"
-SUCCESS = "_SUCCESS"
-
 _THREADS = 16
 _SHOWN_CHARACTERS = 80
+"""Of a setting that differs, such as a template: a line of a terminal."""
+
 _PACKAGES = ("specbatch", "torch", "transformers", "ray", "pyarrow")
-
-
-class Inconsistent(RuntimeError):
-    """Committed files that do not add up. It takes a bug, or a hand in the output folder."""
+"""What results depend on."""
 
 
 def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
@@ -108,10 +91,10 @@ def claim(
         UserError: the folder holds another job's output, or the input has changed; the message
             shows the difference.
     """
-    found = output.read(JOB)
-    if found is None and output.list("completions"):
+    found = output.read(layout.JOB)
+    if found is None and output.list(layout.COMPLETIONS):
         raise UserError(
-            f"output: {output.url} has completions but no {JOB}; "
+            f"output: {output.url} has completions but no {layout.JOB}; "
             "choose another output folder, or empty this one"
         )
     record = json.loads(found) if found is not None else {}
@@ -123,7 +106,7 @@ def claim(
     changed = planned_inputs.changes(planned, kept, times=not same_content) if planned else []
     known = digest(before) in digests if added else not difference(there, before)
     if found is None or not known or changed:
-        if found is not None and output.list("completions"):
+        if found is not None and output.list(layout.COMPLETIONS):
             if digest(mark) in digests and not changed:
                 raise UserError(
                     f"output: {output.url} was being extended with new input files when that was "
@@ -135,7 +118,7 @@ def claim(
     elif added:
         _record(output, job, plans, mark, _extended(record, added))
     elif same_content or not planned:
-        output.put(planned_inputs.INPUTS, planned_inputs.to_bytes(plans))
+        output.put(layout.INPUTS, planned_inputs.to_bytes(plans))
 
 
 def _record(
@@ -153,8 +136,8 @@ def _record(
         "config": job.model_dump(mode="json"),
     }
     # In this order: a job whose input list is behind is told to extend it again.
-    output.put(JOB, json.dumps(record, indent=2).encode())
-    output.put(planned_inputs.INPUTS, planned_inputs.to_bytes(plans))
+    output.put(layout.JOB, json.dumps(record, indent=2).encode())
+    output.put(layout.INPUTS, planned_inputs.to_bytes(plans))
 
 
 def _extended(record: Mapping[str, Any], added: Sequence[FilePlan]) -> dict[str, Any]:
@@ -172,7 +155,7 @@ def _extended(record: Mapping[str, Any], added: Sequence[FilePlan]) -> dict[str,
 def _fork(source: Folder | None, mark: dict[str, Any]) -> dict[str, Any]:
     if source is None:
         return {}
-    there = json.loads(source.read(JOB) or b"{}").get("fingerprint", {})
+    there = json.loads(source.read(layout.JOB) or b"{}").get("fingerprint", {})
     return {"forked_from": {"output": source.url, "differences": difference(there, mark)}}
 
 
@@ -236,18 +219,15 @@ def open_output(url: str, s3: S3Config) -> Folder:
         UserError: there is no job in this folder, or it is out of reach.
     """
     output = reach_folder(url, s3)
-    if output.read(JOB) is None:
-        raise UserError(f"{url}: no job's output here: there is no {JOB}")
+    if output.read(layout.JOB) is None:
+        raise UserError(f"{url}: no job's output here: there is no {layout.JOB}")
     return output
 
 
 def committed_ids(output: Folder) -> set[str]:
     """Ids of the units that have a completions file, of whatever job."""
-    return {
-        name.removesuffix(".parquet")
-        for name in output.list("completions")
-        if name.endswith(".parquet")
-    }
+    units = map(layout.unit_of, output.list(layout.COMPLETIONS))
+    return {unit for unit in units if unit is not None}
 
 
 def committed(output: Folder, units: Iterable[Unit]) -> set[str]:
@@ -261,64 +241,10 @@ def committed(output: Folder, units: Iterable[Unit]) -> set[str]:
     foreign = sorted(found - known)
     if foreign:
         raise UserError(
-            f"output: {output.join(f'completions/{foreign[0]}.parquet')} is not of this job; "
+            f"output: {output.join(layout.completions(foreign[0]))} is not of this job; "
             "move it away"
         )
     return found
-
-
-def read_record(output: Folder, unit: str) -> UnitRecord:
-    """The record in the footer of a unit's completions file.
-
-    Raises:
-        Inconsistent: the file is not what a unit commits.
-    """
-    name = f"completions/{unit}.parquet"
-    try:
-        with output.open(name) as file, pq.ParquetFile(file) as parquet:
-            metadata = parquet.metadata
-            record = UnitRecord.from_json(metadata.metadata[FOOTER_KEY])
-    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-        raise Inconsistent(
-            f"{output.join(name)}: not a file that specbatch wrote: {error}"
-        ) from None
-    if metadata.num_rows != record.completions or record.unit != unit:
-        raise Inconsistent(f"{output.join(name)}: its rows are not those that its footer counts")
-    return record
-
-
-def read_records(output: Folder, units: Iterable[str]) -> list[UnitRecord]:
-    """The records of committed units, read in parallel, in the order of their ids."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(lambda unit: read_record(output, unit), sorted(units)))
-
-
-NamedFile = tuple[str, int, str | None]
-"""A file's name in the output folder, its rows, and its checksum if a footer says it."""
-
-
-def attached(record: UnitRecord) -> list[NamedFile]:
-    """The files of a unit that the footer of its completions file names."""
-    found: list[NamedFile] = []
-    if record.errors_file:
-        found.append((f"errors/{record.errors_file}", record.failed, record.errors_sha256))
-    if record.trace_file:
-        found.append((f"trace/{record.trace_file}", record.trace_rounds, record.trace_sha256))
-    return found
-
-
-def superseded(record: UnitRecord) -> list[NamedFile]:
-    """The error rows of a unit that were tried again, by generation."""
-    earlier = [UnitRecord.of(each) for each in record.earlier]
-    kept = [record for record in earlier if record.errors_file]
-    return [(f"{HISTORY}/{r.errors_file}", r.failed, r.errors_sha256) for r in kept]
-
-
-def table_bytes(table: pa.Table) -> bytes:
-    """A table as a Parquet file."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return bytes(sink.getvalue())
 
 
 def versions() -> dict[str, str]:

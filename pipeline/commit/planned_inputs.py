@@ -9,14 +9,14 @@ from datetime import UTC, datetime
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.commit.stats import parquet_bytes
+from pipeline import layout
+from pipeline.commit.files import parquet_bytes
 from pipeline.inputs.listing import InputFile
 from pipeline.inputs.units import FilePlan
 from pipeline.storage.folder import Folder
 
-INPUTS = "_specbatch/inputs.parquet"
-
 _SHOWN = 5
+"""Changed files that a refusal names; the rest are counted."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Planned:
 
 
 def to_bytes(plans: Sequence[FilePlan]) -> bytes:
-    """The content of INPUTS."""
+    """The content of `layout.INPUTS`."""
     table = pa.table(
         {
             "name": pa.array([p.file.name for p in plans], pa.string()),
@@ -49,7 +49,7 @@ def to_bytes(plans: Sequence[FilePlan]) -> bytes:
 
 def read_planned(output: Folder) -> dict[str, Planned]:
     """The files that an output was planned on, by name; none if that was not noted."""
-    data = output.read(INPUTS)
+    data = output.read(layout.INPUTS)
     if data is None:
         return {}
     rows = pq.read_table(pa.BufferReader(data)).to_pylist()

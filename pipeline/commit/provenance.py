@@ -7,7 +7,8 @@ import json
 import subprocess
 from pathlib import Path
 
-_PATIENCE = 10  # seconds for git
+_PATIENCE = 10
+"""Seconds that git may take. A repository on a network disk needs some; a job waits for no more."""
 
 
 def commits(job_folder: Path | None = None) -> dict[str, str | None]:
@@ -33,8 +34,8 @@ def _installed_commit() -> str | None:
         source = json.loads(distribution.read_text("direct_url.json") or "{}")
     except (importlib.metadata.PackageNotFoundError, ValueError):
         return None
-    here = Path(__file__).resolve().parent
-    if Path(str(distribution.locate_file("pipeline"))).resolve() != here:
+    here = Path(__file__).resolve()
+    if Path(str(distribution.locate_file("pipeline"))).resolve() not in here.parents:
         return None  # this code comes from elsewhere on the path
     commit = source.get("vcs_info", {}).get("commit_id")
     return commit if isinstance(commit, str) else None

@@ -1,9 +1,13 @@
 """Trying failed rows again, alone (`--only-failed`): a unit's files get a new generation.
 
-The rows that a unit's completions file lacks are generated again. What comes out is put together
-with the rows that are there, and the whole replaces the completions file in one atomic step, if the
-file still is the one that the new rows were made for (`Folder.replace`). See
-`pipeline.commit.sink`.
+The rows that a unit's completions file lacks are generated again and joined with the rows that are
+there. The whole replaces the completions file in one atomic step, if that still is the file that
+the new rows were made for (`Folder.replace`). Of two attempts one wins, and a straggler of an
+earlier retry cannot undo a later one.
+
+Errors and trace of the new generation are written before it, under new names, since these hold a
+checksum of the content; errors that it supersedes are copied to the history. A reader who opens the
+completions file once sees the old generation or the new one, each complete.
 """
 
 from __future__ import annotations
@@ -12,21 +16,25 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.commit import manifest
+from pipeline import layout
+from pipeline.commit.files import attached_file, parquet_bytes
+from pipeline.commit.footer import Inconsistent, from_footer, read_records, to_footer
+from pipeline.commit.record import AttachedFiles, Results, Retries, UnitFile, UnitRecord
 from pipeline.commit.sink import CommitSink
-from pipeline.commit.stats import FOOTER_KEY, UnitRecord, parquet_bytes
 from pipeline.inputs.blocks import UnitFiles
 from pipeline.inputs.row_ids import ROW_ID, parse_row_id
 from pipeline.inputs.units import Unit
 from pipeline.storage.folder import Folder
+from specdec.request import Counts
 
 _THREADS = 16
+"""Units whose failed rows are looked up at once, before anything starts."""
 
 
 def failed_units(output: Folder, units: Iterable[Unit]) -> list[Unit]:
@@ -40,20 +48,25 @@ def failed_units(output: Folder, units: Iterable[Unit]) -> list[Unit]:
         Inconsistent: a file that no unit committed.
     """
     units = list(units)
-    records = {r.unit: r for r in manifest.read_records(output, [unit.id for unit in units])}
-    failed = [unit for unit in units if records[unit.id].failed]
+    records = {r.unit: r for r in read_records(output, [unit.id for unit in units])}
+    failed = [unit for unit in units if records[unit.id].results.failed]
 
     def narrowed(unit: Unit) -> Unit:
         record = records[unit.id]
-        completed = _row_numbers(output.read(f"completions/{unit.id}.parquet"))
+        completed = _row_numbers(output.read(layout.completions(unit.id)))
         # Those that are named, and should their file be lost, all that nothing is left of.
-        wanted = _row_numbers(output.read(f"errors/{record.errors_file}"))
+        wanted = _row_numbers(_content(output, record.files.errors))
         wanted |= set(range(unit.start, unit.start + unit.rows)) - completed
         only = tuple(sorted(number - unit.start for number in wanted))
-        return replace(unit, only=only, generation=record.generation + 1)
+        return replace(unit, only=only, generation=record.retries.generation + 1)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(narrowed, failed))
+
+
+def _content(output: Folder, file: UnitFile | None) -> bytes | None:
+    """What a file holds; None if the unit has no such file, or it was lost."""
+    return None if file is None else output.read(file.name)
 
 
 def _row_numbers(data: bytes | None) -> set[int]:
@@ -75,10 +88,10 @@ class RetrySink(CommitSink):
         """
         if not unit.files:
             return {}
-        name = f"completions/{unit.unit_id}.parquet"
+        name = layout.completions(unit.unit_id)
         data, version = self._output.read_version(name)
         before, tried = _Generation.read(data), _Generation.read(dict(unit.files)[name])
-        if before.record.generation >= tried.record.generation:
+        if before.record.retries.generation >= tried.record.retries.generation:
             return {}
         new = _together(self._output, before, tried, dict(unit.files))
         written = {}
@@ -88,9 +101,10 @@ class RetrySink(CommitSink):
         content = new[-1][1]
         if not self._output.replace(name, content, version):
             return {}
-        old = {f"errors/{before.record.errors_file}", f"trace/{before.record.trace_file}"}
-        for superseded in old - {other for other, _ in new}:
-            self._output.delete(superseded)
+        kept = {other for other, _ in new}
+        for file in before.record.files.there:
+            if file.name not in kept:
+                self._output.delete(file.name)
         return {**written, name: hashlib.sha256(content).hexdigest()}
 
 
@@ -104,7 +118,7 @@ class _Generation:
     @staticmethod
     def read(data: bytes) -> _Generation:
         with pq.ParquetFile(pa.BufferReader(data)) as parquet:
-            record = UnitRecord.from_json(parquet.metadata.metadata[FOOTER_KEY])
+            record = from_footer(parquet.metadata.metadata)
             return _Generation(_plain(parquet.read()), record)
 
 
@@ -121,62 +135,70 @@ def _together(
     """
     old, new, completed = before.record, tried.record, before.table[ROW_ID]
     found: list[tuple[str, bytes]] = []
-    errors: Counter[str] = Counter()
-    errors_file = errors_sha256 = trace_file = trace_sha256 = None
-    failed_before = output.read(f"errors/{old.errors_file}")
-    if failed_before is not None:
-        found.append((f"{manifest.HISTORY}/{old.errors_file}", failed_before))
+    failed = trace = None
+    failed_before = _content(output, old.files.errors)
+    if old.files.errors is not None and failed_before is not None:
+        found.append((layout.superseded(old.files.errors.name), failed_before))
     else:
-        old = replace(old, errors_file=None, errors_sha256=None)  # lost: nothing to keep
-    if new.errors_file is not None:
-        failed = _unless(completed, _read(files[f"errors/{new.errors_file}"]))
+        old = replace(old, files=replace(old.files, errors=None))  # lost: nothing to keep
+    if new.files.errors is not None:
+        failed = _unless(completed, _read(files[new.files.errors.name]))
         failed = _add_attempts(failed, failed_before)
-        errors.update(failed["error_class"].to_pylist())
-        errors_file, errors_sha256, content = named(old.unit, failed)
-        found.append((f"errors/{errors_file}", content))
     traces = []
-    if old.trace_file and (data := output.read(f"trace/{old.trace_file}")) is not None:
+    if (data := _content(output, old.files.trace)) is not None:
         traces.append(_read(data))
-    if new.trace_file:
-        traces.append(_unless(completed, _read(files[f"trace/{new.trace_file}"])))
-    trace = _in_order(traces) if traces else None
-    if trace is not None:
-        trace_file, trace_sha256, content = named(old.unit, trace)
-        found.append((f"trace/{trace_file}", content))
+    if new.files.trace is not None:
+        traces.append(_unless(completed, _read(files[new.files.trace.name])))
+    if traces:
+        trace = _in_order(traces)
+
+    def attach(folder: str, table: pa.Table | None) -> UnitFile | None:
+        if table is None:
+            return None
+        file, content = attached_file(folder, old.unit, table)
+        found.append((file.name, content))
+        return file
+
     table = _in_order([before.table, _unless(completed, tried.table)])
     record = replace(
         new,
         rows=old.rows,
-        samples=old.samples,
-        retried=new.rows,
-        completions=table.num_rows,
-        errors=dict(errors),
-        errors_file=errors_file,
-        errors_sha256=errors_sha256,
-        prompt_tokens=sum(table["prompt_tokens"].to_pylist()),
-        output_tokens=sum(table["output_tokens"].to_pylist()),
-        counts={name: n + old.counts.get(name, 0) for name, n in new.counts.items()},
-        trace_file=trace_file,
-        trace_sha256=trace_sha256,
-        trace_rounds=0 if trace is None else trace.num_rows,
-        earlier=[*old.earlier, asdict(replace(old, earlier=[]))],
+        results=_all_results(old.results, new.results, table, failed),
+        files=AttachedFiles(attach(layout.ERRORS, failed), attach(layout.TRACE, trace)),
+        retries=Retries(
+            generation=new.retries.generation,
+            retried=new.rows,
+            earlier=(*old.retries.earlier, replace(old, retries=replace(old.retries, earlier=()))),
+        ),
     )
     ids = table[ROW_ID].to_pylist()
-    if len(set(ids)) != len(ids) or len(ids) + record.failed != old.completions + old.failed:
-        raise manifest.Inconsistent(f"unit {old.unit}: retried rows are not those that failed")
-    found.append((f"completions/{old.unit}.parquet", parquet_bytes(table, record)))
+    settled = old.results.completions + old.results.failed
+    if len(set(ids)) != len(ids) or len(ids) + record.results.failed != settled:
+        raise Inconsistent(f"unit {old.unit}: retried rows are not those that failed")
+    found.append((record.completions_file.name, parquet_bytes(table, to_footer(record))))
     return found
 
 
-def named(unit: str, table: pa.Table) -> tuple[str, str, bytes]:
-    """File name, checksum and content of a unit's errors or trace.
+def _all_results(old: Results, new: Results, completed: pa.Table, failed: pa.Table) -> Results:
+    """What became of all rows: of those that were completed before, and those tried again.
 
-    Named after the content too: another attempt at the unit writes another file, and the
-    completions file says which one belongs to it.
+    Args:
+        old, new: of the generation before, and of the rows that were tried again.
+        completed: the completed rows of both.
+        failed: the rows that failed again; None if none did.
     """
-    content = parquet_bytes(table)
-    sha256 = hashlib.sha256(content).hexdigest()
-    return f"{unit}-{sha256[:8]}.parquet", sha256, content
+    counts = Counts()
+    for results in (old, new):
+        counts.add(results.counts)
+    return replace(
+        new,
+        samples=old.samples,
+        completions=completed.num_rows,
+        errors=Counter() if failed is None else Counter(failed["error_class"].to_pylist()),
+        prompt_tokens=sum(completed["prompt_tokens"].to_pylist()),
+        output_tokens=sum(completed["output_tokens"].to_pylist()),
+        counts=counts,
+    )
 
 
 def _read(data: bytes) -> pa.Table:

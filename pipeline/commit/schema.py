@@ -16,8 +16,7 @@ from pipeline.inputs.blocks import UnitRows
 from pipeline.inputs.jsonl import RAW_LINE, parse_line
 from pipeline.inputs.row_ids import ROW_ID, row_id
 from pipeline.inputs.units import FilePlan
-from specdec.measure.calibration import Calibration
-from specdec.request import Completion, Counts
+from specdec.request import Completion
 
 COMPLETION_COLUMNS: dict[str, pa.DataType] = {
     "completion": pa.string(),
@@ -164,27 +163,3 @@ def _table(
     arrays += [pa.array(values[name], type) for name, type in columns.items()]
     fields += [pa.field(name, type) for name, type in columns.items()]
     return pa.table(arrays, schema=pa.schema(fields))
-
-
-def slowest_rows(completions: Iterable[Completion], most: int = 10) -> list[tuple[str, float]]:
-    """The rows that took longest from slot to end: row id and seconds, slowest first."""
-    slowest = sorted(completions, key=lambda completion: -completion.seconds)[:most]
-    return [(completion.id, completion.seconds) for completion in slowest]
-
-
-def total_calibration(completions: Iterable[Completion]) -> dict[str, list[list[float]]]:
-    """The sum of the rows' calibration bins by class of context length, as plain data."""
-    total: dict[int, Calibration] = {}
-    for completion in completions:
-        for key, calibration in completion.calibration.items():
-            total.setdefault(key, Calibration()).bins += calibration.bins
-    return {str(key): calibration.bins.tolist() for key, calibration in sorted(total.items())}
-
-
-def total_counts(outcomes: Outcomes) -> Counts:
-    """The sum of the finished samples' counts."""
-    total = Counts()
-    for _, _, outcome in by_sample(outcomes):
-        if isinstance(outcome, Finished):
-            total.add(outcome.completion.counts)
-    return total

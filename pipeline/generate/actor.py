@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import hashlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,21 +19,9 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from pipeline.commit.schema import (
-    Failed,
-    Finished,
-    Outcome,
-    Outcomes,
-    by_sample,
-    completions_table,
-    errors_table,
-    line_error,
-    slowest_rows,
-    total_calibration,
-    total_counts,
-)
-from pipeline.commit.stats import UnitRecord, parquet_bytes
-from pipeline.commit.trace import trace_table
+from pipeline.commit.files import unit_files
+from pipeline.commit.record import Actor, Work
+from pipeline.commit.schema import Failed, Finished, Outcome, Outcomes, line_error
 from pipeline.config.job import JobConfig
 from pipeline.config.prices import default_prices, price
 from pipeline.errors import RowError, UserError
@@ -250,74 +236,32 @@ class GenerateActor:
             text = text.split(completion.stop_reason, 1)[0]
         return Finished(text, completion)
 
-    def _files(self, rows: UnitRows, wanted: Outcomes, started: float) -> UnitFiles:
-        """The unit's output files; the completions file, which commits the unit, comes last."""
-        unit = rows.unit
-        outcomes: list[Sequence[Outcome]] = [()] * unit.rows
-        for index, samples in zip(unit.wanted, wanted, strict=True):
-            outcomes[index] = samples
-        flat = [outcome for _, _, outcome in by_sample(outcomes)]
-        failed = Counter(o.error.error_class for o in flat if isinstance(o, Failed))
-        files: list[tuple[str, bytes]] = []
-        errors_file = errors_sha256 = None
-        if failed:
-            data = parquet_bytes(errors_table(rows, outcomes))
-            errors_sha256 = hashlib.sha256(data).hexdigest()
-            # Named after its content too: a retry that failed other rows writes another file, and
-            # the completions file says which one belongs to it.
-            errors_file = f"{unit.id}-{errors_sha256[:8]}.parquet"
-            files.append((f"errors/{errors_file}", data))
-        trace_file, trace_sha256, trace_rounds = None, None, 0
-        if self._job.speculation.trace:
-            rounds = trace_table(rows, outcomes, cache(self._token_text))
-            data, trace_rounds = parquet_bytes(rounds), rounds.num_rows
-            trace_sha256 = hashlib.sha256(data).hexdigest()
-            trace_file = f"{unit.id}-{trace_sha256[:8]}.parquet"
-            files.append((f"trace/{trace_file}", data))
-        finished = [o.completion for o in flat if isinstance(o, Finished)]
-        counts = total_counts(outcomes)
+    def _files(self, rows: UnitRows, tried: Outcomes, started: float) -> UnitFiles:
+        """The unit's output files, and in them what its rows took."""
         usage = self._loop.take_usage()
         load, self._load_seconds = self._load_seconds, 0.0
-        seconds, spent = {"load": load, **usage.phase_seconds}, self._spent.pop(unit.id)
+        seconds, spent = {"load": load, **usage.phase_seconds}, self._spent.pop(rows.unit.id)
         seconds |= {phase: seconds.get(phase, 0.0) + spent[phase] for phase in spent}
-        record = UnitRecord(
-            unit=unit.id,
-            job=self._digest,
-            input=unit.name,
-            start=unit.start,
-            rows=len(wanted),
-            samples=len(flat),
-            own_n=bool(self._job.input.format) or SAMPLING_COLUMN in rows.table.column_names,
-            completions=len(finished),
-            errors=dict(failed),
-            errors_file=errors_file,
-            errors_sha256=errors_sha256,
-            trace_file=trace_file,
-            trace_sha256=trace_sha256,
-            trace_rounds=trace_rounds,
-            prompt_tokens=sum(c.prompt_tokens for c in finished),
-            output_tokens=sum(len(c.output_ids) for c in finished),
-            counts={name: getattr(counts, name) for name in counts.__slots__},
-            actor=self._actor,
-            node=self._node,
+        work = Work(
             started=started,
             finished=time.time(),
             engine=usage.engine,
             phase_seconds=seconds,
             peak_live=usage.peak_live,
             speedup=usage.speedup.to_json(),
-            calibration=total_calibration(finished),
-            outcomes=[(*outcome, rounds) for outcome, rounds in sorted(usage.outcomes.items())],
-            slowest=slowest_rows(finished),
-            costs=usage.costs,
+            rounds=[(*outcome, n) for outcome, n in sorted(usage.outcomes.items())],
+            forward_seconds=usage.costs,
             fell_back=usage.fell_back,
-            generation=unit.generation,
-            group=self._group or None,
-            worker=self._timesheet.worker,
         )
-        table = completions_table(rows, outcomes)
-        files.append((f"completions/{unit.id}.parquet", parquet_bytes(table, record)))
-        return UnitFiles(unit.id, tuple(files))
+        return unit_files(
+            rows,
+            tried,
+            job=self._digest,
+            own_n=bool(self._job.input.format) or SAMPLING_COLUMN in rows.table.column_names,
+            actor=Actor(self._actor, self._node, self._group or None, self._timesheet.worker),
+            work=work,
+            token_text=cache(self._token_text) if self._job.speculation.trace else None,
+        )
 
 
 @contextmanager

@@ -26,9 +26,8 @@ import psutil
 
 from pipeline.config.prices import Hardware
 from pipeline.errors import UserError
+from pipeline.layout import LEDGER
 from pipeline.storage.folder import Folder
-
-LEDGER = "_specbatch/ledger"
 
 BEAT_SECONDS = 1.0
 """Between two posts of an actor to the monitor."""

@@ -22,12 +22,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
 
 from pipeline.errors import JobStopped, UserError
+from pipeline.layout import STATUS, STOP
 from pipeline.observe.monitor import Observer, Posted
 from pipeline.observe.progress import JobProgress, OnProgress
 from pipeline.storage.folder import Folder
-
-STATUS = "_specbatch/status.json"
-STOP = "_specbatch/stop"
 
 RENEWED_SECONDS = 5.0
 """Between two records, and between two looks for the wish to stop. Less costs requests on S3; more

@@ -14,7 +14,8 @@ from typing import Any, TextIO
 
 import pyarrow.parquet as pq
 
-from pipeline.commit.manifest import read_record
+from pipeline import layout
+from pipeline.commit.footer import read_record
 from pipeline.inputs.jsonl import RAW_LINE
 from pipeline.inputs.openai_requests import CHAT, REQUEST, parsed
 from pipeline.inputs.row_ids import ROW_ID, parse_row_id
@@ -56,7 +57,7 @@ def write_responses(
     seen: dict[str, int] = {}  # custom ids, and which request had them first
     number = good = 0
     for unit in units:
-        created = int(read_record(job, unit.id).finished)
+        created = int(read_record(job, unit.id).work.finished)
         for answer in _answers(job, unit):
             number += 1
             request = parsed(answer.line)
@@ -88,13 +89,13 @@ def _write(file: TextIO, value: dict[str, Any]) -> None:
 def _answers(job: Folder, unit: Unit) -> Iterator[_Answer]:
     """What became of each of a unit's lines, in order."""
     answers = [_Answer() for _ in range(unit.rows)]
-    for row in _rows(job, f"completions/{unit.id}.parquet", _COMPLETED):
+    for row in _rows(job, layout.completions(unit.id), _COMPLETED):
         answer = answers[_index(row) - unit.start]
         answer.line = row[REQUEST]
         answer.samples.append(row)
-    errors_file = read_record(job, unit.id).errors_file
-    if errors_file is not None:
-        for row in _rows(job, f"errors/{errors_file}", _FAILED):
+    errors = read_record(job, unit.id).files.errors
+    if errors is not None:
+        for row in _rows(job, errors.name, _FAILED):
             answer = answers[_index(row) - unit.start]
             answer.line = row[REQUEST] or row.get(RAW_LINE)
             answer.error = (row["error_class"], row["error_message"])

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from pipeline import layout
 from pipeline.commit import manifest
 from pipeline.config.job import InputConfig, ModelsConfig, S3Config, SamplingConfig
 from pipeline.errors import RowError, UserError, nearest
@@ -57,7 +58,7 @@ def open_job(output_url: str, s3: S3Config) -> JobOutput:
     """
     folder = manifest.open_output(output_url, s3)
     try:
-        record = json.loads(folder.read(manifest.JOB) or b"")
+        record = json.loads(folder.read(layout.JOB) or b"")
         config = record["config"]
         return JobOutput(
             folder,
@@ -69,7 +70,7 @@ def open_job(output_url: str, s3: S3Config) -> JobOutput:
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{folder.join(manifest.JOB)} is not what this version writes: {reason}"
+            f"{folder.join(layout.JOB)} is not what this version writes: {reason}"
         ) from None
 
 
@@ -124,7 +125,7 @@ def _rows(job: JobOutput, by: str | None) -> Iterator[Mapping[str, Any]]:
     needed = [ROW_ID, "completion", "finish_reason", *required_columns(job.input)]
     needed += [by] if by else []
     for unit in sorted(manifest.committed_ids(job.folder)):
-        name = f"completions/{unit}.parquet"
+        name = layout.completions(unit)
         try:
             with job.folder.open(name) as file, pq.ParquetFile(file) as parquet:
                 there = parquet.schema_arrow.names

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from fsspec.utils import glob_translate  # type: ignore[import-untyped]
 
+from pipeline import layout
 from pipeline.errors import UserError
 from pipeline.storage.folder import is_local
 
-_WRITTEN = ("completions", "errors", "stats", "trace")
+_WRITTEN = (layout.COMPLETIONS, layout.ERRORS, layout.STATS, layout.TRACE)
 _WILDCARDS = re.compile(r"[*?\[]")
 
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline import layout
 from pipeline.commit import manifest
 from pipeline.commit.finish import finish
+from pipeline.commit.footer import read_records
 from pipeline.commit.retry import failed_units
 from pipeline.commit.stats import summarise
 from pipeline.config.job import JobConfig
@@ -124,13 +126,13 @@ def run_job(
             watch = Watch(loop, _progress(plan, pending, status.tell), ledger, budget)
             with connected():
                 plan = replace(plan, job=job.model_copy(update={"actors": placed(job.actors)}))
-                output.delete(manifest.SUCCESS)
+                output.delete(layout.SUCCESS)
                 with ledger.open():
                     checksums = generate(
                         plan, pending, digest(mark), ledger.run, watch, retry=mode.only_failed
                     )
         if mode.only_failed and missing:
-            summary = summarise(manifest.read_records(output, done))
+            summary = summarise(read_records(output, done))
             return JobResult(job.output, summary, len(pending), missing=len(missing))
         # 4. Count that every row is there once, and say so.
         summary = finish(output, plan.job, units, mark, checksums, mode.job_folder)
@@ -145,8 +147,8 @@ def _progress(plan: JobPlan, pending: Sequence[Unit], tell: OnProgress) -> Progr
 
 def _finished(output: Folder) -> dict[str, Any] | None:
     """The manifest of a job that is finished."""
-    recorded = output.read(manifest.MANIFEST)
-    if recorded is None or output.read(manifest.SUCCESS) is None:
+    recorded = output.read(layout.MANIFEST)
+    if recorded is None or output.read(layout.SUCCESS) is None:
         return None
     found: dict[str, Any] = json.loads(recorded)
     return found

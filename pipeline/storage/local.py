@@ -35,11 +35,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.config.job import S3Config
+from pipeline.layout import LOCK, STAGING
 from pipeline.storage.patience import RESUME, explained
 from pipeline.storage.search import Found, Stamp, StoredFile, search
 
-STAGING = "_specbatch/staging"
-_LOCK = "_specbatch/lock"
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 _WORDS = {
     errno.ENOSPC: f"no space left on this disk; free some; {RESUME}",
@@ -207,7 +206,7 @@ class LocalFolder:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Alone among all writers of this folder; a writer that dies lets go of it."""
-        with Path(self.url, _LOCK).open("ab") as lock:
+        with Path(self.url, LOCK).open("ab") as lock:
             # A filesystem without locks (some network ones): as good as it gets without.
             with suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)

@@ -90,7 +90,7 @@ def test_a_dead_process_holds_nothing(tmp_path: Path) -> None:
         "import os\nfrom pipeline.config.job import S3Config\n"
         "from pipeline.storage.folder import open_folder\n"
         "from jobs.nightly.lock import locked\n"
-        f"lock = locked(Folder({str(tmp_path)!r}, S3Config()), 3600); lock.__enter__()\n"
+        f"lock = locked(open_folder({str(tmp_path)!r}, S3Config()), 3600); lock.__enter__()\n"
         "os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[3])

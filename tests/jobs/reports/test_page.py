@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from jobs.reports.command import PAGE, page_at_the_end
-from jobs.reports.findings import Example, Findings, SlowRow, gather
+from jobs.reports.command import page_at_the_end
+from jobs.reports.findings import FailedRow, Findings, SlowRow, gather
 from jobs.reports.page import headline, job_page, write_page
 from jobs.reports.timeline import timeline
 from pipeline.commit import manifest
 from pipeline.commit.stats import summarise
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.errors import JobStopped
+from pipeline.layout import JOB, REPORT
 from pipeline.storage.folder import open_folder
 from tests.conftest import S3Server, TinyModels
 from tests.jobs.browser import chromium, columns_at_the_right_edge, screenshot
@@ -74,7 +75,7 @@ def drawings(page: str) -> list[str]:
 
 @pytest.mark.ray
 def test_the_page_that_a_job_leaves(output: Path) -> None:
-    page = (output / PAGE).read_text()
+    page = (output / REPORT).read_text()
     elements = Elements(page)
     elements.check_harmless()
     assert "url(http" not in page
@@ -120,7 +121,7 @@ def test_names_that_hold_markup_are_text_in_charts_too(findings: Findings) -> No
             for actor in findings.actors
         ],
         reliability={("all", ""): bins, ("input", HOSTILE): bins, ("input", "b"): bins},
-        errors={HOSTILE: [Example(HOSTILE, HOSTILE, HOSTILE)]},
+        errors={HOSTILE: [FailedRow(HOSTILE, HOSTILE, HOSTILE)]},
         slowest=[SlowRow(HOSTILE, 1.0, 1, 1, 1, HOSTILE, HOSTILE)],
         summary={
             **findings.summary,
@@ -246,13 +247,13 @@ def test_a_job_that_was_stopped_has_a_page(
     write_job_output: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = write_job_output({})
-    job = JobConfig.model_validate(json.loads(Path(output, manifest.JOB).read_text())["config"])
+    job = JobConfig.model_validate(json.loads(Path(output, JOB).read_text())["config"])
     with pytest.raises(JobStopped), page_at_the_end(job):
         raise JobStopped
-    assert Path(output, PAGE).exists()
+    assert Path(output, REPORT).exists()
     # A page that cannot be written is said to be missing, and that is all.
-    Path(output, PAGE).unlink()
-    Path(output, PAGE).mkdir()
+    Path(output, REPORT).unlink()
+    Path(output, REPORT).mkdir()
     with page_at_the_end(job):
         pass
     assert "no report page" in capsys.readouterr().err
@@ -291,9 +292,9 @@ def test_pages_on_s3(
         folder = open_folder(job.output, job.s3)
         manifest.claim(folder, job, [], manifest.fingerprint(job, []))
     at = ("--endpoint", s3_env.endpoint)
-    page = f"s3://pages/nights/a/{PAGE}"
+    page = f"s3://pages/nights/a/{REPORT}"
     assert f"Wrote {page}" in call("report", "s3://pages/nights/a", "--html", *at).stdout
-    stored = s3_env.client().get_object(Bucket="pages", Key=f"nights/a/{PAGE}")["Body"].read()
+    stored = s3_env.client().get_object(Bucket="pages", Key=f"nights/a/{REPORT}")["Body"].read()
     assert b"Nothing is committed yet" in stored
     result = call("report", "--trend", "s3://pages", "--json", *at)
     assert [job["name"] for job in json.loads(result.stdout)["jobs"]] == ["a", "b"]
@@ -306,8 +307,8 @@ def test_pages_on_s3(
 @pytest.mark.ray
 def test_report_as_a_page(output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (output / PAGE).unlink()
-    assert f"Wrote {output}/{PAGE}" in call("report", output, "--html").stdout
+    (output / REPORT).unlink()
+    assert f"Wrote {output}/{REPORT}" in call("report", output, "--html").stdout
     assert call("report", "--html", output).exit_code == 0
     assert call("report", output, "--html", "here.html").stdout == "Wrote here.html\n"
     assert Path("here.html").read_text().startswith("<!DOCTYPE html>")
@@ -372,7 +373,7 @@ def test_mistakes(
 @pytest.mark.skipif(chromium() is None, reason="no chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_browser(output: Path, findings: Findings, width: int, tmp_path: Path) -> None:
-    pages = {"plain": (output / PAGE).read_text()}
+    pages = {"plain": (output / REPORT).read_text()}
     pages["money"] = job_page(replace(findings, summary={**findings.summary, "cost": cost()}))
     for name, page in pages.items():
         file, picture = tmp_path / f"{name}.html", tmp_path / f"{name}.png"

@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 
 from jobs import explain
 from jobs.reports.summary import read_summary, render
-from pipeline.commit import manifest
+from pipeline import layout
 from pipeline.commit.stats import summarise
 from pipeline.config.job import S3Config
 
@@ -72,9 +72,9 @@ def test_a_summary_of_an_older_version(tmp_path: Path) -> None:
     new = {"speedup_controls", "calibration", "actors_fell_back"}
     old = {k: v for k, v in summary(rows=3).items() if k not in new}
     for name, text in (
-        (manifest.JOB, "{}"),
-        (manifest.SUCCESS, ""),
-        (manifest.MANIFEST, json.dumps({"summary": old})),
+        (layout.JOB, "{}"),
+        (layout.SUCCESS, ""),
+        (layout.MANIFEST, json.dumps({"summary": old})),
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)

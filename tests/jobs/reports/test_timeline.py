@@ -1,21 +1,19 @@
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
 from jobs.reports.timeline import timeline
-from pipeline.commit.stats import UnitRecord
+from pipeline.commit.record import UnitRecord
+from tests.pipeline.commit.records import record as record_of
 
 
 def record(started: float, finished: float, committed: int, actor: str = "a") -> UnitRecord:
     """A unit of `committed` tokens, two to a round, half of whose candidates were accepted."""
     rounds = committed // 2
     counts = {"rounds": rounds, "drafted": committed, "verified": committed, "accepted": rounds}
-    values: dict[str, Any] = dict.fromkeys(UnitRecord.__dataclass_fields__)
-    values |= {"started": started, "finished": finished, "actor": actor}
-    return UnitRecord(**{**values, "counts": {**counts, "committed": committed}})
+    counts = {**counts, "committed": committed}
+    return record_of(actor=actor, started=started, finished=finished, counts=counts)
 
 
 def test_what_units_did_is_spread_over_their_time() -> None:

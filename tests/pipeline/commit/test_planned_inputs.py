@@ -14,6 +14,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
+from pipeline import layout
 from pipeline.commit import planned_inputs
 from pipeline.commit.planned_inputs import Planned
 from pipeline.config.job import S3Config
@@ -37,7 +38,7 @@ def plan(name: str, size: int = 10, rows: int = 3, modified: int = 5 * 10**9) ->
 def test_what_was_planned_is_read_back(tmp_path: Path) -> None:
     output = open_folder(str(tmp_path), S3Config())
     assert planned_inputs.read_planned(output) == {}
-    output.put(planned_inputs.INPUTS, planned_inputs.to_bytes([plan("a"), plan("b", 7, 2, 0)]))
+    output.put(layout.INPUTS, planned_inputs.to_bytes([plan("a"), plan("b", 7, 2, 0)]))
     assert planned_inputs.read_planned(output) == {
         "a": Planned(10, 3, 5 * 10**9),
         "b": Planned(7, 2, 0),
@@ -195,7 +196,7 @@ def test_an_extension_that_was_stopped_is_finished(
     put = LocalFolder.put
 
     def die(self: LocalFolder, name: str, data: bytes) -> None:
-        if name == planned_inputs.INPUTS:
+        if name == layout.INPUTS:
             raise KeyboardInterrupt
         put(self, name, data)
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.commit.stats import FOOTER_KEY, UnitRecord
+from pipeline.commit.footer import from_footer
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.source import read_units
@@ -472,11 +472,11 @@ def written_rows(output: Path, name: str) -> pa.Table | None:
     """All rows that came of an input file, completed or not, in its order."""
     tables = []
     for file in (output / "completions").glob("*.parquet"):
-        record = UnitRecord.from_json(pq.read_metadata(file).metadata[FOOTER_KEY])
+        record = from_footer(pq.read_metadata(file).metadata)
         if record.input == name:
             tables.append(pq.read_table(file))
-            if record.errors_file:
-                tables.append(pq.read_table(output / "errors" / record.errors_file))
+            if record.files.errors:
+                tables.append(pq.read_table(output / record.files.errors.name))
     if not tables:
         return None
     rows = pa.concat_tables(tables, promote_options="default")

@@ -23,8 +23,9 @@ from jobs.reports.summary import read_summary
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.config.prices import Hardware
 from pipeline.errors import BudgetReached, JobStopped, UserError
+from pipeline.layout import LEDGER
 from pipeline.observe.budget import Budget, _tokens_to_come
-from pipeline.observe.ledger import LEDGER, Account, Run, read_ledger, write_run
+from pipeline.observe.ledger import Account, Run, read_ledger, write_run
 from pipeline.observe.monitor import Posted
 from pipeline.observe.progress import Tally
 from pipeline.observe.run_ledger import RunLedger

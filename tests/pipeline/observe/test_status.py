@@ -12,17 +12,11 @@ import pytest
 
 from pipeline.config.job import S3Config
 from pipeline.errors import JobStopped, UserError
+from pipeline.layout import STATUS, STOP
 from pipeline.observe import status
 from pipeline.observe.monitor import Observer, ObserverLoop, Posted
 from pipeline.observe.progress import JobProgress, OnProgress, Tally
-from pipeline.observe.status import (
-    STATUS,
-    STOP,
-    JobStatus,
-    StatusFile,
-    read_status,
-    request_stop,
-)
+from pipeline.observe.status import JobStatus, StatusFile, read_status, request_stop
 from pipeline.storage.folder import Folder, open_folder
 from pipeline.storage.local import LocalFolder
 from specdec.request import Counts

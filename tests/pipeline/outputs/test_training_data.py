@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.commit import manifest
+from pipeline import layout
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 from pipeline.outputs.training_data import open_job, read_examples
@@ -118,7 +118,7 @@ def test_a_record_that_cannot_be_read(
     write_job_output: WriteJob, damage: Callable[[str], str]
 ) -> None:
     url = write_job_output({})
-    file = Path(url, manifest.JOB)
+    file = Path(url, layout.JOB)
     file.write_text(damage(file.read_text()))
     with pytest.raises(UserError, match=r"job\.json is not what this version writes"):
         open_job(url, LOCAL)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,13 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.commit import manifest
-from pipeline.commit.stats import FOOTER_KEY, UnitRecord, parquet_bytes
+from pipeline import layout
+from pipeline.commit.files import parquet_bytes
+from pipeline.commit.footer import from_footer, from_plain, to_footer, to_plain
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
-from pipeline.outputs.verify import Verification, verify
+from pipeline.outputs.problems import Verification
+from pipeline.outputs.verify import verify
 from tests.conftest import S3Server, TinyModels
 from tests.pipeline.small_jobs import run
 
@@ -74,8 +75,9 @@ def rewrite(
 ) -> None:
     """Write a completions file again with other rows or another record."""
     table = pq.read_table(file)
-    old = UnitRecord.from_json(pq.read_metadata(file).metadata[FOOTER_KEY])
-    file.write_bytes(parquet_bytes(change(table), replace(old, **record)))
+    old = from_footer(pq.read_metadata(file).metadata)
+    other = from_plain({**to_plain(old), **record})
+    file.write_bytes(parquet_bytes(change(table), to_footer(other)))
 
 
 def test_a_finished_job_is_as_it_should_be(finished: Path) -> None:
@@ -92,7 +94,7 @@ def test_a_finished_job_is_as_it_should_be(finished: Path) -> None:
 
 
 def test_the_manifest_says_what_it_was_made_of(finished: Path) -> None:
-    listed = json.loads((finished / manifest.MANIFEST).read_text())
+    listed = json.loads((finished / layout.MANIFEST).read_text())
     assert listed["config"]["sampling"]["max_new_tokens"] == 6
     assert {"specbatch", "torch", "ray", "python"} <= set(listed["versions"])
     assert set(listed["git"]) == {"source", "job"}
@@ -188,20 +190,20 @@ def another_job(output: Path) -> None:
 
 
 def no_manifest(output: Path) -> None:
-    (output / manifest.MANIFEST).unlink()
+    (output / layout.MANIFEST).unlink()
 
 
 def wrong_sums(output: Path) -> None:
-    edit(output / manifest.MANIFEST, lambda listed: listed.update(rows_in_errors=2))
+    edit(output / layout.MANIFEST, lambda listed: listed.update(rows_in_errors=2))
 
 
 def a_file_the_manifest_lacks(output: Path) -> None:
-    edit(output / manifest.MANIFEST, lambda listed: listed["files"].pop())
+    edit(output / layout.MANIFEST, lambda listed: listed["files"].pop())
 
 
 def a_file_only_the_manifest_has(output: Path) -> None:
     more = {"name": "errors/none.parquet", "rows": 1, "sha256": "0" * 64}
-    edit(output / manifest.MANIFEST, lambda listed: listed["files"].append(more))
+    edit(output / layout.MANIFEST, lambda listed: listed["files"].append(more))
 
 
 def other_statistics(output: Path) -> None:

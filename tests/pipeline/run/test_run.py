@@ -18,6 +18,7 @@ import pytest
 from ray.data import DataContext
 
 from pipeline.commit import manifest
+from pipeline.commit.footer import read_records
 from pipeline.commit.trace import read_rounds
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
@@ -230,11 +231,11 @@ def test_speedup_calibration_and_rounds_are_recorded(
     assert all(row["seconds"] > 0 for row in costs)
 
     folder = open_folder(str(output), S3Config())
-    records = manifest.read_records(folder, manifest.committed_ids(folder))
+    records = read_records(folder, manifest.committed_ids(folder))
     meter = SpeedupMeter()
     for record in records:
-        assert record.speedup is not None
-        meter.add(SpeedupMeter.from_json(record.speedup))
+        assert record.work.speedup is not None
+        meter.add(SpeedupMeter.from_json(record.work.speedup))
     whole = meter.estimate()
     assert whole is not None
     assert (whole.value, whole.controls) == pytest.approx(
@@ -243,7 +244,7 @@ def test_speedup_calibration_and_rounds_are_recorded(
 
     listed = json.loads((output / "_specbatch/manifest.json").read_text())["files"]
     traces = {f["name"]: f for f in listed if f["name"].startswith("trace/")}
-    assert set(traces) == {f"trace/{record.trace_file}" for record in records}
+    assert set(traces) == {record.files.trace.name for record in records}
     for name, file in traces.items():
         assert hashlib.sha256((output / name).read_bytes()).hexdigest() == file["sha256"]
         assert pq.read_metadata(output / name).num_rows == file["rows"]

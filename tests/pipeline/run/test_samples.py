@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.commit import manifest
-from pipeline.commit.stats import parts
-from pipeline.commit.trace import read_rounds
+from pipeline import layout
+from pipeline.commit.record import parts
 from pipeline.config.job import S3Config, SamplingConfig
 from pipeline.errors import RowError
 from pipeline.inputs.prompts import row_sampling, sample_count
+from pipeline.outputs.rounds import read_rounds
 from pipeline.storage.folder import open_folder
 from tests.conftest import TinyModels
-from tests.pipeline.commit.test_manifest import record
+from tests.pipeline.commit.records import plain_record, record
 from tests.pipeline.small_jobs import rows_of, run
 
 ROWS = 6
@@ -76,7 +75,7 @@ def test_samples_differ_and_do_not_depend_on_what_else_is_in_the_batch(
     assert {name: row["completion"] for name, row in rows_of(alone).items()} == texts
 
     assert run(settings(tiny_models, inputs, several, N)).units_run == 0
-    recorded = json.loads((several / manifest.MANIFEST).read_text())
+    recorded = json.loads((several / layout.MANIFEST).read_text())
     assert (recorded["rows_in"], recorded["samples"], recorded["rows_out"]) == (ROWS, 18, 18)
 
 
@@ -97,7 +96,7 @@ def test_rows_with_an_n_of_their_own_add_up(
     # Where the row does not say how many, or wrongly, it counts as the job's number of samples.
     assert failed == {"in.jsonl:3": 2, "in.jsonl:4": 2, "in.jsonl:5": 3}
     assert (result.summary["rows"], result.summary["errors"]) == (7, 7)
-    recorded = json.loads((output / manifest.MANIFEST).read_text())
+    recorded = json.loads((output / layout.MANIFEST).read_text())
     assert (recorded["rows_in"], recorded["samples"]) == (6, 14)
     units = pq.read_table(output / "stats" / "units.parquet").to_pylist()
     assert [(u["rows"], u["samples"], u["own_n"]) for u in units] == [(3, 7, True), (3, 7, True)]
@@ -129,13 +128,13 @@ def test_what_is_no_number_of_samples(n: Any) -> None:
 
 
 def test_samples_that_were_tried_again_count_once() -> None:
-    first = record(samples=6, completions=4, errors={"EngineDied": 2})
+    first = plain_record(samples=6, completions=4, errors={"EngineDied": 2})
     again = record(
         samples=6,
         completions=5,
         errors={"EngineDied": 1},
         retried=1,
         generation=1,
-        earlier=[asdict(first)],
+        earlier=[first],
     )
-    assert [part.samples for part in parts(again)] == [4, 2]
+    assert [part.results.samples for part in parts(again)] == [4, 2]

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
+from pipeline.layout import STAGING
 from pipeline.storage import local
 from pipeline.storage.folder import open_folder
 
@@ -56,7 +57,7 @@ def test_what_a_killed_writer_left_is_cleared(
 ) -> None:
     folder = open_folder(str(tmp_path), S3Config())
     folder.put("x", b"1")
-    (tmp_path / local.STAGING / "left").write_bytes(b"half")
+    (tmp_path / STAGING / "left").write_bytes(b"half")
     folder.clear_staging()
-    assert not (tmp_path / local.STAGING).exists()
+    assert not (tmp_path / STAGING).exists()
     assert folder.read("x") == b"1"
