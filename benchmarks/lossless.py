@@ -1,6 +1,6 @@
 """Greedy output of every policy and live batch against transformers' own `generate` of the target.
 
-    python benchmarks/lossless.py                      # 64 GSM8K prompts, fp32
+    python benchmarks/lossless.py                      # 64 of the demo's prompts, fp32
 
 Prints, per policy and live batch, how many outputs are equal token for token. For each that is not,
 the gap between the target's two likeliest tokens where they part, in logits: floating-point sums
