@@ -42,14 +42,15 @@ def takers(name: str) -> dict[str, Setting]:
 
 
 def meaning(setting: str) -> str:
-    """What the policies say of a setting, and their defaults where these differ."""
+    """What the policies say of a setting, in sentences; their defaults where these differ."""
     takes = takers(setting)
     differ = len({each.default for each in takes.values()}) > 1
     said: dict[str, list[str]] = {}
     for policy, each in takes.items():
-        own = f"{each.meaning} ({each.default})" if differ else each.meaning
-        said.setdefault(own, []).append(policy)
-    return "; ".join(f"{', '.join(policies)}: {own}" for own, policies in said.items())
+        own = f"`{policy}` ({each.default})" if differ else f"`{policy}`"
+        said.setdefault(each.meaning, []).append(own)
+    sentences = (f"{own}: {', '.join(policies)}." for own, policies in said.items())
+    return " ".join(each[0].upper() + each[1:] for each in sentences)
 
 
 def make_policy(
