@@ -17,7 +17,7 @@ import ray
 
 from pipeline.config.job import JobConfig
 from pipeline.generate import actor as generate
-from pipeline.run import run as run_module
+from pipeline.run import dataflow
 from specdec.engine.stats import EngineStats
 from specdec.policies.registry import make_policy
 from specdec.request import Completion, Counts, Request
@@ -89,7 +89,7 @@ def cluster(nodes: int, cpus: int, seconds_per_row: float = 0.0) -> Iterator[Non
     """Several raylets whose jobs have `DoubleActor`s, and this process as the driver."""
     environment = {"DOUBLE_SECONDS": str(seconds_per_row)}
     with (
-        patch.object(run_module, "GenerateActor", DoubleActor),
+        patch.object(dataflow, "GenerateActor", DoubleActor),
         patch.dict(os.environ, environment),
         small_cluster(nodes, cpus, object_store=500 * 2**20) as raylets,
     ):

@@ -23,7 +23,7 @@ from pipeline.errors import JobStopped, RowError
 from pipeline.generate.actor import GenerateActor
 from pipeline.inputs.units import unit_id
 from pipeline.outputs.verify import verify
-from pipeline.run import run as run_module
+from pipeline.run import dataflow
 from pipeline.run.run import Mode
 from pipeline.storage.folder import open_folder
 from tests.conftest import S3Server, TinyModels
@@ -123,13 +123,13 @@ def test_only_failed_rows_are_tried_again(
     prompts(tmp_path / "p.jsonl")
     output = tmp_path / "out"
     values = settings(tiny_models, str(tmp_path / "p.jsonl"), output)
-    monkeypatch.setattr(run_module, "GenerateActor", UnluckyActor)
+    monkeypatch.setattr(dataflow, "GenerateActor", UnluckyActor)
     assert run(values).summary["errors_by_class"] == {"Unlucky": 3}
     first = texts(output)
     untouched = output / "completions" / f"{unit_id('p.jsonl', 4, 4)}.parquet"
     written = untouched.stat().st_mtime_ns
 
-    monkeypatch.setattr(run_module, "GenerateActor", LessUnluckyActor)
+    monkeypatch.setattr(dataflow, "GenerateActor", LessUnluckyActor)
     with Reader(output) as reader:
         second = run(values, mode=Mode(only_failed=True))
     assert not reader.wrong, reader.wrong
@@ -140,7 +140,7 @@ def test_only_failed_rows_are_tried_again(
     assert (left["id"], left["attempts"], left["error_message"]) == (9, 2, "a bad day")
     assert verify(str(output), S3Config()).problems == []
 
-    monkeypatch.setattr(run_module, "GenerateActor", GenerateActor)
+    monkeypatch.setattr(dataflow, "GenerateActor", GenerateActor)
     with Reader(output) as reader:
         third = run(values, mode=Mode(only_failed=True))
     assert not reader.wrong, reader.wrong
@@ -174,11 +174,11 @@ def test_missing_units_are_left_to_another_run(
     prompts(tmp_path / "p.jsonl")
     output = tmp_path / "out"
     values = settings(tiny_models, str(tmp_path / "p.jsonl"), output)
-    monkeypatch.setattr(run_module, "GenerateActor", UnluckyActor)
+    monkeypatch.setattr(dataflow, "GenerateActor", UnluckyActor)
     run(values)
     gone = output / "completions" / f"{unit_id('p.jsonl', 4, 4)}.parquet"
     gone.unlink()
-    monkeypatch.setattr(run_module, "GenerateActor", GenerateActor)
+    monkeypatch.setattr(dataflow, "GenerateActor", GenerateActor)
     result = run(values, mode=Mode(only_failed=True))
     assert (result.units_run, result.missing) == (2, 1)
     assert (result.summary["rows"], result.summary["errors"]) == (8, 0)
@@ -245,9 +245,9 @@ def test_failed_rows_are_tried_again_on_s3(
     prompts(tmp_path / "p.jsonl")
     values = settings(tiny_models, str(tmp_path / "p.jsonl"), "s3://retries/out")
     values["s3"] = {"endpoint": s3_env.endpoint}
-    monkeypatch.setattr(run_module, "GenerateActor", UnluckyActor)
+    monkeypatch.setattr(dataflow, "GenerateActor", UnluckyActor)
     assert run(values).summary["errors"] == 3
-    monkeypatch.setattr(run_module, "GenerateActor", GenerateActor)
+    monkeypatch.setattr(dataflow, "GenerateActor", GenerateActor)
     result = run(values, mode=Mode(only_failed=True))
     assert (result.units_run, result.summary["rows"], result.summary["errors"]) == (2, 12, 0)
     found = verify("s3://retries/out", S3Config(endpoint=s3_env.endpoint))
@@ -262,7 +262,7 @@ def test_a_retry_that_is_asked_to_stop_keeps_what_it_has(
 ) -> None:
     prompts(tmp_path / "p.jsonl")
     values = settings(tiny_models, str(tmp_path / "p.jsonl"), tmp_path / "out")
-    monkeypatch.setattr(run_module, "GenerateActor", UnluckyActor)
+    monkeypatch.setattr(dataflow, "GenerateActor", UnluckyActor)
     run(values)
     before = texts(tmp_path / "out")
     stop = threading.Event()

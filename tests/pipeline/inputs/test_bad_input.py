@@ -659,7 +659,7 @@ def test_a_job_whose_input_vanishes(
     (tmp_path / "a.jsonl").write_bytes(LINE)
     (tmp_path / "b.jsonl").write_bytes(LINE)
     monkeypatch.setattr(
-        "pipeline.run.run.check_resources", lambda *_: (tmp_path / "b.jsonl").unlink()
+        "pipeline.run.ray_session.check_resources", lambda *_: (tmp_path / "b.jsonl").unlink()
     )
     values = {
         "input": {"paths": [f"{tmp_path}/*.jsonl"], "prompt_column": "prompt"},
