@@ -27,7 +27,7 @@ from rich.table import Table
 
 from jobs.job_file import load_job
 from pipeline.config.job import JobConfig
-from pipeline.generate.actor import load_pair
+from pipeline.generate.loading import load_pair
 from pipeline.inputs.prompts import PromptRenderer, row_sampling
 from pipeline.run.run import connected, run_job
 from specdec.engine.engine import Engine

@@ -27,7 +27,7 @@ from pipeline.commit import manifest
 from pipeline.config.job import JobConfig, SamplingConfig
 from pipeline.config.model_identity import digest
 from pipeline.errors import UserError
-from pipeline.generate.actor import load_acceptance_head, load_pair
+from pipeline.generate.loading import load_acceptance_head, load_pair
 from pipeline.inputs.prompts import row_sampling
 from pipeline.outputs.training_data import JobOutput, open_job, read_examples
 from specdec.loading.head_files import save_head

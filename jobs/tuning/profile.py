@@ -167,7 +167,7 @@ def _notes(rows: int, left_out: Mapping[str, int]) -> Iterator[str]:
 def _load(job: JobConfig) -> ModelPair:
     from transformers.utils import logging as notices
 
-    from pipeline.generate.actor import load_pair
+    from pipeline.generate.loading import load_pair
     from specdec.loading.sources import PairError
 
     notices.set_verbosity_error()
@@ -183,7 +183,7 @@ def _load(job: JobConfig) -> ModelPair:
 
 def _head(job: JobConfig, pair: ModelPair) -> Any:
     """The job's acceptance head, or None."""
-    from pipeline.generate.actor import load_acceptance_head
+    from pipeline.generate.loading import load_acceptance_head
     from specdec.loading.sources import PairError
 
     try:

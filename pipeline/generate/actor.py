@@ -7,13 +7,11 @@ engine, and waits. The engine's slots are shared by all units in flight.
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -40,7 +38,9 @@ from pipeline.config.job import JobConfig
 from pipeline.config.prices import default_prices, price
 from pipeline.errors import RowError, UserError
 from pipeline.generate.engine_loop import EngineFailed, EngineLoop
+from pipeline.generate.loading import lasting, load_acceptance_head, load_pair, make_engine
 from pipeline.generate.pool import group_of
+from pipeline.generate.turns import Turns
 from pipeline.inputs.blocks import UnitFiles, UnitRows
 from pipeline.inputs.openai_requests import REQUEST, request_cells
 from pipeline.inputs.prompts import (
@@ -51,7 +51,7 @@ from pipeline.inputs.prompts import (
     sample_count,
 )
 from pipeline.inputs.row_ids import row_id
-from pipeline.observe.attempts import History, Turns
+from pipeline.observe.attempts import History
 from pipeline.observe.ledger import Run, Timesheet
 from pipeline.observe.metrics import LiveMetrics, Reading
 from pipeline.observe.progress import Tally
@@ -90,7 +90,7 @@ class GenerateActor:
         try:
             # In a thread that ends: with OpenMP's threads of two others in one process, more than
             # there are cores, its kernels no longer wait actively, and rounds take a third longer.
-            with _lasting(), ThreadPoolExecutor(1) as loader:
+            with lasting(), ThreadPoolExecutor(1) as loader:
                 self._pair = loader.submit(load_pair, job).result()
                 self._head = loader.submit(load_acceptance_head, job, self._pair).result()
             self._renderer = PromptRenderer(
@@ -318,89 +318,3 @@ class GenerateActor:
         table = completions_table(rows, outcomes)
         files.append((f"completions/{unit.id}.parquet", parquet_bytes(table, record)))
         return UnitFiles(unit.id, tuple(files))
-
-
-@contextmanager
-def _lasting() -> Iterator[None]:
-    """What is made in here lasts as long as the process: the garbage collector passes over it.
-
-    Otherwise it goes through half a million objects of torch, transformers and Ray again and again
-    while they are imported, now and then in a round, and twice when the process ends.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.collect()  # what loading leaves behind may hold weights
-        gc.freeze()
-        gc.enable()
-
-
-def load_pair(job: JobConfig) -> Any:
-    """The job's models, loaded (`specdec.loading.pair.ModelPair`).
-
-    Raises:
-        PairError: they are missing, unsupported, or do not fit together.
-    """
-    from specdec.loading.pair import ModelPair
-
-    models = job.models
-    # An actor that asked for no GPU must not take one that happens to be there.
-    device = models.device or (None if job.actors.num_gpus else "cpu")
-    return ModelPair.load(
-        models.target,
-        models.draft if job.speculation.policy != "none" else None,
-        dtype=models.dtype,
-        quantization=models.quantization,
-        draft_quantization=models.draft_quantization,
-        deterministic=models.deterministic,
-        device=device,
-        device_map=models.device_map,
-        trust_remote_code=models.trust_remote_code,
-    )
-
-
-def make_engine(job: JobConfig, pair: Any, head: Any, decode: Callable[..., str]) -> Any:
-    """The job's engine (`specdec.engine.engine.Engine`).
-
-    Args:
-        job: the job.
-        pair: its models.
-        head: its acceptance head, if it has one.
-        decode: token ids to text.
-    """
-    from specdec.engine.engine import Engine
-    from specdec.policies.registry import make_policy
-
-    speculation, actors = job.speculation, job.actors
-    memory = actors.kv_memory_gb
-    return Engine(
-        pair,
-        policy=make_policy(
-            speculation.policy,
-            k=speculation.k,
-            k_min=speculation.k_min,
-            k_max=speculation.k_max,
-            threshold=speculation.threshold,
-            estimator=speculation.estimator,
-            head=head,
-        ),
-        verification=speculation.verification,
-        slots=actors.slots,
-        kv_memory_bytes=int(memory * 1e9) if memory else None,
-        decode=decode,
-        control_share=speculation.control_share if speculation.policy != "none" else 0.0,
-        trace=speculation.trace,
-    )
-
-
-def load_acceptance_head(job: JobConfig, pair: Any) -> Any:
-    """The job's acceptance head, or None if it has none.
-
-    Raises:
-        PairError: it is missing, damaged, or was trained for another pair.
-    """
-    from specdec.loading.head_files import load_head
-
-    folder = job.speculation.head
-    return load_head(folder, pair) if folder is not None else None

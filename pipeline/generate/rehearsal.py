@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.config.job import JobConfig
 from pipeline.errors import RowError, UserError
-from pipeline.generate.actor import load_acceptance_head, load_pair, make_engine
+from pipeline.generate.loading import load_acceptance_head, load_pair, make_engine
 from pipeline.inputs.openai_requests import REQUEST, request_cells
 from pipeline.inputs.prompts import SAMPLING_COLUMN, PromptRenderer, row_sampling, sample_count
 from specdec.request import Request
