@@ -1,4 +1,7 @@
-"""A job's models, acceptance head and engine, made as the job says."""
+"""A job's models, acceptance head and engine, made as the job says.
+
+What needs torch is imported where it is used: the driver of a job imports this module, too.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +10,74 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pipeline.config.job import JobConfig
+from pipeline.config.job import JobConfig, ModelsConfig
+from pipeline.errors import UserError
 
 
 def load_pair(job: JobConfig) -> Any:
-    """The job's models, loaded (`specdec.loading.pair.ModelPair`).
+    """The models that the job runs, loaded (`specdec.loading.pair.ModelPair`).
 
     Raises:
-        PairError: they are missing, unsupported, or do not fit together.
+        UserError: they are missing, unsupported, or do not fit together.
+    """
+    return load_models(job.models, job_device(job), draft=job.speculation.policy != "none")
+
+
+def job_device(job: JobConfig) -> str | None:
+    """The device of the job's models; None: a GPU if there is one."""
+    # An actor that asked for no GPU must not take one that happens to be there.
+    return job.models.device or (None if job.actors.num_gpus else "cpu")
+
+
+def load_models(models: ModelsConfig, device: str | None, *, draft: bool = True) -> Any:
+    """Target and draft, loaded (`specdec.loading.pair.ModelPair`).
+
+    Args:
+        models: which, and how.
+        device: where, unless `models.device_map` says so; None: a GPU if there is one.
+        draft: whether to load the draft, too.
+
+    Raises:
+        UserError: they are missing, unsupported, or do not fit together.
     """
     from specdec.loading.pair import ModelPair
 
-    models = job.models
-    # An actor that asked for no GPU must not take one that happens to be there.
-    device = models.device or (None if job.actors.num_gpus else "cpu")
-    return ModelPair.load(
-        models.target,
-        models.draft if job.speculation.policy != "none" else None,
-        dtype=models.dtype,
-        quantization=models.quantization,
-        draft_quantization=models.draft_quantization,
-        deterministic=models.deterministic,
-        device=device,
-        device_map=models.device_map,
-        trust_remote_code=models.trust_remote_code,
-    )
+    with refusals():
+        return ModelPair.load(
+            models.target,
+            models.draft if draft else None,
+            dtype=models.dtype,
+            quantization=models.quantization,
+            draft_quantization=models.draft_quantization,
+            deterministic=models.deterministic,
+            device=device,
+            device_map=models.device_map,
+            trust_remote_code=models.trust_remote_code,
+        )
 
 
 def load_acceptance_head(job: JobConfig, pair: Any) -> Any:
     """The job's acceptance head, or None if it has none.
 
     Raises:
-        PairError: it is missing, damaged, or was trained for another pair.
+        UserError: it is missing, damaged, or was trained for another pair.
     """
     from specdec.loading.head_files import load_head
 
     folder = job.speculation.head
-    return load_head(folder, pair) if folder is not None else None
+    with refusals():
+        return load_head(folder, pair) if folder is not None else None
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What specdec refuses to load is the user's to mend: its `PairError` becomes a `UserError`."""
+    from specdec.loading.sources import PairError
+
+    try:
+        yield
+    except PairError as error:
+        raise UserError(str(error)) from error
 
 
 def make_engine(job: JobConfig, pair: Any, head: Any, decode: Callable[..., str]) -> Any:

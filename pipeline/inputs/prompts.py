@@ -1,4 +1,4 @@
-"""From a row to the engine's request: prompt token ids and sampling parameters.
+"""What a row asks for: the token ids of its prompt, and how to sample (see `requests`).
 
 Chat `messages` go through the target's chat template. A plain prompt, and what a `template` over
 the columns renders to, are completed as they are: no chat template is put around them.
