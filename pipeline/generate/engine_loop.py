@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from specdec.engine.engine import Engine
 
 _REPORT_SECONDS = 0.5
+"""Between two reports of a loop: as often as the driver looks at them."""
+
 _ENGINE_COUNTS = (
     "target_forwards",
     "draft_forwards",
@@ -31,6 +33,7 @@ _ENGINE_COUNTS = (
     "draft_tokens",
     "shared_tokens",
 )
+"""The engine's statistics that are kept with each unit."""
 
 
 @dataclass
@@ -299,8 +302,8 @@ class EngineLoop:
 def _spending(engine: Engine) -> Usage:
     """A copy of what the engine has spent and measured.
 
-    The engine's thread makes it when a unit ends: other threads may not look at a cost table, which
-    may grow in a round, and in every round it would cost more than all other books together.
+    The engine's thread makes it when a unit ends. Other threads may not look at a cost table, which
+    may grow in a round. In every round it would cost more than all other accounting together.
     """
     stats = engine.stats
     return Usage(

@@ -18,12 +18,13 @@ from pipeline.inputs.units import FilePlan, Unit, check_columns, plan_files, req
 from pipeline.storage.folder import is_s3, resolved
 
 UNIT_ROWS = 64
-"""Rows that are read together."""
+"""Rows that are read together. More of them reads more than the sample needs."""
 
 _LEAST_UNITS = 8
-"""Ranges that a sample is spread over, if there are as many."""
+"""Ranges that a sample is spread over, if there are as many. More of them reads more places."""
 
 _USUAL = ("messages", "prompt")
+"""Columns that prompts are looked for in, in this order, if nothing says which."""
 
 
 @dataclass(frozen=True)
