@@ -33,7 +33,7 @@ def absolute(path: str) -> str:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """What specdec refuses to load or to train is the user's to mend."""
+    """What specdec refuses to load or to train, the user can fix: it becomes a `UserError`."""
     from specdec.loading.sources import PairError
     from specdec.training.student import DistillError
 

@@ -43,7 +43,7 @@ class Usage:
     Attributes:
         engine: forwards and tokens through each model.
         phase_seconds: seconds by phase that were spent on no unit: `idle` (no row to work on),
-            `profile`; what units were worked on for is booked on them (`EngineLoop.submit`).
+            `profile`; the rest is charged to the units (`EngineLoop.submit`).
         peak_live: most rows in slots at once.
         speedup: rounds with speculation and control rounds.
         outcomes: rounds of rows by (candidates verified, accepted).
@@ -215,7 +215,7 @@ class EngineLoop:
             if isinstance(error, torch.AcceleratorError):
                 raise  # after this the device refuses everything else in this process, too
             traceback.print_exc()
-            self._book({}, list(self._waiting))
+            self._charge({}, list(self._waiting))
             self._replace_engine()
             self._fail_all(EngineFailed(f"{type(error).__name__}: {error}"))
             return
@@ -223,7 +223,7 @@ class EngineLoop:
             faulthandler.cancel_dump_traceback_later()
         phases = self._engine.stats.seconds
         worked = {name: phases[name] - before.get(name, 0.0) for name in phases}
-        self._book(worked, [*self._engine.live_ids, *(c.id for c in completions)])
+        self._charge(worked, [*self._engine.live_ids, *(c.id for c in completions)])
         with self._lock:
             self._peak = max(self._peak, self._engine.live + len(completions))
         for completion in completions:
@@ -241,14 +241,14 @@ class EngineLoop:
             except queue.Empty:
                 return
             if self._doing == "idle":
-                self._book({}, [])
+                self._charge({}, [])
             for index, request in enumerate(batch.requests):
                 name = next(self._ids)
                 self._waiting[name] = (batch, index)
                 self._engine.submit(replace(request, id=name))
 
-    def _book(self, phases: Mapping[str, float], rows: Sequence[str]) -> None:
-        """Book the time since the last call: on phases as far as known, and on the rows' units."""
+    def _charge(self, phases: Mapping[str, float], rows: Sequence[str]) -> None:
+        """Charge the time since the last call to phases, as far as known, and to the rows' units."""
         with self._lock:
             now = time.monotonic()
             rest = now - self._mark - sum(phases.values())

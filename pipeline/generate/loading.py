@@ -71,7 +71,7 @@ def load_acceptance_head(job: JobConfig, pair: Any) -> Any:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """What specdec refuses to load is the user's to mend: its `PairError` becomes a `UserError`."""
+    """What specdec refuses to load, the user can fix: its `PairError` becomes a `UserError`."""
     from specdec.loading.sources import PairError
 
     try:
