@@ -248,7 +248,7 @@ class EngineLoop:
                 self._engine.submit(replace(request, id=name))
 
     def _charge(self, phases: Mapping[str, float], rows: Sequence[str]) -> None:
-        """Charge the time since the last call to phases, as far as known, and to the rows' units."""
+        """Charge the time since the last call to phases as far as known, and to the rows' units."""
         with self._lock:
             now = time.monotonic()
             rest = now - self._mark - sum(phases.values())
