@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """An engine for many units at once, or for one that must be alone.
+    """Whose turn it is at an engine: many units' at once, or that of one that must be alone.
 
-    Who asks for it alone waits for those inside and keeps newcomers out.
+    A unit that asks to be alone waits for those inside, and keeps newcomers out meanwhile.
     """
 
     def __init__(self) -> None:
