@@ -22,7 +22,7 @@ from rich.table import Table
 from jobs.job_file import load_job, load_prices
 from jobs.terminal.amounts import money
 from jobs.terminal.console import explained, out
-from jobs.terminal.display import duration, stages
+from jobs.terminal.display import duration, progress_bar
 from jobs.terminal.options import AsJson, JobFile, Overrides
 from pipeline.config.job import JobConfig
 from pipeline.config.prices import Hardware, Priced, Prices, default_prices, price
@@ -134,7 +134,7 @@ def plan(
         from pipeline.run.plan import plan_job
 
         planned = plan_job(job)
-        with stages() as show:
+        with progress_bar() as show:
             found = make_plan(planned, table, rows, seed, show)
         if as_json:
             print(json.dumps(asdict(found), allow_nan=False))
@@ -241,13 +241,13 @@ def _rehearse(job: JobConfig, rows: Any, show: Show) -> tuple[Rehearsal, float, 
     from pipeline.generate.pool import actor_options, check_resources
     from pipeline.run.ray_session import connected
 
-    show("starting Ray", 0.0)
+    show("starting Ray")
     with connected():
         nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         actors = job.actors.on([node["Resources"].get("CPU", 0.0) for node in nodes])
         check_resources(actors, [node["Resources"] for node in nodes])
         job = job.model_copy(update={"actors": actors})
-        show(f"generating {len(rows)} rows", 0.0)
+        show(f"generating {len(rows)} rows")
         options = {name: value for name, value in actor_options(job.actors).items() if value}
         task = ray.remote(**options, max_retries=0)(_rehearse_there)
         try:

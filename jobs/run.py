@@ -81,8 +81,8 @@ def run(
         from jobs.reports.summary import read_summary, render
         from jobs.terminal.display import progress_bar
 
-        with progress_bar(err) as show, stop_signals() as stop, page_at_the_end(job):
-            result = run_job(job, mode=mode, progress=show, stop=stop, note=_note)
+        with progress_bar() as show, stop_signals() as stop, page_at_the_end(job):
+            result = run_job(job, mode=mode, progress=show.job, stop=stop, note=_note)
         if not result.units_run:
             out.print(_nothing_to_do(only_failed))
         if result.missing:

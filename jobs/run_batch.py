@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 
 from jobs.job_file import build_job, s3_options
-from jobs.terminal.console import err, explained, out, stop_signals
+from jobs.terminal.console import explained, out, stop_signals
 from jobs.terminal.options import Endpoint, Profile, Quiet
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
@@ -122,12 +122,8 @@ def _run(job: JobConfig, responses: str, errors: str, model: str, quiet: bool) -
     from pipeline.run.plan import plan_job
     from pipeline.run.run import run_job
 
-    if quiet:
-        with stop_signals() as stop:
-            result = run_job(job, stop=stop)
-    else:
-        with progress_bar(err) as show, stop_signals() as stop:
-            result = run_job(job, progress=show, stop=stop)
+    with progress_bar(quiet=quiet) as show, stop_signals() as stop:
+        result = run_job(job, progress=show.job, stop=stop)
     written = _write(plan_job(job), responses, errors, model)
     if quiet:
         return

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jobs.job_file import s3_options
-from jobs.terminal.console import FAILURE, err, explained, out
+from jobs.terminal.console import FAILURE, explained, out
+from jobs.terminal.display import progress_bar
 from jobs.terminal.options import AsJson, Endpoint, Output, Profile
 
 _PROBLEMS_SHOWN = 100
@@ -40,8 +38,12 @@ def verify(
         s3 = s3_options(endpoint, profile)
         from pipeline.outputs.verify import verify as check
 
-        with _bar() as show:
-            found = check(output, s3, show)
+        with progress_bar() as show:
+            found = check(
+                output,
+                s3,
+                lambda done, units: show("checking units", done / units, f"{done:,}/{units:,}"),
+            )
         if as_json:
             print(json.dumps({"ok": found.ok, **asdict(found)}))
         else:
@@ -58,13 +60,3 @@ def verify(
             out.print(f"{verdict}: {escape(found.output)}", highlight=False, soft_wrap=True)
     if not found.ok:
         raise typer.Exit(FAILURE)
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over units, on a terminal."""
-    columns = (TextColumn("checking units"), BarColumn(), MofNCompleteColumn())
-    bar = Progress(*columns, TimeRemainingColumn(), console=err, transient=True)
-    with bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

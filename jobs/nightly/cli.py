@@ -137,17 +137,16 @@ def _dates(
 @contextmanager
 def _hooks(stop: Any, quiet: bool) -> Iterator[Hooks]:
     from jobs.nightly.nights import Hooks
+    from jobs.terminal.display import progress_bar
 
     if quiet:
         yield Hooks(stop=stop)
         return
-    from jobs.terminal.display import progress_bar
-
-    with progress_bar(err) as show:
+    with progress_bar() as show:
         yield Hooks(
             on_night=lambda date: err.print(f"night of {date}", highlight=False),
-            on_turn=lambda turn: show,
-            on_learning=lambda stage: err.print(stage, highlight=False, soft_wrap=True),
+            on_turn=lambda turn: show.job,
+            on_learning=show,
             stop=stop,
         )
 

@@ -23,16 +23,15 @@ from jobs.nightly.compare import Comparison, Side, compare
 from jobs.nightly.conversations import CONVERSATION
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.versions import Version, models_folder, read_versions, write_versions
+from jobs.tuning.common import user_errors
 from pipeline.commit import manifest
 from pipeline.config.job import JobConfig, SamplingConfig
 from pipeline.config.model_identity import digest
-from pipeline.errors import UserError
-from pipeline.generate.actor import load_acceptance_head, load_pair
+from pipeline.generate.loading import load_acceptance_head, load_pair
 from pipeline.inputs.prompts import row_sampling
-from pipeline.outputs.training_data import JobOutput, open_job, read_examples
+from pipeline.outputs.training_data import open_job, read_examples
 from specdec.loading.head_files import save_head
 from specdec.loading.pair import ModelPair
-from specdec.loading.sources import PairError
 from specdec.request import Request
 from specdec.simulate.record import Text
 from specdec.training.distill import distill
@@ -40,14 +39,17 @@ from specdec.training.examples import Example
 from specdec.training.head import HeadSettings, calibrate, evaluate_head, train_head
 from specdec.training.labels import Labels, LabelSettings, assign_parts, collect
 from specdec.training.settings import Settings, Watch
-from specdec.training.student import DistillError, Student
+from specdec.training.student import Student
 from specdec.training.workspace import Workspace
 
 Show = Callable[[str], None]
 """Told what is being done."""
 
 _LEAST_LEARN, _LEAST_HELD_OUT = 3, 2
+"""Different prompts to learn from, and rows to compare on: with fewer a night teaches nothing."""
+
 _MIXING = 0.15
+"""Share of draft tokens in a head's training text; the default of `specbatch train-head`."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def improve(recipe: Recipe, archive: Archive, night: Night, show: Show) -> dict[
         # Adopted by a run that died before it could say so.
         record["candidates"] = [{"what": "a candidate", "decision": "adopted", "why": before.why}]
     else:
-        outcomes = list(_candidates(recipe, archive, night, before, show))
+        with user_errors():
+            outcomes = list(_candidates(recipe, archive, night, before, show))
         record["candidates"] = [outcome.to_json() for outcome, _ in outcomes]
         adopted = [version for outcome, version in outcomes if outcome.comparison.adopted]
         for version in adopted:
@@ -133,21 +136,18 @@ def _candidates(
     job = _job(recipe, before)
     torch.set_num_threads(max(1, int(job.actors.num_cpus or os.cpu_count() or 1)))
     show("loading models")
-    try:
-        pair = load_pair(job)
-        lesson = _lesson(recipe, archive, night, pair)
-        if lesson is None:
+    pair = load_pair(job)
+    lesson = _lesson(recipe, archive, night, pair)
+    if lesson is None:
+        return
+    incumbent = Side("the pair in use", pair, load_acceptance_head(job, pair))
+    if recipe.improve.draft:
+        outcome, version = _new_draft(recipe, night, before, incumbent, lesson, show)
+        yield outcome, version
+        if outcome.comparison.adopted:
             return
-        incumbent = Side("the pair in use", pair, load_acceptance_head(job, pair))
-        if recipe.improve.draft:
-            outcome, version = _new_draft(recipe, night, before, incumbent, lesson, show)
-            yield outcome, version
-            if outcome.comparison.adopted:
-                return
-        if recipe.improve.head:
-            yield _new_head(recipe, night, before, incumbent, lesson, show)
-    except (PairError, DistillError) as error:
-        raise UserError(str(error)) from None
+    if recipe.improve.head:
+        yield _new_head(recipe, night, before, incumbent, lesson, show)
 
 
 def _job(recipe: Recipe, version: Version) -> JobConfig:
@@ -169,7 +169,7 @@ def _lesson(recipe: Recipe, archive: Archive, night: Night, pair: ModelPair) -> 
             # From the second turn on a row's name ends with the sample.
             stem = example.group if turn == 1 else example.group.rpartition("/")[0]
             if _draw(stem) < settings.held_out:
-                texts.append((example.digest, _text(job, example)))
+                texts.append((example.digest, _text(example)))
             else:
                 learn.append(example)
     # A hash mixes turns and templates, so that the first so many are a fair sample.
@@ -186,9 +186,9 @@ def _draw(stem: str) -> float:
     return int.from_bytes(hashlib.sha256(f"held out:{stem}".encode()).digest()[:8], "big") / 2**64
 
 
-def _text(job: JobOutput, example: Example) -> Text:
-    sampling = row_sampling(job.sampling, None, example.id)
-    request = Request(example.id, example.prompt_ids, sampling)
+def _text(example: Example) -> Text:
+    assert example.sampling is not None, "examples of a job say how they were drawn"
+    request = Request(example.id, example.prompt_ids, example.sampling)
     return Text(request, example.output_ids, example.group)
 
 

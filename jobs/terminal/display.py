@@ -1,69 +1,176 @@
-"""The progress bar: rows, tokens/s, acceptance rate, time left."""
+"""The progress bar of all long commands.
+
+On a terminal it is a live bar. Elsewhere (cron, nohup, a log file) it is lines: one when a stage
+begins, one every half minute, and one when it ends.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from jobs.terminal.console import err
-from pipeline.observe.progress import JobProgress, OnProgress
+from pipeline.observe.progress import JobProgress
 
-_LOG_SECONDS = 30
+LOG_SECONDS = 30.0
+"""Between two lines where there is no terminal. Longer makes shorter logs, and longer silence."""
 
-Show = Callable[[str, float], None]
-"""Told a stage of a command, and how far it is, from 0 to 1."""
+
+class Show:
+    """Called with how far a command is. This one shows nothing: it is that of `--quiet`."""
+
+    def __call__(self, stage: str, done: float | None = None, figures: str = "") -> None:
+        """Show a moment.
+
+        Args:
+            stage: what is being done, in a few words; another one ends the one before.
+            done: how much of the stage is done, from 0 to 1; None: not known.
+            figures: what else is known, such as a speed.
+        """
+
+    def job(self, progress: JobProgress) -> None:
+        """Show a moment of a running job; what `run_job` is given as `progress`."""
+        total = progress.rows_total
+        rows = f"{progress.rows_done:,}/{total:,} rows" if total else ""
+        known = " · ".join(filter(None, (rows, figures(progress))))
+        self(progress.stage, progress.rows_done / total if total else None, known)
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[OnProgress]:
-    """Yields the function to call with each moment of the job.
+def progress_bar(
+    *, quiet: bool = False, console: Console = err, seconds: float = LOG_SECONDS
+) -> Iterator[Show]:
+    """Yields what to call with how far a command is.
 
-    On a terminal it moves a live bar; in a log file it prints a line twice a minute.
+    Args:
+        quiet: show nothing.
+        console: where to show it.
+        seconds: between two lines where there is no terminal.
     """
-    if not console.is_terminal:
-        yield _log_lines(console)
-        return
-    bar = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} rows"),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
+    if quiet:
+        yield Show()
+    elif console.is_terminal:
+        with _bar(console) as bar:
+            yield bar
+    else:
+        with _lines(console, seconds) as lines:
+            yield lines
+
+
+# ------------------------------------------------------------------- on a terminal
+
+
+class _Bar(Show):
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task = bar.add_task("starting", total=None, figures="")
+
+    def __call__(self, stage: str, done: float | None = None, figures: str = "") -> None:
+        words = " ".join(filter(None, ("" if done is None else f"{done:4.0%}", figures)))
+        self._bar.update(
+            self._task,
+            description=stage,
+            total=None if done is None else 1.0,
+            completed=done or 0.0,
+            figures=words,
+        )
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Show]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
+    figures = TextColumn("{task.fields[figures]}", markup=False)
+    bar = Progress(*columns, figures, TimeElapsedColumn(), console=console, transient=True)
     with bar:
-        task = bar.add_task("looking at the input", total=0, figures="")
-
-        def show(progress: JobProgress) -> None:
-            bar.update(
-                task,
-                description=progress.stage,
-                total=progress.rows_total,
-                completed=progress.rows_done,
-                figures=figures(progress),
-            )
-
-        yield show
+        yield _Bar(bar)
 
 
-def _log_lines(console: Console) -> OnProgress:
-    printed = time.monotonic()
+# ---------------------------------------------------------------------- as lines
 
-    def show(progress: JobProgress) -> None:
-        nonlocal printed
-        if time.monotonic() - printed >= _LOG_SECONDS:
-            printed = time.monotonic()
-            rows = f"{progress.rows_done:,}/{progress.rows_total:,} rows"
-            parts = filter(None, (progress.stage, rows, figures(progress)))
-            console.print(" · ".join(parts), highlight=False, soft_wrap=True)
 
-    return show
+@dataclass
+class _Stage:
+    """A stage as it was told last.
+
+    Attributes:
+        name, done, figures: as of `Show`.
+        began: monotonic time.
+        shown: whether a line has named it.
+    """
+
+    name: str
+    done: float | None = None
+    figures: str = ""
+    began: float = field(default_factory=time.monotonic)
+    shown: bool = False
+
+    def line(self, words: str = "") -> str:
+        """One line, with the time since its begin at the end."""
+        name = self.name if self.done is None else f"{self.name} {self.done:.0%}"
+        took = words + duration(time.monotonic() - self.began)
+        return " · ".join(filter(None, (name, self.figures, took)))
+
+
+class _Lines(Show):
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lock = threading.Lock()
+        # What a command does before it names a stage is named only if it takes long.
+        self._stage = _Stage("starting")
+
+    def __call__(self, stage: str, done: float | None = None, figures: str = "") -> None:
+        with self._lock:
+            if self._stage.name != stage:
+                self._end()
+                self._stage = _Stage(stage)
+                self._print(stage)
+            self._stage.done, self._stage.figures = done, figures
+
+    def tick(self) -> None:
+        """Print where the stage is."""
+        with self._lock:
+            self._print(self._stage.line())
+
+    def end(self) -> None:
+        """Print that the last stage is done."""
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        if self._stage.shown:
+            self._print(self._stage.line("done in "))
+
+    def _print(self, line: str) -> None:
+        self._stage.shown = True
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _lines(console: Console, seconds: float) -> Iterator[Show]:
+    lines, over = _Lines(console), threading.Event()
+
+    def tick() -> None:
+        while not over.wait(seconds):
+            lines.tick()
+
+    # A thread of its own: a stage may be one call that says nothing for an hour.
+    clock = threading.Thread(target=tick, name="progress", daemon=True)
+    clock.start()
+    try:
+        yield lines
+        lines.end()  # not after an error: then the stage was not done
+    finally:
+        over.set()
+        clock.join()
+
+
+# ------------------------------------------------------------------------ figures
 
 
 def figures(progress: JobProgress) -> str:
@@ -85,33 +192,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-@contextmanager
-def stages() -> Iterator[Show]:
-    """Yields what to call with a stage and how far it is, from 0 to 1.
-
-    A live bar on a terminal; in a log file, a line for each new stage.
-    """
-    if not err.is_terminal:
-        seen: set[str] = set()
-
-        def line(stage: str, done: float) -> None:
-            if stage not in seen:
-                seen.add(stage)
-                err.print(stage, highlight=False, soft_wrap=True)
-
-        yield line
-        return
-    bar = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        console=err,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("starting", total=1.0)
-        yield lambda stage, done: bar.update(task, description=stage, completed=done)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from jobs.job_file import s3_options
 from jobs.terminal.console import err, explained, out
-from pipeline.config.job import S3Config
+from jobs.terminal.display import Show, progress_bar
+from jobs.tuning.common import (
+    Endpoint,
+    Profile,
+    Threads,
+    absolute,
+    silence_transformers,
+    user_errors,
+)
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
@@ -27,8 +32,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of i
     from specdec.training.examples import Example
     from specdec.training.settings import Moment, Watch
     from specdec.training.student import Student
-
-_LOG_SECONDS = 30
 
 
 def distill(
@@ -93,15 +96,9 @@ def distill(
             show_default=False,
         ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default=False)
-    ] = None,
-    endpoint: Annotated[
-        str | None, typer.Option(help="URL of an S3-compatible server.", show_default=False)
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="AWS profile to use.", show_default=False)
-    ] = None,
+    threads: Threads = None,
+    endpoint: Endpoint = None,
+    profile: Profile = None,
 ) -> None:
     """Make a draft, or improve one, from what a target has generated.
 
@@ -116,9 +113,7 @@ def distill(
         specbatch distill out/a out/b --out drafts/better --draft drafts/two-layers --minutes 30
         specbatch distill s3://bucket/out --out drafts/new --compare drafts/old --by kind
     """
-    with explained("Run the same command again to resume."), _user_errors():
-        from pydantic import ValidationError
-
+    with explained("Run the same command again to resume."), user_errors():
         from pipeline.outputs.training_data import open_job
         from specdec.training.settings import Settings
         from specdec.training.workspace import Workspace
@@ -139,14 +134,11 @@ def distill(
             bf16=bf16,
             seed=seed,
         )
-        try:
-            s3 = S3Config(endpoint=endpoint, profile=profile)
-        except ValidationError as error:
-            raise UserError(f"--endpoint: {error.errors()[0]['msg']}") from None
+        s3 = s3_options(endpoint, profile)
         jobs = [open_job(output, s3) for output in outputs]
         name = target or _common_target(jobs)
         arguments = {
-            "outputs": [o if "://" in o else os.path.abspath(o) for o in outputs],
+            "outputs": list(map(absolute, outputs)),
             "target": name,
             "from_layers": layers,
             "draft": draft and (os.path.abspath(draft) if os.path.isdir(draft) else draft),
@@ -164,23 +156,22 @@ def distill(
 
         if threads is not None:
             torch.set_num_threads(threads)
-        from transformers.utils import logging as notices
-
         from pipeline.commit.manifest import versions
         from specdec.loading.pair import ModelPair
         from specdec.training.distill import distill as run
 
-        # A draft without embeddings is as it should be; transformers would warn of it at length.
-        notices.set_verbosity_error()
-        notices.disable_progress_bar()
-        trust = jobs[0].models.trust_remote_code
-        pair = ModelPair.load(name, trainable=True, trust_remote_code=trust)
-        student = _student(pair, layers, draft, trust)
-        incumbent = _student(pair, None, compare, trust) if compare else None
-        examples = space.examples() or _examples(jobs, pair, limit, by)
-        tokens = sum(len(e.output_ids) for e in examples)
-        err.print(f"{len(examples):,} rows, {tokens:,} output tokens", highlight=False)
-        with _watching(err) as watch:
+        silence_transformers()
+        with progress_bar() as show:
+            show("loading models")
+            trust = jobs[0].models.trust_remote_code
+            pair = ModelPair.load(name, trainable=True, trust_remote_code=trust)
+            student = _student(pair, layers, draft, trust)
+            incumbent = _student(pair, None, compare, trust) if compare else None
+            show("reading rows")
+            examples = space.examples() or _examples(jobs, pair, limit, by)
+            tokens = sum(len(e.output_ids) for e in examples)
+            err.print(f"{len(examples):,} rows, {tokens:,} output tokens", highlight=False)
+            show("evaluating")
             card = run(
                 pair,
                 student,
@@ -188,24 +179,12 @@ def distill(
                 settings,
                 space,
                 record={"arguments": arguments, "versions": versions()},
-                watch=watch,
+                watch=_watch(show),
                 incumbent=incumbent,
                 scores=scores,
             )
         out.print(_table(card["held_out"]))
         out.print(f"\nDraft: {escape(str(folder))}", highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Refusals of specdec are the user's to mend."""
-    from specdec.loading.sources import PairError
-    from specdec.training.student import DistillError
-
-    try:
-        yield
-    except (PairError, DistillError) as error:
-        raise UserError(str(error)) from None
 
 
 def _layers(text: str) -> list[int]:
@@ -263,9 +242,8 @@ def _student(pair: ModelPair, layers: list[int] | None, draft: str | None, trust
     return Student.from_layers(pair, layers or [])
 
 
-@contextmanager
-def _watching(console: Console) -> Iterator[Watch]:
-    """Shows progress: a live bar on a terminal, a line twice a minute in a log file."""
+def _watch(show: Show) -> Watch:
+    """Shows where a distillation is, and prints what its evaluations find."""
     from specdec.training.settings import Watch
 
     def evaluated(name: str, agreements: Agreements) -> None:
@@ -276,46 +254,9 @@ def _watching(console: Console) -> Iterator[Watch]:
             )
             label = name if group == next(iter(agreements)) else f"  {group}"
             line = f"{label:<24} {figures}  ({found.tokens:,} tokens)"
-            console.print(escape(line), highlight=False, soft_wrap=True)
+            err.print(escape(line), highlight=False, soft_wrap=True)
 
-    if not console.is_terminal:
-        yield Watch(_log_lines(console), evaluated)
-        return
-    bar = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}% {task.fields[figures]}"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("evaluating", total=None, figures="")
-
-        def show(moment: Moment) -> None:
-            bar.update(
-                task,
-                description=moment.stage,
-                total=moment.total,
-                completed=moment.done,
-                figures=_figures(moment),
-            )
-
-        yield Watch(show, evaluated)
-
-
-def _log_lines(console: Console) -> Callable[[Moment], None]:
-    printed = time.monotonic()
-
-    def show(moment: Moment) -> None:
-        nonlocal printed
-        if time.monotonic() - printed >= _LOG_SECONDS or moment.done >= moment.total:
-            printed = time.monotonic()
-            line = f"{moment.stage} {moment.done / moment.total:.0%} · {_figures(moment)}"
-            console.print(line, highlight=False, soft_wrap=True)
-
-    return show
+    return Watch(lambda at: show(at.stage, at.done / at.total, _figures(at)), evaluated)
 
 
 def _figures(moment: Moment) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +14,10 @@ import typer
 
 from jobs.job_file import load_job
 from jobs.terminal.console import explained, out
-from jobs.terminal.display import Show, stages
+from jobs.terminal.display import Show, progress_bar
+from jobs.tuning.common import complete, silence_transformers, told
 from pipeline.config.job import JobConfig
-from pipeline.errors import RowError, UserError, nearest
+from pipeline.errors import UserError, nearest
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from pipeline.inputs.sample import Sample
@@ -25,13 +28,16 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of i
     from specdec.simulate.replay import Transcript
 
 FIXED = range(1, 9)
-"""Lengths of `fixed` that are tried."""
+"""Candidates per round of the policy `fixed` that are tried; each costs a replay per live batch."""
 
 _COST_SECONDS = 20.0
-"""Spent on the cost curves, about."""
+"""Seconds spent on measuring what forwards cost, about. More makes the predictions steadier."""
 
-_FEW_ROWS, _LEAST_ROWS = 30, 5
-"""Rows below which figures are called rough, and a class is given no interval."""
+_FEW_ROWS = 30
+"""Rows below which all figures are called rough."""
+
+_LEAST_ROWS = 5
+"""Rows of a class below which its acceptance rate is given no interval."""
 
 
 def profile(
@@ -81,9 +87,9 @@ def profile(
                 if class_column not in each.schema.names:
                     hint = nearest(class_column, each.schema.names)
                     raise UserError(f"{each.file.url}: no column {class_column!r}; {hint}")
-        columns = job.input.model_dump(include={"messages_column", "prompt_column", "template"})
-        sample = sample_rows(job.input.paths, columns, plan.job.s3, rows, seed)
-        with stages() as show:
+        how = job.input.model_dump(exclude={"paths"})
+        sample = sample_rows(job.input.paths, how, plan.job.s3, rows, seed)
+        with progress_bar() as show:
             found = _profile(plan.job, sample, class_column, show)
         if as_json:
             print(json.dumps(found, allow_nan=False))
@@ -106,18 +112,26 @@ def _profile(
     import torch
 
     from jobs.tuning.profile_report import recommend
+    from pipeline.generate.loading import job_device, load_acceptance_head, load_models
     from specdec.simulate.record import measure_costs, record
     from specdec.simulate.replay import acceptance_by_position
 
     torch.set_num_threads(max(1, int(job.actors.num_cpus or os.cpu_count() or 1)))
-    show("loading models", 0.0)
-    pair = _load(job)
-    head = _head(job, pair)
-    texts, left_out = _texts(job, pair, sample, class_column, show)
+    show("loading models")
+    silence_transformers()
+    # The draft, too, if the job does not speculate yet.
+    pair = load_models(job.models, job_device(job))
+    head = load_acceptance_head(job, pair)
+    show("completing rows")
+    left_out: Counter[str] = Counter()
+    texts = _texts(job, pair, sample, class_column, left_out, show)
     if not texts:
-        raise UserError(f"none of the {len(sample.rows)} rows tried can be completed: {left_out}")
+        raise UserError(
+            f"none of the {len(sample.rows)} rows tried can be completed: {told(left_out)}"
+        )
     traces = []
     mode = job.speculation.verification
+    show("recording acceptance")
     for trace in record(pair, texts, verification=mode, head=head, most=_most(job)):
         traces.append(trace)
         show("recording acceptance", len(traces) / len(texts))
@@ -127,13 +141,14 @@ def _profile(
         )
     batches = _batches(job.actors.slots)
     prompt = sum(trace.prompt_tokens for trace in traces) // len(traces)
-    show("measuring costs", 0.0)
+    show("measuring costs")
     costs = measure_costs(pair, job.actors.slots, prompt, _COST_SECONDS)
+    show("replaying policies")
     predictions = []
-    for number, live in enumerate(batches):
-        show(f"replaying policies at {live} live rows", number / len(batches))
+    for live in batches:
         policies = _policies(job, pair, live, head)
         predictions.append(_predict(traces, policies, costs, live))
+        show("replaying policies", len(predictions) / len(batches), f"at {live} live rows")
     return {
         "rows": len(traces),
         "rows_left_out": left_out,
@@ -152,84 +167,37 @@ def _profile(
     }
 
 
-def _notes(rows: int, left_out: Mapping[str, int]) -> Iterator[str]:
+def _notes(rows: int, left_out: Counter[str]) -> Iterator[str]:
     if rows < _FEW_ROWS:
         yield f"Only {rows} rows were tried: these figures are rough."
     if left_out:
-        reason, _ = max(left_out.items(), key=lambda item: item[1])
-        yield f"{sum(left_out.values())} rows were left out, most often: {reason}"
+        yield told(left_out)
 
 
-# --------------------------------------------------------------- models and texts
-
-
-def _load(job: JobConfig) -> ModelPair:
-    from transformers.utils import logging as notices
-
-    from pipeline.generate.actor import load_pair
-    from specdec.loading.sources import PairError
-
-    notices.set_verbosity_error()
-    notices.disable_progress_bar()
-    # A job that does not speculate yet may name a draft to be looked at.
-    speculating = job.speculation.model_copy(update={"policy": "fixed"})
-    try:
-        pair: ModelPair = load_pair(job.model_copy(update={"speculation": speculating}))
-    except PairError as error:
-        raise UserError(str(error)) from None
-    return pair
-
-
-def _head(job: JobConfig, pair: ModelPair) -> Any:
-    """The job's acceptance head, or None."""
-    from pipeline.generate.actor import load_acceptance_head
-    from specdec.loading.sources import PairError
-
-    try:
-        return load_acceptance_head(job, pair)
-    except PairError as error:
-        raise UserError(str(error)) from None
+# --------------------------------------------------------------------------- texts
 
 
 def _texts(
-    job: JobConfig, pair: ModelPair, sample: Sample, class_column: str | None, show: Show
-) -> tuple[list[Text], dict[str, int]]:
-    """The target's completions of the rows, and why rows were left out, with how many."""
-    from pipeline.inputs.prompts import SAMPLING_COLUMN, PromptRenderer, row_sampling
-    from specdec.engine.engine import Engine
-    from specdec.policies.registry import make_policy
-    from specdec.request import Request
-    from specdec.simulate.record import Text, write_texts
+    job: JobConfig,
+    pair: ModelPair,
+    sample: Sample,
+    class_column: str | None,
+    left_out: Counter[str],
+    show: Show,
+) -> list[Text]:
+    """The target's completions of the rows; why rows have none is counted."""
+    from pipeline.inputs.requests import RowRequests
 
-    renderer = PromptRenderer(job.input, pair.tokenizer)
-    left_out: dict[str, int] = {}
-    requests, groups = {}, {}
-    for name, row in sample.rows.items():
-        try:
-            sampling = row_sampling(job.sampling, row.get(SAMPLING_COLUMN), name)
-            requests[name] = Request(name, renderer.prompt_ids(row), sampling)
-        except RowError as error:
-            left_out[str(error)] = left_out.get(str(error), 0) + 1
-            continue
-        groups[name] = str(row.get(class_column)) if class_column else name.rsplit(":", 2)[0]
-    memory = job.actors.kv_memory_gb
-    engine = Engine(
-        pair,
-        policy=make_policy("none"),
-        verification=job.speculation.verification,
-        slots=job.actors.slots,
-        kv_memory_bytes=int(memory * 1e9) if memory else None,
-        decode=pair.tokenizer.decode,
-    )
-    texts = {}
-    for done, completion in enumerate(write_texts(engine, list(requests.values())), start=1):
-        show("completing rows", done / len(requests))
-        if completion.error is not None:
-            left_out[completion.error] = left_out.get(completion.error, 0) + 1
-        elif completion.output_ids:
-            name = completion.id
-            texts[name] = Text(requests[name], completion.output_ids, groups[name])
-    return [texts[name] for name in requests if name in texts], left_out
+    make = RowRequests(job.input, job.sampling, pair.tokenizer, pair.context_length)
+    requests = make.first_samples(sample.rows, left_out)
+    texts: list[Text] = []
+    for text in complete(job, pair, requests, left_out):
+        if class_column is not None:
+            row = sample.rows[text.request.id]
+            text = replace(text, group=str(row.get(class_column)))
+        texts.append(text)
+        show("completing rows", len(texts) / len(requests), f"{len(texts):,} rows")
+    return texts
 
 
 def _by_class(traces: list[Transcript]) -> list[dict[str, Any]]:

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from jobs.job_file import explain, load_job
+from jobs.job_file import explain, load_job, s3_options
 from jobs.terminal.console import err, explained, out
+from jobs.terminal.display import Show, progress_bar
+from jobs.tuning.common import (
+    Endpoint,
+    Profile,
+    Threads,
+    absolute,
+    silence_transformers,
+    user_errors,
+)
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
-    from jobs.tuning.head_rows import HeadRows, Show
+    from jobs.tuning.head_rows import HeadRows
     from pipeline.inputs.sample import Sample
-    from specdec.loading.pair import ModelPair
     from specdec.training.head import HeadSettings
     from specdec.training.labels import LabelSettings
 
 _FEW_POSITIONS = 2000
-_LOG_SECONDS = 30
+"""Held-out positions below which the head's figures are called rough."""
 
 
 def train_head(
@@ -105,9 +109,7 @@ def train_head(
     ] = 6.0,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the labels, at most.")] = 20,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default=False)
-    ] = None,
+    threads: Threads = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="auto, float32, bfloat16 or float16.", show_default="job's, or auto"),
@@ -115,12 +117,8 @@ def train_head(
     quantization: Annotated[
         str | None, typer.Option(help="int8wo or int8, on a CPU.", show_default=False)
     ] = None,
-    endpoint: Annotated[
-        str | None, typer.Option(help="URL of an S3-compatible server.", show_default=False)
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="AWS profile to use.", show_default=False)
-    ] = None,
+    endpoint: Endpoint = None,
+    profile: Profile = None,
 ) -> None:
     r"""Train a head that predicts, from the draft's state, which candidates the target accepts.
 
@@ -166,40 +164,45 @@ def train_head(
         # Prompts come before models, which take longer to load: mistakes should show at once.
         mine: Sample | None = None
         if not outputs:
-            given = columns if prompts or any(columns.values()) else _columns(config)
-            paths = list(map(_absolute, prompts)) if prompts else config.input.paths
-            mine = sample_rows(paths, given, s3, rows, seed)
+            own = not prompts and not any(columns.values())
+            how = config.input.model_dump(exclude={"paths"}) if own else columns
+            paths = list(map(absolute, prompts)) if prompts else config.input.paths
+            mine = sample_rows(paths, how, s3, rows, seed)
         others: Sample | None = None
         if other_prompts:
-            paths = list(map(_absolute, other_prompts))
+            paths = list(map(absolute, other_prompts))
             others = sample_rows(paths, columns, s3, max(8, rows // 5), seed)
 
         import torch
 
         from jobs.tuning.head_rows import HeadRows
+        from pipeline.generate.loading import load_models
         from specdec.training.head import HeadSettings
         from specdec.training.labels import LabelSettings
 
         if threads is not None:
             torch.set_num_threads(threads)
-        pair = _load(config)
-        source = HeadRows(pair, config, s3, mine, outputs or [], others, rows, max_positions)
-        labelling = LabelSettings(source.sampling, config.speculation.verification, mixing)
-        training = HeadSettings(depth=depth, reject_weight=reject_weight, epochs=epochs, seed=seed)
-        with _showing(err) as show:
-            _train(source, labelling, training, folder, show)
+        silence_transformers()
+        with progress_bar() as show, user_errors():
+            show("loading models")
+            pair = load_models(config.models, config.models.device)
+            source = HeadRows(pair, config, s3, mine, outputs or [], others, rows, max_positions)
+            labelling = LabelSettings(source.sampling, config.speculation.verification, mixing)
+            training = HeadSettings(
+                depth=depth, reject_weight=reject_weight, epochs=epochs, seed=seed
+            )
+            metrics, adjusted = _train(source, labelling, training, folder, show)
+        _report(metrics, adjusted, folder)
 
 
 # ----------------------------------------------------------------- what is asked
 
 
 def _s3(job: Path | None, endpoint: str | None, profile: str | None) -> S3Config:
+    """How to reach S3: as the options say, or else the job file."""
     if job is not None and endpoint is None and profile is None:
         return load_job(job).s3
-    try:
-        return S3Config(endpoint=endpoint, profile=profile)
-    except ValidationError as error:
-        raise UserError(f"--endpoint: {error.errors()[0]['msg']}") from None
+    return s3_options(endpoint, profile)
 
 
 def _base(job: Path | None, outputs: Sequence[str], s3: S3Config) -> dict[str, Any]:
@@ -256,48 +259,18 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _columns(config: JobConfig) -> dict[str, str | None]:
-    return config.input.model_dump(include={"messages_column", "prompt_column", "template"})
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(Path(path).expanduser())
-
-
-def _load(config: JobConfig) -> ModelPair:
-    from transformers.utils import logging as notices
-
-    from specdec.loading.pair import ModelPair
-    from specdec.loading.sources import PairError
-
-    # A draft that shares the target's embedding looks corrupted to transformers; the pair's own
-    # checks say what is wrong with one.
-    notices.set_verbosity_error()
-    notices.disable_progress_bar()
-    models = config.models
-    try:
-        return ModelPair.load(
-            models.target,
-            models.draft,
-            dtype=models.dtype,
-            quantization=models.quantization,
-            draft_quantization=models.draft_quantization,
-            deterministic=models.deterministic,
-            device=models.device,
-            device_map=models.device_map,
-            trust_remote_code=models.trust_remote_code,
-        )
-    except PairError as error:
-        raise UserError(str(error)) from None
-
-
 # --------------------------------------------------------------------- the whole
 
 
 def _train(
     source: HeadRows, labelling: LabelSettings, training: HeadSettings, folder: Path, show: Show
-) -> None:
-    from jobs.tuning.head_report import plot, tables, verdict
+) -> tuple[dict[str, Any], list[str]]:
+    """Label the rows, train a head on them and write its folder.
+
+    Returns:
+        What was measured of the head, and which of its two logits were adjusted afterwards.
+    """
+    from jobs.tuning.head_report import plot
     from jobs.tuning.head_rows import label_all
     from pipeline.commit.manifest import versions
     from specdec.loading.head_files import save_head
@@ -311,17 +284,19 @@ def _train(
         if not len(labels.of(part)):
             raise UserError(
                 f"no positions for part {part.name.lower()}: give more rows"
-                f"{source.explain_dropped()}"
+                f"{source.explain_left_out()}"
             )
-    if source.dropped:
-        err.print(f"left out{source.explain_dropped()}", highlight=False, soft_wrap=True)
+    if source.left_out:
+        err.print(f"left out{source.explain_left_out()}", highlight=False, soft_wrap=True)
     curve: list[Epoch] = []
 
     def trained(epoch: Epoch) -> None:
         curve.append(epoch)
-        show(f"training, loss {epoch.tune_loss:.4f}", epoch.number / training.epochs)
+        show("training", epoch.number / training.epochs, f"loss {epoch.tune_loss:.4f}")
 
+    show("training", 0.0)
     head = train_head(labels, training, trained)
+    show("measuring the head")
     saved, calibration = calibrate(head, labels)
     metrics = evaluate_head(head, saved, labels)
     sampling = source.config.sampling
@@ -341,7 +316,7 @@ def _train(
                 for part in Part
                 if len(labels.of(part))
             },
-            "rows_left_out": source.dropped,
+            "rows_left_out": dict(source.left_out),
             "calibration": calibration,
             "metrics": metrics,
             "metrics_notes": "on unmixed text; a candidate counts as accepted with its probability "
@@ -354,14 +329,20 @@ def _train(
         },
     )
     plot(metrics, folder / "reliability.png")
+    return metrics, [name for name, found in calibration.items() if found["applied"]]
+
+
+def _report(metrics: Mapping[str, Any], adjusted: Sequence[str], folder: Path) -> None:
+    """Print what a trained head is worth."""
+    from jobs.tuning.head_report import tables, verdict
+
     held_out = metrics["held_out"]
     for table in tables(metrics):
         out.print(table, "")
     out.print(verdict(metrics), highlight=False, soft_wrap=True)
-    mended = [name for name, found in calibration.items() if found["applied"]]
-    if mended:
+    if adjusted:
         out.print(
-            f"Logits {' and '.join(mended)} the draw were scaled and shifted to fit the tuning "
+            f"Logits {' and '.join(adjusted)} the draw were scaled and shifted to fit the tuning "
             "rows.",
             highlight=False,
             soft_wrap=True,
@@ -374,35 +355,3 @@ def _train(
             soft_wrap=True,
         )
     out.print(f"Head: {escape(str(folder))}", highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _showing(console: Console) -> Iterator[Show]:
-    """Shows progress: a live bar on a terminal, a line twice a minute in a log file."""
-    if not console.is_terminal:
-        yield _log_lines(console)
-        return
-    bar = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("starting", total=1.0)
-        yield lambda stage, done: bar.update(task, description=stage, completed=done)
-
-
-def _log_lines(console: Console) -> Show:
-    printed = time.monotonic()
-
-    def show(stage: str, done: float) -> None:
-        nonlocal printed
-        if time.monotonic() - printed >= _LOG_SECONDS:
-            printed = time.monotonic()
-            console.print(f"{stage} {done:.0%}", highlight=False, soft_wrap=True)
-
-    return show

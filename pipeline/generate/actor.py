@@ -1,17 +1,16 @@
 """The actor that turns units of prompts into units of completions.
 
-Ray Data hands an actor several units at once; each call renders its rows, offers them to the one
-engine, and waits. The engine's slots are shared by all units in flight.
+A call reads one unit, makes requests of its rows, waits while the engine completes them, and turns
+the outcomes into the unit's files. Ray Data makes several calls at once, so that units in flight
+share the one engine's slots.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -26,18 +25,14 @@ from pipeline.config.job import JobConfig
 from pipeline.config.prices import default_prices, price
 from pipeline.errors import RowError, UserError
 from pipeline.generate.engine_loop import EngineFailed, EngineLoop
+from pipeline.generate.loading import lasting, load_acceptance_head, load_pair, make_engine
 from pipeline.generate.pool import group_of
+from pipeline.generate.turns import Turns
 from pipeline.inputs.blocks import UnitFiles, UnitRows
-from pipeline.inputs.openai_requests import REQUEST, request_cells
-from pipeline.inputs.prompts import (
-    SAMPLING_COLUMN,
-    PromptRenderer,
-    required_columns,
-    row_sampling,
-    sample_count,
-)
+from pipeline.inputs.prompts import SAMPLING_COLUMN
+from pipeline.inputs.requests import Row, RowRequests
 from pipeline.inputs.row_ids import row_id
-from pipeline.observe.attempts import History, Turns
+from pipeline.observe.attempts import History
 from pipeline.observe.ledger import Run, Timesheet
 from pipeline.observe.metrics import LiveMetrics, Reading
 from pipeline.observe.progress import Tally
@@ -62,8 +57,6 @@ class GenerateActor:
     def __init__(self, job: JobConfig, digest: str, monitor: Any, run: Run) -> None:
         self._timesheet = Timesheet(run, open_folder(job.output, job.s3), monitor.book.remote)
         self._spent: dict[str, dict[str, float]] = {}  # seconds by phase of each unit in flight
-        from specdec.loading.sources import PairError
-
         began = time.monotonic()
         ray.get(monitor.start.remote())
         context = ray.get_runtime_context()
@@ -76,17 +69,16 @@ class GenerateActor:
         try:
             # In a thread that ends: with OpenMP's threads of two others in one process, more than
             # there are cores, its kernels no longer wait actively, and rounds take a third longer.
-            with _lasting(), ThreadPoolExecutor(1) as loader:
+            with lasting(), ThreadPoolExecutor(1) as loader:
                 self._pair = loader.submit(load_pair, job).result()
                 self._head = loader.submit(load_acceptance_head, job, self._pair).result()
-            self._renderer = PromptRenderer(
-                job.input, self._pair.tokenizer, self._pair.context_length
+            self._requests = RowRequests(
+                job.input, job.sampling, self._pair.tokenizer, self._pair.context_length
             )
-        except (PairError, UserError) as error:
+        except UserError as error:
             ray.get(monitor.fail.remote(str(error)))
-            raise UserError(str(error)) from error
+            raise
         self._failure: str | None = None
-        self._columns = [*required_columns(job.input), SAMPLING_COLUMN]
         self._loop = EngineLoop(
             self._make_engine,
             threads=max(1, int(job.actors.cores)),
@@ -119,29 +111,40 @@ class GenerateActor:
         """
         started = time.time()
         rows = UnitRows.from_block(block)
+        outcomes = await self._outcomes(rows)
+        if outcomes is None:
+            return UnitFiles(rows.unit.id, ()).to_block()
+        files = await asyncio.to_thread(self._files, rows, outcomes, started)
+        await self._tell("end", rows.unit.id)
+        return files.to_block()
+
+    async def _outcomes(self, rows: UnitRows) -> Outcomes | None:
+        """Outcomes of the unit's wanted rows, in as many attempts as it takes.
+
+        Returns:
+            None if the job is stopping: the unit is left to another run.
+
+        Raises:
+            EngineFailed: the engine dies whatever row it works on.
+        """
         unit = rows.unit.id
+        samples = len(rows.unit.wanted) * self._job.sampling.n
         while True:
-            samples = len(rows.unit.wanted) * self._job.sampling.n
             self._spent[unit] = {}  # what an attempt before this one took is lost
             history = await self._tell("begin", unit, samples)
             if history is None:
-                return UnitFiles(unit, ()).to_block()
+                return None
             if history.hopeless:
                 raise EngineFailed(f"the engine dies whatever row it works on: {self._poison()}")
             try:
                 if history.quarantined:
                     async with self._turns.alone():
-                        outcomes = await self._in_quarantine(rows, history)
-                else:
-                    async with self._turns.shared():
-                        outcomes = await self._complete(rows, rows.unit.wanted)
-                break
+                        return await self._in_quarantine(rows, history)
+                async with self._turns.shared():
+                    return await self._complete(rows, rows.unit.wanted)
             except EngineFailed as failure:
                 # The engine was replaced, so this process can go on; the attempt counts as dead.
                 self._failure = str(failure)
-        files = await asyncio.to_thread(self._files, rows, outcomes, started)
-        await self._tell("end", unit)
-        return files.to_block()
 
     async def _tell(self, what: str, *arguments: object) -> Any:
         """Call the monitor and wait for its answer."""
@@ -153,7 +156,7 @@ class GenerateActor:
         for group in history.groups(rows.unit.wanted, self._job.actors.slots):
             if history.poisonous(group):
                 poison = Failed(self._poison(), attempts=history.deaths)
-                outcomes[group[0]] = [poison] * self._samples(rows, group[0])
+                outcomes[group[0]] = [poison] * len(self._requests_of(rows, group[0]))
                 continue
             await self._tell("trial", rows.unit.id, group)
             outcomes.update(zip(group, await self._complete(rows, group), strict=True))
@@ -166,7 +169,7 @@ class GenerateActor:
 
     async def _complete(self, rows: UnitRows, indices: Sequence[int]) -> Outcomes:
         """Outcomes of some of a unit's rows."""
-        prepared = await asyncio.to_thread(lambda: [self._requests(rows, i) for i in indices])
+        prepared = await asyncio.to_thread(lambda: [self._requests_of(rows, i) for i in indices])
         requests = [each for row in prepared for each in row if isinstance(each, Request)]
         self._loop.note_errors(sum(map(len, prepared)) - len(requests))
         completions = await asyncio.wrap_future(
@@ -178,45 +181,16 @@ class GenerateActor:
             for row in prepared
         ]
 
-    def _requests(self, rows: UnitRows, index: int) -> list[Request | Failed]:
+    def _requests_of(self, rows: UnitRows, index: int) -> list[Request | Failed]:
         """A request for each of a row's samples, or why there is none."""
-        job, unit = self._job.sampling, rows.unit
+        row: Row = {}
         try:
-            row = self._cells(rows, index)
-            override = row.get(SAMPLING_COLUMN)
-            names = [row_id(unit, index, s) for s in range(sample_count(job, override))]
-            sampling = [row_sampling(job, override, name, s) for s, name in enumerate(names)]
-            prompt = self._renderer.prompt_ids(row)
-            if len(prompt) >= self._pair.context_length:
-                raise RowError(
-                    "PromptTooLong",
-                    f"the prompt has {len(prompt)} tokens; the target's context of "
-                    f"{self._pair.context_length} must also hold at least one new token",
-                )
+            if index in rows.raw_lines:
+                raise line_error(rows.raw_lines[index])
+            row = rows.row(index, self._requests.columns)
+            return [*self._requests.of(row, row_id(rows.unit, index))]
         except RowError as error:
-            return [Failed(error, attempts=1)] * self._samples(rows, index)
-        return [Request(name, prompt, each) for name, each in zip(names, sampling, strict=True)]
-
-    def _cells(self, rows: UnitRows, index: int) -> dict[str, Any]:
-        """The columns of a row that its request is made of."""
-        if index in rows.raw_lines:
-            raise line_error(rows.raw_lines[index])
-        there = [column for column in self._columns if column in rows.table.column_names]
-        try:
-            (row,) = rows.table.select(there).slice(index, 1).to_pylist()
-        except UnicodeDecodeError as error:
-            raise RowError("MalformedText", f"a column is not valid UTF-8: {error}") from None
-        except (pa.ArrowException, ValueError, OverflowError) as error:
-            raise RowError("MalformedValue", f"a column holds no usable value: {error}") from None
-        return request_cells(row[REQUEST]) if self._job.input.format else dict(row)
-
-    def _samples(self, rows: UnitRows, index: int) -> int:
-        """How many samples a row has; the job's `n` if it does not say so itself, or wrongly."""
-        try:
-            cell = self._cells(rows, index).get(SAMPLING_COLUMN)
-            return sample_count(self._job.sampling, cell)
-        except RowError:
-            return self._job.sampling.n
+            return [Failed(error, attempts=1)] * self._requests.samples(row)
 
     def _decode(self, ids: Sequence[int]) -> str:
         text = self._pair.tokenizer.decode(
@@ -262,81 +236,3 @@ class GenerateActor:
             work=work,
             token_text=cache(self._token_text) if self._job.speculation.trace else None,
         )
-
-
-@contextmanager
-def _lasting() -> Iterator[None]:
-    """What is made in here lasts as long as the process: the garbage collector passes over it.
-
-    Otherwise it goes through half a million objects of torch, transformers and Ray again and again
-    while they are imported, now and then in a round, and twice when the process ends.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.collect()  # what loading leaves behind may hold weights
-        gc.freeze()
-        gc.enable()
-
-
-def load_pair(job: JobConfig) -> Any:
-    """The job's models, loaded (`specdec.loading.pair.ModelPair`).
-
-    Raises:
-        PairError: they are missing, unsupported, or do not fit together.
-    """
-    from specdec.loading.pair import ModelPair
-
-    models = job.models
-    # An actor that asked for no GPU must not take one that happens to be there.
-    device = models.device or (None if job.actors.num_gpus else "cpu")
-    return ModelPair.load(
-        models.target,
-        models.draft if job.speculation.policy != "none" else None,
-        dtype=models.dtype,
-        quantization=models.quantization,
-        draft_quantization=models.draft_quantization,
-        deterministic=models.deterministic,
-        device=device,
-        device_map=models.device_map,
-        trust_remote_code=models.trust_remote_code,
-    )
-
-
-def make_engine(job: JobConfig, pair: Any, head: Any, decode: Callable[..., str]) -> Any:
-    """The job's engine (`specdec.engine.engine.Engine`).
-
-    Args:
-        job: the job.
-        pair: its models.
-        head: its acceptance head, if it has one.
-        decode: token ids to text.
-    """
-    from specdec.engine.engine import Engine
-    from specdec.policies.registry import make_policy
-
-    speculation, actors = job.speculation, job.actors
-    memory = actors.kv_memory_gb
-    return Engine(
-        pair,
-        policy=make_policy(speculation.policy, head=head, **speculation.settings),
-        verification=speculation.verification,
-        slots=actors.slots,
-        kv_memory_bytes=int(memory * 1e9) if memory else None,
-        decode=decode,
-        control_share=speculation.control_share if speculation.policy != "none" else 0.0,
-        trace=speculation.trace,
-    )
-
-
-def load_acceptance_head(job: JobConfig, pair: Any) -> Any:
-    """The job's acceptance head, or None if it has none.
-
-    Raises:
-        PairError: it is missing, damaged, or was trained for another pair.
-    """
-    from specdec.loading.head_files import load_head
-
-    folder = job.speculation.head
-    return load_head(folder, pair) if folder is not None else None

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from specdec.engine.engine import Engine
 
 _REPORT_SECONDS = 0.5
+"""Between two reports of a loop: as often as the driver looks at them."""
+
 _ENGINE_COUNTS = (
     "target_forwards",
     "draft_forwards",
@@ -31,6 +33,7 @@ _ENGINE_COUNTS = (
     "draft_tokens",
     "shared_tokens",
 )
+"""The engine's statistics that are kept with each unit."""
 
 
 @dataclass
@@ -40,7 +43,7 @@ class Usage:
     Attributes:
         engine: forwards and tokens through each model.
         phase_seconds: seconds by phase that were spent on no unit: `idle` (no row to work on),
-            `profile`; what units were worked on for is booked on them (`EngineLoop.submit`).
+            `profile`; the rest is charged to the units (`EngineLoop.submit`).
         peak_live: most rows in slots at once.
         speedup: rounds with speculation and control rounds.
         outcomes: rounds of rows by (candidates verified, accepted).
@@ -212,7 +215,7 @@ class EngineLoop:
             if isinstance(error, torch.AcceleratorError):
                 raise  # after this the device refuses everything else in this process, too
             traceback.print_exc()
-            self._book({}, list(self._waiting))
+            self._charge({}, list(self._waiting))
             self._replace_engine()
             self._fail_all(EngineFailed(f"{type(error).__name__}: {error}"))
             return
@@ -220,7 +223,7 @@ class EngineLoop:
             faulthandler.cancel_dump_traceback_later()
         phases = self._engine.stats.seconds
         worked = {name: phases[name] - before.get(name, 0.0) for name in phases}
-        self._book(worked, [*self._engine.live_ids, *(c.id for c in completions)])
+        self._charge(worked, [*self._engine.live_ids, *(c.id for c in completions)])
         with self._lock:
             self._peak = max(self._peak, self._engine.live + len(completions))
         for completion in completions:
@@ -238,14 +241,14 @@ class EngineLoop:
             except queue.Empty:
                 return
             if self._doing == "idle":
-                self._book({}, [])
+                self._charge({}, [])
             for index, request in enumerate(batch.requests):
                 name = next(self._ids)
                 self._waiting[name] = (batch, index)
                 self._engine.submit(replace(request, id=name))
 
-    def _book(self, phases: Mapping[str, float], rows: Sequence[str]) -> None:
-        """Book the time since the last call: on phases as far as known, and on the rows' units."""
+    def _charge(self, phases: Mapping[str, float], rows: Sequence[str]) -> None:
+        """Charge the time since the last call to phases as far as known, and to the rows' units."""
         with self._lock:
             now = time.monotonic()
             rest = now - self._mark - sum(phases.values())
@@ -299,8 +302,8 @@ class EngineLoop:
 def _spending(engine: Engine) -> Usage:
     """A copy of what the engine has spent and measured.
 
-    The engine's thread makes it when a unit ends: other threads may not look at a cost table, which
-    may grow in a round, and in every round it would cost more than all other books together.
+    The engine's thread makes it when a unit ends. Other threads may not look at a cost table, which
+    may grow in a round. In every round it would cost more than all other accounting together.
     """
     stats = engine.stats
     return Usage(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.config.job import JobConfig
 from pipeline.errors import RowError, UserError
-from pipeline.generate.actor import load_acceptance_head, load_pair, make_engine
-from pipeline.inputs.openai_requests import REQUEST, request_cells
-from pipeline.inputs.prompts import SAMPLING_COLUMN, PromptRenderer, row_sampling, sample_count
-from specdec.request import Request
+from pipeline.generate.loading import load_acceptance_head, load_pair, make_engine
+from pipeline.inputs.requests import Row, RowRequests
+from specdec.request import Completion, Request
+
+if TYPE_CHECKING:
+    from specdec.engine.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,11 @@ class Rehearsal:
     left_out: Mapping[str, int]
 
 
-def rehearse(job: JobConfig, rows: Mapping[str, Mapping[str, Any]]) -> Rehearsal:
+def rehearse(job: JobConfig, rows: Mapping[str, Row]) -> Rehearsal:
     """Complete rows as an actor of the job would.
 
-    A job's slots are full nearly all the time, and those of a small sample are not, so when the
-    sample runs out its rows are begun again, until the last one of the first turn is completed.
+    A job's slots are full nearly all the time, and those of a small sample are not. So when the
+    sample runs out its rows are begun again, until each was completed once.
 
     Args:
         job: the job.
@@ -69,26 +71,14 @@ def rehearse(job: JobConfig, rows: Mapping[str, Mapping[str, Any]]) -> Rehearsal
     """
     import torch
 
-    from specdec.loading.sources import PairError
-
     torch.set_num_threads(max(1, int(job.actors.cores)))
     began = time.monotonic()
-    try:
-        pair = load_pair(job)
-        head = load_acceptance_head(job, pair)
-    except PairError as error:
-        raise UserError(str(error)) from None
-    engine = make_engine(job, pair, head, pair.tokenizer.decode)
+    pair = load_pair(job)
+    engine = make_engine(job, pair, load_acceptance_head(job, pair), pair.tokenizer.decode)
     load = time.monotonic() - began
-
     left_out: Counter[str] = Counter()
-    requests = []
-    for request in _requests(job, pair, rows, left_out):
-        engine.submit(request)
-        if engine.rejected:
-            left_out[str(engine.rejected.pop().error)] += 1
-        else:
-            requests.append(request)
+    make = RowRequests(job.input, job.sampling, pair.tokenizer, pair.context_length)
+    requests = _submitted(engine, make, rows, left_out)
     if not requests:
         why = left_out.most_common(1)[0][0] if left_out else "there are none"
         raise UserError(f"none of the {len(rows)} rows tried can be completed: {why}")
@@ -102,26 +92,16 @@ def rehearse(job: JobConfig, rows: Mapping[str, Mapping[str, Any]]) -> Rehearsal
     while len(outputs) < len(requests):
         while not engine.waiting:
             number, request = next(again)
-            engine.submit(replace(request, id=f"{request.id}:{number}"))
-            prompts[f"{request.id}:{number}"] = len(request.prompt_ids)
-        before, spent = engine.stats.counts.committed, dict(engine.stats.seconds)
-        there, started = set(engine.live_ids), time.monotonic()
-        completions = engine.step()
-        whole = time.monotonic() - started
-        took = {name: s - spent.get(name, 0.0) for name, s in engine.stats.seconds.items()}
-        rounds.append(
-            Round(
-                whole - took.get("profile", 0.0),
-                took.get("prefill", 0.0),
-                engine.stats.counts.committed - before,
-            )
-        )
-        ended = [completion.id for completion in completions]
-        fed += sum(prompts[name] for name in {*engine.live_ids, *ended} - there)
+            name = f"{request.id}:{number}"
+            prompts[name] = len(request.prompt_ids)
+            engine.submit(replace(request, id=name))
+        before = set(engine.live_ids)
+        measured, completions = _round(engine)
+        rounds.append(measured)
+        ended = {completion.id: len(completion.output_ids) for completion in completions}
+        fed += sum(prompts[name] for name in {*engine.live_ids, *ended} - before)
         live += engine.live + len(ended)
-        for completion in completions:
-            if completion.id in wanted:
-                outputs[completion.id] = len(completion.output_ids)
+        outputs |= {name: tokens for name, tokens in ended.items() if name in wanted}
     return Rehearsal(
         len(rows),
         load,
@@ -135,20 +115,36 @@ def rehearse(job: JobConfig, rows: Mapping[str, Mapping[str, Any]]) -> Rehearsal
     )
 
 
-def _requests(
-    job: JobConfig, pair: Any, rows: Mapping[str, Mapping[str, Any]], left_out: Counter[str]
-) -> Iterator[Request]:
-    """Requests of the rows' samples; why others are none is counted."""
-    renderer = PromptRenderer(job.input, pair.tokenizer, pair.context_length)
-    for name, row in rows.items():
-        count = job.sampling.n
+def _submitted(
+    engine: Engine, make: RowRequests, rows: Mapping[str, Row], left_out: Counter[str]
+) -> list[Request]:
+    """The requests that the engine has taken; why samples are not among them is counted."""
+    taken = []
+    for row_id, row in rows.items():
         try:
-            cells = request_cells(row[REQUEST]) if job.input.format else row
-            override = cells.get(SAMPLING_COLUMN)
-            count = sample_count(job.sampling, override)
-            prompt = renderer.prompt_ids(cells)
-            for number in range(count):
-                sample = f"{name.rpartition(':')[0]}:{number}"
-                yield Request(sample, prompt, row_sampling(job.sampling, override, sample, number))
+            requests = make.of(row, row_id)
         except RowError as error:
-            left_out[str(error)] += count
+            left_out[str(error)] += make.samples(row)
+            continue
+        for request in requests:
+            engine.submit(request)
+            if engine.rejected:
+                left_out[str(engine.rejected.pop().error)] += 1
+            else:
+                taken.append(request)
+    return taken
+
+
+def _round(engine: Engine) -> tuple[Round, list[Completion]]:
+    """One round, measured, and what it completed."""
+    tokens, seconds = engine.stats.counts.committed, dict(engine.stats.seconds)
+    began = time.monotonic()
+    completions = engine.step()
+    whole = time.monotonic() - began
+    took = {name: s - seconds.get(name, 0.0) for name, s in engine.stats.seconds.items()}
+    measured = Round(
+        whole - took.get("profile", 0.0),
+        took.get("prefill", 0.0),
+        engine.stats.counts.committed - tokens,
+    )
+    return measured, completions

@@ -6,10 +6,13 @@ sight, so no schema is unified, no value converted, and no unit split on its way
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
+from pipeline.errors import RowError
 from pipeline.inputs.units import Unit
 
 
@@ -27,6 +30,25 @@ class UnitRows:
     unit: Unit
     table: pa.Table
     raw_lines: dict[int, str]
+
+    def row(self, index: int, columns: Iterable[str]) -> dict[str, Any]:
+        """Some columns of a row as Python values; columns that the unit does not have are left out.
+
+        Args:
+            index: of the row in the unit.
+            columns: their names.
+
+        Raises:
+            RowError: a value is no valid text, or nothing that Python has.
+        """
+        there = [column for column in columns if column in self.table.column_names]
+        try:
+            (row,) = self.table.select(there).slice(index, 1).to_pylist()
+        except UnicodeDecodeError as error:
+            raise RowError("MalformedText", f"a column is not valid UTF-8: {error}") from None
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            raise RowError("MalformedValue", f"a column holds no usable value: {error}") from None
+        return dict(row)
 
     def to_block(self) -> pa.Table:
         """One row that Ray Data carries without looking inside."""

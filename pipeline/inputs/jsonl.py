@@ -8,8 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
-_MAX_DEPTH = 200  # of lists and objects in each other: what Python can read, walk and write
-_MAX_TYPE_DEPTH = 20  # the same for columns: Arrow's files end at 64, where a list counts twice
+_MAX_DEPTH = 200
+"""Lists and objects in each other on a line, at most: what Python can read, walk and write."""
+
+_MAX_TYPE_DEPTH = 20
+"""The same for a column's type: Arrow's files end at 64, where a list counts twice."""
 
 RAW_LINE = "raw_line"
 """Column of `errors/` that holds a line that is not a JSON object."""

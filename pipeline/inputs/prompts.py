@@ -1,4 +1,4 @@
-"""From a row to the engine's request: prompt token ids and sampling parameters.
+"""What a row asks for: the token ids of its prompt, and how to sample (see `requests`).
 
 Chat `messages` go through the target's chat template. A plain prompt, and what a `template` over
 the columns renders to, are completed as they are: no chat template is put around them.
@@ -22,7 +22,10 @@ from specdec.request import InvalidRequest, SamplingParams
 SAMPLING_COLUMN = "sampling_params"
 """A column of this name overrides the job's sampling, row by row (struct or JSON text)."""
 
-_DROPPED = 4  # characters of a text for one that a normalizer keeps: more than any does
+_DROPPED = 4
+"""Characters of a text for each that a normalizer of a tokenizer keeps: more than any drops.
+Lower, and texts that fit might be refused; higher, and longer ones are tokenized in vain."""
+
 _INTEGERS = ("max_new_tokens", "top_k", "seed")
 _SAMPLING_KEYS = SamplingParams.__dataclass_fields__.keys()
 

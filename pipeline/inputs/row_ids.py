@@ -29,6 +29,11 @@ def row_id(unit: Unit, index: int, sample: int = 0) -> str:
     return f"{unit.name}:{unit.start + index}:{sample}"
 
 
+def sibling(row_id: str, sample: int) -> str:
+    """The name of another sample of the same row."""
+    return f"{row_id.rpartition(':')[0]}:{sample}"
+
+
 def parse_row_id(text: str) -> RowId:
     """The parts of a row id; text that is none has row -1 and sample -1."""
     match text.rsplit(":", 2):

@@ -6,24 +6,25 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 from pipeline.config.job import InputConfig, S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.prompts import required_columns
+from pipeline.inputs.requests import Row
 from pipeline.inputs.row_ids import row_id
 from pipeline.inputs.source import read_units
-from pipeline.inputs.units import FilePlan, Unit, check_columns, plan_files
+from pipeline.inputs.units import FilePlan, Unit, check_columns, plan_files, request_lines
 from pipeline.storage.folder import resolved
 
 UNIT_ROWS = 64
-"""Rows that are read together."""
+"""Rows that are read together. More of them reads more than the sample needs."""
 
 _LEAST_UNITS = 8
-"""Ranges that a sample is spread over, if there are as many."""
+"""Ranges that a sample is spread over, if there are as many. More of them reads more places."""
 
 _USUAL = ("messages", "prompt")
+"""Columns that prompts are looked for in, in this order, if nothing says which."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class Sample:
     """
 
     input: InputConfig
-    rows: Mapping[str, Mapping[str, Any]]
+    rows: Mapping[str, Row]
 
 
 def sample_rows(
     paths: Sequence[str],
-    columns: Mapping[str, str | None],
+    how: Mapping[str, str | None],
     s3: S3Config,
     count: int,
     seed: int = 0,
@@ -50,8 +51,8 @@ def sample_rows(
 
     Args:
         paths: files, folders and globs, local or s3://.
-        columns: `messages_column`, `prompt_column` or `template` as in a job file; none: a column
-            called messages, or else one called prompt.
+        how: `format`, `messages_column`, `prompt_column` or `template` as in a job file; none: a
+            column called messages, or else one called prompt.
         s3: how to reach files on S3.
         count: most rows.
         seed: of the choice and the order.
@@ -61,9 +62,11 @@ def sample_rows(
     """
     s3 = resolved(s3, *paths)
     plans = plan_files(list_inputs(paths, s3), s3, UNIT_ROWS)
-    if not any(columns.values()):
-        columns = _usual_columns(plans[0].schema.names, plans[0].file.url)
-    config = InputConfig.model_validate({"paths": tuple(paths), **columns})
+    if not any(how.values()):
+        how = _usual_columns(plans[0].schema.names, plans[0].file.url)
+    config = InputConfig.model_validate({"paths": tuple(paths), **how})
+    if config.format is not None:
+        plans = [request_lines(plan) for plan in plans]
     check_columns(plans, required_columns(config))
     units = [(plan, unit) for plan in plans for unit in plan.units]
     return Sample(config, choose_rows(units, s3, count, seed))
@@ -71,7 +74,7 @@ def sample_rows(
 
 def choose_rows(
     units: Sequence[tuple[FilePlan, Unit]], s3: S3Config, count: int, seed: int = 0
-) -> dict[str, Mapping[str, Any]]:
+) -> dict[str, Row]:
     """At most `count` rows of some units by row id, spread over the units.
 
     Args:
@@ -86,8 +89,8 @@ def choose_rows(
     chance = random.Random(seed)
     units = chance.sample(units, len(units))
     share = max(1, -(-count // _LEAST_UNITS))
-    chosen: list[tuple[str, Mapping[str, Any]]] = []
-    spare: list[tuple[str, Mapping[str, Any]]] = []
+    chosen: list[tuple[str, Row]] = []
+    spare: list[tuple[str, Row]] = []
     for plan, unit in units:
         if len(chosen) >= count or len(chosen) + len(spare) >= count + _LEAST_UNITS * UNIT_ROWS:
             break

@@ -22,7 +22,10 @@ from pipeline.inputs.units import Unit, readable
 from pipeline.storage.folder import locate
 
 _BATCH_ROWS = 4096
+"""Rows of Parquet decoded at a time. More needs more memory; units are cut from these batches."""
+
 _MOST_TASKS = 1000
+"""Read tasks of a job, about. The driver keeps each of them, so a larger job has larger ones."""
 
 
 class UnitDatasource(Datasource):

@@ -28,8 +28,11 @@ from pipeline.inputs.openai_requests import LINES_SCHEMA
 from pipeline.storage.folder import locate
 
 _THREADS = 16
+"""Files that are looked at together: on S3 this is mostly waiting."""
+
 _SAMPLE_BYTES = 1 << 20
-# What a file begins with that has the name of JSON lines and is something else.
+"""Bytes at the beginning of a JSONL file that its columns and their types are told from."""
+
 _OTHER_FORMATS = {
     b"\x1f\x8b": "compressed with gzip",
     b"BZh": "compressed with bzip2",
@@ -41,6 +44,7 @@ _OTHER_FORMATS = {
     b"\xff\xfe": "text in UTF-16, not UTF-8",
     b"\xfe\xff": "text in UTF-16, not UTF-8",
 }
+"""What a file begins with that has the name of JSON lines and is something else."""
 
 
 @dataclass(frozen=True, slots=True)  # a job may have a million of them

@@ -9,10 +9,8 @@ died, `POISON_DEATHS` times, is not tried again.
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 QUARANTINE_DEATHS = 2
@@ -110,35 +108,3 @@ class Attempts:
     def in_flight(self) -> int:
         """Units begun and not yet committed."""
         return len(self._deaths.keys() | self._uncommitted)
-
-
-class Turns:
-    """An engine for many units at once, or for one that must be alone.
-
-    Who asks for it alone waits for those inside and keeps newcomers out.
-    """
-
-    def __init__(self) -> None:
-        self._inside = 0
-        self._alone = asyncio.Lock()
-        self._change = asyncio.Condition()
-
-    @asynccontextmanager
-    async def shared(self) -> AsyncIterator[None]:
-        """Beside others."""
-        async with self._alone, self._change:
-            self._inside += 1
-        try:
-            yield
-        finally:
-            async with self._change:
-                self._inside -= 1
-                self._change.notify_all()
-
-    @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        """With nobody else inside."""
-        async with self._alone:
-            async with self._change:
-                await self._change.wait_for(lambda: not self._inside)
-            yield

@@ -1,7 +1,7 @@
 """A job's output as something to learn from: token ids of prompts and of the target's outputs.
 
-Completions are stored as text. Prompts are rendered again, as the job rendered them; completions
-are tokenized, which may cut a text into other tokens than those it was made of, though seldom.
+Completions are stored as text. Requests are made of the input columns again, as the job made them.
+Completions are tokenized, which may seldom cut a text into other tokens than it was made of.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pipeline import layout
 from pipeline.commit import manifest
 from pipeline.config.job import InputConfig, ModelsConfig, S3Config, SamplingConfig
 from pipeline.errors import RowError, UserError, nearest
-from pipeline.inputs.prompts import SAMPLING_COLUMN, PromptRenderer, required_columns, row_sampling
-from pipeline.inputs.row_ids import ROW_ID
+from pipeline.inputs.requests import RowRequests
+from pipeline.inputs.row_ids import ROW_ID, parse_row_id
 from pipeline.storage.folder import Folder
 from specdec.training.examples import Example
 
@@ -36,7 +36,7 @@ class JobOutput:
         input: which columns were the prompt, and how.
         models: the job's target and draft.
         sampling: the job's sampling.
-        target: what pins the target's content (`models.model_identity`).
+        target: what pins the target's content (`model_identity`).
     """
 
     folder: Folder
@@ -79,8 +79,8 @@ def read_examples(
 ) -> list[Example]:
     """The rows that a job has committed so far, as token ids, in the order of its units.
 
-    A completion that the target ended itself has the end-of-sequence token at its end. One that
-    may have been ended by a stop string or token of the job has not: which it was is not recorded.
+    A completion that the target ended itself has the end-of-sequence token at its end. One that a
+    stop string or token of the job may have ended has none: which it was is not recorded.
 
     Args:
         job: the job.
@@ -91,15 +91,14 @@ def read_examples(
     Raises:
         UserError: nothing is committed yet, a column is missing, or the tokenizer does not fit.
     """
-    renderer = PromptRenderer(job.input, tokenizer)
+    requests = RowRequests(job.input, job.sampling, tokenizer)
     examples: list[Example] = []
-    for row in _rows(job, by):
+    for row in _rows(job, requests, by):
         if len(examples) == limit:
             break
         name = row[ROW_ID]
         try:
-            prompt = renderer.prompt_ids(row)
-            sampling = row_sampling(job.sampling, row.get(SAMPLING_COLUMN), name)
+            request = requests.sample(row, name)
         except RowError as error:
             raise UserError(f"{job.folder.url}: row {name} was completed, but: {error}") from None
         text = row["completion"]
@@ -107,12 +106,13 @@ def read_examples(
             # max_new_tokens may have fallen in the middle of a character.
             text = text.rstrip(_CUT_CHARACTER)
         output = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        sampling = request.sampling
         custom_stop = sampling.stop or sampling.stop_token_ids or sampling.ignore_eos
         if row["finish_reason"] == "stop" and not custom_stop:
             output += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if output:
-            group = str(row[by]) if by else name.rsplit(":", 2)[0]
-            examples.append(Example(name, prompt, tuple(output), group))
+            group = str(row[by]) if by else parse_row_id(name).file
+            examples.append(Example(name, request.prompt_ids, tuple(output), group, sampling))
     if not examples:
         raise UserError(
             f"{job.folder.url}: the job has not committed a completion yet; wait for its first unit"
@@ -120,9 +120,9 @@ def read_examples(
     return examples
 
 
-def _rows(job: JobOutput, by: str | None) -> Iterator[Mapping[str, Any]]:
+def _rows(job: JobOutput, requests: RowRequests, by: str | None) -> Iterator[Mapping[str, Any]]:
     """The committed rows, with the columns that are needed."""
-    needed = [ROW_ID, "completion", "finish_reason", *required_columns(job.input)]
+    needed = [ROW_ID, "completion", "finish_reason", *requests.required]
     needed += [by] if by else []
     for unit in sorted(manifest.committed_ids(job.folder)):
         name = layout.completions(unit)
@@ -135,7 +135,7 @@ def _rows(job: JobOutput, by: str | None) -> Iterator[Mapping[str, Any]]:
                             f"{job.folder.join(name)}: no column {column!r}; "
                             f"{nearest(column, there)}"
                         )
-                columns = list(dict.fromkeys([*needed, SAMPLING_COLUMN]))
+                columns = list(dict.fromkeys([*needed, *requests.columns]))
                 rows = parquet.read([c for c in columns if c in there]).to_pylist()
         except pa.ArrowInvalid as error:
             raise UserError(f"{job.folder.join(name)} cannot be read: {error}") from None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from specdec.request import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +20,15 @@ class Example:
         id: the row's name; not unique where several jobs completed the same rows.
         prompt_ids, output_ids: token ids, at least one of each.
         group: results are reported by it, such as the row's input file.
+        sampling: how the output was drawn; None: not known. A draft learns the same from it either
+            way, so files of examples do not say it.
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     output_ids: tuple[int, ...]
     group: str = ""
+    sampling: SamplingParams | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids or not self.output_ids:
@@ -64,7 +69,7 @@ def cut(examples: Iterable[Example], positions: int) -> list[Example]:
     Those whose prompt alone is too long are left out.
     """
     return [
-        Example(e.id, e.prompt_ids, e.output_ids[: positions + 1 - len(e.prompt_ids)], e.group)
+        replace(e, output_ids=e.output_ids[: positions + 1 - len(e.prompt_ids)])
         for e in examples
         if len(e.prompt_ids) <= positions
     ]
@@ -99,7 +104,8 @@ def packs(
 
 def to_lines(examples: Iterable[Example]) -> str:
     """Examples as JSON lines."""
-    return "".join(json.dumps(asdict(example)) + "\n" for example in examples)
+    names = ("id", "prompt_ids", "output_ids", "group")
+    return "".join(json.dumps({n: getattr(e, n) for n in names}) + "\n" for e in examples)
 
 
 def from_lines(lines: str) -> list[Example]:

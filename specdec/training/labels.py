@@ -68,7 +68,8 @@ class LabelSettings:
     """How candidates are drawn and judged: the settings of the jobs that the head is for.
 
     Attributes:
-        sampling: temperature, top-k, top-p, min-p, and the seed of everything random here.
+        sampling: temperature, top-k, top-p and min-p, but for examples that have their own; and
+            the seed of everything random here.
         verification: "rejection", whose labels are probabilities; or "coupled", whose labels are 1
             where draft and target choose the same token, else 0. Greedy ones are 0 or 1 in both.
         mixing: r, the share of draft tokens in training text.
@@ -328,10 +329,13 @@ def _positions(examples: Sequence[Example], device: torch.device) -> tuple[Tenso
 def _row_sampling(
     examples: Sequence[Example], sampling: SamplingParams, purpose: str, device: torch.device
 ) -> SamplingBatch:
-    """The sampling of each example, with a seed that depends on its prompt, id and purpose."""
+    """The sampling of each example, with a seed that depends on its prompt, id and purpose.
+
+    An example's own sampling goes before `sampling`, whose seed counts all the same.
+    """
     seeded = []
     for example in examples:
         key = f"{purpose}:{sampling.seed}:{example.id}:{example.prompt_ids}"
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
-        seeded.append(replace(sampling, seed=seed))
+        seeded.append(replace(example.sampling or sampling, seed=seed))
     return SamplingBatch.of(seeded, device)

@@ -61,7 +61,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Where a distillation is.
+    """Where a distillation is, as a progress bar would show it.
 
     Attributes:
         stage: "scoring" or "training".
@@ -79,7 +79,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Whom to tell.
+    """Whom a distillation tells how far it is, and what its evaluations find.
 
     Attributes:
         moment: called after each shard and step.

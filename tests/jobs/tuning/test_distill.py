@@ -13,6 +13,7 @@ from jobs.cli import app
 from tests.conftest import TinyModels
 
 WriteJob = Callable[..., str]
+STAGES = ("loading models", "reading rows", "evaluating")
 
 
 def call(*arguments: object) -> Result:
@@ -25,7 +26,9 @@ def one_error(result: Result) -> str:
     assert "Traceback" not in result.output
     before, error, message = result.stderr.partition("error: ")
     assert error
-    assert before.count("\n") <= 1  # how many rows there are
+    # Nothing else but what was done until then, and how many rows there are.
+    for line in before.splitlines():
+        assert line.split(" · ")[0] in STAGES or line.endswith(" output tokens"), line
     return message.strip()
 
 

@@ -13,6 +13,7 @@ from jobs.cli import app
 from tests.conftest import TinyModels
 
 WriteRows = Callable[..., str]
+STAGES = ("loading models", "completing and labelling")
 
 
 def call(*arguments: object) -> Result:
@@ -22,8 +23,11 @@ def call(*arguments: object) -> Result:
 def one_error(result: Result) -> str:
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
-    assert result.stderr.startswith("error: ")
-    return result.stderr.removeprefix("error: ").strip()
+    before, error, message = result.stderr.partition("error: ")
+    assert error
+    # Nothing else but what was done until then.
+    assert all(line.split(" · ")[0] in STAGES for line in before.splitlines()), before
+    return message.strip()
 
 
 @pytest.fixture
@@ -55,6 +59,9 @@ def test_a_head_from_prompts(
     small = ("--rows", 31, "--max-new-tokens", 12, "--epochs", 2, "--depth", 1)
     result = call(*models, "--prompts", prompts, "--other-prompts", other, *small, "--out", folder)
     assert result.exit_code == 0, result.output
+    assert "loading models\n" in result.stderr
+    assert "completing and labelling 100%" in result.stderr
+    assert "training 100% · loss" in result.stderr
     assert "First look" in result.stderr
     assert "by output position  0–7: " in result.stderr
     assert "left out (1 rows were left out, most often: NullPrompt" in result.stderr

@@ -26,6 +26,7 @@ from pipeline.outputs.verify import verify
 from pipeline.run import dataflow
 from pipeline.run.run import Mode
 from pipeline.storage.folder import open_folder
+from specdec.request import Request
 from tests.conftest import S3Server, TinyModels
 from tests.pipeline.small_jobs import rows_of, run, started
 
@@ -40,15 +41,14 @@ class UnluckyActor(GenerateActor):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        prompt_ids = self._renderer.prompt_ids
+        of = self._requests.of
 
-        def prompt_ids_or_not(row: Any) -> Any:
-            if f"p.jsonl:{row['id']}:0" in self.unlucky:
+        def of_or_not(row: Any, row_id: str) -> list[Request]:
+            if row_id in self.unlucky:
                 raise RowError("Unlucky", "a bad day")
-            return prompt_ids(row)
+            return of(row, row_id)
 
-        self._renderer.prompt_ids = prompt_ids_or_not  # type: ignore[method-assign]
-        self._columns = [*self._columns, "id"]
+        self._requests.of = of_or_not  # type: ignore[method-assign]
 
 
 class LessUnluckyActor(UnluckyActor):

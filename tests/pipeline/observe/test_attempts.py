@@ -1,15 +1,12 @@
-"""The account of units that were begun and did not end, and turns at the engine."""
+"""The account of units that were begun and did not end."""
 
 from __future__ import annotations
-
-import asyncio
 
 from pipeline.observe.attempts import (
     HOPELESS_ROWS,
     POISON_DEATHS,
     QUARANTINE_DEATHS,
     Attempts,
-    Turns,
 )
 
 
@@ -93,25 +90,3 @@ def test_in_flight_is_until_committed() -> None:
     assert account.in_flight == 2
     account.committed("a")
     assert account.in_flight == 1
-
-
-def test_alone_is_alone_and_keeps_newcomers_out() -> None:
-    async def play() -> list[str]:
-        turns, log = Turns(), list[str]()
-
-        async def worker(name: str, *, alone: bool) -> None:
-            async with turns.alone() if alone else turns.shared():
-                log.append(f"{name} in")
-                await asyncio.sleep(0.01)
-                log.append(f"{name} out")
-
-        plan = [("a", False), ("b", False), ("Q", True), ("c", False), ("d", False)]
-        await asyncio.gather(*(worker(name, alone=alone) for name, alone in plan))
-        return log
-
-    log = asyncio.run(play())
-    assert log[:2] == ["a in", "b in"]
-    at = log.index("Q in")
-    assert set(log[2:at]) == {"a out", "b out"}
-    assert log[at + 1] == "Q out"
-    assert log[at + 2 : at + 4] == ["c in", "d in"]

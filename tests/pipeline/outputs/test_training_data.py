@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,32 @@ def test_prompts_are_rendered_as_the_job_did(write_job_output: WriteJob, tokeniz
     )
     (found,) = read(url, tokenizer)
     assert tokenizer.decode(found.prompt_ids) == "<s>3+3="
+
+
+def test_a_jobs_own_requests(write_job_output: WriteJob, tokenizer: Any) -> None:
+    """Lines of OpenAI's batch API, and a sampling of the row's own."""
+
+    def line(**body: Any) -> str:
+        return json.dumps({"custom_id": "a", "url": "/v1/completions", "body": body})
+
+    lines = [line(prompt="hi", max_tokens=9, temperature=0, n=2), line(prompt="ho", stop="x")]
+    rows = [{**row(i, "so"), "request": each} for i, each in enumerate(lines)]
+    rows.append({**rows[0], "row_id": "in.parquet:0:1"})
+    url = write_job_output({"a": rows}, input={"paths": "p", "format": "openai"})
+    first, stopped, second = read(url, tokenizer)
+    assert tokenizer.decode(first.prompt_ids) == "<s>hi"
+    assert tokenizer.decode(stopped.prompt_ids) == "<s>ho"
+    assert (first.output_ids[-1], stopped.output_ids[-1] == EOS) == (EOS, False)
+    assert first.sampling is not None and second.sampling is not None
+    assert (first.sampling.max_new_tokens, first.sampling.temperature) == (9, 0)
+    assert second.sampling == replace(first.sampling, seed=second.sampling.seed)
+    assert second.sampling.seed != first.sampling.seed
+
+    override = row(0, "so", sampling_params={"temperature": 0.25, "top_k": None})
+    url = write_job_output({"a": [override]}, name="own", sampling={"temperature": 0.5, "top_k": 7})
+    (found,) = read(url, tokenizer)
+    assert found.sampling is not None
+    assert (found.sampling.temperature, found.sampling.top_k) == (0.25, 7)
 
 
 @pytest.mark.parametrize(

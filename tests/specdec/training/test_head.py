@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,6 +84,19 @@ def test_a_label_is_the_probability_that_rejection_sampling_accepts() -> None:
     # A share of n draws is off by more than 4.5 standard deviations once in 100,000 times.
     shares = torch.bincount(candidates, minlength=3) / n
     assert (shares - q).abs().max() < 4.5 * 0.5 / n**0.5
+
+
+def test_an_examples_own_sampling_goes_first(pair: TinyPair) -> None:
+    rows = examples(pair, sampling=GREEDY)
+    own = [replace(row, sampling=GREEDY) for row in rows[::2]]
+    mixed = [own[i // 2] if i % 2 == 0 else row for i, row in enumerate(rows)]
+    labels = labelled(pair, mixed, LabelSettings(SAMPLED), Part.HELD_OUT)
+    greedy = labelled(pair, rows, LabelSettings(GREEDY), Part.HELD_OUT)
+    sampled = labelled(pair, rows, LabelSettings(SAMPLED), Part.HELD_OUT)
+    even = labels.row % 2 == 0
+    assert torch.equal(labels.accepted[even], greedy.accepted[even])
+    assert torch.equal(labels.accepted[~even], sampled.accepted[~even])
+    assert not torch.equal(greedy.accepted[even], sampled.accepted[even])
 
 
 @pytest.mark.parametrize("sampling", [SAMPLED, GREEDY])

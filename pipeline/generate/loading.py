@@ -1,0 +1,130 @@
+"""A job's models, acceptance head and engine, made as the job says.
+
+What needs torch is imported where it is used: the driver of a job imports this module, too.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipeline.config.job import JobConfig, ModelsConfig
+from pipeline.errors import UserError
+
+
+def load_pair(job: JobConfig) -> Any:
+    """The models that the job runs, loaded (`specdec.loading.pair.ModelPair`).
+
+    Raises:
+        UserError: they are missing, unsupported, or do not fit together.
+    """
+    return load_models(job.models, job_device(job), draft=job.speculation.policy != "none")
+
+
+def job_device(job: JobConfig) -> str | None:
+    """The device of the job's models; None: a GPU if there is one."""
+    # An actor that asked for no GPU must not take one that happens to be there.
+    return job.models.device or (None if job.actors.num_gpus else "cpu")
+
+
+def load_models(models: ModelsConfig, device: str | None, *, draft: bool = True) -> Any:
+    """Target and draft, loaded (`specdec.loading.pair.ModelPair`).
+
+    Args:
+        models: which, and how.
+        device: where, unless `models.device_map` says so; None: a GPU if there is one.
+        draft: whether to load the draft, too.
+
+    Raises:
+        UserError: they are missing, unsupported, or do not fit together.
+    """
+    from specdec.loading.pair import ModelPair
+
+    with refusals():
+        return ModelPair.load(
+            models.target,
+            models.draft if draft else None,
+            dtype=models.dtype,
+            quantization=models.quantization,
+            draft_quantization=models.draft_quantization,
+            deterministic=models.deterministic,
+            device=device,
+            device_map=models.device_map,
+            trust_remote_code=models.trust_remote_code,
+        )
+
+
+def load_acceptance_head(job: JobConfig, pair: Any) -> Any:
+    """The job's acceptance head, or None if it has none.
+
+    Raises:
+        UserError: it is missing, damaged, or was trained for another pair.
+    """
+    from specdec.loading.head_files import load_head
+
+    folder = job.speculation.head
+    with refusals():
+        return load_head(folder, pair) if folder is not None else None
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What specdec refuses to load, the user can fix: its `PairError` becomes a `UserError`."""
+    from specdec.loading.sources import PairError
+
+    try:
+        yield
+    except PairError as error:
+        raise UserError(str(error)) from error
+
+
+def make_engine(job: JobConfig, pair: Any, head: Any, decode: Callable[..., str]) -> Any:
+    """The job's engine (`specdec.engine.engine.Engine`).
+
+    Args:
+        job: the job.
+        pair: its models.
+        head: its acceptance head, if it has one.
+        decode: token ids to text.
+    """
+    from specdec.engine.engine import Engine
+    from specdec.policies.registry import make_policy
+
+    speculation, actors = job.speculation, job.actors
+    memory = actors.kv_memory_gb
+    return Engine(
+        pair,
+        policy=make_policy(
+            speculation.policy,
+            k=speculation.k,
+            k_min=speculation.k_min,
+            k_max=speculation.k_max,
+            threshold=speculation.threshold,
+            estimator=speculation.estimator,
+            head=head,
+        ),
+        verification=speculation.verification,
+        slots=actors.slots,
+        kv_memory_bytes=int(memory * 1e9) if memory else None,
+        decode=decode,
+        control_share=speculation.control_share if speculation.policy != "none" else 0.0,
+        trace=speculation.trace,
+    )
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """What is made in here lasts as long as the process: the garbage collector passes over it.
+
+    Otherwise it goes through half a million objects of torch, transformers and Ray again and again
+    while they are imported, now and then in a round, and twice when the process ends.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect()  # what loading leaves behind may hold weights
+        gc.freeze()
+        gc.enable()

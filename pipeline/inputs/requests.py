@@ -1,0 +1,125 @@
+"""From a row to the engine's requests: the one way, which every command takes.
+
+A job, its plan, a profile and the training of drafts and heads must ask the same of a row. So what
+a row's prompt is, how many samples it has, and how each is drawn are decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pipeline.config.job import InputConfig, SamplingConfig
+from pipeline.errors import RowError
+from pipeline.inputs.openai_requests import REQUEST, request_cells
+from pipeline.inputs.prompts import (
+    SAMPLING_COLUMN,
+    PromptRenderer,
+    required_columns,
+    row_sampling,
+    sample_count,
+)
+from pipeline.inputs.row_ids import parse_row_id, sibling
+from specdec.request import Request
+
+Row = Mapping[str, Any]
+"""A row's input columns by name. Of an OpenAI request: its line, in the column `request`."""
+
+
+class RowRequests:
+    """Makes requests of rows.
+
+    Args:
+        input: which columns, template or format the prompt is made of.
+        sampling: the job's; a row's `sampling_params` override it.
+        tokenizer: the target's (transformers).
+        context: the target's most positions; None: prompts of any length are taken.
+
+    Attributes:
+        required: the columns that every row must have.
+        columns: these, and the one that a row may have besides.
+
+    Raises:
+        UserError: messages are asked for and the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self,
+        input: InputConfig,
+        sampling: SamplingConfig,
+        tokenizer: Any,
+        context: int | None = None,
+    ) -> None:
+        self.required = required_columns(input)
+        self.columns = [*self.required, SAMPLING_COLUMN]
+        self._of_lines = input.format is not None
+        self._sampling = sampling
+        self._context = context
+        self._renderer = PromptRenderer(input, tokenizer, context)
+
+    def of(self, row: Row, row_id: str) -> list[Request]:
+        """The requests of all samples of a row, in order.
+
+        Args:
+            row: the row; columns that are not needed do no harm.
+            row_id: of any of its samples.
+
+        Raises:
+            RowError: it has no usable prompt, or asks for a sampling that there is not.
+        """
+        cells = self._cells(row)
+        count = sample_count(self._sampling, cells.get(SAMPLING_COLUMN))
+        return self._made(cells, [sibling(row_id, sample) for sample in range(count)])
+
+    def sample(self, row: Row, row_id: str) -> Request:
+        """The request of the one sample that a row id names.
+
+        Raises:
+            RowError: as of `of`.
+        """
+        cells = self._cells(row)
+        sample_count(self._sampling, cells.get(SAMPLING_COLUMN))  # raises for what is none
+        (request,) = self._made(cells, [row_id])
+        return request
+
+    def first_samples(self, rows: Mapping[str, Row], left_out: Counter[str]) -> list[Request]:
+        """The request of each row's first sample, for commands that try a few rows.
+
+        Args:
+            rows: by row id.
+            left_out: why rows have no request; counted here.
+        """
+        requests = []
+        for row_id, row in rows.items():
+            try:
+                requests.append(self.sample(row, sibling(row_id, 0)))
+            except RowError as error:
+                left_out[str(error)] += 1
+        return requests
+
+    def samples(self, row: Row) -> int:
+        """How many samples a row has: the job's `n` if it does not say so itself, or wrongly."""
+        try:
+            return sample_count(self._sampling, self._cells(row).get(SAMPLING_COLUMN))
+        except RowError:
+            return self._sampling.n
+
+    def _cells(self, row: Row) -> Row:
+        """What prompt and sampling are made of."""
+        return request_cells(row.get(REQUEST)) if self._of_lines else row
+
+    def _made(self, cells: Row, row_ids: Iterable[str]) -> list[Request]:
+        override = cells.get(SAMPLING_COLUMN)
+        sampling = {
+            name: row_sampling(self._sampling, override, name, parse_row_id(name).sample)
+            for name in row_ids
+        }
+        prompt = self._renderer.prompt_ids(cells)
+        if self._context is not None and len(prompt) >= self._context:
+            raise RowError(
+                "PromptTooLong",
+                f"the prompt has {len(prompt)} tokens; the target's context of "
+                f"{self._context} must also hold at least one new token",
+            )
+        return [Request(name, prompt, params) for name, params in sampling.items()]

@@ -1,0 +1,182 @@
+"""Files that no job may begin with, and files that change or go while it is at work."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config.job import JobConfig, S3Config
+from pipeline.errors import UserError
+from pipeline.inputs.source import read_units
+from pipeline.run.plan import JobPlan, plan_job
+from tests.conftest import TinyModels
+from tests.pipeline.inputs.odd_rows import INT, jsonl, table
+from tests.pipeline.small_jobs import run
+
+TABLE = table(["x"])
+
+
+def parquet(rows: pa.Table = TABLE) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink)
+    return bytes(sink.getvalue())
+
+
+TWICE = pa.table([pa.array(["x"]), INT, INT], names=["prompt", "a", "a"])
+LINE = jsonl({"prompt": "x"})
+
+REFUSED = {
+    "empty.parquet": (b"", "not a readable Parquet file"),
+    "text.parquet": (b"prompt\nhello\n" * 9, "not a readable Parquet file"),
+    "cut-off.parquet": (parquet()[:-20], "not a readable Parquet file"),
+    "beginning-lost.parquet": (parquet()[200:], "not a readable Parquet file"),
+    "broken-footer.parquet": (
+        parquet()[:-60] + b"\xff" * 52 + parquet()[-8:],
+        "not a readable Parquet file",
+    ),
+    "lines.parquet": (LINE, "not a readable Parquet file"),
+    "gzip.jsonl": (gzip.compress(LINE), "is compressed with gzip, though its name says JSON li"),
+    "zstd.jsonl": (pa.compress(LINE, "zstd", asbytes=True), "is compressed with zstd"),
+    "parquet.jsonl": (parquet(), "is a Parquet file, though its name says JSON lines"),
+    "utf16.jsonl": (LINE.decode().encode("utf-16"), "is text in UTF-16, not UTF-8"),
+    "named.jsonl.gz": (gzip.compress(LINE), "compressed files cannot be cut into units"),
+    "named.parquet.zst": (b"", "compressed files cannot be cut into units"),
+    "table.csv": (b"prompt\nx", "not one of .parquet, .jsonl, .ndjson"),
+    "reserved.parquet": (parquet(table(["x"], completion=INT)), "column 'completion' has the name"),
+    "reserved.jsonl": (jsonl({"prompt": "x", "row_id": 1}), "column 'row_id' has the name of an"),
+    "columns-twice.parquet": (parquet(TWICE), "two columns are named 'a'; rename one"),
+    "no-such-column.parquet": (parquet(pa.table({"q": ["x"]})), "no column 'prompt'; its columns"),
+    "no-such-key.jsonl": (jsonl({"q": "x"}), "no column 'prompt'; its columns: q"),
+    "no-object-at-all.jsonl": (b"hello\n", "no column 'prompt'; its columns: none"),
+}
+
+
+def planned(path: Path | str, output: Path) -> JobPlan:
+    values = {
+        "input": {"paths": [str(path)], "prompt_column": "prompt"},
+        "output": str(output),
+        "models": {"target": "any"},
+        "speculation": {"policy": "none"},
+    }
+    return plan_job(JobConfig.model_validate(values))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_files_that_are_refused(tmp_path: Path, name: str) -> None:
+    content, message = REFUSED[name]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.jsonl").write_bytes(LINE)
+    file = tmp_path / "in" / name
+    file.write_bytes(content)
+    # By name, by glob, and (what is of another kind is left out there) in a folder.
+    for path in (
+        file,
+        tmp_path / "in" / "*",
+        *([tmp_path / "in"] if file.suffix != ".csv" else []),
+    ):
+        with pytest.raises(UserError) as caught:
+            planned(path, tmp_path / "out")
+        assert message in str(caught.value)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_files_of_odd_names_are_found(tmp_path: Path) -> None:
+    names = ["_hidden.jsonl", "[a].jsonl", "per%20cent.jsonl", "new\nline.jsonl", "-x.jsonl"]
+    for name in names:
+        (tmp_path / name).write_bytes(LINE)
+        assert planned(tmp_path / name, tmp_path / "out").rows == 1
+    assert planned(f"{tmp_path}/nothing/../*.jsonl", tmp_path / "out").rows == len(names) - 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to be root to become somebody else")
+def test_files_that_may_not_be_read(tmp_path: Path) -> None:
+    folder = Path(tempfile.mkdtemp())  # tmp_path is in a folder of root's
+    try:
+        folder.chmod(0o755)
+        (folder / "a.jsonl").write_bytes(LINE)
+        (folder / "a.jsonl").chmod(0o600)
+        (folder / "closed").mkdir(mode=0o700)
+        (folder / "closed" / "b.jsonl").write_bytes(LINE)
+        os.seteuid(65534)
+        for path in ("a.jsonl", "closed", "closed/b.jsonl", "closed/*.jsonl"):
+            with pytest.raises(UserError) as caught:
+                planned(folder / path, folder / "out")
+            assert str(folder) in str(caught.value), path
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(folder)
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "is gone": lambda file: file.unlink(),
+    "has changed since the job was planned": lambda file: change(file, 5),
+    "not a readable Parquet file": lambda file: damage(file),
+}
+
+
+def change(file: Path, rows: int) -> None:
+    if file.suffix == ".parquet":
+        pq.write_table(table(["y"] * rows), file)
+    else:
+        file.write_bytes(b"\n" * file.stat().st_size)
+
+
+def damage(file: Path) -> None:
+    """Bad bytes that neither size nor date betrays."""
+    data, stat = file.read_bytes(), file.stat()
+    file.write_bytes(data[:4] + b"\xff" * 200 + data[204:])
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("message", CHANGES)
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_files_that_change_after_the_plan(tmp_path: Path, suffix: str, message: str) -> None:
+    file = tmp_path / f"a.{suffix}"
+    prompts = [f"row {i}" for i in range(100)]
+    if suffix == "parquet":
+        pq.write_table(table(prompts), file)
+    elif "Parquet" in message:
+        pytest.skip("any bytes are lines")
+    else:
+        file.write_bytes(jsonl(*({"prompt": prompt} for prompt in prompts)))
+    plan = planned(file, tmp_path / "out")
+    CHANGES[message](file)
+    with pytest.raises(UserError) as caught:
+        list(read_units(plan.units, plan.files[0].schema, S3Config()))
+    assert message in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_job_whose_input_vanishes(
+    local_ray: None, tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINE)
+    (tmp_path / "b.jsonl").write_bytes(LINE)
+    monkeypatch.setattr(
+        "pipeline.run.ray_session.check_resources", lambda *_: (tmp_path / "b.jsonl").unlink()
+    )
+    values = {
+        "input": {"paths": [f"{tmp_path}/*.jsonl"], "prompt_column": "prompt"},
+        "output": str(tmp_path / "out"),
+        "models": {"target": tiny_models.target},
+        "sampling": {"max_new_tokens": 4},
+        "speculation": {"policy": "none"},
+        "actors": {"num_cpus": 2},
+    }
+    with pytest.raises(UserError, match=r"b\.jsonl: .*is gone.*; restore it"):
+        run(values)
+    # The same command resumes, once the file is there again.
+    (tmp_path / "b.jsonl").write_bytes(LINE)
+    monkeypatch.undo()
+    assert run(values).summary["rows"] == 2

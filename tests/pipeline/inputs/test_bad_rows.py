@@ -1,0 +1,155 @@
+"""Three jobs over the odd rows: each is there once, with its original columns."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.commit.footer import from_footer
+from tests.conftest import TinyModels
+from tests.pipeline.inputs.odd_rows import CHAT, OK, PLAIN, TEMPLATE, TEMPLATED
+from tests.pipeline.small_jobs import run
+
+
+def write(folder: Path, files: dict[str, tuple[bytes | pa.Table, list[str]]]) -> Path:
+    for name, (content, _) in files.items():
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            pq.write_table(content, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def strict_target(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny target with a chat template that refuses roles, as many models' do."""
+    folder = tmp_path_factory.mktemp("models") / "strict"
+    shutil.copytree(tiny_models.target, folder)
+    template = folder / "chat_template.jinja"
+    roles = "{% for m in messages %}{% if m['role'] not in ['user', 'assistant'] %}"
+    roles += "{{ raise_exception('no role ' ~ m['role']) }}{% endif %}{% endfor %}"
+    template.write_text(roles + template.read_text())
+    return str(folder)
+
+
+def classes(output: Path, kind: str) -> dict[str, str]:
+    """Error classes (or OK) of rows by row id."""
+    found: dict[str, str] = {}
+    for file in (output / kind).glob("*.parquet"):
+        rows = pq.read_table(file)
+        names = rows["row_id"].to_pylist()
+        assert not found.keys() & set(names)
+        what = rows["error_class"].to_pylist() if kind == "errors" else [OK] * len(names)
+        found.update(zip(names, what, strict=True))
+    return found
+
+
+JOBS = {
+    "chat": ({"messages_column": "messages"}, CHAT),
+    "plain": ({"prompt_column": "prompt"}, PLAIN),
+    "templated": ({"template": TEMPLATE}, TEMPLATED),
+}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "job", [pytest.param(job, marks=[pytest.mark.slow] * (job == "chat")) for job in JOBS]
+)
+def test_every_row_becomes_what_the_table_says(
+    local_ray: None, tiny_models: TinyModels, strict_target: str, tmp_path: Path, job: str
+) -> None:
+    how, files = JOBS[job]
+    folder, output = tmp_path / "in %41 ü", tmp_path / "out"
+    folder.mkdir()
+    write(folder, files)
+    values = {
+        "input": {"paths": [f"{tmp_path}/x/../{folder.name}"], **how},
+        "output": str(output),
+        "models": {"target": strict_target, "draft": tiny_models.draft},
+        "sampling": {"max_new_tokens": 4},
+        "speculation": {"policy": "fixed", "k": 2, "verification": "coupled"},
+        "actors": {"num_cpus": 2},
+    }
+    run(values)
+    expected = {
+        f"{name}:{i}:0": outcome
+        for name, (_, outcomes) in files.items()
+        for i, outcome in enumerate(outcomes)
+    }
+    assert classes(output, "completions") | classes(output, "errors") == expected
+    for name, (content, outcomes) in files.items():
+        rows = written_rows(output, name)
+        assert rows is not None or not outcomes
+        if rows is None:
+            continue
+        assert rows.num_rows == len(outcomes)
+        if isinstance(content, bytes):
+            lines = [line for line in content.split(b"\n") if line.strip()]
+            for line, row in zip(lines, rows.to_pylist(), strict=True):
+                assert kept(line.strip(b"\r\n"), row), name
+        else:
+            original = content.replace_schema_metadata(None)
+            copy = rows.select(original.column_names)
+            assert copy.schema.equals(original.schema), name
+            # Parquet calls a list's items `element`, which is no difference, but would be shown.
+            assert shown(copy) == shown(original.cast(copy.schema)), name
+    # Whatever the names were, nothing was written elsewhere.
+    assert {each.name for each in tmp_path.iterdir()} == {folder.name, "out"}
+
+
+def shown(table: pa.Table) -> list[str]:
+    """All of a table as text: NaN is not equal to itself, and some values are none of Python's."""
+    columns = [column.combine_chunks() for column in table.columns]
+    return [column.to_string(window=10_000, container_window=10_000) for column in columns]
+
+
+def written_rows(output: Path, name: str) -> pa.Table | None:
+    """All rows that came of an input file, completed or not, in its order."""
+    tables = []
+    for file in (output / "completions").glob("*.parquet"):
+        record = from_footer(pq.read_metadata(file).metadata)
+        if record.input == name:
+            tables.append(pq.read_table(file))
+            if record.files.errors:
+                tables.append(pq.read_table(output / record.files.errors.name))
+    if not tables:
+        return None
+    rows = pa.concat_tables(tables, promote_options="default")
+    numbers = [int(each.split(":")[-2]) for each in rows["row_id"].to_pylist()]
+    return rows.take(sorted(range(len(numbers)), key=numbers.__getitem__))
+
+
+def kept(line: bytes, row: dict[str, Any]) -> bool:
+    """Whether an output row still says all that an input line said."""
+    if row.get("raw_line") is not None:
+        return bool(row["raw_line"] == line.decode(errors="replace"))
+    values = json.loads(line)
+    return all(
+        plain(row[key]) == plain(value) or as_value(row[key]) == plain(value)
+        for key, value in values.items()
+    )
+
+
+def plain(value: Any) -> str:
+    """A value as text, without the nulls that Arrow fills missing fields with."""
+
+    def full(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: full(v) for k, v in value.items() if v is not None}
+        return [full(v) for v in value] if isinstance(value, list) else value
+
+    return json.dumps(full(value), sort_keys=True)
+
+
+def as_value(text: Any) -> str | None:
+    """The same for a value that had no column's type and was kept as JSON."""
+    try:
+        return plain(json.loads(text))
+    except (TypeError, ValueError):
+        return None
