@@ -25,7 +25,7 @@ _OWN_WORDS = {
 }
 """What to say instead of pydantic's words, by its type of error."""
 
-Settings = TypeVar("Settings", bound=BaseModel)
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class JobFileError(UserError):
@@ -54,8 +54,8 @@ Resolve = Callable[[Mapping[str, Any], Path], dict[str, Any]]
 
 
 def load_settings(
-    file: str | Path, overrides: Sequence[str], model: type[Settings], resolve: Resolve
-) -> Settings:
+    file: str | Path, overrides: Sequence[str], model: type[Model], resolve: Resolve
+) -> Model:
     """Read a YAML file of any settings.
 
     Args:
@@ -96,9 +96,9 @@ def _build(
     folder: Path,
     overrides: Sequence[str],
     source: str,
-    model: type[Settings],
+    model: type[Model],
     resolve: Resolve,
-) -> Settings:
+) -> Model:
     values = resolve(values, folder)
     for override in overrides:
         values = _merged(values, resolve(_parse_override(override), Path.cwd()))

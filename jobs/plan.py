@@ -30,7 +30,7 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from jobs.terminal.display import Show
-    from pipeline.generate.rehearsal import Rehearsal, Round
+    from pipeline.generate.rehearsal import Rehearsal, TimedRound
     from pipeline.run.plan import JobPlan
 
 _BLOCKS = 8
@@ -303,13 +303,13 @@ def seconds_per_row(tried: Rehearsal) -> Estimate:
     return Estimate(center, center * math.exp(-spread), center * math.exp(spread))
 
 
-def _decoding(rounds: Sequence[Round]) -> float:
+def _decoding(rounds: Sequence[TimedRound]) -> float:
     """Seconds per output token, those for prompts apart."""
     tokens = sum(r.tokens for r in rounds)
     return sum(r.seconds - r.prefill for r in rounds) / max(1, tokens)
 
 
-def _speed(rounds: Sequence[Round]) -> float:
+def _speed(rounds: Sequence[TimedRound]) -> float:
     return sum(r.tokens for r in rounds) / sum(r.seconds for r in rounds)
 
 

@@ -65,9 +65,9 @@ def run(
                 raise UserError("--fork starts a new output; leave out --only-failed and --extend")
             original, job = job, load_job(file, [*(overrides or []), f"output={json.dumps(fork)}"])
             _check_fork(original, job)
-        from pipeline.run.run import Mode, run_job
+        from pipeline.run.run import RunMode, run_job
 
-        mode = Mode(
+        mode = RunMode(
             only_failed=only_failed,
             extend=extend,
             same_content=same_content,

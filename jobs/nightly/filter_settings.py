@@ -6,10 +6,10 @@ import re
 
 from pydantic import Field, field_validator
 
-from pipeline.config.settings import Settings, StringList, example
+from pipeline.config.section import Section, StringList, example
 
 
-class LengthFilter(Settings):
+class LengthFilter(Section):
     """Bounds on a completion's length."""
 
     min_chars: int = Field(default=1, ge=0, description="Least characters.")
@@ -20,7 +20,7 @@ class LengthFilter(Settings):
     max_words: int | None = Field(default=None, ge=1, description="Most words. `null`: no limit.")
 
 
-class RepetitionFilter(Settings):
+class RepetitionFilter(Section):
     """A text that goes round in circles: few different n-grams, or one that compresses well."""
 
     ngram: int = Field(default=4, ge=1, description="Words of an n-gram.")
@@ -35,7 +35,7 @@ class RepetitionFilter(Settings):
     )
 
 
-class RegexFilter(Settings):
+class RegexFilter(Section):
     """Patterns that a completion must match somewhere, and that it must not."""
 
     require: StringList = Field(
@@ -51,7 +51,7 @@ class RegexFilter(Settings):
         return _compiled(patterns)
 
 
-class LanguageFilter(Settings):
+class LanguageFilter(Section):
     """Languages that a completion may be in (py3langid)."""
 
     allow: StringList = Field(
@@ -70,7 +70,7 @@ class LanguageFilter(Settings):
         return codes
 
 
-class DuplicatesFilter(Settings):
+class DuplicatesFilter(Section):
     """Conversations that are there already, in this night or in one published before."""
 
     exact: bool = Field(
@@ -99,7 +99,7 @@ class DuplicatesFilter(Settings):
     )
 
 
-class FiltersConfig(Settings):
+class FiltersConfig(Section):
     """What is not published. Each completion must pass all; null turns a filter off."""
 
     model_config = example(

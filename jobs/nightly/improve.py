@@ -38,7 +38,7 @@ from specdec.training.distill import distill
 from specdec.training.examples import Example
 from specdec.training.head import HeadSettings, calibrate, evaluate_head, train_head
 from specdec.training.labels import Labels, LabelSettings, assign_parts, collect
-from specdec.training.settings import Settings, Watch
+from specdec.training.settings import DistillSettings, DistillWatch
 from specdec.training.student import Student
 from specdec.training.workspace import Workspace
 
@@ -323,7 +323,7 @@ def _distill(recipe: Recipe, before: Version, lesson: Lesson, folder: Path) -> d
             pair,
             Student.from_draft(pair, before.draft, trust_remote_code=models.trust_remote_code),
             space.examples() or lesson.learn,
-            Settings(
+            DistillSettings(
                 epochs=settings.draft_epochs,
                 minutes=settings.draft_minutes,
                 lr=settings.draft_lr,
@@ -332,7 +332,7 @@ def _distill(recipe: Recipe, before: Version, lesson: Lesson, folder: Path) -> d
             ),
             space,
             record={"arguments": arguments, "versions": manifest.versions()},
-            watch=Watch(),
+            watch=DistillWatch(),
         )
     start, result = (card["held_out"][name]["all"] for name in ("start", "result"))
     return {

@@ -18,7 +18,7 @@ from jobs.job_file import load_settings, resolve_job_paths
 from jobs.nightly.filter_settings import FiltersConfig
 from pipeline.config.job import JobConfig
 from pipeline.config.model_identity import digest
-from pipeline.config.settings import Settings, StringList, example
+from pipeline.config.section import Section, StringList, example
 from specdec.policies.registry import POLICIES
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -31,7 +31,7 @@ TEMPLATE_VARIABLES = ("completions", "date")
 """What a template may use besides the columns of its seed."""
 
 
-class SeedsConfig(Settings):
+class SeedsConfig(Section):
     """What conversations are made from: rows of Parquet or JSONL files."""
 
     model_config = example(
@@ -62,7 +62,7 @@ class SeedsConfig(Settings):
     )
 
 
-class TemplateConfig(Settings):
+class TemplateConfig(Section):
     """A conversation: the user's turns, each one jinja2 over the seed and earlier completions."""
 
     model_config = example(
@@ -110,7 +110,7 @@ class TemplateConfig(Settings):
         return sorted(used - {*TEMPLATE_VARIABLES})
 
 
-class SplitConfig(Settings):
+class SplitConfig(Section):
     """Which conversations are for validation: a hash of the seed decides, for ever."""
 
     validation: float = Field(
@@ -122,7 +122,7 @@ class SplitConfig(Settings):
     salt: str = Field(default="", description="Another text gives another split.")
 
 
-class ImproveConfig(Settings):
+class ImproveConfig(Section):
     """After a night its outputs teach the pair; what is not surely better is not adopted."""
 
     model_config = example({"head": True, "held_out": 0.2})
@@ -172,7 +172,7 @@ class ImproveConfig(Settings):
     seed: int = Field(default=0, description="Seed of training and of the choice of rows.")
 
 
-class ScheduleConfig(Settings):
+class ScheduleConfig(Section):
     """When a night runs, for the schedules that are rendered; and its dates' time zone."""
 
     model_config = example({"cron": "0 1 * * *", "timezone": "Europe/Berlin"})
@@ -216,7 +216,7 @@ def _job_section(value: object) -> object:
     return {**value, **made}
 
 
-class Recipe(Settings):
+class Recipe(Section):
     """One nightly dataset: everything in a recipe file, with defaults filled in."""
 
     model_config = example(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of i
     from specdec.loading.pair import ModelPair
     from specdec.training.evaluate import Agreements
     from specdec.training.examples import Example
-    from specdec.training.settings import Moment, Watch
+    from specdec.training.settings import DistillWatch, Moment
     from specdec.training.student import Student
 
 
@@ -115,7 +115,7 @@ def distill(
     """
     with explained("Run the same command again to resume."), user_errors():
         from pipeline.outputs.training_data import open_job
-        from specdec.training.settings import Settings
+        from specdec.training.settings import DistillSettings
         from specdec.training.workspace import Workspace
 
         if from_layers is not None and draft is not None:
@@ -123,7 +123,7 @@ def distill(
         # The first layers read what the embedding writes; a last layer, right after them, does not
         # know its input (SmolLM2-135M, untrained: 14 nats per token with 0,1, but 77 with 0,29).
         layers = None if draft is not None else _layers(from_layers or "0,1")
-        settings = Settings(
+        settings = DistillSettings(
             epochs=epochs,
             minutes=minutes,
             top_k=top_k,
@@ -242,9 +242,9 @@ def _student(pair: ModelPair, layers: list[int] | None, draft: str | None, trust
     return Student.from_layers(pair, layers or [])
 
 
-def _watch(show: Show) -> Watch:
+def _watch(show: Show) -> DistillWatch:
     """Shows where a distillation is, and prints what its evaluations find."""
-    from specdec.training.settings import Watch
+    from specdec.training.settings import DistillWatch
 
     def evaluated(name: str, agreements: Agreements) -> None:
         for group, found in agreements.items():
@@ -256,7 +256,7 @@ def _watch(show: Show) -> Watch:
             line = f"{label:<24} {figures}  ({found.tokens:,} tokens)"
             err.print(escape(line), highlight=False, soft_wrap=True)
 
-    return Watch(lambda at: show(at.stage, at.done / at.total, _figures(at)), evaluated)
+    return DistillWatch(lambda at: show(at.stage, at.done / at.total, _figures(at)), evaluated)
 
 
 def _figures(moment: Moment) -> str:

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from pipeline.config.settings import Settings, example
+from pipeline.config.section import Section, example
 
 GroupName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 
-class ActorsConfig(Settings):
+class ActorsConfig(Section):
     """The pool: each actor holds one draft and target pair and runs one engine.
 
     With `groups` the pool has actors of several kinds, which take units as they get free. A group

@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.settings import Settings, StringList, example, no_null_byte
+from pipeline.config.section import Section, StringList, example, no_null_byte
 from pipeline.config.templates import PromptTemplate
 
 
-class InputConfig(Settings):
+class InputConfig(Section):
     """Where the rows are, and which column, or template over columns, is the prompt."""
 
     model_config = example({"paths": ["prompts/*.parquet"], "messages_column": "messages"})

@@ -18,7 +18,7 @@ from pipeline.config.models import ModelsConfig
 from pipeline.config.prices import Prices
 from pipeline.config.s3 import S3Config
 from pipeline.config.sampling import MAX_SAMPLES, SamplingConfig
-from pipeline.config.settings import PlainString, Settings, example
+from pipeline.config.section import PlainString, Section, example
 from pipeline.config.speculation import (
     Estimator,
     Policy,
@@ -45,7 +45,7 @@ def _or_a_file(schema: dict[str, Any]) -> None:
     schema["anyOf"].insert(0, {"type": "string"})
 
 
-class BudgetConfig(Settings):
+class BudgetConfig(Section):
     """What a job may spend, all its runs together; it stops before it spends more."""
 
     model_config = example({"dollars": 20, "hours": 8})
@@ -58,7 +58,7 @@ class BudgetConfig(Settings):
     )
 
 
-class JobConfig(Settings):
+class JobConfig(Section):
     """One job: everything in a job file, with defaults filled in."""
 
     model_config = example(

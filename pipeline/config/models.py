@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.settings import PlainString, Settings, example
+from pipeline.config.section import PlainString, Section, example
 
 
-class ModelsConfig(Settings):
+class ModelsConfig(Section):
     """The target whose distribution the output has, and the draft that proposes."""
 
     model_config = example(

@@ -15,12 +15,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field
 
-from pipeline.config.settings import Settings, example
+from pipeline.config.section import Section, example
 
 Market = Literal["on_demand", "spot"]
 
 
-class Rate(Settings):
+class Rate(Section):
     """A price per hour."""
 
     on_demand: float = Field(ge=0, description="Price per hour on demand.")
@@ -41,7 +41,7 @@ AnyRate = Annotated[Rate, BeforeValidator(_as_rate, json_schema_input_type=float
 """A price per hour; a single number is the price on demand."""
 
 
-class Prices(Settings):
+class Prices(Section):
     """A price table. All prices are per hour."""
 
     model_config = example(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from pipeline.config.settings import Settings, example
+from pipeline.config.section import Section, example
 
 
-class S3Config(Settings):
+class S3Config(Section):
     """How to reach `s3://` paths.
 
     Credentials never stand in a job file: they come from the AWS environment or profile of each

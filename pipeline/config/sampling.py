@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from pipeline.config.settings import Settings, StringList, example
+from pipeline.config.section import Section, StringList, example
 
 MAX_SAMPLES = 10_000
 """Most samples of one prompt. A unit holds all samples of its rows: lower unit_rows with many."""
 
 
-class SamplingConfig(Settings):
+class SamplingConfig(Section):
     """How each row is sampled; a row's own `sampling_params` column overrides these."""
 
     model_config = example(

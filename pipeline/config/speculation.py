@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from pipeline.config.settings import Settings, example
+from pipeline.config.section import Section, example
 from specdec.policies.estimators import ESTIMATORS
 from specdec.policies.registry import POLICIES, meaning, takers
 
@@ -36,7 +36,7 @@ def _names(policies: Sequence[str], quote: str = "") -> str:
     return (" and " if len(policies) == 2 else ", ").join(quoted)
 
 
-class SpeculationConfig(Settings):
+class SpeculationConfig(Section):
     """When to stop drafting, and how candidates are verified."""
 
     model_config = example({"policy": "goodput", "verification": "coupled", "trace": True})

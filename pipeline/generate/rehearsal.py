@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Round:
+class TimedRound:
     """A round: its seconds, those of them for prompts, and the tokens that it committed."""
 
     seconds: float
@@ -51,7 +51,7 @@ class Rehearsal:
     prompt_tokens: tuple[int, ...]
     output_tokens: tuple[int, ...]
     fed_tokens: int
-    rounds: tuple[Round, ...]
+    rounds: tuple[TimedRound, ...]
     live: float
     left_out: Mapping[str, int]
 
@@ -86,7 +86,7 @@ def rehearse(job: JobConfig, rows: Mapping[str, Row]) -> Rehearsal:
     wanted = {request.id for request in requests}
     prompts = {request.id: len(request.prompt_ids) for request in requests}
     outputs: dict[str, int] = {}
-    rounds: list[Round] = []
+    rounds: list[TimedRound] = []
     again = enumerate(cycle(requests))
     fed = live = 0
     while len(outputs) < len(requests):
@@ -135,14 +135,14 @@ def _submitted(
     return taken
 
 
-def _round(engine: Engine) -> tuple[Round, list[Completion]]:
+def _round(engine: Engine) -> tuple[TimedRound, list[Completion]]:
     """One round, measured, and what it completed."""
     tokens, seconds = engine.stats.counts.committed, dict(engine.stats.seconds)
     began = time.monotonic()
     completions = engine.step()
     whole = time.monotonic() - began
     took = {name: s - seconds.get(name, 0.0) for name, s in engine.stats.seconds.items()}
-    measured = Round(
+    measured = TimedRound(
         whole - took.get("profile", 0.0),
         took.get("prefill", 0.0),
         engine.stats.counts.committed - tokens,

@@ -49,7 +49,7 @@ class JobResult:
 
 
 @dataclass(frozen=True)
-class Mode:
+class RunMode:
     """What a run is to do, other than what is missing.
 
     Attributes:
@@ -70,7 +70,7 @@ class Mode:
 def run_job(
     job: JobConfig,
     *,
-    mode: Mode | None = None,
+    mode: RunMode | None = None,
     progress: OnProgress | None = None,
     stop: threading.Event | None = None,
     note: Callable[[str], object] = lambda _: None,
@@ -90,7 +90,7 @@ def run_job(
             (`BudgetReached`).
         JobFailed: anything else; the same call resumes the job.
     """
-    mode, stop = mode or Mode(), stop or threading.Event()
+    mode, stop = mode or RunMode(), stop or threading.Event()
     # 1. Look at the input and at what there is of the output, and claim that.
     plan = plan_job(job, extend=mode.extend)
     job, output, units = plan.job, plan.output, plan.units

@@ -5,7 +5,7 @@ for one `step` after another. A step gives one more candidate of each row that s
 
     drafting = drafter.begin(rows, slots, shared)
     while the policy wants more:
-        step = drafting.step(draw)          # one more candidate a row
+        step = drafting.step(choose)          # one more candidate a row
         drafting.go_on(indices)             # which of the rows draft another
 
 A drafter may keep state of each row in a `SlotCache`. The engine moves and rolls it back with the
@@ -23,7 +23,7 @@ from torch import Tensor
 from specdec.model.cache import SlotCache
 from specdec.model.sharing import SharedCaches, TokenRow
 
-Draw = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+Choose = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """Draft logits [n, V] of the active rows to the candidates int64 [n] drawn from them, and the
 distributions float32 [n, V] that they were drawn from, if verification needs them."""
 
@@ -49,7 +49,7 @@ class Candidates:
 class Drafting(Protocol):
     """The drafting of one round."""
 
-    def step(self, draw: Draw) -> Candidates:
+    def step(self, choose: Choose) -> Candidates:
         """Propose one more candidate for each active row."""
 
     def go_on(self, indices: Sequence[int]) -> None:

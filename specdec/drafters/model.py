@@ -13,7 +13,7 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from specdec.drafters.base import Candidates, Draw
+from specdec.drafters.base import Candidates, Choose
 from specdec.measure.clock import PhaseClock
 from specdec.model.decoder import PackedDecoder
 from specdec.model.prefill import feed, feed_shared
@@ -103,7 +103,7 @@ class ModelDrafting:
         self._drafter, self._rows, self._slots, self._shared = drafter, rows, slots, shared
         self._drawn: Tensor | None = None  # the active rows' last candidates [n]
 
-    def step(self, draw: Draw) -> Candidates:
+    def step(self, choose: Choose) -> Candidates:
         """One forward for all active rows."""
         by, fed, last = self._drafter, list[int](), None
         if self._drawn is None:
@@ -119,7 +119,7 @@ class ModelDrafting:
                 hidden = hidden[last]
             logits = by.decoder.logits(hidden)[:, : by.vocab_size]
         with by.clock.phase({"sample": 1.0}):
-            self._drawn, q = draw(logits)
+            self._drawn, q = choose(logits)
         return Candidates(self._drawn, q, logits, hidden, [*fed, len(tokens)])
 
     def go_on(self, indices: Sequence[int]) -> None:

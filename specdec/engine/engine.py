@@ -251,7 +251,7 @@ class Engine:
             with this.timer.apart() as lap:
                 at = [this.rows[slot].generated + depth for slot in active]
                 index, positions = upload(self.device, active, at)
-                candidates = drafting.step(this.drawing(index, positions))
+                candidates = drafting.step(this.choosing(index, positions))
                 proposal.add(active, index, candidates.tokens, candidates.q)
                 within = [i for i, slot in enumerate(active) if budget[slot] > depth + 1]
                 with self.clock.phase({"decide": 1.0}):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from specdec.drafters.base import Draw
+from specdec.drafters.base import Choose
 from specdec.engine.scheduler import LiveRow
 from specdec.lossless.sampling import SamplingBatch
 from specdec.lossless.verification import Mode, Proposal
@@ -65,7 +65,7 @@ class Round:
         """The sampling parameters of the rows in `index` [m]; greedy rows are not picked apart."""
         return self.sampling if self.sampling.all_greedy else self.sampling.rows(index)
 
-    def drawing(self, index: Tensor, at: Tensor) -> Draw:
+    def choosing(self, index: Tensor, at: Tensor) -> Choose:
         """How candidates of the rows in `index` [n] are drawn, at output positions `at` [n]."""
         return lambda logits: self.mode.propose(logits, self.parameters(index), at)
 

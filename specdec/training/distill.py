@@ -16,7 +16,7 @@ from typing import Any
 from specdec.loading.pair import ModelPair
 from specdec.training.examples import Example, cut, split
 from specdec.training.scores import Scores, score
-from specdec.training.settings import Moment, Settings, Watch
+from specdec.training.settings import DistillSettings, DistillWatch, Moment
 from specdec.training.student import DistillError, Student
 from specdec.training.trainer import CHECKPOINT_SECONDS, Trainer
 from specdec.training.workspace import Workspace
@@ -26,11 +26,11 @@ def distill(
     pair: ModelPair,
     student: Student,
     examples: Sequence[Example],
-    settings: Settings,
+    settings: DistillSettings,
     space: Workspace,
     *,
     record: Mapping[str, Any],
-    watch: Watch,
+    watch: DistillWatch,
     incumbent: Student | None = None,
     scores: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
@@ -95,9 +95,9 @@ def _score(
     pair: ModelPair,
     student: Student,
     examples: Sequence[Example],
-    settings: Settings,
+    settings: DistillSettings,
     folder: Path,
-    watch: Watch,
+    watch: DistillWatch,
 ) -> Scores:
     """The target's scores of what is trained on."""
     began, target = time.monotonic(), pair.describe()["target"]

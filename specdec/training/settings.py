@@ -11,7 +11,7 @@ from specdec.training.student import DistillError
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class DistillSettings:
     """How to train.
 
     Attributes:
@@ -78,7 +78,7 @@ class Moment:
 
 
 @dataclass(frozen=True, slots=True)
-class Watch:
+class DistillWatch:
     """Whom a distillation tells how far it is, and what its evaluations find.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 Nothing here is random but the order of the examples, which is a function of the seed and the epoch.
 A run that was interrupted therefore ends with the same weights as one that was not, unless the
-clock (`Settings.minutes`) set its schedule.
+clock (`DistillSettings.minutes`) set its schedule.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from specdec.model.decoder import PackedDecoder
 from specdec.training.evaluate import ALL, Agreements, Batch, batches, evaluate
 from specdec.training.examples import Example, packs
 from specdec.training.scores import LOGIT_ROWS, Scores
-from specdec.training.settings import Moment, Settings, Watch
+from specdec.training.settings import DistillSettings, DistillWatch, Moment
 from specdec.training.student import Student
 from specdec.training.workspace import Workspace
 
@@ -47,7 +47,7 @@ CHECKPOINT_SECONDS = 120.0
 
 
 @dataclass(slots=True)
-class Progress:
+class TrainingState:
     """Where training is, as kept in a checkpoint.
 
     Attributes:
@@ -118,10 +118,10 @@ class Trainer:
         self,
         target: PackedDecoder,
         student: Student,
-        settings: Settings,
+        settings: DistillSettings,
         space: Workspace,
         held_out: Sequence[Example],
-        watch: Watch,
+        watch: DistillWatch,
     ) -> None:
         self._target, self._student, self._settings = target, student, settings
         self._space, self._held_out, self._watch = space, held_out, watch
@@ -135,7 +135,7 @@ class Trainer:
         )
         self._head = student.head(torch.bfloat16 if settings.bf16 else torch.float32)
         self._sample: list[Batch] | None = None
-        self.progress = Progress()
+        self.progress = TrainingState()
 
     def start(self, incumbent: Student | None) -> None:
         """Take up the last checkpoint, or evaluate the draft as it is and make it the best so far.
@@ -212,7 +212,7 @@ class Trainer:
         if found is None:
             return False
         tensors, state = found
-        self.progress = Progress(**state)
+        self.progress = TrainingState(**state)
         moments: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
             for name, tensor in tensors.items():

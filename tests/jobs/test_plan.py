@@ -13,7 +13,7 @@ from jobs.cli import app
 from jobs.plan import mean, seconds_per_row
 from pipeline.config.job import S3Config
 from pipeline.config.prices import Hardware
-from pipeline.generate.rehearsal import Rehearsal, Round
+from pipeline.generate.rehearsal import Rehearsal, TimedRound
 from pipeline.observe.ledger import Account, Run, write_run
 from pipeline.storage.folder import open_folder
 from tests.conftest import TinyModels
@@ -124,14 +124,14 @@ def test_rows_that_all_fail_are_an_error(job: Path) -> None:
 # ---------------------------------------------------------------------- reckoning
 
 
-def rehearsal(rounds: list[Round], prompts: list[int], outputs: list[int]) -> Rehearsal:
+def rehearsal(rounds: list[TimedRound], prompts: list[int], outputs: list[int]) -> Rehearsal:
     return Rehearsal(
         len(prompts), 1.0, 0.0, tuple(prompts), tuple(outputs), sum(prompts), tuple(rounds), 4.0, {}
     )
 
 
 def test_rows_are_charged_for_their_prompts_and_their_outputs() -> None:
-    rounds = [Round(seconds=1.5, prefill=0.5, tokens=10)] * 16
+    rounds = [TimedRound(seconds=1.5, prefill=0.5, tokens=10)] * 16
     tried = rehearsal(rounds, [100] * 8, [20] * 8)
     # 8 seconds fed 800 tokens; 16 seconds made 160.
     found = seconds_per_row(tried)
@@ -140,8 +140,8 @@ def test_rows_are_charged_for_their_prompts_and_their_outputs() -> None:
 
 
 def test_rows_or_speeds_that_differ_widen_the_interval() -> None:
-    steady = [Round(1.0, 0.0, 10)] * 16
-    uneven = [Round(1.0, 0.0, tokens) for tokens in (5, 15) for _ in range(8)]
+    steady = [TimedRound(1.0, 0.0, 10)] * 16
+    uneven = [TimedRound(1.0, 0.0, tokens) for tokens in (5, 15) for _ in range(8)]
     alike, apart = [20] * 8, [5, 35] * 4
     widths = [
         (found := seconds_per_row(rehearsal(rounds, [0] * 8, outputs))).high / found.low

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from jobs.job_file import load_job
 from jobs.schema import job_schema, recipe_schema
-from pipeline.config.settings import Settings
+from pipeline.config.section import Section
 from tests.jobs.test_job_file import GOOD
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def test_job_files_and_recipes_in_the_documentation() -> None:
 def test_examples_of_sections_are_taken() -> None:
     """Each is shown in an editor and on a page."""
     shown = 0
-    for section in subclasses(Settings):
+    for section in subclasses(Section):
         extra = section.model_config.get("json_schema_extra", {})
         for value in extra.get("examples", ()):
             shown += 1

@@ -23,7 +23,7 @@ from pipeline.inputs.listing import InputFile, check_unchanged, list_inputs
 from pipeline.inputs.source import read_units
 from pipeline.inputs.units import FilePlan, plan_files
 from pipeline.outputs.verify import verify
-from pipeline.run.run import Mode
+from pipeline.run.run import RunMode
 from pipeline.storage.folder import open_folder
 from pipeline.storage.local import LocalFolder
 from tests.conftest import S3Server, TinyModels
@@ -264,7 +264,7 @@ def test_a_job_on_s3_is_extended(
     notes: list[str] = []
     assert run(values, note=notes.append).units_run == 0
     assert notes == ["1 new input file is not part of this job; --extend adds: b.jsonl"]
-    assert run(values, mode=Mode(extend=True)).summary["rows"] == 3
+    assert run(values, mode=RunMode(extend=True)).summary["rows"] == 3
     assert verify("s3://extend/out", S3Config(endpoint=s3_env.endpoint)).problems == []
     client.put_object(Bucket="extend", Key="in/a.jsonl", Body=b'{"p": "one"}\n')
     with pytest.raises(UserError, match=r"a\.jsonl has changed: 26 bytes there, 13 here"):

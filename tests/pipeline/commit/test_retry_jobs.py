@@ -24,7 +24,7 @@ from pipeline.generate.actor import GenerateActor
 from pipeline.inputs.units import unit_id
 from pipeline.outputs.verify import verify
 from pipeline.run import dataflow
-from pipeline.run.run import Mode
+from pipeline.run.run import RunMode
 from pipeline.storage.folder import open_folder
 from specdec.request import Request
 from tests.conftest import S3Server, TinyModels
@@ -131,7 +131,7 @@ def test_only_failed_rows_are_tried_again(
 
     monkeypatch.setattr(dataflow, "GenerateActor", LessUnluckyActor)
     with Reader(output) as reader:
-        second = run(values, mode=Mode(only_failed=True))
+        second = run(values, mode=RunMode(only_failed=True))
     assert not reader.wrong, reader.wrong
     assert reader.reads > 5
     assert second.units_run == 2
@@ -142,7 +142,7 @@ def test_only_failed_rows_are_tried_again(
 
     monkeypatch.setattr(dataflow, "GenerateActor", GenerateActor)
     with Reader(output) as reader:
-        third = run(values, mode=Mode(only_failed=True))
+        third = run(values, mode=RunMode(only_failed=True))
     assert not reader.wrong, reader.wrong
     assert third.units_run == 1
     assert untouched.stat().st_mtime_ns == written
@@ -161,7 +161,7 @@ def test_only_failed_rows_are_tried_again(
     assert rows_of(output).keys() == rows_of(tmp_path / "undisturbed").keys()
     assert texts(output) == texts(tmp_path / "undisturbed")
 
-    again = run(values, mode=Mode(only_failed=True))
+    again = run(values, mode=RunMode(only_failed=True))
     assert again.units_run == 0
     assert again.summary == third.summary
 
@@ -179,7 +179,7 @@ def test_missing_units_are_left_to_another_run(
     gone = output / "completions" / f"{unit_id('p.jsonl', 4, 4)}.parquet"
     gone.unlink()
     monkeypatch.setattr(dataflow, "GenerateActor", GenerateActor)
-    result = run(values, mode=Mode(only_failed=True))
+    result = run(values, mode=RunMode(only_failed=True))
     assert (result.units_run, result.missing) == (2, 1)
     assert (result.summary["rows"], result.summary["errors"]) == (8, 0)
     assert not gone.exists()
@@ -248,7 +248,7 @@ def test_failed_rows_are_tried_again_on_s3(
     monkeypatch.setattr(dataflow, "GenerateActor", UnluckyActor)
     assert run(values).summary["errors"] == 3
     monkeypatch.setattr(dataflow, "GenerateActor", GenerateActor)
-    result = run(values, mode=Mode(only_failed=True))
+    result = run(values, mode=RunMode(only_failed=True))
     assert (result.units_run, result.summary["rows"], result.summary["errors"]) == (2, 12, 0)
     found = verify("s3://retries/out", S3Config(endpoint=s3_env.endpoint))
     assert found.problems == []
@@ -268,6 +268,6 @@ def test_a_retry_that_is_asked_to_stop_keeps_what_it_has(
     stop = threading.Event()
     stop.set()
     with pytest.raises(JobStopped):
-        run(values, mode=Mode(only_failed=True), stop=stop)
+        run(values, mode=RunMode(only_failed=True), stop=stop)
     assert before.items() <= texts(tmp_path / "out").items()
     assert run(values).summary["rows"] >= 9

@@ -15,13 +15,13 @@ from specdec.policies.simple import Fixed
 from specdec.request import Request, SamplingParams
 from specdec.training.distill import distill
 from specdec.training.examples import Example
-from specdec.training.settings import Settings, Watch
+from specdec.training.settings import DistillSettings, DistillWatch
 from specdec.training.student import Student
 from specdec.training.workspace import Workspace
 from tests.specdec.loading.saved_models import set_config
 from tests.specdec.tiny_models import tiny_model
 
-QUICK = Settings(epochs=2, lr=3e-3, held_out=0.2, batch_tokens=200, evaluations=4, top_k=8)
+QUICK = DistillSettings(epochs=2, lr=3e-3, held_out=0.2, batch_tokens=200, evaluations=4, top_k=8)
 LAYERS = (0, 3)
 PADDED = 112
 """Rows for those families whose tokenizers bring a token of their own."""
@@ -57,8 +57,8 @@ def run(
     student: Student,
     examples: list[Example],
     folder: Path,
-    settings: Settings = QUICK,
-    watch: Watch | None = None,
+    settings: DistillSettings = QUICK,
+    watch: DistillWatch | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     space = Workspace(folder)
@@ -66,7 +66,14 @@ def run(
     space.check(arguments)
     record = {"arguments": arguments}
     return distill(
-        pair, student, examples, settings, space, record=record, watch=watch or Watch(), **options
+        pair,
+        student,
+        examples,
+        settings,
+        space,
+        record=record,
+        watch=watch or DistillWatch(),
+        **options,
     )
 
 

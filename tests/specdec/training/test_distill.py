@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from specdec.loading.pair import ModelPair
 from specdec.training.evaluate import ALL, Agreements, batches, evaluate
 from specdec.training.examples import Example, split
-from specdec.training.settings import Moment, Watch
+from specdec.training.settings import DistillWatch, Moment
 from specdec.training.student import DistillError, Student
 from tests.specdec.loading.saved_models import EOS, saved
 from tests.specdec.tiny_models import noisy_copy, tiny_model
@@ -53,7 +53,7 @@ def test_training_makes_a_better_draft_that_loads_and_is_lossless(
         examples,
         tmp_path,
         settings,
-        Watch(moment, tell),
+        DistillWatch(moment, tell),
         incumbent=Student.from_layers(pair, [0]),
     )
     assert losses[-1] < 0.7 * losses[0]
@@ -113,7 +113,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
             Student.from_layers(pair, LAYERS),
             examples,
             tmp_path / "killed",
-            watch=Watch(kill),
+            watch=DistillWatch(kill),
             checkpoint_seconds=0,
         )
     stages: list[str] = []
@@ -122,7 +122,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
         Student.from_layers(pair, LAYERS),
         examples,
         tmp_path / "killed",
-        watch=Watch(lambda moment: stages.append(moment.stage)),
+        watch=DistillWatch(lambda moment: stages.append(moment.stage)),
     )
     assert set(stages) == {"training"}
     assert len(stages) == whole["steps"] - kill_after + 1

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from specdec.training.settings import Settings
+from specdec.training.settings import DistillSettings
 from specdec.training.student import DistillError
 
 
@@ -19,4 +19,4 @@ from specdec.training.student import DistillError
 )
 def test_settings_out_of_range(values: dict[str, Any], message: str) -> None:
     with pytest.raises(DistillError, match=message):
-        Settings(**values)
+        DistillSettings(**values)

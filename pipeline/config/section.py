@@ -7,8 +7,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 
-class Settings(BaseModel):
-    """A section: frozen, with no keys but its own, and no number that is infinite or NaN."""
+class Section(BaseModel):
+    """A section of a job file or recipe.
+
+    It is frozen, has no keys but its own, and no number that is infinite or NaN.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
