@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from scipy.special import expit
 
 from specdec.measure.calibration import Array, Calibration, Flags
 from specdec.policies.base import HEAD_SIGNALS, Head, Signal
@@ -257,7 +256,7 @@ def posterior_mode(
 
     weights, least = mean, loss(mean)
     for _ in range(rounds):
-        p = expit(x @ weights)
+        p = _logistic(x @ weights)
         gradient = x.T @ (accepted - p) - precision @ (weights - mean)
         step = np.linalg.solve(precision + x.T @ (x * (p * (1 - p))[:, None]), gradient)
         # The loss is convex, so that a short enough step lowers it, if any does.
@@ -273,5 +272,13 @@ def posterior_mode(
 
 def _sigmoid(x: Array) -> Array:
     """1 / (1 + e^-x), kept off 0 and 1."""
-    p: Array = expit(np.minimum(np.maximum(x, -MOST_LOGIT), MOST_LOGIT))
+    return _logistic(np.minimum(np.maximum(x, -MOST_LOGIT), MOST_LOGIT))
+
+
+def _logistic(x: Array) -> Array:
+    """1 / (1 + e^-x)."""
+    # Not at the top: `specbatch --help` reads the policies' settings, and need not wait for scipy.
+    from scipy.special import expit
+
+    p: Array = expit(x)
     return p
