@@ -7,7 +7,8 @@ import pyarrow as pa
 from pipeline.commit.sink import CommitSink
 from pipeline.config.job import S3Config
 from pipeline.inputs.blocks import UnitFiles
-from pipeline.storage.folder import Folder, open_folder
+from pipeline.storage.folder import open_folder
+from pipeline.storage.local import LocalFolder
 
 
 def files(completions: bytes, errors: str = "e1") -> pa.Table:
@@ -36,7 +37,7 @@ def test_a_straggler_changes_nothing_that_is_committed(tmp_path: Path) -> None:
 def test_the_commit_comes_last(tmp_path: Path) -> None:
     order: list[str] = []
 
-    class Recorder(Folder):
+    class Recorder(LocalFolder):
         def put_if_absent(self, name: str, data: bytes) -> bool:
             order.append(name)
             return True
