@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 
 from jobs.job_file import load_prices, s3_options
 from jobs.terminal.console import err, explained, out
+from jobs.terminal.options import AsJson
 from pipeline import layout
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.config.prices import Prices
@@ -44,9 +45,7 @@ def report(
             metavar="OUT...", help="Output folders of jobs, local or s3://.", show_default=False
         ),
     ],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object instead of a table.")
-    ] = False,
+    as_json: AsJson = False,
     html: Annotated[
         str | None,
         typer.Option(

@@ -20,10 +20,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of i
     from specdec.simulate.record import Text
 
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default=False)]
-Endpoint = Annotated[
-    str | None, typer.Option(help="URL of an S3-compatible server.", show_default=False)
-]
-Profile = Annotated[str | None, typer.Option(help="AWS profile to use.", show_default=False)]
 
 
 def absolute(path: str) -> str:

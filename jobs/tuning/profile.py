@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +14,7 @@ import typer
 from jobs.job_file import load_job
 from jobs.terminal.console import explained, out
 from jobs.terminal.display import Show, progress_bar
+from jobs.terminal.options import AsJson, JobFile, Overrides
 from jobs.tuning.common import complete, silence_transformers, told
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError, nearest
@@ -41,24 +41,15 @@ _LEAST_ROWS = 5
 
 
 def profile(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="The job file (YAML).", show_default=False)
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a key of the job file.", show_default=False
-        ),
-    ] = None,
+    file: JobFile,
+    overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=2, help="Rows of the input to try, at most.")] = 64,
     class_column: Annotated[
         str | None,
         typer.Option(help="Column that classes prompts.", show_default="the input file"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of rows.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object instead of tables.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Predict what speculation will do for a job, from a few of its rows; write nothing.
 

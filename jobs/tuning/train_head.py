@@ -15,9 +15,8 @@ from rich.markup import escape
 from jobs.job_file import explain, load_job, s3_options
 from jobs.terminal.console import err, explained, out
 from jobs.terminal.display import Show, progress_bar
+from jobs.terminal.options import Endpoint, Profile
 from jobs.tuning.common import (
-    Endpoint,
-    Profile,
     Threads,
     absolute,
     silence_transformers,
