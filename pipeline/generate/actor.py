@@ -190,7 +190,7 @@ class GenerateActor:
             row = rows.row(index, self._requests.columns)
             return [*self._requests.of(row, row_id(rows.unit, index))]
         except RowError as error:
-            return [Failed(error, attempts=1)] * self._requests.samples(row)
+            return [Failed(error, attempts=1)] * self._requests.count(row)
 
     def _decode(self, ids: Sequence[int]) -> str:
         text = self._pair.tokenizer.decode(

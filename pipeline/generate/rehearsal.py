@@ -124,7 +124,7 @@ def _submitted(
         try:
             requests = make.of(row, row_id)
         except RowError as error:
-            left_out[str(error)] += make.samples(row)
+            left_out[str(error)] += make.count(row)
             continue
         for request in requests:
             engine.submit(request)

@@ -98,7 +98,7 @@ class RowRequests:
                 left_out[str(error)] += 1
         return requests
 
-    def samples(self, row: Row) -> int:
+    def count(self, row: Row) -> int:
         """How many samples a row has: the job's `n` if it does not say so itself, or wrongly."""
         try:
             return sample_count(self._sampling, self._cells(row).get(SAMPLING_COLUMN))

@@ -68,7 +68,7 @@ def test_a_rows_own_sampling(
     for request in found:
         assert tokenizer.decode(request.prompt_ids) == prompt
         assert (request.sampling.temperature, request.sampling.max_new_tokens) == (0, 7)
-    assert made.samples(row) == 3
+    assert made.count(row) == 3
 
 
 def test_a_line_of_a_batch_brings_prompt_and_sampling(tokenizer: Any) -> None:
@@ -125,7 +125,7 @@ def test_what_is_wrong_with_a_row(
         with pytest.raises(RowError) as caught:
             make(row, NAME)
         assert caught.value.error_class == error_class
-    assert made.samples(row) == samples
+    assert made.count(row) == samples
 
 
 @pytest.mark.parametrize("line", [None, "", "{", "[]", chat(n=0), chat(stream=True)])
@@ -133,7 +133,7 @@ def test_a_line_that_is_no_request(tokenizer: Any, line: str | None) -> None:
     made = requests(tokenizer, format="openai")
     with pytest.raises(RowError):
         made.of({"request": line}, NAME)
-    assert made.samples({"request": line}) == JOB.n
+    assert made.count({"request": line}) == JOB.n
 
 
 def test_the_longest_prompt_leaves_room_for_a_token(tokenizer: Any) -> None:
