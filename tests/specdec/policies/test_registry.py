@@ -176,7 +176,7 @@ assert make_policy(job.policy, **job.settings) == Timid(0.5, 9)
 plain = SpeculationConfig(policy="timid")
 assert make_policy(plain.policy, **plain.settings) == Timid(0.9, 6)
 assert SpeculationConfig().k_max == SpeculationConfig(policy="heuristic").k_max == 20
-for field, words in (("policy", Timid.summary), ("threshold", "the ratio is lower (0.9)")):
+for field, words in (("policy", Timid.summary), ("threshold", "the ratio is lower: `timid` (0.9)")):
     assert words in SpeculationConfig.model_fields[field].description, field
 assert "timid" in SpeculationConfig.model_json_schema()["properties"]["policy"]["enum"]
 """
