@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from jobs.cli import app
 from pipeline.storage import s3
 from tests.conftest import TinyModels
+from tests.jobs.command_line import call
 
 SECRET = "wJalrXUtnFEMIplanted"
 
@@ -43,10 +43,6 @@ def job(tiny_models: TinyModels, tmp_path: Path) -> dict[str, Any]:
         "output": "out",
         "models": {"target": tiny_models.target, "draft": tiny_models.draft},
     }
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def refused(result: Result) -> str:

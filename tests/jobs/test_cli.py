@@ -7,16 +7,12 @@ from pathlib import Path
 import pytest
 import typer
 from typer.core import TyperGroup
-from typer.testing import CliRunner, Result
 
 from jobs.cli import _GROUPS, app
 from jobs.terminal.display import figures
 from pipeline.observe.progress import JobProgress, Tally
 from specdec.request import Counts
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+from tests.jobs.command_line import call
 
 
 def test_version_and_help() -> None:

@@ -16,11 +16,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from typer.testing import CliRunner, Result
 
 import jobs.tuning.head_rows
 import jobs.tuning.profile
-from jobs.cli import app
 from pipeline.config.job import S3Config
 from pipeline.inputs.prompts import row_seed
 from pipeline.outputs.training_data import open_job, read_examples
@@ -28,6 +26,7 @@ from specdec.engine.engine import Engine
 from specdec.request import Request, SamplingParams
 from specdec.training.examples import Example
 from tests.conftest import TinyModels
+from tests.jobs.command_line import call
 from tests.pipeline.small_jobs import rows_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -92,10 +91,6 @@ class Job:
     kind: str
     file: Path
     output: Path
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 @pytest.fixture(scope="module", params=KINDS)

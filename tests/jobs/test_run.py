@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner, Result
 
-from jobs.cli import app
 from tests.conftest import TinyModels
+from tests.jobs.command_line import call, one_error
 
 JobFile = Callable[..., Path]
 
@@ -36,18 +35,6 @@ def job_file(tiny_models: TinyModels, tmp_path: Path, write_rows: Callable[..., 
         return file
 
     return write
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def one_error(result: Result) -> str:
-    """The error message of a run that failed as it should: no traceback, code 2."""
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    assert result.stderr.startswith("error: ")
-    return result.stderr.removeprefix("error: ").strip()
 
 
 @pytest.mark.ray

@@ -15,10 +15,9 @@ import pytest
 from openai.types import BatchError
 from openai.types import Completion as TextCompletion
 from openai.types.chat import ChatCompletion
-from typer.testing import CliRunner, Result
 
-from jobs.cli import app
 from tests.conftest import AWS_ENV, S3Server, TinyModels
+from tests.jobs.command_line import call
 
 pytestmark = pytest.mark.ray
 
@@ -106,10 +105,6 @@ def command(models: TinyModels, source: object, target: object, *more: object) -
     options = ["-i", source, "-o", target, "--model", models.target, "--draft", models.draft]
     small = ["--set", "actors.num_cpus=2", "--set", "speculation.policy=heuristic"]
     return ["run-batch", *map(str, [*options, *small, "--quiet", *more])]
-
-
-def call(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.reports.grafana import dashboard, exported
 from pipeline.observe.metrics import COUNTERS, GAUGES
-from tests.jobs.test_cli import call, one_error
+from tests.jobs.command_line import call, one_error
 
 
 def test_each_metric_of_the_dashboard_exists_and_each_that_exists_is_there() -> None:

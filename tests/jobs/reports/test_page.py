@@ -23,8 +23,8 @@ from pipeline.layout import JOB, REPORT
 from pipeline.storage.folder import open_folder
 from tests.conftest import S3Server, TinyModels
 from tests.jobs.browser import chromium, columns_at_the_right_edge, screenshot
+from tests.jobs.command_line import call, one_error
 from tests.jobs.pages import PLANTED, make_job
-from tests.jobs.test_cli import call, one_error
 
 HOSTILE = "</svg></title><script>alert('$x_$')</script>"
 

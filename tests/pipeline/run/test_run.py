@@ -19,10 +19,10 @@ from ray.data import DataContext
 
 from pipeline.commit import manifest
 from pipeline.commit.footer import read_records
-from pipeline.commit.trace import read_rounds
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 from pipeline.observe.progress import JobProgress
+from pipeline.outputs.rounds import read_rounds
 from pipeline.run.run import JobResult
 from pipeline.storage.folder import open_folder
 from specdec.measure.speedup import SpeedupMeter

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from specdec.engine.engine import Engine
 from specdec.loading.pair import ModelPair
-from specdec.policies.base import Fixed
+from specdec.policies.simple import Fixed
 from specdec.request import Request, SamplingParams
 from tests.specdec.tiny_models import VOCAB
 
