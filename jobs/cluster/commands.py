@@ -56,7 +56,12 @@ CodeOption = Annotated[
         "the working directory, a checkout, which is uploaded.",
     ),
 ]
-Wait = Annotated[bool, typer.Option("--wait", help="Return when the job is over, with its code.")]
+Wait = Annotated[
+    bool,
+    typer.Option(
+        "--wait", help="Return when the job is over: 0 if it is done, 130 if stopped, or else 1."
+    ),
+]
 Follow = Annotated[
     bool, typer.Option("--follow", "-f", help="Show what the job prints until it is over.")
 ]
@@ -128,7 +133,7 @@ def _submit(cluster: Cluster, job: JobConfig, how: Submission, wait: bool, follo
 
 
 def _attend(cluster: Cluster, job_id: str, follow: bool) -> None:
-    """Stay until the job is over, and exit with its code; Ctrl-C leaves it running."""
+    """Stay until the job is over, and exit with a code for its state; Ctrl-C leaves it running."""
     try:
         if follow:
             asyncio.run(_print_logs(cluster, job_id))
@@ -265,7 +270,9 @@ def logs(
 def stop(
     target: Target,
     address: Address = None,
-    wait: Wait = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Return when the job is over, and show how far it came.")
+    ] = False,
     endpoint: Endpoint = None,
     profile: Profile = None,
 ) -> None:
