@@ -66,6 +66,13 @@ Follow = Annotated[
     bool, typer.Option("--follow", "-f", help="Show what the job prints until it is over.")
 ]
 
+PathsOnCluster = Annotated[
+    bool,
+    typer.Option(
+        "--paths-on-cluster", help="Local paths of the job exist on the cluster's nodes too."
+    ),
+]
+
 
 def submit(
     file: JobFile,
@@ -90,12 +97,7 @@ def submit(
         int,
         typer.Option(min=1, help="After a stop, how long units in flight may take to complete."),
     ] = 3600,
-    paths_on_cluster: Annotated[
-        bool,
-        typer.Option(
-            "--paths-on-cluster", help="Local paths of the job exist on the cluster's nodes too."
-        ),
-    ] = False,
+    paths_on_cluster: PathsOnCluster = False,
 ) -> None:
     """Have a Ray cluster run a job.
 
