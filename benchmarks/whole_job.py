@@ -1,6 +1,6 @@
 """A whole job, prompts in Parquet to completions in Parquet, against Ray Data with vLLM.
 
-    python benchmarks/whole_job.py --vllm /tmp/vllm/bin/python --rows 256 --tokens 64
+    python benchmarks/whole_job.py --vllm /tmp/vllm/bin/python --prompts gsm8k_test.parquet
 
 Both sides start from nothing in each turn: a process, Ray, an actor, the model; then they read the
 same prompts, generate the same number of tokens from each (greedy, end of sequence ignored) and
@@ -31,7 +31,6 @@ import typer
 from common import (
     CORES,
     DRAFT,
-    PROMPTS,
     ROOT,
     TARGET,
     Draft,
@@ -96,9 +95,9 @@ def theirs(job: dict[str, Any], python: str) -> Taken:
 
 def main(
     vllm: Annotated[str, typer.Option(help="a Python that has vLLM and Ray Data")],
+    prompts: Annotated[Path, typer.Option(help="Parquet with a column `prompt`")],
     target: Target = TARGET,
     draft: Draft = DRAFT,
-    prompts: Annotated[Path, typer.Option(help="Parquet with a column `prompt`")] = PROMPTS,
     rows: Rows = 256,
     tokens: Tokens = 64,
     temperature: Temperature = 0.0,

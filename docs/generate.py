@@ -36,7 +36,7 @@ It is YAML. Three keys are required; all others have defaults.
 `specbatch validate job.yaml` checks a job file in seconds and prints it with its defaults filled
 in. A wrong key or value is refused in one line, with the key and the fix.
 
-- **Paths** are relative to the job file's folder.
+- **Paths** are relative to the job file's folder, and those of `--set` to the folder you are in.
 - **Overrides.** `--set speculation.policy=none` replaces any key for one run; its value is YAML.
 - **A row's own sampling.** A column `sampling_params` (a struct or JSON) overrides `sampling` for
   its row.
@@ -52,7 +52,8 @@ templates, with which job, and what is kept. It is YAML.
 
 {example}
 
-Paths are relative to the recipe's folder. `--set seeds.per_night=20` replaces any key for one run.
+Paths are relative to the recipe's folder, and those of `--set` to the folder you are in.
+`--set seeds.per_night=20` replaces any key for one run.
 Editors complete and check keys by `specbatch schema --nightly`, as for [job files](job-file.md).
 """
 
@@ -64,7 +65,7 @@ CLI = """\
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | failed |
+| 1 | failed, or `verify` found something |
 | 2 | a mistake in what was asked |
 | 3 | stopped at the [budget](job-file.md#budget) |
 | 130 | stopped by Ctrl-C or SIGTERM |

@@ -169,7 +169,7 @@ class Cluster:
         if importlib.util.find_spec("aiohttp") is None:
             raise UserError(
                 "submitting to a cluster needs Ray's client for it: "
-                "pip install 'specbatch[submit]' (or 'ray[default]')"
+                "pip install '.[submit]' in the checkout (or 'ray[default]')"
             )
         self.address = address
         headers = self._headers()

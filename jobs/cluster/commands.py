@@ -56,9 +56,21 @@ CodeOption = Annotated[
         "the working directory, a checkout, which is uploaded.",
     ),
 ]
-Wait = Annotated[bool, typer.Option("--wait", help="Return when the job is over, with its code.")]
+Wait = Annotated[
+    bool,
+    typer.Option(
+        "--wait", help="Return when the job is over: 0 if it is done, 130 if stopped, or else 1."
+    ),
+]
 Follow = Annotated[
     bool, typer.Option("--follow", "-f", help="Show what the job prints until it is over.")
+]
+
+PathsOnCluster = Annotated[
+    bool,
+    typer.Option(
+        "--paths-on-cluster", help="Local paths of the job exist on the cluster's nodes too."
+    ),
 ]
 
 
@@ -85,12 +97,7 @@ def submit(
         int,
         typer.Option(min=1, help="After a stop, how long units in flight may take to complete."),
     ] = 3600,
-    paths_on_cluster: Annotated[
-        bool,
-        typer.Option(
-            "--paths-on-cluster", help="Local paths of the job exist on the cluster's nodes too."
-        ),
-    ] = False,
+    paths_on_cluster: PathsOnCluster = False,
 ) -> None:
     """Have a Ray cluster run a job.
 
@@ -128,7 +135,7 @@ def _submit(cluster: Cluster, job: JobConfig, how: Submission, wait: bool, follo
 
 
 def _attend(cluster: Cluster, job_id: str, follow: bool) -> None:
-    """Stay until the job is over, and exit with its code; Ctrl-C leaves it running."""
+    """Stay until the job is over, and exit with a code for its state; Ctrl-C leaves it running."""
     try:
         if follow:
             asyncio.run(_print_logs(cluster, job_id))
@@ -265,7 +272,9 @@ def logs(
 def stop(
     target: Target,
     address: Address = None,
-    wait: Wait = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Return when the job is over, and show how far it came.")
+    ] = False,
     endpoint: Endpoint = None,
     profile: Profile = None,
 ) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from jobs.cluster import manifests
 from jobs.cluster.client import find_address
+from jobs.cluster.commands import PathsOnCluster
 from jobs.cluster.manifests import Pods
 from jobs.job_file import load_job
 from jobs.terminal.console import explained
@@ -150,6 +151,7 @@ def cron(
     file: JobFile,
     schedule: Annotated[str, typer.Option(metavar="CRON", help="When to run.")] = "0 2 * * *",
     address: Address = None,
+    paths_on_cluster: PathsOnCluster = False,
     overrides: Overrides = None,
 ) -> None:
     """Write a line for a crontab.
@@ -166,7 +168,7 @@ def cron(
         job = load_job(file, overrides or [])
         file = file.resolve()
         program = shutil.which("specbatch") or "specbatch"
-        command = [program, *_command(job, file, address, overrides)]
+        command = [program, *_command(job, file, address, paths_on_cluster, overrides)]
         lock, log = file.with_suffix(".lock"), file.with_suffix(".log")
         print(manifests.crontab_line(command, schedule, Path.cwd(), lock, log), end="")
 
@@ -178,6 +180,7 @@ def airflow(
         str | None, typer.Option(metavar="CRON", help="When to run; without it, by hand.")
     ] = None,
     address: Address = None,
+    paths_on_cluster: PathsOnCluster = False,
     overrides: Overrides = None,
 ) -> None:
     """Write an Airflow DAG of one task, which a retry resumes.
@@ -192,22 +195,30 @@ def airflow(
         if schedule is not None:
             check_schedule(schedule)
         job = load_job(file, overrides or [])
-        command = ["specbatch", *_command(job, file.resolve(), address, overrides)]
+        begun = _command(job, file.resolve(), address, paths_on_cluster, overrides)
+        command = ["specbatch", *begun]
         print(manifests.airflow_dag(job, command, schedule, Path.cwd()), end="")
 
 
 def _command(
-    job: JobConfig, file: Path, address: str | None, overrides: list[str] | None
+    job: JobConfig,
+    file: Path,
+    address: str | None,
+    paths_on_cluster: bool,
+    overrides: list[str] | None,
 ) -> list[str]:
     """What is run each time: `submit --wait` on a cluster, or `run` here."""
     changes = [part for override in overrides or [] for part in ("--set", override)]
     if address is None:
         return ["run", str(file), "--quiet", *changes]
     url = find_address(address)
+    submit = ["submit", str(file), "--address", url, "--wait"]
+    if paths_on_cluster:
+        return [*submit, "--paths-on-cluster", *changes]
     from jobs.cluster.local_paths import refuse_local_paths
 
     refuse_local_paths(job, url)
-    return ["submit", str(file), "--address", url, "--wait", *changes]
+    return [*submit, *changes]
 
 
 def check_schedule(schedule: str) -> None:

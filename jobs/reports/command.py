@@ -77,7 +77,7 @@ def report(
 ) -> None:
     """Say what a job did and cost, from the files that it has committed so far.
 
-    A page for the browser is also written at the end of each job, to _specbatch/report.html.
+    `specbatch run` also writes a page for the browser at its end, to _specbatch/report.html.
 
     For example:
 

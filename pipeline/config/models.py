@@ -50,8 +50,8 @@ class ModelsConfig(Section):
     )
     deterministic: bool = Field(
         default=False,
-        description="Use batch-invariant kernels (CPU). A row's tokens are then the same in any "
-        "batch, retry and resume, to the last bit.",
+        description="Use batch-invariant kernels (CPU). Greedy and `coupled` rows then have the "
+        "same tokens in any batch, retry and resume, to the last one.",
     )
     device: str | None = Field(
         default=None,

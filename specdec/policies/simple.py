@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from specdec.policies.base import MOST_CANDIDATES, RoundOutcome, RoundStart, StopPolicy, setting
+from specdec.policies.base import (
+    MOST_CANDIDATES,
+    RoundOutcome,
+    RoundStart,
+    RowMemory,
+    StopPolicy,
+    setting,
+)
 
 
 @dataclass
@@ -31,7 +38,10 @@ class Fixed(StopPolicy):
 
 @dataclass
 class Heuristic(StopPolicy):
-    """Hugging Face's schedule, per row: k grows by 2 after a full acceptance, else shrinks by 1."""
+    """Hugging Face's schedule, per row: k grows by 2 after a full acceptance, else shrinks by 1.
+
+    With `k_min` 0, a row that has come down to 0 begins again at `k`.
+    """
 
     name = "heuristic"
     summary = "per row, drafts two more after a full acceptance, one fewer otherwise"
@@ -41,12 +51,18 @@ class Heuristic(StopPolicy):
     k_max: int = setting(20, 1, MOST_CANDIDATES, "most candidates of a round")
 
     def budget(self, start: RoundStart) -> Sequence[int]:
-        return [row.k or self.k for row in start.rows]
+        return [self._current(row) for row in start.rows]
+
+    def _current(self, row: RowMemory) -> int:
+        return row.k or self._within(self.k)
+
+    def _within(self, k: int) -> int:
+        return min(max(k, self.k_min), self.k_max)
 
     def observe(self, outcome: RoundOutcome) -> None:
         for row, submitted, accepted in zip(
             outcome.start.rows, outcome.submitted, outcome.accepted, strict=True
         ):
             if submitted:
-                k = (row.k or self.k) + (2 if accepted == submitted else -1)
-                row.k = min(max(k, self.k_min), self.k_max)
+                grown = 2 if accepted == submitted else -1
+                row.k = self._within(self._current(row) + grown)

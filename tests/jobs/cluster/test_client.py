@@ -290,7 +290,7 @@ def test_a_client_that_is_not_installed(bare: pytest.MonkeyPatch) -> None:
     bare.setattr(client.importlib.util, "find_spec", lambda name: None)
     result = CliRunner().invoke(app, ["list", "-a", "http://127.0.0.1:1"])
     assert result.exit_code == 2
-    assert "pip install 'specbatch[submit]'" in result.stderr
+    assert "pip install '.[submit]'" in result.stderr
 
 
 def test_variables_for_the_job() -> None:

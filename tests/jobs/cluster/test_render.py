@@ -182,6 +182,17 @@ def test_quoting_for_a_shell(word: str, printed: str) -> None:
     assert result.stdout == printed
 
 
+@pytest.mark.parametrize("kind", ["cron", "airflow"])
+def test_paths_of_this_disk_are_taken_if_the_cluster_has_them(
+    job_file: Path, tmp_path: Path, kind: str
+) -> None:
+    where = ["-a", "http://head:8265", "--set", f"output={tmp_path}/out"]
+    refused = call(kind, job_file, *where)
+    assert refused.exit_code == 2 and "say --paths-on-cluster" in refused.stderr
+    taken = call(kind, job_file, *where, "--paths-on-cluster")
+    assert taken.exit_code == 0 and "--wait --paths-on-cluster" in taken.stdout
+
+
 def test_an_airflow_dag(job_file: Path) -> None:
     override = "output=s3://b/{{ ds }}/it's"
     result = call("airflow", job_file, "--schedule", "0 2 * * *", "--set", override)

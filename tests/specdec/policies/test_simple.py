@@ -52,6 +52,11 @@ def test_heuristic_stays_within_its_limits() -> None:
     assert policy.budget(start) == [3, 1]
 
 
+def test_heuristic_begins_within_its_limits() -> None:
+    assert Heuristic(k=4, k_max=2).budget(round_start(memories(1))) == [2]
+    assert Heuristic(k=1, k_min=3).budget(round_start(memories(1))) == [3]
+
+
 def test_heuristic_learns_nothing_from_a_round_that_verified_nothing() -> None:
     policy, start = Heuristic(k=4), round_start(memories(1))
     policy.observe(outcome(start, [0], [0]))
