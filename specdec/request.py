@@ -16,6 +16,10 @@ class InvalidRequest(ValueError):
     """A request that cannot be served as asked. It is that request's error, never the engine's."""
 
 
+INVALID_LOGITS = "InvalidLogits"
+"""The class of a row's error where the target's logits have no softmax: NaN, infinite, all -inf."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request is sampled.
@@ -163,6 +167,7 @@ class Completion:
         stop_reason: the token id or stop string that ended the output, if one did.
         counts: what speculation did for this request.
         error: what was wrong with the request, if finish_reason is "error".
+        error_class: "InvalidRequest", or INVALID_LOGITS if it went wrong on its way.
         seconds: from its slot to its end, shared with the rows beside it.
         calibration: predicted against observed acceptance by class of context length, for policies
             that predict.
@@ -176,6 +181,7 @@ class Completion:
     stop_reason: int | str | None = None
     counts: Counts = field(default_factory=Counts)
     error: str | None = None
+    error_class: str | None = None
     seconds: float = field(default=0.0, compare=False)
     calibration: Mapping[int, Calibration] = field(default_factory=dict, compare=False)
     trace: tuple[RoundTrace, ...] = field(default=(), compare=False)

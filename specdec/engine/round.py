@@ -31,7 +31,9 @@ class Round:
         proposal: the candidates drawn.
         submitted: how many of each row's candidates were verified.
         committed: for each row the tokens that verification gave: accepted candidates, then the
-            bonus token; nothing for a row whose prompt is not yet fed to its end.
+            bonus token, or NO_TOKEN where the row fails; nothing for a row whose prompt is not yet
+            fed to its end.
+        infected: rows of which the target's states were not all finite.
         kept: how many of these each row's output grew by: fewer where it ended.
         draft_costs: packed tokens and seconds of each draft step.
     """
@@ -45,6 +47,7 @@ class Round:
     proposal: Proposal
     submitted: Sequence[int] = ()
     committed: Sequence[Sequence[int]] = ()
+    infected: Sequence[int] = ()
     kept: list[int] = field(init=False)
     draft_costs: list[tuple[int, float]] = field(default_factory=list)
 

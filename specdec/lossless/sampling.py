@@ -27,6 +27,14 @@ class Draw(IntEnum):
     COUPLED = 4
 
 
+NO_TOKEN = -1
+"""What is chosen where there is no distribution.
+
+Logits that are NaN, or infinite, or all -inf have no softmax. Such a row of `probabilities` has NaN
+in its first column, and whatever chooses a token from it chooses this.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
     """The sampling parameters of n rows as tensors, and what the host knows of them.
@@ -104,14 +112,15 @@ def probabilities(logits: Tensor, params: SamplingBatch) -> Tensor:
         params: of the same n rows.
 
     Returns:
-        float32 [n, V], each row summing to 1.
+        float32 [n, V], each row summing to 1; where logits have no softmax, the first is NaN.
     """
     probs = torch.softmax(logits.float() / params.temperature[:, None], dim=-1)
     if params.max_top_k or params.any_top_p or params.any_min_p:
         probs = _truncate(probs, params)
     if params.any_greedy:
         best = greedy_choice(logits)
-        one_hot = torch.zeros_like(probs).scatter_(1, best[:, None], 1.0)
+        one = torch.where(best == NO_TOKEN, torch.nan, 1.0)[:, None]
+        one_hot = torch.zeros_like(probs).scatter_(1, best.clamp(min=0)[:, None], one)
         probs = torch.where(params.greedy[:, None], one_hot, probs)
     return probs
 
@@ -161,7 +170,7 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
         u: float32 [n] in (0, 1).
 
     Returns:
-        int64 [n]; a token of probability 0 is never drawn.
+        int64 [n]; a token of probability 0 is never drawn. NO_TOKEN where a row has NaN.
     """
     cumulative = probs.cumsum(-1)
     threshold = u[:, None] * cumulative[:, -1:]
@@ -170,13 +179,17 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
     threshold = torch.minimum(
         threshold, torch.nextafter(cumulative[:, -1:], torch.zeros_like(threshold))
     )
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    token = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    return torch.where(cumulative[:, -1] > 0, token, NO_TOKEN)
 
 
 def greedy_choice(logits: Tensor) -> Tensor:
-    """The likeliest token of each row of logits [n, V]: int64 [n]."""
+    """The likeliest token of each row of logits [n, V], or NO_TOKEN: int64 [n]."""
     kernels = kernels_over(logits)
-    return logits.argmax(-1) if kernels is None else kernels.argmax(logits)
+    if kernels is not None:
+        return kernels.argmax(logits)
+    best = logits.argmax(-1, keepdim=True)  # NaN is the largest of all
+    return torch.where(logits.gather(1, best).isfinite(), best, NO_TOKEN)[:, 0]
 
 
 def coupled_choice(probs: Tensor, seed: Tensor, position: Tensor) -> Tensor:
@@ -191,9 +204,10 @@ def coupled_choice(probs: Tensor, seed: Tensor, position: Tensor) -> Tensor:
         probs: float32 [n, V]; seed, position: int64 [n].
 
     Returns:
-        int64 [n].
+        int64 [n]; NO_TOKEN where a row has NaN.
     """
-    return (probs / exponential_noise(seed, position, probs.shape[-1])).argmax(-1)
+    choice = (probs / exponential_noise(seed, position, probs.shape[-1])).argmax(-1)
+    return torch.where(probs[:, 0].isnan(), NO_TOKEN, choice)
 
 
 def uniform(seed: Tensor, position: Tensor, draw: Draw) -> Tensor:

@@ -98,7 +98,7 @@ def reversed_coupling(p: Tensor, q: Tensor, x: Tensor, u: Tensor, v: Tensor) -> 
     residual = (q - p).clamp_(min=0)
     # p == q up to rounding may fail the test by a hair, with nothing left: q is the right answer.
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, q)
-    return torch.where(same[:, 0], x, sample(residual, v))
+    return torch.where(same[:, 0], x, sample(residual, v).clamp(min=0))
 
 
 def record(
