@@ -30,7 +30,8 @@ class SamplingParams:
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of likeliest tokens whose mass reaches top_p; 1 keeps all.
         min_p: drop tokens less likely than min_p times the likeliest one; 0 drops none.
-        seed: with the position, the key of every random number this request uses.
+        seed: with the position, and under `rejection` the row's round, the key of every random
+            number this request uses.
         stop_token_ids: tokens that end the output besides the model's own end-of-sequence tokens.
         stop: strings that end the output. The token that completes one is the last token returned.
         ignore_eos: generate past the model's end-of-sequence tokens.

@@ -209,6 +209,10 @@ class Engine:
             self._sampling = rows, SamplingBatch.of([row.sampling for row in rows], self.device)
         sampling = self._sampling[1]
         mode = MODES["coupled"] if sampling.all_greedy else self.mode
+        if mode is MODES["rejection"]:
+            # Each row counts its own rounds: what it draws must not depend on its neighbours.
+            numbers = upload(self.device, [row.counts.rounds for row in rows])[0]
+            sampling = sampling.in_round(numbers)
         pending = [len(row.tokens) - self.target_cache.lengths[s] for s, row in enumerate(rows)]
         start = RoundStart(
             rows=[row.memory for row in rows],

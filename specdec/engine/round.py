@@ -24,7 +24,7 @@ class Round:
     Attributes:
         rows: the live rows, by slot.
         timer: its seconds.
-        sampling: their sampling parameters.
+        sampling: their sampling parameters; under `rejection` with the seeds of this round.
         mode: how candidates are verified.
         start: what the policy may know before drafting.
         control: whether this is a control round, without speculation.

@@ -1,14 +1,19 @@
-"""From logits to tokens, with random numbers that are a function of (seed, position).
+"""From logits to tokens, with random numbers that are a function of (seed, round, position).
 
 Nothing here keeps a generator: a random number is a hash of the request's seed, the position in its
 output and what the number is for. The same request therefore draws the same numbers in any batch,
 on any machine, in any retry.
+
+Under `rejection` the row's round is hashed into the seed as well (`SamplingBatch.in_round`). A
+candidate behind a rejection is thrown away, and the next round draws at its position again: with
+the same number, whatever remembers the discarded candidate would know what is drawn. So no number
+is drawn twice. `coupled` must draw the same number at a position in every round: that is its point.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -83,6 +88,13 @@ class SamplingBatch:
             any_min_p=any(p.min_p > 0 for p in sampled),
             max_top_k=max((p.top_k for p in sampled), default=0),
         )
+
+    def in_round(self, number: Tensor) -> SamplingBatch:
+        """The parameters of the rows in round `number` int64 [n] of each, with seeds of that round.
+
+        Numbers of different rounds are independent.
+        """
+        return replace(self, seed=_mix64(_mix64(self.seed) + (number + 1) * _ROUND))
 
     def rows(self, index: Tensor) -> SamplingBatch:
         """The parameters of the rows in `index` [m], which may repeat."""
@@ -265,4 +277,5 @@ def _signed64(value: int) -> int:
 
 
 _GOLDEN = _signed64(0x9E3779B97F4A7C15)
+_ROUND = _signed64(0xDA942042E4DD58B5)
 _STREAM = _signed64(0xD1342543DE82EF95)

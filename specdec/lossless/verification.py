@@ -182,7 +182,7 @@ class Matching:
 
 
 class RejectionSampling:
-    """`rejection` verification."""
+    """`rejection` verification; its parameters have the seeds of the round, see `in_round`."""
 
     def propose(self, logits: Tensor, params: SamplingBatch, at: Tensor) -> tuple[Tensor, Tensor]:
         """As `Matching.propose`; also returns the distributions [n, V] drawn from."""

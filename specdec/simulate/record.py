@@ -17,6 +17,9 @@ and accepted iff it is x_t.
 
 A policy drafts on behind a candidate that will be rejected, since it cannot know. What it would see
 there is recorded too: from every such candidate the draft is rolled out by its own sampling.
+
+Numbers are keyed by a seed of the recording's own, the position and what they are for; those of a
+rollout also by the candidate that it starts from, as if that were its round. None is drawn twice.
 """
 
 from __future__ import annotations
@@ -240,6 +243,8 @@ class _Recorder:
                 logits = self.draft.logits(hidden)[:, : self.pair.vocab_size]
                 places = torch.tensor(at, device=device)
                 same = sampling.rows(torch.zeros_like(places))
+                if self.mode is MODES["rejection"]:
+                    same = same.in_round(places - step)  # rollouts meet at a position
                 tokens, _ = self.mode.propose(logits, same, places)
                 result[begin : begin + len(at), step] = read_signals(
                     logits, tokens, hidden, self.wanted, self.head

@@ -7,7 +7,8 @@ probability r. That is for training only: a candidate is judged in the engine on
 prefix, which is distributed as the target's own text, so what is tuned and measured is unmixed.
 
 p and q are the distributions after temperature, top-k, top-p and min-p, from the code that the
-engine samples with.
+engine samples with. So are the random numbers: keyed by a seed of the example and of what is done,
+the position and what the number is for, each drawn once. There are no rounds here.
 """
 
 from __future__ import annotations
