@@ -24,7 +24,7 @@ class LiveRow:
         output_start: where the output begins in `tokens`.
         counts: what speculation did for it.
         memory: what the stop policy remembers about it.
-        doubtful: whether its last round failed with candidates, which are then left out of the next.
+        doubtful: whether its last round failed with candidates; the next one has none.
         trace: its rounds, if they are kept.
         admitted: when it got a slot, by `time.perf_counter`.
     """

@@ -88,7 +88,7 @@ def reject(
         q_row: int64 [B, K], which row of q candidate (b, k) was drawn from; anything valid beyond
             lengths.
         candidates: int64 [B, K]; lengths: int64 [B].
-        u: float32 [B, K] uniform numbers in (0, 1), independent of the candidates.
+        u: float64 [B, K] uniform numbers in [0, 1), independent of the candidates.
 
     Returns:
         accepted int64 [B], and residual float32 [B, V], what the bonus token is drawn from (not
@@ -167,7 +167,7 @@ class Matching:
     ) -> tuple[Tensor, Tensor]:
         """Accepted counts and bonus tokens, int64 [B] each, from packed target logits [M, V].
 
-        A bonus token is NO_TOKEN where the target's logits behind the accepted ones have no softmax.
+        A bonus token is NO_TOKEN where the target's logits that it is drawn from have no softmax.
 
         Args:
             params, at: sampling parameters and output positions of the M packed positions.

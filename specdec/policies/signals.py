@@ -110,7 +110,7 @@ def read_signals(
 def readable(signals: Array) -> Array:
     """Signals on the host [n, len(Signal)] without NaN and infinity, changed in place.
 
-    A draft without a softmax says nothing; what it proposes has the signals of a hopeless candidate.
+    A draft without a softmax says nothing: its candidate has the signals of a hopeless one.
     """
     odd = ~np.isfinite(signals).all(1)
     if odd.any():

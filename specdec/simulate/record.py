@@ -91,7 +91,7 @@ def reversed_coupling(p: Tensor, q: Tensor, x: Tensor, u: Tensor, v: Tensor) -> 
     Args:
         p, q: float32 [n, V], the target's and the draft's distributions.
         x: int64 [n], drawn from p.
-        u, v: float32 [n], independent uniform numbers in (0, 1).
+        u, v: float64 [n], independent uniform numbers in [0, 1).
 
     Returns:
         int64 [n], distributed as q, and equal to x as often as rejection sampling accepts.

@@ -13,9 +13,9 @@ from specdec.engine.engine import Engine
 from specdec.lossless.sampling import NO_TOKEN, SamplingBatch, probabilities
 from specdec.lossless.verification import MODES, Proposal, reject
 from specdec.request import INVALID_LOGITS, Completion, Request, SamplingParams
+from tests.specdec import workloads
 from tests.specdec.lossless.markov import CPU
 from tests.specdec.tiny_models import VOCAB, TinyPair, make_pair
-from tests.specdec import workloads
 from tests.specdec.workloads import SOME, make, outputs, requests_of
 
 GREEDY = replace(workloads.GREEDY, max_new_tokens=9)
@@ -144,7 +144,7 @@ def test_no_token_is_chosen_from_odd_logits(odd: str, mode: str, dtype: torch.dt
 
 @pytest.mark.parametrize("mode", ["rejection", "coupled"])
 def test_only_logits_behind_a_candidate_that_stands_can_fail_a_row(mode: str) -> None:
-    """Row 0: its candidate falls, what follows is NaN. Row 1: it stands, and what follows is NaN."""
+    """What follows the candidate is NaN in both rows. Row 0's falls, row 1's stands."""
     nan, sure = [float("nan")] * 3, [-50.0, 50.0, -50.0]
     params = SamplingBatch.of([SamplingParams(seed=s) for s in range(2)], CPU)
     proposal = Proposal(2, 1, CPU)
