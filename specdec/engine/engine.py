@@ -347,23 +347,23 @@ class Engine:
         # States that are not finite reach others through a mask. They may be those of a candidate
         # that does not stand, so a row fails only by a round without any.
         row.doubtful = failed and this.submitted[slot] > 0
-        if row.doubtful:
-            tokens, failed = [], False
+        over = failed and not row.doubtful
         row.tokens += [] if failed else tokens
         output = row.tokens[row.output_start :]
         ending = find_ending(output, known, row.sampling, self.pair.eos_token_ids, self.decode)
-        if failed:
+        if over:
             ending = failure(len(output))
         kept = this.kept[slot] = (ending.length if ending else len(output)) - known
-        # An output that ends inside the accepted prefix drops the rest and the bonus token.
-        stands = max(min(len(tokens) - 1, kept), 0)
         drafted, verified = this.proposal.lengths[slot], this.submitted[slot]
-        counts = Counts(1, drafted, verified, stands, kept)
+        accepted = 0 if failed else len(tokens) - 1
+        # An output that ends inside the accepted prefix drops the rest and the bonus token.
+        counts = Counts(1, drafted, verified, min(accepted, kept), kept)
         row.counts.add(counts)
         self.stats.counts.add(counts)
-        self.stats.outcomes[verified, this.accepted[slot]] += 1
-        self.shared.rollback(slot, 0 if failed else len(row.tokens) - 1)
-        if failed or row.doubtful or slot in this.infected:
+        self.stats.outcomes[verified, accepted] += 1
+        # What is not finite may lie in the prompt: a row that failed leaves nothing in its slot.
+        self.shared.rollback(slot, 0 if over else len(row.tokens) - 1)
+        if failed or slot in this.infected:
             self.shared.scrub(slot)
         return ending
 

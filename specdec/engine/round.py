@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specdec.drafters.base import Choose
 from specdec.engine.scheduler import LiveRow
-from specdec.lossless.sampling import SamplingBatch
+from specdec.lossless.sampling import NO_TOKEN, SamplingBatch
 from specdec.lossless.verification import Mode, Proposal
 from specdec.measure.clock import RoundTimer
 from specdec.measure.speedup import SpeedupMeter
@@ -56,8 +56,10 @@ class Round:
 
     @property
     def accepted(self) -> list[int]:
-        """Accepted candidates of each row."""
-        return [max(len(tokens) - 1, 0) for tokens in self.committed]
+        """Accepted candidates of each row; none where verification failed."""
+        return [
+            len(tokens) - 1 if tokens and tokens[-1] != NO_TOKEN else 0 for tokens in self.committed
+        ]
 
     @property
     def target_tokens(self) -> int:
