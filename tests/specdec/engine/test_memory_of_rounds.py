@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
-from specdec.lossless.sampling import SamplingBatch
+from specdec.lossless.sampling import Draw, SamplingBatch, uniform
 from specdec.measure.calibration import Flags
 from specdec.policies.base import DraftStep, Indices, RoundOutcome, RoundStart, Signal, StopPolicy
 from specdec.request import Request, SamplingParams
 from tests.specdec.goodness import chi_square_bound
-from tests.specdec.lossless.markov import Markov
+from tests.specdec.lossless.markov import CPU, Markov
 from tests.specdec.tiny_models import make_pair, tiny_model
 
 VOCAB = 5
@@ -91,3 +91,34 @@ def test_numbers_that_are_drawn_twice_are_noticed(monkeypatch: pytest.MonkeyPatc
     """The same test fails where a position has the same number in every round."""
     monkeypatch.setattr(SamplingBatch, "in_round", lambda self, number: self)
     assert excess(MODELS, rows=400) > 1
+
+
+def numbers_of(rounds: int, positions: int, rows: int) -> Tensor:
+    """float64 [rows, rounds, positions]: what rows of neighbouring seeds accept by."""
+    axes = torch.arange(rows), torch.arange(rounds), torch.arange(positions)
+    seed, number, at = (axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij"))
+    batch = SamplingBatch.of([SamplingParams()], CPU).rows(torch.zeros_like(seed))
+    batch.seed.copy_(seed)
+    u = uniform(batch.in_round(number).seed, at, Draw.ACCEPT)
+    return u.view(rows, rounds, positions)
+
+
+def test_no_number_is_drawn_twice() -> None:
+    numbers = numbers_of(32, 32, 32)
+    assert numbers.unique().numel() == 32**3
+
+
+@pytest.mark.statistical
+def test_numbers_of_neighbouring_rounds_rows_and_positions_are_uncorrelated() -> None:
+    """200,000 pairs each; |r| > 5 / sqrt(n) has probability 6e-7."""
+    u = numbers_of(60, 60, 60)
+    for one, other in [
+        (u[:, 1:], u[:, :-1]),
+        (u[1:], u[:-1]),
+        (u[:, 1:, 1:], u[:, :-1, :-1]),
+        (u[:, 1:, :-1], u[:, :-1, 1:]),
+        (u[1:, 1:], u[:-1, :-1]),
+        (u[1:, :-1], u[:-1, 1:]),
+    ]:
+        pair = torch.stack([one.flatten(), other.flatten()])
+        assert abs(float(torch.corrcoef(pair)[0, 1])) < 5 / one.numel() ** 0.5
