@@ -19,7 +19,16 @@ from specdec.request import SamplingParams
 
 
 @torch.inference_mode()
-def one_round(target, draft, tokens: list[int], start: int, k: int, how: SamplingParams, mode: str):
+def one_round(
+    target,
+    draft,
+    tokens: list[int],
+    start: int,
+    k: int,
+    how: SamplingParams,
+    mode: str,
+    number: int,
+):
     """The tokens of one round: accepted candidates, then one token of the target's own.
 
     Args:
@@ -29,8 +38,11 @@ def one_round(target, draft, tokens: list[int], start: int, k: int, how: Samplin
         k: how many candidates to draft.
         how: temperature, top-k, top-p, min-p and the seed of all random numbers.
         mode: "rejection" or "coupled".
+        number: how many rounds the row had before.
     """
     params = SamplingBatch.of([how], torch.device("cpu"))
+    if mode == "rejection":  # a number is drawn once: what one round discards must not tell of it
+        params = params.in_round(torch.tensor([number]))
     at = len(tokens) - start  # the output position that comes next
 
     # 1. Draft: k candidates, one after another, each from the draft's distribution q.
@@ -67,7 +79,7 @@ def logits_of(model, text: list[int]) -> Tensor:
 
 
 def choose(weights: Tensor, params: SamplingBatch, at: int, mode: str, purpose: Draw) -> int:
-    """A token from weights [1, V], by random numbers that are a function of seed and position.
+    """A token from weights [1, V], by random numbers that are a function of seed and place.
 
     Coupled sampling has the same noise for draft and target, so that they often choose alike.
     """
@@ -86,10 +98,11 @@ def generate(target, draft, prompt: list[int], k: int, how: SamplingParams, mode
 
     The first token comes with the prompt: a round without candidates.
     """
-    tokens = list(prompt)
+    tokens, number = list(prompt), 0
     while (left := how.max_new_tokens - len(tokens) + len(prompt)) > 0:
         candidates = min(k, left - 1) if len(tokens) > len(prompt) else 0
-        tokens += one_round(target, draft, tokens, len(prompt), candidates, how, mode)
+        tokens += one_round(target, draft, tokens, len(prompt), candidates, how, mode, number)
+        number += 1
     return tokens[len(prompt) :]
 
 

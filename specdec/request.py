@@ -16,6 +16,10 @@ class InvalidRequest(ValueError):
     """A request that cannot be served as asked. It is that request's error, never the engine's."""
 
 
+INVALID_LOGITS = "InvalidLogits"
+"""The class of a row's error where the target's logits have no softmax: NaN, infinite, all -inf."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request is sampled.
@@ -26,7 +30,8 @@ class SamplingParams:
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of likeliest tokens whose mass reaches top_p; 1 keeps all.
         min_p: drop tokens less likely than min_p times the likeliest one; 0 drops none.
-        seed: with the position, the key of every random number this request uses.
+        seed: with the position, and under `rejection` the row's round, the key of every random
+            number this request uses.
         stop_token_ids: tokens that end the output besides the model's own end-of-sequence tokens.
         stop: strings that end the output. The token that completes one is the last token returned.
         ignore_eos: generate past the model's end-of-sequence tokens.
@@ -163,6 +168,7 @@ class Completion:
         stop_reason: the token id or stop string that ended the output, if one did.
         counts: what speculation did for this request.
         error: what was wrong with the request, if finish_reason is "error".
+        error_class: "InvalidRequest", or INVALID_LOGITS if it went wrong on its way.
         seconds: from its slot to its end, shared with the rows beside it.
         calibration: predicted against observed acceptance by class of context length, for policies
             that predict.
@@ -176,6 +182,7 @@ class Completion:
     stop_reason: int | str | None = None
     counts: Counts = field(default_factory=Counts)
     error: str | None = None
+    error_class: str | None = None
     seconds: float = field(default=0.0, compare=False)
     calibration: Mapping[int, Calibration] = field(default_factory=dict, compare=False)
     trace: tuple[RoundTrace, ...] = field(default=(), compare=False)

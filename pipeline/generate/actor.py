@@ -204,7 +204,8 @@ class GenerateActor:
 
     def _outcome(self, completion: Completion) -> Outcome:
         if completion.finish_reason == "error":
-            return Failed(RowError("InvalidRequest", completion.error or "refused"), attempts=1)
+            kind = completion.error_class or "InvalidRequest"
+            return Failed(RowError(kind, completion.error or "refused"), attempts=1)
         text = self._decode(completion.output_ids)
         if isinstance(completion.stop_reason, str):
             text = text.split(completion.stop_reason, 1)[0]

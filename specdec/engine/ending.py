@@ -12,11 +12,18 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How many tokens the output has, and why it has no more."""
+    """How many tokens the output has, and why it has no more.
+
+    Attributes:
+        length: tokens of the output.
+        finish_reason, stop_reason: as of the `Completion`.
+        error: what went wrong, if the reason is "error".
+    """
 
     length: int
     finish_reason: FinishReason
     stop_reason: int | str | None = None
+    error: str | None = None
 
 
 def find_ending(
@@ -45,6 +52,15 @@ def find_ending(
         if length == sampling.max_new_tokens:
             return Ending(length, "length")
     return None
+
+
+def failure(length: int) -> Ending:
+    """The end of a row whose target has no distribution of the token after `length` of them."""
+    said = (
+        f"the target's logits at output token {length + 1} are NaN, infinite or all -inf; "
+        "float16 overflows to that: try models.dtype bfloat16 or float32"
+    )
+    return Ending(length, "error", error=said)
 
 
 def _window(stops: Sequence[str]) -> int:

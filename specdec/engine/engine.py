@@ -22,12 +22,12 @@ import torch
 from specdec.drafters.base import Candidates, Drafter
 from specdec.drafters.model import ModelDrafter
 from specdec.engine.admission import Pair, row_of
-from specdec.engine.ending import Decode, Ending, find_ending
+from specdec.engine.ending import Decode, Ending, failure, find_ending
 from specdec.engine.layout import VerifyLayout
 from specdec.engine.round import Round
 from specdec.engine.scheduler import LiveRow, Scheduler
 from specdec.engine.stats import EngineStats
-from specdec.lossless.sampling import SamplingBatch
+from specdec.lossless.sampling import NO_TOKEN, SamplingBatch
 from specdec.lossless.verification import MODES, Proposal
 from specdec.measure.clock import PhaseClock, RoundTimer
 from specdec.measure.speedup import ControlSchedule
@@ -36,8 +36,8 @@ from specdec.model.prefill import feed_shared
 from specdec.model.rows import upload
 from specdec.model.sharing import LEAST_SHARED, SharedCaches
 from specdec.policies.base import DraftStep, RoundStart, StopPolicy
-from specdec.policies.signals import read_signals
-from specdec.request import Completion, Counts, InvalidRequest, Request
+from specdec.policies.signals import read_signals, readable
+from specdec.request import INVALID_LOGITS, Completion, Counts, InvalidRequest, Request
 
 INVARIANT_CHUNK = 128
 """Most prompt tokens in one forward where bits must repeat.
@@ -119,7 +119,10 @@ class Engine:
             self.scheduler.queue.append(row)
         except InvalidRequest as error:
             prompt = len(request.prompt_ids)
-            self.rejected.append(Completion(request.id, prompt, (), "error", error=str(error)))
+            said, kind = str(error), type(error).__name__
+            self.rejected.append(
+                Completion(request.id, prompt, (), "error", error=said, error_class=kind)
+            )
 
     @property
     def live(self) -> int:
@@ -206,6 +209,10 @@ class Engine:
             self._sampling = rows, SamplingBatch.of([row.sampling for row in rows], self.device)
         sampling = self._sampling[1]
         mode = MODES["coupled"] if sampling.all_greedy else self.mode
+        if mode is MODES["rejection"]:
+            # Each row counts its own rounds: what it draws must not depend on its neighbours.
+            numbers = upload(self.device, [row.counts.rounds for row in rows])[0]
+            sampling = sampling.in_round(numbers)
         pending = [len(row.tokens) - self.target_cache.lengths[s] for s, row in enumerate(rows)]
         start = RoundStart(
             rows=[row.memory for row in rows],
@@ -222,7 +229,7 @@ class Engine:
 
     def _room(self, row: LiveRow) -> int:
         """Most candidates that a decoding row may have."""
-        if self.drafter is None:
+        if self.drafter is None or row.doubtful:
             return 0
         # A longer row would leave the grid, whose kernels are what makes bits repeat.
         most = GRID_TOKENS - 1 if self.pair.target.invariant else self.pair.context_length
@@ -276,7 +283,7 @@ class Engine:
             candidates.logits, candidates.tokens, candidates.hidden, policy.wanted, policy.head
         )
         # A policy that looks at candidates makes the host wait for them: once per draft step.
-        host = signals.cpu().numpy().astype(np.float64)
+        host = readable(signals.cpu().numpy().astype(np.float64))
         flags = policy.go_on(DraftStep(np.array(active), depth, host))
         return [i for i in within if flags[i]]
 
@@ -300,17 +307,21 @@ class Engine:
         with self.clock.phase({phase: verifying, "prefill": 1 - verifying}):
             tokens = torch.cat([drafted.flatten(), pending])[order]
             hidden = target.forward(cache, layout.rows, tokens)
-            logits = target.logits(hidden[scored])[:, : self.pair.vocab_size]
+            hidden = hidden[scored]
+            logits = target.logits(hidden)[:, : self.pair.vocab_size]
         self.stats.count_target([len(layout.order)])
         with self.clock.phase({"sample": 1.0}):
             accepted, bonus = this.mode.verify(
                 logits, this.parameters(owner), at, first, lengths, this.proposal
             )
-            verdict = torch.cat([accepted[:, None], bonus[:, None], drafted], 1)
+            odd = (~hidden.isfinite().all(-1)).long()
+            odd = torch.zeros_like(accepted).index_add_(0, owner, odd)  # by row
+            verdict = torch.cat([torch.stack([accepted, bonus, odd], 1), drafted], 1)
             result: list[list[int]] = verdict.tolist()  # the round's one transfer to the host
+        this.infected = [slot for slot, (_, _, odd, *_) in enumerate(result) if odd]
         this.committed = [
             [*candidates[:n], extra] if complete else []
-            for complete, (n, extra, *candidates) in zip(layout.complete, result, strict=True)
+            for complete, (n, extra, _, *candidates) in zip(layout.complete, result, strict=True)
         ]
         self.clock.settle()
 
@@ -332,25 +343,35 @@ class Engine:
         row, tokens = this.rows[slot], this.committed[slot]
         if not tokens:
             return None
-        known = row.generated
-        row.tokens += tokens
+        known, failed = row.generated, tokens[-1] == NO_TOKEN
+        # States that are not finite reach others through a mask. They may be those of a candidate
+        # that does not stand, so a row fails only by a round without any.
+        row.doubtful = failed and this.submitted[slot] > 0
+        over = failed and not row.doubtful
+        row.tokens += [] if failed else tokens
         output = row.tokens[row.output_start :]
         ending = find_ending(output, known, row.sampling, self.pair.eos_token_ids, self.decode)
+        if over:
+            ending = failure(len(output))
         kept = this.kept[slot] = (ending.length if ending else len(output)) - known
-        # An output that ends inside the accepted prefix drops the rest and the bonus token.
-        stands = min(len(tokens) - 1, kept)
         drafted, verified = this.proposal.lengths[slot], this.submitted[slot]
-        counts = Counts(1, drafted, verified, stands, kept)
+        accepted = 0 if failed else len(tokens) - 1
+        # An output that ends inside the accepted prefix drops the rest and the bonus token.
+        counts = Counts(1, drafted, verified, min(accepted, kept), kept)
         row.counts.add(counts)
         self.stats.counts.add(counts)
-        self.stats.outcomes[verified, len(tokens) - 1] += 1
-        self.shared.rollback(slot, len(row.tokens) - 1)
+        self.stats.outcomes[verified, accepted] += 1
+        # What is not finite may lie in the prompt: a row that failed leaves nothing in its slot.
+        self.shared.rollback(slot, 0 if over else len(row.tokens) - 1)
+        if failed or slot in this.infected:
+            self.shared.scrub(slot)
         return ending
 
     def _retire(self, row: LiveRow, slot: int, ending: Ending) -> Completion:
         """Free the slot of a row that ended; after the policy has learnt from its last round."""
         self.scheduler.retire(slot)
-        end = row.output_start + ending.length
+        failed = ending.error is not None
+        end = row.output_start + (0 if failed else ending.length)
         return Completion(
             row.request.id,
             row.output_start,
@@ -358,6 +379,8 @@ class Engine:
             ending.finish_reason,
             ending.stop_reason,
             row.counts,
+            ending.error,
+            INVALID_LOGITS if failed else None,
             seconds=time.perf_counter() - row.admitted,
             calibration=row.memory.calibration(),
             trace=tuple(row.trace),

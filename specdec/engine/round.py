@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specdec.drafters.base import Choose
 from specdec.engine.scheduler import LiveRow
-from specdec.lossless.sampling import SamplingBatch
+from specdec.lossless.sampling import NO_TOKEN, SamplingBatch
 from specdec.lossless.verification import Mode, Proposal
 from specdec.measure.clock import RoundTimer
 from specdec.measure.speedup import SpeedupMeter
@@ -24,14 +24,16 @@ class Round:
     Attributes:
         rows: the live rows, by slot.
         timer: its seconds.
-        sampling: their sampling parameters.
+        sampling: their sampling parameters; under `rejection` with the seeds of this round.
         mode: how candidates are verified.
         start: what the policy may know before drafting.
         control: whether this is a control round, without speculation.
         proposal: the candidates drawn.
         submitted: how many of each row's candidates were verified.
         committed: for each row the tokens that verification gave: accepted candidates, then the
-            bonus token; nothing for a row whose prompt is not yet fed to its end.
+            bonus token, or NO_TOKEN where the row fails; nothing for a row whose prompt is not yet
+            fed to its end.
+        infected: rows of which the target's states were not all finite.
         kept: how many of these each row's output grew by: fewer where it ended.
         draft_costs: packed tokens and seconds of each draft step.
     """
@@ -45,6 +47,7 @@ class Round:
     proposal: Proposal
     submitted: Sequence[int] = ()
     committed: Sequence[Sequence[int]] = ()
+    infected: Sequence[int] = ()
     kept: list[int] = field(init=False)
     draft_costs: list[tuple[int, float]] = field(default_factory=list)
 
@@ -53,8 +56,10 @@ class Round:
 
     @property
     def accepted(self) -> list[int]:
-        """Accepted candidates of each row."""
-        return [max(len(tokens) - 1, 0) for tokens in self.committed]
+        """Accepted candidates of each row; none where verification failed."""
+        return [
+            len(tokens) - 1 if tokens and tokens[-1] != NO_TOKEN else 0 for tokens in self.committed
+        ]
 
     @property
     def target_tokens(self) -> int:

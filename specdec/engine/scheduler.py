@@ -24,6 +24,7 @@ class LiveRow:
         output_start: where the output begins in `tokens`.
         counts: what speculation did for it.
         memory: what the stop policy remembers about it.
+        doubtful: whether its last round failed with candidates; the next one has none.
         trace: its rounds, if they are kept.
         admitted: when it got a slot, by `time.perf_counter`.
     """
@@ -34,6 +35,7 @@ class LiveRow:
     output_start: int
     counts: Counts = field(default_factory=Counts)
     memory: RowMemory = field(default_factory=RowMemory)
+    doubtful: bool = False
     trace: list[RoundTrace] = field(default_factory=list)
     admitted: float = 0.0
 

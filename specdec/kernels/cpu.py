@@ -120,7 +120,8 @@ class CpuKernels(LayerKernels):
     def argmax(self, x: Tensor) -> Tensor:
         """Where the largest of each row of x [n, width] stands, the first of equals: int64 [n].
 
-        Only the numbers of a row must be contiguous.
+        -1 where it is infinite, or a number of the row is NaN. Only the numbers of a row must be
+        contiguous.
         """
         n, width = x.shape
         found = torch.empty(n, dtype=torch.int64)

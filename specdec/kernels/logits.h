@@ -19,8 +19,23 @@ static inline float largest(const T* x, i64 n) {
     return most;
 }
 
-// at [n] = where the largest of each row of x [n, width] stands, the first if it stands twice. Rows
-// begin `stride` numbers apart: a vocabulary may be padded.
+// As `largest`, and whether any of them is NaN, which no comparison finds.
+template <typename T>
+static inline float largest(const T* x, i64 n, bool& odd) {
+    float most = -INFINITY;
+    int unequal = 0;
+#pragma omp simd reduction(max : most) reduction(| : unequal)
+    for (i64 d = 0; d < n; d++) {
+        const float here = get(x[d]);
+        most = here > most ? here : most;
+        unequal |= here != here;
+    }
+    odd = odd || unequal;
+    return most;
+}
+
+// at [n] = where the largest of each row of x [n, width] stands, the first if it stands twice; -1 if
+// it is infinite or one of them is NaN. Rows begin `stride` numbers apart: a vocabulary may be padded.
 template <typename T>
 static void argmax(const T* x, i64 stride, i64* at, i64 n, i64 width) {
     constexpr i64 BLOCK = 1024;  // only one of them is gone through number by number
@@ -29,11 +44,16 @@ static void argmax(const T* x, i64 stride, i64* at, i64 n, i64 width) {
         const T* row = x + i * stride;
         float most = -INFINITY;
         i64 place = 0;
+        bool odd = false;
         for (i64 d = 0; d < width; d += BLOCK) {
-            const float here = largest(row + d, std::min(BLOCK, width - d));
+            const float here = largest(row + d, std::min(BLOCK, width - d), odd);
             if (here > most) most = here, place = d;
         }
-        while (place + 1 < width && get(row[place]) != most) place++;
+        if (odd || !std::isfinite(most)) {
+            at[i] = -1;
+            continue;
+        }
+        while (get(row[place]) != most) place++;
         at[i] = place;
     }
 }

@@ -1,14 +1,19 @@
-"""From logits to tokens, with random numbers that are a function of (seed, position).
+"""From logits to tokens, with random numbers that are a function of (seed, round, position).
 
 Nothing here keeps a generator: a random number is a hash of the request's seed, the position in its
 output and what the number is for. The same request therefore draws the same numbers in any batch,
 on any machine, in any retry.
+
+Under `rejection` the row's round is hashed into the seed as well (`SamplingBatch.in_round`). A
+candidate behind a rejection is thrown away, and the next round draws at its position again: with
+the same number, whatever remembers the discarded candidate would know what is drawn. So no number
+is drawn twice. `coupled` must draw the same number at a position in every round: that is its point.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -25,6 +30,21 @@ class Draw(IntEnum):
     ACCEPT = 2
     BONUS = 3
     COUPLED = 4
+
+
+NO_TOKEN = -1
+"""What is chosen where there is no distribution.
+
+Logits that are NaN, or infinite, or all -inf have no softmax. Such a row of `probabilities` has NaN
+in its first column, and whatever chooses a token from it chooses this.
+"""
+
+
+BLOCK = 128
+"""Tokens that `sample` sums up in float32 before it goes on in float64.
+
+Raised, sums are less exact; lowered, there are more of them.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +96,13 @@ class SamplingBatch:
             max_top_k=max((p.top_k for p in sampled), default=0),
         )
 
+    def in_round(self, number: Tensor) -> SamplingBatch:
+        """The parameters of the rows in round `number` int64 [n] of each, with seeds of that round.
+
+        Numbers of different rounds are independent.
+        """
+        return replace(self, seed=_mix64(_mix64(self.seed) + (number + 1) * _ROUND))
+
     def rows(self, index: Tensor) -> SamplingBatch:
         """The parameters of the rows in `index` [m], which may repeat."""
         return SamplingBatch(
@@ -104,14 +131,15 @@ def probabilities(logits: Tensor, params: SamplingBatch) -> Tensor:
         params: of the same n rows.
 
     Returns:
-        float32 [n, V], each row summing to 1.
+        float32 [n, V], each row summing to 1; where logits have no softmax, the first is NaN.
     """
     probs = torch.softmax(logits.float() / params.temperature[:, None], dim=-1)
     if params.max_top_k or params.any_top_p or params.any_min_p:
         probs = _truncate(probs, params)
     if params.any_greedy:
         best = greedy_choice(logits)
-        one_hot = torch.zeros_like(probs).scatter_(1, best[:, None], 1.0)
+        one = torch.where(best == NO_TOKEN, torch.nan, 1.0)[:, None]
+        one_hot = torch.zeros_like(probs).scatter_(1, best.clamp(min=0)[:, None], one)
         probs = torch.where(params.greedy[:, None], one_hot, probs)
     return probs
 
@@ -156,27 +184,54 @@ def _search_widths(params: SamplingBatch, vocab: int, device: str) -> tuple[int,
 def sample(probs: Tensor, u: Tensor) -> Tensor:
     """Draw one token a row by inversion of the cumulative distribution.
 
+    First a block of tokens is drawn, then a token in it, both by cumulative sums in float64. Blocks
+    are short enough to sum up in float32: the law is that of `probs` within a total variation of
+    1e-7, and each token of a long flat tail has its interval. A float32 sum over a whole vocabulary
+    loses what is less than 6e-8 of it.
+
     Args:
         probs: float32 [n, V], non-negative, any positive total.
-        u: float32 [n] in (0, 1).
+        u: float64 [n] in [0, 1).
 
     Returns:
-        int64 [n]; a token of probability 0 is never drawn.
+        int64 [n]; a token of probability 0 is never drawn. NO_TOKEN where a row has NaN.
     """
-    cumulative = probs.cumsum(-1)
-    threshold = u[:, None] * cumulative[:, -1:]
-    # right=True: the first token whose cumulative mass *exceeds* the threshold has positive mass.
+    vocab = probs.shape[-1]
+    block, left = _invert(block_masses(probs), u)
+    token = block[:, None] * BLOCK + torch.arange(BLOCK, device=probs.device)
+    own = probs.gather(1, token.clamp(max=vocab - 1))
+    place, _ = _invert(torch.where(token < vocab, own, 0.0).double(), left)
+    return torch.where(probs[:, 0].isnan(), NO_TOKEN, block * BLOCK + place)
+
+
+def block_masses(probs: Tensor) -> Tensor:
+    """float64 [n, V // BLOCK + 1]: probs [n, V] summed over blocks of tokens, and the rest."""
+    blocks = probs.shape[1] // BLOCK
+    whole = probs[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)).sum(-1)
+    rest = probs[:, blocks * BLOCK :].sum(-1, keepdim=True)
+    return torch.cat([whole, rest], 1).double()
+
+
+def _invert(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of mass float64 [n, m] the numbers u [n] in [0, 1) fall on, and how far in: [0, 1)."""
+    cumulative = mass.cumsum(-1)
+    total = cumulative[:, -1:]
     # The minimum guards the case of u * total rounding up to the total.
-    threshold = torch.minimum(
-        threshold, torch.nextafter(cumulative[:, -1:], torch.zeros_like(threshold))
-    )
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    at = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # right=True: the first whose cumulative mass *exceeds* the threshold has positive mass.
+    found = torch.searchsorted(cumulative, at, right=True).clamp_(max=mass.shape[1] - 1)
+    own = mass.gather(1, found)
+    left = (at - cumulative.gather(1, found) + own) / own
+    return found[:, 0], left.clamp_(0, 1 - 2.0**-53)[:, 0]
 
 
 def greedy_choice(logits: Tensor) -> Tensor:
-    """The likeliest token of each row of logits [n, V]: int64 [n]."""
+    """The likeliest token of each row of logits [n, V], or NO_TOKEN: int64 [n]."""
     kernels = kernels_over(logits)
-    return logits.argmax(-1) if kernels is None else kernels.argmax(logits)
+    if kernels is not None:
+        return kernels.argmax(logits)
+    best = logits.argmax(-1, keepdim=True)  # NaN is the largest of all
+    return torch.where(logits.gather(1, best).isfinite(), best, NO_TOKEN)[:, 0]
 
 
 def coupled_choice(probs: Tensor, seed: Tensor, position: Tensor) -> Tensor:
@@ -191,15 +246,16 @@ def coupled_choice(probs: Tensor, seed: Tensor, position: Tensor) -> Tensor:
         probs: float32 [n, V]; seed, position: int64 [n].
 
     Returns:
-        int64 [n].
+        int64 [n]; NO_TOKEN where a row has NaN.
     """
-    return (probs / exponential_noise(seed, position, probs.shape[-1])).argmax(-1)
+    noise = exponential_noise(seed, position, probs.shape[-1])
+    choice = torch.div(probs, noise, out=noise).argmax(-1)
+    return torch.where(probs[:, 0].isnan(), NO_TOKEN, choice)
 
 
 def uniform(seed: Tensor, position: Tensor, draw: Draw) -> Tensor:
-    """float32 in (0, 1), a function of (seed, position, draw); shapes broadcast."""
-    bits = _shift_right(_key(seed, position, draw), 40)  # 24 bits
-    return (bits.float() + 0.5) * 2.0**-24
+    """float64 in [0, 1) of 53 bits, a function of (seed, position, draw); shapes broadcast."""
+    return _shift_right(_key(seed, position, draw), 11).double() * 2.0**-53
 
 
 def exponential_noise(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
@@ -207,26 +263,43 @@ def exponential_noise(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
 
     A 64-bit key per row is mixed with the token id by a 32-bit finaliser (two multiply-xorshift
     rounds, constants of Wellons' lowbias32) that runs in place on int32: this is the widest tensor
-    of a round.
+    of a round. The state half way, before half of the key is added, gives bits of its own.
     """
     key = _key(seed, position, Draw.COUPLED)
     low, high = key.to(torch.int32), _shift_right(key, 32).to(torch.int32)
     token = torch.arange(vocab, dtype=torch.int32, device=seed.device)
-    x = (token * -1640531535)[None, :] ^ low[:, None]  # Knuth's 2654435761 as int32
-    _xorshift32(x, 16)
-    x *= 0x7FEB352D
-    x += high[:, None]
-    _xorshift32(x, 15)
+    y = (token * -1640531535)[None, :] ^ low[:, None]  # Knuth's 2654435761 as int32
+    spare = torch.empty_like(y)
+    _xorshift32(y, 16, spare)
+    y *= 0x7FEB352D
+    x = y + high[:, None]
+    _xorshift32(x, 15, spare)
     x *= -2073254261  # 0x846ca68b as int32
-    _xorshift32(x, 16)
-    # 31 bits, finest near 0 where the race is decided; never so near 1 that the noise is infinite.
-    v = x.bitwise_and_(0x7FFFFFFF).float().mul_(2.0**-31).add_(2.0**-32).clamp_(max=1 - 2.0**-24)
-    return v.neg_().log1p_().neg_()
+    _xorshift32(x, 16, spare)
+    return exponential(x, y, spare)
 
 
-def _xorshift32(x: Tensor, bits: int) -> None:
+def exponential(x: Tensor, y: Tensor, spare: Tensor) -> Tensor:
+    """Exp(1) numbers, float32, of uniform bits int32 x and y, which are overwritten.
+
+    31 bits of x are the integer and y the fraction of a number v in (0, 1), for the race is decided
+    near 0: with the integer alone no token of less than 1e-9 of the likeliest one would ever win,
+    and one race in 10,000 over 150,000 even tokens would be a tie.
+
+    Args:
+        spare: of their shape; what is returned takes its place in memory.
+    """
+    v = spare.view(torch.float32).copy_(x.bitwise_and_(0x7FFFFFFF))
+    v.add_(x.view(torch.float32).copy_(y), alpha=2.0**-32)  # the fraction, less a half
+    # Never so near 1 that the noise is infinite, nor 0. The scale is the same for all tokens.
+    scale = 2.0**-31 * (1 - 2.0**-24)
+    return v.mul_(-scale).sub_(scale * (0.5 + 2.0**-24)).log1p_().neg_()
+
+
+def _xorshift32(x: Tensor, bits: int, spare: Tensor) -> None:
     """x ^= x >>> bits, in place."""
-    x ^= (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
+    torch.bitwise_right_shift(x, bits, out=spare)
+    x ^= spare.bitwise_and_((1 << (32 - bits)) - 1)
 
 
 def _key(seed: Tensor, position: Tensor, draw: Draw) -> Tensor:
@@ -251,4 +324,5 @@ def _signed64(value: int) -> int:
 
 
 _GOLDEN = _signed64(0x9E3779B97F4A7C15)
+_ROUND = _signed64(0xDA942042E4DD58B5)
 _STREAM = _signed64(0xD1342543DE82EF95)

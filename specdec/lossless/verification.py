@@ -3,6 +3,10 @@
 Rows are ragged. Row b submitted `lengths[b]` candidates, so the target scored `lengths[b] + 1`
 positions for it: they lie one after another in a packed tensor, and `first[b]` is where row b's
 begin.
+
+Where the target's logits have no softmax, no candidate stands and the bonus token is NO_TOKEN: that
+row has failed. A draft without a softmax fails nobody: its candidate is token 0, and is judged as
+if it had not been submitted.
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ def match(
     but how many of them one round yields.
 
     Args:
-        choices: int64 [M], the token the target chooses at each packed position.
+        choices: int64 [M], the token the target chooses at each packed position, or NO_TOKEN.
         first: int64 [B]; candidates: int64 [B, K]; lengths: int64 [B].
 
     Returns:
@@ -84,11 +88,12 @@ def reject(
         q_row: int64 [B, K], which row of q candidate (b, k) was drawn from; anything valid beyond
             lengths.
         candidates: int64 [B, K]; lengths: int64 [B].
-        u: float32 [B, K] uniform numbers in (0, 1), independent of the candidates.
+        u: float64 [B, K] uniform numbers in [0, 1), independent of the candidates.
 
     Returns:
         accepted int64 [B], and residual float32 [B, V], what the bonus token is drawn from (not
-        normalised): (p - q)+ after a rejection, p after a full acceptance.
+        normalised): (p - q)+ after a rejection, p after a full acceptance. A candidate whose q is
+        NaN falls, and its residual is p.
     """
     at = candidate_positions(first, lengths, candidates.shape[1])
     ok = u * q[q_row, candidates] < p[at, candidates]
@@ -97,7 +102,7 @@ def reject(
     target = p[first + accepted]
     fallen = accepted.clamp(max=candidates.shape[1] - 1)  # the rejected candidate, if there is one
     draft = q[q_row.gather(1, fallen[:, None]).squeeze(1)]
-    rejected = (accepted < lengths)[:, None]
+    rejected = ((accepted < lengths) & ~draft[:, 0].isnan())[:, None]
     residual = torch.where(rejected, (target - draft).clamp_(min=0), target)
     # p == q up to rounding can be rejected by a hair, with nothing left: p is the right answer.
     empty = residual.sum(-1, keepdim=True) <= 0
@@ -149,7 +154,7 @@ class Matching:
 
     def propose(self, logits: Tensor, params: SamplingBatch, at: Tensor) -> tuple[Tensor, None]:
         """Draw one candidate a row from draft logits [n, V] at output positions `at` int64 [n]."""
-        return self._choose(logits, params, at), None
+        return _some_token(self._choose(logits, params, at)), None
 
     def verify(
         self,
@@ -161,6 +166,8 @@ class Matching:
         proposal: Proposal,
     ) -> tuple[Tensor, Tensor]:
         """Accepted counts and bonus tokens, int64 [B] each, from packed target logits [M, V].
+
+        A bonus token is NO_TOKEN where the target's logits that it is drawn from have no softmax.
 
         Args:
             params, at: sampling parameters and output positions of the M packed positions.
@@ -175,12 +182,12 @@ class Matching:
 
 
 class RejectionSampling:
-    """`rejection` verification."""
+    """`rejection` verification; its parameters have the seeds of the round, see `in_round`."""
 
     def propose(self, logits: Tensor, params: SamplingBatch, at: Tensor) -> tuple[Tensor, Tensor]:
         """As `Matching.propose`; also returns the distributions [n, V] drawn from."""
         q = probabilities(logits, params)
-        return sample(q, uniform(params.seed, at, Draw.CANDIDATE)), q
+        return _some_token(sample(q, uniform(params.seed, at, Draw.CANDIDATE))), q
 
     def verify(
         self,
@@ -202,6 +209,11 @@ class RejectionSampling:
         u = uniform(seed[:, None], start[:, None] + steps, Draw.ACCEPT)
         accepted, residual = reject(p, first, *drawn, candidates, lengths, u)
         return accepted, sample(residual, uniform(seed, start + accepted, Draw.BONUS))
+
+
+def _some_token(candidates: Tensor) -> Tensor:
+    """Candidates that models can be fed: token 0 for NO_TOKEN."""
+    return candidates.clamp(min=0)
 
 
 Mode = Matching | RejectionSampling

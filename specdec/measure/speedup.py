@@ -191,20 +191,26 @@ def batch_class(live: int) -> int:
 class ControlSchedule:
     """Picks control rounds: one at random in every block of 1 / share rounds.
 
+    Where 1 / share is no whole number, each block's length is drawn from the two numbers around it,
+    such that its mean is 1 / share. In the long run the share of control rounds is then exact.
+
     Args:
         share: of rounds; 0: none.
     """
 
     def __init__(self, share: float, seed: int = 0) -> None:
-        self._block = round(1 / share) if share else 0
+        self._share = share
         self._random = Random(seed)
-        self._at = self._chosen = -1
+        self._left = self._chosen = 0  # rounds left in the block, and at how many it comes
 
     def next(self) -> bool:
         """Whether this round is a control round."""
-        if not self._block:
+        if not self._share:
             return False
-        self._at = (self._at + 1) % self._block
-        if self._at == 0:
-            self._chosen = self._random.randrange(self._block)
-        return self._at == self._chosen
+        if self._left == 0:
+            whole, more = divmod(1 / self._share, 1)
+            longer = more > 0 and self._random.random() < more
+            self._left = int(whole) + longer
+            self._chosen = self._random.randint(1, self._left)
+        self._left -= 1
+        return self._left + 1 == self._chosen

@@ -38,7 +38,7 @@ class SlotCache:
 
     Live rows occupy slots 0..n-1 without holes (the engine moves the last row into a hole), so
     attention reads the rectangle as a view and never gathers a slot. Unwritten positions are finite
-    (zero or stale) and masked.
+    (zero or stale, see `scrub`) and masked.
 
     Attributes:
         lengths: per slot, how many positions hold the tokens of its row, or of the row that left it
@@ -97,6 +97,12 @@ class SlotCache:
     def rollback(self, slot: int, length: int) -> None:
         """Forget the tokens of `slot` from position `length` on; a shorter slot stays as it is."""
         self.lengths[slot] = min(self.lengths[slot], length)
+
+    def scrub(self, slot: int) -> None:
+        """Zero what lies behind the tokens of `slot`: NaN there would not stay behind a mask."""
+        n = self.lengths[slot]
+        for tensor in (*self.keys, *self.values):
+            tensor[slot, :, n:] = 0
 
     def move(self, source: int, target: int) -> None:
         """Move the row in slot `source` to slot `target`, which it overwrites."""

@@ -118,6 +118,11 @@ class SharedCaches:
         for cache in self.caches:
             cache.rollback(slot, length)
 
+    def scrub(self, slot: int) -> None:
+        """Zero what lies behind the tokens of `slot`, in all caches."""
+        for cache in self.caches:
+            cache.scrub(slot)
+
     def move(self, source: int, target: int) -> None:
         """Move the row in slot `source` to slot `target`, which it overwrites."""
         self._owners[target] = self._owners[source]

@@ -13,9 +13,12 @@ A policy decides per row, in four places of a round:
 All of it happens on the host, on arrays over rows. What a policy wants to know of the device comes
 as `Signal`s, one transfer per draft step; a policy that wants none never makes the host wait.
 
-The invariant of rejection sampling: whether candidate y_k is *submitted* may depend on y_1..y_{k-1}
-and on the draft's distributions, never on y_k itself. `go_on` is safe by construction, since it
-sees y_k and decides about y_{k+1}. `submit` must keep to it by itself.
+The invariant of rejection sampling: whether candidate y_k is *submitted* may depend on all that is
+known before y_k is drawn: y_1..y_{k-1}, the draft's distributions, other rows, the clock, and
+everything of earlier rounds, candidates that were discarded there included. It may never depend on
+y_k itself. `go_on` is safe by construction, since it sees y_k and decides about y_{k+1}. `submit`
+must keep to it by itself. Earlier rounds may be remembered because no random number is drawn twice:
+numbers are keyed by the row's round, too.
 """
 
 from __future__ import annotations

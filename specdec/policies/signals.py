@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.kernels.choose import kernels_over
+from specdec.measure.calibration import Array
 from specdec.policies.base import HEAD_SIGNALS, TOKEN_SIGNALS, Head, Signal
 
 LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)
@@ -103,6 +104,18 @@ def read_signals(
     if head is not None and judging:
         judged = head.debiased(hidden.float(), signals[:, : len(TOKEN_SIGNALS)])
         signals[:, len(TOKEN_SIGNALS) :] = judged
+    return signals
+
+
+def readable(signals: Array) -> Array:
+    """Signals on the host [n, len(Signal)] without NaN and infinity, changed in place.
+
+    A draft without a softmax says nothing: its candidate has the signals of a hopeless one.
+    """
+    odd = ~np.isfinite(signals).all(1)
+    if odd.any():
+        signals[odd] = LEAST_LOG
+        signals[odd, Signal.ENTROPY] = 0.0
     return signals
 
 

@@ -17,6 +17,9 @@ and accepted iff it is x_t.
 
 A policy drafts on behind a candidate that will be rejected, since it cannot know. What it would see
 there is recorded too: from every such candidate the draft is rolled out by its own sampling.
+
+Numbers are keyed by a seed of the recording's own, the position and what they are for; those of a
+rollout also by the candidate that it starts from, as if that were its round. None is drawn twice.
 """
 
 from __future__ import annotations
@@ -88,7 +91,7 @@ def reversed_coupling(p: Tensor, q: Tensor, x: Tensor, u: Tensor, v: Tensor) -> 
     Args:
         p, q: float32 [n, V], the target's and the draft's distributions.
         x: int64 [n], drawn from p.
-        u, v: float32 [n], independent uniform numbers in (0, 1).
+        u, v: float64 [n], independent uniform numbers in [0, 1).
 
     Returns:
         int64 [n], distributed as q, and equal to x as often as rejection sampling accepts.
@@ -98,7 +101,7 @@ def reversed_coupling(p: Tensor, q: Tensor, x: Tensor, u: Tensor, v: Tensor) -> 
     residual = (q - p).clamp_(min=0)
     # p == q up to rounding may fail the test by a hair, with nothing left: q is the right answer.
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, q)
-    return torch.where(same[:, 0], x, sample(residual, v))
+    return torch.where(same[:, 0], x, sample(residual, v).clamp(min=0))
 
 
 def record(
@@ -240,6 +243,8 @@ class _Recorder:
                 logits = self.draft.logits(hidden)[:, : self.pair.vocab_size]
                 places = torch.tensor(at, device=device)
                 same = sampling.rows(torch.zeros_like(places))
+                if self.mode is MODES["rejection"]:
+                    same = same.in_round(places - step)  # rollouts meet at a position
                 tokens, _ = self.mode.propose(logits, same, places)
                 result[begin : begin + len(at), step] = read_signals(
                     logits, tokens, hidden, self.wanted, self.head

@@ -7,7 +7,8 @@ probability r. That is for training only: a candidate is judged in the engine on
 prefix, which is distributed as the target's own text, so what is tuned and measured is unmixed.
 
 p and q are the distributions after temperature, top-k, top-p and min-p, from the code that the
-engine samples with.
+engine samples with. So are the random numbers: keyed by a seed of the example and of what is done,
+the position and what the number is for, each drawn once. There are no rounds here.
 """
 
 from __future__ import annotations
@@ -278,11 +279,12 @@ def judge(
     """
     p, q = probabilities(target_logits, params), probabilities(draft_logits, params)
     if verification == "coupled" and not params.all_greedy:
-        candidates = coupled_choice(q, params.seed, at)
+        candidates = coupled_choice(q, params.seed, at).clamp(min=0)
         return candidates, (coupled_choice(p, params.seed, at) == candidates).float()
-    candidates = sample(q, uniform(params.seed, at, Draw.CANDIDATE))
+    candidates = sample(q, uniform(params.seed, at, Draw.CANDIDATE)).clamp(min=0)
     chosen = candidates[:, None]
-    return candidates, (p.gather(1, chosen) / q.gather(1, chosen)).clamp(max=1)[:, 0]
+    alpha = (p.gather(1, chosen) / q.gather(1, chosen)).clamp(max=1)[:, 0]
+    return candidates, alpha.nan_to_num(0.0)  # no distribution accepts nothing
 
 
 def _mixed(
@@ -309,7 +311,7 @@ def _mixed(
         for chunk in torch.split(index, _LOGIT_ROWS):
             rows = params.rows(owner[chunk])
             q = probabilities(draft.logits(states[chunk])[:, :vocab_size], rows)
-            drawn.append(sample(q, uniform(rows.seed, at[chunk], Draw.CANDIDATE)))
+            drawn.append(sample(q, uniform(rows.seed, at[chunk], Draw.CANDIDATE)).clamp(min=0))
         tokens = torch.tensor([t for e in packed for t in e.output_ids], device=draft.device)
         tokens[index] = torch.cat(drawn)
         outputs = torch.split(tokens, [len(e.output_ids) for e in packed])

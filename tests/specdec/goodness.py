@@ -33,7 +33,12 @@ def chi_square_excess(observed: Tensor, expected: Tensor) -> float:
     means = np.append(means[~rare], means[rare].sum())
     counts, means = counts[means > 0], means[means > 0]
     statistic = ((counts - means) ** 2 / means).sum()
-    return float(statistic / stats.chi2.isf(FALSE_ALARM, len(means) - 1))
+    return float(statistic / chi_square_bound(len(means) - 1))
+
+
+def chi_square_bound(freedom: int) -> float:
+    """What Pearson's statistic exceeds with probability FALSE_ALARM, at so many degrees."""
+    return float(stats.chi2.isf(FALSE_ALARM, freedom))
 
 
 def counted(tokens: Tensor, vocab: int) -> Tensor:

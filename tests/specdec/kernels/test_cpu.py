@@ -114,8 +114,11 @@ def test_argmax_is_torchs_and_the_first_of_equals(
     x[::2, width // 2 :] = x[::2, width // 2 :].clamp(min=3.0)  # many equals, in several blocks
     x[1::4] = -torch.inf
     x[3, width - 1] = x.max() + 1
-    first = [int((row == row.max()).nonzero()[0]) for row in x]
+    x[2, width // 2], x[4, 0], x[6, width - 1] = torch.nan, torch.inf, torch.nan
+    # NaN is the largest to torch; the largest of rows without a softmax is not finite.
+    first = [int((row == row.max()).nonzero()[0]) if row.max().isfinite() else -1 for row in x]
     assert kernels.argmax(x).tolist() == first
+    assert [first[row] for row in (1, 2, 4, 5, 6)] == [-1] * 5
 
 
 @needs_compiler

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.lossless.sampling import SamplingBatch
-from specdec.lossless.verification import Mode, Proposal
+from specdec.lossless.verification import MODES, Mode, Proposal
 from specdec.request import SamplingParams
 from tests.specdec.goodness import reference_distribution
 
@@ -67,10 +67,14 @@ def decode_two(
     generated = torch.zeros(rows, dtype=torch.int64)
     verified = accepted_total = 0
     batch = SamplingBatch.of([params], CPU)
+    number = 0
     while len(active := (generated < 2).nonzero().flatten()):
         n = len(active)
         shared = batch.rows(torch.zeros(n, dtype=torch.int64))
         shared.seed.copy_(seed[active])
+        if mode is MODES["rejection"]:
+            shared = shared.in_round(torch.full((n,), number))
+        number += 1
         start = generated[active]
         last = torch.where(start > 0, output[active, (start - 1).clamp(min=0)], 0)
         proposal = Proposal(n, k, CPU)

@@ -227,6 +227,18 @@ def test_every_block_has_exactly_one_control_round(share: float, block: int) -> 
     assert {sum(each) for each in blocks} == {1}
 
 
+@pytest.mark.statistical
+@pytest.mark.parametrize("share", [0.3, 0.4, 0.45, 0.07, 0.8])
+def test_a_share_that_is_not_one_nth_is_drawn_not_rounded(share: float) -> None:
+    """Of 100,000 rounds; 0.3 was 1/3 and 0.4 was 1/2.
+
+    Within five standard deviations of independent draws, which spread more: false alarm 6e-7.
+    """
+    schedule = ControlSchedule(share, seed=3)
+    found = sum(schedule.next() for _ in range(100_000)) / 100_000
+    assert abs(found - share) < 5 * (share * (1 - share) / 100_000) ** 0.5
+
+
 def test_no_share_no_controls() -> None:
     schedule = ControlSchedule(0.0)
     assert not any(schedule.next() for _ in range(1000))
