@@ -38,11 +38,10 @@ class Texts:
         self.vocab_size = len(tokenizer)
         special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
         self._special = {str(token): int(index) for token, index in special}
-        for index, token in tokenizer.added_tokens_decoder.items():
-            if token.special:
-                self._special[str(token)] = int(index)
-        self._special_ids = frozenset(self._special.values())
         backend = getattr(tokenizer, "backend_tokenizer", None)
+        added = backend.get_added_tokens_decoder() if backend is not None else {}
+        self._special |= {str(token): i for i, token in added.items() if token.special}
+        self._special_ids = frozenset(self._special.values())
         decoder = str(getattr(backend, "decoder", ""))
         self._letters = _byte_letters() if "ByteLevel" in decoder else None
         # Engines decode each token of rows with stop strings: what transformers puts around the
@@ -81,15 +80,12 @@ class Texts:
             text: of a completion.
         """
         # Where decoders drop the space in front of a text, encoders put one there.
-        plain, line = self._encode(text), self._encode("\n")
-        ways = (
-            lambda: plain,
-            lambda: self._encode(text.removeprefix(" ")),
-            lambda: self._encode("\n" + text)[len(line) :],
-        )
-        tried = (encode() for encode in ways)
+        line = len(self._encode("\n"))
+        ways = ((text, 0), (text.removeprefix(" "), 0), ("\n" + text, line))
+        tried = (self._encode(encoded)[skipped:] for encoded, skipped in ways)
         right = (ids for ids in tried if _behind(prompt_ids, ids, self.decode) == text)
-        return next(right, plain)
+        found = next(right, None)
+        return self._encode(text) if found is None else found
 
     def with_special_stops(self, sampling: SamplingParams) -> SamplingParams:
         """The sampling, in which a stop string that is a special token is a stop token, too.
