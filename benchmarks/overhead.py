@@ -40,7 +40,7 @@ from specdec.request import Request
 
 def bare(job: JobConfig, pair: ModelPair, requests: list[Request]) -> float:
     """Tokens per second of the engine alone."""
-    engine = make_engine(job, pair, None, pair.tokenizer.decode)
+    engine = make_engine(job, pair, None)
     began = time.perf_counter()
     completions = engine.generate(requests)
     return sum(len(c.output_ids) for c in completions) / (time.perf_counter() - began)

@@ -113,5 +113,7 @@ if __name__ == "__main__":
     tokenizer = AutoTokenizer.from_pretrained(target_name)
     models = [AutoModelForCausalLM.from_pretrained(name) for name in (target_name, draft_name)]
     params = SamplingParams(max_new_tokens=40, temperature=0.7, seed=1)
-    output = generate(*models, tokenizer(text).input_ids, k=4, how=params, mode="rejection")
-    print(text + tokenizer.decode(output))
+    prompt = tokenizer(text).input_ids
+    output = generate(*models, prompt, k=4, how=params, mode="rejection")
+    # Decoded together: alone, the output may lose its first space.
+    print(tokenizer.decode([*prompt, *output], skip_special_tokens=True))

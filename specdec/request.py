@@ -11,6 +11,9 @@ from specdec.measure.calibration import Calibration
 
 FinishReason = Literal["stop", "length", "error"]
 
+NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+"""What a text has for bytes that are no character, such as half of one."""
+
 
 class InvalidRequest(ValueError):
     """A request that cannot be served as asked. It is that request's error, never the engine's."""
@@ -33,7 +36,8 @@ class SamplingParams:
         seed: with the position, and under `rejection` the row's round, the key of every random
             number this request uses.
         stop_token_ids: tokens that end the output besides the model's own end-of-sequence tokens.
-        stop: strings that end the output. The token that completes one is the last token returned.
+        stop: strings that end the output, found in its text with special tokens. The token that
+            completes one is the last token returned.
         ignore_eos: generate past the model's end-of-sequence tokens.
 
     Raises:
@@ -72,13 +76,21 @@ class SamplingParams:
             value = getattr(self, name)
             listed = isinstance(value, tuple | list) and all(type(v) is kind for v in value)
             require(name, listed, f"a list of {kind.__name__}")
-        require("stop", all(map(_is_text, self.stop)), "a list of non-empty strings of whole text")
+        for stop in self.stop:
+            if fault := stop_fault(stop):
+                raise InvalidRequest(f"stop must be strings that a text can hold; {stop!r} {fault}")
         require("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
 
 
-def _is_text(stop: str) -> bool:
-    """Whether a string can be found in a text: not empty, and without half of a character."""
-    return bool(stop) and not any("\ud800" <= letter <= "\udfff" for letter in stop)
+def stop_fault(stop: str) -> str | None:
+    """Why a stop string can never be found in a text, or None if it can."""
+    if not stop:
+        return "is empty, which would stop every row at once"
+    if NO_CHARACTER in stop:
+        return "holds U+FFFD, which a text has in place of what is no character"
+    if any("\ud800" <= letter <= "\udfff" for letter in stop):
+        return "holds half of a character"
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config.job import JobConfig
+from pipeline.texts import Texts
 from specdec.engine.admission import Pair
 from specdec.engine.engine import Engine
 from specdec.measure.speedup import Speedup
@@ -192,7 +193,7 @@ def _run(side: Side, texts: Sequence[Text], job: JobConfig, share: float) -> Spe
         verification=job.speculation.verification,
         slots=job.actors.slots,
         kv_memory_bytes=int(memory * 1e9) if memory else None,
-        decode=tokenizer.decode if tokenizer is not None else None,
+        decode=Texts(tokenizer).decode if tokenizer is not None else None,
         control_share=share,
     )
     engine.generate([text.request for text in texts])

@@ -72,7 +72,7 @@ def complete(
 
     alone = SpeculationConfig(policy="none", verification=job.speculation.verification)
     job = job.model_copy(update={"speculation": alone})
-    engine = make_engine(job, pair, None, pair.tokenizer.decode)
+    engine = make_engine(job, pair, None)
     asked = {request.id: request for request in requests}
     for done in continuations(engine, requests):
         if done.error is not None:

@@ -34,7 +34,8 @@ class InputConfig(Section):
     prompt_column: str | None = Field(
         default=None,
         description="Column of plain prompts. They are completed as they are, without a chat "
-        "template.",
+        "template. The tokenizer's beginning of sequence comes first, unless the prompt begins "
+        "with one.",
     )
     template: str | None = Field(
         default=None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from pipeline.config.section import Section, StringList, example
+from specdec.request import stop_fault
 
 MAX_SAMPLES = 10_000
 """Most samples of one prompt. A unit holds all samples of its rows: lower unit_rows with many."""
@@ -42,7 +43,9 @@ class SamplingConfig(Section):
         "probability. `0`: off.",
     )
     stop: StringList = Field(
-        default=(), description="Strings that end a completion. The text is cut before them."
+        default=(),
+        description="Strings that end a completion. The text is cut before them. They may hold "
+        "special tokens, such as `</s>`.",
     )
     stop_token_ids: tuple[int, ...] = Field(
         default=(),
@@ -65,10 +68,18 @@ class SamplingConfig(Section):
 
     @field_validator("stop")
     @classmethod
-    def _no_empty_stop(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
-        if not all(stop):
-            raise ValueError("holds an empty string, which would stop every row at once")
-        return stop
+    def _can_be_found(cls, stops: tuple[str, ...]) -> tuple[str, ...]:
+        for stop in stops:
+            if fault := stop_fault(stop):
+                raise ValueError(f"{stop!r} {fault}")
+        return stops
+
+    @field_validator("stop_token_ids")
+    @classmethod
+    def _are_ids(cls, ids: tuple[int, ...]) -> tuple[int, ...]:
+        if any(token < 0 for token in ids):
+            raise ValueError("holds a negative number, which is no token's id")
+        return ids
 
     @field_validator("temperature")
     @classmethod

@@ -37,6 +37,7 @@ from pipeline.observe.ledger import Run, Timesheet
 from pipeline.observe.metrics import LiveMetrics, Reading
 from pipeline.observe.progress import Tally
 from pipeline.storage.folder import open_folder
+from pipeline.texts import Texts
 from specdec.request import Completion, Request
 
 
@@ -75,6 +76,7 @@ class GenerateActor:
             self._requests = RowRequests(
                 job.input, job.sampling, self._pair.tokenizer, self._pair.context_length
             )
+            self._texts = Texts(self._pair.tokenizer)
         except UserError as error:
             ray.get(monitor.fail.remote(str(error)))
             raise
@@ -98,7 +100,7 @@ class GenerateActor:
         self._timesheet.nudge()
 
     def _make_engine(self) -> Any:
-        return make_engine(self._job, self._pair, self._head, self._decode)
+        return make_engine(self._job, self._pair, self._head)
 
     async def __call__(self, block: pa.Table) -> pa.Table:
         """Complete one unit.
@@ -177,7 +179,7 @@ class GenerateActor:
         )
         remaining = iter(completions)
         return [
-            [self._outcome(next(remaining)) if isinstance(p, Request) else p for p in row]
+            [self._outcome(p, next(remaining)) if isinstance(p, Request) else p for p in row]
             for row in prepared
         ]
 
@@ -192,24 +194,15 @@ class GenerateActor:
         except RowError as error:
             return [Failed(error, attempts=1)] * self._requests.count(row)
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        text = self._pair.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return str(text)
-
     def _token_text(self, token: int) -> str:
-        """A token as `trace/` shows it; special tokens are shown, too."""
-        return str(self._pair.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        """A token as `trace/` shows it."""
+        return self._texts.decode([token])
 
-    def _outcome(self, completion: Completion) -> Outcome:
+    def _outcome(self, request: Request, completion: Completion) -> Outcome:
         if completion.finish_reason == "error":
             kind = completion.error_class or "InvalidRequest"
             return Failed(RowError(kind, completion.error or "refused"), attempts=1)
-        text = self._decode(completion.output_ids)
-        if isinstance(completion.stop_reason, str):
-            text = text.split(completion.stop_reason, 1)[0]
-        return Finished(text, completion)
+        return Finished(self._texts.completion(request.prompt_ids, completion), completion)
 
     def _files(self, rows: UnitRows, tried: Outcomes, started: float) -> UnitFiles:
         """The unit's output files, and in them what its rows took."""

@@ -6,7 +6,7 @@ What needs torch is imported where it is used: the driver of a job imports this 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,15 +80,15 @@ def refusals() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def make_engine(job: JobConfig, pair: Any, head: Any, decode: Callable[..., str]) -> Any:
+def make_engine(job: JobConfig, pair: Any, head: Any) -> Any:
     """The job's engine (`specdec.engine.engine.Engine`).
 
     Args:
         job: the job.
         pair: its models.
         head: its acceptance head, if it has one.
-        decode: token ids to text.
     """
+    from pipeline.texts import Texts
     from specdec.engine.engine import Engine
     from specdec.policies.registry import make_policy
 
@@ -108,7 +108,7 @@ def make_engine(job: JobConfig, pair: Any, head: Any, decode: Callable[..., str]
         verification=speculation.verification,
         slots=actors.slots,
         kv_memory_bytes=int(memory * 1e9) if memory else None,
-        decode=decode,
+        decode=Texts(pair.tokenizer).decode,
         control_share=speculation.control_share if speculation.policy != "none" else 0.0,
         trace=speculation.trace,
     )

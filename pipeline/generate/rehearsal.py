@@ -74,7 +74,7 @@ def rehearse(job: JobConfig, rows: Mapping[str, Row]) -> Rehearsal:
     torch.set_num_threads(max(1, int(job.actors.cores)))
     began = time.monotonic()
     pair = load_pair(job)
-    engine = make_engine(job, pair, load_acceptance_head(job, pair), pair.tokenizer.decode)
+    engine = make_engine(job, pair, load_acceptance_head(job, pair))
     load = time.monotonic() - began
     left_out: Counter[str] = Counter()
     make = RowRequests(job.input, job.sampling, pair.tokenizer, pair.context_length)

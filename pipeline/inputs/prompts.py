@@ -56,6 +56,9 @@ class PromptRenderer:
         self._config = config
         self._tokenizer = tokenizer
         self._template = PromptTemplate(config.template) if config.template is not None else None
+        self._opening: list[int] | None = None  # known from the first text on
+        bos: Any = getattr(tokenizer, "bos_token", None)
+        self._template_has_bos = bool(bos) and bos in (config.template or "")
         self._most_characters = _longest_text(tokenizer, context) if context else math.inf
         self._knows_tools = "tool_calls" in str(tokenizer.chat_template)
         if config.messages_column is not None and not tokenizer.chat_template:
@@ -105,14 +108,29 @@ class PromptRenderer:
         if not text:
             raise RowError("EmptyPrompt", "the prompt is empty")
         self._check_length(text)
-        bos = self._tokenizer.bos_token
-        # A prompt that was rendered elsewhere may bring its own beginning-of-sequence token.
-        own_bos = bool(bos) and text.startswith(bos)
         try:
-            ids = self._tokenizer(text, add_special_tokens=not own_bos)["input_ids"]
+            ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            if not ids:
+                return []
+            if self._opening is None:
+                self._opening = _opening(self._tokenizer, text, ids)
+            return ids if self._begins_itself(ids) else [*self._opening, *ids]
         except (UnicodeError, TypeError, ValueError) as error:
             raise RowError("MalformedPrompt", f"the tokenizer refused it: {error}") from None
-        return list(ids)
+
+    def _begins_itself(self, ids: list[int]) -> bool:
+        """Whether a text brings its own beginning-of-sequence token, as one made elsewhere may.
+
+        In front of it may be white space, and whatever the job's template has there. The same
+        letters further on in a row's data begin nothing.
+        """
+        bos = self._tokenizer.bos_token_id
+        if bos is None or bos not in ids:
+            return False
+        if self._template_has_bos:
+            return True
+        before = ids[: ids.index(bos)]
+        return not before or not str(self._tokenizer.decode(before)).strip()
 
     def _chat(self, value: Any) -> list[int]:
         messages = check_messages(value)
@@ -200,6 +218,22 @@ def _joined(number: int, parts: list[Any]) -> str:
             )
         texts.append(part["text"])
     return "".join(texts)
+
+
+def _opening(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+    """What the tokenizer puts in front of a text, such as a beginning of sequence.
+
+    What it puts behind it, such as an end of sequence, has no place in a prompt.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: any text that has tokens.
+        ids: these, without special tokens.
+    """
+    whole = list(tokenizer(text)["input_ids"])
+    starts = range(len(whole) - len(ids) + 1)
+    start = next((s for s in starts if whole[s : s + len(ids)] == ids), 0)
+    return whole[:start]
 
 
 def _longest_text(tokenizer: Any, context: int) -> int:

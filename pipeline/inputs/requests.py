@@ -21,7 +21,8 @@ from pipeline.inputs.prompts import (
     sample_count,
 )
 from pipeline.inputs.row_ids import parse_row_id, sibling
-from specdec.request import Request
+from pipeline.texts import Texts
+from specdec.request import Request, SamplingParams
 
 Row = Mapping[str, Any]
 """A row's input columns by name. Of an OpenAI request: its line, in the column `request`."""
@@ -57,6 +58,7 @@ class RowRequests:
         self._sampling = sampling
         self._context = context
         self._renderer = PromptRenderer(input, tokenizer, context)
+        self._texts = Texts(tokenizer)
 
     def of(self, row: Row, row_id: str) -> list[Request]:
         """The requests of all samples of a row, in order.
@@ -109,12 +111,23 @@ class RowRequests:
         """What prompt and sampling are made of."""
         return request_cells(row.get(REQUEST)) if self._of_lines else row
 
+    def _with_stops(self, sampling: SamplingParams) -> SamplingParams:
+        """The sampling with the stop tokens that its stop strings are."""
+        most = self._texts.vocab_size
+        for token in sampling.stop_token_ids:
+            if not 0 <= token < most:
+                raise RowError(
+                    "InvalidSampling",
+                    f"stop_token_ids: the target has no token {token}; it has {most:,}, from 0 on",
+                )
+        return self._texts.with_special_stops(sampling)
+
     def _made(self, cells: Row, row_ids: Iterable[str]) -> list[Request]:
         override = cells.get(SAMPLING_COLUMN)
-        sampling = {
-            name: row_sampling(self._sampling, override, name, parse_row_id(name).sample)
-            for name in row_ids
-        }
+        sampling: dict[str, SamplingParams] = {}
+        for name in row_ids:
+            params = row_sampling(self._sampling, override, name, parse_row_id(name).sample)
+            sampling[name] = self._with_stops(params)
         prompt = self._renderer.prompt_ids(cells)
         if self._context is not None and len(prompt) >= self._context:
             raise RowError(

@@ -22,9 +22,9 @@ from pipeline.errors import RowError, UserError, nearest
 from pipeline.inputs.requests import RowRequests
 from pipeline.inputs.row_ids import ROW_ID, parse_row_id
 from pipeline.storage.folder import Folder
+from pipeline.texts import Texts
+from specdec.request import NO_CHARACTER
 from specdec.training.examples import Example
-
-_CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def read_examples(
     Raises:
         UserError: nothing is committed yet, a column is missing, or the tokenizer does not fit.
     """
-    requests = RowRequests(job.input, job.sampling, tokenizer)
+    requests, texts = RowRequests(job.input, job.sampling, tokenizer), Texts(tokenizer)
     examples: list[Example] = []
     for row in _rows(job, requests, by):
         if len(examples) == limit:
@@ -103,9 +103,9 @@ def read_examples(
             raise UserError(f"{job.folder.url}: row {name} was completed, but: {error}") from None
         text = row["completion"]
         if row["finish_reason"] == "length":
-            # max_new_tokens may have fallen in the middle of a character.
-            text = text.rstrip(_CUT_CHARACTER)
-        output = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            # Bytes that became no character cannot be made into tokens again.
+            text = text.rstrip(NO_CHARACTER)
+        output = texts.output_ids(request.prompt_ids, text)
         sampling = request.sampling
         custom_stop = sampling.stop or sampling.stop_token_ids or sampling.ignore_eos
         if row["finish_reason"] == "stop" and not custom_stop:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Protocol
 
+from specdec.engine.ending import Decode, StopSearch
 from specdec.engine.scheduler import LiveRow
 from specdec.model.cache import round_to_blocks
 from specdec.model.decoder import PackedDecoder
@@ -22,14 +23,14 @@ class Pair(Protocol):
     eos_token_ids: frozenset[int]
 
 
-def row_of(request: Request, pair: Pair, max_positions: int, *, can_decode: bool) -> LiveRow:
+def row_of(request: Request, pair: Pair, max_positions: int, decode: Decode | None) -> LiveRow:
     """The row of a request, its output cut to what the context has room for.
 
     Args:
         request: as submitted.
         pair: the models.
         max_positions: most cache positions of all rows.
-        can_decode: whether tokens can be turned into text, which stop strings need.
+        decode: token ids to text, which stop strings need.
 
     Raises:
         InvalidRequest: it cannot be served; the message says why.
@@ -44,7 +45,7 @@ def row_of(request: Request, pair: Pair, max_positions: int, *, can_decode: bool
             f"the prompt has {prompt} tokens, but the model's context of {context} must also "
             "hold at least one new token"
         )
-    if request.sampling.stop and not can_decode:
+    if request.sampling.stop and decode is None:
         raise InvalidRequest("stop strings need an engine with a decode function")
     room = min(request.sampling.max_new_tokens, context - prompt)
     sampling = replace(request.sampling, max_new_tokens=room)
@@ -54,4 +55,6 @@ def row_of(request: Request, pair: Pair, max_positions: int, *, can_decode: bool
             f"prompt and max_new_tokens need {row.need} cache positions, but the memory for "
             f"keys and values holds {max_positions}"
         )
+    if request.sampling.stop and decode is not None:
+        row.stops = StopSearch(request.sampling.stop, request.prompt_ids, decode)
     return row

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from specdec.request import FinishReason, SamplingParams
+from specdec.request import NO_CHARACTER, FinishReason, SamplingParams
 
 Decode = Callable[[Sequence[int]], str]
+"""Token ids to text. Special tokens are part of it: stop strings may hold them."""
+
+_CONTEXT = tuple(size + more for size in (8, 32, 128) for more in range(4))
+"""How many tokens may stand for all before them. Four in a row: a character has up to four bytes,
+each may be a token, and one of four tokens in a row then begins a character."""
+
+_KEPT = 24
+"""As often as this many tokens are in front of a new one they are cut down to a context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,29 +34,103 @@ class Ending:
     error: str | None = None
 
 
+def context_of(ids: Sequence[int], decode: Decode) -> Sequence[int]:
+    """The last tokens, as few as give what follows the text that it has behind all of them.
+
+    Many decoders treat the first token of a text in a way of its own: its space is lost, or a sign
+    that it continues a word is shown. So tokens are decoded behind others, and these are cut off.
+    """
+    for size in _CONTEXT:
+        if size >= len(ids):
+            break
+        text = decode(ids[-size:])
+        if text and NO_CHARACTER not in text:
+            return ids[-size:]
+    return ids
+
+
+class StopSearch:
+    """Looks for stop strings in a row's output, one token after another.
+
+    Each token is decoded once, behind a few others, so a token costs the same in a long output. The
+    prompt is context alone: no stop string begins in it.
+
+    Args:
+        stops: the stop strings, at least one.
+        prompt_ids: the row's prompt.
+        decode: token ids to text.
+    """
+
+    def __init__(self, stops: Sequence[str], prompt_ids: Sequence[int], decode: Decode) -> None:
+        self._stops, self._decode = stops, decode
+        self._ids = [*context_of(prompt_ids, decode)]
+        self._text = decode(self._ids).rstrip(NO_CHARACTER)
+        self._tail = ""  # of the output's text: what a stop string may begin in
+        self._reach = max(map(len, stops)) - 1
+
+    def add(self, token: int) -> str | None:
+        """Take the next token of the output; return the stop string that it completes, if any."""
+        if self._ids and len(self._ids) % _KEPT == 0:
+            self._forget()
+        self._ids.append(token)
+        decoded = self._decode(self._ids)
+        text = decoded.rstrip(NO_CHARACTER)
+        if text != decoded and self._text.startswith(text):
+            return None  # half of a character: the next tokens may bring the rest
+        same = _common(self._text, text)
+        kept = len(self._tail) - (len(self._text) - same)
+        tail = self._tail[: max(0, kept)] + text[same:]
+        found = [(tail.find(stop), stop) for stop in self._stops if stop in tail]
+        self._text, self._tail = text, tail[max(0, len(tail) - self._reach) :]
+        return min(found)[1] if found else None
+
+    def _forget(self) -> None:
+        """Let go of tokens that those behind them no longer need."""
+        decoded = self._decode(self._ids)
+        broken = len(self._ids) >= 4 * _KEPT  # bytes that never become characters
+        if decoded != self._text and not broken:
+            return  # in the middle of a character
+        kept = context_of(self._ids, self._decode)
+        self._ids = [*(self._ids[1 - _KEPT :] if broken else kept)]
+        self._text = self._decode(self._ids).rstrip(NO_CHARACTER)
+
+
+def _common(before: str, after: str) -> int:
+    """How many characters two texts begin with alike."""
+    if after.startswith(before):
+        return len(before)
+    pairs = enumerate(zip(before, after, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
+
+
 def find_ending(
     output: Sequence[int],
     known: int,
     sampling: SamplingParams,
     eos_token_ids: frozenset[int],
-    decode: Decode | None,
+    stops: StopSearch | None,
 ) -> Ending | None:
     """The first end of `output` among its tokens from index `known` on, or None.
 
     Looks at one token after another, so the answer does not depend on how many of them one round
     committed.
+
+    Args:
+        output: the row's output tokens so far.
+        known: how many of them were looked at before.
+        sampling: the row's.
+        eos_token_ids: the model's end-of-sequence tokens.
+        stops: has taken the `known` tokens, and takes those up to the end; None: no stop strings.
     """
     for index in range(known, len(output)):
         length, token = index + 1, output[index]
+        found = stops.add(token) if stops is not None else None
+        if found is not None:
+            return Ending(length, "stop", found)
         if token in sampling.stop_token_ids:
             return Ending(length, "stop", token)
         if token in eos_token_ids and not sampling.ignore_eos:
             return Ending(length, "stop", token)
-        if sampling.stop and decode is not None:
-            text = decode(output[max(0, length - _window(sampling.stop)) : length])
-            found = [(text.find(stop), stop) for stop in sampling.stop if stop in text]
-            if found:
-                return Ending(length, "stop", min(found)[1])
         if length == sampling.max_new_tokens:
             return Ending(length, "length")
     return None
@@ -61,8 +143,3 @@ def failure(length: int) -> Ending:
         "float16 overflows to that: try models.dtype bfloat16 or float32"
     )
     return Ending(length, "error", error=said)
-
-
-def _window(stops: Sequence[str]) -> int:
-    """Tokens that cover any stop string: one a byte, and some for what decoding does at an edge."""
-    return max(len(stop.encode()) for stop in stops) + 4

@@ -59,7 +59,7 @@ class Engine:
         kv_memory_bytes: memory for keys and values of both models; by default half of what is free.
         prefill_chunk: most prompt tokens of one row in one forward. With batch-invariant models at
             most INVARIANT_CHUNK.
-        decode: token ids to text, needed only for requests with stop strings.
+        decode: token ids to text with special tokens; only requests with stop strings need it.
         control_share: share of rounds without speculation, by which `stats.speedup` is measured.
         trace: keep for each row what was predicted, decided and accepted in each round.
         least_shared: rows that begin with this many equal tokens share their prefill.
@@ -115,7 +115,7 @@ class Engine:
         """Queue a request. One that cannot be served comes back from `step` as an error."""
         try:
             most = self.scheduler.max_positions
-            row = row_of(request, self.pair, most, can_decode=self.decode is not None)
+            row = row_of(request, self.pair, most, self.decode)
             self.scheduler.queue.append(row)
         except InvalidRequest as error:
             prompt = len(request.prompt_ids)
@@ -350,7 +350,7 @@ class Engine:
         over = failed and not row.doubtful
         row.tokens += [] if failed else tokens
         output = row.tokens[row.output_start :]
-        ending = find_ending(output, known, row.sampling, self.pair.eos_token_ids, self.decode)
+        ending = find_ending(output, known, row.sampling, self.pair.eos_token_ids, row.stops)
         if over:
             ending = failure(len(output))
         kept = this.kept[slot] = (ending.length if ending else len(output)) - known

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from specdec.engine.ending import StopSearch
 from specdec.model.cache import round_to_blocks
 from specdec.model.sharing import SharedCaches
 from specdec.policies.base import RowMemory
@@ -23,6 +24,7 @@ class LiveRow:
             cache lacks is pending.
         output_start: where the output begins in `tokens`.
         counts: what speculation did for it.
+        stops: looks for its stop strings, if it has any.
         memory: what the stop policy remembers about it.
         doubtful: whether its last round failed with candidates; the next one has none.
         trace: its rounds, if they are kept.
@@ -33,6 +35,7 @@ class LiveRow:
     sampling: SamplingParams
     tokens: list[int]
     output_start: int
+    stops: StopSearch | None = None
     counts: Counts = field(default_factory=Counts)
     memory: RowMemory = field(default_factory=RowMemory)
     doubtful: bool = False

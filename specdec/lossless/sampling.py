@@ -207,7 +207,7 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
 def block_masses(probs: Tensor) -> Tensor:
     """float64 [n, V // BLOCK + 1]: probs [n, V] summed over blocks of tokens, and the rest."""
     blocks = probs.shape[1] // BLOCK
-    whole = probs[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)).sum(-1)
+    whole = torch.unflatten(probs[:, : blocks * BLOCK], 1, (blocks, BLOCK)).sum(-1)
     rest = probs[:, blocks * BLOCK :].sum(-1, keepdim=True)
     return torch.cat([whole, rest], 1).double()
 

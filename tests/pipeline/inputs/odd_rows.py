@@ -278,6 +278,8 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
                     {"max_tokens": 3},
                     {"best_of": 2},
                     {"stop": ["\ud800"]},
+                    {"stop": ["\ufffd"]},
+                    {"stop_token_ids": [-1, 10**30]},
                     {"\ud800": 1},
                     {"stop_token_ids": "x" * 10_000},
                     7,
@@ -288,7 +290,7 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
                 )
             )
         ),
-        ["InvalidSampling"] * 34,
+        ["InvalidSampling"] * 36,
     ),
     "sampling-extremes.jsonl": (
         jsonl(
@@ -308,13 +310,12 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
                     {"temperature": 1e-5},
                     {"top_p": 1e-300},
                     {"min_p": 1, "temperature": 5},
-                    {"stop_token_ids": [-1, 10**30]},
-                    {"stop": ["\0", "👩"]},
+                    {"stop": ["\0", "👩", "<|user|>", "</s>", "a<|user|>b"]},
                     {"stop": [str(i) * 9 for i in range(2000)]},
                 )
             )
         ),
-        [OK] * 16,
+        [OK] * 15,
     ),
     "sampling-ints.parquet": (table(["x"], sampling_params=INT), ["InvalidSampling"]),
     "sampling-bytes.parquet": (table(["x"], sampling_params=[b"{}"]), ["InvalidSampling"]),

@@ -12,6 +12,7 @@ from pipeline.config.job import InputConfig, SamplingConfig
 from pipeline.errors import RowError, UserError
 from pipeline.inputs.prompts import PromptRenderer, required_columns, row_sampling, row_seed
 from tests.conftest import TinyModels
+from tests.pipeline.tiny_tokenizers import llama_like
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,33 @@ def test_messages_as_json_text(tokenizer: Any) -> None:
 def test_plain_prompts_have_one_bos(tokenizer: Any, prompt: str) -> None:
     ids = renderer(tokenizer, prompt_column="p").prompt_ids({"p": prompt})
     assert tokenizer.decode(ids) == "<s>hi"
+
+
+@pytest.mark.parametrize("closes", [False, True])
+@pytest.mark.parametrize(
+    ("how", "row", "prompt"),
+    [
+        ({"prompt_column": "p"}, {"p": "hi"}, "<s> hi"),
+        ({"prompt_column": "p"}, {"p": "<s>hi"}, "<s> hi"),
+        ({"prompt_column": "p"}, {"p": " \n<s>hi"}, " \n<s> hi"),
+        ({"prompt_column": "p"}, {"p": "<s>hi</s><s>you"}, "<s> hi</s><s> you"),
+        ({"prompt_column": "p"}, {"p": "an <s>old</s> thing"}, "<s> an <s> old</s>  thing"),
+        ({"template": "{{ p }}"}, {"p": "hi"}, "<s> hi"),
+        ({"template": "\n<s>Q: {{ p }}"}, {"p": "hi"}, "\n<s> Q: hi"),
+        ({"template": "Q: <s>{{ p }}"}, {"p": "hi"}, "Q: <s> hi"),
+        ({"template": "Q: {{ p }}"}, {"p": "an <s>"}, "<s> Q: an <s>"),
+        ({"messages_column": "p"}, {"p": [{"role": "user", "content": "hi"}]}, "<s> hi"),
+    ],
+)
+def test_a_prompt_has_one_bos_and_no_end(
+    closes: bool, how: dict[str, str], row: dict[str, Any], prompt: str
+) -> None:
+    """Whether the tokenizer appends an end of sequence or not."""
+    tokenizer = llama_like(closes)
+    tokenizer.chat_template = "<s>{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    made = renderer(tokenizer, **how)
+    assert tokenizer.decode(made.prompt_ids(row)) == prompt
+    assert made.prompt_ids(row) == made.prompt_ids(row)
 
 
 def test_template(tokenizer: Any) -> None:
@@ -119,6 +147,8 @@ def test_a_row_overrides_what_it_says(as_text: bool) -> None:
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"stop": [1]}, "stop must be a list of str"),
         ({"stop": [""]}, "stop must be"),
+        ({"stop": ["a", "\ufffd"]}, "holds U+FFFD"),
+        ({"stop": "\ud800"}, "holds half of a character"),
         ({"stop_token_ids": ["a"]}, "stop_token_ids must be a list of int"),
         ({"ignore_eos": "yes"}, "ignore_eos must be true or false"),
         ("{", "text, but not JSON"),

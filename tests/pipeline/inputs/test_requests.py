@@ -91,6 +91,35 @@ def test_one_sample_is_the_one_that_all_samples_have(tokenizer: Any, how: dict[s
         assert made.sample(row, request.id) == request
 
 
+@pytest.mark.parametrize("place", ["job", "row", "text of a row", "line"])
+def test_a_stop_that_is_a_special_token_is_a_stop_token_wherever_it_is_said(
+    tokenizer: Any, place: str
+) -> None:
+    stops = ["<|user|>", "</s>x", "no"]
+    job = SamplingConfig(stop=tuple(stops) if place == "job" else ())
+    how: dict[str, Any] = {"format": "openai"} if place == "line" else {"prompt_column": "p"}
+    made = RowRequests(InputConfig(paths=("x",), **how), job, tokenizer)
+    own: Any = None
+    if place != "job":
+        own = json.dumps({"stop": stops}) if place == "text of a row" else {"stop": stops}
+    row = {"p": "hi", "sampling_params": own, "request": chat(stop=stops)}
+    (request,) = made.of(row, NAME)
+    assert request.sampling.stop == tuple(stops)
+    assert request.sampling.stop_token_ids == (tokenizer.convert_tokens_to_ids("<|user|>"),)
+
+
+@pytest.mark.parametrize(
+    "own", [{"stop": ["\ufffd"]}, {"stop": ""}, {"stop_token_ids": [10**6]}, {"stop": ["a", ""]}]
+)
+@pytest.mark.parametrize("how", [{"prompt_column": "p"}, {"format": "openai"}])
+def test_a_stop_that_cannot_be_found_is_the_rows_error(
+    tokenizer: Any, how: dict[str, str], own: dict[str, Any]
+) -> None:
+    row = {"p": "hi", "sampling_params": own, "request": chat(**own)}
+    with pytest.raises(RowError, match="InvalidSampling: stop"):
+        requests(tokenizer, **how).of(row, NAME)
+
+
 def test_first_samples_and_why_others_have_none(tokenizer: Any) -> None:
     rows: dict[str, dict[str, Any]] = {
         "f:0:0": {"p": "a"},

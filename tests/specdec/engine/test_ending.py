@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec.engine.ending import Ending, find_ending
+from specdec.engine.ending import Decode, Ending, StopSearch, find_ending
 from specdec.request import SamplingParams
 
 EOS = frozenset({90, 91})
@@ -19,7 +19,20 @@ def decode(ids: Sequence[int]) -> str:
 def ending(text: str | Sequence[int], known: int = 0, **sampling: object) -> Ending | None:
     output = [ord(c) for c in text] if isinstance(text, str) else text
     params = SamplingParams(**{"max_new_tokens": 50, **sampling})  # type: ignore[arg-type]
-    return find_ending(output, known, params, EOS, decode)
+    return found(output, params, decode, known)
+
+
+def found(
+    output: Sequence[int],
+    params: SamplingParams,
+    decode: Decode,
+    known: int = 0,
+    prompt: Sequence[int] = (),
+) -> Ending | None:
+    stops = StopSearch(params.stop, prompt, decode) if params.stop else None
+    for token in output[:known] if stops else ():
+        assert stops.add(token) is None
+    return find_ending(output, known, params, EOS, stops)
 
 
 def test_an_output_without_an_end_goes_on() -> None:
@@ -62,12 +75,16 @@ def test_a_stop_string_inside_one_token_is_found() -> None:
         return "".join(["one two", "three; four", "five"][i] for i in ids)
 
     params = SamplingParams(max_new_tokens=9, stop=(";",))
-    assert find_ending([0, 1, 2], 0, params, frozenset(), words) == Ending(2, "stop", ";")
+    assert found([0, 1, 2], params, words) == Ending(2, "stop", ";")
 
 
 def test_of_two_stop_strings_in_one_token_the_first_in_the_text_is_named() -> None:
     params = SamplingParams(max_new_tokens=9, stop=("two", "one"))
-    assert find_ending([0], 0, params, frozenset(), lambda _: "one two") == Ending(1, "stop", "one")
+
+    def text(ids: Sequence[int]) -> str:
+        return "one two" * len(ids)
+
+    assert found([0], params, text) == Ending(1, "stop", "one")
 
 
 def test_characters_of_several_bytes_are_found_though_each_byte_is_a_token() -> None:
@@ -76,9 +93,31 @@ def test_characters_of_several_bytes_are_found_though_each_byte_is_a_token() -> 
 
     output = [*"voilà, déjà vu".encode()]
     params = SamplingParams(max_new_tokens=50, stop=("déjà",))
-    assert find_ending(output, 0, params, frozenset(), from_bytes) == Ending(
-        len("voilà, déjà".encode()), "stop", "déjà"
-    )
+    assert found(output, params, from_bytes) == Ending(len("voilà, déjà".encode()), "stop", "déjà")
+
+
+def test_a_stop_string_does_not_begin_in_the_prompt() -> None:
+    params = SamplingParams(max_new_tokens=50, stop=("\n\n",))
+    prompt, output = [ord("\n")] * 3, [ord(c) for c in "\na\n\nb"]
+    assert found(output, params, decode, prompt=prompt) == Ending(4, "stop", "\n\n")
+
+
+def test_a_token_costs_the_same_in_a_long_output() -> None:
+    """Also in one of bytes that are no characters, and of tokens without text."""
+    for token in (97, 0x80, 0):
+        lengths: list[int] = []
+
+        def from_bytes(ids: Sequence[int], seen: list[int] = lengths) -> str:
+            seen.append(len(ids))
+            return bytes(i for i in ids if i).decode(errors="replace")
+
+        search = StopSearch(("b",), [token] * 500, from_bytes)
+        assert not any(search.add(token) for _ in range(500))
+        lengths.clear()
+        assert not any(search.add(token) for _ in range(500))
+        assert search.add(98) == "b"
+        assert max(lengths) <= 100
+        assert sum(lengths) <= 500 * 100
 
 
 @given(
@@ -92,11 +131,13 @@ def test_the_end_does_not_depend_on_how_many_tokens_a_round_commits(
 ) -> None:
     """Z is an end of sequence."""
     at_once = ending(text, stop=(stop,), max_new_tokens=most)
-    found, known = None, 0
+    output = [ord(letter) for letter in text]
+    params = SamplingParams(max_new_tokens=most, stop=(stop,))
+    search, step, known = StopSearch((stop,), (), decode), None, 0
     for cut in sorted({*(min(cut, len(text)) for cut in cuts), len(text)}):
-        found = found or ending(text[:cut], known, stop=(stop,), max_new_tokens=most)
+        step = step or find_ending(output[:cut], known, params, EOS, search)
         known = cut
-    assert found == at_once
+    assert step == at_once
     ends = [text.index(stop) + len(stop)] if stop in text else []
     ends += [text.index("Z") + 1] if "Z" in text else []
     first = min([*ends, most])
