@@ -118,7 +118,10 @@ def test_defaults_are_those_of_the_design(tmp_path: Path) -> None:
         ({"sampling": {"n": 0}}, "sampling.n: input should be greater than or equal to 1, got 0"),
         ({"sampling": {"temperature": -1}}, "sampling.temperature: input should be greater than"),
         ({"sampling": {"temperature": float("nan")}}, "sampling.temperature"),
-        ({"sampling": {"stop": ["a", ""]}}, "sampling.stop: '' is empty, which would stop every row at once"),
+        (
+            {"sampling": {"stop": ["a", ""]}},
+            "sampling.stop: '' is empty, which would stop every row at once",
+        ),
         ({"actors": {"min": 4, "max": 2}}, "actors: max (2) is less than min (4)"),
         ({"s3": {"endpoint": "http://user:pw@host"}}, "must not hold a user name or password"),
         ({"s3": {"secret_key": "x"}}, "s3.secret_key: unknown key"),
