@@ -77,8 +77,8 @@ class SamplingParams:
             listed = isinstance(value, tuple | list) and all(type(v) is kind for v in value)
             require(name, listed, f"a list of {kind.__name__}")
         for stop in self.stop:
-            if fault := stop_fault(stop):
-                raise InvalidRequest(f"stop must be strings that a text can hold; {stop!r} {fault}")
+            fault = stop_fault(stop)
+            require("stop", fault is None, f"strings that a text can hold ({stop!r} {fault})")
         require("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
 
 
