@@ -74,15 +74,13 @@ def run(
             forked_from=original.output if fork is not None else None,
             job_folder=file.resolve().parent,
         )
-        if quiet:
-            with stop_signals() as stop, page_at_the_end(job):
-                run_job(job, mode=mode, stop=stop, note=_note)
-            return
         from jobs.reports.summary import read_summary, render
         from jobs.terminal.display import progress_bar
 
-        with progress_bar() as show, stop_signals() as stop, page_at_the_end(job):
+        with progress_bar(quiet=quiet) as show, stop_signals() as stop, page_at_the_end(job):
             result = run_job(job, mode=mode, progress=show.job, stop=stop, note=_note)
+        if quiet:
+            return
         if not result.units_run:
             out.print(_nothing_to_do(only_failed))
         if result.missing:
