@@ -7,10 +7,12 @@ Secrets by name.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import math
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -72,10 +74,16 @@ class Pods:
 
 
 def kubernetes_name(job: JobConfig) -> str:
-    """The job's name as Kubernetes takes it: lower case, digits and hyphens, a letter first."""
+    """The job's name as Kubernetes takes it: lower case, digits and hyphens, a letter first.
+
+    One that is too long ends in a hash of the whole, so that jobs of one beginning stay apart.
+    """
     name = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")
     name = name if name[:1].isalpha() else f"job-{name}"
-    return name[:_LONGEST_NAME].rstrip("-")
+    if len(name) <= _LONGEST_NAME:
+        return name
+    mark = hashlib.sha256(job.name.encode()).hexdigest()[:8]
+    return f"{name[: _LONGEST_NAME - len(mark) - 1].rstrip('-')}-{mark}"
 
 
 def parse_volume(text: str) -> Volume:
@@ -319,6 +327,12 @@ def dump(documents: Sequence[Manifest]) -> str:
 
 
 # --------------------------------------------------------------- cron and Airflow
+
+
+def program() -> list[str]:
+    """How cron, whose PATH has no virtual environment, calls the specbatch that runs now."""
+    beside = Path(sys.executable).with_name("specbatch")
+    return [str(beside)] if beside.is_file() else [sys.executable, "-m", "jobs.cli"]
 
 
 def crontab_line(command: Sequence[str], schedule: str, folder: Path, lock: Path, log: Path) -> str:

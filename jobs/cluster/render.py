@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -167,8 +166,8 @@ def cron(
         check_schedule(schedule)
         job = load_job(file, overrides or [])
         file = file.resolve()
-        program = shutil.which("specbatch") or "specbatch"
-        command = [program, *_command(job, file, address, paths_on_cluster, overrides)]
+        begun = _command(job, file, address, paths_on_cluster, overrides)
+        command = [*manifests.program(), *begun]
         lock, log = file.with_suffix(".lock"), file.with_suffix(".log")
         print(manifests.crontab_line(command, schedule, Path.cwd(), lock, log), end="")
 

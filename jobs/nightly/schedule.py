@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +57,8 @@ def render(kind: str, scheduled: Scheduled) -> str:
 
 def _cron(scheduled: Scheduled) -> str:
     recipe, file = scheduled.recipe, scheduled.file.resolve()
-    program = shutil.which("specbatch") or "specbatch"
     line = manifests.crontab_line(
-        [program, "nightly", str(file), "--quiet"],
+        [*manifests.program(), "nightly", str(file), "--quiet"],
         recipe.schedule.cron,
         Path.cwd(),
         file.with_suffix(".lock"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,10 @@ def test_a_line_for_a_crontab(job_file: Path) -> None:
     local = call("cron", job_file, "--schedule", "@weekly").stdout
     assert local.startswith("@weekly cd ")
     assert " run " in local
+    for line in (command, local):
+        words = shlex.split(line)
+        program = words[words.index("flock") + 3]
+        assert shutil.which(program, path="/usr/bin:/bin"), "cron's PATH is no more than this"
 
 
 @pytest.mark.parametrize(
@@ -258,3 +263,9 @@ def test_names_that_kubernetes_takes() -> None:
         made = kubernetes_name(JobConfig.model_validate({**values, "name": name}))
         assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", made)
         assert len(made) <= 36
+    same = "evaluation-of-the-new-summariser-on-"
+    one, other = (
+        kubernetes_name(JobConfig.model_validate({**values, "name": same + end}))
+        for end in ("monday", "tuesday")
+    )
+    assert one != other

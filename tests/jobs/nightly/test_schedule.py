@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ def test_cron(recipe: Path) -> None:
     words = shlex.split(line.replace("\\%", "%"))
     assert str(recipe) in words
     assert words[-1] == "2>&1"
+    program = words[words.index("flock") + 3]
+    assert shutil.which(program, path="/usr/bin:/bin"), "cron's PATH is no more than this"
 
 
 def test_pods(recipe: Path, tmp_path: Path) -> None:
