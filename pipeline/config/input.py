@@ -40,7 +40,9 @@ class InputConfig(Section):
     template: str | None = Field(
         default=None,
         description="A jinja2 template over the columns, such as `Q: {{ question }}`. Its text "
-        "is completed as it is.",
+        "is completed as it is. A row whose text would show a null or a NaN is an error, unless "
+        "the template says what stands for it: `{{ x | default('unknown') }}`, "
+        "`{% if x is not none %}…{% endif %}`.",
     )
 
     @field_validator("paths")

@@ -3,22 +3,29 @@
 A job file is data and may come from elsewhere. Its template reaches no Python internals, no files
 and no other templates, and is stopped when it takes too many steps or makes a text that is too
 long, so that neither a mistake nor a joke keeps an actor busy for ever.
+
+A null or a NaN never becomes text, which would be "None" or "nan" in a prompt: the template says
+what stands for it, or its row fails.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
 from jinja2.exceptions import SecurityError
-from jinja2.runtime import Context
+from jinja2.filters import make_attrgetter
+from jinja2.runtime import Context, Undefined
 from jinja2.sandbox import SandboxedEnvironment
 from jinja2.visitor import NodeTransformer
+
+from pipeline.errors import RowError
 
 MAX_STEPS = 1_000_000
 """Most loop iterations, calls and filters of one rendering."""
@@ -31,6 +38,36 @@ _MAX_BITS = 10_000
 
 _WIDE = re.compile(r"\d{7,}")
 """A width in a format that would make millions of characters."""
+
+_TEXT_FILTERS = frozenset(
+    [
+        "capitalize",
+        "center",
+        "e",
+        "escape",
+        "filesizeformat",
+        "forceescape",
+        "format",
+        "indent",
+        "lower",
+        "pprint",
+        "replace",
+        "reverse",
+        "safe",
+        "string",
+        "striptags",
+        "title",
+        "trim",
+        "truncate",
+        "upper",
+        "urlencode",
+        "urlize",
+        "wordcount",
+        "wordwrap",
+        "xmlattr",
+    ]
+)
+"""Filters that make text of what they are given, of null as well."""
 
 _steps_left: ContextVar[list[int] | None] = ContextVar("steps_left", default=None)
 
@@ -65,11 +102,17 @@ class PromptTemplate:
         self.columns = sorted(names - environment.globals.keys())
 
     def render(self, row: Mapping[str, Any]) -> str:
-        """The text for a row. Raises whatever the template runs into."""
+        """The text for a row.
+
+        Raises:
+            RowError: a null or a NaN would become text.
+            Exception: whatever else the template runs into.
+        """
         token = _steps_left.set([MAX_STEPS])
         try:
             pieces, size = [], 0
-            for piece in self._template.generate(row):
+            values = {name: _without_nan(value) for name, value in row.items()}
+            for piece in self._template.generate(values):
                 pieces.append(piece)
                 size += len(piece)
                 _check_size(size)
@@ -96,8 +139,13 @@ class _Sandbox(SandboxedEnvironment):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.filters = {name: _counted_filter(f) for name, f in self.filters.items()}
-        self.filters |= {"counted items": _counted_items, "concatenation": _concatenation}
+        self.filters = {name: _counted_filter(name, f) for name, f in self.filters.items()}
+        self.filters |= {"default": _default, "d": _default, "join": _join}
+        self.filters |= {
+            "counted items": _counted_items,
+            "concatenation": _concatenation,
+            "written": _written,
+        }
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         _step()
@@ -105,6 +153,7 @@ class _Sandbox(SandboxedEnvironment):
         if getattr(__obj, "__name__", "") in {"format", "format_map"}:
             # The sandbox wraps it, to look at the names inside.
             _check_width(getattr(getattr(__obj, "__wrapped__", __obj), "__self__", ""))
+            _check_values([*args, *kwargs.values()])
         return _checked(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -117,13 +166,14 @@ class _Sandbox(SandboxedEnvironment):
             _check_size(_size(left) * _size(right))
         elif operator == "+":
             _check_size(_size(left) + _size(right))
-        elif operator == "%":
+        elif operator == "%" and isinstance(left, str):
             _check_width(left)
+            _check_values([right])
         return super().call_binop(context, operator, left, right)
 
 
 class _Bounded(NodeTransformer):
-    """Puts what loops go over, and what `~` joins, through filters that count."""
+    """Puts what loops go over, what `~` joins and what is written through filters that check."""
 
     def __init__(self, environment: _Sandbox) -> None:
         self._environment = environment
@@ -134,11 +184,24 @@ class _Bounded(NodeTransformer):
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        names = tuple(map(_shown, node.nodes))
         self.generic_visit(node)
-        return self._filtered(nodes.List(node.nodes, lineno=node.lineno), "concatenation")
+        return self._filtered(nodes.List(node.nodes, lineno=node.lineno), "concatenation", names)
 
-    def _filtered(self, node: nodes.Node, name: str) -> nodes.Filter:
-        result = nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:
+        names = list(map(_shown, node.nodes))
+        self.generic_visit(node)
+        node.nodes = [
+            each
+            if isinstance(each, nodes.TemplateData)
+            else self._filtered(each, "written", name, each.lineno)
+            for name, each in zip(names, node.nodes, strict=True)
+        ]
+        return node
+
+    def _filtered(self, node: nodes.Node, name: str, *arguments: Any) -> nodes.Filter:
+        given: list[nodes.Expr] = [nodes.Const(value) for value in arguments]
+        result = nodes.Filter(node, name, given, [], None, None, lineno=node.lineno)
         result.set_environment(self._environment)
         return result
 
@@ -152,23 +215,116 @@ def _counted_items(context: Context, items: Iterable[Any]) -> Iterator[Any]:
 
 
 @jinja2.pass_context
-def _concatenation(context: Context, items: Iterable[Any]) -> str:
+def _concatenation(context: Context, items: Sequence[Any], names: Sequence[str]) -> str:
     _step()
+    for item, name in zip(items, names, strict=True):
+        _check_value(item, name)
     texts = [str(item) for item in items]
     _check_size(sum(map(len, texts)))
     return "".join(texts)
 
 
-def _counted_filter(function: Callable[..., Any]) -> Callable[..., Any]:
+@jinja2.pass_context
+def _written(context: Context, value: Any, name: str, line: int) -> Any:
+    _check_value(value, name, f"line {line}: ")
+    return value
+
+
+def _default(value: Any, other: Any = "", boolean: bool = False) -> Any:
+    """jinja2's filter, which takes null for undefined, too: a row has all columns."""
+    if isinstance(value, Undefined) or _is_null(value) or (boolean and not value):
+        return other
+    return value
+
+
+@jinja2.pass_environment
+def _join(
+    environment: jinja2.Environment,
+    value: Iterable[Any],
+    d: str = "",
+    attribute: str | int | None = None,
+) -> str:
+    """jinja2's filter, in which no null becomes text."""
+    if attribute is not None:
+        value = map(make_attrgetter(environment, attribute), value)
+    texts: list[str] = []
+    for item in value:
+        _step()
+        _check_value(item, "a value that is joined")
+        texts.append(str(item))
+    _check_size(sum(map(len, texts)) + len(str(d)) * len(texts))
+    return str(d).join(texts)
+
+
+def _counted_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)  # with the marks by which jinja2 knows what a filter is passed
     def filtered(*args: Any, **kwargs: Any) -> Any:
         _step()
         _check_arguments([*args, *kwargs.values()])
-        if function.__name__ == "do_format":
+        if name in _TEXT_FILTERS:
+            _check_values([*args, *kwargs.values()], f"what goes through the filter {name!r}")
+        if name == "format":
             _check_width(args[0])
         return _checked(function(*args, **kwargs))
 
     return filtered
+
+
+# ------------------------------------------------------------------------ nulls
+
+
+def _is_null(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _without_nan(value: Any) -> Any:
+    """A row's value with null in place of NaN, so that templates can ask for both in one way."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if _is_null(value) else value
+
+
+def _check_value(value: object, name: str, where: str = "") -> None:
+    """Raise for a null, or one in a list or object, of which Python would make text."""
+    if _is_null(value):
+        raise RowError(
+            "NullValue",
+            f"{where}{name} is null or NaN; let the template say what stands for it, as in "
+            "{{ x | default('unknown') }}, or leave it out: {% if x is not none %}",
+        )
+    inside: Iterable[object] = ()
+    if isinstance(value, Mapping):
+        inside = value.values()
+    elif isinstance(value, list | tuple):
+        inside = value
+    for each in inside:
+        _check_value(each, f"a value in {name}", where)
+
+
+def _check_values(values: Iterable[Any], name: str = "what is formatted") -> None:
+    for value in values:
+        _check_value(value, name)
+
+
+def _shown(node: nodes.Node) -> str:
+    """What messages call an expression."""
+    path = _path(node)
+    return repr(path) if path else "a value"
+
+
+def _path(node: nodes.Node | None) -> str | None:
+    """The column, or field of one, that an expression is of, if it is of one."""
+    match node:
+        case nodes.Name():
+            return node.name
+        case nodes.Getattr():
+            path = _path(node.node)
+            return path and f"{path}.{node.attr}"
+        case nodes.Filter():
+            return _path(node.node)
+    return None
 
 
 # ------------------------------------------------------------------------ limits

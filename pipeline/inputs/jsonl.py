@@ -14,8 +14,16 @@ _MAX_DEPTH = 200
 _MAX_TYPE_DEPTH = 20
 """The same for a column's type: Arrow's files end at 64, where a list counts twice."""
 
+BOM = b"\xef\xbb\xbf"
+"""What some programs write before UTF-8. Files put together have it before any of their lines."""
+
 RAW_LINE = "raw_line"
 """Column of `errors/` that holds a line that is not a JSON object."""
+
+
+def is_row(line: bytes) -> bool:
+    """Whether there is anything on a line."""
+    return bool(line.strip().removeprefix(BOM).strip())
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 
 from pipeline.errors import RowError, nearest
+from pipeline.inputs.openai_parameters import IGNORED, NEUTRAL, SAMPLING, SPECIAL_TOKENS
 
 REQUEST = "request"
 """The column that holds a line."""
@@ -26,53 +28,8 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 COMPLETION_TOKENS = 16
 """`max_tokens` of a /v1/completions request that gives none, as the API documents it."""
 
-_SAMPLING = ("temperature", "top_p", "n", "stop", "seed")
-_EXTENSIONS = ("top_k", "min_p", "stop_token_ids", "ignore_eos")  # that vLLM added to the API
 _LENGTHS = {CHAT: ("max_completion_tokens", "max_tokens"), COMPLETIONS: ("max_tokens",)}
 _PROMPT = {CHAT: "messages", COMPLETIONS: "prompt"}
-
-_IGNORED = {
-    "model",  # the one that this job has answers all
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "stream_options",
-    "parallel_tool_calls",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-}
-"""Parameters without influence on what is generated here."""
-
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "stream": (False,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-    "echo": (False,),
-    "suffix": ("",),
-    "best_of": (1,),
-    "prompt_logprobs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-}
-"""Parameters that are not supported, and the values with which they ask for nothing."""
 
 
 def request_cells(line: str | None) -> dict[str, Any]:
@@ -86,20 +43,20 @@ def request_cells(line: str | None) -> dict[str, Any]:
     """
     request = _object(line)
     custom_id_of(request)
-    method, url, body = (request.get(key) for key in ("method", "url", "body"))
+    method, body = request.get("method"), request.get("body")
     if method not in (None, "POST"):
         raise RowError("InvalidRequest", f"method must be POST, got {_short(method)}")
-    if url not in _PROMPT:
-        known = " and ".join(_PROMPT)
-        raise RowError("UnknownEndpoint", f"url {_short(url)} is not served; known: {known}")
+    url = endpoint_of(request)
     if not isinstance(body, dict):
         raise RowError("InvalidRequest", "body must be an object")
     body = {key: value for key, value in body.items() if value is not None}
     _refuse(body, url)
     cells = _chat(body) if url == CHAT else _completion(body)
-    sampling = {key: body[key] for key in (*_SAMPLING, *_EXTENSIONS) if key in body}
+    sampling = {key: body[key] for key in SAMPLING if key in body}
     if sampling.get("top_k") == -1:
         sampling["top_k"] = 0  # vLLM's way to switch it off
+    if sampling.get("seed") == -1:
+        del sampling["seed"]  # vLLM's way to give none
     given = [name for name in _LENGTHS[url] if name in body]
     for name in given:
         if type(body[name]) is not int or body[name] < 1:
@@ -134,6 +91,28 @@ def custom_id_of(request: Mapping[str, Any]) -> str:
     return custom_id
 
 
+def endpoint_of(request: Mapping[str, Any]) -> str:
+    """The endpoint that a request's `url` is of, `CHAT` or `COMPLETIONS`.
+
+    Clients write it as the API does, without its version, or behind a server's address.
+
+    Raises:
+        RowError: it is of another one.
+    """
+    url = request.get("url")
+    try:
+        path = urlsplit(url).path if isinstance(url, str) else ""
+    except ValueError:  # an address that is none
+        path = ""
+    parts = path.strip("/").split("/")
+    if parts[-2:] == ["chat", "completions"]:
+        return CHAT
+    if parts == ["completions"] or parts[-2:] == ["v1", "completions"]:
+        return COMPLETIONS
+    known = " and ".join(_PROMPT)
+    raise RowError("UnknownEndpoint", f"url {_short(url)} is not served; known: {known}")
+
+
 def parsed(line: str | None) -> dict[str, Any]:
     """The line's object, or an empty one if the line is none."""
     try:
@@ -144,15 +123,18 @@ def parsed(line: str | None) -> dict[str, Any]:
 
 def _refuse(body: Mapping[str, Any], url: str) -> None:
     """Raise for the first parameter that is unknown, or not supported and not neutral."""
-    known = {_PROMPT[url], *_LENGTHS[url], *_SAMPLING, *_EXTENSIONS, *_IGNORED}
+    known = {_PROMPT[url], *_LENGTHS[url], *SAMPLING}
+    neutral = {**NEUTRAL, SPECIAL_TOKENS: (url == COMPLETIONS,)}
     for name, value in body.items():
-        if name in known:
+        if name in known or name in IGNORED:
             continue
-        if name not in _UNSUPPORTED:
+        if name not in neutral:
             hint = nearest(name, known)
             raise RowError("UnsupportedParameter", f"{name}: unknown parameter; {hint}")
-        if not any(_same(value, neutral) for neutral in _UNSUPPORTED[name]):
-            raise RowError("UnsupportedParameter", f"{name} {_short(value)} is not supported")
+        if not any(_same(value, each) for each in neutral[name]):
+            fine = " and ".join(map(_short, neutral[name]))
+            only = f"; only {fine} is taken" if fine else ""
+            raise RowError("UnsupportedParameter", f"{name} {_short(value)} is not supported{only}")
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -167,10 +149,10 @@ def _chat(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _message(message: Any, number: int) -> Any:
-    """A message with plain text as its content."""
+    """A message with plain text as its content; null beside tool calls."""
     if not isinstance(message, dict):
         return message  # which `check_messages` refuses
-    for key in ("tool_calls", "function_call", "audio"):
+    for key in ("function_call", "audio"):
         if message.get(key):
             raise RowError("UnsupportedParameter", f"message {number}: {key} is not supported")
     content, role = message.get("content"), message.get("role")
@@ -190,6 +172,8 @@ def _text(part: Any, number: int) -> str:
 
 def _completion(body: Mapping[str, Any]) -> dict[str, Any]:
     prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        (prompt,) = prompt
     if isinstance(prompt, str):
         return {"prompt": prompt}
     if isinstance(prompt, list) and all(type(token) is int for token in prompt):

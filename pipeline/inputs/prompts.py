@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.config.job import MAX_SAMPLES, InputConfig, SamplingConfig
 from pipeline.config.templates import PromptTemplate
 from pipeline.errors import RowError, UserError, nearest
+from pipeline.inputs.messages import check_messages, spellings
 from pipeline.inputs.openai_requests import REQUEST
 from specdec.request import InvalidRequest, SamplingParams
 
@@ -93,6 +94,8 @@ class PromptRenderer:
         if self._template is not None:
             try:
                 return self._template.render(row)
+            except RowError:
+                raise
             except Exception as error:  # a template may run into anything the row holds
                 raise RowError("TemplateError", f"{type(error).__name__}: {error}") from None
         column = self._config.prompt_column
@@ -135,20 +138,23 @@ class PromptRenderer:
     def _chat(self, value: Any) -> list[int]:
         messages = check_messages(value)
         for number, message in enumerate(messages):
-            self._check_length(message["content"])
+            self._check_length(message["content"] or "")
             if message.get("tool_calls") and not self._knows_tools:
                 raise RowError(
                     "MalformedMessages",
                     f"message {number} has tool_calls, which the target's chat template ignores",
                 )
-        try:
-            # The template writes the special tokens itself, so none are added here.
-            ids = self._tokenizer.apply_chat_template(
-                messages, tokenize=True, add_generation_prompt=True, return_dict=False
-            )
-        except Exception as error:  # a template may run into anything the messages hold
-            raise RowError("MalformedMessages", f"the chat template refused it: {error}") from None
-        return list(ids)
+        refused: Exception | None = None
+        for spelled in spellings(messages):
+            try:
+                # The template writes the special tokens itself, so none are added here.
+                ids = self._tokenizer.apply_chat_template(
+                    spelled, tokenize=True, add_generation_prompt=True, return_dict=False
+                )
+                return list(ids)
+            except Exception as error:  # a template may run into anything the messages hold
+                refused = refused or error
+        raise RowError("MalformedMessages", f"the chat template refused it: {refused}")
 
     def _check_length(self, text: str) -> None:
         """Refuse what no tokenizer makes short enough, before it takes minutes to find out."""
@@ -157,67 +163,6 @@ class PromptRenderer:
                 "PromptTooLong",
                 f"a text of {len(text):,} characters does not fit the target's context",
             )
-
-
-def check_messages(value: Any) -> list[dict[str, Any]]:
-    """The chat messages in a cell: a list of {role, content}, or the same as JSON text.
-
-    Content may be a list of text parts. An assistant's message may have `tool_calls` instead.
-
-    Raises:
-        RowError: names the message that is wrong.
-    """
-    if value is None:
-        raise RowError("NullPrompt", "messages are null")
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise RowError("MalformedMessages", "messages are text, but not JSON") from None
-        if value is None:
-            raise RowError("NullPrompt", "messages are null")
-    if not isinstance(value, list):
-        raise RowError("MalformedMessages", f"messages are a {type(value).__name__}, not a list")
-    if not value:
-        raise RowError("EmptyMessages", "messages are an empty list")
-    return [_message(number, message) for number, message in enumerate(value)]
-
-
-def _message(number: int, message: Any) -> dict[str, Any]:
-    if isinstance(message, list) and all(isinstance(pair, tuple) for pair in message):
-        message = dict(message)  # a map, as Arrow gives it
-    if not isinstance(message, dict):
-        raise RowError("MalformedMessages", f"message {number} is not an object")
-    # Arrow fills fields that a message does not have with null; templates must not see those.
-    kept: dict[str, Any] = {k: _without_nulls(v) for k, v in message.items() if v is not None}
-    content = kept.get("content")
-    if isinstance(content, list):
-        kept["content"] = _joined(number, content)
-    elif content is None and kept.get("tool_calls"):
-        kept["content"] = ""
-    for key in ("role", "content"):
-        if not isinstance(kept.get(key), str):
-            raise RowError("MalformedMessages", f"message {number} has no text in {key!r}")
-    return kept
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(v) for key, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-def _joined(number: int, parts: list[Any]) -> str:
-    """The text of a content that is a list of parts, as chat APIs have it."""
-    texts = []
-    for part in parts:
-        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise RowError(
-                "MalformedMessages", f"message {number} has a content part of {kind}, not of text"
-            )
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 def _opening(tokenizer: Any, text: str, ids: list[int]) -> list[int]:

@@ -15,7 +15,7 @@ from ray.data.datasource import Datasource, ReadTask
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.blocks import UnitRows
-from pipeline.inputs.jsonl import parse_line, to_table
+from pipeline.inputs.jsonl import BOM, is_row, parse_line, to_table
 from pipeline.inputs.listing import check_unchanged
 from pipeline.inputs.openai_requests import LINES_SCHEMA, REQUEST
 from pipeline.inputs.units import Unit, readable
@@ -173,7 +173,7 @@ def parse_jsonl(
     unit: Unit, data: bytes, schema: pa.Schema | None, reserved: frozenset[str] = frozenset()
 ) -> UnitRows:
     """Rows of a unit's bytes; a line that cannot be one of columns becomes a row of nulls."""
-    lines = [line for line in io.BytesIO(data) if line.strip()]
+    lines = [line for line in io.BytesIO(data) if is_row(line)]
     if schema is not None and schema.equals(LINES_SCHEMA, check_metadata=True):
         return _whole_lines(unit, lines)
     parsed = [parse_line(line) for line in lines]
@@ -193,7 +193,7 @@ def _whole_lines(unit: Unit, lines: list[bytes]) -> UnitRows:
     malformed = {}
     for index, line in enumerate(lines):
         try:
-            texts.append(line.decode().strip())
+            texts.append(line.removeprefix(BOM).decode().strip())
         except UnicodeDecodeError:
             texts.append(None)
             malformed[index] = line.decode(errors="replace").rstrip("\r\n")

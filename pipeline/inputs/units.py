@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
-from pipeline.inputs.jsonl import jsonl_schema
+from pipeline.inputs.jsonl import is_row, jsonl_schema
 from pipeline.inputs.listing import InputFile
 from pipeline.inputs.openai_requests import LINES_SCHEMA
 from pipeline.storage.folder import locate
@@ -243,7 +243,7 @@ def _plan_jsonl(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
         lines = io.BufferedReader(stream, 1 << 20)
         _check_format(file, lines.peek(8))
         for line in lines:
-            if line.strip():
+            if is_row(line):
                 if row % unit_rows == 0:
                     starts.append((row, position))
                 row += 1

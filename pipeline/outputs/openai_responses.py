@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline import layout
 from pipeline.commit.footer import read_record
 from pipeline.inputs.jsonl import RAW_LINE
-from pipeline.inputs.openai_requests import CHAT, REQUEST, parsed
+from pipeline.inputs.openai_requests import CHAT, REQUEST, endpoint_of, parsed
 from pipeline.inputs.row_ids import ROW_ID, parse_row_id
 from pipeline.inputs.units import Unit
 from pipeline.storage.folder import Folder
@@ -120,7 +120,7 @@ def _body(
     model: str,
 ) -> dict[str, Any]:
     """A response's body: the samples of one request as its choices."""
-    chat = request["url"] == CHAT
+    chat = endpoint_of(request) == CHAT
     choices: list[dict[str, Any]] = []
     for index, sample in enumerate(samples):
         text: dict[str, Any] = {"text": sample["completion"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from tests.jobs.command_line import call
 pytestmark = pytest.mark.ray
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+NOTHING = {"min_tokens": 0, "bad_words": [], "skip_special_tokens": True, "priority": 3}
 ROOT = str(Path(__file__).parents[2])
 
 
@@ -91,8 +93,11 @@ def requests_file(path: Path, good: int) -> list[dict[str, Any]]:
     for i in range(good):
         url = COMPLETIONS if i % 5 == 4 else CHAT
         body: list[dict[str, Any]] = [{}, {"n": 3}, {"temperature": 0}, {"seed": 5, "top_p": 0.9}]
-        requests.append(request(f"good-{i}", url, **body[i % 4]))
+        requests.append(request(f"good-{i}", url, **body[i % 4], **NOTHING))
+    requests[0]["url"] = f"https://api.openai.com{CHAT}"
+    # As some programs on Windows begin a file.
     lines = [json.dumps(each).encode() for each in requests]
+    lines[0] = codecs.BOM_UTF8 + lines[0]
     bad = malformed()
     for number, line in enumerate(bad):
         at = (number + 1) * len(lines) // len(bad)
@@ -120,11 +125,12 @@ def check(
     for asked, line in zip(requests, responses, strict=True):
         assert line["error"] is None
         assert line["response"]["status_code"] == 200
-        kind = ChatCompletion if asked["url"] == CHAT else TextCompletion
+        chat = asked["url"].endswith(CHAT)
+        kind = ChatCompletion if chat else TextCompletion
         body: Any = kind.model_validate(line["response"]["body"], strict=True)
         assert [choice.index for choice in body.choices] == list(range(asked["body"].get("n", 1)))
         for choice in body.choices:
-            text = choice.message.content if asked["url"] == CHAT else choice.text
+            text = choice.message.content if chat else choice.text
             assert isinstance(text, str)
             assert choice.finish_reason in {"stop", "length"}
         usage = body.usage
@@ -156,7 +162,7 @@ def test_good_requests_are_answered_and_bad_ones_explained(
     codes = [error["error"]["code"] for error in errors]
     assert codes[:7] == ["MalformedLine"] * 7
     assert codes[-1] == "DuplicateCustomId"
-    first = 1 + lines.index(json.dumps(requests[0]).encode())
+    first = 1 + lines.index(codecs.BOM_UTF8 + json.dumps(requests[0]).encode())
     assert f"request {first} has the same custom_id" in errors[-1]["error"]["message"]
     assert {"PromptTooLong", "UnsupportedParameter", "InvalidSampling"} < set(codes)
 

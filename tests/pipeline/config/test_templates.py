@@ -7,6 +7,7 @@ from jinja2 import UndefinedError
 from jinja2.exceptions import SecurityError
 
 from pipeline.config.templates import MAX_SIZE, PromptTemplate
+from pipeline.errors import RowError
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,57 @@ def test_templates_are_jinja2(source: str, row: dict[str, Any], text: str) -> No
 def test_what_is_no_template(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         PromptTemplate(source)
+
+
+HANDLED = [
+    ("{{ x | default('none given') }}", "none given"),
+    ("{{ x | d }}|", "|"),
+    ("{{ x | default('a') | upper }}", "A"),
+    ("{% if x is none %}nothing{% else %}{{ x }}{% endif %}", "nothing"),
+    ("{% if x %}{{ x }}{% endif %}.", "."),
+    ("{{ x or 'or' }}", "or"),
+    ("{{ [x, 1] | tojson }}", "[null, 1]"),
+    ("{{ ['a', x] | select | join('-') }}", "a"),
+    ("{{ [{'n': 1, 'm': x}] | join('-', attribute='n') }}", "1"),
+]
+WRITTEN = [
+    ("{{ x }}", "line 1: 'x' is null or NaN; let the template say"),
+    ("a\nb{{ x }}", "line 2: 'x' is null"),
+    ("{{ {'y': x}.y }}", "line 1: a value is null"),
+    ("{% set y = x %}{{ y }}", "'y' is null"),
+    ("{% macro m(a) %}{{ a }}{% endmacro %}{{ m(x) }}", "'a' is null"),
+    ("{{ [1, x] }}", "a value in a value is null"),
+    ("{{ {'y': x} }}", "a value in a value is null"),
+    ("{{ [x] | first }}", "is null"),
+    ("{{ x ~ 'b' }}", "'x' is null"),
+    ("{{ x | upper }}", "the filter 'upper' is null"),
+    ("{{ x | trim }}", "the filter 'trim' is null"),
+    ("{{ x | string }}", "the filter 'string' is null"),
+    ("{{ [x] | map('lower') | join }}", "the filter 'lower' is null"),
+    ("{{ ['a', x] | join }}", "a value that is joined is null"),
+    ("{{ [{'n': x}] | join('-', attribute='n') }}", "a value that is joined is null"),
+    ("{{ '%s' | format(x) }}", "the filter 'format' is null"),
+    ("{{ '%s' % x }}", "what is formatted is null"),
+    ("{{ '%s %s' % (1, x) }}", "what is formatted is null"),
+    ("{{ '{}'.format(x) }}", "what is formatted is null"),
+    ("{{ x | default(none) }}", "'x' is null"),
+]
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_a_null_is_no_text_unless_the_template_says_so(value: float | None) -> None:
+    for source, text in HANDLED:
+        assert PromptTemplate(source).render({"x": value}) == text, source
+    for source, message in WRITTEN:
+        with pytest.raises(RowError) as caught:
+            PromptTemplate(source).render({"x": value})
+        assert caught.value.error_class == "NullValue"
+        assert message in caught.value.message, source
+
+
+def test_a_field_that_is_null_is_named() -> None:
+    with pytest.raises(RowError, match=r"line 1: 'x\.y\.z' is null"):
+        PromptTemplate("{{ x.y.z }}").render({"x": {"y": {"z": None}}})
 
 
 TWICE = "{% set ns = namespace(x='xx') %}{% for i in range(60) %}{% set ns.x = "

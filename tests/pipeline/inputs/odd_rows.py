@@ -120,6 +120,8 @@ CHAT: dict[str, tuple[bytes | pa.Table, list[str]]] = {
         [OK, "MalformedLine", "MalformedLine", "MalformedLine", "MalformedLine"],
     ),
     "bom-and-crlf.jsonl": (b"\xef\xbb\xbf" + (said(HI) * 2).replace(b"\n", b"\r\n"), [OK, OK]),
+    "bom-amid.jsonl": ((b"\xef\xbb\xbf" + said(HI)) * 2, [OK, OK]),
+    "bom-alone.jsonl": (b"\xef\xbb\xbf\r\n", []),
     "blank-lines.jsonl": (b"\n \n" + said(HI) + b"\r\n\n" + said(HI).strip(), [OK, OK]),
     "not-utf8.jsonl": (said(HI) + b'{"messages": "\xff\xfe"}\n', [OK, "MalformedLine"]),
     "nan-and-infinity.jsonl": (
@@ -354,7 +356,9 @@ BOMBS = (
 )
 TEMPLATED: dict[str, tuple[bytes | pa.Table, list[str]]] = {
     "bombs.jsonl": (jsonl(*({"kind": kind} for kind in BOMBS)), ["TemplateError"] * len(BOMBS)),
-    "data.jsonl": (jsonl({"kind": "{{ 1 / 0 }}"}, {"kind": None}, {"kind": "{% for %}"}), [OK] * 3),
+    "data.jsonl": (jsonl({"kind": "{{ 1 / 0 }}"}, {"kind": "{% for %}"}), [OK] * 2),
+    "nulls.jsonl": (b'{"kind": "x"}\n{"kind": null}\n{}\n', [OK, "NullValue", "NullValue"]),
+    "nan.parquet": (pa.table({"kind": [1.5, float("nan"), None]}), [OK, "NullValue", "NullValue"]),
     "odd.parquet": (
         pa.table({"kind": pa.array([2**62, 1], pa.timestamp("us"))}),
         ["MalformedValue", OK],

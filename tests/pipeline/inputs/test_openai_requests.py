@@ -6,9 +6,101 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RowError
-from pipeline.inputs.openai_requests import CHAT, COMPLETIONS, request_cells
+from pipeline.inputs.openai_requests import CHAT, COMPLETIONS, endpoint_of, request_cells
 
 MESSAGES = [{"role": "user", "content": "hi"}]
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+DEFAULTS: dict[str, Any] = {
+    # What vLLM's own classes say that a request is which says nothing (ChatCompletionRequest,
+    # CompletionRequest and SamplingParams, of versions from 0.6 on).
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "logit_bias": None,
+    "max_completion_tokens": None,
+    "n": 1,
+    "best_of": None,
+    "use_beam_search": False,
+    "early_stopping": False,
+    "length_penalty": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "seed": None,
+    "stop": [],
+    "stop_token_ids": [],
+    "include_stop_str_in_output": False,
+    "ignore_eos": False,
+    "min_tokens": 0,
+    "bad_words": [],
+    "allowed_token_ids": None,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "detokenize": True,
+    "truncate_prompt_tokens": None,
+    "truncation_side": None,
+    "prompt_logprobs": None,
+    "prompt_logprob_token_ids": None,
+    "prompt_logprob_start": None,
+    "logprob_token_ids": None,
+    "flat_logprobs": False,
+    "stream": False,
+    "stream_options": None,
+    "stream_interval": None,
+    "echo": False,
+    "user": None,
+    "response_format": {"type": "text"},
+    "structured_outputs": None,
+    "structural_tag": None,
+    "guided_json": None,
+    "guided_regex": None,
+    "guided_choice": None,
+    "guided_grammar": None,
+    "guided_decoding_backend": None,
+    "guided_whitespace_pattern": None,
+    "logits_processors": None,
+    "priority": 0,
+    "request_id": "cmpl-1",
+    "session_id": "s",
+    "cache_salt": "salt",
+    "skip_reading_prefix_cache": None,
+    "return_tokens_as_token_ids": False,
+    "return_token_ids": False,
+    "return_token_offsets": False,
+    "return_mm_kwargs": True,
+    "routed_experts_prompt_start": 0,
+    "trace_decode_token_ids": None,
+    "kv_transfer_params": {},
+    "ec_transfer_params": None,
+    "vllm_xargs": {},
+    "extra_args": None,
+    "repetition_detection": None,
+    "thinking_token_budget": -1,
+    "watermarking": False,
+}
+OF_CHATS = {
+    "logprobs": False,
+    "top_logprobs": 0,
+    "tools": None,
+    "tool_choice": "none",
+    "parallel_tool_calls": True,
+    "reasoning_effort": None,
+    "include_reasoning": True,
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+    "add_special_tokens": False,
+    "documents": None,
+    "chat_template": None,
+    "chat_template_kwargs": {},
+    "media_io_kwargs": None,
+    "mm_processor_kwargs": {},
+    "return_prompt_text": None,
+}
+OF_COMPLETIONS = {
+    "logprobs": None,
+    "suffix": None,
+    "add_special_tokens": True,
+    "prompt_embeds": None,
+}
 
 
 def chat(**body: Any) -> str:
@@ -69,7 +161,16 @@ def completion(**body: Any) -> str:
                 "sampling_params": {},
             },
         ),
+        (chat(seed=-1), {"messages": MESSAGES, "sampling_params": {}}),
         (completion(), {"prompt": "hi", "sampling_params": {"max_new_tokens": 16}}),
+        (
+            completion(prompt=["one text"]),
+            {"prompt": "one text", "sampling_params": {"max_new_tokens": 16}},
+        ),
+        (
+            completion(prompt=[[5, 6]]),
+            {"prompt_ids": [5, 6], "sampling_params": {"max_new_tokens": 16}},
+        ),
         (
             completion(prompt=[5, 6], max_tokens=2),
             {"prompt_ids": [5, 6], "sampling_params": {"max_new_tokens": 2}},
@@ -78,6 +179,42 @@ def completion(**body: Any) -> str:
 )
 def test_what_a_request_asks_for(line: str, cells: dict[str, Any]) -> None:
     assert request_cells(line) == cells
+
+
+def test_every_parameter_at_its_default_changes_nothing() -> None:
+    sampling = {"n": 1, "top_k": 0, "min_p": 0, "stop": [], "stop_token_ids": []}
+    sampling |= {"ignore_eos": False, "max_new_tokens": 5}
+    asked = request_cells(chat(**DEFAULTS, **OF_CHATS, max_tokens=5))
+    assert asked == {"messages": MESSAGES, "sampling_params": sampling}
+    asked = request_cells(completion(**DEFAULTS, **OF_COMPLETIONS, max_tokens=5))
+    assert asked == {"prompt": "hi", "sampling_params": sampling}
+
+
+def test_tool_calls_stay_as_they_are() -> None:
+    history = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c", "name": "f", "content": "7"},
+    ]
+    assert request_cells(chat(messages=history))["messages"] == history
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint"),
+    [
+        ("/v1/chat/completions", CHAT),
+        ("/chat/completions", CHAT),
+        ("v1/chat/completions/", CHAT),
+        ("https://api.openai.com/v1/chat/completions", CHAT),
+        ("http://host:8000/v1/chat/completions?api-version=1", CHAT),
+        ("https://x.azure.com/openai/deployments/m/chat/completions", CHAT),
+        ("/completions", COMPLETIONS),
+        ("https://host/v1/completions", COMPLETIONS),
+        ("https://host/prefix/v1/completions", COMPLETIONS),
+    ],
+)
+def test_endpoints_behind_any_address(url: str, endpoint: str) -> None:
+    assert endpoint_of({"url": url}) == endpoint
 
 
 def without(key: str) -> str:
@@ -96,6 +233,9 @@ BAD = [
     (chat().replace('"a"', '""'), "MissingCustomId", "custom_id"),
     (without("url"), "UnknownEndpoint", "url null"),
     (chat().replace(CHAT, "/v1/embeddings"), "UnknownEndpoint", '"/v1/embeddings" is not served'),
+    (chat().replace(CHAT, "/v1/fim/completions"), "UnknownEndpoint", "is not served"),
+    (chat().replace(CHAT, "http://[x/v1/completions"), "UnknownEndpoint", "is not served"),
+    (chat().replace(CHAT, ""), "UnknownEndpoint", 'url "" is not served; known: /v1/chat/comp'),
     (chat().replace("POST", "GET"), "InvalidRequest", 'POST, got "GET"'),
     (without("body"), "InvalidRequest", "body"),
     (chat(messages="hi"), "MalformedMessages", "must be a list"),
@@ -115,10 +255,20 @@ BAD = [
         "message 0: only text",
     ),
     (
-        chat(messages=[{"role": "assistant", "content": None, "tool_calls": [{}]}]),
+        chat(messages=[{"role": "assistant", "content": None, "function_call": {"name": "f"}}]),
         "UnsupportedParameter",
-        "tool_calls",
+        "message 0: function_call",
     ),
+    (chat(min_tokens=5), "UnsupportedParameter", "min_tokens 5 is not supported; only 0 is taken"),
+    (chat(min_tokens=False), "UnsupportedParameter", "min_tokens false"),
+    (chat(bad_words=["x"]), "UnsupportedParameter", 'bad_words ["x"] is not supported'),
+    (chat(use_beam_search=True), "UnsupportedParameter", "only false is taken"),
+    (chat(skip_special_tokens=False), "UnsupportedParameter", "only true is taken"),
+    (chat(chat_template_kwargs={"a": 1}), "UnsupportedParameter", 'chat_template_kwargs {"a": 1}'),
+    (chat(chat_template="x"), "UnsupportedParameter", 'chat_template "x" is not supported'),
+    (chat(add_special_tokens=True), "UnsupportedParameter", "only false is taken"),
+    (completion(add_special_tokens=False), "UnsupportedParameter", "only true is taken"),
+    (completion(prompt=[["a"]]), "MalformedPrompt", "a line of its own"),
     (completion(prompt=["a", "b"]), "MalformedPrompt", "a line of its own"),
     (completion(prompt=None), "MalformedPrompt", "text or token ids"),
     (completion(logprobs=0), "UnsupportedParameter", "logprobs 0"),

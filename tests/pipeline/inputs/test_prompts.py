@@ -39,6 +39,40 @@ def test_messages_as_json_text(tokenizer: Any) -> None:
     assert render({"m": json.dumps(messages)}) == render({"m": messages})
 
 
+CALLED = [
+    {"role": "user", "content": "hi"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}],
+    },
+    {"role": "tool", "tool_call_id": "c", "name": "f", "content": "7"},
+]
+CALL = "m.tool_calls[0].function.arguments"
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        # Templates differ in what they take: most want arguments as an object,
+        (f"{{{{ {CALL} | tojson }}}}", '{"a": 1}'),
+        # some as text,
+        (f"{{{{ 'call ' + {CALL} }}}}", 'call {"a": 1}'),
+        # and some take for granted that there is a content.
+        (f"{{{{ m.content + 'a=' ~ {CALL}['a'] }}}}", "a=1"),
+    ],
+)
+def test_tool_calls_are_written_as_the_template_wants_them(call: str, text: str) -> None:
+    tokenizer = llama_like(closes=False)
+    loop = "{% for m in messages %}{% if m.tool_calls %}"
+    other = "{% else %}{{ m.role[0] ~ m.content }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = loop + call + other
+    made = renderer(tokenizer, messages_column="m")
+    expected = tokenizer(f"uhi{text}t7", add_special_tokens=False)["input_ids"]
+    assert list(made.prompt_ids({"m": CALLED})) == expected
+    assert made.prompt_ids({"m": json.dumps(CALLED)}) == tuple(expected)
+
+
 @pytest.mark.parametrize("prompt", ["hi", "<s>hi"])
 def test_plain_prompts_have_one_bos(tokenizer: Any, prompt: str) -> None:
     ids = renderer(tokenizer, prompt_column="p").prompt_ids({"p": prompt})
@@ -91,6 +125,8 @@ def test_template(tokenizer: Any) -> None:
         ({"messages_column": "m"}, {"m": [{"role": "user"}]}, "MalformedMessages"),
         ({"messages_column": "m"}, {"m": [{"role": 1, "content": "x"}]}, "MalformedMessages"),
         ({"messages_column": "m"}, {"m": [{"role": "user", "content": 3}]}, "MalformedMessages"),
+        ({"messages_column": "m"}, {"m": [{"role": "u", "content": None}]}, "MalformedMessages"),
+        ({"messages_column": "m"}, {"m": CALLED}, "MalformedMessages"),  # of a template without
         ({"prompt_column": "p"}, {"p": None}, "NullPrompt"),
         ({"prompt_column": "p"}, {"p": ""}, "EmptyPrompt"),
         ({"prompt_column": "p"}, {"p": 7}, "MalformedPrompt"),

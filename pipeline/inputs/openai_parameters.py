@@ -1,0 +1,126 @@
+"""The parameters of OpenAI's batch API and of vLLM: what is taken, and what asks for nothing.
+
+Clients write bodies with every parameter in them, at its default. A value that changes nothing is
+no reason to refuse a request; any other that is not supported is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "n",
+    "stop",
+    "seed",
+    # that vLLM added to the API
+    "top_k",
+    "min_p",
+    "stop_token_ids",
+    "ignore_eos",
+)
+"""Parameters that go into a row's sampling under their own names."""
+
+IGNORED = frozenset(
+    {
+        # ---- who asks, when, and at what price
+        "model",  # the one that this job has answers all
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "priority",
+        "request_id",
+        "session_id",
+        # ---- caches: they make nothing else of it
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "cache_salt",
+        "skip_reading_prefix_cache",
+        # ---- ways to do what is refused below by its own parameter
+        "stream_options",
+        "stream_interval",
+        "parallel_tool_calls",
+        "length_penalty",  # of beams, as the next one
+        "early_stopping",
+        "flat_logprobs",
+        "return_tokens_as_token_ids",
+        "prompt_logprob_start",
+        "truncation_side",
+        "guided_decoding_backend",
+        "guided_whitespace_pattern",
+        "spaces_between_special_tokens",
+        "media_io_kwargs",
+        "mm_processor_kwargs",
+        # ---- of servers with other endpoints, or that show experts
+        "return_token_offsets",
+        "return_mm_kwargs",
+        "routed_experts_prompt_start",
+    }
+)
+"""Parameters without influence on what is generated here, whatever their value."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "logprob_token_ids": ([],),
+    "prompt_logprob_token_ids": ([],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": ({},),
+    "structural_tag": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "repetition_detection": ({},),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "trace_decode_token_ids": (),
+    "min_tokens": (0,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "watermarking": (False,),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "include_reasoning": (True,),
+    "thinking_token_budget": (-1,),
+    "verbosity": (),
+    "web_search_options": (),
+    "echo": (False,),
+    "suffix": ("",),
+    "prompt_embeds": (),
+    "truncate_prompt_tokens": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "detokenize": (True,),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "return_token_ids": (False,),
+    "return_prompt_text": (False,),
+    "kv_transfer_params": ({},),
+    "ec_transfer_params": ({},),
+    "vllm_xargs": ({},),
+    "extra_args": ({},),
+}
+"""Parameters that are not supported, and the values with which they ask for nothing."""
+
+SPECIAL_TOKENS = "add_special_tokens"
+"""One more, which asks for nothing when true of a plain prompt and when false of a chat."""
