@@ -52,6 +52,28 @@ STAGING = "_specbatch/staging"
 LOCK = "_specbatch/lock"
 """Locked by whoever replaces a file, on a disk only. `storage`"""
 
+ADDED_COLUMNS = frozenset(
+    {
+        "row_id",
+        "completion",
+        "finish_reason",
+        "prompt_tokens",
+        "output_tokens",
+        "rounds",
+        "drafted",
+        "verified",
+        "accepted",
+        "acceptance_rate",
+        "block_efficiency",
+        "error_class",
+        "error_message",
+        "attempts",
+        "raw_line",
+    }
+)
+"""Columns of `completions/` and `errors/` beside the input's. No input column may have such a name;
+in a job on another job's output, `input.prefix` renames them. Types: `commit.schema`"""
+
 _TABLE = ".parquet"
 
 

@@ -58,8 +58,9 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
 
 def _input_mark(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
     return {
-        **job.input.model_dump(mode="json", exclude={"paths", "format"}),
-        **({"format": job.input.format} if job.input.format else {}),
+        **job.input.model_dump(mode="json", exclude={"paths", "format", "prefix"}),
+        # Outputs of versions without these keys are still the same jobs'.
+        **{key: value for key in ("format", "prefix") if (value := getattr(job.input, key))},
         "files": len(plans),
         "rows": sum(p.rows for p in plans),
         "digest": digest([[p.file.name, p.file.size, p.rows] for p in plans]),

@@ -16,6 +16,7 @@ from pipeline.inputs.blocks import UnitRows
 from pipeline.inputs.jsonl import RAW_LINE, parse_line
 from pipeline.inputs.row_ids import ROW_ID, row_id
 from pipeline.inputs.units import FilePlan
+from pipeline.layout import ADDED_COLUMNS
 from specdec.request import Completion
 
 COMPLETION_COLUMNS: dict[str, pa.DataType] = {
@@ -38,8 +39,6 @@ ERROR_COLUMNS: dict[str, pa.DataType] = {
     "attempts": pa.int64(),
 }
 """Columns of `errors/`, after `row_id` and the input columns; JSONL input adds `raw_line`."""
-
-RESERVED = frozenset({ROW_ID, RAW_LINE, *COMPLETION_COLUMNS, *ERROR_COLUMNS})
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,11 @@ def check_reserved(plans: Iterable[FilePlan]) -> None:
     """
     for plan in plans:
         for name in plan.schema.names:
-            if name in RESERVED:
+            if name in ADDED_COLUMNS:
                 raise UserError(
-                    f"{plan.file.url}: column {name!r} has the name of an output column; "
-                    f"rename it in the input, for example to {'input_' + name!r}"
+                    f"{plan.file.url}: column {name!r} has the name of an output column; rename it "
+                    f"in the input, or, if another job wrote it, set input.prefix: with input_ it "
+                    f"is read as {'input_' + name!r}"
                 )
 
 
@@ -89,7 +89,7 @@ _NO_OBJECT = "the line is not a JSON object, is nested too deeply, or has half o
 
 def line_error(line: str) -> RowError:
     """Why a line of JSONL was kept as text."""
-    taken = sorted(RESERVED & (parse_line(line.encode()) or {}).keys())
+    taken = sorted(ADDED_COLUMNS & (parse_line(line.encode()) or {}).keys())
     if taken:
         why = f"the line has a key {taken[0]!r}, the name of an output column; rename it"
         return RowError("ReservedColumn", why)

@@ -26,6 +26,13 @@ class InputConfig(Section):
         "sampling. `null`: rows with columns; one of the next three keys says what "
         "the prompt is.",
     )
+    prefix: str | None = Field(
+        default=None,
+        min_length=1,
+        description="For inputs that another job wrote, its `completions/`: what comes before the "
+        "names of the columns that it added. With `draft_`, its `completion` is `draft_completion` "
+        "here, its `row_id` `draft_row_id`, and so on.",
+    )
     messages_column: str | None = Field(
         default=None,
         description="Column of chat messages, a list of `{role, content}`. The target's chat "
@@ -67,6 +74,7 @@ class InputConfig(Section):
             if getattr(self, name) is not None
         ]
         if self.format is not None:
+            given += ["prefix"] if self.prefix is not None else []
             if given:
                 raise ValueError(f"{given[0]} does not go with format {self.format}; remove it")
             return self

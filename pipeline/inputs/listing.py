@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
+from pipeline.layout import ADDED_COLUMNS
 from pipeline.storage.folder import check_access, find_files, locate
 from pipeline.storage.search import StoredFile
 
@@ -30,6 +31,7 @@ class InputFile:
         format: "parquet" or "jsonl".
         size: bytes.
         modified: nanoseconds since the epoch (whole seconds on S3); 0: not known.
+        prefix: what comes before the names of columns that an earlier job added (`read_as`).
     """
 
     url: str
@@ -37,13 +39,31 @@ class InputFile:
     format: str
     size: int
     modified: int = 0
+    prefix: str = ""
 
 
-def list_inputs(patterns: Sequence[str], s3: S3Config) -> list[InputFile]:
+def read_as(name: str, prefix: str) -> str:
+    """What a job calls a column of an input file.
+
+    Args:
+        name: in the file.
+        prefix: what comes before the names of columns that an earlier job added; empty: nothing.
+    """
+    return prefix + name if name in ADDED_COLUMNS else name
+
+
+def list_inputs(
+    patterns: Sequence[str], s3: S3Config, prefix: str | None = None
+) -> list[InputFile]:
     """All files that the patterns name, each once, ordered by name.
 
     Folders are searched for .parquet, .jsonl and .ndjson files at any depth; files and folders
     whose names begin with "." or "_" are left out, as everywhere in this ecosystem.
+
+    Args:
+        patterns: files, folders and globs, local or s3://.
+        s3: how to reach files on S3.
+        prefix: of the files.
 
     Raises:
         UserError: a pattern that matches nothing, a file of another kind, S3 out of reach.
@@ -55,7 +75,7 @@ def list_inputs(patterns: Sequence[str], s3: S3Config) -> list[InputFile]:
             found.setdefault(file.url, file)
     shared = {name for name, n in Counter(f.name for f in found.values()).items() if n > 1}
     files = [_distinct(f) if f.name in shared else f for f in found.values()]
-    return sorted(files, key=lambda f: f.name)
+    return sorted((replace(f, prefix=prefix or "") for f in files), key=lambda f: f.name)
 
 
 def _distinct(file: InputFile) -> InputFile:

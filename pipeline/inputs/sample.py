@@ -51,8 +51,8 @@ def sample_rows(
 
     Args:
         paths: files, folders and globs, local or s3://.
-        how: `format`, `messages_column`, `prompt_column` or `template` as in a job file; none: a
-            column called messages, or else one called prompt.
+        how: `format`, `prefix`, `messages_column`, `prompt_column` or `template` as in a job file;
+            without a prompt: a column called messages, or else one called prompt.
         s3: how to reach files on S3.
         count: most rows.
         seed: of the choice and the order.
@@ -61,8 +61,8 @@ def sample_rows(
         UserError: no files, no such column, or unreadable files.
     """
     s3 = resolved(s3, *paths)
-    plans = plan_files(list_inputs(paths, s3), s3, UNIT_ROWS)
-    if not any(how.values()):
+    plans = plan_files(list_inputs(paths, s3, how.get("prefix")), s3, UNIT_ROWS)
+    if not any(value for key, value in how.items() if key != "prefix"):
         how = _usual_columns(plans[0].schema.names, plans[0].file.url)
     config = InputConfig.model_validate({"paths": tuple(paths), **how})
     if config.format is not None:

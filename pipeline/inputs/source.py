@@ -16,7 +16,7 @@ from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.blocks import UnitRows
 from pipeline.inputs.jsonl import BOM, is_row, parse_line, to_table
-from pipeline.inputs.listing import check_unchanged
+from pipeline.inputs.listing import check_unchanged, read_as
 from pipeline.inputs.openai_requests import LINES_SCHEMA, REQUEST
 from pipeline.inputs.units import Unit, readable
 from pipeline.storage.folder import locate
@@ -155,7 +155,7 @@ def _read_parquet(units: list[Unit], s3: S3Config) -> Iterator[UnitRows]:
                 pieces.append(batch.slice(low, high - low))
                 if unit.skip + unit.rows > batch_end:
                     break
-                yield UnitRows(unit, _whole(pieces), {})
+                yield UnitRows(unit, _whole(pieces, unit.prefix), {})
                 following = next(wanted, None)
                 if following is None:
                     return
@@ -163,10 +163,11 @@ def _read_parquet(units: list[Unit], s3: S3Config) -> Iterator[UnitRows]:
             position = batch_end
 
 
-def _whole(pieces: list[pa.RecordBatch]) -> pa.Table:
+def _whole(pieces: list[pa.RecordBatch], prefix: str) -> pa.Table:
     # pandas and Hugging Face describe the whole file's columns in the schema's metadata; with
     # columns added that description would be wrong.
-    return pa.Table.from_batches(pieces).replace_schema_metadata(None)
+    table = pa.Table.from_batches(pieces).replace_schema_metadata(None)
+    return table.rename_columns([read_as(name, prefix) for name in table.column_names])
 
 
 def parse_jsonl(
@@ -177,6 +178,11 @@ def parse_jsonl(
     if schema is not None and schema.equals(LINES_SCHEMA, check_metadata=True):
         return _whole_lines(unit, lines)
     parsed = [parse_line(line) for line in lines]
+    if unit.prefix:
+        parsed = [
+            row and {read_as(name, unit.prefix): value for name, value in row.items()}
+            for row in parsed
+        ]
     parsed = [None if row and reserved & row.keys() else row for row in parsed]
     table = to_table([row or {} for row in parsed], schema or pa.schema([]))
     malformed = {

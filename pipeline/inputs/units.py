@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.jsonl import is_row, jsonl_schema
-from pipeline.inputs.listing import InputFile
+from pipeline.inputs.listing import InputFile, read_as
 from pipeline.inputs.openai_requests import LINES_SCHEMA
 from pipeline.storage.folder import locate
 
@@ -61,7 +61,7 @@ class Unit:
         offset: where reading starts: first row group (Parquet) or byte (JSONL).
         end: where it ends: one past the last row group or byte.
         skip: rows before `start` in the first row group; 0 for JSONL.
-        size, modified: of the file when it was planned (`InputFile`).
+        size, modified, prefix: of the file when it was planned (`InputFile`).
         generation: how often its files were replaced when this work on it is committed.
         only: the rows to complete, by their index in it; None: all.
     """
@@ -77,6 +77,7 @@ class Unit:
     skip: int = 0
     size: int = 0
     modified: int = 0
+    prefix: str = ""
     generation: int = 0
     only: tuple[int, ...] | None = None
 
@@ -142,6 +143,8 @@ def plan_files(files: Sequence[InputFile], s3: S3Config, unit_rows: int) -> list
                 plan = _plan_jsonl(file, s3, unit_rows)
         # Most files of a job have the same schema: it is kept once.
         schema = plan.schema.remove_metadata()
+        if file.prefix:
+            schema = pa.schema([f.with_name(read_as(f.name, file.prefix)) for f in schema])
         return replace(plan, schema=known.setdefault(schema, schema))
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -183,6 +186,7 @@ def _plan_parquet(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
             skip=cut.skip,
             size=file.size,
             modified=file.modified,
+            prefix=file.prefix,
         )
         for cut in cut_row_groups(groups, unit_rows)
     )
@@ -263,6 +267,7 @@ def _plan_jsonl(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
             end=limit,
             size=file.size,
             modified=file.modified,
+            prefix=file.prefix,
         )
         for (start, offset), (end, limit) in pairwise(bounds)
     )
@@ -297,7 +302,8 @@ def check_columns(plans: Iterable[FilePlan], required: Iterable[str]) -> None:
         names = plan.schema.names
         repeated = sorted(name for name, count in Counter(names).items() if count > 1)
         if repeated:
-            raise UserError(f"{plan.file.url}: two columns are named {repeated[0]!r}; rename one")
+            fix = "take another input.prefix" if plan.file.prefix else "rename one"
+            raise UserError(f"{plan.file.url}: two columns are named {repeated[0]!r}; {fix}")
         for column in required:
             if column not in names and plan.rows:
                 have = ", ".join(names) or "none"

@@ -14,13 +14,13 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.commit.retry import RetrySink
-from pipeline.commit.schema import RESERVED
 from pipeline.commit.sink import CommitSink
 from pipeline.errors import JobStopped, UserError
 from pipeline.generate.actor import GenerateActor
 from pipeline.generate.pool import actor_options, give_back
 from pipeline.inputs.source import UnitDatasource
 from pipeline.inputs.units import Unit
+from pipeline.layout import ADDED_COLUMNS
 from pipeline.observe.ledger import Run
 from pipeline.observe.monitor import start_monitor
 from pipeline.run.plan import JobPlan
@@ -93,7 +93,7 @@ def _write(
 ) -> None:
     job = plan.job
     schemas = {f.file.name: f.schema for f in plan.files if f.file.format == "jsonl"}
-    source = UnitDatasource(pending, schemas, job.s3, RESERVED)
+    source = UnitDatasource(pending, schemas, job.s3, ADDED_COLUMNS)
     # Reading and writing are mostly waiting. They ask for no CPU, so that actors may hold all of
     # them and the job still moves; instead they are few.
     few = 2 + job.actors.max_actors

@@ -55,7 +55,7 @@ def plan_job(job: JobConfig, *, extend: bool = False) -> JobPlan:
     check_output(job.output, job.input.paths)
     check_access(job.s3, job.output)
     output = open_folder(job.output, job.s3)
-    listed = list_inputs(job.input.paths, job.s3)
+    listed = list_inputs(job.input.paths, job.s3, job.input.prefix)
     left_out = set() if extend else set(_new_files(output, listed))
     files = plan_files([f for f in listed if f not in left_out], job.s3, job.unit_rows)
     if job.input.format is not None:

@@ -1,0 +1,89 @@
+"""Jobs in a chain: what one wrote is the input of the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.commit.schema import COMPLETION_COLUMNS, ERROR_COLUMNS
+from pipeline.config.job import JobConfig, S3Config
+from pipeline.errors import UserError
+from pipeline.inputs.jsonl import RAW_LINE
+from pipeline.inputs.listing import list_inputs
+from pipeline.inputs.row_ids import ROW_ID
+from pipeline.inputs.source import read_units
+from pipeline.inputs.units import plan_files
+from pipeline.layout import ADDED_COLUMNS
+from pipeline.run.plan import plan_job
+from tests.conftest import TinyModels
+from tests.pipeline.small_jobs import rows_of, run
+
+
+def job(target: str, source: Path, output: Path, template: str, **how: Any) -> dict[str, Any]:
+    return {
+        "input": {"paths": [str(source)], "template": template, **how},
+        "output": str(output),
+        "models": {"target": target},
+        "sampling": {"max_new_tokens": 3, "seed": 5, "temperature": 1.0, "n": 2},
+        "speculation": {"policy": "none"},
+        "actors": {"num_cpus": 2},
+    }
+
+
+@pytest.mark.ray
+def test_three_jobs_each_on_what_the_one_before_wrote(
+    local_ray: None, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    pq.write_table(pa.table({"q": ["a", "b"], "n": [1, 2]}), tmp_path / "in.parquet")
+    outputs = [tmp_path / "drafts", tmp_path / "verdicts", tmp_path / "reviews"]
+    run(job(tiny_models.target, tmp_path / "in.parquet", outputs[0], "{{ q }}"))
+    asked = "{{ q }}: {{ draft_completion }}"
+    drafts = outputs[0] / "completions"
+    run(job(tiny_models.target, drafts, outputs[1], asked, prefix="draft_"))
+    asked = "{{ draft_row_id }} {{ draft_completion }} {{ judge_completion }}"
+    verdicts = outputs[1] / "completions"
+    run(job(tiny_models.target, verdicts, outputs[2], asked, prefix="judge_"))
+
+    first, second, third = (rows_of(output) for output in outputs)
+    assert (len(first), len(second), len(third)) == (4, 8, 16)
+    for row in second.values():
+        draft = first[row["draft_row_id"]]
+        assert (row["q"], row["n"]) == (draft["q"], draft["n"])
+        assert row["draft_completion"] == draft["completion"]
+        assert row["draft_acceptance_rate"] is None
+    for row in third.values():
+        verdict = second[row["judge_row_id"]]
+        assert row["draft_completion"] == verdict["draft_completion"]
+        assert row["judge_completion"] == verdict["completion"]
+        assert row["judge_finish_reason"] == verdict["finish_reason"]
+    for output in outputs:
+        columns = set(pq.read_table(output / "completions").column_names)
+        assert columns > {"q", "n", "row_id", *COMPLETION_COLUMNS}
+
+    # Without a prefix, or with one that is taken, the message says what to do.
+    for how, message in (
+        ({}, r"'row_id' has the name of an output column.*input\.prefix"),
+        ({"prefix": "draft_"}, r"two columns are named 'draft_.*'; take another input\.prefix"),
+    ):
+        values = job(tiny_models.target, verdicts, tmp_path / "more", "{{ q }}", **how)
+        with pytest.raises(UserError, match=message):
+            plan_job(JobConfig.model_validate(values))
+
+
+def test_every_column_that_a_job_adds_can_be_renamed() -> None:
+    assert {ROW_ID, RAW_LINE, *COMPLETION_COLUMNS, *ERROR_COLUMNS} == ADDED_COLUMNS
+
+
+def test_lines_of_an_earlier_job_have_its_names_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"q": "x", "completion": "y", "attempts": 1}\n')
+    files = list_inputs([str(tmp_path)], S3Config(), "draft_")
+    (plan,) = plan_files(files, S3Config(), 10)
+    names = ["q", "draft_completion", "draft_attempts"]
+    assert plan.schema.names == names
+    (rows,) = read_units(list(plan.units), plan.schema, S3Config(), ADDED_COLUMNS)
+    assert rows.table.to_pylist() == [dict(zip(names, ["x", "y", 1], strict=True))]
+    assert not rows.raw_lines
