@@ -33,13 +33,13 @@ It is YAML. Three keys are required; all others have defaults.
 
 {example}
 
-`specbatch validate job.yaml` checks a job file in seconds and prints it with its defaults filled
-in. A wrong key or value is refused in one line, with the key and the fix.
+`specbatch validate job.yaml` checks a job file, its models, input and output, and prints it with
+its defaults filled in. A wrong key or value is refused in one line, with the key and the fix.
 
 - **Paths** are relative to the job file's folder, and those of `--set` to the folder you are in.
 - **Overrides.** `--set speculation.policy=none` replaces any key for one run; its value is YAML.
 - **A row's own sampling.** A column `sampling_params` (a struct or JSON) overrides `sampling` for
-  its row.
+  its row, by the same names.
 - **In your editor.** This first line makes editors complete and check keys, with the file that
   `specbatch schema > job.schema.json` writes: `# yaml-language-server: $schema=job.schema.json`
 """
@@ -68,6 +68,7 @@ CLI = """\
 | 1 | failed, or `verify` found something |
 | 2 | a mistake in what was asked |
 | 3 | stopped at the [budget](job-file.md#budget) |
+| 4 | [too many rows](operations/failures.md#too-many-errors) are in errors |
 | 130 | stopped by Ctrl-C or SIGTERM |
 """
 

@@ -10,8 +10,8 @@ from rich.markup import escape
 
 from jobs.job_file import load_job
 from jobs.reports.command import page_at_the_end, page_of
-from jobs.terminal.console import err, explained, out, stop_signals
-from jobs.terminal.options import JobFile, Overrides, Quiet
+from jobs.terminal.console import explained, note, out, stop_signals
+from jobs.terminal.options import JobFile, Overrides, Quiet, TakeOver
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 
@@ -42,6 +42,7 @@ def run(
             help="Accept input files that differ in their time of change only, as after a copy.",
         ),
     ] = False,
+    take_over: TakeOver = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a job, or what is missing of it.
@@ -57,6 +58,7 @@ def run(
         specbatch run job.yaml --only-failed    # rows in errors/, once more
         specbatch run job.yaml --extend         # with prompts that came since
         specbatch run job.yaml --set sampling.seed=1 --fork out/another-seed
+        specbatch run job.yaml --take-over      # from a run elsewhere that is to end
     """
     with explained("Committed rows are kept; run the same command again to resume."):
         job = load_job(file, overrides or [])
@@ -71,6 +73,7 @@ def run(
             only_failed=only_failed,
             extend=extend,
             same_content=same_content,
+            take_over=take_over,
             forked_from=original.output if fork is not None else None,
             job_folder=file.resolve().parent,
         )
@@ -78,20 +81,16 @@ def run(
         from jobs.terminal.display import progress_bar
 
         with progress_bar(quiet=quiet) as show, stop_signals() as stop, page_at_the_end(job):
-            result = run_job(job, mode=mode, progress=show.job, stop=stop, note=_note)
+            result = run_job(job, mode=mode, progress=show.job, stop=stop, note=note)
         if quiet:
             return
         if not result.units_run:
             out.print(_nothing_to_do(only_failed))
         if result.missing:
-            _note(f"{result.missing:,} units are not generated yet; without --only-failed they are")
+            note(f"{result.missing:,} units are not generated yet; without --only-failed they are")
         out.print(render(read_summary(result.output, job.s3)[0]))
         out.print(f"\nOutputs: {escape(result.output)}", highlight=False, soft_wrap=True)
         out.print(f"Report:  {escape(page_of(job))}", highlight=False, soft_wrap=True)
-
-
-def _note(line: str) -> None:
-    err.print(f"[yellow]note:[/] {escape(line)}", highlight=False, soft_wrap=True)
 
 
 def _nothing_to_do(only_failed: bool) -> str:

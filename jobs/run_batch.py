@@ -15,10 +15,10 @@ import typer
 from rich.markup import escape
 
 from jobs.job_file import build_job, s3_options
-from jobs.terminal.console import explained, out, stop_signals
-from jobs.terminal.options import Endpoint, Profile, Quiet
+from jobs.terminal.console import explained, note, out, stop_signals
+from jobs.terminal.options import Endpoint, Profile, Quiet, TakeOver
 from pipeline.config.job import JobConfig
-from pipeline.errors import UserError
+from pipeline.errors import TooManyErrors, UserError
 
 if TYPE_CHECKING:
     from pipeline.outputs.openai_responses import Written
@@ -68,6 +68,7 @@ def run_batch(
     ] = None,
     endpoint: Endpoint = None,
     profile: Profile = None,
+    take_over: TakeOver = False,
     quiet: Quiet = False,
 ) -> None:
     r"""Answer a request file of OpenAI's batch API.
@@ -102,7 +103,7 @@ def run_batch(
         }
         job = build_job(values, Path.cwd(), overrides or [], "run-batch")
         failed = errors or f"{responses.removesuffix('.jsonl')}.errors.jsonl"
-        _run(job, responses, failed, model, quiet)
+        _run(job, responses, failed, model, take_over, quiet)
 
 
 def _this_machine() -> dict[str, Any]:
@@ -116,14 +117,22 @@ def _this_machine() -> dict[str, Any]:
     return {}
 
 
-def _run(job: JobConfig, responses: str, errors: str, model: str, quiet: bool) -> None:
+def _run(
+    job: JobConfig, responses: str, errors: str, model: str, take_over: bool, quiet: bool
+) -> None:
     from jobs.reports.summary import render
     from jobs.terminal.display import progress_bar
     from pipeline.run.plan import plan_job
-    from pipeline.run.run import run_job
+    from pipeline.run.run import RunMode, run_job
 
-    with progress_bar(quiet=quiet) as show, stop_signals() as stop:
-        result = run_job(job, progress=show.job, stop=stop)
+    try:
+        with progress_bar(quiet=quiet) as show, stop_signals() as stop:
+            mode = RunMode(take_over=take_over)
+            result = run_job(job, mode=mode, progress=show.job, stop=stop, note=note)
+    except TooManyErrors as error:
+        if not error.missing:  # every request has its answer or its error
+            _write(plan_job(job), responses, errors, model)
+        raise
     written = _write(plan_job(job), responses, errors, model)
     if quiet:
         return

@@ -1,4 +1,4 @@
-"""What is not a bug: the user's mistake, the row's, and a job that was asked to stop."""
+"""What is not a bug: mistakes of the user's or a row's, too many of these, and a wish to stop."""
 
 from __future__ import annotations
 
@@ -37,6 +37,18 @@ class JobStopped(Exception):
 
 class BudgetReached(JobStopped):
     """The job stopped at its budget. The message says what was spent of it."""
+
+
+class TooManyErrors(Exception):
+    """More rows failed than the job allows. What is committed stays, and can be tried again.
+
+    Attributes:
+        missing: units that are not generated, because the job was stopped for its errors.
+    """
+
+    def __init__(self, message: str, missing: int = 0) -> None:
+        super().__init__(message)
+        self.missing = missing
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -19,13 +19,16 @@ from jobs.nightly.seeds import Picked, Prompt, Templates, TurnError
 from jobs.reports.summary import read_summary
 from pipeline import layout
 from pipeline.commit import manifest
+from pipeline.commit.failed_rows import commonest
 from pipeline.commit.footer import read_records
 from pipeline.commit.record import UnitRecord
 from pipeline.config.job import JobConfig
+from pipeline.errors import TooManyErrors
 from pipeline.inputs.prompts import row_seed
 from pipeline.inputs.row_ids import ROW_ID
+from pipeline.observe.error_share import too_many
 from pipeline.observe.progress import OnProgress
-from pipeline.run.run import JobResult, run_job
+from pipeline.run.run import JobResult, RunMode, run_job
 from pipeline.storage.folder import Folder
 
 MESSAGE = pa.struct({"role": pa.string(), "content": pa.string()})
@@ -156,6 +159,7 @@ def generate(
 
     Raises:
         UserError, JobStopped, JobFailed: as in `run_job`; the same call goes on from there.
+        TooManyErrors: more conversations were lost than the recipe's job allows rows to fail.
     """
     templates = Templates(recipe, work.date)
     active = [
@@ -168,8 +172,10 @@ def generate(
             break
         _write_input(work, turn, asked)
         tell = on_turn(turn) if on_turn is not None else None
-        done = run_job(_turn_job(job, recipe, work, turn), progress=tell, stop=stop)
-        _book(result, done, work.output(turn))
+        # All turns are judged together, and the dataset's lock is this run's.
+        mode = RunMode(any_errors=True, take_over=True)
+        done = run_job(_turn_job(job, recipe, work, turn), mode=mode, progress=tell, stop=stop)
+        _book(result, done, work.output(turn), recipe.job.max_error_share)
         active = []
         for conversation in _answered(asked, work.output(turn), turn):
             if not filters.keep(conversation.completions[-1], conversation.finish_reason):
@@ -223,10 +229,18 @@ def _turn_job(job: JobConfig, recipe: Recipe, work: WorkFolder, turn: int) -> Jo
     )
 
 
-def _book(result: Generated, done: JobResult, output: Folder) -> None:
+def _book(result: Generated, done: JobResult, output: Folder, most_errors: float) -> None:
     result.units_run += done.units_run
-    result.records += read_records(output, manifest.committed_ids(output))
+    records = read_records(output, manifest.committed_ids(output))
+    result.records += records
     result.lost.update(done.summary["errors_by_class"])
+    lost = result.lost.total()
+    if too_many(lost, result.begun - lost, most_errors):
+        why = commonest(output, records)
+        raise TooManyErrors(
+            f"{lost:,} of {result.begun:,} conversations could not be completed, more than "
+            f"job.max_error_share ({most_errors:g}). {why}"
+        )
     summary, _ = read_summary(output.url, output.s3)  # with what the ledger says of its cost
     result.costs.append(summary["cost"])
 

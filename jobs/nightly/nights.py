@@ -14,7 +14,7 @@ from jobs.nightly.lock import Lock, LockLost, locked
 from jobs.nightly.night import make_night, refresh, write_report
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.status import State, Status, notify, webhook_url
-from pipeline.errors import JobStopped, UserError
+from pipeline.errors import JobStopped, TooManyErrors, UserError
 
 Dates = Callable[[Archive], Sequence[Date]]
 """Says which nights are to be made, once the dataset is locked."""
@@ -140,4 +140,5 @@ def _size(night: Night) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    own_words = isinstance(error, UserError | TooManyErrors)
+    return str(error) if own_words else f"{type(error).__name__}: {error}"

@@ -310,7 +310,7 @@ class Recipe(Section):
         plain = self.model_dump(
             mode="json", include={"seeds", "templates", "job", "filters", "split"}
         )
-        for free in ("actors", "s3", "budget", "prices"):
+        for free in ("actors", "s3", "budget", "prices", "max_error_share"):
             plain["job"].pop(free)
         return digest(plain)
 

@@ -18,7 +18,7 @@ from jobs.terminal.options import AsJson
 from pipeline import layout
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.config.prices import Prices
-from pipeline.errors import JobStopped, UserError
+from pipeline.errors import JobStopped, TooManyErrors, UserError
 
 
 class ReportCommand(TyperCommand):
@@ -107,7 +107,7 @@ def page_at_the_end(job: JobConfig) -> Iterator[None]:
     """Write the job's page when it is done or was stopped. No job fails for its page."""
     try:
         yield
-    except JobStopped:
+    except (JobStopped, TooManyErrors):
         _try_page(job)
         raise
     _try_page(job)

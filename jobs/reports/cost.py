@@ -88,7 +88,8 @@ class RunCost:
     Attributes:
         run: its id.
         began, ended: seconds since the epoch.
-        end: "done", "stopped", "budget", "failed", "running" or "unknown" (its driver was killed).
+        end: "done", "stopped", "budget", "errors" (too many), "failed", "running" or "unknown" (its
+            driver was killed).
         holders: processes that held resources.
         seconds_held: their seconds, together.
         cost: and what these cost.

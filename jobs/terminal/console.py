@@ -12,13 +12,25 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.errors import BudgetReached, JobStopped, UserError
+from pipeline.errors import BudgetReached, JobStopped, TooManyErrors, UserError
 
-USER_ERROR, FAILURE, OVER_BUDGET, INTERRUPTED = 2, 1, 3, 130
-"""Exit codes: a mistake in what was asked, any other failure, a budget reached, a signal."""
+FAILURE, USER_ERROR, OVER_BUDGET, TOO_MANY_ERRORS, INTERRUPTED = 1, 2, 3, 4, 130
+"""Exit codes: a mistake in what was asked is 2, a budget reached 3, more failed rows than the job
+allows 4, a stop 130, and any other failure 1."""
+
+EXIT_CODES = (FAILURE, USER_ERROR, OVER_BUDGET, TOO_MANY_ERRORS, INTERRUPTED)
+"""All but that of success."""
+
+HOPELESS = (USER_ERROR, OVER_BUDGET, TOO_MANY_ERRORS)
+"""Those that the same command would have again, until somebody changes something."""
 
 out = Console()
 err = Console(stderr=True)
+
+
+def note(line: str) -> None:
+    """Print what the user should know, though nothing is wrong."""
+    err.print(f"[yellow]note:[/] {escape(line)}", highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -37,8 +49,12 @@ def explained(resume: str | None = None) -> Iterator[None]:
         message = f"{reached}. What was in flight is committed; to go on, raise the budget."
         err.print(f"\n[yellow]stopped[/] at {escape(message)}", highlight=False, soft_wrap=True)
         raise typer.Exit(OVER_BUDGET) from None
-    except (KeyboardInterrupt, JobStopped):
-        err.print(f"\n[yellow]stopped[/] {escape(resume or '')}", highlight=False, soft_wrap=True)
+    except TooManyErrors as error:
+        err.print(f"[bold red]failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(TOO_MANY_ERRORS) from None
+    except (KeyboardInterrupt, JobStopped) as stop:
+        why = str(stop) or resume or ""
+        err.print(f"\n[yellow]stopped[/] {escape(why)}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
         if os.environ.get("SPECBATCH_DEBUG"):

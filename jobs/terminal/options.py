@@ -30,4 +30,11 @@ Endpoint = Annotated[
 ]
 Profile = Annotated[str | None, typer.Option(help="AWS profile to use.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+TakeOver = Annotated[
+    bool,
+    typer.Option(
+        "--take-over",
+        help="Begin even if another run is at work on the output. That one stops, as after Ctrl-C.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")]

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline import layout
 from pipeline.commit import manifest
+from pipeline.commit.failed_rows import check_failed_rows
 from pipeline.commit.files import parquet_bytes
 from pipeline.commit.footer import Inconsistent, read_records
 from pipeline.commit.provenance import commits
@@ -19,6 +20,7 @@ from pipeline.commit.record import UnitFile, UnitRecord
 from pipeline.commit.stats import stats_tables, summarise
 from pipeline.config.job import JobConfig
 from pipeline.config.model_identity import digest
+from pipeline.errors import TooManyErrors
 from pipeline.inputs.units import Unit
 from pipeline.storage.folder import Folder
 
@@ -32,9 +34,12 @@ def finish(
     units: Sequence[Unit],
     mark: dict[str, Any],
     checksums: Mapping[str, str],
+    most_errors: float | None = None,
     job_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Check that every row is accounted for; write statistics, manifest and `_SUCCESS`.
+
+    With more rows in errors than the job allows, all is written but `_SUCCESS`.
 
     Args:
         output: the folder; all units are committed.
@@ -42,6 +47,7 @@ def finish(
         units: its units.
         mark: its fingerprint.
         checksums: SHA-256 of files, where it is known; other files are read.
+        most_errors: the largest share of rows that may have failed; None: any.
         job_folder: where the job file is, for the record of what it was made from.
 
     Returns:
@@ -49,6 +55,7 @@ def finish(
 
     Raises:
         Inconsistent: the files do not add up.
+        TooManyErrors: more rows failed than the job allows.
     """
     missing = {unit.id for unit in units} - manifest.committed(output, units)
     if missing:
@@ -93,8 +100,14 @@ def finish(
         "stats": tables,
     }
     output.put(layout.MANIFEST, json.dumps(listing, indent=1).encode())
-    output.put(layout.SUCCESS, b"")
     output.clear_staging()
+    if most_errors is not None:
+        try:
+            check_failed_rows(output, records, most_errors)
+        except TooManyErrors:
+            output.delete(layout.SUCCESS)  # of an earlier run, which allowed more
+            raise
+    output.put(layout.SUCCESS, b"")
     return summary
 
 

@@ -101,6 +101,13 @@ class JobConfig(Section):
         ge=1,
         description="Rows that are committed together, about. Each unit is one output file.",
     )
+    max_error_share: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Largest share of rows in `errors/` with which the job succeeds. A job in "
+        "which no row was completed never does.",
+    )
     budget: BudgetConfig | None = Field(
         default=None, description="What the job may spend. `null`: no cap."
     )

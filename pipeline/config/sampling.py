@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, GetJsonSchemaHandler, field_validator, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from pipeline.config.section import Section, StringList, example
 from specdec.request import stop_fault
 
 MAX_SAMPLES = 10_000
 """Most samples of one prompt. A unit holds all samples of its rows: lower unit_rows with many."""
+
+
+LENGTH, _OTHER_LENGTHS = "max_new_tokens", ("max_tokens", "max_completion_tokens")
+"""What the most tokens of a row are called here, and elsewhere; all of these names are taken."""
+
+
+def one_length(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a sampling in which the most tokens of a row have their one name.
+
+    Raises:
+        ValueError: two of its names are given, and they disagree.
+    """
+    given = {name: values[name] for name in (LENGTH, *_OTHER_LENGTHS) if name in values}
+    if any(value != next(iter(given.values())) for value in given.values()):
+        said = " and ".join(f"{name} {value}" for name, value in given.items())
+        raise ValueError(f"{said} are the same setting; give one of them")
+    kept = {name: value for name, value in values.items() if name not in _OTHER_LENGTHS}
+    return {**kept, LENGTH: next(iter(given.values()))} if given else kept
 
 
 class SamplingConfig(Section):
@@ -65,6 +88,22 @@ class SamplingConfig(Section):
         description="Samples of each prompt, each an output row of its own. With many, lower "
         "`unit_rows`.",
     )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """With the other names of the most tokens, for editors."""
+        schema = handler.resolve_ref_schema(handler(core))
+        keys = schema["properties"]
+        other = {**keys[LENGTH], "description": f"Another name of `{LENGTH}`."}
+        schema["properties"] = {LENGTH: None, **dict.fromkeys(_OTHER_LENGTHS, other), **keys}
+        return schema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_others(cls, values: Any) -> Any:
+        return one_length(values) if isinstance(values, dict) else values
 
     @field_validator("stop")
     @classmethod

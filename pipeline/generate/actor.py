@@ -117,7 +117,9 @@ class GenerateActor:
         if outcomes is None:
             return UnitFiles(rows.unit.id, ()).to_block()
         files = await asyncio.to_thread(self._files, rows, outcomes, started)
-        await self._tell("end", rows.unit.id)
+        samples = [outcome for row in outcomes for outcome in row]
+        failed = sum(isinstance(outcome, Failed) for outcome in samples)
+        await self._tell("end", rows.unit.id, len(samples), failed)
         return files.to_block()
 
     async def _outcomes(self, rows: UnitRows) -> Outcomes | None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.config.job import MAX_SAMPLES, InputConfig, SamplingConfig
+from pipeline.config.sampling import one_length
 from pipeline.config.templates import PromptTemplate
 from pipeline.errors import RowError, UserError, nearest
 from pipeline.inputs.messages import check_messages, spellings
@@ -254,7 +255,10 @@ def _override(cell: Any) -> dict[str, Any]:
     if not isinstance(cell, dict):
         kind = type(cell).__name__
         raise RowError("InvalidSampling", f"{SAMPLING_COLUMN} is a {kind}, not an object")
-    return {key: value for key, value in cell.items() if value is not None}
+    try:
+        return one_length({key: value for key, value in cell.items() if value is not None})
+    except ValueError as error:
+        raise RowError("InvalidSampling", str(error)) from None
 
 
 def row_seed(job_seed: int, row_id: str) -> int:

@@ -165,7 +165,7 @@ class Run:
         run: its id, which begins with its time.
         began: seconds since the epoch.
         ended: None: it runs, or its driver was killed.
-        end: "done", "stopped", "budget" or "failed"; None with `ended`.
+        end: "done", "stopped", "budget", "errors" (too many) or "failed"; None with `ended`.
         prices: the price table it ran with.
         budget: its budget, if it had one.
         accounts: of its processes.

@@ -41,6 +41,7 @@ class Posted:
         tally: what the actors did; None before the first report.
         accounts: of the actors' processes, for the ledger.
         begun: rows of all units that were begun.
+        failed: rows that failed, of those of them that have ended.
         in_flight: units begun and not yet committed.
         stopping: whether no more units begin.
     """
@@ -48,6 +49,7 @@ class Posted:
     tally: Tally | None
     accounts: tuple[Account, ...]
     begun: int
+    failed: int
     in_flight: int
     stopping: bool
 
@@ -65,6 +67,7 @@ class Monitor:
         self._tallies: dict[str, Tally] = {}
         self._accounts: dict[str, Account] = {}
         self._begun: dict[str, int] = {}
+        self._failed: dict[str, int] = {}
         self._user_error: str | None = None
         self._attempts = Attempts()
         self._units = 0
@@ -116,9 +119,10 @@ class Monitor:
         """They were completed."""
         self._attempts.passed(unit)
 
-    def end(self, unit: str) -> None:
-        """An attempt has completed its unit."""
+    def end(self, unit: str, rows: int, failed: int) -> None:
+        """An attempt has completed its unit, which had so many rows, some of which failed."""
         self._starts = 0
+        self._begun[unit], self._failed[unit] = rows, failed
         self._attempts.end(unit)
 
     def committed(self, units: list[str]) -> None:
@@ -139,6 +143,7 @@ class Monitor:
             tally,
             tuple(self._accounts.values()),
             sum(self._begun.values()),
+            sum(self._failed.values()),
             self._attempts.in_flight,
             self._stopping,
         )

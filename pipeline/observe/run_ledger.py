@@ -13,11 +13,14 @@ from dataclasses import asdict, replace
 
 from pipeline.config.job import JobConfig
 from pipeline.config.prices import Hardware, default_prices
-from pipeline.errors import BudgetReached, JobStopped, UserError
+from pipeline.errors import BudgetReached, JobStopped, TooManyErrors, UserError
 from pipeline.observe.ledger import Account, Run, new_run, read_ledger, reconcile, write_run
 from pipeline.observe.monitor import Observer, Posted
 from pipeline.observe.ray_events import Lifetime, actor_lifetimes
 from pipeline.storage.folder import Folder
+
+_ENDS: dict[type, str] = {BudgetReached: "budget", TooManyErrors: "errors"}
+"""What the ledger calls the end of a run that was told to stop, by why it was."""
 
 
 class RunLedger(Observer):
@@ -42,7 +45,7 @@ class RunLedger(Observer):
             budget=job.budget.model_dump() if job.budget else None,
         )
         self.earlier = read_ledger(output)
-        self.stopped_by: JobStopped | UserError | None = None
+        self.stopped_by: JobStopped | TooManyErrors | UserError | None = None
         self._output = output
         self._accounts: dict[str, Account] = {}
 
@@ -63,7 +66,7 @@ class RunLedger(Observer):
         """Enter the run into the ledger, and at the end of the block how it ended.
 
         Raises:
-            BudgetReached: in place of `JobStopped`, if that was why.
+            BudgetReached, TooManyErrors: in place of `JobStopped`, if that was why.
             UserError: the same, if hardware has no price and there is a budget in money.
         """
         for run in self.earlier:
@@ -75,7 +78,7 @@ class RunLedger(Observer):
             yield
             end = "done"
         except JobStopped:
-            end = "budget" if isinstance(self.stopped_by, BudgetReached) else "stopped"
+            end = _ENDS.get(type(self.stopped_by), "stopped")
             raise self.stopped_by or JobStopped() from None
         except KeyboardInterrupt:
             end = "stopped"

@@ -4,6 +4,9 @@ _specbatch/status.json      the running driver's account of itself, renewed ever
 _specbatch/stop             written anew: the driver begins no more units, commits those in flight
                             and ends
 
+A driver that finds another's account in place of its own was taken over (`run --take-over`), and
+ends in the same way.
+
 They are for eyes and for stopping only. What is done is what is committed; see
 `pipeline.commit.manifest`. A job never fails for them: a record that cannot be written is written
 later, or not.
@@ -21,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
 
-from pipeline.errors import JobStopped, UserError
+from pipeline.errors import JobStopped, TooManyErrors, UserError
 from pipeline.layout import STATUS, STOP
 from pipeline.observe.monitor import Observer, Posted
 from pipeline.observe.progress import JobProgress, OnProgress
@@ -81,6 +84,11 @@ class JobStatus:
     message: str | None = None
 
     @property
+    def run(self) -> tuple[str, int, float]:
+        """What tells one run from another."""
+        return self.host, self.pid, self.started
+
+    @property
     def alive(self) -> bool:
         """Whether a driver was at work when the record was written."""
         return self.state in {"running", "stopping"}
@@ -124,7 +132,7 @@ class StatusFile(Observer):
         units: how many there are.
         units_before: how many earlier runs committed.
         progress: told what `tell` is told.
-        stop: set when the run is asked to stop by `_specbatch/stop`.
+        stop: set when the run is asked to stop by `_specbatch/stop`, or was taken over.
     """
 
     def __init__(
@@ -143,6 +151,8 @@ class StatusFile(Observer):
         self._started = time.time()
         self._reachable = True
         self._old_wish: bytes | None = None
+        self._before: JobStatus | None = None
+        self._taken_over: JobStatus | None = None
         self._renewal: threading.Thread | None = None
 
     @property
@@ -156,15 +166,26 @@ class StatusFile(Observer):
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Say at the end of the block how it ended."""
-        # One that is there already was meant for an earlier run.
+        """Say at the end of the block how it ended.
+
+        Raises:
+            JobStopped: with words, in place of one without, if another run has taken over.
+        """
+        # Those that are there already were meant for an earlier run, or are an earlier run's.
         self._old_wish = self._quietly(lambda: self._output.read(STOP))
+        self._before = self._quietly(lambda: read_status(self._output))
         state, message = "failed", None
         try:
             yield
             state = "finished"
         except (JobStopped, KeyboardInterrupt) as stop:
             state, message = "stopped", str(stop) or None
+            if (by := self._taken_over) is not None:
+                words = f"process {by.pid} on {by.host} has taken this job over and does the rest"
+                raise JobStopped(words) from None
+            raise
+        except TooManyErrors as error:
+            message = str(error)[:_MESSAGE_CHARS]
             raise
         except BaseException as error:
             message = f"{type(error).__name__}: {error}"[:_MESSAGE_CHARS]
@@ -192,11 +213,26 @@ class StatusFile(Observer):
         wish = self._quietly(lambda: self._output.read(STOP))
         if wish not in (None, self._old_wish):
             self._stop.set()
+        self._look_for_another()
         self._quietly(lambda: self._write("stopping" if self._stop.is_set() else "running"))
 
+    def _look_for_another(self) -> None:
+        """Stop if the record is neither this run's nor the one that was there when it began."""
+        there = self._quietly(lambda: read_status(self._output))
+        known = {self._me, self._before.run if self._before else None}
+        if there is not None and there.run not in known:
+            self._taken_over = there
+            self._stop.set()
+
     def _write(self, state: str, message: str | None = None) -> None:
+        if self._taken_over is not None:
+            return  # it is the other run's account now
         record = self._record(state, message)
         self._output.put(STATUS, json.dumps(asdict(record), indent=1).encode())
+
+    @property
+    def _me(self) -> tuple[str, int, float]:
+        return socket.gethostname(), os.getpid(), self._started
 
     def _quietly(self, do: Callable[[], T]) -> T | None:
         try:
@@ -210,6 +246,7 @@ class StatusFile(Observer):
     def _record(self, state: str, message: str | None) -> JobStatus:
         progress = self._progress
         tally = progress.tally
+        host, pid, started = self._me
         return JobStatus(
             name=self._name,
             state=state,
@@ -226,9 +263,9 @@ class StatusFile(Observer):
             tokens_per_second=progress.tokens_per_second,
             acceptance_rate=tally.counts.acceptance_rate,
             seconds_left=progress.seconds_left,
-            started=self._started,
+            started=started,
             updated=time.time(),
-            host=socket.gethostname(),
-            pid=os.getpid(),
+            host=host,
+            pid=pid,
             message=message,
         )

@@ -140,4 +140,5 @@ def check_strays(
 def check_finished(found: Verification) -> None:
     """The job has come to its end."""
     if not found.finished:
-        found.add([Problem("unfinished", layout.SUCCESS, "not there: run the job to its end")])
+        why = "not there: run the job to its end, which also says if too many of its rows failed"
+        found.add([Problem("unfinished", layout.SUCCESS, why)])

@@ -115,7 +115,14 @@ VALUES: list[tuple[str, object, str]] = [
     # ---- names of keys and kinds of values
     ("outputs", "x", "outputs: unknown key; did you mean 'output'?"),
     ("actors.num_gpu", 1, "actors.num_gpu: unknown key; did you mean 'num_gpus'?"),
-    ("sampling.max_tokens", 1, "sampling.max_tokens: unknown key; did you mean 'max_new_tokens'?"),
+    ("sampling.max_token", 1, "sampling.max_token: unknown key; did you mean 'max_new_tokens'?"),
+    (
+        "sampling",
+        {"max_tokens": 4, "max_new_tokens": 8},
+        "sampling: max_new_tokens 8 and max_tokens 4 are the same setting; give one of them",
+    ),
+    ("sampling.max_completion_tokens", 0, "sampling.max_new_tokens: input should be greater than"),
+    ("max_error_share", 50, "max_error_share: input should be less than or equal to 1"),
     ("sampling", None, "sampling: must be a section of keys and values (leave it out for"),
     ("actors", [1], "actors: must be a section of keys and values"),
     ("models", "gpt", "models: must be a section of keys and values"),

@@ -118,6 +118,9 @@ GOOD_VALUES: list[tuple[str, Any]] = [
     ("prices", "ours.yaml"),
     ("prices", {"source": "us", "date": "2026-11-01", "gpus": {"L4": 0.8}, "cpu_hour": 0.04}),
     ("budget", None),
+    ("sampling.max_tokens", 5),
+    ("sampling.max_completion_tokens", 5),
+    ("max_error_share", 0),
     ("speculation.threshold", None),
 ]
 
@@ -133,7 +136,9 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("models.target", None),
     ("sampling", None),
     ("sampling.top_p", 0),
-    ("sampling.max_tokens", 5),
+    ("sampling.max_token", 5),
+    ("sampling.max_tokens", 0),
+    ("max_error_share", 50),
     ("sampling.stop", {"a": 1}),
     ("speculation.policy", "fast"),
     ("speculation.k", 99),

@@ -277,7 +277,8 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
                     {"ignore_eos": "yes"},
                     {"seed": "x"},
                     {"temprature": 1},
-                    {"max_tokens": 3},
+                    {"max_token": 3},
+                    {"max_tokens": 3, "max_new_tokens": 4},
                     {"best_of": 2},
                     {"stop": ["\ud800"]},
                     {"stop": ["\ufffd"]},
@@ -292,7 +293,7 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
                 )
             )
         ),
-        ["InvalidSampling"] * 36,
+        ["InvalidSampling"] * 37,
     ),
     "sampling-extremes.jsonl": (
         jsonl(

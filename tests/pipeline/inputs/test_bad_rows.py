@@ -75,6 +75,7 @@ def test_every_row_becomes_what_the_table_says(
         "sampling": {"max_new_tokens": 4},
         "speculation": {"policy": "fixed", "k": 2, "verification": "coupled"},
         "actors": {"num_cpus": 2},
+        "max_error_share": 1,
     }
     run(values)
     expected = {

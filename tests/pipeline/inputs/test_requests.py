@@ -71,6 +71,24 @@ def test_a_rows_own_sampling(
     assert made.count(row) == 3
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_the_names_that_others_have_for_the_most_tokens(
+    tokenizer: Any, name: str, as_text: bool
+) -> None:
+    made = requests(tokenizer, prompt_column="p")
+
+    def of(own: dict[str, Any]) -> int:
+        cell = json.dumps(own) if as_text else own
+        request, _ = made.of({"p": "hi", "sampling_params": cell}, NAME)
+        return request.sampling.max_new_tokens
+
+    assert of({name: 7.0}) == of({name: 7, "max_new_tokens": 7}) == 7
+    assert of({name: None, "max_new_tokens": 7}) == 7  # as Arrow fills what a row does not have
+    with pytest.raises(RowError, match=f"max_new_tokens 8 and {name} 7 are the same setting"):
+        of({name: 7, "max_new_tokens": 8})
+
+
 def test_a_line_of_a_batch_brings_prompt_and_sampling(tokenizer: Any) -> None:
     made = requests(tokenizer, format="openai")
     assert made.columns == ["request", "sampling_params"]

@@ -69,13 +69,13 @@ def test_an_observer_that_fails_is_reported_and_left_out(monkeypatch: pytest.Mon
 
 def test_what_was_posted_is_the_sum_of_what_actors_say() -> None:
     monitor = Monitor(actors=2)
-    assert monitor.look() == Posted(None, (), 0, 0, False)
+    assert monitor.look() == Posted(None, (), 0, 0, 0, False)
     monitor.begin("u", 4)
     monitor.begin("v", 2)
     monitor.post("a", Tally(rows=3, errors=1))
     monitor.post("a", Tally(rows=4, errors=1))
     monitor.post("b", Tally(rows=2))
-    monitor.end("u")
+    monitor.end("u", 4, 1)
     posted = monitor.look()
     assert posted.tally == Tally(rows=6, errors=1)
     assert (posted.begun, posted.in_flight) == (6, 2)

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,33 @@ def test_a_wish_meant_for_an_earlier_run_is_not(
         assert not it.stop.is_set()
         request_stop(output)
         until(it.stop.is_set)
+
+
+def test_a_run_that_is_taken_over_stops_and_leaves_the_record_to_the_other(
+    output: Folder, until: Callable[[Callable[[], object]], None]
+) -> None:
+    with Run(output):
+        pass  # an earlier one, whose record is no reason to stop
+    it = Run(output)
+    with pytest.raises(JobStopped, match="process 7 on elsewhere has taken this job over"), it:
+        until(lambda: state_of(output) == "running")
+        mine = read_status(output)
+        assert mine is not None
+        others = json.dumps(vars(mine) | {"host": "elsewhere", "pid": 7}).encode()
+        output.put(STATUS, others)
+        until(it.stop.is_set)
+        raise JobStopped  # as a job does then
+    assert output.read(STATUS) == others
+
+
+def test_of_two_runs_that_begin_together_one_goes_on(
+    output: Folder, until: Callable[[Callable[[], object]], None]
+) -> None:
+    one, other = Run(output), Run(output)
+    with suppress(JobStopped), one, suppress(JobStopped), other:
+        until(lambda: one.stop.is_set() or other.stop.is_set())
+        time.sleep(0.2)  # ten more looks
+        assert one.stop.is_set() != other.stop.is_set()
 
 
 def test_no_run_fails_for_its_status(
