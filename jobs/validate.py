@@ -14,9 +14,11 @@ from pipeline.errors import UserError
 
 
 def validate(file: JobFile, overrides: Overrides = None) -> None:
-    """Check a job file in seconds: its keys, models, input and output. Loads no model.
+    """Check a job file, its models, input and output, as `run` does before it starts anything.
 
-    Prints the job with its defaults filled in, or one line for each mistake. Starts nothing.
+    Prints the job with its defaults filled in, or one line for each mistake. It takes seconds,
+    unless there are many gigabytes of JSONL, whose lines are counted. No model is loaded, and the
+    hub is not asked.
 
     For example:
 
@@ -26,25 +28,19 @@ def validate(file: JobFile, overrides: Overrides = None) -> None:
         job = load_job(file, overrides or [])
         for name in filter(None, (job.models.target, job.models.draft)):
             _check_model(name)
-        if job.speculation.policy != "none":
-            from pipeline.config.model_identity import check_tokenizers
+        from pipeline.config.model_identity import check_models
+        from pipeline.run.plan import plan_job
 
-            check_tokenizers(job.models)
-        if job.speculation.head is not None:
-            from pipeline.config.model_identity import head_identity
-
-            head_identity(job.speculation.head)
-        from pipeline.inputs.listing import list_inputs
-        from pipeline.run.preflight import check_output
-        from pipeline.storage.folder import check_access, resolved
-
-        s3 = resolved(job.s3, *job.input.paths, job.output)
-        check_output(job.output, job.input.paths)
-        check_access(s3, job.output)
-        files = list_inputs(job.input.paths, s3)
+        check_models(job, ask_hub=False)
+        plan = plan_job(job)
+        size = sum(each.file.size for each in plan.files) / 1e6
         out.print(f"[green]valid[/]: {escape(str(file))}", highlight=False, soft_wrap=True)
-        size = sum(f.size for f in files) / 1e6
-        out.print(f"input files: {len(files):,} ({size:,.1f} MB)", highlight=False)
+        out.print(
+            f"input files: {len(plan.files):,} ({size:,.1f} MB), {plan.rows:,} rows in "
+            f"{len(plan.units):,} units",
+            highlight=False,
+            soft_wrap=True,
+        )
         out.print_json(data=_described(job))
 
 

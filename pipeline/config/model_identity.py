@@ -38,10 +38,14 @@ def head_identity(folder: str) -> str:
     return digest([card[name] for name in ("weights_sha256", "depth", "reject_weight")])
 
 
-def check_models(job: JobConfig) -> None:
+def check_models(job: JobConfig, *, ask_hub: bool = True) -> None:
     """Check that draft and head are there and the head is for this pair, as far as files tell.
 
     The target is in every fingerprint; with `coupled` verification draft and head are not.
+
+    Args:
+        job: the job.
+        ask_hub: whether the hub is asked for models that are not here; otherwise it has them.
 
     Raises:
         UserError: names what is missing, or the model that the head was trained for.
@@ -49,12 +53,10 @@ def check_models(job: JobConfig) -> None:
     models, folder = job.models, job.speculation.head
     if models.draft is None or job.speculation.policy == "none":
         return
-    ours = {"draft": model_identity(models.draft)}
+    pair = {} if folder is None else _head_card(folder)["pair"]
+    names = {"draft": models.draft} | ({} if folder is None else {"target": models.target})
+    ours = {role: model_identity(name) for role, name in names.items() if ask_hub or _is_here(name)}
     check_tokenizers(models)
-    if folder is None:
-        return
-    ours["target"] = model_identity(models.target)
-    pair = _head_card(folder)["pair"]
     for role, mine in ours.items():
         theirs = pair.get(role) or {}
         if {"digest"} <= theirs.keys() & mine.keys() and theirs["digest"] != mine["digest"]:
@@ -62,6 +64,13 @@ def check_models(job: JobConfig) -> None:
                 f"speculation.head: {folder} was trained for another {role}, "
                 f"{theirs.get('name')}; train one for this pair with `specbatch train-head`"
             )
+
+
+def _is_here(name: str) -> bool:
+    """Whether a model is a file or folder of this machine, and not a name on the hub."""
+    from specdec.loading.sources import find_model
+
+    return find_model(name).path is not None
 
 
 def check_tokenizers(models: ModelsConfig) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +97,7 @@ def test_validate_says_what_will_run(job_file: JobFile) -> None:
     result = call("validate", job_file(), "--set", "speculation.policy=none")
     assert result.exit_code == 0, result.output
     assert "valid" in result.stdout
-    assert "input files: 1" in result.stdout
+    assert "input files: 1 (0.0 MB), 9 rows in 1 units" in result.stdout
     assert '"policy": "none"' in result.stdout
 
 
@@ -106,29 +109,72 @@ def test_validate_says_what_will_run(job_file: JobFile) -> None:
         ({"models": {"target": "./gone", "draft": "./gone"}}, "gone: no such folder"),
         ({"speculation": {"head": "gone"}}, "no acceptance head here"),
         ({"s3": {"profile": "nobody"}, "output": "s3://b/x"}, "no AWS profile named 'nobody'"),
+        ({"input": {"paths": "in.parquet", "prompt_column": "q"}}, "no column 'q'; its columns: p"),
+        ({"input": {"paths": "in.parquet", "template": "{{ promt }}"}}, "no column 'promt'"),
+        ({"input": {"paths": "empty.parquet", "prompt_column": "p"}}, "empty.parquet: "),
+        ({"input": {"paths": "taken.jsonl", "prompt_column": "p"}}, "name of an output column"),
+        ({"output": "in.parquet"}, "part of this path is a file, not a folder"),
     ],
 )
 @pytest.mark.parametrize("command", ["validate", "run"])
 def test_mistakes_stop_before_anything_starts(
-    job_file: JobFile, command: str, changes: dict[str, Any], message: str
+    job_file: JobFile, tmp_path: Path, command: str, changes: dict[str, Any], message: str
 ) -> None:
+    (tmp_path / "empty.parquet").touch()
+    (tmp_path / "taken.jsonl").write_text('{"p": "x", "completion": "y"}')
     assert message in one_error(call(command, job_file(**changes)))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"input": {"paths": "in.parquet", "prompt_column": "q"}},
-            "no column 'q'; its columns: pr",
-        ),
-        ({"output": "in.parquet"}, "part of this path is a file, not a folder"),
-    ],
-)
-def test_mistakes_that_only_run_sees(
-    job_file: JobFile, changes: dict[str, Any], message: str
+def test_a_second_run_is_told_of_the_first(job_file: JobFile, tmp_path: Path) -> None:
+    file = job_file()
+    record = tmp_path / "out" / "_specbatch" / "status.json"
+    record.parent.mkdir(parents=True)
+    with subprocess.Popen(["sleep", "60"]) as first:
+        numbers = ("rows", "errors", "rows_total", "units", "units_total", "output_tokens")
+        values = dict.fromkeys((*numbers, "seconds"), 0) | {"name": "job", "stage": "generating"}
+        values |= dict.fromkeys(("tokens_per_second", "acceptance_rate", "seconds_left", "message"))
+        values |= {"started": time.time(), "updated": time.time(), "state": "running"}
+        record.write_text(json.dumps({**values, "host": socket.gethostname(), "pid": first.pid}))
+        message = one_error(call("run", file))
+        first.kill()
+    assert f"another run is at work on {tmp_path / 'out'}: process {first.pid} on " in message
+    assert "--take-over" in message
+
+
+@pytest.mark.ray
+def test_a_job_of_which_too_many_rows_fail_does_not_succeed(
+    local_ray: None,
+    job_file: JobFile,
+    tmp_path: Path,
+    write_rows: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert message in one_error(call("run", job_file(**changes)))
+    file, output = job_file(unit_rows=2), tmp_path / "out"
+    bad = [{"prompt": "x", "sampling_params": {"max_tokenz": 4, "temperature": None}}] * 5
+    bad[1:1] = [{"prompt": "y", "sampling_params": {"temperature": -1.0, "max_tokenz": None}}]
+    good = {"prompt": "z", "sampling_params": {"temperature": None, "max_tokenz": None}}
+    write_rows("in.parquet", [*bad, good, good])
+
+    first = call("run", file, "--quiet")
+    assert first.exit_code == 4, first.output
+    assert "failed: 6 of 8 rows failed, more than max_error_share (0.5). " in first.stderr
+    assert "InvalidSampling (6), as in row in.parquet:0:0: max_tokenz: unknown" in first.stderr
+    assert "only-failed" in first.stderr
+    # All is there and accounted for, though nobody is told that the job succeeded.
+    assert not (output / "_SUCCESS").exists()
+    assert (output / "_specbatch" / "report.html").exists()
+    status = json.loads(call("status", output, "--json").stdout)
+    assert status["state"] == "failed" and status["message"].startswith("6 of 8 rows failed")
+
+    # Nothing is generated again: not to say the same, and not once more is allowed.
+    monkeypatch.setattr("pipeline.run.run.connected", lambda: pytest.fail("Ray was wanted"))
+    assert call("run", file).exit_code == 4
+    accepted = call("run", file, "--set", "max_error_share=0.8", "--quiet")
+    assert (accepted.exit_code, accepted.output) == (0, "")
+    assert call("verify", output).exit_code == 0
+    assert call("run", file, "--set", "max_error_share=0.8").exit_code == 0
+    assert call("run", file).exit_code == 4
+    assert not (output / "_SUCCESS").exists()
 
 
 @pytest.mark.ray

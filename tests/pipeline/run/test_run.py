@@ -16,7 +16,9 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from ray.data import DataContext
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from pipeline.commit import manifest
 from pipeline.commit.footer import read_records
 from pipeline.config.job import S3Config
@@ -148,6 +150,18 @@ def test_a_finished_job_does_nothing(finished: Finished) -> None:
     assert again.units_run == 0
     assert again.summary == first.summary
     assert {f: f.stat().st_mtime_ns for f in output.rglob("*") if f.is_file()} == before
+
+
+def test_where_no_row_failed_there_is_nothing_to_try_again_and_no_ray(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, _, _, _ = finished
+    monkeypatch.setattr("pipeline.run.run.connected", lambda: pytest.fail("Ray was wanted"))
+    job = tmp_path / "job.yaml"
+    job.write_text(json.dumps(values))
+    result = CliRunner().invoke(app, ["run", str(job), "--only-failed"])
+    assert result.exit_code == 0
+    assert "No row is in errors: there is nothing to try again." in result.stdout
 
 
 def test_missing_units_are_done_again_and_only_those(finished: Finished) -> None:
