@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 from collections.abc import Callable
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from jobs.cluster import commands as cluster
+from jobs.cluster.ray_job import STOP_VARIABLE, stop_own_job
 from jobs.cluster.render import app as render
 from jobs.explain import explain
 from jobs.nightly.cli import nightly
@@ -20,6 +22,7 @@ from jobs.reports.grafana import grafana
 from jobs.run import run
 from jobs.run_batch import run_batch
 from jobs.schema import schema
+from jobs.terminal.console import HOPELESS
 from jobs.tuning.distill import distill
 from jobs.tuning.profile import profile
 from jobs.tuning.train_head import train_head
@@ -91,7 +94,12 @@ def main() -> None:
     """The console script."""
     # Python goes through all objects twice when it ends: a second, with Ray's, for nothing.
     atexit.register(gc.freeze)
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code in HOPELESS and STOP_VARIABLE in os.environ:
+            stop_own_job()
+        raise
 
 
 if __name__ == "__main__":

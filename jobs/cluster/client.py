@@ -68,12 +68,14 @@ class Submission:
         python: the interpreter there; a name is looked up in the PATH of the head's Ray.
         environment: variables for the job's processes; nothing secret.
         stop_seconds: how long the units in flight may take after the job was asked to stop.
+        take_over: whether a run that is at work on the output is to end.
     """
 
     code: Code = Code.installed
     python: str = "python"
     environment: dict[str, str] = field(default_factory=dict)
     stop_seconds: int = 3600
+    take_over: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class ClusterJob:
         name: the job file's name for it.
         state: `pending`, `running`, `stopped`, `succeeded` or `failed`.
         message: what Ray says about that.
+        exit_code: of its driver, once that has ended by itself.
         started, ended: seconds since the epoch.
         output: its output folder.
         config: the job itself, as it was submitted.
@@ -95,6 +98,7 @@ class ClusterJob:
     name: str
     state: str
     message: str
+    exit_code: int | None
     started: float | None
     ended: float | None
     output: str
@@ -233,13 +237,15 @@ class Cluster:
         if how.code is Code.working_dir:
             runtime_env["py_modules"] = source_folders(Path.cwd())
             runtime_env["excludes"] = ["__pycache__"]
+        command = [how.python, "-m", "jobs.cli", "run", _JOB_FILE]
+        command += ["--take-over"] if how.take_over else []
         record = {"version": versions()["specbatch"], "submission": asdict(how), "job": config}
         with tempfile.TemporaryDirectory() as folder, self._explained():
             Path(folder, _JOB_FILE).write_text(yaml.safe_dump(config, sort_keys=False))
             return str(
                 self._client.submit_job(
                     submission_id=f"{job.name}-{stamp}-{secrets.token_hex(2)}",
-                    entrypoint=f"{shlex.quote(how.python)} -m jobs.cli run {_JOB_FILE}",
+                    entrypoint=shlex.join(command),
                     runtime_env={**runtime_env, "working_dir": folder},
                     metadata={"job_name": job.name, _METADATA: json.dumps(record)},
                 )
@@ -301,6 +307,7 @@ def _described(details: Any) -> ClusterJob | None:
         name=metadata["job_name"],
         state=details.status.value.lower(),
         message=details.message or "",
+        exit_code=details.driver_exit_code,
         started=details.start_time and details.start_time / 1000,
         ended=details.end_time and details.end_time / 1000,
         output=record["job"]["output"],

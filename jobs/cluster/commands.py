@@ -16,8 +16,8 @@ from rich.markup import escape
 
 from jobs.cluster.client import Cluster, ClusterJob, Code, Submission, environment, find_address
 from jobs.job_file import load_job, s3_options
-from jobs.terminal.console import FAILURE, INTERRUPTED, err, explained, out
-from jobs.terminal.options import AsJson, Endpoint, JobFile, Overrides, Profile
+from jobs.terminal.console import EXIT_CODES, FAILURE, INTERRUPTED, err, explained, out
+from jobs.terminal.options import AsJson, Endpoint, JobFile, Overrides, Profile, TakeOver
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
 
@@ -59,7 +59,7 @@ CodeOption = Annotated[
 Wait = Annotated[
     bool,
     typer.Option(
-        "--wait", help="Return when the job is over: 0 if it is done, 130 if stopped, or else 1."
+        "--wait", help="Return when the job is over, with the exit code that `run` had there."
     ),
 ]
 Follow = Annotated[
@@ -98,6 +98,7 @@ def submit(
         typer.Option(min=1, help="After a stop, how long units in flight may take to complete."),
     ] = 3600,
     paths_on_cluster: PathsOnCluster = False,
+    take_over: TakeOver = False,
 ) -> None:
     """Have a Ray cluster run a job.
 
@@ -119,7 +120,7 @@ def submit(
             from jobs.cluster.local_paths import refuse_local_paths
 
             refuse_local_paths(job, url)
-        how = Submission(code, python, environment(env or []), stop_seconds)
+        how = Submission(code, python, environment(env or []), stop_seconds, take_over)
         _submit(Cluster(url), job, how, wait, follow)
 
 
@@ -150,8 +151,17 @@ def _attend(cluster: Cluster, job_id: str, follow: bool) -> None:
         raise typer.Exit(INTERRUPTED) from None
     if not follow:
         _show(cluster, job)
-    if job.state != "succeeded":
-        raise typer.Exit(INTERRUPTED if job.state == "stopped" else FAILURE)
+    if code := _exit_code(job):
+        raise typer.Exit(code)
+
+
+def _exit_code(job: ClusterJob) -> int:
+    """The exit code of a job that is over: its driver's own, if it ended by itself."""
+    if job.state == "succeeded":
+        return 0
+    if job.state == "stopped":
+        return INTERRUPTED
+    return job.exit_code if job.exit_code in EXIT_CODES else FAILURE
 
 
 def _show(cluster: Cluster, job: ClusterJob) -> None:

@@ -1,4 +1,4 @@
-"""A job as what schedulers read: KubeRay and Kubernetes manifests, a crontab line, an Airflow DAG.
+"""A job as what schedulers read: KubeRay and Kubernetes manifests, and a crontab line.
 
 Fields are those of KubeRay's v1 types (rayjob_types.go, raycronjob_types.go, raycluster_types.go).
 Manifests are plain data until they are dumped, and hold no secret: pods get theirs from Kubernetes
@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from jobs.cluster.ray_job import STOP_VARIABLE
 from pipeline.config.job import ActorsConfig, JobConfig
 from pipeline.errors import UserError
 
@@ -228,7 +229,9 @@ def _config_map(job: JobConfig, pods: Pods, name: str) -> Manifest:
 
 
 def _ray_job_spec(job: JobConfig, pods: Pods, config_map: str) -> Manifest:
-    runtime_env = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(pods.stop_seconds)}}
+    # KubeRay retries all that fails, whatever its exit code.
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(pods.stop_seconds), STOP_VARIABLE: "1"}
+    runtime_env = {"env_vars": variables}
     changes = "".join(f" --set {quoted(override)}" for override in pods.overrides)
     command = "run" if pods.recipe is None else "nightly"
     return {
@@ -326,7 +329,7 @@ def dump(documents: Sequence[Manifest]) -> str:
     return str(text)
 
 
-# --------------------------------------------------------------- cron and Airflow
+# --------------------------------------------------------------- cron
 
 
 def program() -> list[str]:
@@ -356,43 +359,3 @@ def quoted(word: str) -> str:
         return shlex.quote(word)
     escaped = re.sub(r'(["`\\]|\$(?!\())', r"\\\1", word)
     return f'"{escaped}"'
-
-
-def airflow_dag(
-    job: JobConfig,
-    command: Sequence[str],
-    schedule: str | None,
-    folder: Path,
-    time_zone: str = "UTC",
-) -> str:
-    """An Airflow DAG of one task. Airflow fills in its own templates, such as {{ ds }}."""
-    line = " ".join(shlex.quote(word) for word in command)
-    return f'''"""The job {job.name}, submitted by specbatch; a retry resumes it."""
-
-from datetime import timedelta
-
-import pendulum
-
-try:
-    from airflow.providers.standard.operators.bash import BashOperator
-    from airflow.sdk import DAG
-except ImportError:  # Airflow 2
-    from airflow import DAG
-    from airflow.operators.bash import BashOperator
-
-with DAG(
-    dag_id={job.name!r},
-    schedule={schedule!r},
-    start_date=pendulum.datetime(2026, 1, 1, tz={time_zone!r}),
-    catchup=False,
-    max_active_runs=1,
-):
-    BashOperator(
-        task_id="run",
-        bash_command={line!r},
-        cwd={str(folder)!r},
-        append_env=True,  # RAY_API_SERVER_ADDRESS and the token, as the Airflow worker has them
-        retries=2,
-        retry_delay=timedelta(minutes=5),
-    )
-'''

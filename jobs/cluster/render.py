@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from jobs.cluster import manifests
+from jobs.cluster.airflow import airflow_dag
 from jobs.cluster.client import find_address
 from jobs.cluster.commands import PathsOnCluster
 from jobs.cluster.manifests import Pods
@@ -196,7 +197,7 @@ def airflow(
         job = load_job(file, overrides or [])
         begun = _command(job, file.resolve(), address, paths_on_cluster, overrides)
         command = ["specbatch", *begun]
-        print(manifests.airflow_dag(job, command, schedule, Path.cwd()), end="")
+        print(airflow_dag(job, command, schedule, Path.cwd()), end="")
 
 
 def _command(

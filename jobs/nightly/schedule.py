@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.cluster import manifests
+from jobs.cluster.airflow import airflow_dag
 from jobs.cluster.manifests import Pods
 from jobs.nightly.recipe import Recipe
 from pipeline.config.job import JobConfig
@@ -75,7 +76,7 @@ def _airflow(scheduled: Scheduled) -> str:
     command += ["--date", f'{{{{ data_interval_end.in_timezone("{zone}") | ds }}}}']
     command += ["--catch-up", str(recipe.catch_up)]
     cron = recipe.schedule.cron
-    return manifests.airflow_dag(scheduled.job, command, cron, Path.cwd(), zone)
+    return airflow_dag(scheduled.job, command, cron, Path.cwd(), zone)
 
 
 def _kuberay(scheduled: Scheduled) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.config.job import JobConfig
@@ -60,7 +60,8 @@ class Budget(Observer):
         stop: set when the budget is reached; the run then begins no more units.
 
     Raises:
-        BudgetReached: earlier runs have spent it.
+        BudgetReached: earlier runs have spent it, or stopped at it.
+        UserError: it is in money, and earlier runs had hardware without a price.
     """
 
     def __init__(self, job: JobConfig, ledger: RunLedger, stop: threading.Event) -> None:
@@ -68,7 +69,9 @@ class Budget(Observer):
         self._prices = job.prices or default_prices()
         self._before = spent(ledger.earlier, self._prices)
         self._first_begun = self._in_flight = 0.0
-        if reached := self._over_budget():
+        if mistake := self._without_price(self._before.unpriced):
+            raise mistake
+        if reached := self._over_budget() or self._stopped_before():
             raise BudgetReached(reached)
 
     def look(self, posted: Posted | None) -> None:
@@ -89,35 +92,56 @@ class Budget(Observer):
             self._in_flight = _tokens_to_come(begun, done) * pace
 
     def _reason_to_stop(self) -> JobStopped | UserError | None:
-        if self._budget is None:
-            return None
-        unpriced = spent([self._ledger.now()], self._prices).unpriced
-        if self._budget.dollars is not None and unpriced:
-            return UserError(
-                f"budget.dollars: there is no price for {', '.join(unpriced)} in "
-                f"{self._prices.described}; give a table that has it with prices or --prices"
-            )
+        if mistake := self._without_price(spent([self._ledger.now()], self._prices).unpriced):
+            return mistake
         reached = self._over_budget(self._in_flight)
         return BudgetReached(reached) if reached else None
 
+    def _without_price(self, hardware: Sequence[str]) -> UserError | None:
+        """What to say of a budget in money when hardware has no price."""
+        if not hardware or self._budget is None or self._budget.dollars is None:
+            return None
+        return UserError(
+            f"budget.dollars: there is no price for {', '.join(hardware)} in "
+            f"{self._prices.described}; give a table that has it with prices or --prices"
+        )
+
+    def _stopped_before(self) -> str | None:
+        """Why this run would begin nothing, if an earlier one stopped at the budget that it has.
+
+        What that one left of the budget was too little for another unit.
+        """
+        stopped = [run for run in self._ledger.earlier if run.end == "budget"]
+        if self._budget is None or not stopped or stopped[-1].prices != self._ledger.run.prices:
+            return None
+        now, then = self._budget.model_dump(), stopped[-1].budget or {}
+        capped = {key: cap for key, cap in then.items() if cap is not None}
+        if any(now[key] is None or now[key] > cap for key, cap in capped.items()):
+            return None
+        key, cap, used, _ = max(self._accounts(), key=lambda account: account[2] / account[1])
+        return f"{self._words(key, cap, used)}, and an earlier run stopped for that"
+
     def _over_budget(self, in_flight: float = 0.0) -> str | None:
         """Why no more units may begin, if those in flight take so many seconds; None: they may."""
-        if self._budget is None:
-            return None
+        for key, cap, used, more in self._accounts(in_flight):
+            if used + more >= cap:
+                return self._words(key, cap, used, more)
+        return None
+
+    def _accounts(self, in_flight: float = 0.0) -> Iterator[tuple[str, float, float, float]]:
+        """Each key of the budget, its cap, what is spent of it, and what units in flight take."""
         run, cap = self._ledger.now(), self._budget
-        if cap.dollars is not None:
+        if cap is not None and cap.dollars is not None:
             live = [a for a in run.accounts if time.time() - a.seen < _LIVE_SECONDS]
             rate = sum(price(a.hardware, self._prices).per_hour or 0.0 for a in live) / 3600
             used = (self._before.dollars or 0.0) + (spent([run], self._prices).dollars or 0.0)
-            if used + rate * in_flight >= cap.dollars:
-                return self._words("dollars", cap.dollars, used, rate * in_flight, ".4g")
-        if cap.hours is not None:
+            yield "dollars", cap.dollars, used, rate * in_flight
+        if cap is not None and cap.hours is not None:
             used = self._before.hours + (time.time() - run.began) / 3600
-            if used + in_flight / 3600 >= cap.hours:
-                return self._words("hours", cap.hours, used, in_flight / 3600, ".3g")
-        return None
+            yield "hours", cap.hours, used, in_flight / 3600
 
-    def _words(self, key: str, cap: float, used: float, more: float, form: str) -> str:
+    def _words(self, key: str, cap: float, used: float, more: float = 0.0) -> str:
+        form = ".4g" if key == "dollars" else ".3g"
         unit = self._prices.currency if key == "dollars" else "hours"
         begun = f", and units in flight take about {more:{form}} more" if more else ""
         return f"budget.{key}: {used:{form}} of {cap:{form}} {unit} are spent{begun}"

@@ -21,11 +21,14 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from ray.job_submission import JobDetails, JobSubmissionClient, JobType
+from ray.job_submission import JobStatus as RayStatus
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
 from jobs.cluster import client
 from jobs.cluster.client import environment, find_address, find_token, source_folders
+from jobs.cluster.commands import _exit_code
 from pipeline.errors import UserError
 from tests.conftest import TinyModels, free_port
 
@@ -182,6 +185,21 @@ def test_a_job_on_a_cluster(
 
 
 @pytest.mark.ray
+def test_a_ray_job_that_no_retry_can_mend_is_stopped_and_not_failed(head: Head) -> None:
+    """KubeRay retries what failed, but not what was stopped."""
+    ray_client = JobSubmissionClient(head.address, headers={"Authorization": f"Bearer {TOKEN}"})
+    submitted_id = ray_client.submit_job(
+        entrypoint=f"{sys.executable} -m jobs.cli validate /nowhere/job.yaml",
+        runtime_env={"env_vars": {"SPECBATCH_STOP_RAY_JOB": "1"}},
+    )
+    _until(lambda: ray_client.get_job_status(submitted_id).is_terminal())
+    log = ray_client.get_job_logs(submitted_id)
+    assert ray_client.get_job_status(submitted_id) == RayStatus.STOPPED, log
+    assert "error: /nowhere/job.yaml: no such job file" in log
+    assert "no retry can mend this" in log
+
+
+@pytest.mark.ray
 @pytest.mark.slow
 def test_stop_and_resume(head: Head, job_file: Path, tmp_path: Path) -> None:
     long = ("--set", "sampling.max_new_tokens=200", "--set", "unit_rows=1", "--code", "working-dir")
@@ -222,11 +240,44 @@ def test_stop_by_the_output_folder(head: Head, job_file: Path, tmp_path: Path) -
 def test_a_job_that_fails_says_why(head: Head, job_file: Path) -> None:
     missing = ("--set", "input.paths=/nowhere/*.parquet")
     failed = head.call("submit", job_file, "--wait", *missing)
-    assert failed.exit_code == 1
+    assert failed.exit_code == 2  # as `run` has it
     assert "error: input.paths: /nowhere/*.parquet" in failed.stdout
     no_python = head.call("submit", job_file, "--wait", "--python", "no-such-python")
     assert no_python.exit_code == 1
     assert "no-such-python" in no_python.stdout
+
+
+@pytest.mark.parametrize(
+    ("state", "driver", "code"),
+    [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 1, 1),
+        ("FAILED", 3, 3),  # a budget
+        ("FAILED", 4, 4),
+        ("FAILED", 130, 130),  # stopped by its output folder
+        ("FAILED", None, 1),  # its head died
+        ("FAILED", -9, 1),
+        ("FAILED", 127, 1),
+        ("STOPPED", None, 130),
+        ("STOPPED", 3, 130),
+    ],
+)
+def test_the_exit_code_of_waiting_is_that_of_running(
+    state: str, driver: int | None, code: int
+) -> None:
+    record = {"submission": {"code": "installed"}, "job": {"output": "out"}}
+    metadata = {"job_name": "tiny", "specbatch": json.dumps(record)}
+    details = JobDetails(
+        type=JobType.SUBMISSION,
+        submission_id="tiny-1",
+        entrypoint="",
+        status=RayStatus(state),
+        metadata=metadata,
+        driver_exit_code=driver,
+    )
+    described = client._described(details)
+    assert described is not None
+    assert _exit_code(described) == code
 
 
 def _until(condition: Any) -> None:

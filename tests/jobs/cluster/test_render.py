@@ -4,7 +4,9 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -64,9 +66,10 @@ def check_ray_job(spec: dict[str, Any]) -> None:
     assert set(cluster) <= RAY_CLUSTER_SPEC
     assert set(cluster["headGroupSpec"]) <= {"template", "rayStartParams"}
     assert spec["shutdownAfterJobFinishes"] is True
-    # A stopped job gets the time to commit what is in flight.
+    # A stopped job gets the time to commit what is in flight, and what is hopeless is stopped.
     runtime_env = yaml.safe_load(spec["runtimeEnvYAML"])
-    assert runtime_env == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "3600"}}
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": "3600", "SPECBATCH_STOP_RAY_JOB": "1"}
+    assert runtime_env == {"env_vars": variables}
     for group in cluster["workerGroupSpecs"]:
         assert set(group) <= WORKER_GROUP_SPEC
     for template in [
@@ -198,36 +201,80 @@ def test_paths_of_this_disk_are_taken_if_the_cluster_has_them(
     assert taken.exit_code == 0 and "--wait --paths-on-cluster" in taken.stdout
 
 
-def test_an_airflow_dag(job_file: Path) -> None:
+class Skip(Exception):
+    """What BashOperator raises for the codes with which it skips."""
+
+
+class Fail(Exception):
+    """What Airflow does not retry."""
+
+
+class BashOperator:
+    """Airflow's, as far as a DAG uses it."""
+
+    made: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = BashOperator.made["task"] = settings
+
+    def execute(self, context: dict[str, Any]) -> str:
+        code = subprocess.run(["bash", "-c", context["command"]]).returncode
+        if code in self.settings["skip_on_exit_code"]:
+            raise Skip(f"Bash command returned exit code {code}. Skipping.")
+        if code:
+            raise RuntimeError(f"exit code {code}")
+        return "done"
+
+
+class Dag:
+    """Airflow's."""
+
+    def __init__(self, **settings: Any) -> None:
+        BashOperator.made["dag"] = settings
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@pytest.fixture
+def airflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a DAG imports of Airflow, which is far too large for this environment."""
+    parts: dict[str, dict[str, Any]] = {
+        "pendulum": {"datetime": lambda *parts, tz: f"{parts} {tz}"},
+        "airflow": {},
+        "airflow.exceptions": {"AirflowFailException": Fail, "AirflowSkipException": Skip},
+        "airflow.sdk": {"DAG": Dag},
+        "airflow.providers.standard.operators.bash": {"BashOperator": BashOperator},
+    }
+    for name, contents in parts.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_an_airflow_dag(job_file: Path, airflow: None) -> None:
     override = "output=s3://b/{{ ds }}/it's"
     result = call("airflow", job_file, "--schedule", "0 2 * * *", "--set", override)
     assert result.exit_code == 0, result.output
-    made: dict[str, Any] = {}
-
-    class Dag:
-        def __init__(self, **settings: Any) -> None:
-            made["dag"] = settings
-
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *error: object) -> None: ...
-
-    source = re.sub(r"try:.*?BashOperator\n\n", "", result.stdout, flags=re.DOTALL)
-    source = source.replace("import pendulum\n", "")
-
-    class Pendulum:
-        @staticmethod
-        def datetime(*parts: int, tz: str) -> str:
-            return f"{parts} {tz}"
-
-    names = {"DAG": Dag, "BashOperator": lambda **task: made.update(task=task)}
-    exec(compile(source, "dag.py", "exec"), {**names, "pendulum": Pendulum})
-    assert made["dag"]["dag_id"] == "My_Job.1"
-    assert made["dag"]["schedule"] == "0 2 * * *"
-    assert made["dag"]["max_active_runs"] == 1
-    command = shlex.split(made["task"]["bash_command"])
+    found: dict[str, Any] = {}
+    exec(compile(result.stdout, "dag.py", "exec"), found)
+    dag, task = BashOperator.made["dag"], BashOperator.made["task"]
+    assert (dag["dag_id"], dag["schedule"], dag["max_active_runs"]) == ("My_Job.1", "0 2 * * *", 1)
+    command = shlex.split(task["bash_command"])
     assert command[:3] == ["specbatch", "run", str(job_file)]
     assert override in command
+
+    # A retry is left to what it can mend.
+    operator = found["Specbatch"](**task)
+    assert task["retries"] == 2
+    assert operator.execute({"command": "exit 0"}) == "done"
+    for code in (1, 130):
+        with pytest.raises(RuntimeError):
+            operator.execute({"command": f"exit {code}"})
+    for code in (2, 3, 4):
+        with pytest.raises(Fail, match=f"no retry can mend this: .* {code}"):
+            operator.execute({"command": f"exit {code}"})
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from jobs.reports.summary import read_summary
 from pipeline.config.job import JobConfig, S3Config
-from pipeline.config.prices import Hardware
+from pipeline.config.prices import Hardware, Prices
 from pipeline.errors import BudgetReached, JobStopped, UserError
 from pipeline.layout import LEDGER
 from pipeline.observe.budget import Budget, _tokens_to_come
@@ -238,20 +238,11 @@ def test_units_in_flight_count_on_the_budget(
     now = time.time()
     earlier = account(run="0", began=0.0, seconds={"load": 10.0}, ended=10.0)
     write_run(folder(tmp_path), Run("0", 0.0, 10.0, "stopped", accounts=(earlier,)))
-    job = JobConfig.model_validate(
-        {
-            "input": {"paths": "in", "prompt_column": "prompt"},
-            "output": str(tmp_path),
-            "models": {"target": "t"},
-            "speculation": {"policy": "none"},
-            "prices": PRICES,
-            "budget": budget,
-        }
-    )
+    job = budget_job(tmp_path, prices=PRICES, budget=budget)
     ledger, stop = RunLedger(folder(tmp_path), job), threading.Event()
     it = Budget(job, ledger, stop)
     ledger.run = replace(ledger.run, began=now - 60)
-    seen = Posted(None, (account(began=now - 60, seconds={"verify": 60.0}),), 0, 1, False)
+    seen = Posted(None, (account(began=now - 60, seconds={"verify": 60.0}),), 0, 0, 1, False)
     it._in_flight = in_flight
     it.look(None)  # the monitor does not answer
     assert ledger.stopped_by is None and not stop.is_set()
@@ -302,3 +293,55 @@ def test_spent_hours_stop_a_job_before_it_begins(
     values = settings(tiny_models, inputs, output, budget={"hours": 2})
     with pytest.raises(BudgetReached, match=r"budget\.hours: 2 of 2 hours are spent"):
         run(values)
+
+
+PRICED = Prices.model_validate(PRICES).model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("budget", "prices", "message"),
+    [
+        ({"dollars": 12}, PRICES, r"10 of 12 USD are spent, and an earlier run stopped for that"),
+        ({"dollars": 11, "hours": 1}, PRICES, "budget.dollars: 10 of 11 USD"),
+        ({"dollars": 13}, PRICES, None),
+        ({"hours": 1}, PRICES, None),
+        ({"dollars": 12}, {**PRICES, "cpu_hour": 1800.0}, None),
+        ({"dollars": 9}, PRICES, "10 of 9 USD are spent$"),
+    ],
+)
+def test_a_run_that_stopped_at_its_budget_is_not_begun_again_until_that_is_higher(
+    tmp_path: Path, budget: dict[str, float], prices: dict[str, Any], message: str | None
+) -> None:
+    """What it left may be too little for a unit, and loading models alone would spend it."""
+    earlier = account(run="0", began=0.0, seconds={"load": 10.0}, ended=10.0)
+    caps = {"dollars": 12.0, "hours": None}
+    first = Run("0", 0.0, 10.0, "budget", prices=PRICED, budget=caps, accounts=(earlier,))
+    write_run(folder(tmp_path), first)
+    write_run(folder(tmp_path), Run("1", 10.0, 10.0, "stopped"))
+    job = budget_job(tmp_path, budget=budget, prices=prices)
+    ledger = RunLedger(folder(tmp_path), job)
+    if message is None:
+        Budget(job, ledger, threading.Event())
+        return
+    with pytest.raises(BudgetReached, match=message):
+        Budget(job, ledger, threading.Event())
+
+
+def test_hardware_without_a_price_is_not_spent_on_again(tmp_path: Path) -> None:
+    earlier = account(run="0", began=0.0, seconds={"load": 10.0}, ended=10.0)
+    write_run(folder(tmp_path), Run("0", 0.0, 10.0, "stopped", accounts=(earlier,)))
+    job = budget_job(tmp_path, budget={"dollars": 1}, prices={**PRICES, "cpu_hour": None})
+    with pytest.raises(UserError, match=r"budget\.dollars: there is no price for CPU"):
+        Budget(job, RunLedger(folder(tmp_path), job), threading.Event())
+
+
+def budget_job(output: Path, **sections: Any) -> JobConfig:
+    return JobConfig.model_validate(
+        {
+            "input": {"paths": "in", "prompt_column": "prompt"},
+            "output": str(output),
+            "models": {"target": "t"},
+            "speculation": {"policy": "none"},
+            **sections,
+        }
+    )
