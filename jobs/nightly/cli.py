@@ -14,7 +14,16 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from jobs.terminal.console import FAILURE, INTERRUPTED, err, explained, out, stop_signals
+from jobs.terminal.console import (
+    FAILURE,
+    INTERRUPTED,
+    OVER_BUDGET,
+    TOO_MANY_ERRORS,
+    err,
+    explained,
+    out,
+    stop_signals,
+)
 from jobs.terminal.options import Quiet
 from pipeline.errors import UserError, nearest
 
@@ -24,6 +33,9 @@ if TYPE_CHECKING:  # These import Ray, which takes seconds, and `--help` needs n
     from jobs.nightly.status import Status
 
 _COLOURS = {"published": "green", "unchanged": "dim", "stopped": "yellow", "failed": "bold red"}
+
+_CODES: dict[str | None, int] = {"budget": OVER_BUDGET, "errors": TOO_MANY_ERRORS}
+"""Exit codes of runs whose missing nights all ended in one way of `jobs.nightly.status.ENDS`."""
 
 
 class _RunByDefault(TyperGroup):
@@ -90,7 +102,8 @@ def run(
     A night is published as a whole or not at all. A run that was killed goes on where it was when
     the same command is given again. Two runs never work on one dataset at a time. How the last run
     went is in `_nightly/status.json` of the dataset's folder; the exit code is 0 if all nights are
-    published, 1 if one failed, 2 for a mistake in the recipe, 130 if it was stopped.
+    published, 1 if one failed, 2 for a mistake in the recipe, 3 if all that is missing stopped at
+    its budget, 4 if it lost too many conversations, 130 if it was stopped.
 
     For example:
 
@@ -110,7 +123,8 @@ def run(
         if not quiet:
             _show(recipe, status)
     if status.state in ("failed", "stopped"):
-        raise typer.Exit(FAILURE if status.state == "failed" else INTERRUPTED)
+        usual = FAILURE if status.state == "failed" else INTERRUPTED
+        raise typer.Exit(_CODES.get(status.end, usual))
 
 
 def _dates(

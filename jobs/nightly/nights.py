@@ -94,10 +94,11 @@ def _all(
                 raise
             except (JobStopped, KeyboardInterrupt) as error:
                 why = str(error) or "it was asked to stop"
-                status.record_night(name, "stopped", f"{why}; the same command goes on from there")
+                words = f"{why}; the same command goes on from there"
+                status.record_night(name, "stopped", words, error)
                 break
             except Exception as error:
-                status.record_night(name, "failed", _reason(error))
+                status.record_night(name, "failed", _reason(error), error)
             status.save(archive)
     refresh(recipe, archive)
 

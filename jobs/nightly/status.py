@@ -13,9 +13,12 @@ from tenacity import retry, stop_after_attempt, wait_exponential
 
 from jobs.nightly.archive import Archive
 from jobs.nightly.recipe import Recipe
-from pipeline.errors import UserError
+from pipeline.errors import BudgetReached, TooManyErrors, UserError
 
 State = Literal["running", "published", "unchanged", "failed", "stopped"]
+
+ENDS: dict[type, str] = {BudgetReached: "budget", TooManyErrors: "errors"}
+"""Ends of a night that the same command would have again, by their errors; as in the ledger."""
 
 _WEBHOOK_SECONDS = 10
 """Longest wait for the webhook's answer, of each of three attempts."""
@@ -35,7 +38,7 @@ class Status:
         state: of the whole run: the worst of its nights, or running.
         message: why it failed, or what it did, in a sentence.
         started, finished: ISO 8601.
-        nights: state and message of each date.
+        nights: state and message of each date, and which of ENDS it has, if any.
         not_told: why the webhook could not be told, if so.
     """
 
@@ -47,13 +50,23 @@ class Status:
     nights: dict[str, dict[str, Any]] = field(default_factory=dict)
     not_told: str | None = None
 
-    def record_night(self, date: str, state: State, message: str) -> None:
-        """Say how a night went."""
+    def record_night(
+        self, date: str, state: State, message: str, error: BaseException | None = None
+    ) -> None:
+        """Say how a night went, and of which of ENDS it is, if it is of one."""
         self.nights[date] = {"state": state, "message": message, "at": now()}
+        if (end := ENDS.get(type(error))) is not None:
+            self.nights[date]["end"] = end
 
     def fail(self, message: str) -> None:
         """Say why the run as a whole could not be made."""
         self.state, self.message, self.finished = "failed", message, now()
+
+    @property
+    def end(self) -> str | None:
+        """Which of ENDS all nights have that were not made; None: another, or not all the same."""
+        ends = {each.get("end") for each in self.nights.values() if each["state"] == self.state}
+        return ends.pop() if len(ends) == 1 else None
 
     def close(self) -> None:
         """Sum the nights up, unless the run as a whole has failed."""

@@ -16,9 +16,10 @@ from jobs.nightly.recipe import Recipe
 from jobs.nightly.status import Status
 from jobs.reports.summary import read_summary
 from pipeline.config.job import S3Config
-from pipeline.errors import UserError
+from pipeline.errors import BudgetReached, TooManyErrors, UserError
 from pipeline.observe.progress import JobProgress
 from tests.conftest import S3Server, TinyModels
+from tests.jobs.command_line import call
 from tests.jobs.nightly.recipes import rows_of, small_recipe, write_seeds
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -206,6 +207,47 @@ def test_a_changed_column_is_refused(tiny_models: TinyModels, tmp_path: Path) ->
     status = make(Recipe.model_validate(values), 21)
     assert status.state == "failed"
     assert "column 'word' is not there in the night of 2026-11-20" in status.message
+
+
+def test_a_night_that_loses_too_many_conversations_fails(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    write_seeds(tmp_path, {"a": "one", "b": "long " * 100, "c": "longer " * 100})
+    recipe = small_recipe(tiny_models, tmp_path)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    command = ["nightly", file, "--date", "2026-11-20", "--quiet"]
+    assert call(*command).exit_code == 4
+    status = json.loads((tmp_path / "dataset/_nightly/status.json").read_text())
+    assert status["state"] == "failed"
+    lost = "2 of 3 conversations could not be completed, more than job.max_error_share (0.5). "
+    assert f"2026-11-20: {lost}Most often it is PromptTooLong (2), as in row " in status["message"]
+
+    made = call(*command, "--set", "job.max_error_share=0.9")
+    assert made.exit_code == 0, made.output
+    night = Archive.of(Recipe.model_validate(recipe)).night("2026-11-20")
+    assert night is not None
+    assert (night.conversations, night.lost, night.total_rows) == (3, {"PromptTooLong": 2}, 1)
+
+
+@pytest.mark.parametrize(
+    ("errors", "end"),
+    [
+        ([BudgetReached("x")], "budget"),
+        ([TooManyErrors("x"), TooManyErrors("y")], "errors"),
+        ([TooManyErrors("x"), RuntimeError("y")], None),
+        ([UserError("x")], None),
+    ],
+)
+def test_nights_that_no_retry_can_mend_are_told_apart(
+    errors: list[Exception], end: str | None
+) -> None:
+    status = Status("small")
+    status.record_night("2026-11-01", "published", "fine")
+    for day, error in enumerate(errors):
+        status.record_night(f"2026-11-1{day}", "failed", "no", error)
+    status.close()
+    assert (status.state, status.end) == ("failed", end)
 
 
 def test_another_run_is_at_work(tiny_models: TinyModels, tmp_path: Path) -> None:
