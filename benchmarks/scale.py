@@ -5,10 +5,12 @@
     python benchmarks/scale.py units                            # seconds per unit and per row
     python benchmarks/scale.py actors                           # rows/s of 1, 2, 4 and 8 actors
     python benchmarks/scale.py resume                           # by units, and by rows per unit
+    python benchmarks/scale.py files --files 10000              # of one row each, and one file
 
-The engine double is the one thing here that is not real: it completes every request with one token
-without a forward, so that everything else is what is measured: planning, Ray, reading, rendering
-and tokenizing, Parquet, commits and the manifest. The cluster is several raylets on this machine.
+But for `files`, which has a tiny model, the engine is a double, the one thing here that is not
+real: it completes every request with one token without a forward, so that everything else is what
+is measured: planning, Ray, reading, rendering and tokenizing, Parquet, commits and the manifest.
+The cluster is several raylets on this machine.
 `actors` lets the double take a while for each row, as an engine on an accelerator of its own would;
 otherwise all actors would share this machine's cores, and show those.
 
@@ -39,7 +41,8 @@ from engine_double import cluster
 from rich.table import Table
 
 from pipeline.commit import manifest
-from pipeline.config.job import JobConfig, S3Config
+from pipeline.config.job import ActorsConfig, JobConfig, S3Config, SamplingConfig
+from pipeline.inputs.joining import bundled
 from pipeline.inputs.source import UnitDatasource
 from pipeline.observe.progress import JobProgress
 from pipeline.run.plan import plan_job
@@ -157,7 +160,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     for column in columns:
         shown.add_column(column, justify="right")
     for row in rows:
-        shown.add_row(*(f"{v:,.3g}" if isinstance(v, float) else f"{v:,}" for v in row))
+        shown.add_row(
+            *(
+                f"{v:,.3g}" if isinstance(v, float) else v if isinstance(v, str) else f"{v:,}"
+                for v in row
+            )
+        )
     console.print(shown)
 
 
@@ -187,7 +195,7 @@ def plan(
         mark = manifest.fingerprint(job, planned.files)
         manifest.claim(planned.output, job, planned.files, mark)
         units = planned.units
-        source = UnitDatasource(units, {}, S3Config())
+        source = UnitDatasource(bundled(units, unit_rows), {}, S3Config())
         source.get_read_tasks(source.read_tasks)
         claim = time.monotonic() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
@@ -326,5 +334,49 @@ def resume(
     table("resume", [*columns, "ms per unit"], found)
 
 
+def files(
+    files: Annotated[int, typer.Option(help="input files of one row each")] = 1000,
+    unit_rows: UnitRows = 256,
+    slots: Annotated[int, typer.Option(help="of the engine")] = 64,
+    tokens: Annotated[int, typer.Option(help="new tokens per row")] = 24,
+) -> None:
+    """Rows of many small files, and the same rows in one file, through a tiny model.
+
+    Prints for both the seconds in which units were in work, tokens per second, forwards of the
+    target and how many rows they had in them, units, and the seconds of the whole run. 10,000 files
+    take four minutes.
+    """
+    found = []
+    with workspace() as root:
+        for name, shape in (("one row each", (files, 1)), ("one file", (1, files))):
+            shutil.rmtree(root / "in", ignore_errors=True)
+            write_files(root, *shape)
+            job = job_of(root, f"out-{shape[0]}", unit_rows).model_copy(
+                update={
+                    "actors": ActorsConfig(num_cpus=os.cpu_count(), slots=slots),
+                    "sampling": SamplingConfig(
+                        max_new_tokens=tokens, temperature=0, ignore_eos=True
+                    ),
+                }
+            )
+            began = time.monotonic()
+            result = run_job(job)
+            seconds, summary = time.monotonic() - began, result.summary
+            live = summary["rounds"] / summary["target_forwards"]
+            found.append(
+                (
+                    name,
+                    summary["seconds"],
+                    summary["tokens_per_second"],
+                    summary["target_forwards"],
+                    live,
+                    result.units_run,
+                    seconds,
+                )
+            )
+    columns = ["input", "seconds", "tokens/s", "forwards", "rows in each", "units", "whole run, s"]
+    table(f"{files:,} rows", columns, found)
+
+
 if __name__ == "__main__":
-    run(__doc__, plan, flow, units, actors, resume)
+    run(__doc__, plan, flow, units, actors, resume, files)

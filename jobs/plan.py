@@ -153,16 +153,16 @@ def make_plan(planned: JobPlan, prices: Prices, count: int, seed: int, show: Sho
 
     job = planned.job
     finished = manifest.committed(planned.output, planned.units)
-    parts = [(file, unit) for file in planned.files for unit in file.units]
-    left = [part for part in parts if part[1].id not in finished]
+    left = [unit for unit in planned.units if unit.id not in finished]
     done = _done(planned, finished, prices)
-    sample = choose_rows(left or parts, job.s3, count, seed)
+    schemas = {file.file.name: file.schema for file in planned.files}
+    sample = choose_rows(left or planned.units, schemas, job.s3, count, seed)
     # Of several kinds of actors, the first in the job file.
     group = next(iter(job.actors.pools))
     own = job.in_group(group)
     tried, start, hardware = _rehearse(own, sample, show)
 
-    rows_left = sum(unit.rows for _, unit in left)
+    rows_left = sum(unit.rows for unit in left)
     good, bad = len(tried.output_tokens), sum(tried.left_out.values())
     completed = rows_left * good / tried.rows
     actors = max(1, min(job.actors.max_actors, len(left)))

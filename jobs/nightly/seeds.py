@@ -19,7 +19,7 @@ from jobs.nightly.recipe import TEMPLATE_VARIABLES, Recipe
 from pipeline.errors import UserError, nearest
 from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.source import read_units
-from pipeline.inputs.units import FilePlan, plan_files
+from pipeline.inputs.units import FilePlan, Unit, plan_files
 from pipeline.storage.folder import resolved
 
 _READ_ROWS = 4096
@@ -144,26 +144,26 @@ def _groups(
     uses = {template.name: template.columns for template in recipe.templates}
     every = sorted({column for columns in uses.values() for column in columns})
     seen: set[str] = set()
-    for plan in plans:
-        for unit in plan.units:
-            (read,) = read_units([unit], plan.schema if unit.format == "jsonl" else None, s3)
-            for number, row in enumerate(read.table.to_pylist()):
-                if number in read.raw_lines:
-                    skipped["not a JSON object"] += 1
-                    continue
-                seed = {column: row.get(column) for column in schema.names}
-                if named is not None and seed[named] is None:
-                    skipped[f"no {named}"] += 1
-                    continue
-                seed_id = str(seed[named]) if named is not None else _digest(seed, every)
-                if seed_id in seen:
-                    skipped["the same id or content as an earlier seed"] += 1
-                    continue
-                seen.add(seed_id)
-                yield [
-                    Prompt(seed_id, name, _digest(seed, columns), seed)
-                    for name, columns in uses.items()
-                ]
+    units = [Unit.of(piece) for plan in plans for piece in plan.pieces]
+    schemas = {plan.file.name: plan.schema for plan in plans}
+    for read in read_units(units, schemas, s3):
+        for number, row in enumerate(read.table.to_pylist()):
+            if number in read.raw_lines:
+                skipped["not a JSON object"] += 1
+                continue
+            seed = {column: row.get(column) for column in schema.names}
+            if named is not None and seed[named] is None:
+                skipped[f"no {named}"] += 1
+                continue
+            seed_id = str(seed[named]) if named is not None else _digest(seed, every)
+            if seed_id in seen:
+                skipped["the same id or content as an earlier seed"] += 1
+                continue
+            seen.add(seed_id)
+            yield [
+                Prompt(seed_id, name, _digest(seed, columns), seed)
+                for name, columns in uses.items()
+            ]
 
 
 def _new_only(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from pipeline import layout
 from pipeline.commit.footer import to_footer
 from pipeline.commit.record import Actor, AttachedFiles, UnitFile, UnitRecord, Work
-from pipeline.commit.schema import Outcome, Outcomes, completions_table, errors_table
+from pipeline.commit.schema import Outcomes, completions_table, errors_table
 from pipeline.commit.trace import trace_table
 from pipeline.inputs.blocks import UnitFiles, UnitRows
 
@@ -35,7 +35,7 @@ def attached_file(folder: str, unit: str, table: pa.Table) -> tuple[UnitFile, by
 
 def unit_files(
     rows: UnitRows,
-    tried: Outcomes,
+    outcomes: Outcomes,
     *,
     job: str,
     own_n: bool,
@@ -47,7 +47,7 @@ def unit_files(
 
     Args:
         rows: the unit as it was read.
-        tried: what became of its rows that were tried (`Unit.wanted`).
+        outcomes: of its rows.
         job: digest of the job's fingerprint.
         own_n: whether each row may say how many samples it has.
         actor: who tried.
@@ -55,9 +55,6 @@ def unit_files(
         token_text: a token as `trace/` shows it; None: rounds are not kept.
     """
     unit = rows.unit
-    outcomes: list[Sequence[Outcome]] = [()] * unit.rows
-    for index, samples in zip(unit.wanted, tried, strict=True):
-        outcomes[index] = samples
     written: list[tuple[str, bytes]] = []
 
     def attach(folder: str, table: pa.Table) -> UnitFile:

@@ -25,6 +25,7 @@ from pipeline.commit.record import (
     UnitRecord,
     Work,
 )
+from pipeline.inputs.units import RowRange
 from pipeline.storage.folder import Folder
 from specdec.request import Counts
 
@@ -46,8 +47,8 @@ def to_plain(record: UnitRecord) -> dict[str, Any]:
     return {
         "unit": record.unit,
         "job": record.job,
-        "input": record.input,
-        "start": record.start,
+        "input": record.ranges[0].name,
+        "start": record.ranges[0].start,
         "rows": record.rows,
         "completions": results.completions,
         "errors": dict(results.errors),
@@ -79,6 +80,8 @@ def to_plain(record: UnitRecord) -> dict[str, Any]:
         "samples": results.samples,
         "own_n": results.own_n,
         "worker": actor.worker,
+        "files": len(record.inputs),
+        "ranges": [(each.name, each.start, each.rows) for each in record.ranges],
     }
 
 
@@ -91,11 +94,11 @@ def from_plain(values: Mapping[str, Any]) -> UnitRecord:
     values = dict(values)
     get = values.get
     errors: dict[str, int] = values["errors"]
+    whole = (values["input"], values["start"], values["rows"])  # a unit was of one file
     return UnitRecord(
         unit=values["unit"],
         job=values["job"],
-        input=values["input"],
-        start=values["start"],
+        ranges=tuple(RowRange(*each) for each in get("ranges", [whole])),
         rows=values["rows"],
         results=Results(
             samples=get("samples", values["rows"]),  # a row was one sample

@@ -106,14 +106,20 @@ def claim(
     before = {**mark, "input": _input_mark(job, kept)} if added else mark
     changed = planned_inputs.changes(planned, kept, times=not same_content) if planned else []
     known = digest(before) in digests if added else not difference(there, before)
-    if found is None or not known or changed:
-        if found is not None and output.list(layout.COMPLETIONS):
-            if digest(mark) in digests and not changed:
-                raise UserError(
-                    f"output: {output.url} was being extended with new input files when that was "
-                    "stopped; run again with --extend"
-                )
-            raise _refusal(output, difference(there, before), changed)
+    another = found is None or not known or bool(changed)
+    if another and found is not None and output.list(layout.COMPLETIONS):
+        if digest(mark) in digests and not changed:
+            raise UserError(
+                f"output: {output.url} was being extended with new input files when that was "
+                "stopped; run again with --extend"
+            )
+        raise _refusal(output, difference(there, before), changed)
+    if planned_inputs.other_steps(plans, planned):
+        raise UserError(
+            f"output: {output.url} was begun or extended by another run at this moment; run the "
+            "same command again"
+        )
+    if another:
         # A job that never committed anything, perhaps for a mistake that is corrected now.
         _record(output, job, plans, mark, {"created": _now(), **_fork(forked_from, mark)})
     elif added:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipeline import layout
 from pipeline.commit.files import parquet_bytes
 from pipeline.inputs.listing import InputFile
-from pipeline.inputs.units import FilePlan
+from pipeline.inputs.units import UNJOINED, FilePlan
 from pipeline.storage.folder import Folder
 
 _SHOWN = 5
@@ -27,11 +27,13 @@ class Planned:
         size: bytes.
         rows: how many it has.
         modified: nanoseconds since the epoch; 0: an older version did not note it.
+        step: when it became part of the job (`FilePlan`).
     """
 
     size: int
     rows: int
     modified: int = 0
+    step: int = UNJOINED
 
 
 def to_bytes(plans: Sequence[FilePlan]) -> bytes:
@@ -42,6 +44,7 @@ def to_bytes(plans: Sequence[FilePlan]) -> bytes:
             "size": pa.array([p.file.size for p in plans], pa.int64()),
             "rows": pa.array([p.rows for p in plans], pa.int64()),
             "modified": pa.array([p.file.modified for p in plans], pa.int64()),
+            "step": pa.array([p.step for p in plans], pa.int64()),
         }
     )
     return parquet_bytes(table)
@@ -61,6 +64,33 @@ def new_files(files: Sequence[InputFile], planned: Mapping[str, Planned]) -> lis
     return [file for file in files if file.name not in planned]
 
 
+def in_steps(
+    plans: Sequence[FilePlan], planned: Mapping[str, Planned], *, begun: bool = True
+) -> list[FilePlan]:
+    """Each file with its step: the one that is noted, or for all new ones together the next.
+
+    Units depend on steps, so a step that is noted never changes.
+
+    Args:
+        plans: the input.
+        planned: what the output was planned on, as it is noted.
+        begun: whether units are committed. Without notes they are of an older version.
+    """
+    if begun and not planned:
+        return [replace(plan, step=UNJOINED) for plan in plans]
+    following = 1 + max((each.step for each in planned.values()), default=-1)
+    return [
+        replace(plan, step=planned[name].step if (name := plan.file.name) in planned else following)
+        for plan in plans
+    ]
+
+
+def other_steps(plans: Sequence[FilePlan], planned: Mapping[str, Planned]) -> bool:
+    """Whether other steps are noted by now than files were planned with."""
+    noted = in_steps(plans, planned) if planned else plans
+    return [plan.step for plan in noted] != [plan.step for plan in plans]
+
+
 def changes(
     planned: Mapping[str, Planned], plans: Sequence[FilePlan], *, times: bool = True
 ) -> list[str]:
@@ -71,7 +101,7 @@ def changes(
         plans: what they are.
         times: whether one that was written again with the same size and rows has changed.
     """
-    here = {p.file.name: Planned(p.file.size, p.rows, p.file.modified) for p in plans}
+    here = {p.file.name: Planned(p.file.size, p.rows, p.file.modified, p.step) for p in plans}
     lines = []
     for name in sorted(planned.keys() | here.keys()):
         if name not in here:

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline import layout
 from pipeline.commit.schema import Failed, Finished, Outcomes, by_sample
-from pipeline.inputs.units import Unit
+from pipeline.inputs.units import RowRange, Unit
 from specdec.measure.calibration import Calibration
 from specdec.request import Completion, Counts
 
@@ -193,8 +193,8 @@ class UnitRecord:
     Attributes:
         unit: its id.
         job: digest of the fingerprint of the job that it was generated for.
-        input: name of its input file.
-        start, rows: its row range.
+        ranges: which rows it is of, in this order.
+        rows: how many were tried.
         results: what became of its rows.
         actor: who generated it.
         work: what that took.
@@ -204,8 +204,7 @@ class UnitRecord:
 
     unit: str
     job: str
-    input: str
-    start: int
+    ranges: tuple[RowRange, ...]
     rows: int
     results: Results
     actor: Actor
@@ -238,8 +237,7 @@ class UnitRecord:
         return UnitRecord(
             unit=unit.id,
             job=job,
-            input=unit.name,
-            start=unit.start,
+            ranges=tuple(RowRange(each.name, each.start, each.rows) for each in unit.pieces),
             rows=len(unit.wanted),
             results=Results.of(outcomes, own_n),
             actor=actor,
@@ -247,6 +245,11 @@ class UnitRecord:
             files=files,
             retries=Retries(unit.generation),
         )
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the input files that its rows are of, in this order."""
+        return list(dict.fromkeys(each.name for each in self.ranges))
 
     @property
     def completions_file(self) -> UnitFile:

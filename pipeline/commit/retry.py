@@ -53,11 +53,11 @@ def failed_units(output: Folder, units: Iterable[Unit]) -> list[Unit]:
 
     def narrowed(unit: Unit) -> Unit:
         record = records[unit.id]
-        completed = _row_numbers(output.read(layout.completions(unit.id)))
+        completed = _places(output.read(layout.completions(unit.id)))
         # Those that are named, and should their file be lost, all that nothing is left of.
-        wanted = _row_numbers(_content(output, record.files.errors))
-        wanted |= set(range(unit.start, unit.start + unit.rows)) - completed
-        only = tuple(sorted(number - unit.start for number in wanted))
+        named = _places(_content(output, record.files.errors))
+        places = map(unit.place, range(unit.rows))
+        only = tuple(i for i, at in enumerate(places) if at in named or at not in completed)
         return replace(unit, only=only, generation=record.retries.generation + 1)
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -69,12 +69,12 @@ def _content(output: Folder, file: UnitFile | None) -> bytes | None:
     return None if file is None else output.read(file.name)
 
 
-def _row_numbers(data: bytes | None) -> set[int]:
-    """Numbers of the rows that a file holds."""
+def _places(data: bytes | None) -> set[tuple[str, int]]:
+    """Input file and number in it of the rows that a file holds."""
     if data is None:
         return set()
     table = pq.read_table(pa.BufferReader(data), columns=[ROW_ID])
-    return {parse_row_id(each).row for each in table[ROW_ID].to_pylist()}
+    return {parse_row_id(each)[:2] for each in table[ROW_ID].to_pylist()}
 
 
 class RetrySink(CommitSink):
@@ -162,6 +162,7 @@ def _together(
     table = _in_order([before.table, _unless(completed, tried.table)])
     record = replace(
         new,
+        ranges=old.ranges,
         rows=old.rows,
         results=_all_results(old.results, new.results, table, failed),
         files=AttachedFiles(attach(layout.ERRORS, failed), attach(layout.TRACE, trace)),

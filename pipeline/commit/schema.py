@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipeline.errors import RowError, UserError
 from pipeline.inputs.blocks import UnitRows
 from pipeline.inputs.jsonl import RAW_LINE, parse_line
-from pipeline.inputs.row_ids import ROW_ID, row_id
+from pipeline.inputs.row_ids import ROW_ID
 from pipeline.inputs.units import FilePlan
 from pipeline.layout import ADDED_COLUMNS
 from specdec.request import Completion
@@ -65,7 +65,7 @@ class Failed:
 Outcome = Finished | Failed
 
 Outcomes = Sequence[Sequence[Outcome]]
-"""What became of a unit: for each of its rows, an outcome per sample; none: not this time."""
+"""What became of a unit: for each row that was to be completed, an outcome per sample."""
 
 
 def check_reserved(plans: Iterable[FilePlan]) -> None:
@@ -142,7 +142,7 @@ def errors_table(rows: UnitRows, outcomes: Outcomes) -> pa.Table:
         "error_message": [f.error.message for f in failed],
         "attempts": [f.attempts for f in failed],
     }
-    if rows.unit.format == "jsonl":
+    if any(piece.format == "jsonl" for piece in rows.unit.pieces):
         columns[RAW_LINE] = pa.string()
         values[RAW_LINE] = [rows.raw_lines.get(i) for i, _ in places]
     return _table(rows, places, values, columns)
@@ -154,7 +154,7 @@ def _table(
     values: dict[str, list[object]],
     columns: dict[str, pa.DataType],
 ) -> pa.Table:
-    ids = pa.array([row_id(rows.unit, i, sample) for i, sample in places], pa.string())
+    ids = pa.array([rows.row_id(i, sample) for i, sample in places], pa.string())
     arrays, fields = [ids], [pa.field(ROW_ID, ids.type)]
     if rows.table.num_columns:
         table = rows.table.take(pa.array([i for i, _ in places], pa.int64()))

@@ -5,8 +5,8 @@ its footer says what they are called and what their checksums are. Where it exis
 done. Where it does not, whatever else attempts at the unit have left counts for nothing.
 
 Each file is written in one atomic step, and only if no file has its name (`put_if_absent`). A
-unit's name is a function of its input file and row range, so every attempt at it, by any actor, run
-or machine, wants to write the same file, and one of them wins.
+unit's name is a function of its input files and row ranges, so every attempt at it, by any actor,
+run or machine, wants to write the same file, and one of them wins.
 
 docs/how-it-works/exactly-once.md says what a reader may rely on, and why nothing is lost or
 doubled. `pipeline.commit.retry` replaces a unit by its next generation.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray.data import Datasink
@@ -24,6 +25,9 @@ from ray.data.datasource.datasink import WriteResult
 
 from pipeline.inputs.blocks import UnitFiles
 from pipeline.storage.folder import Folder
+
+_THREADS = 8
+"""Units of a bundle that are written at once: on S3 this is mostly waiting."""
 
 
 class CommitSink(Datasink[dict[str, str]]):
@@ -43,13 +47,14 @@ class CommitSink(Datasink[dict[str, str]]):
 
     def write(self, blocks: Iterable[Block], ctx: object) -> dict[str, str]:
         """Commit every unit in `blocks`. Returns checksums of the files that it wrote."""
-        written, units = dict[str, str](), []
-        for block in blocks:
-            unit = UnitFiles.from_block(block)
-            written.update(self.commit(unit))
-            units.append(unit.unit_id)
-        if self._monitor is not None:
-            self._monitor.committed.remote(units)
+        written: dict[str, str] = {}
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for block in blocks:
+                units = UnitFiles.from_block(block)
+                for checksums in pool.map(self.commit, units):
+                    written |= checksums
+                if self._monitor is not None:
+                    self._monitor.committed.remote([unit.unit_id for unit in units])
         return written
 
     def commit(self, unit: UnitFiles) -> dict[str, str]:

@@ -67,12 +67,18 @@ def reliability(records: Iterable[UnitRecord]) -> dict[tuple[str, str], Calibrat
     classes: dict[tuple[str, str], Calibration] = {}
     for record in records:
         for context, bins in record.results.calibration.items():
-            for key in (("all", ""), ("input", record.input), ("context", context)):
+            for key in (("all", ""), ("input", _input(record)), ("context", context)):
                 classes.setdefault(key, Calibration()).bins += np.array(bins)
     order = {"all": 0, "input": 1, "context": 2}
     return dict(
         sorted(classes.items(), key=lambda c: (order[c[0][0]], len(c[0][1]), c[0][1])),
     )
+
+
+def _input(record: UnitRecord) -> str:
+    """The input file of a unit; of a unit of several, the first, and how many more."""
+    first, *others = record.inputs
+    return f"{first} and {len(others):,} more" if others else first
 
 
 def calibration_rows(records: Iterable[UnitRecord]) -> list[dict[str, Any]]:
@@ -245,5 +251,6 @@ _NESTED = {
     "slowest",
     "costs",
     "earlier",
+    "ranges",
 }
 """What of a stored record is no column of `stats/units`, or not as it is."""

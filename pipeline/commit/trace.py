@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipeline.commit.schema import Finished, Outcomes, by_sample
 from pipeline.inputs.blocks import UnitRows
-from pipeline.inputs.row_ids import ROW_ID, row_id
+from pipeline.inputs.row_ids import ROW_ID
 
 TRACE_SCHEMA = pa.schema(
     {
@@ -39,7 +39,7 @@ def trace_table(rows: UnitRows, outcomes: Outcomes, text: Callable[[int], str]) 
     rounds = []
     for index, sample, outcome in by_sample(outcomes):
         if isinstance(outcome, Finished):
-            name = row_id(rows.unit, index, sample)
+            name = rows.row_id(index, sample)
             for number, trace in enumerate(outcome.completion.trace):
                 texts = [text(token) for token in trace.candidates]
                 rounds.append({ROW_ID: name, "round": number, "texts": texts, **asdict(trace)})

@@ -63,7 +63,8 @@ class ActorsConfig(Section):
     units_in_flight: int | None = Field(
         default=None,
         ge=1,
-        description="Units that an actor is handed at once. `null`: enough to keep its slots full.",
+        description="Units that an actor is handed at once; neighbours with few rows to do count "
+        "as one. `null`: enough to keep its slots full.",
     )
     hang_seconds: float | None = Field(
         default=900,

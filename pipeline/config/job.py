@@ -99,7 +99,8 @@ class JobConfig(Section):
     unit_rows: int = Field(
         default=256,
         ge=1,
-        description="Rows that are committed together, about. Each unit is one output file.",
+        description="Rows that are committed together, about: a *unit*, which is one output file. "
+        "Large files are cut into units, small ones share them.",
     )
     max_error_share: float = Field(
         default=0.5,
@@ -126,17 +127,6 @@ class JobConfig(Section):
                 "give a draft, or set speculation.policy to none"
             )
         return self
-
-    @property
-    def units_in_flight(self) -> int:
-        """Units that an actor holds at once: at least one more than its slots work on.
-
-        It is the same for all groups: what the one with the most slots needs.
-        """
-        return max(
-            group.units_in_flight or 2 + -(-group.slots // self.unit_rows)
-            for group in self.actors.pools.values()
-        )
 
     def in_group(self, name: str) -> JobConfig:
         """The job as an actor of this group sees it: `actors` are the group's settings."""

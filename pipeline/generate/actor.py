@@ -1,8 +1,8 @@
 """The actor that turns units of prompts into units of completions.
 
-A call reads one unit, makes requests of its rows, waits while the engine completes them, and turns
-the outcomes into the unit's files. Ray Data makes several calls at once, so that units in flight
-share the one engine's slots.
+A call reads a bundle of units, makes requests of their rows, waits while the engine completes them,
+and turns the outcomes into the units' files. Ray Data makes several calls at once, so that units in
+flight share the one engine's slots.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from pipeline.generate.turns import Turns
 from pipeline.inputs.blocks import UnitFiles, UnitRows
 from pipeline.inputs.prompts import SAMPLING_COLUMN
 from pipeline.inputs.requests import Row, RowRequests
-from pipeline.inputs.row_ids import row_id
 from pipeline.observe.attempts import History
 from pipeline.observe.ledger import Run, Timesheet
 from pipeline.observe.metrics import LiveMetrics, Reading
@@ -103,7 +102,7 @@ class GenerateActor:
         return make_engine(self._job, self._pair, self._head)
 
     async def __call__(self, block: pa.Table) -> pa.Table:
-        """Complete one unit.
+        """Complete the units of a bundle, each by itself.
 
         Args:
             block: a `UnitRows` block.
@@ -111,19 +110,30 @@ class GenerateActor:
         Returns:
             A `UnitFiles` block: what to commit.
         """
+        # One that fails leaves the others to their end: Ray hands over the bundle again.
+        units = [self._unit(rows) for rows in UnitRows.from_block(block)]
+        done = await asyncio.gather(*units, return_exceptions=True)
+        files = []
+        for each in done:
+            if isinstance(each, BaseException):
+                raise each
+            files.append(each)
+        return UnitFiles.to_block(files)
+
+    async def _unit(self, rows: UnitRows) -> UnitFiles:
+        """Complete one unit."""
         started = time.time()
-        rows = UnitRows.from_block(block)
         outcomes = await self._outcomes(rows)
         if outcomes is None:
-            return UnitFiles(rows.unit.id, ()).to_block()
+            return UnitFiles(rows.unit.id, ())
         files = await asyncio.to_thread(self._files, rows, outcomes, started)
         samples = [outcome for row in outcomes for outcome in row]
         failed = sum(isinstance(outcome, Failed) for outcome in samples)
         await self._tell("end", rows.unit.id, len(samples), failed)
-        return files.to_block()
+        return files
 
     async def _outcomes(self, rows: UnitRows) -> Outcomes | None:
-        """Outcomes of the unit's wanted rows, in as many attempts as it takes.
+        """Outcomes of the unit's rows, in as many attempts as it takes.
 
         Returns:
             None if the job is stopping: the unit is left to another run.
@@ -131,8 +141,8 @@ class GenerateActor:
         Raises:
             EngineFailed: the engine dies whatever row it works on.
         """
-        unit = rows.unit.id
-        samples = len(rows.unit.wanted) * self._job.sampling.n
+        unit, every = rows.unit.id, range(len(rows.unit.wanted))
+        samples = len(every) * self._job.sampling.n
         while True:
             self._spent[unit] = {}  # what an attempt before this one took is lost
             history = await self._tell("begin", unit, samples)
@@ -145,7 +155,7 @@ class GenerateActor:
                     async with self._turns.alone():
                         return await self._in_quarantine(rows, history)
                 async with self._turns.shared():
-                    return await self._complete(rows, rows.unit.wanted)
+                    return await self._complete(rows, every)
             except EngineFailed as failure:
                 # The engine was replaced, so this process can go on; the attempt counts as dead.
                 self._failure = str(failure)
@@ -157,7 +167,8 @@ class GenerateActor:
     async def _in_quarantine(self, rows: UnitRows, history: History) -> Outcomes:
         """Complete a unit that has killed its engine; rows that killed it alone become errors."""
         outcomes: dict[int, Sequence[Outcome]] = {}
-        for group in history.groups(rows.unit.wanted, self._job.actors.slots):
+        every = range(len(rows.unit.wanted))
+        for group in history.groups(every, self._job.actors.slots):
             if history.poisonous(group):
                 poison = Failed(self._poison(), attempts=history.deaths)
                 outcomes[group[0]] = [poison] * len(self._requests_of(rows, group[0]))
@@ -165,7 +176,7 @@ class GenerateActor:
             await self._tell("trial", rows.unit.id, group)
             outcomes.update(zip(group, await self._complete(rows, group), strict=True))
             await self._tell("passed", rows.unit.id)
-        return [outcomes[index] for index in rows.unit.wanted]
+        return [outcomes[index] for index in every]
 
     def _poison(self) -> RowError:
         why = self._failure or "the process died; too little memory is the usual reason"
@@ -192,7 +203,7 @@ class GenerateActor:
             if index in rows.raw_lines:
                 raise line_error(rows.raw_lines[index])
             row = rows.row(index, self._requests.columns)
-            return [*self._requests.of(row, row_id(rows.unit, index))]
+            return [*self._requests.of(row, rows.row_id(index))]
         except RowError as error:
             return [Failed(error, attempts=1)] * self._requests.count(row)
 

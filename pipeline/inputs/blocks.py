@@ -1,29 +1,30 @@
-"""What flows through Ray Data: sealed envelopes, one unit each.
+"""What flows through Ray Data: sealed envelopes, one bundle of units each.
 
-Ray Data sees blocks of one row, a unit each, with bytes in them. User columns stay out of its
-sight, so no schema is unified, no value converted, and no unit split on its way.
+Ray Data sees blocks of one row, a bundle each, with bytes in them. User columns stay out of its
+sight, so no schema is unified, no value converted, and no bundle split on its way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.errors import RowError
+from pipeline.inputs.row_ids import row_id
 from pipeline.inputs.units import Unit
 
 
 @dataclass(frozen=True)
 class UnitRows:
-    """The rows of one unit as they were read.
+    """The rows of one unit that are to be completed, as they were read.
 
     Attributes:
-        unit: which rows.
-        table: the input columns, one row per row of the unit, types untouched.
-        raw_lines: for JSONL, the text of each line that is not a JSON object, by row in the unit;
+        unit: which rows (`Unit.wanted`).
+        table: the input columns, one row per row, types untouched.
+        raw_lines: for JSONL, the text of each line that is not a JSON object, by row of the table;
             the row's columns are null.
     """
 
@@ -35,7 +36,7 @@ class UnitRows:
         """Some columns of a row as Python values; columns that the unit does not have are left out.
 
         Args:
-            index: of the row in the unit.
+            index: of the row in the table.
             columns: their names.
 
         Raises:
@@ -50,29 +51,45 @@ class UnitRows:
             raise RowError("MalformedValue", f"a column holds no usable value: {error}") from None
         return dict(row)
 
-    def to_block(self) -> pa.Table:
+    def row_id(self, index: int, sample: int = 0) -> str:
+        """The name of a sample of a row of the table."""
+        return row_id(self.unit, self.unit.wanted[index], sample)
+
+    @staticmethod
+    def to_block(bundle: Sequence[UnitRows]) -> pa.Table:
         """One row that Ray Data carries without looking inside."""
-        lines = pa.array([self.raw_lines.get(i) for i in range(self.unit.rows)], pa.large_string())
-        payload = [_ipc(self.table), _ipc(pa.table({"line": lines}))]
+        rows = [_ipc(each.table) for each in bundle]
+        lines = [_ipc(each._lines()) for each in bundle]
         return pa.table(
             {
-                "unit": [self.unit.to_json()],
-                "rows": pa.array(payload[:1], pa.large_binary()),
-                "raw_lines": pa.array(payload[1:], pa.large_binary()),
+                "units": [[each.unit.to_json() for each in bundle]],
+                "rows": pa.array([rows], pa.large_list(pa.large_binary())),
+                "raw_lines": pa.array([lines], pa.large_list(pa.large_binary())),
             }
         )
 
     @staticmethod
-    def from_block(block: pa.Table) -> UnitRows:
+    def from_block(block: pa.Table) -> list[UnitRows]:
         """What `to_block` packed."""
         if block.num_rows != 1:
-            raise ValueError(f"a block must hold one unit, got {block.num_rows}")
-        lines = _table(block["raw_lines"][0])["line"].to_pylist()
-        return UnitRows(
-            unit=Unit.from_json(block["unit"][0].as_py()),
-            table=_table(block["rows"][0]),
-            raw_lines={i: line for i, line in enumerate(lines) if line is not None},
-        )
+            raise ValueError(f"a block must hold one bundle, got {block.num_rows}")
+        units, rows, lines = (block[name][0].values for name in ("units", "rows", "raw_lines"))
+        return [
+            UnitRows(
+                unit=Unit.from_json(units[i].as_py()),
+                table=_table(rows[i]),
+                raw_lines={
+                    index: line
+                    for index, line in enumerate(_table(lines[i])["line"].to_pylist())
+                    if line is not None
+                },
+            )
+            for i in range(len(units))
+        ]
+
+    def _lines(self) -> pa.Table:
+        lines = [self.raw_lines.get(index) for index in range(len(self.unit.wanted))]
+        return pa.table({"line": pa.array(lines, pa.large_string())})
 
 
 def _ipc(table: pa.Table) -> bytes:
@@ -100,21 +117,26 @@ class UnitFiles:
     unit_id: str
     files: tuple[tuple[str, bytes], ...]
 
-    def to_block(self) -> pa.Table:
+    @staticmethod
+    def to_block(bundle: Sequence[UnitFiles]) -> pa.Table:
         """One row that Ray Data carries without looking inside."""
-        names = [name for name, _ in self.files]
-        contents = [data for _, data in self.files]
+        names = [[name for name, _ in each.files] for each in bundle]
+        contents = [[data for _, data in each.files] for each in bundle]
+        kind = pa.large_list(pa.large_list(pa.large_binary()))
         return pa.table(
             {
-                "unit": [self.unit_id],
-                "names": pa.array([names], pa.list_(pa.string())),
-                "contents": pa.array([contents], pa.large_list(pa.large_binary())),
+                "units": [[each.unit_id for each in bundle]],
+                "names": pa.array([names], pa.list_(pa.list_(pa.string()))),
+                "contents": pa.array([contents], kind),
             }
         )
 
     @staticmethod
-    def from_block(block: pa.Table) -> UnitFiles:
+    def from_block(block: pa.Table) -> list[UnitFiles]:
         """What `to_block` packed."""
         (row,) = block.to_pylist()
-        files = zip(row["names"], row["contents"], strict=True)
-        return UnitFiles(row["unit"], tuple(files))
+        units = zip(row["units"], row["names"], row["contents"], strict=True)
+        return [
+            UnitFiles(unit, tuple(zip(names, contents, strict=True)))
+            for unit, names, contents in units
+        ]

@@ -58,10 +58,12 @@ def to_table(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     columns = {
         name: _column([row.get(name) for row in rows], _type_of(schema, name)) for name in names
     }
-    if not columns:
-        # A table without columns has no length of its own.
-        return pa.table({"_": pa.nulls(len(rows))}).select([])
-    return pa.table(columns)
+    return pa.table(columns) if columns else without_columns(len(rows))
+
+
+def without_columns(rows: int) -> pa.Table:
+    """A table of so many rows and no column, which has no length of its own."""
+    return pa.table({"_": pa.nulls(rows)}).select([])
 
 
 def _type_of(schema: pa.Schema, name: str) -> pa.DataType | None:

@@ -26,7 +26,8 @@ class RowId(NamedTuple):
 
 def row_id(unit: Unit, index: int, sample: int = 0) -> str:
     """The name of a sample of a unit's row, which is the unit's `index`th."""
-    return f"{unit.name}:{unit.start + index}:{sample}"
+    name, row = unit.place(index)
+    return f"{name}:{row}:{sample}"
 
 
 def sibling(row_id: str, sample: int) -> str:

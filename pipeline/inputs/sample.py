@@ -12,9 +12,8 @@ from pipeline.errors import UserError
 from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.prompts import required_columns
 from pipeline.inputs.requests import Row
-from pipeline.inputs.row_ids import row_id
-from pipeline.inputs.source import read_units
-from pipeline.inputs.units import FilePlan, Unit, check_columns, plan_files, request_lines
+from pipeline.inputs.source import Schemas, read_units
+from pipeline.inputs.units import Unit, check_columns, plan_files, request_lines
 from pipeline.storage.folder import resolved
 
 UNIT_ROWS = 64
@@ -68,17 +67,19 @@ def sample_rows(
     if config.format is not None:
         plans = [request_lines(plan) for plan in plans]
     check_columns(plans, required_columns(config))
-    units = [(plan, unit) for plan in plans for unit in plan.units]
-    return Sample(config, choose_rows(units, s3, count, seed))
+    units = [Unit.of(piece) for plan in plans for piece in plan.pieces]
+    schemas = {plan.file.name: plan.schema for plan in plans}
+    return Sample(config, choose_rows(units, schemas, s3, count, seed))
 
 
 def choose_rows(
-    units: Sequence[tuple[FilePlan, Unit]], s3: S3Config, count: int, seed: int = 0
+    units: Sequence[Unit], schemas: Schemas, s3: S3Config, count: int, seed: int = 0
 ) -> dict[str, Row]:
     """At most `count` rows of some units by row id, spread over the units.
 
     Args:
-        units: with the files that they are of.
+        units: the units.
+        schemas: of JSONL.
         s3: how to reach files on S3.
         count: most rows.
         seed: of the choice and the order.
@@ -91,12 +92,11 @@ def choose_rows(
     share = max(1, -(-count // _LEAST_UNITS))
     chosen: list[tuple[str, Row]] = []
     spare: list[tuple[str, Row]] = []
-    for plan, unit in units:
+    for unit in units:
         if len(chosen) >= count or len(chosen) + len(spare) >= count + _LEAST_UNITS * UNIT_ROWS:
             break
-        schema = plan.schema if unit.format == "jsonl" else None
-        (read,) = read_units([unit], schema, s3)
-        rows = [(row_id(unit, i), row) for i, row in enumerate(read.table.to_pylist())]
+        (read,) = read_units([unit], schemas, s3)
+        rows = [(read.row_id(i), row) for i, row in enumerate(read.table.to_pylist())]
         chance.shuffle(rows)
         chosen += rows[:share]
         spare += rows[share:]

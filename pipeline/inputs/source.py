@@ -1,10 +1,13 @@
-"""Reading pending units: a Ray Data `Datasource` whose every block is one whole unit."""
+"""Reading pending units: a Ray Data `Datasource` whose every block is one bundle of whole units."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain, groupby, islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,44 +18,62 @@ from ray.data.datasource import Datasource, ReadTask
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.blocks import UnitRows
-from pipeline.inputs.jsonl import BOM, is_row, parse_line, to_table
+from pipeline.inputs.joining import Bundle
+from pipeline.inputs.jsonl import BOM, is_row, parse_line, to_table, without_columns
 from pipeline.inputs.listing import check_unchanged, read_as
 from pipeline.inputs.openai_requests import LINES_SCHEMA, REQUEST
-from pipeline.inputs.units import Unit, readable
+from pipeline.inputs.units import Piece, Unit, readable
 from pipeline.storage.folder import locate
 
 _BATCH_ROWS = 4096
-"""Rows of Parquet decoded at a time. More needs more memory; units are cut from these batches."""
+"""Rows of Parquet decoded at a time. More needs more memory; pieces are cut from these batches."""
 
 _MOST_TASKS = 1000
 """Read tasks of a job, about. The driver keeps each of them, so a larger job has larger ones."""
 
+_AHEAD = 8
+"""Pieces read ahead, at once: on S3 this is mostly waiting. More would hold more of them in memory
+when the actors are slower."""
+
+Schemas = Mapping[str, pa.Schema]
+"""By input file, the columns and types that JSONL rows are read as."""
+
+_Rows = tuple[pa.Table, dict[int, str]]
+"""Of a piece: columns, and the lines that are no JSON objects by row."""
+
 
 class UnitDatasource(Datasource):
-    """Reads units. Units cut from one row group share a read task, which decodes it once.
+    """Reads units. Those cut from one row group share a read task, which decodes it once.
 
     A job of very many units has read tasks of several row groups or files each: Ray Data keeps
-    every task in the driver. A task hands its units on one by one, as fast as they are taken.
+    every task in the driver. A task hands its bundles on one by one, as fast as they are taken.
 
     Args:
-        units: what to read; units of one file next to each other and in row order.
-        schemas: per file name, the columns and types that JSONL rows are read as.
+        bundles: what to read; units of one file next to each other and in row order.
+        schemas: of JSONL.
         s3: how to reach files on S3.
         reserved: names that no column may have; lines of JSONL with such a key are kept as text.
     """
 
     def __init__(
         self,
-        units: Sequence[Unit],
-        schemas: dict[str, pa.Schema],
+        bundles: Sequence[Bundle],
+        schemas: Schemas,
         s3: S3Config,
         reserved: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._reserved = reserved
-        groups = [list(g) for _, g in groupby(units, key=_read_together)]
+        groups: list[list[Bundle]] = []
+        last = None
+        for bundle in bundles:
+            if last is None or _read_together(bundle[0].pieces[0]) != last:
+                groups.append([])
+            groups[-1].append(bundle)
+            last = _read_together(bundle[-1].pieces[-1])
         size = -(-len(groups) // _MOST_TASKS) or 1
-        self._tasks = [groups[i : i + size] for i in range(0, len(groups), size)]
+        parts = [groups[i : i + size] for i in range(0, len(groups), size)]
+        self._tasks = [list(chain.from_iterable(part)) for part in parts]
         self._schemas = schemas
         self._s3 = s3
 
@@ -72,116 +93,174 @@ class UnitDatasource(Datasource):
     ) -> list[ReadTask]:
         return [
             ReadTask(
-                _reader(
-                    [(g, self._schemas.get(g[0].name)) for g in groups], self._s3, self._reserved
-                ),
+                _reader(bundles, self._schemas_of(bundles), self._s3, self._reserved),
                 BlockMetadata(
-                    num_rows=sum(map(len, groups)),
+                    num_rows=len(bundles),
                     size_bytes=None,
                     exec_stats=None,
                     input_files=None,
                 ),
             )
-            for groups in self._tasks
+            for bundles in self._tasks
         ]
 
+    def _schemas_of(self, bundles: Sequence[Bundle]) -> Schemas:
+        names = {p.name for bundle in bundles for unit in bundle for p in unit.pieces}
+        return {name: self._schemas[name] for name in names if name in self._schemas}
 
-def _read_together(unit: Unit) -> tuple[str, int]:
-    return unit.url, unit.offset
+
+def _read_together(piece: Piece) -> tuple[str, int]:
+    return piece.url, piece.offset
 
 
 def _reader(
-    groups: list[tuple[list[Unit], pa.Schema | None]], s3: S3Config, reserved: frozenset[str]
+    bundles: Sequence[Bundle], schemas: Schemas, s3: S3Config, reserved: frozenset[str]
 ) -> Callable[[], Iterable[Block]]:
     # A plain closure over plain values: what is pickled to the worker stays small.
     def read() -> Iterable[Block]:
-        for units, schema in groups:
-            for rows in read_units(units, schema, s3, reserved):
-                yield rows.to_block()
+        units = read_units([u for bundle in bundles for u in bundle], schemas, s3, reserved)
+        for bundle in bundles:
+            yield UnitRows.to_block(list(islice(units, len(bundle))))
 
     return read
 
 
 def read_units(
-    units: list[Unit],
-    schema: pa.Schema | None,
+    units: Sequence[Unit],
+    schemas: Schemas,
     s3: S3Config,
     reserved: frozenset[str] = frozenset(),
 ) -> Iterator[UnitRows]:
-    """Read units that start in the same row group, or one unit of JSONL.
+    """Read units one after the other; files are read ahead, several at once.
 
     Args:
-        units: of one file, in row order, all with the same `offset`.
-        schema: for JSONL, the file's columns and types; None for Parquet.
+        units: in input order, so that those cut from one row group are next to each other.
+        schemas: of JSONL.
         s3: how to reach files on S3.
         reserved: names that no column may have.
 
     Raises:
-        UserError: the file is gone, damaged, or not the one that was planned on.
+        UserError: a file is gone, damaged, or not the one that was planned on.
     """
-    url = units[0].url
-    check_unchanged(url, units[0].size, units[0].modified, s3)
-    folder, name = locate(url, s3)
-    with readable(url):
-        if units[0].format == "jsonl":
-            (unit,) = units
-            with folder.open(name) as file:
-                file.seek(unit.offset)
-                data = file.read(unit.end - unit.offset)
-            read = iter([parse_jsonl(unit, data, schema, reserved)])
+    read = _read_ahead([piece for unit in units for piece in unit.pieces], schemas, s3, reserved)
+    for unit in units:
+        yield _put_together(unit, list(islice(read, len(unit.pieces))))
+
+
+def _put_together(unit: Unit, pieces: Sequence[_Rows]) -> UnitRows:
+    """A unit of what its pieces hold, without rows that are not to be completed."""
+    table = _one([table for table, _ in pieces])
+    lines: dict[int, str] = {}
+    start = 0
+    for piece, (_, malformed) in zip(unit.pieces, pieces, strict=True):
+        lines |= {start + index: line for index, line in malformed.items()}
+        start += piece.rows
+    if unit.only is not None:
+        if table.num_columns:
+            table = table.take(pa.array(unit.only, pa.int64()))
         else:
-            read = _read_parquet(units, s3)
-        for unit in units:
+            table = without_columns(len(unit.only))
+        lines = {i: lines[index] for i, index in enumerate(unit.only) if index in lines}
+    return UnitRows(unit, table, lines)
+
+
+def _one(tables: list[pa.Table]) -> pa.Table:
+    """Tables behind each other."""
+    if len(tables) == 1:
+        return tables[0]
+    if not any(table.num_columns for table in tables):
+        return without_columns(sum(table.num_rows for table in tables))
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException:  # JSONL: in one of them a value did not fit its column
+        rows = [row for table in tables for row in table.to_pylist()]
+        return to_table(rows, pa.schema([]))
+
+
+def _read_ahead(
+    pieces: Sequence[Piece], schemas: Schemas, s3: S3Config, reserved: frozenset[str]
+) -> Iterator[_Rows]:
+    """What each piece holds, in this order. A row group of many pieces is read when it is due."""
+    coming: deque[Callable[[], Iterable[_Rows]]] = deque()
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        for _, group in groupby(pieces, _read_together):
+            together = list(group)
+            read = partial(_read_pieces, together, schemas, s3, reserved)
+            coming.append(pool.submit(list, read()).result if len(together) == 1 else read)
+            if len(coming) > _AHEAD:
+                yield from coming.popleft()()
+        while coming:
+            yield from coming.popleft()()
+
+
+def _read_pieces(
+    pieces: Sequence[Piece], schemas: Schemas, s3: S3Config, reserved: frozenset[str]
+) -> Iterator[_Rows]:
+    """What pieces hold that begin in the same row group, in row order; or one of JSONL."""
+    first = pieces[0]
+    check_unchanged(first.url, first.size, first.modified, s3)
+    folder, name = locate(first.url, s3)
+    with readable(first.url):
+        if first.format == "jsonl":
+            with folder.open(name) as file:
+                file.seek(first.offset)
+                data = file.read(first.end - first.offset)
+            read = iter([parse_jsonl(data, schemas.get(first.name), reserved, first.prefix)])
+        else:
+            read = ((table, {}) for table in _read_parquet(pieces, s3))
+        for piece in pieces:
             rows = next(read, None)
-            if rows is None or rows.table.num_rows != unit.rows:
+            if rows is None or rows[0].num_rows != piece.rows:
                 raise UserError(
-                    f"{url}: has changed since the job was planned: it had {unit.rows} rows from "
-                    f"row {unit.start} on; restore it, or start again with another output"
+                    f"{piece.url}: has changed since the job was planned: it had {piece.rows} rows "
+                    f"from row {piece.start} on; restore it, or start again with another output"
                 )
             yield rows
 
 
-def _read_parquet(units: list[Unit], s3: S3Config) -> Iterator[UnitRows]:
-    folder, name = locate(units[0].url, s3)
+def _read_parquet(pieces: Sequence[Piece], s3: S3Config) -> Iterator[pa.Table]:
+    folder, name = locate(pieces[0].url, s3)
     with folder.open(name) as file, pq.ParquetFile(file) as parquet:
-        groups = range(units[0].offset, max(u.end for u in units))
-        position, wanted = 0, iter(units)
-        unit, pieces = next(wanted), list[pa.RecordBatch]()
+        groups = range(pieces[0].offset, max(piece.end for piece in pieces))
+        position, wanted = 0, iter(pieces)
+        piece, parts = next(wanted), list[pa.RecordBatch]()
         for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=list(groups)):
             batch_end = position + batch.num_rows
-            while unit.skip < batch_end:
-                low = max(unit.skip, position) - position
-                high = min(unit.skip + unit.rows, batch_end) - position
-                pieces.append(batch.slice(low, high - low))
-                if unit.skip + unit.rows > batch_end:
+            while piece.skip < batch_end:
+                low = max(piece.skip, position) - position
+                high = min(piece.skip + piece.rows, batch_end) - position
+                parts.append(batch.slice(low, high - low))
+                if piece.skip + piece.rows > batch_end:
                     break
-                yield UnitRows(unit, _whole(pieces, unit.prefix), {})
+                yield _whole(parts, piece.prefix)
                 following = next(wanted, None)
                 if following is None:
                     return
-                unit, pieces = following, []
+                piece, parts = following, []
             position = batch_end
 
 
-def _whole(pieces: list[pa.RecordBatch], prefix: str) -> pa.Table:
+def _whole(parts: list[pa.RecordBatch], prefix: str) -> pa.Table:
     # pandas and Hugging Face describe the whole file's columns in the schema's metadata; with
     # columns added that description would be wrong.
-    table = pa.Table.from_batches(pieces).replace_schema_metadata(None)
+    table = pa.Table.from_batches(parts).replace_schema_metadata(None)
     return table.rename_columns([read_as(name, prefix) for name in table.column_names])
 
 
 def parse_jsonl(
-    unit: Unit, data: bytes, schema: pa.Schema | None, reserved: frozenset[str] = frozenset()
-) -> UnitRows:
-    """Rows of a unit's bytes; a line that cannot be one of columns becomes a row of nulls."""
+    data: bytes,
+    schema: pa.Schema | None,
+    reserved: frozenset[str] = frozenset(),
+    prefix: str = "",
+) -> _Rows:
+    """Rows of some bytes; a line that cannot be one of columns becomes a row of nulls."""
     lines = [line for line in io.BytesIO(data) if is_row(line)]
     if schema is not None and schema.equals(LINES_SCHEMA, check_metadata=True):
-        return _whole_lines(unit, lines)
+        return _whole_lines(lines)
     parsed = [parse_line(line) for line in lines]
-    if unit.prefix:
+    if prefix:
         parsed = [
-            row and {read_as(name, unit.prefix): value for name, value in row.items()}
-            for row in parsed
+            row and {read_as(name, prefix): value for name, value in row.items()} for row in parsed
         ]
     parsed = [None if row and reserved & row.keys() else row for row in parsed]
     table = to_table([row or {} for row in parsed], schema or pa.schema([]))
@@ -190,11 +269,11 @@ def parse_jsonl(
         for i, (line, row) in enumerate(zip(lines, parsed, strict=True))
         if row is None
     }
-    return UnitRows(unit, table, malformed)
+    return table, malformed
 
 
-def _whole_lines(unit: Unit, lines: list[bytes]) -> UnitRows:
-    """A unit of requests: each line in one column, null if it is no text."""
+def _whole_lines(lines: list[bytes]) -> _Rows:
+    """Requests: each line in one column, null if it is no text."""
     texts: list[str | None] = []
     malformed = {}
     for index, line in enumerate(lines):
@@ -203,4 +282,4 @@ def _whole_lines(unit: Unit, lines: list[bytes]) -> UnitRows:
         except UnicodeDecodeError:
             texts.append(None)
             malformed[index] = line.decode(errors="replace").rstrip("\r\n")
-    return UnitRows(unit, pa.table({REQUEST: pa.array(texts, pa.string())}), malformed)
+    return pa.table({REQUEST: pa.array(texts, pa.string())}), malformed

@@ -1,7 +1,8 @@
-"""Cutting input files into units: row ranges of one file that are read, generated and committed.
+"""Cutting input files into units: rows that are read, generated and committed together.
 
-A unit's id is a function of the file's name and the row range alone, so the same input gives the
-same units on any cluster, and a committed file's name says which rows it holds.
+A file is cut into pieces; `pipeline.inputs.joining` makes units of them, of one large piece or of
+many small ones. A unit's id is a function of its files' names and row ranges alone, so the same
+input gives the same units on any cluster.
 """
 
 from __future__ import annotations
@@ -47,44 +48,82 @@ _OTHER_FORMATS = {
 """What a file begins with that has the name of JSON lines and is something else."""
 
 
-@dataclass(frozen=True, slots=True)  # a job may have a million of them
-class Unit:
-    """The smallest piece of work that is committed.
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Rows of one input file that lie next to each other.
 
     Attributes:
-        id: file name of its outputs, without extension.
-        url: the input file.
         name: the input file's name in row ids.
+        start: number of the first in the file.
+        rows: how many.
+    """
+
+    name: str
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)  # a job may have a million of them
+class Piece(RowRange):
+    """A row range that can be read by itself.
+
+    Attributes:
+        url: the input file.
         format: "parquet" or "jsonl".
-        start: number of its first row in the file.
-        rows: how many rows.
         offset: where reading starts: first row group (Parquet) or byte (JSONL).
         end: where it ends: one past the last row group or byte.
         skip: rows before `start` in the first row group; 0 for JSONL.
         size, modified, prefix: of the file when it was planned (`InputFile`).
-        generation: how often its files were replaced when this work on it is committed.
-        only: the rows to complete, by their index in it; None: all.
     """
 
-    id: str
     url: str
-    name: str
     format: str
-    start: int
-    rows: int
     offset: int
     end: int
     skip: int = 0
     size: int = 0
     modified: int = 0
     prefix: str = ""
+
+
+@dataclass(frozen=True, slots=True)  # a job may have a million of them
+class Unit:
+    """The smallest piece of work that is committed.
+
+    Attributes:
+        id: file name of its outputs, without extension.
+        pieces: its rows, in this order.
+        generation: how often its files were replaced when this work on it is committed.
+        only: the rows to complete, by their index in it; None: all.
+    """
+
+    id: str
+    pieces: tuple[Piece, ...]
     generation: int = 0
     only: tuple[int, ...] | None = None
+
+    @staticmethod
+    def of(*pieces: Piece) -> Unit:
+        """The unit of these pieces."""
+        return Unit(unit_id(*pieces), pieces)
+
+    @property
+    def rows(self) -> int:
+        """How many rows it has."""
+        return sum(piece.rows for piece in self.pieces)
 
     @property
     def wanted(self) -> Sequence[int]:
         """The rows to complete, by their index in the unit."""
         return range(self.rows) if self.only is None else self.only
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The file's name and the number in it of the unit's `index`th row."""
+        for piece in self.pieces:
+            if index < piece.rows:
+                return piece.name, piece.start + index
+            index -= piece.rows
+        raise IndexError(f"unit {self.id} has {self.rows} rows")
 
     def to_json(self) -> str:
         """One line that `from_json` reads back."""
@@ -95,7 +134,8 @@ class Unit:
         """The unit that `to_json` wrote."""
         values = json.loads(line)
         only = values.pop("only")
-        return Unit(**values, only=None if only is None else tuple(only))
+        pieces = tuple(Piece(**piece) for piece in values.pop("pieces"))
+        return Unit(**values, pieces=pieces, only=None if only is None else tuple(only))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,29 +146,43 @@ class FilePlan:
         file: the file.
         rows: how many rows it has; malformed lines count.
         schema: its columns, without the schema's metadata. For JSONL: of its first lines.
-        units: its units, in row order.
+        pieces: what it is cut into, in row order.
+        step: when it became part of the job: 0 from the beginning, else by which extension;
+            UNJOINED: its pieces are units of their own.
     """
 
     file: InputFile
     rows: int
     schema: pa.Schema
-    units: tuple[Unit, ...]
+    pieces: tuple[Piece, ...]
+    step: int = 0
 
 
-def unit_id(name: str, start: int, rows: int) -> str:
-    """A readable, unique and safe file name for a row range of an input file."""
-    stem = re.sub(r"[^A-Za-z0-9]+", "-", name.rsplit(".", 1)[0]).strip("-")[-60:]
-    digest = hashlib.sha256(f"{name}:{start}:{rows}".encode()).hexdigest()[:10]
-    return f"{stem or 'rows'}-{start:09d}-{digest}"
+UNJOINED = -1
+"""The step of a file of an output that was begun by a version that joined no pieces."""
+
+
+def unit_id(*ranges: RowRange) -> str:
+    """A readable, unique and safe file name for rows of input files; it begins as the first."""
+    first = ranges[0]
+    digest = hashlib.sha256(
+        "\0".join(f"{each.name}:{each.start}:{each.rows}" for each in ranges).encode()
+    ).hexdigest()[:10]
+    return f"{unit_stem(first.name)}-{first.start:09d}-{digest}"
+
+
+def unit_stem(name: str) -> str:
+    """What the ids of units begin with whose first row is of this input file."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name.rsplit(".", 1)[0]).strip("-")[-60:] or "rows"
 
 
 def plan_files(files: Sequence[InputFile], s3: S3Config, unit_rows: int) -> list[FilePlan]:
-    """Read footers (Parquet) or count lines (JSONL) and cut every file into units.
+    """Read footers (Parquet) or count lines (JSONL) and cut every file into pieces.
 
     Args:
         files: the input.
         s3: how to reach the files on S3.
-        unit_rows: about how many rows a unit has; no unit has more.
+        unit_rows: about how many rows a unit has; no piece has more.
 
     Raises:
         UserError: a file that cannot be read; the message names it.
@@ -173,14 +227,13 @@ def _plan_parquet(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
     with folder.open(name) as opened, pq.ParquetFile(opened) as parquet:
         metadata, schema = parquet.metadata, parquet.schema_arrow
     groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    units = tuple(
-        Unit(
-            id=unit_id(file.name, cut.start, cut.rows),
-            url=file.url,
+    pieces = tuple(
+        Piece(
             name=file.name,
-            format="parquet",
             start=cut.start,
             rows=cut.rows,
+            url=file.url,
+            format="parquet",
             offset=cut.first_group,
             end=cut.end_group,
             skip=cut.skip,
@@ -190,7 +243,7 @@ def _plan_parquet(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
         )
         for cut in cut_row_groups(groups, unit_rows)
     )
-    return FilePlan(file, metadata.num_rows, schema, units)
+    return FilePlan(file, metadata.num_rows, schema, pieces)
 
 
 @dataclass(frozen=True)
@@ -208,7 +261,7 @@ def cut_row_groups(groups: Sequence[int], unit_rows: int) -> list[Cut]:
     """Row ranges of at most `unit_rows` rows that cover all rows once, in order.
 
     Row groups that fit are kept whole and small neighbours are joined; larger ones are cut into
-    equal parts, so that no unit needs two pieces of different row groups.
+    equal parts, so that no range needs parts of different row groups.
 
     Args:
         groups: rows of each row group; zero is allowed.
@@ -238,7 +291,7 @@ def cut_row_groups(groups: Sequence[int], unit_rows: int) -> list[Cut]:
 
 
 def _plan_jsonl(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
-    # Row count and byte offset where each unit begins; a unit then reads its own bytes only.
+    # Row count and byte offset where each piece begins; its own bytes alone are read then.
     starts: list[tuple[int, int]] = []
     row = position = 0
     sample: list[bytes] = []
@@ -255,14 +308,13 @@ def _plan_jsonl(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
                 sample.append(line)
             position += len(line)
     bounds = [*starts, (row, position)]
-    units = tuple(
-        Unit(
-            id=unit_id(file.name, start, end - start),
-            url=file.url,
+    pieces = tuple(
+        Piece(
             name=file.name,
-            format="jsonl",
             start=start,
             rows=end - start,
+            url=file.url,
+            format="jsonl",
             offset=offset,
             end=limit,
             size=file.size,
@@ -271,7 +323,7 @@ def _plan_jsonl(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
         )
         for (start, offset), (end, limit) in pairwise(bounds)
     )
-    return FilePlan(file, row, jsonl_schema(sample), units)
+    return FilePlan(file, row, jsonl_schema(sample), pieces)
 
 
 def _check_format(file: InputFile, start: bytes) -> None:

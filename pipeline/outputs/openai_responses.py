@@ -88,18 +88,18 @@ def _write(file: TextIO, value: dict[str, Any]) -> None:
 
 def _answers(job: Folder, unit: Unit) -> Iterator[_Answer]:
     """What became of each of a unit's lines, in order."""
-    answers = [_Answer() for _ in range(unit.rows)]
+    answers = {unit.place(index): _Answer() for index in range(unit.rows)}
     for row in _rows(job, layout.completions(unit.id), _COMPLETED):
-        answer = answers[_index(row) - unit.start]
+        answer = answers[_place(row)]
         answer.line = row[REQUEST]
         answer.samples.append(row)
     errors = read_record(job, unit.id).files.errors
     if errors is not None:
         for row in _rows(job, errors.name, _FAILED):
-            answer = answers[_index(row) - unit.start]
+            answer = answers[_place(row)]
             answer.line = row[REQUEST] or row.get(RAW_LINE)
             answer.error = (row["error_class"], row["error_message"])
-    yield from answers
+    yield from answers.values()
 
 
 def _rows(job: Folder, name: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -108,8 +108,8 @@ def _rows(job: Folder, name: str, columns: Sequence[str]) -> Iterator[dict[str, 
         yield from parquet.read([c for c in columns if c in there]).to_pylist()
 
 
-def _index(row: Mapping[str, Any]) -> int:
-    return parse_row_id(row[ROW_ID]).row
+def _place(row: Mapping[str, Any]) -> tuple[str, int]:
+    return parse_row_id(row[ROW_ID])[:2]
 
 
 def _body(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -10,12 +11,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import layout
-from pipeline.commit import manifest
+from pipeline.commit import manifest, planned_inputs
 from pipeline.commit.footer import read_record
 from pipeline.commit.record import UnitRecord
 from pipeline.errors import UserError
+from pipeline.inputs.joining import MOST_PIECES
 from pipeline.inputs.row_ids import ROW_ID, parse_row_id
-from pipeline.inputs.units import unit_id
+from pipeline.inputs.units import unit_stem
 from pipeline.storage.folder import Folder
 
 
@@ -47,21 +49,40 @@ def read_rounds(output: Folder, row: str) -> list[dict[str, Any]]:
 def _unit_of(output: Folder, row: str) -> UnitRecord | None:
     """The committed unit that a row belongs to. Names of units tell where to look."""
     name, index, sample = parse_row_id(row)
-    stem = unit_id(name, 0, 0).rsplit("-", 2)[0]
-    begins = []
+    units: dict[str, list[tuple[int, str]]] = {}  # first row and id by stem
     for unit in manifest.committed_ids(output):
-        its_stem, start, _ = ["", "", *unit.rsplit("-", 2)][-3:]
-        if its_stem == stem and start.isdigit() and int(start) <= index:
-            begins.append((int(start), unit))
-    for _, unit in sorted(begins, reverse=True):
-        record = read_record(output, unit)
-        # Files whose names differ in signs only share a stem.
-        if record.input == name:
+        stem, number, _ = ["", "", *unit.rsplit("-", 2)][-3:]
+        if number.isdigit():
+            units.setdefault(stem, []).append((int(number), unit))
+    for first in _beginnings(output, name):
+        for start, unit in sorted(units.get(unit_stem(first), []), reverse=True):
+            if first == name and start > index:
+                continue
+            record = read_record(output, unit)
+            # Files whose names differ in signs only share a stem.
+            if record.ranges[0].name != first:
+                continue
             results = record.results
             most = None if results.own_n else results.samples // record.rows
-            there = index < record.start + record.rows and (most is None or sample < most)
-            return record if there else None
+            there = any(
+                each.name == name and 0 <= index - each.start < each.rows for each in record.ranges
+            )
+            return record if there and (most is None or sample < most) else None
     return None
+
+
+def _beginnings(output: Folder, name: str) -> Iterator[str]:
+    """Input files in which the unit of a file's row may begin: itself, or one before it."""
+    yield name
+    planned = planned_inputs.read_planned(output)
+    if name in planned:
+        before: list[str] = []
+        for each, file in planned.items():
+            if each == name:
+                break
+            if file.rows and file.step == planned[name].step:
+                before.append(each)
+        yield from reversed(before[-MOST_PIECES:])
 
 
 def _instead(output: Folder, row: str) -> str:

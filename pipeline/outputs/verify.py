@@ -1,7 +1,7 @@
 """Checking a job's output again, from its files alone: nothing is taken on trust but the plan.
 
 Every file is read whole, a few units at a time, so memory does not grow with the rows: what is kept
-of a unit is its row range. Row ids need no list either. A unit may hold the ids of its own range
+of a unit are its row ranges. Row ids need no list either. A unit may hold the ids of its own ranges
 only, each once, and the ranges must cover every input file without gap or overlap; then no row is
 missing and none is there twice.
 """
@@ -60,9 +60,8 @@ def verify(
         for unit in _windowed(pool, check, units):
             _count(unit, found)
             read |= unit.sizes.keys()
-            if unit.span is not None:
-                name, start, rows = unit.span
-                spans.setdefault(name, []).append((start, rows, unit.id))
+            for each in unit.ranges:
+                spans.setdefault(each.name, []).append((each.start, each.rows, unit.id))
             progress(found.units, len(units))
 
     check_ranges(output, spans, found)

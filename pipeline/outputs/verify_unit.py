@@ -15,7 +15,7 @@ from pipeline.commit.footer import from_footer
 from pipeline.commit.record import UnitFile, UnitRecord
 from pipeline.inputs.prompts import SAMPLING_COLUMN
 from pipeline.inputs.row_ids import ROW_ID, parse_row_id
-from pipeline.inputs.units import unit_id
+from pipeline.inputs.units import RowRange, unit_id
 from pipeline.outputs.problems import Problem, first_line, some
 from pipeline.outputs.verify_manifest import ListedFiles
 from pipeline.storage.folder import Folder
@@ -30,14 +30,14 @@ class CheckedUnit:
 
     Attributes:
         id: the unit.
-        span: its input file, first row and rows; None if its file could not be read.
+        ranges: which rows it is of; none if its file could not be read.
         completions, failed: its rows.
         sizes: bytes by name of the files that were read.
         problems: what is wrong.
     """
 
     id: str
-    span: tuple[str, int, int] | None = None
+    ranges: tuple[RowRange, ...] = ()
     completions: int = 0
     failed: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class UnitCheck:
         if there is None:
             return found
         record, columns, ids = there
-        found.span = (record.input, record.start, record.rows)
+        found.ranges = record.ranges
         found.completions = len(ids)
         self._whose_it_is(found, record)
         self._counts(found, record, len(ids))
@@ -101,15 +101,18 @@ class UnitCheck:
     def _whose_it_is(self, found: CheckedUnit, record: UnitRecord) -> None:
         """The unit that its name says, of this job."""
         name = layout.completions(found.id)
-        named = unit_id(record.input, record.start, record.rows)
-        if record.unit != found.id or named != found.id:
-            found.wrong("foreign", name, f"holds unit {record.unit} of {record.input}")
+        if record.unit != found.id or unit_id(*record.ranges) != found.id:
+            inputs = some(record.inputs)
+            found.wrong("foreign", name, f"holds unit {record.unit} of {inputs}")
         if record.job not in self.digests:
             found.wrong("foreign", name, "was committed by a job with other settings")
 
     def _counts(self, found: CheckedUnit, record: UnitRecord, rows: int) -> None:
         """As many rows as its footer says, and these all that were asked for."""
         name, results = layout.completions(found.id), record.results
+        planned = sum(each.rows for each in record.ranges)
+        if record.rows != planned:
+            found.wrong("count", name, f"its footer says {record.rows} of its {planned} rows")
         if results.completions != rows:
             found.wrong("count", name, f"{rows} rows, its footer says {results.completions}")
         if results.samples != results.completions + results.failed:
@@ -175,7 +178,7 @@ class UnitCheck:
 def _wrong_ids(
     record: UnitRecord, samples: int | None, completed: Sequence[str], failed: Sequence[str]
 ) -> Iterator[Problem]:
-    """Compare the row ids of a unit's completions and errors with its row range.
+    """Compare the row ids of a unit's completions and errors with its row ranges.
 
     Args:
         record: the unit's.
@@ -188,21 +191,16 @@ def _wrong_ids(
         where = "in completions" if len(set(completed)) < len(completed) else "in errors, too"
         yield Problem("duplicate", name, f"rows that are there twice, {where}: {some(repeated)}")
     others: list[str] = []
-    there: dict[int, int] = {}  # samples by row
+    # Samples by row.
+    there = {(r.name, row): 0 for r in record.ranges for row in range(r.start, r.start + r.rows)}
     for each in counts:
         own, row, sample = parse_row_id(each)
-        known = own == record.input and 0 <= row - record.start < record.rows
-        if known and (samples is None or 0 <= sample < samples):
-            there[row] = there.get(row, 0) + 1
+        if (own, row) in there and sample >= 0 and (samples is None or sample < samples):
+            there[own, row] += 1
         else:
             others.append(each)
     if others:
         yield Problem("foreign", name, f"rows that are not the unit's: {some(others)}")
-    missing = [
-        f"{record.input}:{row}"
-        for row in range(record.start, record.start + record.rows)
-        if there.get(row, 0) < (samples or 1)
-    ]
-    if missing:
+    if missing := [f"{own}:{row}" for (own, row), n in there.items() if n < (samples or 1)]:
         text = f"rows neither in completions nor in errors: {some(missing)}"
         yield Problem("missing", name, text)

@@ -18,6 +18,7 @@ from pipeline.commit.sink import CommitSink
 from pipeline.errors import JobStopped, UserError
 from pipeline.generate.actor import GenerateActor
 from pipeline.generate.pool import actor_options, give_back
+from pipeline.inputs.joining import bundled, bundles_in_flight
 from pipeline.inputs.source import UnitDatasource
 from pipeline.inputs.units import Unit
 from pipeline.layout import ADDED_COLUMNS
@@ -93,7 +94,13 @@ def _write(
 ) -> None:
     job = plan.job
     schemas = {f.file.name: f.schema for f in plan.files if f.file.format == "jsonl"}
-    source = UnitDatasource(pending, schemas, job.s3, ADDED_COLUMNS)
+    bundles = bundled(pending, job.unit_rows)
+    source = UnitDatasource(bundles, schemas, job.s3, ADDED_COLUMNS)
+    # The same for all groups: what the one with the most slots needs.
+    in_flight = max(
+        group.units_in_flight or bundles_in_flight(bundles, group.slots)
+        for group in job.actors.pools.values()
+    )
     # Reading and writing are mostly waiting. They ask for no CPU, so that actors may hold all of
     # them and the job still moves; instead they are few.
     few = 2 + job.actors.max_actors
@@ -106,8 +113,8 @@ def _write(
         compute=ActorPoolStrategy(
             min_size=job.actors.min_actors,
             max_size=job.actors.max_actors,
-            max_tasks_in_flight_per_actor=job.units_in_flight,
-            max_concurrent_calls_per_actor=job.units_in_flight,
+            max_tasks_in_flight_per_actor=in_flight,
+            max_concurrent_calls_per_actor=in_flight,
         ),
         fn_constructor_args=actor_arguments,
         **actor_options(job.actors),
@@ -118,7 +125,7 @@ def _write(
 
 @contextmanager
 def data_context() -> Iterator[None]:
-    """Ray Data's settings for this job: a block is a unit, failed units are retried, silence."""
+    """Ray Data's settings for this job: a block is a bundle, a failed one is retried, silence."""
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         # Few tasks are meant to be few; max_task_retries has no other name in this Ray; copying a
@@ -127,7 +134,7 @@ def data_context() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=RayDeprecationWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
         context = DataContext.get_current().copy()
-        # Blocks smaller than this are joined: with one row per unit, every unit stays by itself.
+        # Blocks smaller than this are joined: with one row each, every bundle stays by itself.
         context.target_max_block_size = 1
         # What storage says in the end it says after minutes of patience, and all that is the
         # user's to mend stays as it is: neither is tried again.

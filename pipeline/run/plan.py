@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline import layout
 from pipeline.commit import planned_inputs
 from pipeline.commit.schema import check_reserved
 from pipeline.config.job import JobConfig
+from pipeline.inputs.joining import plan_units
 from pipeline.inputs.listing import InputFile, list_inputs
 from pipeline.inputs.prompts import required_columns
 from pipeline.inputs.units import FilePlan, Unit, check_columns, plan_files, request_lines
@@ -22,18 +24,15 @@ class JobPlan:
         job: with S3 endpoint and region filled in from this machine.
         output: its folder.
         files: what each input file holds.
+        units: all of them, in input order.
         left_out: input files that are new since the output was begun, and not part of the job.
     """
 
     job: JobConfig
     output: Folder
     files: tuple[FilePlan, ...]
+    units: tuple[Unit, ...]
     left_out: tuple[InputFile, ...] = ()
-
-    @property
-    def units(self) -> list[Unit]:
-        """All units, in input order."""
-        return [unit for file in self.files for unit in file.units]
 
     @property
     def rows(self) -> int:
@@ -56,17 +55,21 @@ def plan_job(job: JobConfig, *, extend: bool = False) -> JobPlan:
     check_access(job.s3, job.output)
     output = open_folder(job.output, job.s3)
     listed = list_inputs(job.input.paths, job.s3, job.input.prefix)
-    left_out = set() if extend else set(_new_files(output, listed))
+    planned = planned_inputs.read_planned(output)
+    new = planned_inputs.new_files(listed, planned) if planned else []
+    begun = bool(output.list(layout.COMPLETIONS)) if new or not planned else True
+    # New files are left out if there still are some from before.
+    left_out = set(new) if begun and not extend and len(new) < len(listed) else set()
     files = plan_files([f for f in listed if f not in left_out], job.s3, job.unit_rows)
     if job.input.format is not None:
         files = [request_lines(file) for file in files]
     check_columns(files, required_columns(job.input))
     check_reserved(files)
-    return JobPlan(job, output, tuple(files), tuple(sorted(left_out, key=lambda f: f.name)))
-
-
-def _new_files(output: Folder, listed: list[InputFile]) -> list[InputFile]:
-    """Input files that came after the output was begun, if there still are some from before."""
-    planned = planned_inputs.read_planned(output)
-    new = planned_inputs.new_files(listed, planned) if planned else []
-    return new if len(new) < len(listed) and new and output.list("completions") else []
+    files = planned_inputs.in_steps(files, planned, begun=begun)
+    return JobPlan(
+        job,
+        output,
+        files=tuple(files),
+        units=tuple(plan_units(files, job.unit_rows)),
+        left_out=tuple(sorted(left_out, key=lambda file: file.name)),
+    )

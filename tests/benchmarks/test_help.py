@@ -18,7 +18,7 @@ COMMANDS = {
     "overhead": [],
     "peers": [],
     "roofline": [],
-    "scale": ["plan", "flow", "units", "actors", "resume"],
+    "scale": ["plan", "flow", "units", "actors", "resume", "files"],
     "simulate": ["record", "replay"],
     "whole_job": [],
 }

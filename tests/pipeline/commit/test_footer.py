@@ -55,8 +55,12 @@ def test_a_record_survives_its_footer() -> None:
 def test_a_flat_record_is_read_and_stored_as_it_was() -> None:
     values: dict[str, Any] = json.loads(FLAT.read_text())
     read = from_plain(values)
-    assert json.loads(to_footer(read)[FOOTER_KEY]) == values
-    assert list(to_plain(read)) == list(values)
+    stored = json.loads(to_footer(read)[FOOTER_KEY])
+    for kept in (stored, *stored["earlier"]):  # a unit was of one file
+        assert kept.pop("files") == 1
+        assert kept.pop("ranges") == [[values["input"], values["start"], values["rows"]]]
+    assert stored == values
+    assert list(to_plain(read))[:-2] == list(values)
     assert read.results.completions == values["completions"]
     assert read.results.counts.verified == values["counts"]["verified"]
     assert read.actor.id == values["actor"]
@@ -81,6 +85,14 @@ def test_a_record_of_a_version_before_samples_traces_and_costs() -> None:
     assert summary["positions"] == []
     for name in ("costs", "positions"):
         assert stats_tables([read])[name].num_rows == 0
+
+
+def test_a_unit_of_several_files_is_under_the_first() -> None:
+    joined = record(ranges=[["a.parquet", 0, 2], ["b.jsonl", 0, 1]])
+    assert from_footer(to_footer(joined)) == joined
+    assert joined.inputs == ["a.parquet", "b.jsonl"]
+    (row,) = stats_tables([joined])["units"].to_pylist()
+    assert (row["input"], row["start"], row["rows"], row["files"]) == ("a.parquet", 0, 3, 2)
 
 
 @pytest.mark.parametrize("stored", [b"", b"{}", b"null", b"[1]", b'"text"', b'{"unit": "u"}'])

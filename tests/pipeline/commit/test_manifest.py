@@ -15,7 +15,7 @@ from pipeline.config import model_identity
 from pipeline.config.job import Estimator, JobConfig, Policy, S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.listing import InputFile
-from pipeline.inputs.units import FilePlan, Unit
+from pipeline.inputs.units import FilePlan, Piece, Unit
 from pipeline.storage.folder import open_folder
 from specdec.policies.estimators import ESTIMATORS
 from specdec.policies.registry import POLICIES
@@ -35,9 +35,9 @@ def job(models: TinyModels, **changes: Any) -> JobConfig:
 
 
 def plans(rows: int = 3, size: int = 100, name: str = "a.parquet") -> list[FilePlan]:
-    unit = Unit("u", "/x", name, "parquet", 0, rows, 0, 1)
+    piece = Piece(name, 0, rows, "/x", "parquet", 0, 1)
     file = InputFile(f"/x/{name}", name, "parquet", size)
-    return [FilePlan(file, rows, pa.schema([("p", pa.string())]), (unit,))]
+    return [FilePlan(file, rows, pa.schema([("p", pa.string())]), (piece,))]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_folder_with_someone_elses_completions(tiny_models: TinyModels, tmp_pa
     with pytest.raises(UserError, match=r"has completions but no _specbatch/job\.json"):
         manifest.claim(output, job(tiny_models), plans(), {})
     with pytest.raises(UserError, match=r"mine\.parquet is not of this job"):
-        manifest.committed(output, plans()[0].units)
+        manifest.committed(output, [Unit.of(*plans()[0].pieces)])
 
 
 def test_the_job_record_holds_no_secret(
@@ -237,6 +237,6 @@ def test_a_model_that_is_not_there() -> None:
 
 def test_reserved_columns_are_refused() -> None:
     (plan,) = plans()
-    bad = FilePlan(plan.file, 3, pa.schema([("completion", pa.string())]), plan.units)
+    bad = FilePlan(plan.file, 3, pa.schema([("completion", pa.string())]), plan.pieces)
     with pytest.raises(UserError, match=r"a\.parquet: column 'completion' has the name of an out"):
         check_reserved([bad])

@@ -21,7 +21,7 @@ from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.listing import InputFile, check_unchanged, list_inputs
 from pipeline.inputs.source import read_units
-from pipeline.inputs.units import FilePlan, plan_files
+from pipeline.inputs.units import UNJOINED, FilePlan, Unit, plan_files
 from pipeline.outputs.verify import verify
 from pipeline.run.run import RunMode
 from pipeline.storage.folder import open_folder
@@ -40,9 +40,26 @@ def test_what_was_planned_is_read_back(tmp_path: Path) -> None:
     assert planned_inputs.read_planned(output) == {}
     output.put(layout.INPUTS, planned_inputs.to_bytes([plan("a"), plan("b", 7, 2, 0)]))
     assert planned_inputs.read_planned(output) == {
-        "a": Planned(10, 3, 5 * 10**9),
-        "b": Planned(7, 2, 0),
+        "a": Planned(10, 3, 5 * 10**9, step=0),
+        "b": Planned(7, 2, 0, step=0),
     }
+
+
+def test_a_step_that_is_noted_stays_and_new_files_share_the_next() -> None:
+    def steps(planned: dict[str, Planned], *names: str, begun: bool = True) -> list[int]:
+        plans = [plan(name) for name in names]
+        return [p.step for p in planned_inputs.in_steps(plans, planned, begun=begun)]
+
+    noted = {"a": Planned(10, 3, step=0), "b": Planned(10, 3, step=4)}
+    assert steps(noted, "a", "b", "c", "d") == [0, 4, 5, 5]
+    assert steps({}, "a", "b", begun=False) == [0, 0]
+    # Of versions that noted no steps, or no files at all.
+    assert steps({"a": Planned(10, 3)}, "a", "b") == [UNJOINED, 0]
+    assert steps({}, "a", "b") == [UNJOINED, UNJOINED]
+    # What another run has noted meanwhile is told.
+    assert not planned_inputs.other_steps([plan("a")], {"a": Planned(10, 3, step=0)})
+    assert planned_inputs.other_steps([plan("a")], {"a": Planned(10, 3)})
+    assert planned_inputs.other_steps([plan("a"), plan("b")], {"a": Planned(10, 3, step=0)})
 
 
 def test_each_change_is_named_with_old_and_new() -> None:
@@ -67,14 +84,15 @@ def test_a_file_that_changes_after_planning_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"p": "one"}\n')
     (planned,) = plan_files(list_inputs([str(tmp_path)], S3Config()), S3Config(), 4)
-    assert len(list(read_units(list(planned.units), planned.schema, S3Config()))) == 1
+    units, schemas = [Unit.of(*planned.pieces)], {planned.file.name: planned.schema}
+    assert len(list(read_units(units, schemas, S3Config()))) == 1
     file.write_text('{"p": "two"}\n')
     os.utime(file, ns=(0, planned.file.modified + 1))
     with pytest.raises(UserError, match=r"a\.jsonl: this input file has changed since the job"):
-        list(read_units(list(planned.units), planned.schema, S3Config()))
+        list(read_units(units, schemas, S3Config()))
     file.unlink()
     with pytest.raises(UserError, match="this input file is gone"):
-        list(read_units(list(planned.units), planned.schema, S3Config()))
+        list(read_units(units, schemas, S3Config()))
 
 
 @pytest.mark.s3

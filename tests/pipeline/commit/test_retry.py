@@ -21,14 +21,15 @@ from pipeline.commit.sink import CommitSink
 from pipeline.commit.stats import stats_tables, summarise
 from pipeline.config.job import S3Config
 from pipeline.inputs.blocks import UnitFiles
-from pipeline.inputs.units import Unit, unit_id
+from pipeline.inputs.units import Piece, Unit, unit_id
 from pipeline.storage.folder import Folder, open_folder
 from tests.conftest import S3Server
 from tests.faulty_s3 import faulty_s3
 from tests.pipeline.commit.records import record
 
 NAME, ROWS = "a.parquet", 6
-UNIT = unit_id(NAME, 0, ROWS)
+PIECE = Piece(NAME, 0, ROWS, "/x", "parquet", 0, 1)
+UNIT = unit_id(PIECE)
 COMPLETIONS = layout.completions(UNIT)
 KINDS = pa.dictionary(pa.int8(), pa.string())
 
@@ -266,7 +267,7 @@ def test_through_answers_that_are_lost(s3_env: S3Server) -> None:
 
 def test_only_failed_rows_are_wanted_even_if_their_file_is_lost(folder: Folder) -> None:
     CommitSink(folder).commit(attempt(0, [0, 2, 3], [1, 4, 5]))
-    unit = Unit(UNIT, "/x", NAME, "parquet", 0, ROWS, 0, 1)
+    unit = Unit.of(PIECE)
     (wanted,) = failed_units(folder, [unit])
     assert (wanted.only, wanted.generation) == ((1, 4, 5), 1)
     assert Unit.from_json(wanted.to_json()) == wanted

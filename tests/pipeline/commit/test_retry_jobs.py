@@ -21,7 +21,7 @@ from pipeline.commit.footer import read_records
 from pipeline.config.job import S3Config
 from pipeline.errors import JobStopped, RowError
 from pipeline.generate.actor import GenerateActor
-from pipeline.inputs.units import unit_id
+from pipeline.inputs.units import RowRange, unit_id
 from pipeline.outputs.verify import verify
 from pipeline.run import dataflow
 from pipeline.run.run import RunMode
@@ -126,7 +126,7 @@ def test_only_failed_rows_are_tried_again(
     monkeypatch.setattr(dataflow, "GenerateActor", UnluckyActor)
     assert run(values).summary["errors_by_class"] == {"Unlucky": 3}
     first = texts(output)
-    untouched = output / "completions" / f"{unit_id('p.jsonl', 4, 4)}.parquet"
+    untouched = output / "completions" / f"{unit_id(RowRange('p.jsonl', 4, 4))}.parquet"
     written = untouched.stat().st_mtime_ns
 
     monkeypatch.setattr(dataflow, "GenerateActor", LessUnluckyActor)
@@ -176,7 +176,7 @@ def test_missing_units_are_left_to_another_run(
     values = settings(tiny_models, str(tmp_path / "p.jsonl"), output)
     monkeypatch.setattr(dataflow, "GenerateActor", UnluckyActor)
     run(values)
-    gone = output / "completions" / f"{unit_id('p.jsonl', 4, 4)}.parquet"
+    gone = output / "completions" / f"{unit_id(RowRange('p.jsonl', 4, 4))}.parquet"
     gone.unlink()
     monkeypatch.setattr(dataflow, "GenerateActor", GenerateActor)
     result = run(values, mode=RunMode(only_failed=True))

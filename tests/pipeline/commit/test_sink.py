@@ -12,14 +12,17 @@ from pipeline.storage.local import LocalFolder
 
 
 def files(completions: bytes, errors: str = "e1") -> pa.Table:
-    return UnitFiles(
+    unit = UnitFiles(
         "u", ((f"errors/u-{errors}.parquet", b"errors"), ("completions/u.parquet", completions))
-    ).to_block()
+    )
+    return UnitFiles.to_block([unit])
 
 
-def test_a_unit_survives_its_block() -> None:
-    unit = UnitFiles("u", (("a", b"\x00\xff"), ("b", b"")))
-    assert UnitFiles.from_block(unit.to_block()) == unit
+def test_units_survive_their_block() -> None:
+    bundle = [UnitFiles("u", (("a", b"\x00\xff"), ("b", b""))), UnitFiles("stopped", ())]
+    block = UnitFiles.to_block(bundle)
+    assert block.num_rows == 1
+    assert UnitFiles.from_block(block) == bundle
 
 
 def test_a_straggler_changes_nothing_that_is_committed(tmp_path: Path) -> None:

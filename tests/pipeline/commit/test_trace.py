@@ -8,7 +8,7 @@ from pipeline.commit.schema import Failed, Finished, Outcomes
 from pipeline.commit.trace import TRACE_SCHEMA, trace_table
 from pipeline.errors import RowError
 from pipeline.inputs.blocks import UnitRows
-from pipeline.inputs.units import Unit, unit_id
+from pipeline.inputs.units import Piece, Unit
 from specdec.request import Completion, RoundTrace
 
 ROUNDS = (
@@ -18,7 +18,7 @@ ROUNDS = (
 
 
 def unit(name: str = "a.parquet", start: int = 0, rows: int = 3) -> Unit:
-    return Unit(unit_id(name, start, rows), "/x", name, "parquet", start, rows, 0, 1)
+    return Unit.of(Piece(name, start, rows, "/x", "parquet", 0, 1))
 
 
 def outcomes() -> Outcomes:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.commit.footer import from_footer
+from pipeline.inputs.row_ids import parse_row_id
 from tests.conftest import TinyModels
 from tests.pipeline.inputs.odd_rows import CHAT, OK, PLAIN, TEMPLATE, TEMPLATED
 from tests.pipeline.small_jobs import run
@@ -115,15 +116,16 @@ def written_rows(output: Path, name: str) -> pa.Table | None:
     tables = []
     for file in (output / "completions").glob("*.parquet"):
         record = from_footer(pq.read_metadata(file).metadata)
-        if record.input == name:
+        if name in record.inputs:
             tables.append(pq.read_table(file))
             if record.files.errors:
                 tables.append(pq.read_table(output / record.files.errors.name))
     if not tables:
         return None
     rows = pa.concat_tables(tables, promote_options="default")
-    numbers = [int(each.split(":")[-2]) for each in rows["row_id"].to_pylist()]
-    return rows.take(sorted(range(len(numbers)), key=numbers.__getitem__))
+    ids = [parse_row_id(each) for each in rows["row_id"].to_pylist()]
+    mine = [place for place, each in enumerate(ids) if each.file == name]
+    return rows.take(pa.array(sorted(mine, key=ids.__getitem__), pa.int64()))
 
 
 def kept(line: bytes, row: dict[str, Any]) -> bool:

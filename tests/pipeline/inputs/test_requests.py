@@ -12,7 +12,7 @@ from pipeline.errors import RowError
 from pipeline.inputs.blocks import UnitRows
 from pipeline.inputs.prompts import row_seed
 from pipeline.inputs.requests import RowRequests
-from pipeline.inputs.units import Unit
+from pipeline.inputs.units import Piece, Unit
 from tests.conftest import TinyModels
 
 JOB = SamplingConfig(max_new_tokens=5, temperature=0.5, seed=3, n=2)
@@ -197,7 +197,7 @@ def test_columns_of_a_unit_as_a_row() -> None:
     )
     times = pa.array([1, 2**62], pa.timestamp("us"))
     table = pa.table({"p": broken, "t": times})
-    unit = Unit("u", "url", "a.parquet", "parquet", 0, 2, 0, 1)
+    unit = Unit.of(Piece("a.parquet", 0, 2, "url", "parquet", 0, 1))
     rows = UnitRows(unit, table, {})
     assert rows.row(0, ["p", "no such column"]) == {"p": "ok"}
     for column, error_class in (("p", "MalformedText"), ("t", "MalformedValue")):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,19 @@ from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 from pipeline.inputs import source as source_module
 from pipeline.inputs.blocks import UnitRows
+from pipeline.inputs.joining import bundled, plan_units
 from pipeline.inputs.listing import list_inputs
+from pipeline.inputs.row_ids import parse_row_id
 from pipeline.inputs.source import UnitDatasource, read_units
-from pipeline.inputs.units import Unit, check_columns, cut_row_groups, plan_files, unit_id
+from pipeline.inputs.units import (
+    Piece,
+    RowRange,
+    Unit,
+    check_columns,
+    cut_row_groups,
+    plan_files,
+    unit_id,
+)
 
 S3 = S3Config()
 
@@ -46,9 +57,10 @@ def test_small_row_groups_are_kept_whole(groups: list[int], unit_rows: int) -> N
 
 
 def test_ids_are_stable_distinct_and_safe() -> None:
-    assert unit_id("a/b.parquet", 0, 10) == unit_id("a/b.parquet", 0, 10)
+    # Outputs were begun with these.
+    assert unit_id(RowRange("a/b.parquet", 0, 10)) == "a-b-000000000-d8f256ae14"
     names = ["a/b.parquet", "a-b.parquet", "a_b.jsonl", "../../b.parquet", "ü.parquet"]
-    ids = {unit_id(name, start, 10) for name in names for start in (0, 10)}
+    ids = {unit_id(RowRange(name, start, 10)) for name in names for start in (0, 10)}
     assert len(ids) == 2 * len(names)
     assert all(set(i) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for i in ids)
 
@@ -74,18 +86,20 @@ def test_reading_units_gives_every_row_once(
 ) -> None:
     monkeypatch.setattr(source_module, "_MOST_TASKS", most_tasks)
     plans = plan_files(list_inputs([str(inputs)], S3), S3, unit_rows)
-    units = [unit for plan in plans for unit in plan.units]
+    units = plan_units(plans, unit_rows)
     assert len({unit.id for unit in units}) == len(units)
     schemas = {plan.file.name: plan.schema for plan in plans}
     rows: dict[str, list[int]] = {plan.file.name: [] for plan in plans}
-    source = UnitDatasource(units, schemas, S3)
+    source = UnitDatasource(bundled(units, 40), schemas, S3)
     assert source.read_tasks <= most_tasks
     for task in source.get_read_tasks(1):
         for block in task():
-            read = UnitRows.from_block(block)
-            assert read.table.num_rows == read.unit.rows <= unit_rows
-            assert len(rows[read.unit.name]) == read.unit.start
-            rows[read.unit.name] += read.table["i"].to_pylist()
+            for read in UnitRows.from_block(block):
+                assert read.table.num_rows == read.unit.rows <= unit_rows
+                for index, value in enumerate(read.table["i"].to_pylist()):
+                    name, row, _ = parse_row_id(read.row_id(index))
+                    assert len(rows[name]) == row
+                    rows[name].append(value)
     assert rows == {
         "a.parquet": list(range(1000)),
         "b.jsonl": list(range(50)),
@@ -104,19 +118,19 @@ def test_files_of_one_schema_share_it(inputs: Path, tmp_path: Path) -> None:
 
 def test_some_units_of_a_row_group(inputs: Path) -> None:
     (plan,) = plan_files(list_inputs([f"{inputs}/a.parquet"], S3), S3, 100)
-    pending = [plan.units[1], plan.units[2], plan.units[5]]
-    source = UnitDatasource(pending, {}, S3)
+    pending = [Unit.of(plan.pieces[number]) for number in (1, 2, 5)]
+    source = UnitDatasource(bundled(pending, 100), {}, S3)
     assert source.read_tasks == 2
     blocks = [block for task in source.get_read_tasks(1) for block in task()]
-    read = [UnitRows.from_block(block) for block in blocks]
-    assert [r.table["i"][0].as_py() for r in read] == [u.start for u in pending]
+    read = [each for block in blocks for each in UnitRows.from_block(block)]
+    assert [r.table["i"][0].as_py() for r in read] == [u.pieces[0].start for u in pending]
 
 
 def test_units_do_not_depend_on_where_the_input_is(inputs: Path, tmp_path: Path) -> None:
     before = plan_files(list_inputs([str(inputs)], S3), S3, 64)
     inputs.rename(tmp_path / "moved")
     after = plan_files(list_inputs([str(tmp_path / "moved")], S3), S3, 64)
-    assert [u.id for p in before for u in p.units] == [u.id for p in after for u in p.units]
+    assert [u.id for u in plan_units(before, 64)] == [u.id for u in plan_units(after, 64)]
 
 
 def test_same_names_in_two_folders_stay_apart(
@@ -169,7 +183,7 @@ def test_empty_files_have_no_units(tmp_path: Path, write_rows: Callable[..., str
     write_rows("a.jsonl", [])
     pq.write_table(pa.table({"p": pa.array([], pa.string())}), tmp_path / "b.parquet")
     plans = plan_files(list_inputs([str(tmp_path)], S3), S3, 10)
-    assert [plan.units for plan in plans] == [(), ()]
+    assert [plan.pieces for plan in plans] == [(), ()]
     check_columns(plans, ["p"])
 
 
@@ -179,8 +193,8 @@ def test_malformed_lines_are_rows_of_nulls(tmp_path: Path) -> None:
         b'{"p": "a"}\nnot json\n\n[1]\n{"p": "b", "new": 1}\n\xff\xfe\n{"p": "\\ud800"}'
     )
     (plan,) = plan_files(list_inputs([str(file)], S3), S3, 100)
-    (unit,) = plan.units
-    (read,) = read_units([unit], plan.schema, S3)
+    unit = Unit.of(*plan.pieces)
+    (read,) = read_units([unit], {plan.file.name: plan.schema}, S3)
     assert unit.rows == 6
     assert read.table["p"].to_pylist() == ["a", None, None, "b", None, None]
     assert sorted(read.raw_lines) == [1, 2, 4, 5]
@@ -188,12 +202,13 @@ def test_malformed_lines_are_rows_of_nulls(tmp_path: Path) -> None:
 
 
 def test_unit_survives_its_json() -> None:
-    unit = Unit("id", "/x/a.parquet", "a.parquet", "parquet", 5, 3, 0, 1, 5)
+    piece = Piece("a.parquet", 5, 3, "/x/a.parquet", "parquet", 0, 1, 5)
+    unit = replace(Unit.of(piece, replace(piece, name="b.parquet")), only=(1, 4), generation=2)
     assert Unit.from_json(unit.to_json()) == unit
 
 
 def test_blocks_keep_types_exactly() -> None:
-    unit = Unit("id", "u", "a.parquet", "parquet", 0, 2, 0, 1)
+    unit = Unit.of(Piece("a.parquet", 0, 2, "u", "parquet", 0, 1))
     schema = pa.schema(
         [
             pa.field("d", pa.dictionary(pa.int8(), pa.string())),
@@ -204,6 +219,8 @@ def test_blocks_keep_types_exactly() -> None:
     )
     rows: list[dict[str, Any]] = [{"d": "a", "t": None, "m": [], "f": [1.0, 2.0]}] * 2
     table = pa.Table.from_pylist(rows, schema)
-    back = UnitRows.from_block(UnitRows(unit, table, {1: "x"}).to_block())
+    block = UnitRows.to_block([UnitRows(unit, table, {1: "x"}), UnitRows(unit, table, {})])
+    back, other = UnitRows.from_block(block)
+    assert (block.num_rows, other.raw_lines) == (1, {})
     assert back.table.equals(table, check_metadata=True)
     assert back.raw_lines == {1: "x"}

@@ -41,12 +41,12 @@ def job(tmp_path: Path) -> Callable[..., Folder]:
             )
             committed = record(
                 each.id,
-                input=each.name,
-                start=each.start,
+                input=each.pieces[0].name,
+                start=each.pieces[0].start,
                 errors_file="e.parquet",
                 trace_file=trace if traced else None,
             )
-            ids = [f"{each.name}:{each.start + i}:0" for i in (0, 2)]
+            ids = [rows.row_id(i) for i in (0, 2)]
             file = tmp_path / "completions" / f"{each.id}.parquet"
             file.parent.mkdir(exist_ok=True)
             table = pa.table({"row_id": ids})

@@ -16,7 +16,7 @@ from pipeline.inputs.jsonl import RAW_LINE
 from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.row_ids import ROW_ID
 from pipeline.inputs.source import read_units
-from pipeline.inputs.units import plan_files
+from pipeline.inputs.units import Unit, plan_files
 from pipeline.layout import ADDED_COLUMNS
 from pipeline.run.plan import plan_job
 from tests.conftest import TinyModels
@@ -84,6 +84,7 @@ def test_lines_of_an_earlier_job_have_its_names_too(tmp_path: Path) -> None:
     (plan,) = plan_files(files, S3Config(), 10)
     names = ["q", "draft_completion", "draft_attempts"]
     assert plan.schema.names == names
-    (rows,) = read_units(list(plan.units), plan.schema, S3Config(), ADDED_COLUMNS)
+    schemas = {plan.file.name: plan.schema}
+    (rows,) = read_units([Unit.of(*plan.pieces)], schemas, S3Config(), ADDED_COLUMNS)
     assert rows.table.to_pylist() == [dict(zip(names, ["x", "y", 1], strict=True))]
     assert not rows.raw_lines

@@ -26,6 +26,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
 SAME = ["row_id", "i", "prompt", "completion", "output_tokens", "finish_reason"]
 UNIT_ROWS = 2
+SMALL_FILES = 20
+"""Of one row each."""
 
 
 def settings(models: TinyModels, inputs: str, output: str, **more: Any) -> dict[str, Any]:
@@ -43,11 +45,13 @@ def settings(models: TinyModels, inputs: str, output: str, **more: Any) -> dict[
 
 def write_inputs(folder: Path, rows: int) -> None:
     folder.mkdir()
-    half = rows // 2
+    half = (rows - SMALL_FILES) // 2
     table = pa.table({"i": range(rows), "prompt": [f"count to {i}" for i in range(rows)]})
     pq.write_table(table.slice(0, half), folder / "a.parquet", row_group_size=20)
     lines = [json.dumps(row) for row in table.slice(half).to_pylist()]
-    (folder / "b.jsonl").write_text("\n".join(lines))
+    (folder / "b.jsonl").write_text("\n".join(lines[:half]))
+    for number, line in enumerate(lines[half:]):
+        (folder / f"c-{number:02}.jsonl").write_text(line)
 
 
 class Store:

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -20,7 +19,7 @@ from pipeline.config.job import JobConfig, S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.source import read_units
-from pipeline.inputs.units import plan_files
+from pipeline.inputs.units import Unit, plan_files
 from pipeline.run.run import run_job
 from pipeline.storage import patience, s3_answers
 from pipeline.storage import s3 as on_s3
@@ -193,15 +192,10 @@ def test_inputs_are_listed_planned_and_read_in_full(
                 assert len(list_inputs([f"s3://{bucket}/{pattern}"], s3)) == count
         plans = plan_files(list_inputs([f"s3://{bucket}/in"], s3), s3, unit_rows=100)
         for plan in plans:
-            schema = plan.schema if plan.file.format == "jsonl" else None
-            read = [r for u in plan.units for r in rows_of_unit(u, schema, s3)]
-            assert read == rows
+            units = [Unit.of(piece) for piece in plan.pieces]
+            read = read_units(units, {plan.file.name: plan.schema}, s3)
+            assert [row for each in read for row in each.table.to_pylist()] == rows
         assert sum(server.injected.values()) > 50
-
-
-def rows_of_unit(unit: Any, schema: pa.Schema | None, s3: S3Config) -> list[dict[str, Any]]:
-    (part,) = read_units([unit], schema, s3)
-    return part.table.to_pylist()
 
 
 def test_globbing_does_not_take_a_folder_it_cannot_list_for_an_empty_one(
