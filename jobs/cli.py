@@ -23,6 +23,7 @@ from jobs.run import run
 from jobs.run_batch import run_batch
 from jobs.schema import schema
 from jobs.terminal.console import HOPELESS
+from jobs.terminal.streams import lasting
 from jobs.tuning.distill import distill
 from jobs.tuning.profile import profile
 from jobs.tuning.train_head import train_head
@@ -95,7 +96,8 @@ def main() -> None:
     # Python goes through all objects twice when it ends: a second, with Ray's, for nothing.
     atexit.register(gc.freeze)
     try:
-        app()
+        with lasting():
+            app()
     except SystemExit as end:
         if end.code in HOPELESS and STOP_VARIABLE in os.environ:
             stop_own_job()

@@ -29,6 +29,7 @@ import yaml
 
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
+from pipeline.run.ray_address import TOKEN_FIX, find_token
 
 PACKAGES = ("jobs", "pipeline", "specdec")
 """What a checkout of specbatch consists of, and what `--code working-dir` uploads."""
@@ -47,9 +48,6 @@ _CONNECT_SECONDS = 10
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE", re.IGNORECASE)
 """Names of variables that `--env` refuses."""
-
-_TOKEN_FIX = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
-"""The end of an error about tokens."""
 
 
 class Code(StrEnum):
@@ -138,25 +136,6 @@ def find_address(address: str | None) -> str:
     return url.rstrip("/")
 
 
-def find_token() -> str | None:
-    """The token of Ray's token authentication: RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH
-    names, or ~/.ray/auth_token; None if there is none.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    file = Path(named) if named else Path.home() / ".ray" / "auth_token"
-    try:
-        return file.read_text(encoding="utf-8").strip() or None
-    except OSError as error:
-        if named is None:
-            return None
-        raise UserError(f"RAY_AUTH_TOKEN_PATH: {file} cannot be read: {error.strerror}") from None
-
-
 class Cluster:
     """A connection to the Job Submission API of a running Ray.
 
@@ -197,7 +176,7 @@ class Cluster:
             return {}
         token = find_token()
         if token is None:
-            raise UserError(f"{self.address} asks for a token: {_TOKEN_FIX}")
+            raise UserError(f"{self.address} asks for a token: {TOKEN_FIX}")
         return {"Authorization": f"Bearer {token}"}
 
     @contextmanager
@@ -209,7 +188,7 @@ class Cluster:
         try:
             yield
         except AuthenticationError:
-            raise UserError(f"{self.address} does not take this token: {_TOKEN_FIX}") from None
+            raise UserError(f"{self.address} does not take this token: {TOKEN_FIX}") from None
         except RuntimeError as error:
             message = str(error)
             if job_id is not None and ("404" in message or "does not exist" in message):

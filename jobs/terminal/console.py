@@ -61,13 +61,18 @@ def explained(resume: str | None = None) -> Iterator[None]:
             raise
         message = f"{type(error).__name__}: {error}"
         err.print(f"[bold red]failed:[/] {escape(message)}", highlight=False, soft_wrap=True)
+        for note in getattr(error, "__notes__", ()):
+            err.print(escape(note), highlight=False, soft_wrap=True)
         err.print(f"{resume or ''} SPECBATCH_DEBUG=1 shows the traceback.".strip(), soft_wrap=True)
         raise typer.Exit(FAILURE) from None
 
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Take the first Ctrl-C or SIGTERM as a wish to stop; the second stops at once.
+    """Take the first Ctrl-C, SIGTERM or SIGHUP as a wish to stop; the second stops at once.
+
+    Where SIGHUP is ignored (`nohup`) it stays so. It never stops at once: of a terminal that is
+    closed both the kernel and the shell tell.
 
     Yields:
         The event that the first signal sets.
@@ -76,12 +81,17 @@ def stop_signals() -> Iterator[threading.Event]:
 
     def wish(number: int, frame: object) -> None:
         if stop.is_set():
+            if number == signal.SIGHUP:
+                return
             raise KeyboardInterrupt
         stop.set()
         message = "[yellow]stopping[/] once the units in flight are committed; Ctrl-C: at once"
         err.print(f"\n{message}", highlight=False, soft_wrap=True)
 
-    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, wish) for number in numbers}
     try:
         yield stop
     finally:

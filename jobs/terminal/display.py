@@ -164,10 +164,10 @@ def _lines(console: Console, seconds: float) -> Iterator[Show]:
     clock.start()
     try:
         yield lines
-        lines.end()  # not after an error: then the stage was not done
     finally:
         over.set()
         clock.join()
+    lines.end()  # not after an error: then the stage was not done
 
 
 # ------------------------------------------------------------------------ figures

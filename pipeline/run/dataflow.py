@@ -38,6 +38,9 @@ rows (`pipeline.observe.attempts`), and only so that nothing goes on for ever.""
 _ACTOR_INIT_DEATHS = 3
 """Constructors of actors that may raise in a row. One bad node is not the job's end."""
 
+_MOST_LINES = 3
+"""Lines of an error of Ray's that are told."""
+
 _FULL = 0.75
 """Share of the units that its actors can hold above which a pool grows. Ray Data's own threshold is
 one that actors which queue nothing never reach."""
@@ -76,6 +79,8 @@ def generate(
             _write(plan, pending, sink, (job, digest, monitor, run))
     except BaseException as error:
         give_back(error)
+        if lost := watch.lost():
+            raise JobFailed(lost) from None
         if isinstance(error, Exception):
             raise _explained(error, monitor) from error
         if isinstance(error, KeyboardInterrupt) and watch.drained:
@@ -168,7 +173,10 @@ def _explained(error: Exception, monitor: Any) -> Exception:
             return UserError(_own_words(cause))
     # Ray Data marks what is not the user's code by an error without words at the end.
     telling = [cause for cause in causes if str(cause)] or causes
-    return JobFailed(f"{type(telling[-1]).__name__}: {_own_words(telling[-1])}")
+    lines = _own_words(telling[-1]).splitlines()
+    if len(lines) > _MOST_LINES:  # Ray lists the processes of a node; all of it is in the log
+        lines = [*lines[:_MOST_LINES], "…"]
+    return JobFailed("\n".join([f"{type(telling[-1]).__name__}: {lines[0]}", *lines[1:]]))
 
 
 def _own_words(error: BaseException) -> str:

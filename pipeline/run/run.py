@@ -30,6 +30,7 @@ from pipeline.observe.progress import OnProgress
 from pipeline.observe.run_ledger import RunLedger
 from pipeline.observe.status import StatusFile
 from pipeline.run.dataflow import generate
+from pipeline.run.lifeline import last_word
 from pipeline.run.plan import JobPlan, plan_job
 from pipeline.run.ray_session import connected, placed
 from pipeline.run.watch import Progress, Watch
@@ -141,8 +142,10 @@ def run_job(
             if most_errors is not None and not mode.only_failed:
                 _check_earlier_errors(plan, ledger, done, most_errors)
                 watchers.append(ErrorShare(most_errors, ledger, stop))
-            watch = Watch(loop, _progress(plan, pending, status.tell), *watchers)
-            with connected():
+            shown = _progress(plan, pending, status.tell)
+            shown.connecting()
+            with last_word() as tell_lost, connected():
+                watch = Watch(loop, stop, tell_lost, shown, *watchers)
                 plan = replace(plan, job=job.model_copy(update={"actors": placed(job.actors)}))
                 output.delete(layout.SUCCESS)
                 try:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import _thread
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from pipeline.observe.monitor import Observer, ObserverLoop, Posted
 from pipeline.observe.progress import JobProgress, OnProgress, Tally
+from pipeline.run.interrupt import Interrupt
+from pipeline.run.lifeline import Lifeline
 
 
 class Progress(Observer):
@@ -26,6 +28,10 @@ class Progress(Observer):
         self._tell, self._rows_total, self._rows_before = tell, rows_total, rows_before
         self._began: float | None = None
         self._tally, self._seconds = Tally(), 0.0
+
+    def connecting(self) -> None:
+        """A Ray is being started, or asked."""
+        self._tell_moment("connecting to Ray")
 
     def starting(self) -> None:
         """The actors are being started."""
@@ -57,21 +63,25 @@ class Progress(Observer):
 class Stopping(Observer):
     """Ends a job that was asked to stop, once nothing is in flight.
 
+    Args:
+        interrupt: ends what the job's thread does.
+
     Attributes:
-        drained: whether the main thread was interrupted for that.
+        drained: whether it was interrupted for that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, interrupt: Interrupt) -> None:
         self.drained = False
+        self._interrupt = interrupt
 
     def look(self, posted: Posted | None) -> None:
-        """Interrupt the main thread if all that could be completed is committed."""
+        """Interrupt the job's thread if all that could be completed is committed."""
         if posted is None or self.drained:
             return
         if posted.stopping and not posted.in_flight:
             # All that is left to Ray Data is to pass on units that no actor takes any more.
             self.drained = True
-            _thread.interrupt_main()
+            self._interrupt()
 
 
 class Watch:
@@ -79,13 +89,23 @@ class Watch:
 
     Args:
         loop: calls them.
+        stop: set to have it begin no more units.
+        tell_lost: called with why the job's Ray is gone.
         progress: tells how far the job is.
         others: called before it.
     """
 
-    def __init__(self, loop: ObserverLoop, progress: Progress, *others: Observer) -> None:
+    def __init__(
+        self,
+        loop: ObserverLoop,
+        stop: threading.Event,
+        tell_lost: Callable[[str], None],
+        progress: Progress,
+        *others: Observer,
+    ) -> None:
+        interrupt = Interrupt()
         self._loop, self._progress, self._others = loop, progress, others
-        self._stopping = Stopping()
+        self._stopping, self._lifeline = Stopping(interrupt), Lifeline(stop, interrupt, tell_lost)
 
     @property
     def stopping(self) -> bool:
@@ -97,11 +117,16 @@ class Watch:
         """Whether it was then interrupted, because nothing was in flight any more."""
         return self._stopping.drained
 
+    def lost(self) -> str | None:
+        """Why the Ray that the job runs on is gone; None if it is there."""
+        return self._lifeline.lost()
+
     @contextmanager
     def following(self, monitor: Any) -> Iterator[None]:
         """Look at what is posted to the job's `Monitor` until the block ends."""
         self._progress.starting()
-        with self._loop.following(monitor, *self._others, self._progress, self._stopping):
+        last = (self._progress, self._stopping, self._lifeline)
+        with self._loop.following(monitor, *self._others, *last):
             yield
 
     def all_done(self) -> None:

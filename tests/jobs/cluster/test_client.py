@@ -27,9 +27,10 @@ from typer.testing import CliRunner, Result
 
 from jobs.cli import app
 from jobs.cluster import client
-from jobs.cluster.client import environment, find_address, find_token, source_folders
+from jobs.cluster.client import environment, find_address, source_folders
 from jobs.cluster.commands import _exit_code
 from pipeline.errors import UserError
+from pipeline.run.ray_address import find_token
 from tests.conftest import TinyModels, free_port
 
 ROOT = Path(__file__).parents[3]
@@ -42,6 +43,7 @@ class Head:
     """A running head, and its user's commands."""
 
     address: str
+    gcs: str
 
     def call(self, *arguments: object, token: str = TOKEN) -> Result:
         """What a command of specbatch does."""
@@ -82,7 +84,7 @@ def head() -> Iterator[Head]:
     address = f"http://127.0.0.1:{dashboard}"
     try:
         _wait_for(address, process)
-        yield Head(address)
+        yield Head(address, f"127.0.0.1:{port}")
     finally:
         # All at once, since they have nothing to save.
         for one in [*psutil.Process(process.pid).children(recursive=True), process]:
@@ -182,6 +184,39 @@ def test_a_job_on_a_cluster(
     for secret in (TOKEN, SECRET):
         assert secret.encode() not in shown
         assert secret not in followed
+
+
+CONNECT = """
+from pipeline.run.ray_session import connected
+
+with connected():
+    import ray
+    print("nodes:", len(ray.nodes()))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("token", "end"),
+    [
+        (TOKEN, ""),
+        ("", "asks for a token: set RAY_AUTH_TOKEN"),
+        ("wrong" * 7, "asks for a token, and does not take this one: set RAY_AUTH_TOKEN"),
+    ],
+)
+def test_run_gives_the_token_that_submit_gives(
+    head: Head, tmp_path: Path, token: str, end: str
+) -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"RAY_ADDRESS": head.gcs, "RAY_AUTH_TOKEN": token, "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", CONNECT], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    if not end:
+        assert done.stdout == "nodes: 1\n", done.stderr
+        return
+    said = done.stderr.splitlines()[-1]
+    assert f"UserError: RAY_ADDRESS: the Ray cluster at {head.gcs} {end}" in said
 
 
 @pytest.mark.ray

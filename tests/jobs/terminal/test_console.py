@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from jobs.terminal.console import stop_signals
+
+
+@pytest.fixture(autouse=True)
+def kept_handlers() -> Iterator[None]:
+    """Signals mean afterwards what they meant before."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_closes_is_a_clean_stop_however_often_it_tells() -> None:
+    with stop_signals() as stop:
+        for _ in range(3):  # the kernel's, and the shell's
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.is_set()
+    with pytest.raises(KeyboardInterrupt), stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_nohup_stays() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.is_set()
