@@ -43,9 +43,10 @@ def owed(
     lacking = {row: start.draft_pending[row] for row in rows}
     if max(lacking.values()) <= USUAL:
         return debts
-    # All that lack something are taken to read it at once: those that came together do.
-    total = sum(lacking.values())
-    a_token = max(float(draft(total) - draft(USUAL * len(rows))), 0.0) / total
+    # Each is taken to read it beside the usual tokens of the others: in the long run rows come one
+    # by one. Those that come together, as at first, take more, once.
+    usual, longest = USUAL * len(rows), max(lacking.values())
+    a_token = max(float(draft(usual + longest) - draft(usual)), 0.0) / longest
     for row in rows:
         # Where it is a close call, a round has about one candidate for each row.
         rounds = start.room[row] / (1 + rates[row])

@@ -98,10 +98,11 @@ class EstimatingPolicy(StopPolicy):
     Raised, the first rounds draft more. Between what useless and good drafts have; it soon fades.
     """
 
-    PRIOR_WEIGHT = 8.0
+    PRIOR_WEIGHT = 24.0
     """Candidates that this rate is worth; later the pair's rate is worth as many to a new row.
 
-    Raised, rows are told apart later; lowered, chance makes rows look different. Set by hand.
+    Raised, rows are told apart later; lowered, chance makes rows look different. Rates of
+    rows differ by 0.03 and 0.09 (standard deviation) in two recorded pairs, which makes 118 and 22.
     """
 
     FORGET = 0.998

@@ -32,7 +32,7 @@ from specdec.policies.base import MOST_CANDIDATES, DraftStep, RoundOutcome, Roun
 from specdec.policies.catch_up import owed, shared
 from specdec.policies.costs import CostModel
 from specdec.policies.estimating import EstimatingPolicy
-from specdec.policies.objective import best_prefixes, further_seconds, leading_rows
+from specdec.policies.objective import best_constant, best_prefixes, further_seconds, leading_rows
 from specdec.policies.switch import IN_A_ROW, Switch
 
 if TYPE_CHECKING:
@@ -57,6 +57,19 @@ Each update takes array operations of some 20 µs, and the tables of `further_se
 costs follow a change of the machine later.
 """
 
+FIRST_ROWS = 16
+"""Rows that draft before any candidate was judged.
+
+Raised, a useless draft reads more prompts before it is found out; lowered, a good one starts later.
+"""
+
+LEARNT = 250
+"""Judged candidates before promises are held against what rounds yield.
+
+A promise that was made on a first guess of the acceptance rate is no longer made when that is
+known. Raised, what promises really leave out is seen later.
+"""
+
 SHARES = 16
 """Steps in which the share of first candidates that are submitted is known.
 
@@ -70,6 +83,7 @@ class Goodput(EstimatingPolicy):
 
     Attributes:
         costs: D(n) and V(n); by default profiled before the first round.
+        price: tokens that a second of the round is worth.
     """
 
     name = "goodput"
@@ -81,8 +95,9 @@ class Goodput(EstimatingPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.switch = Switch()
-        # Tokens per row and seconds lately, both relative to a round without speculation.
-        self._tokens, self._seconds = 5.0, 5.0
+        # Tokens per row lately, and what the best constant length would have made of the time.
+        self.price, self._constant = 0.0, 0.0
+        self._tokens, self._hoped = 5.0, 5.0
         # First candidates of rows lately: all and those worth verifying; expected tokens of both.
         self._firsts = [8.0, 8.0, 4.0, 4.0]
         # Seconds since the cost tables learnt last, by what learns them and by tokens.
@@ -112,7 +127,7 @@ class Goodput(EstimatingPolicy):
         self._begin(start)
         rates = self.typical
         debts = owed(start, rows, rates, self.costs.draft)
-        rows.sort(key=lambda row: self._price * debts[row] - rates[row])
+        rows.sort(key=lambda row: self.price * debts[row] - rates[row])
         steps = self.costs.draft.curve(1, len(rows)).tolist()
         owing = accumulate(debts[row] for row in rows)
         first = [step + more for step, more in zip(steps, owing, strict=True)]
@@ -121,6 +136,8 @@ class Goodput(EstimatingPolicy):
         number, promised = self._leading(rows, expected, first, self.k_max, share)
         if self.switch.pays(promised / len(rows)):
             chosen = rows[:number]
+            if self._judged <= self.PRIOR_WEIGHT:  # nothing is known of the pair yet
+                chosen = chosen[:FIRST_ROWS]
         else:
             chosen = self.switch.probe(start, sorted(rows), self.costs)
             self._probing = True
@@ -135,10 +152,12 @@ class Goodput(EstimatingPolicy):
         self._free_trimming = start.free_trimming
         self._kept = [0] * len(start.rows)
         self._tokens_bare = self._tokens_fed = start.target_tokens
-        # What a second is worth: the tokens that it yields as this pair has been doing lately.
-        rows = sum(room > 0 for room in start.room)
+        # What a second is worth: what the best constant length would make of it, corrected by how
+        # that compared with what was reached lately. So a change of rows or costs counts at once.
+        rows, rate = sum(room > 0 for room in start.room), sum(self.typical) / len(self.typical)
+        self._constant = best_constant(self.costs, rows, rate, self.k_max)
         plain = rows / float(self.costs.verify(rows))
-        self._price = plain * max(1.0, self._tokens / self._seconds)
+        self.price = max(plain, self._constant * self._tokens / self._hoped)
 
     @property
     def _first_ones(self) -> tuple[float, float]:
@@ -193,7 +212,7 @@ class Goodput(EstimatingPolicy):
         if key not in self._furthers:
             self._furthers[key] = further_seconds(self.costs, *key)
         rates = [self.typical[row] for row in rows]
-        return leading_rows(rates, expected, first, self._furthers[key], self._price, left)
+        return leading_rows(rates, expected, first, self._furthers[key], self.price, left)
 
     # ------------------------------------------------------------ before verification
 
@@ -213,7 +232,7 @@ class Goodput(EstimatingPolicy):
         bare = self._tokens_bare
         seconds = self.costs.verify.curve(bare, bare + len(every)).tolist()
         counts = [0] * len(drafted)
-        for _, row in best_prefixes(every, seconds, self._price):
+        for _, row in best_prefixes(every, seconds, self.price):
             counts[row] += 1
         return counts
 
@@ -231,7 +250,7 @@ class Goodput(EstimatingPolicy):
         if self.costs is None:
             return
         speculated, decoding = any(outcome.drafted), all(outcome.start.decoding)
-        if speculated and not self._probing:
+        if speculated and not self._probing and self._judged > LEARNT:
             self.switch.kept(self._yield(outcome, decoding), len(outcome.start.rows))
         if not decoding:
             self._furthers = {}  # sizes with a prompt in them hardly come again, and would pile up
@@ -244,9 +263,10 @@ class Goodput(EstimatingPolicy):
         committed = sum(outcome.accepted) + rows
         spent = seconds + sum(spent for _, spent in outcome.draft_costs)
         self._tokens = MEMORY * self._tokens + committed / rows
-        relative = min(spent / float(self.costs.verify(rows)), PAUSE)
-        self._seconds = MEMORY * self._seconds + relative
-        self.switch.ended(speculated, relative)
+        plain = float(self.costs.verify(rows))
+        spent = min(spent, PAUSE * plain)
+        self._hoped = MEMORY * self._hoped + self._constant * spent / rows
+        self.switch.ended(speculated, spent / plain)
         if sum(map(len, self._measured.values())) >= TOGETHER:
             for (learn, tokens), measured in self._measured.items():
                 learn(tokens, *measured)
@@ -261,15 +281,15 @@ class Goodput(EstimatingPolicy):
             seconds = float(verify(tokens))
         seconds += sum(spent for _, spent in outcome.draft_costs)
         extra = shared(seconds, outcome, self.costs.draft) - float(verify(start.target_tokens))
-        gain = sum(outcome.accepted) - self._price * extra
+        gain = sum(outcome.accepted) - self.price * extra
         return gain / sum(room > 0 for room in start.room)
 
     def _reason(self, row: int, drafted: int) -> str:
         if self.switch.look_again and not self._steps:
             return f"{IN_A_ROW} rounds had candidates; what one without them costs is to be seen"
         if not drafted:
-            return f"no candidate repays its cost at {self._price:.0f} tokens/s"
+            return f"no candidate repays its cost at {self.price:.0f} tokens/s"
         return (
             f"after {drafted}: another is reached with probability {self.survival[row]:.2f}, "
-            f"at {self._price:.0f} tokens/s too little for its cost"
+            f"at {self.price:.0f} tokens/s too little for its cost"
         )

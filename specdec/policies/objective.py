@@ -5,6 +5,9 @@ one verification. Tokens per second over many rounds are largest if every round 
 
     gain = expected tokens - price * seconds,        price = the goodput reached (tokens/s).
 
+What will be reached is not known at first, and changes with the batch. `best_constant` says what it
+would be with the best constant length; `goodput` corrects that by what it has reached.
+
 This is the renewal-reward form of the decision process of SpecDec++ (arXiv 2405.19715). There a
 threshold on the risk says when to stop; here the price takes its place, so that the answer follows
 the batch and what it costs. Two questions have this form:
@@ -33,6 +36,20 @@ on a CPU, behind which the next jump of a staircase lies.
 """
 
 _STEPS = np.arange(1, AHEAD + 1)
+
+
+def best_constant(costs: CostModel, rows: int, rate: float, most: int) -> float:
+    """Tokens per second of the best constant length, none included.
+
+    Args:
+        costs: of both models.
+        rows: how many there are.
+        rate: how often a candidate behind accepted ones is accepted.
+        most: the longest length.
+    """
+    k = np.arange(most + 1)
+    verify = costs.verify.curve(rows, rows * (most + 1))[rows * k]
+    return float(rows * (np.cumsum(rate**k) / (k * costs.draft(rows) + verify)).max())
 
 
 def leading_rows(

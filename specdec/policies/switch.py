@@ -1,8 +1,8 @@
 """Whether to speculate at all: what speculation promised, what it kept, and when to try it again.
 
 Estimates leave things out: other work of the machine, prompts to come, rows that end early. So the
-switch compares what rounds with candidates promised with what they yielded. What was missing lately
-is taken off the next promise. Where nothing is left, nothing is drafted.
+switch compares what rounds with candidates promised with what they yielded. What was surely missing
+lately is taken off the next promise. Where nothing is left, nothing is drafted.
 
 A switch that is off learns nothing about what it does not do. So now and then a few rows are tried:
 a *probe*, paid from time that was saved up for it. And where speculation pays a little only, a
@@ -12,6 +12,7 @@ round without candidates comes now and then, so that its cost is known as well.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import copysign, sqrt
 from operator import is_
 
 from specdec.policies.base import RoundStart, RowMemory
@@ -24,10 +25,29 @@ Raised, a loss is noticed later. Lowered, noise switches off what pays: at one r
 50 rounds 1.1 to 1.2 times the speed of `none` was left of 1.32 (benchmarks/LOG.md).
 """
 
-TRUST_AGAIN = 0.999
-"""Weight that is left of that correction after a round without candidates.
+LEAST_KEPT = 0.984
+"""The least that KEPT leaves after a round, however many rows it has: 64 rounds are remembered.
 
-Raised, speculation that was switched off comes back later. Set by hand.
+Lowered, three rounds of 256 rows would be all that is remembered.
+"""
+
+SURE = 2.0
+"""Standard errors that are taken off what promises seem to lack before it counts.
+
+Raised, small losses last longer. At 0, noise switched off what yields a few percent.
+"""
+
+LEAST_VARIANCE = 0.25
+"""Least variance of a row's tokens in a round, about what they were expected to be.
+
+A few rounds that happen to agree would otherwise look sure.
+"""
+
+TRUST_AGAIN = 0.99
+"""Weight that is left of that evidence after a round without candidates.
+
+It becomes less sure, and so counts for less. Raised, speculation that was switched off comes back
+later. Set by hand.
 """
 
 IN_A_ROW = 64
@@ -53,11 +73,11 @@ Raised, a change is noticed sooner, at that price. At 0.01 twice as much was los
 PROBE_ROWS = 4
 """Rows that a probe drafts for. More tell more about acceptance, and must be saved for longer."""
 
-PROBE_SAVINGS = 10.0
+PROBE_SAVINGS = 3.0
 """Time that may be saved up for probes, in rounds without speculation.
 
-Also what there is at first: a job begins with many probes. Without a bound, a long time off would
-be followed by as long a time of probes. Set by hand.
+Also what there is at first. Without a bound, a long time off would be followed by as long a time of
+probes. With 10, short replays in which speculation is useless lost 3%.
 """
 
 REST = 7
@@ -78,11 +98,19 @@ class Switch:
     def __init__(self) -> None:
         self.allowance = PROBE_SAVINGS
         # Tokens per row and round: of the last decision, and what earlier ones lacked.
-        self._promised, self._missing = 0.0, 0.0
+        self._promised = 0.0
+        # What promises lacked, by row and round: weight, mean and mean square.
+        self._weight, self._mean, self._square = 0.0, 0.0, 0.0
         self._in_a_row = 0
         # Rows that were found not worth it, and for how many rounds this stands.
         self._rested: Sequence[RowMemory] = []
         self._resting = 0
+
+    @property
+    def _missing(self) -> float:
+        """What promises surely lack: the mean, less SURE standard errors."""
+        error = sqrt(max(self._square - self._mean**2, LEAST_VARIANCE) / max(self._weight, 1.0))
+        return copysign(max(abs(self._mean) - SURE * error, 0.0), self._mean)
 
     @property
     def look_again(self) -> bool:
@@ -129,8 +157,10 @@ class Switch:
             rows: live rows.
         """
         missing = min(max(self._promised - tokens, -1.0), 1.0)  # a pause of the machine is neither
-        weight = KEPT**rows
-        self._missing = weight * self._missing + (1 - weight) * missing
+        self._weight = self._weight * max(KEPT**rows, LEAST_KEPT) + rows
+        share = rows / self._weight
+        self._mean += share * (missing - self._mean)
+        self._square += share * (rows * missing**2 - self._square)
 
     def ended(self, speculated: bool, relative: float) -> None:
         """Count a round in which all rows decoded.
@@ -143,5 +173,5 @@ class Switch:
             self._in_a_row += 1
             return
         self._in_a_row = 0
-        self._missing *= TRUST_AGAIN
+        self._weight *= TRUST_AGAIN
         self.allowance = min(self.allowance + PROBE_SHARE * relative, PROBE_SAVINGS)

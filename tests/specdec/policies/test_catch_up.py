@@ -47,12 +47,12 @@ def test_rows_whose_prompts_were_read_still_owe_for_it(owed: float, speculating:
     assert np.count_nonzero(policy.budget(start)) == speculating
 
 
-def test_what_came_together_is_read_together_and_shared_by_the_rounds_that_are_left() -> None:
-    """Two rows lack 100 tokens each: 200 tokens in one forward, less the 4 that are usual."""
+def test_what_a_row_lacks_is_shared_by_the_rounds_that_are_left() -> None:
+    """Two rows lack 100 tokens: each reads them beside the 4 that are usual."""
     draft = CostTable([1, 400], [0.1, 40.0])
     start = replace(round_start(memories(3)), draft_pending=[100, 1, 100], room=[9, 9, 999])
     debts = owed(start, [0, 2], [0.5, 0.5, 0.5], draft)
-    a_token = (draft(200) - draft(2 * USUAL)) / 200
+    a_token = (draft(100 + 2 * USUAL) - draft(2 * USUAL)) / 100
     assert debts == pytest.approx(
         {0: 100 * a_token / (9 / 1.5), 2: 100 * a_token / CATCH_UP_ROUNDS}
     )

@@ -8,7 +8,13 @@ import torch
 
 from specdec.measure.calibration import Array, Flags
 from specdec.policies.base import Signal
-from specdec.policies.estimators import ONLINE, Estimator, HeadEstimator, online_estimator
+from specdec.policies.estimators import (
+    ONLINE,
+    Estimator,
+    HeadEstimator,
+    log_odds,
+    online_estimator,
+)
 from specdec.policies.signals import read_signals
 from tests.specdec.workloads import random_head
 
@@ -77,8 +83,9 @@ def test_every_estimator_does_what_the_protocol_says(name: str) -> None:
 
 def confidence_law(signals: Array, typical: Array) -> Array:
     odds = np.log(typical / (1 - typical))
-    logit = 1.5 + 1.2 * signals[:, Signal.LOG_Q] - 0.4 * signals[:, Signal.LOG_TOP] + 0.8 * odds
-    return sigmoid(logit)
+    top, gap = signals[:, Signal.LOG_TOP], signals[:, Signal.LOG_TOP] - signals[:, Signal.LOG_Q]
+    confidence = np.array([log_odds(each) for each in top])
+    return sigmoid(1.2 + 0.9 * confidence - 1.2 * gap + 0.8 * odds)
 
 
 def entropy_law(signals: Array, typical: Array) -> Array:
