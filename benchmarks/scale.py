@@ -195,7 +195,7 @@ def plan(
         mark = manifest.fingerprint(job, planned.files)
         manifest.claim(planned.output, job, planned.files, mark)
         units = planned.units
-        source = UnitDatasource(bundled(units, unit_rows), {}, S3Config())
+        source = UnitDatasource(bundled(units, unit_rows), planned.table, S3Config())
         source.get_read_tasks(source.read_tasks)
         claim = time.monotonic() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

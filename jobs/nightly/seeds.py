@@ -17,9 +17,10 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from jobs.nightly.recipe import TEMPLATE_VARIABLES, Recipe
 from pipeline.errors import UserError, nearest
+from pipeline.inputs.jsonl import BadLine
 from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.source import read_units
-from pipeline.inputs.units import FilePlan, Unit, plan_files
+from pipeline.inputs.units import FilePlan, Unit, plan_files, table_of
 from pipeline.storage.folder import resolved
 
 _READ_ROWS = 4096
@@ -119,7 +120,6 @@ def _schema(recipe: Recipe, plans: list[FilePlan]) -> pa.Schema:
     needed |= dict.fromkeys(settings.keep_columns, "seeds.keep_columns")
     if settings.id_column is not None:
         needed[settings.id_column] = "seeds.id_column"
-    parts = []
     for plan in plans:
         if not plan.rows:
             continue
@@ -127,13 +127,9 @@ def _schema(recipe: Recipe, plans: list[FilePlan]) -> pa.Schema:
             if column not in plan.schema.names:
                 hint = nearest(column, [*plan.schema.names, *TEMPLATE_VARIABLES])
                 raise UserError(f"{where}: {plan.file.url} has no column {column!r}; {hint}")
-        parts.append(pa.schema([plan.schema.field(column) for column in needed]))
-    if not parts:
+    if not any(plan.rows for plan in plans):
         raise UserError("seeds.paths: the files have no rows")
-    try:
-        return pa.unify_schemas(parts, promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise UserError(f"seeds.paths: the files' columns have different types: {error}") from None
+    return pa.schema([plans[0].table.field(column).remove_metadata() for column in needed])
 
 
 def _groups(
@@ -145,11 +141,10 @@ def _groups(
     every = sorted({column for columns in uses.values() for column in columns})
     seen: set[str] = set()
     units = [Unit.of(piece) for plan in plans for piece in plan.pieces]
-    schemas = {plan.file.name: plan.schema for plan in plans}
-    for read in read_units(units, schemas, s3):
+    for read in read_units(units, table_of(plans), s3):
         for number, row in enumerate(read.table.to_pylist()):
-            if number in read.raw_lines:
-                skipped["not a JSON object"] += 1
+            if number in read.bad_lines:
+                skipped[_why_skipped(read.bad_lines[number])] += 1
                 continue
             seed = {column: row.get(column) for column in schema.names}
             if named is not None and seed[named] is None:
@@ -164,6 +159,12 @@ def _groups(
                 Prompt(seed_id, name, _digest(seed, columns), seed)
                 for name, columns in uses.items()
             ]
+
+
+def _why_skipped(line: BadLine) -> str:
+    if line.error_class == "MalformedLine":
+        return "not a JSON object"
+    return "a value of another kind than most rows have"
 
 
 def _new_only(

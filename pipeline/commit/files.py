@@ -20,7 +20,8 @@ def parquet_bytes(table: pa.Table, footer: Mapping[bytes, bytes] | None = None) 
     """A table as a Parquet file, with what its footer says of it, if anything."""
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
-        writer.write_table(table)
+        if table.num_rows:  # `datasets` cannot read a row group without rows
+            writer.write_table(table)
         if footer:
             writer.add_key_value_metadata(footer)
     return bytes(sink.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.metadata
 import json
 import platform
@@ -10,12 +11,14 @@ from datetime import UTC, datetime
 from itertools import zip_longest
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline import layout
 from pipeline.commit import planned_inputs
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.config.model_identity import digest, head_identity, model_identity
 from pipeline.errors import UserError
-from pipeline.inputs.units import FilePlan, Unit
+from pipeline.inputs.units import FilePlan, Unit, check_added, table_of
 from pipeline.storage.folder import Folder, reach_folder
 
 _THREADS = 16
@@ -76,7 +79,7 @@ def claim(
     extend: bool = False,
     same_content: bool = False,
     forked_from: Folder | None = None,
-) -> None:
+) -> pa.Schema:
     """Make the output folder this job's, or make sure that it already is.
 
     Args:
@@ -88,9 +91,12 @@ def claim(
         same_content: input files of which only the time of change differs have not changed.
         forked_from: the output of the job that this one was made from, for the record.
 
+    Returns:
+        The columns of the job's table: of what it has written, if that is known.
+
     Raises:
-        UserError: the folder holds another job's output, or the input has changed; the message
-            shows the difference.
+        UserError: the folder holds another job's output, or the input has changed, or added files
+            do not fit the table; the message shows the difference.
     """
     found = output.read(layout.JOB)
     if found is None and output.list(layout.COMPLETIONS):
@@ -121,11 +127,29 @@ def claim(
         )
     if another:
         # A job that never committed anything, perhaps for a mistake that is corrected now.
-        _record(output, job, plans, mark, {"created": _now(), **_fork(forked_from, mark)})
-    elif added:
-        _record(output, job, plans, mark, _extended(record, added))
+        table = table_of(plans)
+        _record(output, job, plans, mark, table, {"created": _now(), **_fork(forked_from, mark)})
+        return table
+    table = _recorded_table(record) or table_of(plans)
+    if added:
+        check_added(added, table, job.s3)
+        _record(output, job, plans, mark, table, _extended(record, added))
     elif same_content or not planned:
         output.put(layout.INPUTS, planned_inputs.to_bytes(plans))
+    return table
+
+
+def _recorded_table(record: Mapping[str, Any]) -> pa.Schema | None:
+    """The columns that a job writes; None: it was begun by a version that did not note them."""
+    if (found := record.get("table")) is None:
+        return None
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(found["arrow"])))
+
+
+def _table_record(table: pa.Schema) -> dict[str, Any]:
+    """The columns for people, and exactly."""
+    arrow = base64.b64encode(table.serialize()).decode()
+    return {"columns": {field.name: str(field.type) for field in table}, "arrow": arrow}
 
 
 def _record(
@@ -133,6 +157,7 @@ def _record(
     job: JobConfig,
     plans: Sequence[FilePlan],
     mark: dict[str, Any],
+    table: pa.Schema,
     more: Mapping[str, Any],
 ) -> None:
     record = {
@@ -140,6 +165,7 @@ def _record(
         "versions": versions(),
         **more,
         "fingerprint": mark,
+        "table": _table_record(table),
         "config": job.model_dump(mode="json"),
     }
     # In this order: a job whose input list is behind is told to extend it again.

@@ -28,6 +28,7 @@ from pipeline.commit.footer import Inconsistent, from_footer, read_records, to_f
 from pipeline.commit.record import AttachedFiles, Results, Retries, UnitFile, UnitRecord
 from pipeline.commit.sink import CommitSink
 from pipeline.inputs.blocks import UnitFiles
+from pipeline.inputs.columns import taken
 from pipeline.inputs.row_ids import ROW_ID, parse_row_id
 from pipeline.inputs.units import Unit
 from pipeline.storage.folder import Folder
@@ -220,7 +221,7 @@ def _in_order(tables: Sequence[pa.Table]) -> pa.Table:
     table = pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
     ids = [parse_row_id(each) for each in table[ROW_ID].to_pylist()]
     order = sorted(range(len(ids)), key=ids.__getitem__)
-    return table.take(pa.array(order, pa.int64()))
+    return taken(table, order)
 
 
 def _add_attempts(errors: pa.Table, before: bytes | None) -> pa.Table:

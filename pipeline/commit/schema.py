@@ -1,7 +1,8 @@
 """What the output looks like: the columns of completions and errors. An interface; see CHANGELOG.
 
-Input columns keep their names, order and Arrow types. Counts are stored; the two ratios are derived
-from them by `specdec.request.Counts`.
+Input columns keep their names, and come in the order and types of the job's one table
+(`pipeline.inputs.job_table`), so that all files together are one, too. Counts are stored; the two
+ratios are derived from them by `specdec.request.Counts`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import pyarrow as pa
 
 from pipeline.errors import RowError, UserError
 from pipeline.inputs.blocks import UnitRows
-from pipeline.inputs.jsonl import RAW_LINE, parse_line
+from pipeline.inputs.columns import taken
+from pipeline.inputs.jsonl import RAW_LINE
 from pipeline.inputs.row_ids import ROW_ID
 from pipeline.inputs.units import FilePlan
 from pipeline.layout import ADDED_COLUMNS
@@ -37,8 +39,9 @@ ERROR_COLUMNS: dict[str, pa.DataType] = {
     "error_class": pa.string(),
     "error_message": pa.string(),
     "attempts": pa.int64(),
+    RAW_LINE: pa.string(),
 }
-"""Columns of `errors/`, after `row_id` and the input columns; JSONL input adds `raw_line`."""
+"""Columns of `errors/`, after `row_id` and the input columns."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +87,6 @@ def check_reserved(plans: Iterable[FilePlan]) -> None:
                 )
 
 
-_NO_OBJECT = "the line is not a JSON object, is nested too deeply, or has half of a character in it"
-
-
-def line_error(line: str) -> RowError:
-    """Why a line of JSONL was kept as text."""
-    taken = sorted(ADDED_COLUMNS & (parse_line(line.encode()) or {}).keys())
-    if taken:
-        why = f"the line has a key {taken[0]!r}, the name of an output column; rename it"
-        return RowError("ReservedColumn", why)
-    return RowError("MalformedLine", _NO_OBJECT)
-
-
 def by_sample(outcomes: Outcomes) -> Iterator[tuple[int, int, Outcome]]:
     """Index of the row, index of the sample, and its outcome, in this order."""
     for index, samples in enumerate(outcomes):
@@ -136,16 +127,18 @@ def errors_table(rows: UnitRows, outcomes: Outcomes) -> pa.Table:
     """
     places = [(i, s) for i, s, outcome in by_sample(outcomes) if isinstance(outcome, Failed)]
     failed = [outcome for _, _, outcome in by_sample(outcomes) if isinstance(outcome, Failed)]
-    columns = dict(ERROR_COLUMNS)
     values: dict[str, list[object]] = {
         "error_class": [f.error.error_class for f in failed],
         "error_message": [f.error.message for f in failed],
         "attempts": [f.attempts for f in failed],
     }
-    if any(piece.format == "jsonl" for piece in rows.unit.pieces):
-        columns[RAW_LINE] = pa.string()
-        values[RAW_LINE] = [rows.raw_lines.get(i) for i, _ in places]
-    return _table(rows, places, values, columns)
+    values[RAW_LINE] = [_raw_line(rows, i) for i, _ in places]
+    return _table(rows, places, values, ERROR_COLUMNS)
+
+
+def _raw_line(rows: UnitRows, index: int) -> str | None:
+    line = rows.bad_lines.get(index)
+    return None if line is None else line.text
 
 
 def _table(
@@ -157,7 +150,7 @@ def _table(
     ids = pa.array([rows.row_id(i, sample) for i, sample in places], pa.string())
     arrays, fields = [ids], [pa.field(ROW_ID, ids.type)]
     if rows.table.num_columns:
-        table = rows.table.take(pa.array([i for i, _ in places], pa.int64()))
+        table = taken(rows.table, [i for i, _ in places])
         arrays += table.columns
         fields += list(table.schema)
     arrays += [pa.array(values[name], type) for name, type in columns.items()]

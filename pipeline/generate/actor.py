@@ -20,7 +20,7 @@ import ray
 
 from pipeline.commit.files import unit_files
 from pipeline.commit.record import Actor, Work
-from pipeline.commit.schema import Failed, Finished, Outcome, Outcomes, line_error
+from pipeline.commit.schema import Failed, Finished, Outcome, Outcomes
 from pipeline.config.job import JobConfig
 from pipeline.config.prices import default_prices, price
 from pipeline.errors import RowError, UserError
@@ -200,8 +200,8 @@ class GenerateActor:
         """A request for each of a row's samples, or why there is none."""
         row: Row = {}
         try:
-            if index in rows.raw_lines:
-                raise line_error(rows.raw_lines[index])
+            if index in rows.bad_lines:
+                raise rows.bad_lines[index].error
             row = rows.row(index, self._requests.columns)
             return [*self._requests.of(row, rows.row_id(index))]
         except RowError as error:

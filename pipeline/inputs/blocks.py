@@ -7,14 +7,24 @@ sight, so no schema is unified, no value converted, and no bundle split on its w
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.errors import RowError
+from pipeline.inputs.jsonl import BadLine
 from pipeline.inputs.row_ids import row_id
 from pipeline.inputs.units import Unit
+
+_BAD_LINES = pa.schema(
+    {
+        "row": pa.int64(),
+        "text": pa.large_string(),
+        "error_class": pa.string(),
+        "message": pa.string(),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -23,14 +33,14 @@ class UnitRows:
 
     Attributes:
         unit: which rows (`Unit.wanted`).
-        table: the input columns, one row per row, types untouched.
-        raw_lines: for JSONL, the text of each line that is not a JSON object, by row of the table;
-            the row's columns are null.
+        table: the input columns, one row per row, those of the job in its types.
+        bad_lines: for JSONL, each line that is no row of them, by row of the table; the row's
+            columns are null.
     """
 
     unit: Unit
     table: pa.Table
-    raw_lines: dict[int, str]
+    bad_lines: dict[int, BadLine]
 
     def row(self, index: int, columns: Iterable[str]) -> dict[str, Any]:
         """Some columns of a row as Python values; columns that the unit does not have are left out.
@@ -64,7 +74,7 @@ class UnitRows:
             {
                 "units": [[each.unit.to_json() for each in bundle]],
                 "rows": pa.array([rows], pa.large_list(pa.large_binary())),
-                "raw_lines": pa.array([lines], pa.large_list(pa.large_binary())),
+                "bad_lines": pa.array([lines], pa.large_list(pa.large_binary())),
             }
         )
 
@@ -73,23 +83,21 @@ class UnitRows:
         """What `to_block` packed."""
         if block.num_rows != 1:
             raise ValueError(f"a block must hold one bundle, got {block.num_rows}")
-        units, rows, lines = (block[name][0].values for name in ("units", "rows", "raw_lines"))
+        units, rows, lines = (block[name][0].values for name in ("units", "rows", "bad_lines"))
         return [
             UnitRows(
                 unit=Unit.from_json(units[i].as_py()),
                 table=_table(rows[i]),
-                raw_lines={
-                    index: line
-                    for index, line in enumerate(_table(lines[i])["line"].to_pylist())
-                    if line is not None
+                bad_lines={
+                    line.pop("row"): BadLine(**line) for line in _table(lines[i]).to_pylist()
                 },
             )
             for i in range(len(units))
         ]
 
     def _lines(self) -> pa.Table:
-        lines = [self.raw_lines.get(index) for index in range(len(self.unit.wanted))]
-        return pa.table({"line": pa.array(lines, pa.large_string())})
+        lines = [{"row": row, **asdict(line)} for row, line in self.bad_lines.items()]
+        return pa.Table.from_pylist(lines, _BAD_LINES)
 
 
 def _ipc(table: pa.Table) -> bytes:

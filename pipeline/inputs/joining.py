@@ -10,7 +10,6 @@ rows alone are tried again, share one, and each is committed by itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 
 from pipeline.inputs.units import UNJOINED, FilePlan, Piece, Unit
 
@@ -29,8 +28,7 @@ Bundle = tuple[Unit, ...]
 def plan_units(files: Sequence[FilePlan], unit_rows: int) -> list[Unit]:
     """The units of a job, in the order of their first rows.
 
-    Pieces that are neighbours in the input are joined while they have the same columns, and at most
-    `unit_rows` rows.
+    Pieces that are neighbours in the input are joined while they have at most `unit_rows` rows.
 
     Args:
         files: in input order, cut into pieces of at most `unit_rows` rows.
@@ -40,10 +38,8 @@ def plan_units(files: Sequence[FilePlan], unit_rows: int) -> list[Unit]:
     units: list[Unit] = []
     for step in {plan.step for plan in files}:
         most = 1 if step == UNJOINED else MOST_PIECES
-        mine = (plan for plan in files if plan.step == step and plan.pieces)
-        for _, alike in groupby(mine, lambda plan: plan.schema):
-            pieces = (piece for plan in alike for piece in plan.pieces)
-            units += [Unit.of(*joined) for joined in _joined(pieces, unit_rows, most)]
+        pieces = (piece for plan in files if plan.step == step for piece in plan.pieces)
+        units += [Unit.of(*joined) for joined in _joined(pieces, unit_rows, most)]
     return sorted(units, key=lambda unit: (order[unit.pieces[0].name], unit.pieces[0].start))
 
 

@@ -37,8 +37,7 @@ def check_messages(value: Any) -> list[Message]:
 
 
 def _message(number: int, message: Any) -> Message:
-    if isinstance(message, list) and all(isinstance(pair, tuple) for pair in message):
-        message = dict(message)  # a map, as Arrow gives it
+    message = as_object(message)
     if not isinstance(message, dict):
         raise RowError("MalformedMessages", f"message {number} is not an object")
     # Arrow fills fields that a message does not have with null; templates must not see those.
@@ -52,6 +51,14 @@ def _message(number: int, message: Any) -> Message:
             what = "null" if key in message and message[key] is None else "no text"
             raise RowError("MalformedMessages", f"message {number} has {what} in {key!r}")
     return {**kept, "content": None} if beside_calls else kept
+
+
+def as_object(value: Any) -> Any:
+    """What was a map in Parquet, and is a list of keys and values in the job's table."""
+    pairs = isinstance(value, list) and bool(value)
+    if pairs and all(isinstance(v, dict) and v.keys() == {"key", "value"} for v in value):
+        return {pair["key"]: pair["value"] for pair in value}
+    return value
 
 
 def _without_nulls(value: Any) -> Any:

@@ -17,7 +17,7 @@ from pipeline.config.job import MAX_SAMPLES, InputConfig, SamplingConfig
 from pipeline.config.sampling import one_length
 from pipeline.config.templates import PromptTemplate
 from pipeline.errors import RowError, UserError, nearest
-from pipeline.inputs.messages import check_messages, spellings
+from pipeline.inputs.messages import as_object, check_messages, spellings
 from pipeline.inputs.openai_requests import REQUEST
 from specdec.request import InvalidRequest, SamplingParams
 
@@ -248,8 +248,7 @@ def _override(cell: Any) -> dict[str, Any]:
             cell = json.loads(cell)
         except (ValueError, RecursionError):
             raise RowError("InvalidSampling", f"{SAMPLING_COLUMN} is text, but not JSON") from None
-    if isinstance(cell, list) and cell and all(isinstance(pair, tuple) for pair in cell):
-        cell = dict(cell)  # a map, as Arrow gives it
+    cell = as_object(cell)
     if cell is None:
         return {}
     if not isinstance(cell, dict):

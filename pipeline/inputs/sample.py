@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import pyarrow as pa
+
 from pipeline.config.job import InputConfig, S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.prompts import required_columns
 from pipeline.inputs.requests import Row
-from pipeline.inputs.source import Schemas, read_units
-from pipeline.inputs.units import Unit, check_columns, plan_files, request_lines
+from pipeline.inputs.source import read_units
+from pipeline.inputs.units import Unit, check_columns, plan_files, table_of
 from pipeline.storage.folder import resolved
 
 UNIT_ROWS = 64
@@ -60,26 +62,24 @@ def sample_rows(
         UserError: no files, no such column, or unreadable files.
     """
     s3 = resolved(s3, *paths)
-    plans = plan_files(list_inputs(paths, s3, how.get("prefix")), s3, UNIT_ROWS)
+    files = list_inputs(paths, s3, how.get("prefix"))
+    plans = plan_files(files, s3, UNIT_ROWS, format=how.get("format"))
     if not any(value for key, value in how.items() if key != "prefix"):
         how = _usual_columns(plans[0].schema.names, plans[0].file.url)
     config = InputConfig.model_validate({"paths": tuple(paths), **how})
-    if config.format is not None:
-        plans = [request_lines(plan) for plan in plans]
     check_columns(plans, required_columns(config))
     units = [Unit.of(piece) for plan in plans for piece in plan.pieces]
-    schemas = {plan.file.name: plan.schema for plan in plans}
-    return Sample(config, choose_rows(units, schemas, s3, count, seed))
+    return Sample(config, choose_rows(units, table_of(plans), s3, count, seed))
 
 
 def choose_rows(
-    units: Sequence[Unit], schemas: Schemas, s3: S3Config, count: int, seed: int = 0
+    units: Sequence[Unit], table: pa.Schema, s3: S3Config, count: int, seed: int = 0
 ) -> dict[str, Row]:
     """At most `count` rows of some units by row id, spread over the units.
 
     Args:
         units: the units.
-        schemas: of JSONL.
+        table: the job's columns.
         s3: how to reach files on S3.
         count: most rows.
         seed: of the choice and the order.
@@ -95,7 +95,7 @@ def choose_rows(
     for unit in units:
         if len(chosen) >= count or len(chosen) + len(spare) >= count + _LEAST_UNITS * UNIT_ROWS:
             break
-        (read,) = read_units([unit], schemas, s3)
+        (read,) = read_units([unit], table, s3)
         rows = [(read.row_id(i), row) for i, row in enumerate(read.table.to_pylist())]
         chance.shuffle(rows)
         chosen += rows[:share]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, groupby, islice
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +19,9 @@ from ray.data.datasource import Datasource, ReadTask
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.blocks import UnitRows
+from pipeline.inputs.columns import conformed, taken, without_columns
 from pipeline.inputs.joining import Bundle
-from pipeline.inputs.jsonl import BOM, is_row, parse_line, to_table, without_columns
+from pipeline.inputs.jsonl import BOM, BadLine, is_row, no_object, parse_row, to_table
 from pipeline.inputs.listing import check_unchanged, read_as
 from pipeline.inputs.openai_requests import LINES_SCHEMA, REQUEST
 from pipeline.inputs.units import Piece, Unit, readable
@@ -35,11 +37,8 @@ _AHEAD = 8
 """Pieces read ahead, at once: on S3 this is mostly waiting. More would hold more of them in memory
 when the actors are slower."""
 
-Schemas = Mapping[str, pa.Schema]
-"""By input file, the columns and types that JSONL rows are read as."""
-
-_Rows = tuple[pa.Table, dict[int, str]]
-"""Of a piece: columns, and the lines that are no JSON objects by row."""
+_Rows = tuple[pa.Table, dict[int, BadLine]]
+"""Of a piece: the job's columns, and the lines that are no row of them by row."""
 
 
 class UnitDatasource(Datasource):
@@ -50,15 +49,15 @@ class UnitDatasource(Datasource):
 
     Args:
         bundles: what to read; units of one file next to each other and in row order.
-        schemas: of JSONL.
+        table: the columns and types that all rows are read as.
         s3: how to reach files on S3.
-        reserved: names that no column may have; lines of JSONL with such a key are kept as text.
+        reserved: names that no column may have; lines of JSONL with such a key are bad ones.
     """
 
     def __init__(
         self,
         bundles: Sequence[Bundle],
-        schemas: Schemas,
+        table: pa.Schema,
         s3: S3Config,
         reserved: frozenset[str] = frozenset(),
     ) -> None:
@@ -74,7 +73,7 @@ class UnitDatasource(Datasource):
         size = -(-len(groups) // _MOST_TASKS) or 1
         parts = [groups[i : i + size] for i in range(0, len(groups), size)]
         self._tasks = [list(chain.from_iterable(part)) for part in parts]
-        self._schemas = schemas
+        self._table = table
         self._s3 = s3
 
     @property
@@ -93,7 +92,7 @@ class UnitDatasource(Datasource):
     ) -> list[ReadTask]:
         return [
             ReadTask(
-                _reader(bundles, self._schemas_of(bundles), self._s3, self._reserved),
+                _reader(bundles, self._table, self._s3, self._reserved),
                 BlockMetadata(
                     num_rows=len(bundles),
                     size_bytes=None,
@@ -104,21 +103,17 @@ class UnitDatasource(Datasource):
             for bundles in self._tasks
         ]
 
-    def _schemas_of(self, bundles: Sequence[Bundle]) -> Schemas:
-        names = {p.name for bundle in bundles for unit in bundle for p in unit.pieces}
-        return {name: self._schemas[name] for name in names if name in self._schemas}
-
 
 def _read_together(piece: Piece) -> tuple[str, int]:
     return piece.url, piece.offset
 
 
 def _reader(
-    bundles: Sequence[Bundle], schemas: Schemas, s3: S3Config, reserved: frozenset[str]
+    bundles: Sequence[Bundle], table: pa.Schema, s3: S3Config, reserved: frozenset[str]
 ) -> Callable[[], Iterable[Block]]:
     # A plain closure over plain values: what is pickled to the worker stays small.
     def read() -> Iterable[Block]:
-        units = read_units([u for bundle in bundles for u in bundle], schemas, s3, reserved)
+        units = read_units([u for bundle in bundles for u in bundle], table, s3, reserved)
         for bundle in bundles:
             yield UnitRows.to_block(list(islice(units, len(bundle))))
 
@@ -127,7 +122,7 @@ def _reader(
 
 def read_units(
     units: Sequence[Unit],
-    schemas: Schemas,
+    table: pa.Schema,
     s3: S3Config,
     reserved: frozenset[str] = frozenset(),
 ) -> Iterator[UnitRows]:
@@ -135,14 +130,14 @@ def read_units(
 
     Args:
         units: in input order, so that those cut from one row group are next to each other.
-        schemas: of JSONL.
+        table: the job's columns, which the rows are brought into.
         s3: how to reach files on S3.
         reserved: names that no column may have.
 
     Raises:
         UserError: a file is gone, damaged, or not the one that was planned on.
     """
-    read = _read_ahead([piece for unit in units for piece in unit.pieces], schemas, s3, reserved)
+    read = _read_ahead([piece for unit in units for piece in unit.pieces], table, s3, reserved)
     for unit in units:
         yield _put_together(unit, list(islice(read, len(unit.pieces))))
 
@@ -150,42 +145,33 @@ def read_units(
 def _put_together(unit: Unit, pieces: Sequence[_Rows]) -> UnitRows:
     """A unit of what its pieces hold, without rows that are not to be completed."""
     table = _one([table for table, _ in pieces])
-    lines: dict[int, str] = {}
+    bad: dict[int, BadLine] = {}
     start = 0
-    for piece, (_, malformed) in zip(unit.pieces, pieces, strict=True):
-        lines |= {start + index: line for index, line in malformed.items()}
+    for piece, (_, lines) in zip(unit.pieces, pieces, strict=True):
+        bad |= {start + index: line for index, line in lines.items()}
         start += piece.rows
     if unit.only is not None:
-        if table.num_columns:
-            table = table.take(pa.array(unit.only, pa.int64()))
-        else:
-            table = without_columns(len(unit.only))
-        lines = {i: lines[index] for i, index in enumerate(unit.only) if index in lines}
-    return UnitRows(unit, table, lines)
+        table = taken(table, unit.only) if table.num_columns else without_columns(len(unit.only))
+        bad = {i: bad[index] for i, index in enumerate(unit.only) if index in bad}
+    return UnitRows(unit, table, bad)
 
 
 def _one(tables: list[pa.Table]) -> pa.Table:
     """Tables behind each other."""
-    if len(tables) == 1:
-        return tables[0]
-    if not any(table.num_columns for table in tables):
-        return without_columns(sum(table.num_rows for table in tables))
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException:  # JSONL: in one of them a value did not fit its column
-        rows = [row for table in tables for row in table.to_pylist()]
-        return to_table(rows, pa.schema([]))
+    if tables[0].num_columns:
+        return pa.concat_tables(tables)
+    return without_columns(sum(table.num_rows for table in tables))
 
 
 def _read_ahead(
-    pieces: Sequence[Piece], schemas: Schemas, s3: S3Config, reserved: frozenset[str]
+    pieces: Sequence[Piece], table: pa.Schema, s3: S3Config, reserved: frozenset[str]
 ) -> Iterator[_Rows]:
     """What each piece holds, in this order. A row group of many pieces is read when it is due."""
     coming: deque[Callable[[], Iterable[_Rows]]] = deque()
     with ThreadPoolExecutor(_AHEAD) as pool:
         for _, group in groupby(pieces, _read_together):
             together = list(group)
-            read = partial(_read_pieces, together, schemas, s3, reserved)
+            read = partial(_read_pieces, together, table, s3, reserved)
             coming.append(pool.submit(list, read()).result if len(together) == 1 else read)
             if len(coming) > _AHEAD:
                 yield from coming.popleft()()
@@ -194,7 +180,7 @@ def _read_ahead(
 
 
 def _read_pieces(
-    pieces: Sequence[Piece], schemas: Schemas, s3: S3Config, reserved: frozenset[str]
+    pieces: Sequence[Piece], table: pa.Schema, s3: S3Config, reserved: frozenset[str]
 ) -> Iterator[_Rows]:
     """What pieces hold that begin in the same row group, in row order; or one of JSONL."""
     first = pieces[0]
@@ -205,9 +191,9 @@ def _read_pieces(
             with folder.open(name) as file:
                 file.seek(first.offset)
                 data = file.read(first.end - first.offset)
-            read = iter([parse_jsonl(data, schemas.get(first.name), reserved, first.prefix)])
+            read = iter([parse_jsonl(data, table, reserved, first.prefix)])
         else:
-            read = ((table, {}) for table in _read_parquet(pieces, s3))
+            read = ((conformed(each, table), {}) for each in _read_parquet(pieces, s3))
         for piece in pieces:
             rows = next(read, None)
             if rows is None or rows[0].num_rows != piece.rows:
@@ -248,38 +234,30 @@ def _whole(parts: list[pa.RecordBatch], prefix: str) -> pa.Table:
 
 
 def parse_jsonl(
-    data: bytes,
-    schema: pa.Schema | None,
-    reserved: frozenset[str] = frozenset(),
-    prefix: str = "",
+    data: bytes, table: pa.Schema, reserved: frozenset[str] = frozenset(), prefix: str = ""
 ) -> _Rows:
-    """Rows of some bytes; a line that cannot be one of columns becomes a row of nulls."""
+    """Rows of some bytes; a line that is none of the table's becomes a row of nulls."""
     lines = [line for line in io.BytesIO(data) if is_row(line)]
-    if schema is not None and schema.equals(LINES_SCHEMA, check_metadata=True):
+    if table.equals(LINES_SCHEMA, check_metadata=True):
         return _whole_lines(lines)
-    parsed = [parse_line(line) for line in lines]
-    if prefix:
-        parsed = [
-            row and {read_as(name, prefix): value for name, value in row.items()} for row in parsed
-        ]
-    parsed = [None if row and reserved & row.keys() else row for row in parsed]
-    table = to_table([row or {} for row in parsed], schema or pa.schema([]))
-    malformed = {
-        i: line.decode(errors="replace").rstrip("\r\n")
-        for i, (line, row) in enumerate(zip(lines, parsed, strict=True))
-        if row is None
-    }
-    return table, malformed
+    rows: list[dict[str, Any]] = []
+    bad: dict[int, BadLine] = {}
+    for index, line in enumerate(lines):
+        row = parse_row(line, table, prefix, reserved)
+        if isinstance(row, BadLine):
+            bad[index], row = row, {}
+        rows.append(row)
+    return to_table(rows, table), bad
 
 
 def _whole_lines(lines: list[bytes]) -> _Rows:
     """Requests: each line in one column, null if it is no text."""
     texts: list[str | None] = []
-    malformed = {}
+    bad = {}
     for index, line in enumerate(lines):
         try:
             texts.append(line.removeprefix(BOM).decode().strip())
         except UnicodeDecodeError:
             texts.append(None)
-            malformed[index] = line.decode(errors="replace").rstrip("\r\n")
-    return pa.table({REQUEST: pa.array(texts, pa.string())}), malformed
+            bad[index] = no_object(line)
+    return pa.table({REQUEST: pa.array(texts, pa.string())}), bad

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import pyarrow as pa
@@ -23,7 +24,10 @@ import pyarrow.parquet as pq
 
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
-from pipeline.inputs.jsonl import is_row, jsonl_schema
+from pipeline.inputs.columns import stored
+from pipeline.inputs.job_table import check_fits, integers_are_exact, job_table
+from pipeline.inputs.json_values import Seen, check_columns_are_names, see_lines, without_strays
+from pipeline.inputs.jsonl import is_row
 from pipeline.inputs.listing import InputFile, read_as
 from pipeline.inputs.openai_requests import LINES_SCHEMA
 from pipeline.storage.folder import locate
@@ -31,8 +35,9 @@ from pipeline.storage.folder import locate
 _THREADS = 16
 """Files that are looked at together: on S3 this is mostly waiting."""
 
-_SAMPLE_BYTES = 1 << 20
-"""Bytes at the beginning of a JSONL file that its columns and their types are told from."""
+_SEEN_BYTES = 1 << 18
+"""Bytes of JSON lines whose types are told together. Where a line is odd, all of them take longer.
+"""
 
 _OTHER_FORMATS = {
     b"\x1f\x8b": "compressed with gzip",
@@ -138,6 +143,9 @@ class Unit:
         return Unit(**values, pieces=pieces, only=None if only is None else tuple(only))
 
 
+NO_COLUMNS = pa.schema([])
+
+
 @dataclass(frozen=True, slots=True)
 class FilePlan:
     """What planning learned about one input file.
@@ -145,10 +153,11 @@ class FilePlan:
     Attributes:
         file: the file.
         rows: how many rows it has; malformed lines count.
-        schema: its columns, without the schema's metadata. For JSONL: of its first lines.
+        schema: its own columns, in the types that most of its rows have.
         pieces: what it is cut into, in row order.
         step: when it became part of the job: 0 from the beginning, else by which extension;
             UNJOINED: its pieces are units of their own.
+        table: the columns of all files of the job, which its rows are brought into.
     """
 
     file: InputFile
@@ -156,6 +165,7 @@ class FilePlan:
     schema: pa.Schema
     pieces: tuple[Piece, ...]
     step: int = 0
+    table: pa.Schema = NO_COLUMNS
 
 
 UNJOINED = -1
@@ -176,33 +186,85 @@ def unit_stem(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", name.rsplit(".", 1)[0]).strip("-")[-60:] or "rows"
 
 
-def plan_files(files: Sequence[InputFile], s3: S3Config, unit_rows: int) -> list[FilePlan]:
-    """Read footers (Parquet) or count lines (JSONL) and cut every file into pieces.
+def plan_files(
+    files: Sequence[InputFile],
+    s3: S3Config,
+    unit_rows: int,
+    *,
+    format: str | None = None,
+    reserved: frozenset[str] = frozenset(),
+) -> list[FilePlan]:
+    """Read footers (Parquet) or all lines (JSONL), cut files into pieces, and make one table.
 
     Args:
         files: the input.
         s3: how to reach the files on S3.
         unit_rows: about how many rows a unit has; no piece has more.
+        format: "openai": lines are requests, each of which stays whole.
+        reserved: names that no column may have; a few lines with such a key do not make it one.
 
     Raises:
-        UserError: a file that cannot be read; the message names it.
+        UserError: a file that cannot be read, or columns that no type fits; the message names it.
     """
-    known: dict[pa.Schema, pa.Schema] = {}
 
-    def plan(file: InputFile) -> FilePlan:
+    def plan(file: InputFile) -> tuple[FilePlan, Seen | None]:
         with readable(file.url):
-            if file.format == "parquet":
-                plan = _plan_parquet(file, s3, unit_rows)
-            else:
-                plan = _plan_jsonl(file, s3, unit_rows)
-        # Most files of a job have the same schema: it is kept once.
-        schema = plan.schema.remove_metadata()
-        if file.prefix:
-            schema = pa.schema([f.with_name(read_as(f.name, file.prefix)) for f in schema])
-        return replace(plan, schema=known.setdefault(schema, schema))
+            if file.format == "parquet" and format is None:
+                return _plan_parquet(file, s3, unit_rows), None
+            return _plan_jsonl(file, s3, unit_rows, format, reserved)
 
+    # Most files of a job have the same schema: it is kept once.
+    known: dict[bytes, pa.Schema] = {}
+    first: dict[tuple[str, pa.Schema], str] = {}
+    plans, lines = list[FilePlan](), Seen()
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(plan, files))
+        for found, seen in pool.map(plan, files):
+            schema = known.setdefault(bytes(found.schema.serialize()), found.schema)
+            plans.append(replace(found, schema=schema))
+            if found.rows:
+                first.setdefault((found.file.format, schema), found.file.url)
+            if seen is not None:
+                lines.add(seen)
+                check_columns_are_names(lines, found.file.url)
+    if format is not None:
+        return [replace(each, table=LINES_SCHEMA) for each in plans]
+    table = job_table(first, lines, partial(_inexact, plans, s3))
+    return [replace(each, table=table) for each in plans]
+
+
+def _inexact(plans: Iterable[FilePlan], s3: S3Config, column: str) -> str | None:
+    """The first Parquet file whose integers in a column may be no float64; None if all are."""
+    for plan in plans:
+        if plan.file.format == "parquet" and column in plan.schema.names:
+            kind = plan.schema.field(column).type
+            wide = pa.types.is_integer(kind) and kind.bit_width > 32
+            name = column.removeprefix(plan.file.prefix)
+            name = name if read_as(name, plan.file.prefix) == column else column
+            if wide and not integers_are_exact(plan.file.url, name, s3):
+                return plan.file.url
+    return None
+
+
+def table_of(plans: Sequence[FilePlan]) -> pa.Schema:
+    """The columns of the job that some files were planned as."""
+    return plans[0].table if plans else NO_COLUMNS
+
+
+def check_added(added: Sequence[FilePlan], table: pa.Schema, s3: S3Config) -> None:
+    """Check that files which are added to a job have no other columns and types than it.
+
+    Args:
+        added: the files.
+        table: the job's columns so far, which the files that it has written have.
+        s3: how to reach the files on S3.
+
+    Raises:
+        UserError: names the file, the column, both types and the fix.
+    """
+    for plan in added:
+        if plan.rows:
+            inexact = partial(_inexact, [plan], s3)
+            check_fits(plan.file.format, plan.schema, plan.file.url, table, inexact)
 
 
 @contextmanager
@@ -226,6 +288,8 @@ def _plan_parquet(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
     folder, name = locate(file.url, s3)
     with folder.open(name) as opened, pq.ParquetFile(opened) as parquet:
         metadata, schema = parquet.metadata, parquet.schema_arrow
+        schema = pa.schema([(read_as(f.name, file.prefix), stored(f.type)) for f in schema])
+        _check_distinct(schema.names, file)
     groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     pieces = tuple(
         Piece(
@@ -290,11 +354,17 @@ def cut_row_groups(groups: Sequence[int], unit_rows: int) -> list[Cut]:
     return cuts
 
 
-def _plan_jsonl(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
+def _plan_jsonl(
+    file: InputFile, s3: S3Config, unit_rows: int, format: str | None, reserved: frozenset[str]
+) -> tuple[FilePlan, Seen]:
+    if file.format != "jsonl":
+        raise UserError(f"{file.url}: input.format {format} needs .jsonl files")
     # Row count and byte offset where each piece begins; its own bytes alone are read then.
     starts: list[tuple[int, int]] = []
     row = position = 0
-    sample: list[bytes] = []
+    seen = Seen()
+    waiting: list[bytes] = []
+    told = 0  # bytes until those in `waiting`
     folder, name = locate(file.url, s3)
     with folder.open(name) as stream:
         lines = io.BufferedReader(stream, 1 << 20)
@@ -304,9 +374,19 @@ def _plan_jsonl(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
                 if row % unit_rows == 0:
                     starts.append((row, position))
                 row += 1
-            if position < _SAMPLE_BYTES:
-                sample.append(line)
+                if format is None:
+                    waiting.append(line)
             position += len(line)
+            if position - told > _SEEN_BYTES:
+                seen.add(see_lines(waiting))
+                waiting, told = [], position
+    seen.add(see_lines(waiting))
+    if file.prefix:
+        names = [read_as(name, file.prefix) for name in seen.fields]
+        _check_distinct(names, file)
+        seen.fields = dict(zip(names, seen.fields.values(), strict=True))
+    seen = without_strays(seen, reserved)
+    schema = LINES_SCHEMA if format is not None else seen.schema()
     bounds = [*starts, (row, position)]
     pieces = tuple(
         Piece(
@@ -323,7 +403,7 @@ def _plan_jsonl(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
         )
         for (start, offset), (end, limit) in pairwise(bounds)
     )
-    return FilePlan(file, row, jsonl_schema(sample), pieces)
+    return FilePlan(file, row, schema, pieces), seen
 
 
 def _check_format(file: InputFile, start: bytes) -> None:
@@ -332,15 +412,11 @@ def _check_format(file: InputFile, start: bytes) -> None:
             raise UserError(f"{file.url}: is {what}, though its name says JSON lines; convert it")
 
 
-def request_lines(plan: FilePlan) -> FilePlan:
-    """A file of JSON lines as one of requests, each of which stays whole.
-
-    Raises:
-        UserError: it is no file of lines.
-    """
-    if plan.file.format != "jsonl":
-        raise UserError(f"{plan.file.url}: input.format openai needs .jsonl files")
-    return replace(plan, schema=LINES_SCHEMA)
+def _check_distinct(names: Sequence[str], file: InputFile) -> None:
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        fix = "take another input.prefix" if file.prefix else "rename one"
+        raise UserError(f"{file.url}: two columns are named {repeated[0]!r}; {fix}")
 
 
 def check_columns(plans: Iterable[FilePlan], required: Iterable[str]) -> None:
@@ -352,10 +428,6 @@ def check_columns(plans: Iterable[FilePlan], required: Iterable[str]) -> None:
     required = list(required)
     for plan in plans:
         names = plan.schema.names
-        repeated = sorted(name for name, count in Counter(names).items() if count > 1)
-        if repeated:
-            fix = "take another input.prefix" if plan.file.prefix else "rename one"
-            raise UserError(f"{plan.file.url}: two columns are named {repeated[0]!r}; {fix}")
         for column in required:
             if column not in names and plan.rows:
                 have = ", ".join(names) or "none"

@@ -98,9 +98,8 @@ def _write(
     plan: JobPlan, pending: Sequence[Unit], sink: CommitSink, actor_arguments: tuple[Any, ...]
 ) -> None:
     job = plan.job
-    schemas = {f.file.name: f.schema for f in plan.files if f.file.format == "jsonl"}
     bundles = bundled(pending, job.unit_rows)
-    source = UnitDatasource(bundles, schemas, job.s3, ADDED_COLUMNS)
+    source = UnitDatasource(bundles, plan.table, job.s3, ADDED_COLUMNS)
     # The same for all groups: what the one with the most slots needs.
     in_flight = max(
         group.units_in_flight or bundles_in_flight(bundles, group.slots)

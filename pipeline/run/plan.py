@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from pipeline import layout
 from pipeline.commit import planned_inputs
 from pipeline.commit.schema import check_reserved
@@ -11,7 +13,8 @@ from pipeline.config.job import JobConfig
 from pipeline.inputs.joining import plan_units
 from pipeline.inputs.listing import InputFile, list_inputs
 from pipeline.inputs.prompts import required_columns
-from pipeline.inputs.units import FilePlan, Unit, check_columns, plan_files, request_lines
+from pipeline.inputs.units import FilePlan, Unit, check_columns, plan_files, table_of
+from pipeline.layout import ADDED_COLUMNS
 from pipeline.run.preflight import check_output
 from pipeline.storage.folder import Folder, check_access, open_folder, resolved
 
@@ -25,6 +28,7 @@ class JobPlan:
         output: its folder.
         files: what each input file holds.
         units: all of them, in input order.
+        table: the columns of all of them together.
         left_out: input files that are new since the output was begun, and not part of the job.
     """
 
@@ -32,6 +36,7 @@ class JobPlan:
     output: Folder
     files: tuple[FilePlan, ...]
     units: tuple[Unit, ...]
+    table: pa.Schema
     left_out: tuple[InputFile, ...] = ()
 
     @property
@@ -60,9 +65,13 @@ def plan_job(job: JobConfig, *, extend: bool = False) -> JobPlan:
     begun = bool(output.list(layout.COMPLETIONS)) if new or not planned else True
     # New files are left out if there still are some from before.
     left_out = set(new) if begun and not extend and len(new) < len(listed) else set()
-    files = plan_files([f for f in listed if f not in left_out], job.s3, job.unit_rows)
-    if job.input.format is not None:
-        files = [request_lines(file) for file in files]
+    files = plan_files(
+        [f for f in listed if f not in left_out],
+        job.s3,
+        job.unit_rows,
+        format=job.input.format,
+        reserved=ADDED_COLUMNS,
+    )
     check_columns(files, required_columns(job.input))
     check_reserved(files)
     files = planned_inputs.in_steps(files, planned, begun=begun)
@@ -71,5 +80,6 @@ def plan_job(job: JobConfig, *, extend: bool = False) -> JobPlan:
         output,
         files=tuple(files),
         units=tuple(plan_units(files, job.unit_rows)),
+        table=table_of(files),
         left_out=tuple(sorted(left_out, key=lambda file: file.name)),
     )

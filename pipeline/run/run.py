@@ -109,7 +109,7 @@ def run_job(
     job, output, units = plan.job, plan.output, plan.units
     mark = manifest.fingerprint(job, plan.files)
     check_models(job)
-    manifest.claim(
+    table = manifest.claim(
         output,
         job,
         plan.files,
@@ -118,6 +118,7 @@ def run_job(
         same_content=mode.same_content,
         forked_from=open_folder(mode.forked_from, job.s3) if mode.forked_from else None,
     )
+    plan = replace(plan, table=table)
     if plan.left_out:
         note(_left_out(plan.left_out))
     # 2. Find what is to be generated: units that are missing, or failed rows of those that are not.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ from pipeline.commit.schema import check_reserved
 from pipeline.config import model_identity
 from pipeline.config.job import Estimator, JobConfig, Policy, S3Config
 from pipeline.errors import UserError
+from pipeline.inputs.columns import JSON_TEXT
 from pipeline.inputs.listing import InputFile
 from pipeline.inputs.units import FilePlan, Piece, Unit
 from pipeline.storage.folder import open_folder
@@ -198,6 +200,39 @@ def test_changed_inputs_are_named(tiny_models: TinyModels, tmp_path: Path) -> No
     ):
         with pytest.raises(UserError, match=line):
             manifest.claim(output, config, changed, manifest.fingerprint(config, changed))
+
+
+def planned_as(table: pa.Schema, name: str = "a.parquet", step: int = 0) -> list[FilePlan]:
+    return [replace(plan, schema=table, table=table, step=step) for plan in plans(name=name)]
+
+
+def test_the_table_that_a_job_writes_stays(tiny_models: TinyModels, tmp_path: Path) -> None:
+    output = open_folder(str(tmp_path), S3Config())
+    config = job(tiny_models)
+    first = pa.schema([pa.field("p", pa.string(), metadata=JSON_TEXT), ("n", pa.int32())])
+    later = pa.schema({"p": pa.string(), "n": pa.int64()})
+
+    def claim(files: list[FilePlan], **options: Any) -> pa.Schema:
+        return manifest.claim(output, config, files, manifest.fingerprint(config, files), **options)
+
+    assert claim(planned_as(first)).equals(first, check_metadata=True)
+    output.put("completions/u.parquet", b"")
+    assert claim(planned_as(later)).equals(first, check_metadata=True)
+    record = json.loads((tmp_path / layout.JOB).read_text())
+    assert record["table"]["columns"] == {"p": "string", "n": "int32"}
+
+    # What is added must fit it.
+    both = [*planned_as(later), *planned_as(later, "b.parquet", 1)]
+    with pytest.raises(UserError, match=r"b\.parquet: column 'n' is int64, but int32 in what this"):
+        claim(both, extend=True)
+    fitting = [*planned_as(first), *planned_as(pa.schema({"n": pa.int8()}), "b.parquet", 1)]
+    assert claim(fitting, extend=True).equals(first, check_metadata=True)
+
+    # An output of a version that kept none goes on as it is planned now.
+    del record["table"]
+    record["fingerprint"] = manifest.fingerprint(config, fitting)
+    output.put(layout.JOB, json.dumps(record).encode())
+    assert claim([*planned_as(later), fitting[1]]).equals(later)
 
 
 def test_a_job_that_committed_nothing_can_be_corrected(

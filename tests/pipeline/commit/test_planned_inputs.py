@@ -84,15 +84,15 @@ def test_a_file_that_changes_after_planning_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"p": "one"}\n')
     (planned,) = plan_files(list_inputs([str(tmp_path)], S3Config()), S3Config(), 4)
-    units, schemas = [Unit.of(*planned.pieces)], {planned.file.name: planned.schema}
-    assert len(list(read_units(units, schemas, S3Config()))) == 1
+    units = [Unit.of(*planned.pieces)]
+    assert len(list(read_units(units, planned.table, S3Config()))) == 1
     file.write_text('{"p": "two"}\n')
     os.utime(file, ns=(0, planned.file.modified + 1))
     with pytest.raises(UserError, match=r"a\.jsonl: this input file has changed since the job"):
-        list(read_units(units, schemas, S3Config()))
+        list(read_units(units, planned.table, S3Config()))
     file.unlink()
     with pytest.raises(UserError, match="this input file is gone"):
-        list(read_units(units, schemas, S3Config()))
+        list(read_units(units, planned.table, S3Config()))
 
 
 @pytest.mark.s3

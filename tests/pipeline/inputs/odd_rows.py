@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from tests.conftest import CONTEXT
+from tests.pipeline.inputs.every_type import EVERY_TYPE
 
 OK = "OK"
 HI = [{"role": "user", "content": "hi"}]
@@ -79,7 +80,7 @@ CHAT: dict[str, tuple[bytes | pa.Table, list[str]]] = {
     ),
     "surrogates-in-names.jsonl": (
         said([{"role": "\ud800", "content": "x"}], user([{"type": "\ud800"}])),
-        ["MalformedMessages"] * 2,
+        ["MalformedLine"] * 2,
     ),
     "no-tool-calls.jsonl": (said(user("hi", tool_calls=[])), [OK]),
     "content-parts.jsonl": (
@@ -101,7 +102,7 @@ CHAT: dict[str, tuple[bytes | pa.Table, list[str]]] = {
     ),
     "null-bytes.jsonl": (said(user("a\0b\0")), [OK]),
     "control-characters.jsonl": (said(user("\x01\x1b[31m\x7f\u2028\ufeff")), [OK]),
-    "lone-surrogate.jsonl": (said(user("\ud800"), user("x")), ["MalformedMessages", OK]),
+    "lone-surrogate.jsonl": (said(user("\ud800"), user("x")), ["MalformedLine", OK]),
     "special-tokens-in-text.jsonl": (said(user("</s><s><|assistant|>")), [OK]),
     # ---- lengths
     "longest-prompt.jsonl": (said(user("x" * LONGEST)), [OK]),
@@ -174,43 +175,12 @@ CHAT: dict[str, tuple[bytes | pa.Table, list[str]]] = {
     "only-newlines.jsonl": (b"\n\n\r\n", []),
     "UPPER.JSONL": (said(HI), [OK]),
     "with space %41 ü 漢字 [a]*?.jsonl": (said(HI), [OK]),
-    # ---- Parquet
-    "messages-as-struct.parquet": (
-        pa.table({"messages": pa.array([{"role": "user", "content": "x"}])}),
-        ["MalformedMessages"],
-    ),
-    "messages-as-map.parquet": (
-        pa.table(
-            {
-                "messages": pa.array(
-                    [[[("role", "user"), ("content", "x")]]],
-                    pa.list_(pa.map_(pa.string(), pa.string())),
-                )
-            }
-        ),
-        [OK],
-    ),
-    "messages-broken-utf8.parquet": (
-        pa.table({"messages": BROKEN_UTF8}),
-        ["MalformedMessages", "MalformedText"],
-    ),
-    "fields-others-have.parquet": (
-        pa.table({"messages": [HI, user("x", name="A", tool_calls=None)]}),
-        [OK, OK],
-    ),
 }
 
 INT = pa.array([1], pa.int64())
 PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
     "nulls.parquet": (table(["x", None, ""]), [OK, "NullPrompt", "EmptyPrompt"]),
     "all-null.parquet": (table([None, None], pa.null()), ["NullPrompt"] * 2),
-    "integers.parquet": (table([7]), ["MalformedPrompt"]),
-    "structs.parquet": (table([{"a": "x"}]), ["MalformedPrompt"]),
-    "lists.parquet": (table([["x"]]), ["MalformedPrompt"]),
-    "binary.parquet": (table([b"x", b"\xff"]), ["MalformedPrompt"] * 2),
-    "decimals.parquet": (table([decimal.Decimal("1.5")]), ["MalformedPrompt"]),
-    "timestamps.parquet": (table([2**62], pa.timestamp("us")), ["MalformedValue"]),
-    "dates.parquet": (table([datetime.date(2026, 1, 1)]), ["MalformedPrompt"]),
     "large-strings.parquet": (table(["x"], pa.large_string()), [OK]),
     "dictionaries.parquet": (
         table(["x", "y", None], None).cast(
@@ -220,7 +190,7 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
     ),
     "broken-utf8.parquet": (table(BROKEN_UTF8), [OK, "MalformedText"]),
     "broken-utf8-elsewhere.parquet": (table(["x", "y"], other=BROKEN_UTF8), [OK, OK]),
-    "ten-thousand-columns.parquet": (table(["x"], **{f"c{i}": INT for i in range(10_000)}), [OK]),
+    "every-type.parquet": (table(["x", "y"], **EVERY_TYPE), [OK, OK]),
     "nested-columns.parquet": (table(["x"], a=[[{"b": [{"c": {"d": 1}}]}]]), [OK]),
     "odd-columns.parquet": (
         table(
@@ -238,10 +208,8 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
     "pandas.parquet": (table(["x"]).replace_schema_metadata({"pandas": "{}", "k": "v"}), [OK]),
     "no-rows.parquet": (table([], pa.string()), []),
     "no-rows-other-columns.parquet": (pa.table({"y": pa.array([], pa.string())}), []),
+    "numbers.jsonl": (jsonl({"prompt": 1.5}, {"prompt": True}), ["MalformedValue"] * 2),
     "blanks.jsonl": (jsonl({"prompt": " \n\t"}), [OK]),
-    "numbers.jsonl": (jsonl({"prompt": 1.5}, {"prompt": 2.5}), ["MalformedPrompt"] * 2),
-    # A column without a type is one of texts, here of JSON; true is not to become 1.0.
-    "fraction-or-truth.jsonl": (jsonl({"prompt": 1.5}, {"prompt": True}), [OK] * 2),
     "surrogates.jsonl": (
         jsonl({"prompt": "x"}, {"prompt": "x", "y": "\udfff"}, {"prompt": "\udfff"}),
         [OK, "MalformedLine", "MalformedLine"],
@@ -293,7 +261,13 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
                 )
             )
         ),
-        ["InvalidSampling"] * 37,
+        [
+            *["InvalidSampling"] * 27,
+            "MalformedLine",
+            *["InvalidSampling"] * 2,
+            "MalformedLine",
+            *["InvalidSampling"] * 6,
+        ],
     ),
     "sampling-extremes.jsonl": (
         jsonl(
@@ -319,12 +293,6 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
             )
         ),
         [OK] * 15,
-    ),
-    "sampling-ints.parquet": (table(["x"], sampling_params=INT), ["InvalidSampling"]),
-    "sampling-bytes.parquet": (table(["x"], sampling_params=[b"{}"]), ["InvalidSampling"]),
-    "sampling-map.parquet": (
-        table(["x"], sampling_params=pa.array([[("top_k", 3)]], pa.map_(pa.string(), pa.int64()))),
-        [OK],
     ),
 }
 
@@ -359,6 +327,58 @@ TEMPLATED: dict[str, tuple[bytes | pa.Table, list[str]]] = {
     "bombs.jsonl": (jsonl(*({"kind": kind} for kind in BOMBS)), ["TemplateError"] * len(BOMBS)),
     "data.jsonl": (jsonl({"kind": "{{ 1 / 0 }}"}, {"kind": "{% for %}"}), [OK] * 2),
     "nulls.jsonl": (b'{"kind": "x"}\n{"kind": null}\n{}\n', [OK, "NullValue", "NullValue"]),
+}
+
+# Files whose columns have other types than those above: each is a job of its own.
+CHAT_ALONE: dict[str, tuple[bytes | pa.Table, list[str]]] = {
+    "messages-as-struct.parquet": (
+        pa.table({"messages": pa.array([{"role": "user", "content": "x"}])}),
+        ["MalformedMessages"],
+    ),
+    "messages-as-map.parquet": (
+        pa.table(
+            {
+                "messages": pa.array(
+                    [[[("role", "user"), ("content", "x")]]],
+                    pa.list_(pa.map_(pa.string(), pa.string())),
+                )
+            }
+        ),
+        [OK],
+    ),
+    "messages-broken-utf8.parquet": (
+        pa.table({"messages": BROKEN_UTF8}),
+        ["MalformedMessages", "MalformedText"],
+    ),
+    "fields-others-have.parquet": (
+        pa.table({"messages": [HI, user("x", name="A", tool_calls=None)]}),
+        [OK, OK],
+    ),
+    "strays.jsonl": (
+        said(HI, "no", 3, user("x", name="A"), user(4), HI),
+        [OK, "MalformedValue", "MalformedValue", OK, "MalformedValue", OK],
+    ),
+}
+PLAIN_ALONE: dict[str, tuple[bytes | pa.Table, list[str]]] = {
+    "ten-thousand-columns.parquet": (table(["x"], **{f"c{i}": INT for i in range(10_000)}), [OK]),
+    "integers.parquet": (table([7]), ["MalformedPrompt"]),
+    "structs.parquet": (table([{"a": "x"}]), ["MalformedPrompt"]),
+    "lists.parquet": (table([["x"]]), ["MalformedPrompt"]),
+    "binary.parquet": (table([b"x", b"\xff"]), ["MalformedPrompt"] * 2),
+    "decimals.parquet": (table([decimal.Decimal("1.5")]), ["MalformedPrompt"]),
+    "timestamps.parquet": (table([2**62], pa.timestamp("us")), ["MalformedValue"]),
+    "dates.parquet": (table([datetime.date(2026, 1, 1)]), ["MalformedPrompt"]),
+    "numbers.jsonl": (jsonl({"prompt": 1.5}, {"prompt": 2.5}), ["MalformedPrompt"] * 2),
+    # A column without a type is one of texts, here of JSON; true is not to become 1.0.
+    "fraction-or-truth.jsonl": (jsonl({"prompt": 1.5}, {"prompt": True}), [OK] * 2),
+    "sampling-ints.parquet": (table(["x"], sampling_params=INT), ["InvalidSampling"]),
+    "sampling-bytes.parquet": (table(["x"], sampling_params=[b"{}"]), ["InvalidSampling"]),
+    "sampling-map.parquet": (
+        table(["x"], sampling_params=pa.array([[("top_k", 3)]], pa.map_(pa.string(), pa.int64()))),
+        [OK],
+    ),
+}
+TEMPLATED_ALONE: dict[str, tuple[bytes | pa.Table, list[str]]] = {
     "nan.parquet": (pa.table({"kind": [1.5, float("nan"), None]}), [OK, "NullValue", "NullValue"]),
     "odd.parquet": (
         pa.table({"kind": pa.array([2**62, 1], pa.timestamp("us"))}),

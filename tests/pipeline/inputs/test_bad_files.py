@@ -151,7 +151,7 @@ def test_files_that_change_after_the_plan(tmp_path: Path, suffix: str, message: 
     plan = planned(file, tmp_path / "out")
     CHANGES[message](file)
     with pytest.raises(UserError) as caught:
-        list(read_units(plan.units, {plan.files[0].file.name: plan.files[0].schema}, S3Config()))
+        list(read_units(plan.units, plan.table, S3Config()))
     assert message in str(caught.value)
     assert str(file) in str(caught.value)
 

@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.inputs import source as source_module
 from pipeline.inputs.blocks import UnitRows
 from pipeline.inputs.joining import bundled, plan_units
+from pipeline.inputs.jsonl import BadLine
 from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.row_ids import parse_row_id
 from pipeline.inputs.source import UnitDatasource, read_units
@@ -88,9 +89,8 @@ def test_reading_units_gives_every_row_once(
     plans = plan_files(list_inputs([str(inputs)], S3), S3, unit_rows)
     units = plan_units(plans, unit_rows)
     assert len({unit.id for unit in units}) == len(units)
-    schemas = {plan.file.name: plan.schema for plan in plans}
     rows: dict[str, list[int]] = {plan.file.name: [] for plan in plans}
-    source = UnitDatasource(bundled(units, 40), schemas, S3)
+    source = UnitDatasource(bundled(units, 40), plans[0].table, S3)
     assert source.read_tasks <= most_tasks
     for task in source.get_read_tasks(1):
         for block in task():
@@ -119,7 +119,7 @@ def test_files_of_one_schema_share_it(inputs: Path, tmp_path: Path) -> None:
 def test_some_units_of_a_row_group(inputs: Path) -> None:
     (plan,) = plan_files(list_inputs([f"{inputs}/a.parquet"], S3), S3, 100)
     pending = [Unit.of(plan.pieces[number]) for number in (1, 2, 5)]
-    source = UnitDatasource(bundled(pending, 100), {}, S3)
+    source = UnitDatasource(bundled(pending, 100), plan.table, S3)
     assert source.read_tasks == 2
     blocks = [block for task in source.get_read_tasks(1) for block in task()]
     read = [each for block in blocks for each in UnitRows.from_block(block)]
@@ -194,11 +194,11 @@ def test_malformed_lines_are_rows_of_nulls(tmp_path: Path) -> None:
     )
     (plan,) = plan_files(list_inputs([str(file)], S3), S3, 100)
     unit = Unit.of(*plan.pieces)
-    (read,) = read_units([unit], {plan.file.name: plan.schema}, S3)
+    (read,) = read_units([unit], plan.table, S3)
     assert unit.rows == 6
     assert read.table["p"].to_pylist() == ["a", None, None, "b", None, None]
-    assert sorted(read.raw_lines) == [1, 2, 4, 5]
-    assert read.raw_lines[1] == "not json"
+    assert sorted(read.bad_lines) == [1, 2, 4, 5]
+    assert read.bad_lines[1].text == "not json"
 
 
 def test_unit_survives_its_json() -> None:
@@ -219,8 +219,9 @@ def test_blocks_keep_types_exactly() -> None:
     )
     rows: list[dict[str, Any]] = [{"d": "a", "t": None, "m": [], "f": [1.0, 2.0]}] * 2
     table = pa.Table.from_pylist(rows, schema)
-    block = UnitRows.to_block([UnitRows(unit, table, {1: "x"}), UnitRows(unit, table, {})])
+    line = BadLine("x", "MalformedLine", "why")
+    block = UnitRows.to_block([UnitRows(unit, table, {1: line}), UnitRows(unit, table, {})])
     back, other = UnitRows.from_block(block)
-    assert (block.num_rows, other.raw_lines) == (1, {})
+    assert (block.num_rows, other.bad_lines) == (1, {})
     assert back.table.equals(table, check_metadata=True)
-    assert back.raw_lines == {1: "x"}
+    assert back.bad_lines == {1: line}

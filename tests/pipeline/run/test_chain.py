@@ -84,7 +84,6 @@ def test_lines_of_an_earlier_job_have_its_names_too(tmp_path: Path) -> None:
     (plan,) = plan_files(files, S3Config(), 10)
     names = ["q", "draft_completion", "draft_attempts"]
     assert plan.schema.names == names
-    schemas = {plan.file.name: plan.schema}
-    (rows,) = read_units([Unit.of(*plan.pieces)], schemas, S3Config(), ADDED_COLUMNS)
+    (rows,) = read_units([Unit.of(*plan.pieces)], plan.table, S3Config(), ADDED_COLUMNS)
     assert rows.table.to_pylist() == [dict(zip(names, ["x", "y", 1], strict=True))]
-    assert not rows.raw_lines
+    assert not rows.bad_lines

@@ -193,7 +193,7 @@ def test_inputs_are_listed_planned_and_read_in_full(
         plans = plan_files(list_inputs([f"s3://{bucket}/in"], s3), s3, unit_rows=100)
         for plan in plans:
             units = [Unit.of(piece) for piece in plan.pieces]
-            read = read_units(units, {plan.file.name: plan.schema}, s3)
+            read = read_units(units, plan.table, s3)
             assert [row for each in read for row in each.table.to_pylist()] == rows
         assert sum(server.injected.values()) > 50
 
