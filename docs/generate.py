@@ -37,6 +37,11 @@ It is YAML. Three keys are required; all others have defaults.
 its defaults filled in. A wrong key or value is refused in one line, with the key and the fix.
 
 - **Paths** are relative to the job file's folder, and those of `--set` to the folder you are in.
+  `file:///PATH` is a path, too, in which `%20` is a space; `s3a://` and `s3n://` are `s3://`. A key
+  on S3 is taken as it stands: `%20` is `%20`, and `a//b` is not `a/b`.
+- **Two stores.** `input.s3` and `output_s3` are `s3` for one side, each with what it leaves out
+  taken from `s3`: a public input is `input.s3: {{anonymous: true}}`, and your own output
+  `output_s3: {{endpoint: ...}}`. An `endpoint` in `s3` is for both.
 - **Overrides.** `--set speculation.policy=none` replaces any key for one run; its value is YAML.
 - **A row's own sampling.** A column `sampling_params` (a struct or JSON) overrides `sampling` for
   its row, by the same names.
@@ -105,13 +110,17 @@ class Reference:
         self._find_sections(schema, "")
 
     def _find_sections(self, section: Schema, prefix: str) -> None:
+        found: dict[str, Schema] = {}
         for key, value in section["properties"].items():
             for name in _references(value):
                 if name not in self._links:
                     path = prefix + key
                     self._links[name] = f"#{path.replace('.', '')}"
-                    self._sections[path] = self._schema["$defs"][name]
-                    self._find_sections(self._sections[path], f"{path}.")
+                    found[path] = self._schema["$defs"][name]
+        # Only now what they hold: a section that is in another one, too, is described here.
+        for path, inner in found.items():
+            self._sections[path] = inner
+            self._find_sections(inner, f"{path}.")
 
     def page(self, introduction: str) -> str:
         """The page as Markdown."""

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.job import JobConfig, S3Config
+from pipeline.config.locations import is_url
 from pipeline.config.prices import Prices
 from pipeline.errors import UserError, nearest
 
@@ -235,7 +236,7 @@ def resolve_job_paths(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _absolute(path: str, folder: Path) -> str:
-    if "://" in path:
+    if is_url(path):
         return path
     path = os.path.expanduser(path)
     if path.startswith("~"):
@@ -275,7 +276,8 @@ def explain(error: ValidationError, model: type[BaseModel] = JobConfig) -> Itera
                     detail["type"], detail["msg"][0].lower() + detail["msg"][1:]
                 )
                 # Somebody may have put a credential there.
-                got = "" if location[:1] == ["s3"] else f", got {_short(detail['input'])}"
+                secret = {"s3", "output_s3"} & set(location)
+                got = "" if secret else f", got {_short(detail['input'])}"
                 yield f"{dotted}: {message}{got}"
 
 

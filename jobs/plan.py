@@ -155,7 +155,7 @@ def make_plan(planned: JobPlan, prices: Prices, count: int, seed: int, show: Sho
     finished = manifest.committed(planned.output, planned.units)
     left = [unit for unit in planned.units if unit.id not in finished]
     done = _done(planned, finished, prices)
-    sample = choose_rows(left or planned.units, planned.table, job.s3, count, seed)
+    sample = choose_rows(left or planned.units, planned.table, job.s3_of_input, count, seed)
     # Of several kinds of actors, the first in the job file.
     group = next(iter(job.actors.pools))
     own = job.in_group(group)

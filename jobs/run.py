@@ -88,7 +88,7 @@ def run(
             out.print(_nothing_to_do(only_failed))
         if result.missing:
             note(f"{result.missing:,} units are not generated yet; without --only-failed they are")
-        out.print(render(read_summary(result.output, job.s3)[0]))
+        out.print(render(read_summary(result.output, job.s3_of_output)[0]))
         out.print(f"\nOutputs: {escape(result.output)}", highlight=False, soft_wrap=True)
         out.print(f"Report:  {escape(page_of(job))}", highlight=False, soft_wrap=True)
 
@@ -105,4 +105,4 @@ def _check_fork(original: JobConfig, job: JobConfig) -> None:
 
     if original.output.rstrip("/") == job.output.rstrip("/"):
         raise UserError(f"--fork {job.output}: this is the job's own output; name another")
-    open_output(original.output, original.s3)
+    open_output(original.output, original.s3_of_output)

@@ -147,7 +147,7 @@ def _write(plan: JobPlan, responses: str, errors: str, model: str) -> Written:
     from pipeline.outputs.openai_responses import write_responses
     from pipeline.storage.folder import locate
 
-    s3 = plan.job.s3
+    s3 = plan.job.s3_of_output
     with tempfile.TemporaryDirectory() as scratch:
         files = Path(scratch, "responses"), Path(scratch, "errors")
         with files[0].open("w") as good, files[1].open("w") as bad:

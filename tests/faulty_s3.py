@@ -25,6 +25,8 @@ _ANSWERS = {
     "slow_down": (503, "SlowDown", "Please reduce your request rate."),
     "denied": (403, "AccessDenied", "Access Denied."),
     "chatty": (400, "InvalidRequest", "Invalid."),
+    "expired": (400, "ExpiredToken", "The provided token has expired."),
+    "unknown": (501, "NotImplemented", "A header you provided implies functionality."),
 }
 
 
@@ -40,6 +42,12 @@ class FaultyS3(ThreadingHTTPServer):
 
     Whether a request is hit depends on the seed, its name, and how often that name was asked for;
     not on how threads take turns.
+
+    Beside these, all requests:
+
+    expired: with one of these access keys are answered ExpiredToken.
+    conditions: a PUT with If-Match or If-None-Match is answered 501 ("refused"), or as if it had
+        been done where its condition fails ("ignored").
     """
 
     daemon_threads = True
@@ -53,6 +61,7 @@ class FaultyS3(ThreadingHTTPServer):
         seed: int = 0,
         faults: Sequence[str] = FAULTS,
         delay: float = 0.3,
+        conditions: str = "kept",
     ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream = urlsplit(upstream).netloc
@@ -64,6 +73,9 @@ class FaultyS3(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.last_authorization = ""
         self.on_request: Callable[[str, str], None] | None = None
+        self.conditions = conditions
+        self.expired: set[str] = set()
+        self.headers: dict[str, dict[str, str]] = {}  # of the last request of each method
         self._seed = seed
         self._asked: Counter[str] = Counter()
         self._down_until = 0.0
@@ -102,7 +114,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.on_request is not None:
             self.server.on_request(self.command, self.path)
         self.server.last_authorization = self.headers.get("Authorization", "")
+        self.server.headers[self.command] = dict(self.headers)
         fault = self.server.fault_for(self.command, self.path)
+        if any(f"={key}/" in self.server.last_authorization for key in self.server.expired):
+            fault = "expired"
+        conditional = self.command == "PUT" and {"If-Match", "If-None-Match"} & {*self.headers}
+        if conditional and self.server.conditions == "refused":
+            fault = "unknown"
         if fault in _ANSWERS:
             self._refuse(*_ANSWERS[fault])
         elif fault in {"reset", "outage"}:
@@ -111,6 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
             if fault == "delay":
                 time.sleep(self.server.delay)
             status, headers, data = self._forward(body)
+            if conditional and self.server.conditions == "ignored" and status == 412:
+                status, headers, data = 200, [], b""
             if fault == "lost" or (fault == "truncated" and not data):
                 self._break()
                 return

@@ -125,7 +125,7 @@ def view_of_job(job: ClusterJob, log: str) -> View:
         job: the cluster's account.
         log: what its driver has printed.
     """
-    s3 = S3Config.model_validate(job.config.get("s3", {}))
+    s3 = S3Config.model_validate(job.config.get("output_s3") or job.config.get("s3", {}))
     view = View(output=job.output)
     if not is_local(job.output) or os.path.isdir(job.output):
         # Not begun yet, or the cluster has credentials that are not here.

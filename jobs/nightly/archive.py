@@ -122,7 +122,7 @@ class Archive:
         Raises:
             UserError: S3 is out of reach.
         """
-        return Archive(reach_folder(recipe.output, recipe.job.s3))
+        return Archive(reach_folder(recipe.output, recipe.job.s3_of_output))
 
     def dates(self) -> list[str]:
         """Published nights, in the order of their dates."""

@@ -224,6 +224,7 @@ def _turn_job(job: JobConfig, recipe: Recipe, work: WorkFolder, turn: int) -> Jo
             "input": made_here,
             "output": work.output(turn).url,
             "s3": work.folder.s3,
+            "output_s3": None,
             "sampling": job.sampling.model_copy(update={"seed": seed, "n": samples}),
         }
     )

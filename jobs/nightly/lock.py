@@ -23,7 +23,7 @@ import psutil
 
 from jobs.nightly.archive import ROOT
 from pipeline.errors import UserError
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, check_conditions
 
 _FOLDER = f"{ROOT}/lock"
 _RENEWALS = 4
@@ -141,6 +141,8 @@ def _take(folder: Folder, seconds: float) -> Lock:
         there = Holder(**json.loads(data))
         if there.alive:
             raise _held(there)
+    if not last:
+        check_conditions(folder)
     process, now = psutil.Process(), time.time()
     mine = Holder(
         owner=uuid.uuid4().hex,

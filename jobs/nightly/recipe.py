@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from jobs.job_file import load_settings, resolve_job_paths
 from jobs.nightly.filter_settings import FiltersConfig
 from pipeline.config.job import JobConfig
+from pipeline.config.locations import Location, Locations
 from pipeline.config.model_identity import digest
 from pipeline.config.section import Section, StringList, example
 from specdec.policies.registry import POLICIES
@@ -38,7 +39,7 @@ class SeedsConfig(Section):
         {"paths": ["seeds.jsonl"], "id_column": "id", "only_new": True, "per_night": 200}
     )
 
-    paths: StringList = Field(
+    paths: Locations = Field(
         min_length=1,
         description="Files, folders and globs of `.parquet`, `.jsonl` or `.ndjson`, local or "
         "`s3://`.",
@@ -129,7 +130,7 @@ class ImproveConfig(Section):
 
     head: bool = Field(default=False, description="Train the next acceptance head.")
     draft: bool = Field(default=False, description="Distil the draft further.")
-    folder: str | None = Field(
+    folder: Location | None = Field(
         default=None,
         description="Local folder of the versions, on a disk that all workers see. `null`: "
         "`models/` beside the dataset's own files, which must then be local.",
@@ -236,7 +237,7 @@ class Recipe(Section):
     )
 
     name: str = Field(pattern=_NAME, max_length=60, description="The dataset's name.")
-    output: str = Field(min_length=1, description="The dataset's folder, local or `s3://`.")
+    output: Location = Field(min_length=1, description="The dataset's folder, local or `s3://`.")
     seeds: SeedsConfig = Field(description="What conversations are made from.")
     templates: tuple[TemplateConfig, ...] = Field(
         min_length=1,
@@ -310,8 +311,9 @@ class Recipe(Section):
         plain = self.model_dump(
             mode="json", include={"seeds", "templates", "job", "filters", "split"}
         )
-        for free in ("actors", "s3", "budget", "prices", "max_error_share"):
+        for free in ("actors", "s3", "output_s3", "budget", "prices", "max_error_share"):
             plain["job"].pop(free)
+        plain["job"]["input"].pop("s3")
         return digest(plain)
 
     @property

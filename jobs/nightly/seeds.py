@@ -85,7 +85,7 @@ def pick(recipe: Recipe, date: Date, used: Mapping[tuple[str, str], str]) -> Pic
         UserError: no such files or columns, or a template that fails on the first seed.
     """
     settings = recipe.seeds
-    s3 = resolved(recipe.job.s3, *settings.paths)
+    s3 = resolved(recipe.job.s3_of_input, *settings.paths)
     try:
         plans = plan_files(list_inputs(settings.paths, s3), s3, _READ_ROWS)
     except UserError as error:

@@ -122,7 +122,7 @@ def _try_page(job: JobConfig) -> None:
     from jobs.reports.page import write_page
 
     try:
-        write_page(job.output, job.s3)
+        write_page(job.output, job.s3_of_output)
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         err.print(f"[yellow]no report page:[/] {escape(message)}", highlight=False, soft_wrap=True)

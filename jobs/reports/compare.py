@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,8 @@ from jobs.reports import charts
 from jobs.reports.history import FIGURES, ReportedJob
 from jobs.reports.page import environment
 
-_APART = {"name", "output", "s3"}
-"""Settings in which any two jobs differ."""
+_APART = re.compile(r"(name|output|s3|output_s3|input\.s3)(\.|$)")
+"""Settings in which any two jobs may differ."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class JobComparison:
     def settings(self) -> list[tuple[str, str, str]]:
         """Keys of the job files that differ, and both values."""
         a, b = _flat(self.a.config), _flat(self.b.config)
-        keys = [key for key in dict.fromkeys([*a, *b]) if key.split(".")[0] not in _APART]
+        keys = [key for key in dict.fromkeys([*a, *b]) if not _APART.match(key)]
         return [
             (key, str(a.get(key, "–")), str(b.get(key, "–")))
             for key in keys

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.config.job import JobConfig, SpeculationConfig
+from pipeline.config.locations import is_url
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
@@ -24,7 +25,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_de
 
 def absolute(path: str) -> str:
     """A path that does not depend on the working directory; URLs stay as they are."""
-    return path if "://" in path else os.path.abspath(Path(path).expanduser())
+    return path if is_url(path) else os.path.abspath(Path(path).expanduser())
 
 
 @contextmanager

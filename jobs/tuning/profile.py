@@ -78,8 +78,8 @@ def profile(
                 if class_column not in each.schema.names:
                     hint = nearest(class_column, each.schema.names)
                     raise UserError(f"{each.file.url}: no column {class_column!r}; {hint}")
-        how = job.input.model_dump(exclude={"paths"})
-        sample = sample_rows(job.input.paths, how, plan.job.s3, rows, seed)
+        how = job.input.model_dump(exclude={"paths", "s3"})
+        sample = sample_rows(job.input.paths, how, plan.job.s3_of_input, rows, seed)
         with progress_bar() as show:
             found = _profile(plan.job, sample, class_column, show)
         if as_json:

@@ -135,7 +135,7 @@ def train_head(
             --prompts prompts.parquet --out heads/qwen
     """
     with explained("Nothing was written."):
-        s3 = _s3(job, endpoint, profile)
+        inputs_s3, s3 = _s3(job, endpoint, profile)
         config = _config(
             _base(job, outputs or [], s3),
             models={"target": target, "draft": draft, "dtype": dtype, "quantization": quantization},
@@ -164,13 +164,13 @@ def train_head(
         mine: Sample | None = None
         if not outputs:
             own = not prompts and not any(columns.values())
-            how = config.input.model_dump(exclude={"paths"}) if own else columns
+            how = config.input.model_dump(exclude={"paths", "s3"}) if own else columns
             paths = list(map(absolute, prompts)) if prompts else config.input.paths
-            mine = sample_rows(paths, how, s3, rows, seed)
+            mine = sample_rows(paths, how, inputs_s3, rows, seed)
         others: Sample | None = None
         if other_prompts:
             paths = list(map(absolute, other_prompts))
-            others = sample_rows(paths, columns, s3, max(8, rows // 5), seed)
+            others = sample_rows(paths, columns, inputs_s3, max(8, rows // 5), seed)
 
         import torch
 
@@ -197,11 +197,13 @@ def train_head(
 # ----------------------------------------------------------------- what is asked
 
 
-def _s3(job: Path | None, endpoint: str | None, profile: str | None) -> S3Config:
-    """How to reach S3: as the options say, or else the job file."""
+def _s3(job: Path | None, endpoint: str | None, profile: str | None) -> tuple[S3Config, S3Config]:
+    """How to reach prompts, and outputs of jobs: as the options say, or else the job file."""
     if job is not None and endpoint is None and profile is None:
-        return load_job(job).s3
-    return s3_options(endpoint, profile)
+        loaded = load_job(job)
+        return loaded.s3_of_input, loaded.s3_of_output
+    given = s3_options(endpoint, profile)
+    return given, given
 
 
 def _base(job: Path | None, outputs: Sequence[str], s3: S3Config) -> dict[str, Any]:

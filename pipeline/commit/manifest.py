@@ -19,7 +19,7 @@ from pipeline.config.job import JobConfig, S3Config
 from pipeline.config.model_identity import digest, head_identity, model_identity
 from pipeline.errors import UserError
 from pipeline.inputs.units import FilePlan, Unit, check_added, table_of
-from pipeline.storage.folder import Folder, reach_folder
+from pipeline.storage.folder import Folder, check_conditions, reach_folder
 
 _THREADS = 16
 _SHOWN_CHARACTERS = 80
@@ -61,7 +61,7 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
 
 def _input_mark(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
     return {
-        **job.input.model_dump(mode="json", exclude={"paths", "format", "prefix"}),
+        **job.input.model_dump(mode="json", exclude={"paths", "format", "prefix", "s3"}),
         # Outputs of versions without these keys are still the same jobs'.
         **{key: value for key in ("format", "prefix") if (value := getattr(job.input, key))},
         "files": len(plans),
@@ -96,7 +96,8 @@ def claim(
 
     Raises:
         UserError: the folder holds another job's output, or the input has changed, or added files
-            do not fit the table; the message shows the difference.
+            do not fit the table; the message shows the difference. Or the storage cannot say which
+            of two writers was first.
     """
     found = output.read(layout.JOB)
     if found is None and output.list(layout.COMPLETIONS):
@@ -132,7 +133,7 @@ def claim(
         return table
     table = _recorded_table(record) or table_of(plans)
     if added:
-        check_added(added, table, job.s3)
+        check_added(added, table, job.s3_of_input)
         _record(output, job, plans, mark, table, _extended(record, added))
     elif same_content or not planned:
         output.put(layout.INPUTS, planned_inputs.to_bytes(plans))
@@ -168,6 +169,7 @@ def _record(
         "table": _table_record(table),
         "config": job.model_dump(mode="json"),
     }
+    check_conditions(output)
     # In this order: a job whose input list is behind is told to extend it again.
     output.put(layout.JOB, json.dumps(record, indent=2).encode())
     output.put(layout.INPUTS, planned_inputs.to_bytes(plans))

@@ -6,7 +6,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.section import Section, StringList, example, no_null_byte
+from pipeline.config.locations import Locations
+from pipeline.config.s3 import S3Config
+from pipeline.config.section import Section, example
 from pipeline.config.templates import PromptTemplate
 
 
@@ -15,10 +17,15 @@ class InputConfig(Section):
 
     model_config = example({"paths": ["prompts/*.parquet"], "messages_column": "messages"})
 
-    paths: StringList = Field(
+    paths: Locations = Field(
         min_length=1,
         description="Files, folders and globs of `.parquet`, `.jsonl` or `.ndjson`, local or "
         "`s3://`.",
+    )
+    s3: S3Config | None = Field(
+        default=None,
+        description="How to reach the input, if not as the job's `s3` says. What it leaves out it "
+        "takes from there. `null`: as `s3` says.",
     )
     format: Literal["openai"] | None = Field(
         default=None,
@@ -51,13 +58,6 @@ class InputConfig(Section):
         "the template says what stands for it: `{{ x | default('unknown') }}`, "
         "`{% if x is not none %}…{% endif %}`.",
     )
-
-    @field_validator("paths")
-    @classmethod
-    def _paths_can_be(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
-        if not all(paths):
-            raise ValueError("holds an empty path")
-        return tuple(map(no_null_byte, paths))
 
     @field_validator("template")
     @classmethod

@@ -14,11 +14,12 @@ from pydantic import Field, model_validator
 
 from pipeline.config.actors import ActorsConfig
 from pipeline.config.input import InputConfig
+from pipeline.config.locations import Location
 from pipeline.config.models import ModelsConfig
 from pipeline.config.prices import Prices
 from pipeline.config.s3 import S3Config
 from pipeline.config.sampling import MAX_SAMPLES, SamplingConfig
-from pipeline.config.section import PlainString, Section, example
+from pipeline.config.section import Section, example
 from pipeline.config.speculation import (
     Estimator,
     Policy,
@@ -79,12 +80,20 @@ class JobConfig(Section):
         description="The job's name, in lists, reports and metrics.",
     )
     input: InputConfig = Field(description="Where the rows are, and what the prompt is.")
-    output: PlainString = Field(
+    output: Location = Field(
         min_length=1,
         description="Folder of the results, local or `s3://`. Running the job again resumes it; "
         "another job's folder is refused.",
     )
-    s3: S3Config = Field(default_factory=S3Config, description="How to reach `s3://` paths.")
+    s3: S3Config = Field(
+        default_factory=S3Config,
+        description="How to reach `s3://` paths, those of the input and the output.",
+    )
+    output_s3: S3Config | None = Field(
+        default=None,
+        description="How to reach the output, if not as `s3` says. What it leaves out it takes "
+        "from `s3`. `null`: as `s3` says.",
+    )
     models: ModelsConfig = Field(description="The target and its draft.")
     sampling: SamplingConfig = Field(
         default_factory=SamplingConfig, description="How each row is sampled."
@@ -119,6 +128,18 @@ class JobConfig(Section):
         "packaged list prices of AWS.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sections_inherit(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(shared := values.get("s3"), dict):
+            return values
+        inherited = dict(values)
+        if isinstance(own := values.get("output_s3"), dict):
+            inherited["output_s3"] = {**shared, **own}
+        if isinstance(given := values.get("input"), dict) and isinstance(given.get("s3"), dict):
+            inherited["input"] = {**given, "s3": {**shared, **given["s3"]}}
+        return inherited
+
     @model_validator(mode="after")
     def _draft_if_speculating(self) -> JobConfig:
         if self.models.draft is None and self.speculation.policy != "none":
@@ -127,6 +148,16 @@ class JobConfig(Section):
                 "give a draft, or set speculation.policy to none"
             )
         return self
+
+    @property
+    def s3_of_input(self) -> S3Config:
+        """How the input is reached."""
+        return self.input.s3 or self.s3
+
+    @property
+    def s3_of_output(self) -> S3Config:
+        """How the output is reached, and all else that the job writes."""
+        return self.output_s3 or self.s3
 
     def in_group(self, name: str) -> JobConfig:
         """The job as an actor of this group sees it: `actors` are the group's settings."""

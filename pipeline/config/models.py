@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.section import PlainString, Section, example
+from pipeline.config.locations import Location
+from pipeline.config.section import Section, example
 
 
 class ModelsConfig(Section):
@@ -20,13 +21,13 @@ class ModelsConfig(Section):
         }
     )
 
-    target: PlainString = Field(
+    target: Location = Field(
         min_length=1,
         description="The model whose distribution the output has: a hub name (`owner/name` or "
         "`owner/name@revision`), a folder, a `*.gguf` file, or "
         "`pkg:PACKAGE/FILE.gguf`.",
     )
-    draft: PlainString | None = Field(
+    draft: Location | None = Field(
         default=None,
         min_length=1,
         description="The small model that proposes tokens, in the same forms. It must have the "

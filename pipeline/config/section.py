@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
 class Section(BaseModel):
@@ -35,9 +35,6 @@ def no_null_byte(text: str) -> str:
         raise ValueError("holds a null byte, which no path or name can have")
     return text
 
-
-PlainString = Annotated[str, AfterValidator(no_null_byte)]
-"""A string that can be a path or a name."""
 
 StringList = Annotated[
     tuple[str, ...],

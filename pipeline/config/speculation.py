@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from pipeline.config.locations import Location
 from pipeline.config.section import Section, example
 from specdec.policies.estimators import ESTIMATORS
 from specdec.policies.registry import POLICIES, meaning, takers
@@ -60,7 +61,7 @@ class SpeculationConfig(Section):
         lt=1,
         description=f"Where to stop drafting. {meaning('threshold')} `null`: the policy's own.",
     )
-    head: str | None = Field(
+    head: Location | None = Field(
         default=None,
         description="Folder of a trained acceptance head, made by `specbatch train-head`.",
     )

@@ -55,7 +55,9 @@ class GenerateActor:
     """
 
     def __init__(self, job: JobConfig, digest: str, monitor: Any, run: Run) -> None:
-        self._timesheet = Timesheet(run, open_folder(job.output, job.s3), monitor.book.remote)
+        self._timesheet = Timesheet(
+            run, open_folder(job.output, job.s3_of_output), monitor.book.remote
+        )
         self._spent: dict[str, dict[str, float]] = {}  # seconds by phase of each unit in flight
         began = time.monotonic()
         ray.get(monitor.start.remote())

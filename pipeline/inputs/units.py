@@ -286,7 +286,7 @@ def readable(url: str) -> Iterator[None]:
 
 def _plan_parquet(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
     folder, name = locate(file.url, s3)
-    with folder.open(name) as opened, pq.ParquetFile(opened) as parquet:
+    with folder.open(name, file.size) as opened, pq.ParquetFile(opened) as parquet:
         metadata, schema = parquet.metadata, parquet.schema_arrow
         schema = pa.schema([(read_as(f.name, file.prefix), stored(f.type)) for f in schema])
         _check_distinct(schema.names, file)
@@ -366,7 +366,7 @@ def _plan_jsonl(
     waiting: list[bytes] = []
     told = 0  # bytes until those in `waiting`
     folder, name = locate(file.url, s3)
-    with folder.open(name) as stream:
+    with folder.open(name, file.size) as stream:
         lines = io.BufferedReader(stream, 1 << 20)
         _check_format(file, lines.peek(8))
         for line in lines:

@@ -99,7 +99,7 @@ def _write(
 ) -> None:
     job = plan.job
     bundles = bundled(pending, job.unit_rows)
-    source = UnitDatasource(bundles, plan.table, job.s3, ADDED_COLUMNS)
+    source = UnitDatasource(bundles, plan.table, job.s3_of_input, ADDED_COLUMNS)
     # The same for all groups: what the one with the most slots needs.
     in_flight = max(
         group.units_in_flight or bundles_in_flight(bundles, group.slots)

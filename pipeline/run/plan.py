@@ -55,11 +55,11 @@ def plan_job(job: JobConfig, *, extend: bool = False) -> JobPlan:
     Raises:
         UserError: no such files, missing or reserved columns, S3 or disk out of reach.
     """
-    job = job.model_copy(update={"s3": resolved(job.s3, *job.input.paths, job.output)})
+    job = _reachable(job)
     check_output(job.output, job.input.paths)
-    check_access(job.s3, job.output)
-    output = open_folder(job.output, job.s3)
-    listed = list_inputs(job.input.paths, job.s3, job.input.prefix)
+    check_access(job.s3_of_output, job.output)
+    output = open_folder(job.output, job.s3_of_output)
+    listed = list_inputs(job.input.paths, job.s3_of_input, job.input.prefix)
     planned = planned_inputs.read_planned(output)
     new = planned_inputs.new_files(listed, planned) if planned else []
     begun = bool(output.list(layout.COMPLETIONS)) if new or not planned else True
@@ -67,7 +67,7 @@ def plan_job(job: JobConfig, *, extend: bool = False) -> JobPlan:
     left_out = set(new) if begun and not extend and len(new) < len(listed) else set()
     files = plan_files(
         [f for f in listed if f not in left_out],
-        job.s3,
+        job.s3_of_input,
         job.unit_rows,
         format=job.input.format,
         reserved=ADDED_COLUMNS,
@@ -83,3 +83,10 @@ def plan_job(job: JobConfig, *, extend: bool = False) -> JobPlan:
         table=table_of(files),
         left_out=tuple(sorted(left_out, key=lambda file: file.name)),
     )
+
+
+def _reachable(job: JobConfig) -> JobConfig:
+    """The job with S3's endpoints and regions as this machine's AWS settings give them."""
+    source = job.input.model_copy(update={"s3": resolved(job.s3_of_input, *job.input.paths)})
+    output_s3 = resolved(job.s3_of_output, job.output)
+    return job.model_copy(update={"input": source, "output_s3": output_s3})

@@ -7,11 +7,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fsspec.utils import glob_translate  # type: ignore[import-untyped]
-
 from pipeline import layout
 from pipeline.errors import UserError
 from pipeline.storage.folder import is_local
+from pipeline.storage.search import glob_pattern
 
 _WRITTEN = (layout.COMPLETIONS, layout.ERRORS, layout.STATS, layout.TRACE)
 _WILDCARDS = re.compile(r"[*?\[]")
@@ -52,5 +51,5 @@ def _reads(pattern: str, output: str) -> bool:
     if not _WILDCARDS.search(pattern):
         inside = f"{output}/".removeprefix(f"{pattern}/")
         return inside != f"{output}/" and not re.search(r"(^|/)[._]", inside)
-    names = re.compile(glob_translate(pattern))
+    names = glob_pattern(pattern)
     return any(names.match(f"{output}/{folder}/x.parquet") for folder in _WRITTEN)

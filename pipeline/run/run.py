@@ -116,7 +116,7 @@ def run_job(
         mark,
         extend=mode.extend,
         same_content=mode.same_content,
-        forked_from=open_folder(mode.forked_from, job.s3) if mode.forked_from else None,
+        forked_from=open_folder(mode.forked_from, job.s3_of_output) if mode.forked_from else None,
     )
     plan = replace(plan, table=table)
     if plan.left_out:

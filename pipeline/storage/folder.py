@@ -7,6 +7,8 @@ rest of the code sees a `UserError`, or a `FileNotFoundError` where it asked for
 
 from __future__ import annotations
 
+import re
+import uuid
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,12 +17,17 @@ from typing import Protocol
 import pyarrow as pa
 
 from pipeline.config.job import S3Config
+from pipeline.config.locations import plain_location
 from pipeline.errors import UserError
-from pipeline.storage import local
+from pipeline.layout import PROBE
+from pipeline.storage import local, s3_client
 from pipeline.storage import s3 as on_s3
 from pipeline.storage.local import LocalFolder
 from pipeline.storage.s3 import S3Folder
+from pipeline.storage.s3_answers import NO_CONDITIONS
 from pipeline.storage.search import Found, Stamp
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 
 
 class Folder(Protocol):
@@ -96,11 +103,15 @@ class Folder(Protocol):
             FileNotFoundError: there is none.
         """
 
-    def open(self, name: str) -> AbstractContextManager[pa.NativeFile]:
+    def open(self, name: str, size: int | None = None) -> AbstractContextManager[pa.NativeFile]:
         """A file for random access. Reads outlast what goes wrong with S3 for a while.
 
+        Args:
+            name: the file.
+            size: its bytes, if they are known: S3 is then not asked for them.
+
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is none; with `size`, this may show when it is read.
         """
 
     def stamp(self, name: str) -> Stamp | None:
@@ -117,17 +128,26 @@ class Folder(Protocol):
 
 
 def is_local(url: str) -> bool:
-    """Whether `url` is a path on this machine rather than something on S3."""
+    """Whether `url`, as `plain_location` gives it, is a path rather than something on S3."""
     return not url.startswith("s3://")
 
 
-def _check_scheme(url: str) -> None:
-    """Refuse what is neither a path nor on S3, without the secrets that a URL may hold."""
+def _plain(url: str) -> str:
+    """A path or an s3:// URL of what a user wrote.
+
+    Raises:
+        UserError: it is neither; the message leaves out secrets that a URL may hold.
+    """
+    try:
+        url = plain_location(url)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     scheme, separator, rest = url.partition("://")
-    if separator and scheme != "s3":
+    if separator and scheme != "s3" and _SCHEME.fullmatch(scheme):
         host, slash, path = rest.partition("?")[0].partition("/")
         shown = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
         raise UserError(f"{shown}: {scheme}:// is not supported; use a local path or s3://")
+    return url
 
 
 def open_folder(url: str, s3: S3Config) -> Folder:
@@ -140,7 +160,7 @@ def open_folder(url: str, s3: S3Config) -> Folder:
     Raises:
         UserError: another scheme.
     """
-    _check_scheme(url)
+    url = _plain(url)
     return LocalFolder(url, s3) if is_local(url) else S3Folder(url, s3)
 
 
@@ -156,9 +176,13 @@ def reach_folder(url: str, s3: S3Config) -> Folder:
 
 
 def locate(url: str, s3: S3Config) -> tuple[Folder, str]:
-    """The folder that a file is in, and its name there."""
+    """A folder that a file is in, and the file's name there. On S3 that is the bucket."""
+    url = _plain(url)
+    if not is_local(url):
+        bucket, key = s3_client.bucket_and_key(url)
+        return open_folder(f"s3://{bucket}", s3), key
     folder, _, name = url.rpartition("/")
-    return open_folder(folder or ".", s3), name
+    return open_folder(folder or ("/" if url.startswith("/") else "."), s3), name
 
 
 def find_files(pattern: str, s3: S3Config) -> Found:
@@ -167,7 +191,7 @@ def find_files(pattern: str, s3: S3Config) -> Found:
     Raises:
         UserError: another scheme, or storage refuses.
     """
-    _check_scheme(pattern)
+    pattern = _plain(pattern)
     return local.find_files(pattern) if is_local(pattern) else on_s3.find_files(pattern, s3)
 
 
@@ -180,7 +204,7 @@ def resolved(s3: S3Config, *urls: str) -> S3Config:
         s3: the job's settings.
         urls: what is to be reached; if none of it is on S3, `s3` is returned as it is.
     """
-    return s3 if all(map(is_local, urls)) else on_s3.resolved(s3)
+    return s3 if all(map(is_local, map(_plain, urls))) else s3_client.resolved(s3)
 
 
 def check_access(s3: S3Config, *urls: str) -> None:
@@ -190,8 +214,30 @@ def check_access(s3: S3Config, *urls: str) -> None:
         UserError: another scheme, no credentials or wrong ones, no such bucket, or a server that
             is out of reach.
     """
-    for url in urls:
-        _check_scheme(url)
-    buckets = {on_s3.bucket_and_key(url)[0]: url for url in urls if not is_local(url)}
+    plain = map(_plain, urls)
+    buckets = {s3_client.bucket_and_key(url)[0]: url for url in plain if not is_local(url)}
     for url in buckets.values():
-        on_s3.check_access(url, s3)
+        s3_client.check_access(url, s3)
+
+
+def check_conditions(folder: Folder) -> None:
+    """Try whether `put_if_absent` and `replace` keep their promises here; leaves nothing behind.
+
+    Not every server that speaks like S3 knows the conditions of a PUT, and some take no notice.
+    Disks are not tried: where one lacks a call of the system, `pipeline.storage.local` knows.
+
+    Raises:
+        UserError: they do not.
+    """
+    if is_local(folder.url):
+        return
+    name = f"{PROBE}-{uuid.uuid4().hex}"
+    try:
+        kept = folder.put_if_absent(name, b"1") and not folder.put_if_absent(name, b"2")
+        _, version = folder.read_version(name)
+        kept = kept and folder.replace(name, b"3", version)
+        kept = kept and not folder.replace(name, b"4", version)
+    finally:
+        folder.delete(name)
+    if not kept:
+        raise UserError(f"{folder.url}: {NO_CONDITIONS}")

@@ -29,7 +29,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -37,7 +36,7 @@ import pyarrow.fs as pafs
 from pipeline.config.job import S3Config
 from pipeline.layout import LOCK, STAGING
 from pipeline.storage.patience import RESUME, explained
-from pipeline.storage.search import Found, Stamp, StoredFile, search
+from pipeline.storage.search import Entry, Found, Stamp, search
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 _WORDS = {
@@ -148,44 +147,48 @@ class LocalFolder:
         return data, hashlib.sha256(data).hexdigest()
 
     @contextmanager
-    def open(self, name: str) -> Iterator[pa.NativeFile]:
-        with self._explained(name):
-            path = os.path.abspath(Path(self.url, name))
-            with pafs.LocalFileSystem().open_input_file(path) as file:
-                yield file
+    def open(self, name: str, size: int | None = None) -> Iterator[pa.NativeFile]:
+        with (
+            self._explained(name),
+            pafs.LocalFileSystem().open_input_file(self._path(name)) as file,
+        ):
+            yield file
 
     def stamp(self, name: str) -> Stamp | None:
         with self._explained(name):
-            info = pafs.LocalFileSystem().get_file_info(os.path.abspath(Path(self.url, name)))
-        return _stamp(info) if info.type == pafs.FileType.File else None
+            return _Disk().stamp(self._path(name))
 
     def list(self, name: str) -> dict[str, int]:
-        infos = self._infos(name)
-        return {i.base_name: i.size for i in infos if i.type == pafs.FileType.File}
+        return self._files(name, deep=False)
 
     def tree(self, name: str) -> dict[str, int]:
-        base = os.path.abspath(Path(self.url, name))
-        files = (i for i in self._infos(name, recursive=True) if i.type == pafs.FileType.File)
-        return {i.path[len(base) + 1 :]: i.size for i in files}
+        return self._files(name, deep=True)
 
     def folders(self) -> tuple[str, ...]:
-        infos = self._infos("")
-        return tuple(sorted(i.base_name for i in infos if i.type == pafs.FileType.Directory))
+        with self._explained(""):
+            paths = [e.path for e in _Disk().list(self._path(""), deep=False) if e.stamp is None]
+        return tuple(sorted(os.path.basename(path[:-1]) for path in paths))
+
+    def _files(self, name: str, *, deep: bool) -> dict[str, int]:
+        base = self._path(name)
+        with self._explained(name):
+            return {
+                os.path.relpath(path, base): stamp.size
+                for path, stamp in _Disk().list(base, deep=deep)
+                if stamp is not None
+            }
 
     def _content(self, name: str) -> bytes:
         with self._explained(name):
             return Path(self.url, name).read_bytes()
 
-    def _infos(self, name: str, recursive: bool = False) -> Any:
-        base = os.path.abspath(Path(self.url, name))
-        selector = pafs.FileSelector(base, recursive=recursive, allow_not_found=True)
-        with self._explained(name):
-            return pafs.LocalFileSystem().get_file_info(selector)
-
     # ---------------------------------------------------------------- how it is done
 
     def _explained(self, name: str) -> AbstractContextManager[None]:
         return explained(self.join(name), _in_words)
+
+    def _path(self, name: str) -> str:
+        return os.path.abspath(Path(self.url, name))
 
     def _staging(self, name: str) -> Path:
         """A name in the staging folder that nobody else uses."""
@@ -215,18 +218,28 @@ class LocalFolder:
 
 def find_files(pattern: str) -> Found:
     """What a path names. See `pipeline.storage.folder.find_files`."""
-
-    def attempt(operation: Any) -> Any:
-        with explained(pattern, _in_words):
-            return operation()
-
-    path = os.path.abspath(pattern)
-    found: Found = attempt(lambda: search(pafs.LocalFileSystem(), path, attempt, _stored))
-    return found
+    with explained(pattern, _in_words):
+        return search(_Disk(), os.path.abspath(pattern), lambda path: path)
 
 
-def _stored(info: pafs.FileInfo, name: str) -> StoredFile:
-    return StoredFile(info.path, name, _stamp(info))
+class _Disk:
+    """Absolute paths of this machine as a tree, for `search`."""
+
+    def stamp(self, path: str) -> Stamp | None:
+        info = pafs.LocalFileSystem().get_file_info(path)
+        return _stamp(info) if info.type == pafs.FileType.File else None
+
+    def is_folder(self, path: str) -> bool:
+        return os.path.isdir(path)
+
+    def list(self, folder: str, *, deep: bool) -> Iterator[Entry]:
+        path = folder.rstrip("/") or "/"
+        selector = pafs.FileSelector(path, recursive=deep, allow_not_found=True)
+        for info in pafs.LocalFileSystem().get_file_info(selector):
+            if info.type == pafs.FileType.File:
+                yield Entry(info.path, _stamp(info))
+            elif info.type == pafs.FileType.Directory:
+                yield Entry(f"{info.path}/", None)
 
 
 def _stamp(info: pafs.FileInfo) -> Stamp:

@@ -1,7 +1,6 @@
 """How long storage is tried, and in what words it fails. Both backends go through here.
 
-This is the one place that tries again: botocore and pyarrow try once, so that patience does not
-multiply.
+This is the one place that tries again: botocore tries once, so that patience does not multiply.
 """
 
 from __future__ import annotations

@@ -8,171 +8,40 @@ PUT that breaks off leaves no object. So there is nothing to stage. Conditions m
 - `replace`: `If-Match` with the ETag that was read, which fails if there is another version.
 - `put`: no condition; the last writer's object stays.
 
+Some servers do not know these conditions; `pipeline.storage.folder.check_conditions` finds out.
+
 **A PUT whose answer is lost** may or may not have written. It is repeated; if its condition then
 fails, the name is taken by our own PUT or by another writer's. The object's content decides: if it
 is what we wanted to write, that is what is there, whoever wrote it.
 
-Writes go through boto3, which alone offers the conditional PUT. Listing and reading go through
-pyarrow. Both try once, and `_patiently` tries again. Both use the credentials of the usual AWS
-chain (environment, profile, role), looked up on the machine that needs them: an `S3Folder` can be
-pickled and holds no secret.
+Keys are used as they are: nothing in them is decoded, and `a//b` is not `a/b`. All requests go
+through `s3_client.ask`. An `S3Folder` can be pickled and holds no secret.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import boto3
 import pyarrow as pa
-import pyarrow.fs as pafs
 from botocore import exceptions as aws
-from botocore.config import Config
 
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
-from pipeline.storage.patience import explained, patiently
-from pipeline.storage.s3_answers import CutShort, in_words, is_transient, s3_answer
-from pipeline.storage.search import Found, Stamp, StoredFile, search
-
-_CONNECT_SECONDS = 5
-"""Seconds for which a connection is waited for; more delays the news of a wrong endpoint."""
-
-_SILENCE_SECONDS = 30
-"""Seconds for which a connection may send nothing; fewer takes a busy server for a dead one."""
+from pipeline.storage.s3_answers import NO_CONDITIONS, CutShort, is_transient, s3_answer
+from pipeline.storage.s3_client import ask, bucket_and_key
+from pipeline.storage.search import Entry, Found, Stamp, search
 
 _CONDITION_FAILED = {"PreconditionFailed", "412", "NoSuchKey"}  # the last: If-Match of no file
+_UNKNOWN_CONDITION = {"NotImplemented", "501"}
+_NOT_THERE = {"NoSuchKey", "404"}  # the last: HEAD's answer, which has no code
+_CHANGED = {"InvalidRange", "416"}
 
 T = TypeVar("T")
-
-
-def bucket_and_key(url: str) -> tuple[str, str]:
-    """Bucket and key of an s3:// URL.
-
-    Raises:
-        UserError: the URL names no bucket.
-    """
-    bucket, _, key = url.removeprefix("s3://").partition("/")
-    if not bucket:
-        raise UserError(f"{url}: no bucket in this URL; write s3://BUCKET/PATH")
-    if "@" in bucket:
-        raise UserError(
-            f"s3://...@{bucket.rpartition('@')[2]}: a URL must not hold a user name or password; "
-            "use the AWS environment"
-        )
-    return bucket, key.strip("/")
-
-
-# ------------------------------------------------------------------------ connections
-
-
-@lru_cache(maxsize=16)
-def _session(profile: str | None) -> boto3.Session:
-    try:
-        return boto3.Session(profile_name=profile)
-    except aws.ProfileNotFound:
-        raise UserError(
-            f"s3.profile: no AWS profile named {profile!r} on this machine; "
-            "add it to ~/.aws/config or correct the name"
-        ) from None
-
-
-@lru_cache(maxsize=16)
-def _client(s3: S3Config) -> Any:
-    # botocore clients are thread-safe and refresh their own credentials.
-    config = Config(
-        retries={"mode": "standard", "total_max_attempts": 1},  # `_patiently` retries
-        connect_timeout=_CONNECT_SECONDS,
-        read_timeout=_SILENCE_SECONDS,
-        s3={"addressing_style": "path"} if s3.endpoint else {},
-    )
-    return _session(s3.profile).client(
-        "s3", endpoint_url=s3.endpoint, region_name=s3.region, config=config
-    )
-
-
-@lru_cache(maxsize=16)
-def _filesystem_with(
-    endpoint: str | None, region: str | None, key: str, secret: str, token: str | None
-) -> pafs.FileSystem:
-    return pafs.S3FileSystem(
-        access_key=key,
-        secret_key=secret,
-        session_token=token,
-        region=region,
-        endpoint_override=endpoint,
-        connect_timeout=_CONNECT_SECONDS,
-        request_timeout=_SILENCE_SECONDS,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=1),
-    )
-
-
-def filesystem(url: str, s3: S3Config) -> tuple[pafs.FileSystem, str]:
-    """The pyarrow filesystem that holds `url`, and the path inside it.
-
-    Call it where the files are used, each time: short-lived credentials are refreshed here, and a
-    filesystem that travelled between machines would carry secrets with it.
-
-    Raises:
-        UserError: no credentials, no such profile.
-    """
-    bucket, key = bucket_and_key(url)
-    with _explained(url, s3):
-        client = _client(s3)
-        credentials = _session(s3.profile).get_credentials()
-        if credentials is None:
-            raise aws.NoCredentialsError
-        frozen = credentials.get_frozen_credentials()
-        endpoint = client.meta.endpoint_url
-        on_aws = endpoint.endswith((".amazonaws.com", ".amazonaws.com.cn"))
-        fs = _filesystem_with(
-            None if on_aws else endpoint,
-            client.meta.region_name,
-            frozen.access_key or "",
-            frozen.secret_key or "",
-            frozen.token,
-        )
-    return fs, f"{bucket}/{key}".rstrip("/")
-
-
-def _explained(url: str, s3: S3Config) -> AbstractContextManager[None]:
-    return explained(url, partial(in_words, url, s3))
-
-
-def _patiently(
-    url: str,
-    s3: S3Config,
-    operation: Callable[[], T],
-    passes: Callable[[BaseException], bool] = is_transient,
-) -> T:
-    return patiently(url, operation, passes=passes, in_words=partial(in_words, url, s3))
-
-
-def resolved(s3: S3Config) -> S3Config:
-    """See `pipeline.storage.folder.resolved`."""
-    with _explained("s3", s3):
-        meta = _client(s3).meta
-    custom = s3.endpoint or (None if "amazonaws.com" in meta.endpoint_url else meta.endpoint_url)
-    return s3.model_copy(update={"endpoint": custom, "region": meta.region_name})
-
-
-def check_access(url: str, s3: S3Config) -> None:
-    """See `pipeline.storage.folder.check_access`."""
-    bucket, _ = bucket_and_key(url)
-
-    def passes(error: BaseException) -> bool:
-        # Most likely a wrong endpoint: a job that has not begun loses nothing by stopping.
-        return is_transient(error) and not isinstance(error, aws.EndpointConnectionError)
-
-    _patiently(url, s3, lambda: _client(s3).list_objects_v2(Bucket=bucket, MaxKeys=1), passes)
-
-
-# ----------------------------------------------------------------------------- folder
 
 
 @dataclass(frozen=True)
@@ -213,16 +82,16 @@ class S3Folder:
     def upload(self, name: str, file: Path) -> None:
         place = self._place(name)
 
-        def upload() -> None:
+        def upload(client: Any) -> None:
             # In parts, if it is large; what is there changes when all have arrived.
             with file.open("rb") as opened:
-                _client(self.s3).upload_fileobj(opened, place["Bucket"], place["Key"])
+                client.upload_fileobj(opened, place["Bucket"], place["Key"])
 
-        self._patiently(name, upload)
+        self._ask(name, upload)
 
     def delete(self, name: str) -> None:
         place = self._place(name)
-        self._patiently(name, lambda: _client(self.s3).delete_object(**place))
+        self._ask(name, lambda client: client.delete_object(**place))
 
     def clear_staging(self) -> None:
         """Nothing to do: there never is a half-written file."""
@@ -231,21 +100,23 @@ class S3Folder:
         options = {**self._place(name), **condition}
         unsure = False  # whether an earlier attempt may have written the file
 
-        def put() -> bool:
+        def put(client: Any) -> bool:
             nonlocal unsure
             try:
-                _client(self.s3).put_object(**options, Body=data)
+                client.put_object(**options, Body=data)
             except (aws.BotoCoreError, aws.ClientError) as error:
-                answer = s3_answer(error)
-                if answer is not None and answer.code in _CONDITION_FAILED:
+                code = _code(error)
+                if code in _CONDITION_FAILED:
                     # Either our own PUT whose answer was lost, or another writer's. If the
                     # content is ours, it is true of both that this data is in the file.
                     return unsure and self.read(name) == data
+                if condition and code in _UNKNOWN_CONDITION:
+                    raise UserError(f"{self.url}: {NO_CONDITIONS}") from None
                 unsure = unsure or is_transient(error)
                 raise
             return True
 
-        return self._patiently(name, put)
+        return self._ask(name, put)
 
     # -------------------------------------------------------------------------- read
 
@@ -258,70 +129,109 @@ class S3Folder:
     def read_version(self, name: str) -> tuple[bytes, str]:
         place = self._place(name)
 
-        def get() -> tuple[bytes, str]:
-            try:
-                answer = _client(self.s3).get_object(**place)
-            except _client(self.s3).exceptions.NoSuchKey:
-                raise FileNotFoundError(self.join(name)) from None
+        def get(client: Any) -> tuple[bytes, str]:
+            with _missing(self.join(name)):
+                answer = client.get_object(**place)
             return answer["Body"].read(), answer["ETag"]
 
-        return self._patiently(name, get)
+        return self._ask(name, get)
 
     @contextmanager
-    def open(self, name: str) -> Iterator[pa.NativeFile]:
-        with pa.PythonFile(_PatientFile(self.join(name), self.s3), mode="r") as file:
+    def open(self, name: str, size: int | None = None) -> Iterator[pa.NativeFile]:
+        if size is None:
+            stamp = self.stamp(name)
+            if stamp is None:
+                raise FileNotFoundError(self.join(name))
+            size = stamp.size
+        with pa.PythonFile(_RangedFile(self, name, size), mode="r") as file:
             yield file
 
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """So many bytes (at least one) of a file, from `start` on.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        place = {**self._place(name), "Range": f"bytes={start}-{start + length - 1}"}
+
+        def get(client: Any) -> bytes:
+            try:
+                with _missing(self.join(name)):
+                    data: bytes = client.get_object(**place)["Body"].read()
+            except aws.ClientError as error:
+                if _code(error) not in _CHANGED:
+                    raise
+                raise UserError(
+                    f"{self.join(name)}: has become shorter while it was read; leave it as it is, "
+                    "and run the same command again"
+                ) from None
+            if len(data) != length:
+                raise CutShort
+            return data
+
+        return self._ask(name, get)
+
     def stamp(self, name: str) -> Stamp | None:
-        fs, path = filesystem(self.join(name), self.s3)
-        info = self._patiently(name, lambda: fs.get_file_info(path))
-        return _stamp(info) if info.type == pafs.FileType.File else None
+        return _Bucket(self.url, self.s3).stamp(self._place(name)["Key"])
 
     def list(self, name: str) -> dict[str, int]:
-        infos, _ = self._infos(name)
-        return {i.base_name: i.size for i in infos if i.type == pafs.FileType.File}
+        return self._files(name, deep=False)
 
     def tree(self, name: str) -> dict[str, int]:
-        infos, base = self._infos(name, recursive=True)
-        files = (i for i in infos if i.type == pafs.FileType.File)
-        return {i.path[len(base) + 1 :]: i.size for i in files}
+        return self._files(name, deep=True)
 
     def folders(self) -> tuple[str, ...]:
-        infos, _ = self._infos("")
-        return tuple(sorted(i.base_name for i in infos if i.type == pafs.FileType.Directory))
+        prefix = self._prefix("")
+        entries = _Bucket(self.url, self.s3).list(prefix, deep=False)
+        return tuple(sorted(e.path[len(prefix) : -1] for e in entries if e.stamp is None))
 
-    def _infos(self, name: str, recursive: bool = False) -> tuple[Any, str]:
-        fs, base = filesystem(self.join(name), self.s3)
-        selector = pafs.FileSelector(base, recursive=recursive, allow_not_found=True)
-        return self._patiently(name, lambda: fs.get_file_info(selector)), base
+    def _files(self, name: str, *, deep: bool) -> dict[str, int]:
+        prefix = self._prefix(name)
+        entries = _Bucket(self.url, self.s3).list(prefix, deep=deep)
+        return {e.path[len(prefix) :]: e.stamp.size for e in entries if e.stamp is not None}
 
     # ---------------------------------------------------------------- how it is done
 
-    def _patiently(self, name: str, operation: Callable[[], T]) -> T:
-        return _patiently(self.join(name), self.s3, operation)
+    def _ask(self, name: str, request: Callable[[Any], T]) -> T:
+        return ask(self.join(name), self.s3, request)
 
     def _place(self, name: str) -> dict[str, str]:
         """A file's bucket and key, as boto3's calls name them."""
         bucket, prefix = bucket_and_key(self.url)
         return {"Bucket": bucket, "Key": f"{prefix}/{name}" if prefix else name}
 
+    def _prefix(self, name: str) -> str:
+        """What the keys of all files in a subfolder begin with."""
+        key = self._place(name)["Key"].rstrip("/")
+        return f"{key}/" if key else ""
 
-class _PatientFile:
-    """A file on S3, for `pyarrow.PythonFile`: each ranged read is repeated until it succeeds."""
 
-    def __init__(self, url: str, s3: S3Config) -> None:
-        fs, path = filesystem(url, s3)
-        self._file = _patiently(url, s3, lambda: fs.open_input_file(path))
-        self._url, self._s3 = url, s3
-        self._size: int = self._file.size()
+def _code(error: BaseException) -> str | None:
+    answer = s3_answer(error)
+    return answer.code if answer is not None else None
+
+
+@contextmanager
+def _missing(url: str) -> Iterator[None]:
+    """Turn the answer that there is no such object into FileNotFoundError."""
+    try:
+        yield
+    except aws.ClientError as error:
+        if _code(error) not in _NOT_THERE:
+            raise
+        raise FileNotFoundError(url) from None
+
+
+class _RangedFile:
+    """A file on S3, for `pyarrow.PythonFile`: each read is a request of its own."""
+
+    def __init__(self, folder: S3Folder, name: str, size: int) -> None:
+        self._folder, self._name, self._size = folder, name, size
         self._position = 0
-
-    @property
-    def closed(self) -> bool:
-        return bool(self._file.closed)
+        self.closed = False
 
     def close(self) -> None:
-        self._file.close()
+        self.closed = True
 
     def readable(self) -> bool:
         return True
@@ -337,14 +247,9 @@ class _PatientFile:
     def read(self, size: int | None = None) -> bytes:
         left = max(0, self._size - self._position)
         wanted = left if size is None or size < 0 else min(size, left)
-
-        def read() -> bytes:
-            data = bytes(self._file.read_at(wanted, self._position))
-            if len(data) != wanted:
-                raise CutShort
-            return data
-
-        data = _patiently(self._url, self._s3, read) if wanted else b""
+        if not wanted:
+            return b""
+        data = self._folder.read_range(self._name, self._position, wanted)
         self._position += len(data)
         return data
 
@@ -354,15 +259,58 @@ class _PatientFile:
 
 def find_files(pattern: str, s3: S3Config) -> Found:
     """What an s3:// URL names. See `pipeline.storage.folder.find_files`."""
-    fs, path = filesystem(pattern, s3)
-    attempt = partial(_patiently, pattern, s3)
-    return attempt(lambda: search(fs, path, attempt, _stored))
+    bucket, key = bucket_and_key(pattern)
+    return search(_Bucket(pattern, s3), key, lambda path: f"s3://{bucket}/{path}")
 
 
-def _stored(info: pafs.FileInfo, name: str) -> StoredFile:
-    return StoredFile(f"s3://{info.path}", name, _stamp(info))
+class _Bucket:
+    """The keys of a bucket as a tree, for `search`.
+
+    Args:
+        url: of anything in it; messages name it.
+        s3: how to reach it.
+    """
+
+    def __init__(self, url: str, s3: S3Config) -> None:
+        self._url, self._s3 = url, s3
+        self._bucket, _ = bucket_and_key(url)
+
+    def stamp(self, path: str) -> Stamp | None:
+        def head(client: Any) -> Stamp | None:
+            try:
+                with _missing(path):
+                    answer = client.head_object(Bucket=self._bucket, Key=path)
+            except FileNotFoundError:
+                return None
+            return _stamp(answer["ContentLength"], answer)
+
+        return ask(self._url, self._s3, head) if path else None
+
+    def is_folder(self, path: str) -> bool:
+        return not path or bool(self._page(f"{path}/", MaxKeys=1).get("KeyCount"))
+
+    def list(self, folder: str, *, deep: bool) -> Iterator[Entry]:
+        options: dict[str, Any] = {} if deep else {"Delimiter": "/"}
+        while True:
+            page = self._page(folder, **options)
+            for each in page.get("CommonPrefixes", []):
+                yield Entry(each["Prefix"], None)
+            for each in page.get("Contents", []):
+                # Consoles make empty objects whose keys end in a slash, to show a folder.
+                if not each["Key"].endswith("/"):
+                    yield Entry(each["Key"], _stamp(each["Size"], each))
+            if not page.get("IsTruncated"):
+                return
+            options["ContinuationToken"] = page["NextContinuationToken"]
+
+    def _page(self, prefix: str, **options: Any) -> dict[str, Any]:
+        return ask(
+            self._url,
+            self._s3,
+            lambda client: client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, **options),
+        )
 
 
-def _stamp(info: pafs.FileInfo) -> Stamp:
+def _stamp(size: int, answer: Mapping[str, Any]) -> Stamp:
     # S3 says the time to the second in some answers, more exactly in others.
-    return Stamp(info.size, (info.mtime_ns or 0) // 10**9 * 10**9)
+    return Stamp(size, int(answer["LastModified"].timestamp()) * 10**9)

@@ -1,4 +1,4 @@
-"""What S3 answers, as botocore and pyarrow tell it: whether it may pass, and how to say it.
+"""What S3 answers, as botocore tells it: whether it may pass, and how to say it.
 
 Messages carry the server's error code but never its text, into which some servers and proxies put
 parts of the request, and with them credentials.
@@ -13,9 +13,13 @@ from botocore import exceptions as aws
 from botocore.parsers import ResponseParserError
 
 from pipeline.config.job import S3Config
+from pipeline.storage.patience import RESUME
 
 _CREDENTIALS_FIX = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile of ~/.aws with s3.profile"
+)
+_RENEW = (
+    "log in again (such as `aws sso login`), or put new ones where the old ones stand; " + RESUME
 )
 _DENIED = {
     "InvalidAccessKeyId",
@@ -23,9 +27,26 @@ _DENIED = {
     "AccessDenied",
     "Forbidden",
     "403",
-    "ExpiredToken",
-    "InvalidToken",
 }
+_EXPIRED = {
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "InvalidToken",
+    "RequestExpired",
+    "TokenRefreshRequired",
+    "400",  # HEAD's answer has no code, and hardly another reason for this status
+}
+_REPLACED = {"InvalidAccessKeyId", "InvalidClientTokenId"}
+"""What is answered to keys that are taken out of use when they are replaced."""
+
+_LOGIN = (aws.SSOError, aws.TokenRetrievalError, aws.CredentialRetrievalError)
+"""A login that has expired, or a program or role that gives no credentials any more."""
+
+NO_CONDITIONS = (
+    "this store does not keep the conditions of a PUT (If-None-Match, If-Match), by which exactly "
+    "one of several writers wins, so that rows could be lost; use a store that does, such as AWS "
+    "S3, Cloudflare R2, or a current MinIO or SeaweedFS, or a disk"
+)
 _TRANSIENT = {
     "InternalError",
     "InternalFailure",
@@ -46,11 +67,6 @@ _NETWORK = (
     aws.IncompleteReadError,
     ResponseParserError,  # an answer that was cut short
 )
-# pyarrow says what happened in its message only: a name, for HEAD just the status, and for codes
-# that it has no name for, a number of its own.
-_ARROW = re.compile(r"AWS Error (\w+|\[code \d+\])(?: \(HTTP status (\d+)\))?")
-_CURL = re.compile(r"curlCode: (\d+), ([^;]+)")
-_CURL_CERTIFICATE = {"51", "60", "77"}
 
 
 class CutShort(OSError):
@@ -73,7 +89,7 @@ class Answer:
 
 
 def s3_answer(error: BaseException) -> Answer | None:
-    """What S3 answered, as botocore or pyarrow tells it; None if the error is another one."""
+    """What S3 answered, as botocore tells it; None if the error is another one."""
     if isinstance(error, aws.ClientError):
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         return _answered(str(error.response.get("Error", {}).get("Code", "")), status)
@@ -83,12 +99,6 @@ def s3_answer(error: BaseException) -> Answer | None:
         return Answer("", f"the connection failed ({type(error).__name__})", transient=True)
     if isinstance(error, CutShort):
         return Answer("", "the answer was cut short", transient=True)
-    if isinstance(error, OSError) and (found := _ARROW.search(str(error))):
-        name, number = found.groups()
-        if name == "NETWORK_CONNECTION":
-            return _disconnected(str(error))
-        named = name != "UNKNOWN" and not name.startswith("[")
-        return _answered(_camel(name) if named else "", int(number or 0))
     return None
 
 
@@ -101,39 +111,41 @@ def _answered(code: str, status: int) -> Answer:
     return Answer(name, f"S3 answered {shown}", transient)
 
 
-def _disconnected(text: str) -> Answer:
-    found = _CURL.search(text)
-    if found is None:
-        return Answer("", "the connection failed", transient=True)
-    number, words = found.groups()
-    return Answer("", f"the connection failed ({words})", number not in _CURL_CERTIFICATE)
-
-
-def _camel(name: str) -> str:
-    """ACCESS_DENIED as AccessDenied: pyarrow's name of a code as S3's."""
-    return "".join(part.title() for part in name.split("_"))
-
-
 def is_transient(error: BaseException) -> bool:
     """Whether the operation may succeed if it is tried again."""
     answer = s3_answer(error)
     return answer is not None and answer.transient
 
 
+def may_have_expired(error: BaseException) -> bool:
+    """Whether the operation may succeed with credentials that are looked up again."""
+    answer = s3_answer(error)
+    return isinstance(error, _LOGIN) or (answer is not None and answer.code in _EXPIRED | _REPLACED)
+
+
 def in_words(url: str, s3: S3Config, error: BaseException) -> str | None:
     """What happened and the fix; None if the error is not one of S3."""
-    if isinstance(
-        error, aws.NoCredentialsError | aws.PartialCredentialsError | aws.TokenRetrievalError
-    ):
+    if isinstance(error, aws.NoCredentialsError | aws.PartialCredentialsError):
         return f"no AWS credentials found; {_CREDENTIALS_FIX}"
+    if isinstance(error, _LOGIN):
+        return f"the AWS credentials cannot be had any more ({type(error).__name__}); {_RENEW}"
     if isinstance(error, aws.EndpointConnectionError | aws.ConnectTimeoutError):
         where = s3.endpoint or "AWS S3"
         return f"cannot reach {where}; check s3.endpoint and that the server is up"
+    if isinstance(error, aws.ParamValidationError):
+        return "no bucket or file can have this name; correct the URL"
     answer = s3_answer(error)
-    return _answer_in_words(url, answer) if answer is not None else None
+    if answer is not None:
+        return _answer_in_words(url, answer)
+    if isinstance(error, aws.BotoCoreError):
+        # Its text may hold anything; the kind of error says which setting it is.
+        return f"AWS's settings on this machine do not work ({type(error).__name__}); check ~/.aws"
+    return None
 
 
 def _answer_in_words(url: str, answer: Answer) -> str:
+    if answer.code in _EXPIRED:
+        return f"the AWS credentials have expired ({answer.code}); {_RENEW}"
     if answer.code in _DENIED:
         return f"the server refused these credentials ({answer.code}); {_CREDENTIALS_FIX}"
     if answer.code in {"NoSuchBucket", "404"}:

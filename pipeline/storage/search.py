@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
-import pyarrow.fs as pafs
-from fsspec.implementations.arrow import ArrowFSWrapper  # type: ignore[import-untyped]
+from fsspec.utils import glob_translate  # type: ignore[import-untyped]
+
+from pipeline.errors import UserError
 
 Kind = Literal["file", "folder", "glob", "nothing"]
 
-Attempt = Callable[[Callable[[], Any]], Any]
-"""Calls what it is given, in a backend's own way, and returns what that returned."""
+_WILDCARD = re.compile(r"[*?\[]")
 
 
 class Stamp(NamedTuple):
@@ -26,6 +26,36 @@ class Stamp(NamedTuple):
 
     size: int
     modified: int
+
+
+class Entry(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        path: from the root of the tree; of a folder, with a slash at its end.
+        stamp: of a file; None: it is a folder.
+    """
+
+    path: str
+    stamp: Stamp | None
+
+
+class Tree(Protocol):
+    """Folders and files, by paths from a root. A backend has one for `search`."""
+
+    def stamp(self, path: str) -> Stamp | None:
+        """A file's stamp, or None if there is no such file."""
+
+    def is_folder(self, path: str) -> bool:
+        """Whether there is such a folder; without a slash at its end."""
+
+    def list(self, folder: str, *, deep: bool) -> Iterable[Entry]:
+        """What is in a folder, which is given with a slash at its end; the root may be empty.
+
+        Args:
+            folder: its path.
+            deep: files at any depth rather than what is directly in it.
+        """
 
 
 @dataclass(frozen=True)
@@ -57,53 +87,71 @@ class Found:
     files: tuple[StoredFile, ...] = ()
 
 
-def search(
-    fs: pafs.FileSystem, path: str, attempt: Attempt, stored: Callable[[pafs.FileInfo, str], Any]
-) -> Found:
-    """Find what `path` names on a filesystem.
+def search(tree: Tree, path: str, url: Callable[[str], str]) -> Found:
+    """Find what `path` names in a tree.
 
     Args:
-        fs: the filesystem.
-        path: on it; may be a glob. A file whose own name looks like a glob is that file.
-        attempt: lists a folder for a glob, as often as the backend likes.
-        stored: makes a `StoredFile` of pyarrow's account of a file and its relative name.
+        tree: where to look.
+        path: in it; may be a glob. A file whose own name looks like a glob is that file.
+        url: the URL of a path.
+
+    Raises:
+        UserError: a glob that is none.
     """
     kind: Kind
-    info = fs.get_file_info(path)
-    if info.type == pafs.FileType.File:
-        kind, base, infos = "file", os.path.dirname(path), [info]
-    elif info.type == pafs.FileType.Directory:
-        kind, base = "folder", path
-        infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
-    elif any(c in path for c in "*?["):
-        kind, base = "glob", _glob_base(path)
-        names = _Globbing(fs, attempt).glob(path)
-        infos = fs.get_file_info(sorted(names)) if names else []
+    stamp = tree.stamp(path)
+    if stamp is not None:
+        kind, base, entries = "file", _above(path), iter([Entry(path, stamp)])
+    elif tree.is_folder(path):
+        kind, base = "folder", path if path in {"", "/"} else f"{path}/"
+        entries = iter(tree.list(base, deep=True))
+    elif _WILDCARD.search(path):
+        kind, base = "glob", glob_base(path)
+        entries = _matches(tree, path, base)
     else:
         return Found("nothing")
-    files = (i for i in infos if i.type == pafs.FileType.File)
-    return Found(kind, tuple(stored(i, os.path.relpath(i.path, base)) for i in files))
+    return Found(
+        kind,
+        tuple(
+            StoredFile(url(each.path), each.path[len(base) :], each.stamp)
+            for each in entries
+            if each.stamp is not None
+        ),
+    )
 
 
-class _Globbing(ArrowFSWrapper):  # type: ignore[misc]
-    """fsspec's globbing, which takes a folder that it fails to list for an empty one.
+def glob_pattern(glob: str) -> re.Pattern[str]:
+    """The paths that a glob matches.
 
-    So listing must not fail with an OSError: `attempt` makes it succeed, or fail otherwise.
+    Raises:
+        UserError: it is none.
     """
-
-    cachable = False
-
-    def __init__(self, fs: pafs.FileSystem, attempt: Attempt) -> None:
-        super().__init__(fs)
-        self._attempt = attempt
-
-    def ls(self, path: str, detail: bool = False, **options: Any) -> Any:
-        listed = super().ls
-        return self._attempt(lambda: listed(path, detail, **options))
+    try:
+        return re.compile(glob_translate(glob))
+    except (ValueError, re.error):
+        raise UserError(
+            f"{glob}: not a glob: ** stands for whole folders, as in a/**/x.parquet"
+        ) from None
 
 
-def _glob_base(path: str) -> str:
-    """The folder above the first part with a wildcard."""
-    parts = path.split("/")
-    first = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
-    return "/".join(parts[:first]) or ("/" if path.startswith("/") else "")
+def glob_base(glob: str) -> str:
+    """The folder above the first part with a wildcard, with a slash at its end; may be empty."""
+    found = _WILDCARD.search(glob)
+    return _above(glob[: found.start()] if found else glob)
+
+
+def _above(path: str) -> str:
+    return path[: path.rfind("/") + 1]
+
+
+def _matches(tree: Tree, glob: str, base: str) -> Iterator[Entry]:
+    pattern = glob_pattern(glob)
+    deep = "**" in glob
+    folders = [(base, glob[len(base) :].count("/"))]  # how many folders deep the files are
+    while folders:
+        folder, depth = folders.pop()
+        for entry in tree.list(folder, deep=deep):
+            if entry.stamp is not None and pattern.match(entry.path):
+                yield entry
+            elif entry.stamp is None and depth:
+                folders.append((entry.path, depth - 1))

@@ -12,7 +12,6 @@ import pytest
 import yaml
 from typer.testing import Result
 
-from pipeline.storage import s3
 from tests.conftest import TinyModels
 from tests.jobs.command_line import call
 
@@ -20,7 +19,7 @@ SECRET = "wJalrXUtnFEMIplanted"
 
 
 @pytest.fixture(autouse=True)
-def no_ray_and_no_aws(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_ray_and_no_aws(no_clients: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it is found before Ray starts, on a machine without AWS credentials."""
     monkeypatch.setattr("pipeline.run.run.connected", lambda: pytest.fail("Ray was wanted"))
     for name in list(os.environ):
@@ -29,9 +28,6 @@ def no_ray_and_no_aws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    # Sessions and clients that other tests opened know their credentials.
-    s3._session.cache_clear()
-    s3._client.cache_clear()
 
 
 @pytest.fixture

@@ -6,12 +6,11 @@ import json
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
@@ -21,8 +20,7 @@ from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.source import read_units
 from pipeline.inputs.units import Unit, plan_files
 from pipeline.run.run import run_job
-from pipeline.storage import patience, s3_answers
-from pipeline.storage import s3 as on_s3
+from pipeline.storage import patience, s3_client
 from pipeline.storage.folder import Folder, check_access, open_folder
 from tests.conftest import ACCESS_KEY, SECRET_KEY, S3Server, TinyModels
 from tests.faulty_s3 import FAULTS, FaultyS3, faulty_s3
@@ -43,17 +41,6 @@ def bucket(s3_env: S3Server, request: pytest.FixtureRequest) -> str:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short waits: the tests' faults do not last."""
     monkeypatch.setattr(patience, "_LONGEST_WAIT", 0.05)
-
-
-@pytest.fixture
-def no_clients() -> Iterator[None]:
-    """Clients keep the credentials and settings that they were made with."""
-    caches = (on_s3._session, on_s3._client, on_s3._filesystem_with)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
 
 
 def at(server: FaultyS3) -> S3Config:
@@ -108,7 +95,7 @@ def test_each_fault_of_every_kind_of_request_is_outlasted(
 def test_an_answer_later_than_the_client_waits_for(
     s3_env: S3Server, bucket: str, quick: None, no_clients: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(on_s3, "_SILENCE_SECONDS", 1)
+    monkeypatch.setattr(s3_client, "_SILENCE_SECONDS", 1)
     with faulty_s3(s3_env.endpoint, probability=0.5, faults=["delay"], delay=1.5) as server:
         folder = open_folder(f"s3://{bucket}/out", at(server))
         for i in range(4):
@@ -209,7 +196,7 @@ def test_globbing_does_not_take_a_folder_it_cannot_list_for_an_empty_one(
             server.probability = float("prefix=a%2Fb%2F" in path)
 
         server.on_request = on_request
-        with pytest.raises(UserError, match=r"S3 answered InternalFailure.*gave up after"):
+        with pytest.raises(UserError, match=r"S3 answered InternalError.*gave up after"):
             list_inputs([f"s3://{bucket}/a/*/*.jsonl"], at(server))
 
 
@@ -298,34 +285,6 @@ def test_no_message_holds_a_credential(
     for message in messages:
         for secret in (SECRET_KEY, ACCESS_KEY, TOKEN, "Signature="):
             assert secret not in message
-
-
-@pytest.mark.parametrize(
-    ("text", "transient"),
-    [
-        ("AWS Error SLOW_DOWN during GetObject operation: Please", True),
-        ("AWS Error UNKNOWN (HTTP status 500) during HeadObject operation: No", True),
-        ("AWS Error UNKNOWN (HTTP status 400) during HeadObject operation: No", False),
-        ("AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 56, Failure", True),
-        ("AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 60, SSL", False),
-        ("AWS Error ACCESS_DENIED during HeadObject operation: No response body.", False),
-        ("AWS Error [code 138] during ListObjectsV2 operation: slow down, 503", False),
-        ("a disk's own words", False),
-    ],
-)
-def test_what_of_pyarrows_words_is_transient(text: str, transient: bool) -> None:
-    assert s3_answers.is_transient(OSError(text)) is transient
-
-
-def test_pyarrow_still_speaks_as_expected() -> None:
-    """Its errors have no code: should their words change, nothing would be retried."""
-    fs = pafs.S3FileSystem(
-        access_key="a", secret_key="b", region="us-east-1", endpoint_override="http://127.0.0.1:9",
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=1),
-    )  # fmt: skip
-    with pytest.raises(OSError, match="AWS Error") as caught:
-        fs.get_file_info("b/x")
-    assert s3_answers.is_transient(caught.value)
 
 
 # --------------------------------------------------------------------- whole jobs
