@@ -12,7 +12,7 @@ from pipeline.config.job import JobConfig, S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.source import read_units
-from pipeline.inputs.units import plan_files
+from pipeline.inputs.units import Unit, plan_files
 from pipeline.run.run import run_job
 from pipeline.storage import s3_client
 from pipeline.storage.folder import Folder, check_access, find_files, open_folder
@@ -148,7 +148,7 @@ def test_a_public_bucket_is_read_without_credentials(
     kept(s3_server, "public")
     s3 = S3Config(endpoint=server.endpoint, anonymous=True, profile="nobody")
     plans = plan_files(list_inputs(["s3://public/in"], s3), s3, unit_rows=8)
-    (read,) = read_units(list(plans[0].units), plans[0].schema, s3)
+    (read,) = read_units([Unit.of(*plans[0].pieces)], plans[0].table, s3)
     assert read.table.to_pylist() == [{"prompt": "x"}]
     assert server.last_authorization == ""
 
