@@ -33,7 +33,7 @@ TEMPLATE_VARIABLES = ("completions", "date")
 
 
 class SeedsConfig(Section):
-    """What conversations are made from: rows of Parquet or JSONL files."""
+    """What conversations are made from: rows of files, as those of a job's input are."""
 
     model_config = example(
         {"paths": ["seeds.jsonl"], "id_column": "id", "only_new": True, "per_night": 200}
@@ -41,8 +41,9 @@ class SeedsConfig(Section):
 
     paths: Locations = Field(
         min_length=1,
-        description="Files, folders and globs of `.parquet`, `.jsonl` or `.ndjson`, local or "
-        "`s3://`.",
+        description="Files, folders and globs, local or `s3://`: `.parquet`, `.jsonl`, `.ndjson`, "
+        "`.json` (JSON lines, by name or glob), `.csv`, `.tsv`, `.arrow`, `.feather`, and what "
+        "`datasets.save_to_disk` wrote. Folders called `key=value` are columns.",
     )
     id_column: str | None = Field(
         default=None,

@@ -48,7 +48,7 @@ def train_head(
     prompts: Annotated[
         list[str] | None,
         typer.Option(
-            help="Parquet or JSONL files, folders or globs with prompts such as your jobs'; the "
+            help="Files, folders or globs with prompts such as your jobs'; the "
             "target completes them first.",
             show_default=False,
         ),

@@ -19,8 +19,9 @@ class InputConfig(Section):
 
     paths: Locations = Field(
         min_length=1,
-        description="Files, folders and globs of `.parquet`, `.jsonl` or `.ndjson`, local or "
-        "`s3://`.",
+        description="Files, folders and globs, local or `s3://`: `.parquet`, `.jsonl`, `.ndjson`, "
+        "`.json` (JSON lines, by name or glob), `.csv`, `.tsv`, `.arrow`, `.feather`, and what "
+        "`datasets.save_to_disk` wrote. Folders called `key=value` are columns.",
     )
     s3: S3Config | None = Field(
         default=None,

@@ -15,9 +15,22 @@ from pipeline.layout import ADDED_COLUMNS
 from pipeline.storage.folder import check_access, find_files, locate
 from pipeline.storage.search import StoredFile
 
-FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+FORMATS = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
 _EXTENSIONS = ", ".join(FORMATS)
-_COMPRESSED = re.compile(r"\.(parquet|jsonl|ndjson)\.(gz|gzip|bz2|xz|zst|zstd|lz4|zip|br)$", re.I)
+_COMPRESSED = re.compile(
+    rf"\.({'|'.join(name[1:] for name in FORMATS)})\.(gz|gzip|bz2|xz|zst|zstd|lz4|zip|br)$", re.I
+)
+_NOT_MEANT = re.compile(r"\.json(\.\w+)?$|(^|/)cache-[^/]*\.arrow$", re.I)
+"""What a folder may have beside its data: what describes it, and what `datasets` keeps there."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,7 @@ class InputFile:
         url: local path or s3:// URL.
         name: unique in the job and the same on every machine: the path relative to what was asked
             for. Row ids start with it.
-        format: "parquet" or "jsonl".
+        format: one of `FORMATS`.
         size: bytes.
         modified: nanoseconds since the epoch (whole seconds on S3); 0: not known.
         prefix: what comes before the names of columns that an earlier job added (`read_as`).
@@ -57,8 +70,9 @@ def list_inputs(
 ) -> list[InputFile]:
     """All files that the patterns name, each once, ordered by name.
 
-    Folders are searched for .parquet, .jsonl and .ndjson files at any depth; files and folders
-    whose names begin with "." or "_" are left out, as everywhere in this ecosystem.
+    Folders are searched for files of all formats at any depth, but for .json, which is more often
+    something else; files and folders whose names begin with "." or "_" are left out, as everywhere
+    in this ecosystem.
 
     Args:
         patterns: files, folders and globs, local or s3://.
@@ -107,6 +121,8 @@ def _extension(path: str) -> str:
 
 def _is_input(path: str) -> bool:
     """Whether a file of a folder is meant, by its name; one that is compressed is, by mistake."""
+    if _NOT_MEANT.search(path):
+        return False
     return _extension(path) in FORMATS or _COMPRESSED.search(path) is not None
 
 

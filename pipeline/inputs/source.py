@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import chain, groupby, islice
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from ray.data.block import Block, BlockMetadata
 from ray.data.context import DataContext
 from ray.data.datasource import Datasource, ReadTask
@@ -19,16 +17,15 @@ from ray.data.datasource import Datasource, ReadTask
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 from pipeline.inputs.blocks import UnitRows
-from pipeline.inputs.columns import conformed, taken, without_columns
+from pipeline.inputs.columns import taken, without_columns
+from pipeline.inputs.formats.base import Rows, Wanted
+from pipeline.inputs.formats.readers import READERS
 from pipeline.inputs.joining import Bundle
-from pipeline.inputs.jsonl import BOM, BadLine, is_row, no_object, parse_row, to_table
-from pipeline.inputs.listing import check_unchanged, read_as
-from pipeline.inputs.openai_requests import LINES_SCHEMA, REQUEST
+from pipeline.inputs.jsonl import BadLine
+from pipeline.inputs.listing import check_unchanged
+from pipeline.inputs.partitions import filled, partition_of
 from pipeline.inputs.units import Piece, Unit, readable
 from pipeline.storage.folder import locate
-
-_BATCH_ROWS = 4096
-"""Rows of Parquet decoded at a time. More needs more memory; pieces are cut from these batches."""
 
 _MOST_TASKS = 1000
 """Read tasks of a job, about. The driver keeps each of them, so a larger job has larger ones."""
@@ -36,9 +33,6 @@ _MOST_TASKS = 1000
 _AHEAD = 8
 """Pieces read ahead, at once: on S3 this is mostly waiting. More would hold more of them in memory
 when the actors are slower."""
-
-_Rows = tuple[pa.Table, dict[int, BadLine]]
-"""Of a piece: the job's columns, and the lines that are no row of them by row."""
 
 
 class UnitDatasource(Datasource):
@@ -142,13 +136,13 @@ def read_units(
         yield _put_together(unit, list(islice(read, len(unit.pieces))))
 
 
-def _put_together(unit: Unit, pieces: Sequence[_Rows]) -> UnitRows:
+def _put_together(unit: Unit, pieces: Sequence[Rows]) -> UnitRows:
     """A unit of what its pieces hold, without rows that are not to be completed."""
-    table = _one([table for table, _ in pieces])
+    table = _one([rows.table for rows in pieces])
     bad: dict[int, BadLine] = {}
     start = 0
-    for piece, (_, lines) in zip(unit.pieces, pieces, strict=True):
-        bad |= {start + index: line for index, line in lines.items()}
+    for piece, rows in zip(unit.pieces, pieces, strict=True):
+        bad |= {start + index: line for index, line in rows.bad_lines.items()}
         start += piece.rows
     if unit.only is not None:
         table = taken(table, unit.only) if table.num_columns else without_columns(len(unit.only))
@@ -165,9 +159,9 @@ def _one(tables: list[pa.Table]) -> pa.Table:
 
 def _read_ahead(
     pieces: Sequence[Piece], table: pa.Schema, s3: S3Config, reserved: frozenset[str]
-) -> Iterator[_Rows]:
+) -> Iterator[Rows]:
     """What each piece holds, in this order. A row group of many pieces is read when it is due."""
-    coming: deque[Callable[[], Iterable[_Rows]]] = deque()
+    coming: deque[Callable[[], Iterable[Rows]]] = deque()
     with ThreadPoolExecutor(_AHEAD) as pool:
         for _, group in groupby(pieces, _read_together):
             together = list(group)
@@ -181,83 +175,20 @@ def _read_ahead(
 
 def _read_pieces(
     pieces: Sequence[Piece], table: pa.Schema, s3: S3Config, reserved: frozenset[str]
-) -> Iterator[_Rows]:
-    """What pieces hold that begin in the same row group, in row order; or one of JSONL."""
+) -> Iterator[Rows]:
+    """What pieces hold that begin at the same place of a file, in row order."""
     first = pieces[0]
     check_unchanged(first.url, first.size, first.modified, s3)
+    reader, wanted = READERS[first.format], Wanted(table, first.prefix, reserved)
+    partition = partition_of(first.url)
     folder, name = locate(first.url, s3)
-    with readable(first.url):
-        if first.format == "jsonl":
-            with folder.open(name) as file:
-                file.seek(first.offset)
-                data = file.read(first.end - first.offset)
-            read = iter([parse_jsonl(data, table, reserved, first.prefix)])
-        else:
-            read = ((conformed(each, table), {}) for each in _read_parquet(pieces, s3))
+    with readable(first.url, reader.name), folder.open(name) as file:
+        read = reader.read(file, [piece.cut for piece in pieces], wanted)
         for piece in pieces:
             rows = next(read, None)
-            if rows is None or rows[0].num_rows != piece.rows:
+            if rows is None or rows.table.num_rows != piece.rows:
                 raise UserError(
                     f"{piece.url}: has changed since the job was planned: it had {piece.rows} rows "
                     f"from row {piece.start} on; restore it, or start again with another output"
                 )
-            yield rows
-
-
-def _read_parquet(pieces: Sequence[Piece], s3: S3Config) -> Iterator[pa.Table]:
-    folder, name = locate(pieces[0].url, s3)
-    with folder.open(name) as file, pq.ParquetFile(file) as parquet:
-        groups = range(pieces[0].offset, max(piece.end for piece in pieces))
-        position, wanted = 0, iter(pieces)
-        piece, parts = next(wanted), list[pa.RecordBatch]()
-        for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=list(groups)):
-            batch_end = position + batch.num_rows
-            while piece.skip < batch_end:
-                low = max(piece.skip, position) - position
-                high = min(piece.skip + piece.rows, batch_end) - position
-                parts.append(batch.slice(low, high - low))
-                if piece.skip + piece.rows > batch_end:
-                    break
-                yield _whole(parts, piece.prefix)
-                following = next(wanted, None)
-                if following is None:
-                    return
-                piece, parts = following, []
-            position = batch_end
-
-
-def _whole(parts: list[pa.RecordBatch], prefix: str) -> pa.Table:
-    # pandas and Hugging Face describe the whole file's columns in the schema's metadata; with
-    # columns added that description would be wrong.
-    table = pa.Table.from_batches(parts).replace_schema_metadata(None)
-    return table.rename_columns([read_as(name, prefix) for name in table.column_names])
-
-
-def parse_jsonl(
-    data: bytes, table: pa.Schema, reserved: frozenset[str] = frozenset(), prefix: str = ""
-) -> _Rows:
-    """Rows of some bytes; a line that is none of the table's becomes a row of nulls."""
-    lines = [line for line in io.BytesIO(data) if is_row(line)]
-    if table.equals(LINES_SCHEMA, check_metadata=True):
-        return _whole_lines(lines)
-    rows: list[dict[str, Any]] = []
-    bad: dict[int, BadLine] = {}
-    for index, line in enumerate(lines):
-        row = parse_row(line, table, prefix, reserved)
-        if isinstance(row, BadLine):
-            bad[index], row = row, {}
-        rows.append(row)
-    return to_table(rows, table), bad
-
-
-def _whole_lines(lines: list[bytes]) -> _Rows:
-    """Requests: each line in one column, null if it is no text."""
-    texts: list[str | None] = []
-    bad = {}
-    for index, line in enumerate(lines):
-        try:
-            texts.append(line.removeprefix(BOM).decode().strip())
-        except UnicodeDecodeError:
-            texts.append(None)
-            bad[index] = no_object(line)
-    return pa.table({REQUEST: pa.array(texts, pa.string())}), bad
+            yield replace(rows, table=filled(rows.table, partition, piece.url))

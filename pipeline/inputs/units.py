@@ -8,7 +8,6 @@ input gives the same units on any cluster.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from collections import Counter
@@ -17,40 +16,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import pairwise
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
-from pipeline.inputs.columns import stored
+from pipeline.inputs.formats.base import Cut, Found
+from pipeline.inputs.formats.readers import READERS, format_of
 from pipeline.inputs.job_table import check_fits, integers_are_exact, job_table
-from pipeline.inputs.json_values import Seen, check_columns_are_names, see_lines, without_strays
-from pipeline.inputs.jsonl import is_row
+from pipeline.inputs.json_values import Seen, check_columns_are_names, without_strays
 from pipeline.inputs.listing import InputFile, read_as
 from pipeline.inputs.openai_requests import LINES_SCHEMA
+from pipeline.inputs.partitions import partition_of, partition_types
 from pipeline.storage.folder import locate
 
 _THREADS = 16
 """Files that are looked at together: on S3 this is mostly waiting."""
-
-_SEEN_BYTES = 1 << 18
-"""Bytes of JSON lines whose types are told together. Where a line is odd, all of them take longer.
-"""
-
-_OTHER_FORMATS = {
-    b"\x1f\x8b": "compressed with gzip",
-    b"BZh": "compressed with bzip2",
-    b"\xfd7zXZ": "compressed with xz",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd",
-    b"PK\x03\x04": "a zip archive",
-    b"PAR1": "a Parquet file",
-    b"ARROW1": "an Arrow file",
-    b"\xff\xfe": "text in UTF-16, not UTF-8",
-    b"\xfe\xff": "text in UTF-16, not UTF-8",
-}
-"""What a file begins with that has the name of JSON lines and is something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +55,8 @@ class Piece(RowRange):
 
     Attributes:
         url: the input file.
-        format: "parquet" or "jsonl".
-        offset: where reading starts: first row group (Parquet) or byte (JSONL).
-        end: where it ends: one past the last row group or byte.
-        skip: rows before `start` in the first row group; 0 for JSONL.
+        format: the name of its reader.
+        offset, end, skip: where it is in the file (`Cut`).
         size, modified, prefix: of the file when it was planned (`InputFile`).
     """
 
@@ -89,6 +68,11 @@ class Piece(RowRange):
     size: int = 0
     modified: int = 0
     prefix: str = ""
+
+    @property
+    def cut(self) -> Cut:
+        """Its rows in the file."""
+        return Cut(self.start, self.rows, self.offset, self.end, self.skip)
 
 
 @dataclass(frozen=True, slots=True)  # a job may have a million of them
@@ -153,7 +137,7 @@ class FilePlan:
     Attributes:
         file: the file.
         rows: how many rows it has; malformed lines count.
-        schema: its own columns, in the types that most of its rows have.
+        schema: its own columns, in the types that most of its rows have, and its folders'.
         pieces: what it is cut into, in row order.
         step: when it became part of the job: 0 from the beginning, else by which extension;
             UNJOINED: its pieces are units of their own.
@@ -194,7 +178,7 @@ def plan_files(
     format: str | None = None,
     reserved: frozenset[str] = frozenset(),
 ) -> list[FilePlan]:
-    """Read footers (Parquet) or all lines (JSONL), cut files into pieces, and make one table.
+    """Look into every file, cut it into pieces, and make one table of all.
 
     Args:
         files: the input.
@@ -206,23 +190,37 @@ def plan_files(
     Raises:
         UserError: a file that cannot be read, or columns that no type fits; the message names it.
     """
+    kinds = partition_types(file.url for file in files) if format is None else {}
 
-    def plan(file: InputFile) -> tuple[FilePlan, Seen | None]:
-        with readable(file.url):
-            if file.format == "parquet" and format is None:
-                return _plan_parquet(file, s3, unit_rows), None
-            return _plan_jsonl(file, s3, unit_rows, format, reserved)
+    def plan(file: InputFile) -> tuple[FilePlan, pa.Schema, Seen | None]:
+        found = _found(file, s3, unit_rows, format)
+        schema, seen = found.schema, found.seen
+        names = [read_as(name, file.prefix) for name in schema.names]
+        _check_distinct(names, file)
+        if seen is not None:
+            seen.fields = dict(zip(names, seen.fields.values(), strict=True))
+            seen = without_strays(seen, reserved)
+            schema = seen.schema()
+        else:
+            schema = pa.schema([f.with_name(n) for f, n in zip(schema, names, strict=True)])
+        folders = partition_of(file.url).keys() & kinds.keys() - set(schema.names)
+        more = pa.schema([(name, kinds[name]) for name in kinds if name in folders])
+        pieces = tuple(_piece(file, cut, format) for cut in found.cuts)
+        return FilePlan(file, found.rows, schema, pieces), more, seen
 
     # Most files of a job have the same schema: it is kept once.
     known: dict[bytes, pa.Schema] = {}
     first: dict[tuple[str, pa.Schema], str] = {}
     plans, lines = list[FilePlan](), Seen()
     with ThreadPoolExecutor(_THREADS) as pool:
-        for found, seen in pool.map(plan, files):
-            schema = known.setdefault(bytes(found.schema.serialize()), found.schema)
-            plans.append(replace(found, schema=schema))
+        for found, more, seen in pool.map(plan, files):
+            schema = found.schema
             if found.rows:
                 first.setdefault((found.file.format, schema), found.file.url)
+                first.setdefault(("folder", more), found.file.url)
+            schema = pa.schema([*schema, *more])
+            schema = known.setdefault(bytes(schema.serialize()), schema)
+            plans.append(replace(found, schema=schema))
             if seen is not None:
                 lines.add(seen)
                 check_columns_are_names(lines, found.file.url)
@@ -232,15 +230,42 @@ def plan_files(
     return [replace(each, table=table) for each in plans]
 
 
+def _found(file: InputFile, s3: S3Config, unit_rows: int, format: str | None) -> Found:
+    reader = READERS[format_of(file, format)]
+    folder, name = locate(file.url, s3)
+    with readable(file.url, reader.name), folder.open(name, file.size) as opened:
+        return reader.find(opened, file.url, unit_rows)
+
+
+def _piece(file: InputFile, cut: Cut, format: str | None) -> Piece:
+    return Piece(
+        name=file.name,
+        start=cut.start,
+        rows=cut.rows,
+        url=file.url,
+        format=format_of(file, format),
+        offset=cut.offset,
+        end=cut.end,
+        skip=cut.skip,
+        size=file.size,
+        modified=file.modified,
+        prefix=file.prefix,
+    )
+
+
 def _inexact(plans: Iterable[FilePlan], s3: S3Config, column: str) -> str | None:
-    """The first Parquet file whose integers in a column may be no float64; None if all are."""
+    """The first file whose integers in a column may be no float64; None if all are.
+
+    Lines are counted value by value, and of other formats Parquet alone says what it has.
+    """
     for plan in plans:
-        if plan.file.format == "parquet" and column in plan.schema.names:
+        if plan.file.format != "jsonl" and column in plan.schema.names:
             kind = plan.schema.field(column).type
             wide = pa.types.is_integer(kind) and kind.bit_width > 32
             name = column.removeprefix(plan.file.prefix)
             name = name if read_as(name, plan.file.prefix) == column else column
-            if wide and not integers_are_exact(plan.file.url, name, s3):
+            told = plan.file.format == "parquet"
+            if wide and not (told and integers_are_exact(plan.file.url, name, s3)):
                 return plan.file.url
     return None
 
@@ -268,8 +293,13 @@ def check_added(added: Sequence[FilePlan], table: pa.Schema, s3: S3Config) -> No
 
 
 @contextmanager
-def readable(url: str) -> Iterator[None]:
-    """Turn what a file's content or its absence raises into one line that names it."""
+def readable(url: str, format: str) -> Iterator[None]:
+    """Turn what a file's content or its absence raises into one line that names it.
+
+    Args:
+        url: the file.
+        format: what its format is called.
+    """
     try:
         yield
     except FileNotFoundError:
@@ -281,135 +311,7 @@ def readable(url: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's, not the content's
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{url}: not a readable Parquet file: {reason}") from None
-
-
-def _plan_parquet(file: InputFile, s3: S3Config, unit_rows: int) -> FilePlan:
-    folder, name = locate(file.url, s3)
-    with folder.open(name, file.size) as opened, pq.ParquetFile(opened) as parquet:
-        metadata, schema = parquet.metadata, parquet.schema_arrow
-        schema = pa.schema([(read_as(f.name, file.prefix), stored(f.type)) for f in schema])
-        _check_distinct(schema.names, file)
-    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    pieces = tuple(
-        Piece(
-            name=file.name,
-            start=cut.start,
-            rows=cut.rows,
-            url=file.url,
-            format="parquet",
-            offset=cut.first_group,
-            end=cut.end_group,
-            skip=cut.skip,
-            size=file.size,
-            modified=file.modified,
-            prefix=file.prefix,
-        )
-        for cut in cut_row_groups(groups, unit_rows)
-    )
-    return FilePlan(file, metadata.num_rows, schema, pieces)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A row range in terms of row groups: `rows` rows after `skip` rows of `first_group`."""
-
-    start: int
-    rows: int
-    first_group: int
-    end_group: int
-    skip: int
-
-
-def cut_row_groups(groups: Sequence[int], unit_rows: int) -> list[Cut]:
-    """Row ranges of at most `unit_rows` rows that cover all rows once, in order.
-
-    Row groups that fit are kept whole and small neighbours are joined; larger ones are cut into
-    equal parts, so that no range needs parts of different row groups.
-
-    Args:
-        groups: rows of each row group; zero is allowed.
-        unit_rows: most rows of a range.
-
-    >>> [(c.start, c.rows) for c in cut_row_groups([2, 3, 9], 5)]
-    [(0, 5), (5, 5), (10, 4)]
-    """
-    cuts: list[Cut] = []
-    start = joined = first = 0
-    for index, rows in enumerate(groups):
-        if joined and joined + rows > unit_rows:
-            cuts.append(Cut(start, joined, first, index, 0))
-            start, joined = start + joined, 0
-        if rows > unit_rows:
-            parts = -(-rows // unit_rows)
-            bounds = [-(-rows * part // parts) for part in range(parts + 1)]
-            for low, high in pairwise(bounds):
-                cuts.append(Cut(start + low, high - low, index, index + 1, low))
-            start += rows
-        elif rows:
-            first = first if joined else index
-            joined += rows
-    if joined:
-        cuts.append(Cut(start, joined, first, len(groups), 0))
-    return cuts
-
-
-def _plan_jsonl(
-    file: InputFile, s3: S3Config, unit_rows: int, format: str | None, reserved: frozenset[str]
-) -> tuple[FilePlan, Seen]:
-    if file.format != "jsonl":
-        raise UserError(f"{file.url}: input.format {format} needs .jsonl files")
-    # Row count and byte offset where each piece begins; its own bytes alone are read then.
-    starts: list[tuple[int, int]] = []
-    row = position = 0
-    seen = Seen()
-    waiting: list[bytes] = []
-    told = 0  # bytes until those in `waiting`
-    folder, name = locate(file.url, s3)
-    with folder.open(name, file.size) as stream:
-        lines = io.BufferedReader(stream, 1 << 20)
-        _check_format(file, lines.peek(8))
-        for line in lines:
-            if is_row(line):
-                if row % unit_rows == 0:
-                    starts.append((row, position))
-                row += 1
-                if format is None:
-                    waiting.append(line)
-            position += len(line)
-            if position - told > _SEEN_BYTES:
-                seen.add(see_lines(waiting))
-                waiting, told = [], position
-    seen.add(see_lines(waiting))
-    if file.prefix:
-        names = [read_as(name, file.prefix) for name in seen.fields]
-        _check_distinct(names, file)
-        seen.fields = dict(zip(names, seen.fields.values(), strict=True))
-    seen = without_strays(seen, reserved)
-    schema = LINES_SCHEMA if format is not None else seen.schema()
-    bounds = [*starts, (row, position)]
-    pieces = tuple(
-        Piece(
-            name=file.name,
-            start=start,
-            rows=end - start,
-            url=file.url,
-            format="jsonl",
-            offset=offset,
-            end=limit,
-            size=file.size,
-            modified=file.modified,
-            prefix=file.prefix,
-        )
-        for (start, offset), (end, limit) in pairwise(bounds)
-    )
-    return FilePlan(file, row, schema, pieces), seen
-
-
-def _check_format(file: InputFile, start: bytes) -> None:
-    for magic, what in _OTHER_FORMATS.items():
-        if start.startswith(magic):
-            raise UserError(f"{file.url}: is {what}, though its name says JSON lines; convert it")
+        raise UserError(f"{url}: not a readable {format} file: {reason}") from None
 
 
 def _check_distinct(names: Sequence[str], file: InputFile) -> None:

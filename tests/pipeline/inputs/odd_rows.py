@@ -37,6 +37,13 @@ def table(prompt: Any, type: pa.DataType | None = None, **more: Any) -> pa.Table
     return pa.table({"prompt": pa.array(prompt, type), **more})
 
 
+def ipc(rows: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as writer:
+        writer.write_table(rows)
+    return bytes(sink.getvalue())
+
+
 def nested(depth: int) -> str:
     return '{"a":' * depth + "1" + "}" * depth
 
@@ -209,6 +216,12 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
     "no-rows.parquet": (table([], pa.string()), []),
     "no-rows-other-columns.parquet": (pa.table({"y": pa.array([], pa.string())}), []),
     "numbers.jsonl": (jsonl({"prompt": 1.5}, {"prompt": True}), ["MalformedValue"] * 2),
+    "text.csv": (
+        b'\xef\xbb\xbfprompt,csv\r\nx,007\r\n"a ""b""\r\n\r\nc",\r\n"",1\r\nonly\r\n"\xff",2\r\n',
+        [OK, OK, "EmptyPrompt", "MalformedLine", "MalformedLine"],
+    ),
+    "text.tsv": (b'csv\tprompt\n5" disk\tx, y', [OK]),
+    "file.arrow": (ipc(table(["x", None])), [OK, "NullPrompt"]),
     "blanks.jsonl": (jsonl({"prompt": " \n\t"}), [OK]),
     "surrogates.jsonl": (
         jsonl({"prompt": "x"}, {"prompt": "x", "y": "\udfff"}, {"prompt": "\udfff"}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -30,6 +31,13 @@ def parquet(rows: pa.Table = TABLE) -> bytes:
     return bytes(sink.getvalue())
 
 
+def arrow(rows: pa.Table = TABLE) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, rows.schema) as writer:
+        writer.write_table(rows)
+    return bytes(sink.getvalue())
+
+
 TWICE = pa.table([pa.array(["x"]), INT, INT], names=["prompt", "a", "a"])
 LINE = jsonl({"prompt": "x"})
 
@@ -49,7 +57,16 @@ REFUSED = {
     "utf16.jsonl": (LINE.decode().encode("utf-16"), "is text in UTF-16, not UTF-8"),
     "named.jsonl.gz": (gzip.compress(LINE), "compressed files cannot be cut into units"),
     "named.parquet.zst": (b"", "compressed files cannot be cut into units"),
-    "table.csv": (b"prompt\nx", "not one of .parquet, .jsonl, .ndjson"),
+    "table.xlsx": (b"prompt\nx", "not one of .parquet, .jsonl, .ndjson, .json, .csv, .tsv, .arrow"),
+    "named.csv.gz": (gzip.compress(b"prompt\nx"), "compressed files cannot be cut into units"),
+    "gzip.csv": (gzip.compress(b"prompt\nx"), "is compressed with gzip, though its name says CSV"),
+    "no-such-column.csv": (b"a;prompt\n1;x\n", "no column 'prompt'; its columns: a;prompt"),
+    "columns-twice.tsv": (b"prompt\ta\ta\nx\t1\t2\n", "two columns are named 'a'; rename one"),
+    "reserved.csv": (b"prompt,attempts\nx,1\n", "column 'attempts' has the name of an output"),
+    "open-quote.csv": (b'prompt\nx\n"y\nz\n', "line 3: a field begins with a quote that nothing"),
+    "lines.arrow": (LINE * 9, "not a readable Arrow file"),
+    "cut-off.feather": (arrow()[:-20], "not a readable Arrow file"),
+    "no-such-column.arrow": (arrow(pa.table({"q": ["x"]})), "no column 'prompt'; its columns: q"),
     "reserved.parquet": (parquet(table(["x"], completion=INT)), "column 'completion' has the name"),
     "reserved.jsonl": (jsonl({"prompt": "x", "row_id": 1}), "column 'row_id' has the name of an"),
     "columns-twice.parquet": (parquet(TWICE), "two columns are named 'a'; rename one"),
@@ -80,13 +97,37 @@ def test_files_that_are_refused(tmp_path: Path, name: str) -> None:
     for path in (
         file,
         tmp_path / "in" / "*",
-        *([tmp_path / "in"] if file.suffix != ".csv" else []),
+        *([tmp_path / "in"] if file.suffix != ".xlsx" else []),
     ):
         with pytest.raises(UserError) as caught:
             planned(path, tmp_path / "out")
         assert message in str(caught.value)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b'[{"prompt": "x"},\n{"prompt": "y"}]\n',
+            "is one JSON array; .json files are read as JSON l",
+        ),
+        (b'{\n  "prompt": "x"\n}\n', "does not begin with a JSON object on a line"),
+    ],
+)
+def test_a_json_file_is_one_of_lines(tmp_path: Path, content: bytes, message: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    file = folder / "a.json"
+    file.write_bytes(b"\xef\xbb\xbf\n" + LINE + b"[1]\n")
+    assert planned(file, tmp_path / "out").rows == 2
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"{re.escape(str(file))}: {message}"):
+        planned(file, tmp_path / "out")
+    # A folder is not searched for them, since so much else is called .json.
+    (folder / "b.jsonl").write_bytes(LINE)
+    assert planned(folder, tmp_path / "out").rows == 1
 
 
 def test_files_of_odd_names_are_found(tmp_path: Path) -> None:

@@ -109,6 +109,8 @@ def test_every_row_becomes_what_the_table_says(
             continue
         assert rows.num_rows == len(outcomes)
         if isinstance(content, bytes):
+            if not name.lower().endswith("jsonl"):
+                continue
             lines = [line for line in content.split(b"\n") if line.strip()]
             for line, row in zip(lines, rows.to_pylist(), strict=True):
                 assert kept(line.strip(b"\r\n"), row), name

@@ -15,6 +15,7 @@ from pipeline.config.job import S3Config
 from pipeline.errors import UserError
 from pipeline.inputs import source as source_module
 from pipeline.inputs.blocks import UnitRows
+from pipeline.inputs.formats.base import cut_groups
 from pipeline.inputs.joining import bundled, plan_units
 from pipeline.inputs.jsonl import BadLine
 from pipeline.inputs.listing import list_inputs
@@ -25,7 +26,6 @@ from pipeline.inputs.units import (
     RowRange,
     Unit,
     check_columns,
-    cut_row_groups,
     plan_files,
     unit_id,
 )
@@ -36,14 +36,14 @@ S3 = S3Config()
 @settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.integers(0, 50), max_size=20), st.integers(1, 30))
 def test_cuts_cover_every_row_once_in_order(groups: list[int], unit_rows: int) -> None:
-    cuts = cut_row_groups(groups, unit_rows)
+    cuts = cut_groups(groups, unit_rows)
     position = 0
     for cut in cuts:
         assert cut.start == position
         assert 1 <= cut.rows <= unit_rows
-        # skip and row groups describe the same range as start and rows.
-        assert sum(groups[: cut.first_group]) + cut.skip == cut.start
-        assert cut.start + cut.rows <= sum(groups[: cut.end_group])
+        # skip and groups describe the same range as start and rows.
+        assert sum(groups[: cut.offset]) + cut.skip == cut.start
+        assert cut.start + cut.rows <= sum(groups[: cut.end])
         position += cut.rows
     assert position == sum(groups)
 
@@ -51,10 +51,10 @@ def test_cuts_cover_every_row_once_in_order(groups: list[int], unit_rows: int) -
 @settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 30))
 def test_small_row_groups_are_kept_whole(groups: list[int], unit_rows: int) -> None:
-    for cut in cut_row_groups(groups, unit_rows):
-        if cut.end_group - cut.first_group > 1:
+    for cut in cut_groups(groups, unit_rows):
+        if cut.end - cut.offset > 1:
             assert cut.skip == 0
-            assert cut.rows == sum(groups[cut.first_group : cut.end_group])
+            assert cut.rows == sum(groups[cut.offset : cut.end])
 
 
 def test_ids_are_stable_distinct_and_safe() -> None:
