@@ -195,8 +195,6 @@ PLAIN: dict[str, tuple[bytes | pa.Table, list[str]]] = {
         ),
         [OK, OK, "NullPrompt"],
     ),
-    "broken-utf8.parquet": (table(BROKEN_UTF8), [OK, "MalformedText"]),
-    "broken-utf8-elsewhere.parquet": (table(["x", "y"], other=BROKEN_UTF8), [OK, OK]),
     "every-type.parquet": (table(["x", "y"], **EVERY_TYPE), [OK, OK]),
     "nested-columns.parquet": (table(["x"], a=[[{"b": [{"c": {"d": 1}}]}]]), [OK]),
     "odd-columns.parquet": (
@@ -373,6 +371,8 @@ CHAT_ALONE: dict[str, tuple[bytes | pa.Table, list[str]]] = {
     ),
 }
 PLAIN_ALONE: dict[str, tuple[bytes | pa.Table, list[str]]] = {
+    "broken-utf8.parquet": (table(BROKEN_UTF8), [OK, "MalformedText"]),
+    "broken-utf8-elsewhere.parquet": (table(["x", "y"], other=BROKEN_UTF8), [OK, OK]),
     "ten-thousand-columns.parquet": (table(["x"], **{f"c{i}": INT for i in range(10_000)}), [OK]),
     "integers.parquet": (table([7]), ["MalformedPrompt"]),
     "structs.parquet": (table([{"a": "x"}]), ["MalformedPrompt"]),
