@@ -168,10 +168,11 @@ def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
     Raises:
         pa.ArrowInvalid: a value does not fit.
     """
+    there = dict(zip(table.column_names, table.columns, strict=True))
     columns = []
     for field in schema:
-        if field.name in table.column_names:
-            columns.append(_cast(table[field.name], field.type))
+        if field.name in there:
+            columns.append(_cast(there[field.name], field.type))
         else:
             columns.append(pa.chunked_array([pa.nulls(table.num_rows, field.type)]))
     return pa.table(columns, schema=plain(schema)) if columns else without_columns(table.num_rows)
