@@ -11,8 +11,8 @@ from jobs.terminal.console import stop_signals
 
 @pytest.fixture(autouse=True)
 def kept_handlers() -> Iterator[None]:
-    """Signals mean afterwards what they meant before."""
-    before = signal.getsignal(signal.SIGHUP)
+    """As in a terminal, though the tests may run under nohup; afterwards as before."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
