@@ -179,7 +179,7 @@ def test_a_job_of_which_too_many_rows_fail_does_not_succeed(
 
 @pytest.mark.ray
 def test_a_gpu_where_there_is_none(local_ray: None, job_file: JobFile) -> None:
-    message = one_error(call("run", job_file(), "--set", "actors.num_gpus=1"))
+    message = one_error(call("run", job_file(), "--quiet", "--set", "actors.num_gpus=1"))
     assert "needs 1 GPU" in message
 
 
