@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import ctypes
+import signal
 import threading
 
 
@@ -16,7 +17,9 @@ class Interrupt:
         self._thread = threading.current_thread()
 
     def __call__(self) -> None:
-        if self._thread is threading.main_thread():
+        # A process that a script began in the background ignores SIGINT.
+        heard = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        if self._thread is threading.main_thread() and heard:
             _thread.interrupt_main()  # through the handler, and through waits of Ray
         else:
             ident, error = (

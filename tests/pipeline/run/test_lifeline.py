@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,8 +63,10 @@ def test_a_job_that_waits_for_a_dead_ray_ends_with_the_reason() -> None:
     assert done.stderr == said
 
 
+@pytest.mark.parametrize("heard", [signal.default_int_handler, signal.SIG_IGN])
 @pytest.mark.parametrize("main", [True, False])
-def test_a_job_is_interrupted_in_its_own_thread(main: bool) -> None:
+def test_a_job_is_interrupted_in_its_own_thread(main: bool, heard: Any) -> None:
+    """Also where SIGINT is ignored, as in what a script begins in the background."""
     seen: list[str] = []
 
     def job() -> None:
@@ -74,10 +78,12 @@ def test_a_job_is_interrupted_in_its_own_thread(main: bool) -> None:
         except KeyboardInterrupt:
             seen.append(threading.current_thread().name)
 
+    before = signal.signal(signal.SIGINT, heard)
     if main:
         job()
     else:
         thread = threading.Thread(target=job, name="notebook")
         thread.start()
         thread.join()
+    signal.signal(signal.SIGINT, before)
     assert seen == ["MainThread" if main else "notebook"]
