@@ -9,9 +9,10 @@ rows alone are tried again, share one, and each is committed by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
-from pipeline.inputs.units import UNJOINED, FilePlan, Piece, Unit
+from pipeline.inputs.units import UNJOINED, FilePlan, Unit
 
 MOST_PIECES = 256
 """Of a unit. More would swell footers, which name all of them; fewer would make more output files.
@@ -23,6 +24,8 @@ written. More would leave less to actors that get free."""
 
 Bundle = tuple[Unit, ...]
 """Units that are read and handed to an actor together."""
+
+_Item = TypeVar("_Item")
 
 
 def plan_units(files: Sequence[FilePlan], unit_rows: int) -> list[Unit]:
@@ -39,35 +42,37 @@ def plan_units(files: Sequence[FilePlan], unit_rows: int) -> list[Unit]:
     for step in {plan.step for plan in files}:
         most = 1 if step == UNJOINED else MOST_PIECES
         pieces = (piece for plan in files if plan.step == step for piece in plan.pieces)
-        units += [Unit.of(*joined) for joined in _joined(pieces, unit_rows, most)]
+        joined = _neighbours(pieces, lambda piece: piece.rows, unit_rows, most)
+        units += [Unit.of(*each) for each in joined]
     return sorted(units, key=lambda unit: (order[unit.pieces[0].name], unit.pieces[0].start))
-
-
-def _joined(pieces: Iterable[Piece], unit_rows: int, most: int) -> Iterator[list[Piece]]:
-    joined: list[Piece] = []
-    rows = 0
-    for piece in pieces:
-        if joined and (rows + piece.rows > unit_rows or len(joined) == most):
-            yield joined
-            joined, rows = [], 0
-        joined.append(piece)
-        rows += piece.rows
-    if joined:
-        yield joined
 
 
 def bundled(units: Iterable[Unit], most_rows: int) -> list[Bundle]:
     """Units in bundles of neighbours with at most `most_rows` rows to do, or one unit."""
-    bundles: list[Bundle] = []
-    bundle: list[Unit] = []
-    rows = 0
-    for unit in units:
-        if bundle and rows + len(unit.wanted) > most_rows:
-            bundles.append(tuple(bundle))
-            bundle, rows = [], 0
-        bundle.append(unit)
-        rows += len(unit.wanted)
-    return [*bundles, tuple(bundle)] if bundle else bundles
+    bundles = _neighbours(units, lambda unit: len(unit.wanted), most_rows)
+    return [tuple(bundle) for bundle in bundles]
+
+
+def _neighbours(
+    items: Iterable[_Item], rows: Callable[[_Item], int], most_rows: int, most: int | None = None
+) -> Iterator[list[_Item]]:
+    """Neighbours together, as many as have at most `most_rows` rows; at least one, at most `most`.
+
+    Args:
+        items: in their order.
+        rows: how many one has.
+        most_rows, most: of rows and items together; no `most`: any number.
+    """
+    group: list[_Item] = []
+    total = 0
+    for item in items:
+        if group and (total + rows(item) > most_rows or len(group) == most):
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += rows(item)
+    if group:
+        yield group
 
 
 def bundles_in_flight(bundles: Sequence[Bundle], slots: int) -> int:
