@@ -89,7 +89,7 @@ def common(a: pa.DataType, b: pa.DataType) -> pa.DataType:
         return b
     if t.is_struct(a) and t.is_struct(b):
         return _common_struct(a, b)
-    if _is_list(a) and _is_list(b):
+    if is_list(a) and is_list(b):
         value = common(a.value_type, b.value_type)
         large = t.is_large_list(a) or t.is_large_list(b)
         return pa.large_list(value) if large else pa.list_(value)
@@ -123,7 +123,13 @@ def _common_struct(a: pa.StructType, b: pa.StructType) -> pa.StructType:
     return pa.struct(fields)
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a type is of text, short or long."""
+    return bool(t.is_string(kind) or t.is_large_string(kind))
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a type is of lists, short, long or all of one length."""
     return bool(t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind))
 
 

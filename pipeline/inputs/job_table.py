@@ -11,7 +11,15 @@ from pyarrow import types as t
 
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
-from pipeline.inputs.columns import EXACT, JSON_TEXT, NoCommonType, common, is_json_text, settled
+from pipeline.inputs.columns import (
+    EXACT,
+    JSON_TEXT,
+    NoCommonType,
+    common,
+    is_json_text,
+    is_text,
+    settled,
+)
 from pipeline.inputs.json_values import Mixed, Seen
 from pipeline.storage.folder import locate
 
@@ -70,7 +78,7 @@ def _field(name: str, column: _Column, seen: Seen | None, inexact: Inexact) -> p
     try:
         kind = pa.null() if seen is None else seen.kind(inside=False)
     except Mixed:
-        if t.is_null(column.kind) or _is_text(column.kind):
+        if t.is_null(column.kind) or is_text(column.kind):
             return pa.field(name, settled(column.kind), metadata=JSON_TEXT)
         kind = pa.null()  # what Parquet has is certain, and lines must be of it
     kind = _both(name, kind, column.lines, column.kind, column.stored)
@@ -80,10 +88,6 @@ def _field(name: str, column: _Column, seen: Seen | None, inexact: Inexact) -> p
             f"files, which no type holds exactly; {_FIX}"
         )
     return pa.field(name, settled(kind))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(t.is_string(kind) or t.is_large_string(kind))
 
 
 def _both(

@@ -11,7 +11,14 @@ import pyarrow as pa
 from pyarrow import types as t
 
 from pipeline.errors import RowError
-from pipeline.inputs.columns import EXACT, is_json_text, plain, without_columns
+from pipeline.inputs.columns import (
+    EXACT,
+    is_json_text,
+    is_list,
+    is_text,
+    plain,
+    without_columns,
+)
 from pipeline.inputs.listing import read_as
 
 _MAX_DEPTH = 200
@@ -124,7 +131,7 @@ def _misfit(value: Any, kind: pa.DataType, place: str) -> str | None:
     if isinstance(value, list):
         if t.is_fixed_size_list(kind) and len(value) != kind.list_size:
             return f"{place} has {len(value)} items, not {kind.list_size} as in most rows"
-        if t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind):
+        if is_list(kind):
             inner = kind.value_type
             found = (_misfit(v, inner, f"{place}[{i}]") for i, v in enumerate(value))
             return next(filter(None, found), None)
@@ -136,7 +143,7 @@ def _misfit(value: Any, kind: pa.DataType, place: str) -> str | None:
             found = (_misfit(v, fields[key], f"{place}.{key}") for key, v in value.items())
             return next(filter(None, found), None)
     elif isinstance(value, str):
-        if t.is_string(kind) or t.is_large_string(kind):
+        if is_text(kind):
             return None
     elif isinstance(value, bool):
         if t.is_boolean(kind):
@@ -172,7 +179,7 @@ def _in_range(value: int, kind: pa.DataType) -> bool:
 
 def _expected(kind: pa.DataType) -> str:
     """A type in the words of `_KINDS`, or Arrow's."""
-    if t.is_string(kind) or t.is_large_string(kind):
+    if is_text(kind):
         return "text"
     if t.is_boolean(kind):
         return "true or false"
@@ -180,7 +187,7 @@ def _expected(kind: pa.DataType) -> str:
         return "a whole number"
     if t.is_floating(kind):
         return "a number"
-    if t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind):
+    if is_list(kind):
         return "a list"
     return "an object" if t.is_struct(kind) else str(kind)
 
