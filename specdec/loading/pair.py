@@ -14,9 +14,9 @@ from specdec.loading.conversion import model_folder, tokenizer_folder
 from specdec.loading.gguf_header import stored_dtype
 from specdec.loading.heap import keep_freed_memory
 from specdec.loading.sources import ModelSource, PairError, find_model, model_digest
-from specdec.model.attention import UnsupportedModel
 from specdec.model.decoder import PackedDecoder
 from specdec.model.linear import Quantization, is_invariant, pack_linears, packable
+from specdec.model.stock import UnsupportedModel
 
 SHARED_MODULES = ("embed_tokens.weight", "lm_head.weight")
 """Ends of the names of weights that a draft's checkpoint may lack: it uses the target's."""
@@ -150,14 +150,13 @@ class ModelPair:
                     "deterministic: on this processor the linear layers of "
                     f"{quantization or dtype} give a token different bits in different batches"
                 )
-        contexts = [model.config.max_position_embeddings for model in models]
         return cls(
             target=packed[0],
             draft=packed[1] if draft_model is not None else None,
             tokenizer=tokenizer,
             vocab_size=vocab_size,
-            context_length=contexts[0],
-            draft_context_length=contexts[-1],
+            context_length=packed[0].context_length,
+            draft_context_length=packed[-1].context_length,
             eos_token_ids=_eos_token_ids(target_model, tokenizer),
             description={
                 "target": _describe(target_source, target_model),

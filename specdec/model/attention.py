@@ -22,16 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from specdec.model.cache import LayerLayout
-from specdec.model.packing import LayoutProbe, Packing
+from specdec.model.packing import Packing
 from specdec.model.rows import PackedRow
 
 ATTENTION = "specbatch_packed"
 """The name under which transformers knows `packed_attention`."""
-
-
-class UnsupportedModel(ValueError):
-    """An architecture that cannot run packed; the message says why."""
 
 
 def packed_attention(
@@ -41,11 +36,13 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
-    packing: Packing | LayoutProbe | None = None,
-    **kwargs: Any,
+    *,
+    packing: Packing,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of a packed batch, called by each transformers attention layer.
+
+    How far back a token may look is the layer's `LayerLayout.window`, whatever the layer says here.
 
     Args:
         query: [1, H, N, D]; key: [1, Hkv, N, D]; value: [1, Hkv, N, Dv]; after rotary embedding.
@@ -54,27 +51,14 @@ def packed_attention(
     Returns:
         [1, N, H, Dv] and None.
     """
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedModel(
-                f"its attention uses {name}, which packed attention does not have"
-            )
-    if packing is None:
-        raise UnsupportedModel("it does not pass keyword arguments on to its attention layers")
     layer: int = module.layer_idx  # type: ignore[assignment]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attend(packing, layer, q, k, v, scale, sliding_window)[None], None
+    return attend(packing, layer, q, k, v, scale)[None], None
 
 
 def attend(
-    packing: Packing | LayoutProbe,
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    window: int | None,
+    packing: Packing, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Tensor:
     """Write N keys and values to their slots and let each token attend to its own slot.
 
@@ -83,22 +67,17 @@ def attend(
         layer: index of the layer in the cache.
         query: [N, H, D]; key: [N, Hkv, D]; value: [N, Hkv, Dv]; after rotary embedding.
         scale: of the scores.
-        window: positions that a token may look back, itself included; None: all.
 
     Returns:
         [N, H, Dv].
     """
-    if isinstance(packing, LayoutProbe):
-        packing.layers[layer] = LayerLayout(key.shape[1], key.shape[2], value.shape[2])
-        return query.new_zeros(*query.shape[:2], value.shape[2])
     packing.cache.write(layer, key, value, packing.slots, packing.positions)
-    return attend_stored(packing, layer, query, scale, window)
+    return attend_stored(packing, layer, query, scale)
 
 
-def attend_stored(
-    packing: Packing, layer: int, query: Tensor, scale: float, window: int | None
-) -> Tensor:
+def attend_stored(packing: Packing, layer: int, query: Tensor, scale: float) -> Tensor:
     """As `attend`, for tokens whose keys and values are in their slots already."""
+    window = packing.cache.layout[layer].window
     keys, values = packing.cache.keys[layer], packing.cache.values[layer]
     kernels = packing.kernels if query.dtype == keys.dtype else None
     if kernels is None and not packing.long:

@@ -21,11 +21,17 @@ Raised, caches grow less often, and short rows pay for more positions that are e
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """What one layer caches per position: `heads` times key_dim and value_dim numbers."""
+    """What one layer caches per position, and how much of it a token attends to.
+
+    Attributes:
+        heads, key_dim, value_dim: `heads` times key_dim and value_dim numbers per position.
+        window: positions that a token looks back, itself included; None: all.
+    """
 
     heads: int
     key_dim: int
     value_dim: int
+    window: int | None = None
 
 
 def round_to_blocks(positions: int) -> int:

@@ -17,24 +17,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.model.attention import ATTENTION, UnsupportedModel
-from specdec.model.cache import SlotCache
+from specdec.model.attention import ATTENTION
+from specdec.model.cache import LayerLayout, SlotCache
+from specdec.model.check import Reference
 from specdec.model.fused import fuse_layers
 from specdec.model.graphs import RecordingFailed, Recordings, record
-from specdec.model.packing import LayoutProbe, Packing
+from specdec.model.masks import layer_layouts, short_windows
+from specdec.model.packing import Packing
 from specdec.model.rows import Row
+from specdec.model.stock import StockModel, UnsupportedModel, context_length
 
-CPU_CHECK = 9
-"""Tokens of each row that a model on a CPU is checked with: enough to roll back and go on.
+STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+"""Kinds of layers, as configs name them, whose state runs on and cannot be rolled back."""
 
-Raised, loading takes longer. An odd number fills no block of a kernel.
-"""
-
-GPU_CHECK = 401
-"""Tokens of each row that a model on a GPU is checked with: several blocks of its kernels.
-
-Raised, loading takes longer; at 64 or less only one block of keys would be checked.
-"""
+ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers that attend to what came before, as far as their masks say."""
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +52,25 @@ class PackedDecoder:
     def __init__(
         self, model: PreTrainedModel, *, invariant: bool = False, fuse: bool = False
     ) -> None:
+        name = type(model).__name__
         self.model, self.invariant = model, invariant
         self.use_kernels = True
         self.recordings: Recordings | None = None
-        embedding: Any = model.get_input_embeddings()
-        self.device: torch.device = embedding.weight.device
         self.dtype: torch.dtype = model.dtype
-        self.vocab_size: int = self._lm_head().weight.shape[0]
-        _refuse_by_config(model)
-        self._check_against_plain(fuse)
+        self.layout: tuple[LayerLayout, ...] = ()
+        try:
+            _refuse_by_config(model)
+            self._stock = StockModel(model)
+            self.context_length = context_length(model.config)
+            embedding: Any = model.get_input_embeddings()
+            self.device: torch.device = embedding.weight.device
+            self.vocab_size: int = self._stock.head.weight.shape[0]
+            self._pack_and_check(fuse)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"{name} cannot run packed: {error}") from error
+        except Exception as error:  # whatever code of an architecture that nobody here knows raises
+            reason = f"{type(error).__name__}: {error}"
+            raise UnsupportedModel(f"{name} cannot run packed: {reason}") from error
         if self.device.type == "cuda" and self.use_kernels:
             self.recordings = Recordings(record)
 
@@ -96,11 +103,7 @@ class PackedDecoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [M, V] of hidden states [M, hidden]."""
-        logits: Tensor = self._lm_head()(hidden)
-        return logits
-
-    def _lm_head(self) -> Any:
-        return self.model.get_output_embeddings()
+        return self._stock.logits(hidden)
 
     def _recorded(self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor) -> Tensor | None:
         """What `forward` returns, if it can be recorded, as it is when its size first comes."""
@@ -117,100 +120,87 @@ class PackedDecoder:
         """Hidden states of tokens [N] at places [2, N] in rows [R, 4]."""
         return self._run(tokens, places[1], Packing.of_places(cache, places, rows))
 
-    def _run(self, tokens: Tensor, positions: Tensor, packing: Packing | LayoutProbe) -> Tensor:
-        out = self.model.base_model(
+    def _run(self, tokens: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        out = self._stock.decoder(
             input_ids=tokens[None], position_ids=positions[None], use_cache=False, packing=packing
         )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
     @torch.inference_mode()
-    def _check_against_plain(self, fuse: bool) -> None:
-        """Run two interleaved rows packed and plain; refuse a model whose logits differ.
+    def _pack_and_check(self, fuse: bool) -> None:
+        """Have the model run packed; refuse it if that gives other logits than its plain forward.
 
-        In between, decoder layers are fused if asked. The comparison catches whatever an
-        architecture does that packed attention or a fused layer does not know of, and a GPU whose
-        kernels are not what they were when they were written.
+        Decoder layers are fused if asked. Both forwards run with short windows, which a short text
+        is longer than.
         """
-        name, config = type(self.model).__name__, self.model.config
-        on_gpu = self.device.type == "cuda"
-        length = min(GPU_CHECK, config.max_position_embeddings) if on_gpu else CPU_CHECK
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.vocab_size, (2, length), generator=generator).to(self.device)
-        try:
-            self.model.set_attn_implementation("sdpa")
-            plain = self.model(tokens, use_cache=False).logits.float()
+        layout = layer_layouts(self._stock)
+        with short_windows(self.model.config):
+            windows = any(layer.window for layer in layout)
+            self.layout = layer_layouts(self._stock) if windows else layout
+            reference = Reference.of(self.model, self.vocab_size, self.context_length)
             self.model.set_attn_implementation(ATTENTION)
             if fuse:
-                fuse_layers(self.model)
-            probe = LayoutProbe()
-            self._run(tokens[0], torch.arange(length, device=self.device), probe)
-            self.layout = tuple(probe.layers[i] for i in range(len(probe.layers)))
+                fuse_layers(self._stock.decoder)
+            on_gpu = self.device.type == "cuda"
             if on_gpu:
                 one_device = len({parameter.device for parameter in self.model.parameters()}) == 1
-                self.use_kernels = one_device and self._kernels_agree(tokens, plain)
+                self.use_kernels = one_device and self._kernels_agree(reference)
             checked = on_gpu and self.use_kernels
-            problem = "" if checked else self._difference(tokens, plain)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UnsupportedModel(f"{name} cannot run packed: {error}") from error
+            problem = "" if checked else self._difference(reference)
         if problem:
-            raise UnsupportedModel(f"{name} cannot run packed: {problem}")
+            raise UnsupportedModel(problem)
+        self.layout = layout
 
-    def _kernels_agree(self, tokens: Tensor, plain: Tensor) -> bool:
+    def _kernels_agree(self, reference: Reference) -> bool:
         """Whether a GPU's kernels run here and give the logits that they should."""
         try:
-            problem = self._difference(tokens, plain)
+            problem = self._difference(reference)
         except Exception as error:  # a compiler that does not work here may raise anything
             problem = str(error)
         if problem:
             log.warning("layers run without GPU kernels, which is slower: %s", problem)
         return not problem
 
-    def _difference(self, tokens: Tensor, plain: Tensor) -> str:
-        """What two rows [2, n] run packed differ from `plain` by; "" if that is rounding."""
-        n = tokens.shape[1]
-        cache = self.new_cache(2, n)
-        self.forward(cache, [(0, n - 4), (1, n - 6)], torch.cat([tokens[0, :-4], tokens[1, :-6]]))
-        cache.rollback(0, n - 5)
-        rest = torch.cat([tokens[1, -6:], tokens[0, -5:]])
-        hidden = self.forward(cache, [(1, 6), (0, 5)], rest)
-        cache.rollback(0, n - 1)
-        alone = self.forward(cache, [(0, 1)], tokens[0, -1:])
-        packed = self.logits(torch.cat([hidden, alone])).float()
-        expected = torch.cat([plain[1, -6:], plain[0, -5:], plain[0, -1:]])
-        # Two right forwards of SmolLM2-135M differ by 0.03 to 0.1 in bfloat16, by 1e-5 in float32.
-        tolerance = 1e-3 if self.dtype == torch.float32 else 0.25
-        gap = ((packed - expected).square().mean().sqrt() / expected.std()).item()
-        if gap < tolerance:
-            return ""
-        return (
-            f"its logits differ from the plain forward's by {gap:.2g} standard deviations "
-            f"(at most {tolerance:g} is rounding)"
-        )
+    def _difference(self, reference: Reference) -> str:
+        """What two interleaved rows run packed differ by from the plain; "" if that is rounding."""
+        m, n = map(len, reference.rows)
+        steps = [(0, 0, m - 4), (1, 0, n - 6)], [(1, n - 6, 6), (0, m - 5, 5)], [(0, m - 1, 1)]
+        cache, found, places = self.new_cache(2, m), [], []
+        for step in steps:  # each of rows (slot, length that it is rolled back to, more tokens)
+            for slot, length, _ in step:
+                cache.rollback(slot, length)
+            tokens = [reference.rows[slot][at : at + count] for slot, at, count in step]
+            rows = [(slot, count) for slot, _, count in step]
+            hidden = self.forward(cache, rows, torch.cat(tokens))
+            if not found:
+                self._stock.find_what_follows_the_head(hidden[:4])
+            at = [(slot, place) for slot, at, count in step for place in range(at, at + count)]
+            kept = [i for i, place in enumerate(at) if reference.has(*place)]
+            found.append(self.logits(hidden[kept]))
+            places += [at[i] for i in kept]
+        return reference.difference(torch.cat(found), places)
 
 
 def _refuse_by_config(model: PreTrainedModel) -> None:
     """Refuse what is known not to work, with the reason."""
-    name, config = type(model).__name__, model.config
+    config = model.config.get_text_config()
     if config.is_encoder_decoder:
-        raise UnsupportedModel(f"{name} is an encoder-decoder; specbatch runs decoder-only models")
-    recurrent = set(getattr(config, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
-    if recurrent or getattr(model, "_is_stateful", False):
-        kind = ", ".join(sorted(recurrent)) or "recurrent layers"
+        raise UnsupportedModel("it is an encoder-decoder; specbatch runs decoder-only models")
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds & STATES or getattr(model, "_is_stateful", False):
+        kind = ", ".join(sorted(kinds & STATES)) or "recurrent layers"
         raise UnsupportedModel(
-            f"{name} has {kind}: state that cannot be rolled back to before a rejected candidate"
+            f"it has {kind}: state that cannot be rolled back to before a rejected candidate"
         )
+    if others := sorted(kinds - ATTENTIONS):
+        raise UnsupportedModel(f"it has layers of {others[0]}, which specbatch does not know")
     rope = getattr(config, "rope_parameters", None) or {}
     for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         if each.get("rope_type") in ("dynamic", "longrope"):
             raise UnsupportedModel(
-                f"{name} has {each['rope_type']} rotary embeddings, which give a row other angles "
+                f"it has {each['rope_type']} rotary embeddings, which give a row other angles "
                 "when a longer row is in the same forward"
             )
     if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModel(
-            f"{name} does not take its attention from transformers' AttentionInterface"
-        )
+        raise UnsupportedModel("it does not take its attention from AttentionInterface")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from specdec.kernels.base import LayerKernels
 from specdec.model.attention import attend, attend_stored
-from specdec.model.packing import LayoutProbe, Packing
+from specdec.model.packing import Packing
 
 FUSIBLE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 """transformers' layers that compute what `FusedLayer` does."""
@@ -37,9 +37,6 @@ class FusedLayer(nn.Module):
         self.query_heads = attention.q_proj.out_features // self.head_dim
         self.key_heads = attention.k_proj.out_features // self.head_dim
         self.scale: float = attention.scaling
-        # Some attentions know their window, the others ask the configuration in every forward.
-        knows = attention if hasattr(attention, "sliding_window") else attention.config
-        self.window: int | None = getattr(knows, "sliding_window", None)
         self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.epsilon: float = self.input_norm.variance_epsilon
         self.query_norm = getattr(attention, "q_norm", None)
@@ -55,7 +52,7 @@ class FusedLayer(nn.Module):
         self,
         x: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        packing: Packing | LayoutProbe,
+        packing: Packing,
         **_: object,
     ) -> Tensor:
         """One layer over N packed tokens.
@@ -68,7 +65,7 @@ class FusedLayer(nn.Module):
         Returns:
             [1, N, hidden].
         """
-        if self.is_silu and isinstance(packing, Packing) and packing.kernels is not None:
+        if self.is_silu and packing.kernels is not None:
             return self._with_kernels(packing.kernels, x, position_embeddings, packing)
         heads = self.qkv(self.input_norm(x))[0].unflatten(-1, (-1, self.head_dim))
         turning = heads[:, : self.query_heads + self.key_heads]
@@ -78,7 +75,7 @@ class FusedLayer(nn.Module):
         turned = _rotated(turning, *position_embeddings)
         query, key = turned[:, : self.query_heads], turned[:, self.query_heads :]
         value = heads[:, self.query_heads + self.key_heads :]
-        mixed = attend(packing, self.layer_idx, query, key, value, self.scale, self.window)
+        mixed = attend(packing, self.layer_idx, query, key, value, self.scale)
         x = x + self.output(mixed.flatten(1))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         y: Tensor = x + self.down(self.activation(gate) * up)
@@ -103,7 +100,7 @@ class FusedLayer(nn.Module):
             heads, angles[0][0], angles[1][0], norms,
             cache.keys[layer], cache.values[layer], packing.slots, packing.positions,
         )  # fmt: skip
-        mixed = attend_stored(packing, layer, heads[:, : self.query_heads], self.scale, self.window)
+        mixed = attend_stored(packing, layer, heads[:, : self.query_heads], self.scale)
         more = self.output.forward(mixed.view(len(flat), -1))
         normed = kernels.add_norm(flat, more, self.mlp_norm.weight, self.epsilon)
         flat.add_(self.down.forward(kernels.gate(self.gate_up.forward(normed))))
@@ -133,9 +130,9 @@ def _together(parameters: list[Tensor]) -> nn.Parameter:
     return nn.Parameter(torch.cat([each.data for each in parameters]), requires_grad=False)
 
 
-def fuse_layers(model: Any) -> None:
-    """Replace the decoder layers of `model` in place where they are known and on one device."""
-    layers = getattr(model.base_model, "layers", None)
+def fuse_layers(decoder: Any) -> None:
+    """Replace the layers of `decoder` in place where they are known and on one device."""
+    layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         return
     for i, layer in enumerate(layers):

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from specdec.kernels.base import LayerKernels
-from specdec.model.cache import LayerLayout, SlotCache
+from specdec.model.cache import SlotCache
 from specdec.model.grid import Grid
 from specdec.model.rows import PackedRow, Row, cut_rows, packed_rows, upload
 
@@ -84,10 +84,3 @@ class Packing:
                 self.short, len(self.slots), self.invariant, self.cache.device
             )
         return self._grid
-
-
-class LayoutProbe:
-    """Stands in for a `Packing` once, to see what each attention layer caches."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, LayerLayout] = {}

@@ -23,10 +23,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from specdec.model.attention import UnsupportedModel
 from specdec.model.cache import KEY_BLOCK, SlotCache
 from specdec.model.decoder import PackedDecoder
 from specdec.model.packing import GRID_TOKENS
+from specdec.model.stock import UnsupportedModel
 from tests.specdec.tiny_models import VOCAB, seeded, tiny_model
 
 WINDOW = 12
@@ -287,9 +287,10 @@ UNSUPPORTED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         ),
         "AttentionInterface",
     ),
-    "logits scaled after the head": (
-        lambda: tiny_model("cohere"),
-        "differ from the plain forward",
+    "a mask that depends on the values": (lambda: tiny_model("doge"), "a mask of its own"),
+    "chunks instead of windows": (
+        lambda: tiny_model("llama4_text", layer_types=["chunked_attention", "full_attention"]),
+        "neither causal nor a window",
     ),
     "capped attention logits": (lambda: AutoModelForCausalLM.from_config(gemma2()), "Gemma2"),
 }

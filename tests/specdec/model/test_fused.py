@@ -9,9 +9,9 @@ from torch import nn
 
 from specdec.kernels.cpu import CpuKernels
 from specdec.model import fused
-from specdec.model.attention import UnsupportedModel
 from specdec.model.decoder import PackedDecoder
 from specdec.model.fused import FusedLayer, fuse_layers
+from specdec.model.stock import UnsupportedModel
 from tests.specdec.model.test_decoder import FAMILIES, FUSED
 from tests.specdec.tiny_models import tiny_model
 
@@ -39,7 +39,7 @@ def test_nothing_is_fused_unless_asked() -> None:
 def test_weights_are_taken_over_not_kept_twice() -> None:
     model = tiny_model("qwen2")
     before = {p.data_ptr(): p.numel() for p in model.parameters()}
-    fuse_layers(model)
+    fuse_layers(model.base_model)
     after = {p.data_ptr(): p.numel() for p in model.parameters()}
     assert sum(after.values()) == sum(before.values())
 
@@ -62,7 +62,7 @@ def test_a_layer_that_is_not_quite_known_is_left_alone(family: str, change: str)
         layer.self_attn.v_proj.bias = nn.Parameter(torch.zeros(width)) if bias is None else None
     else:
         layer._hf_hook = object()
-    fuse_layers(model)
+    fuse_layers(model.base_model)
     assert not isinstance(model.base_model.layers[0], FusedLayer)
     assert isinstance(model.base_model.layers[1], FusedLayer)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from specdec.engine.engine import Engine
 from specdec.kernels.cpu import CpuKernels
 from specdec.model.cache import SlotCache
+from specdec.model.check import Reference
 from specdec.model.decoder import PackedDecoder
 from specdec.model.graphs import LARGEST, Recorder, RecordingFailed, Recordings, padded, record
 from specdec.policies.registry import make_policy
@@ -224,9 +225,8 @@ def test_kernels_that_do_not_work_here_are_left_out(
             arguments[-1].zero_()
 
     found = PackedDecoder(tiny_model().to(DEVICE))
-    tokens = torch.randint(90, (2, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    plain = tiny_model().to(DEVICE)(tokens).logits
-    assert found._kernels_agree(tokens, plain)
+    reference = Reference.of(tiny_model().to(DEVICE), found.vocab_size, found.context_length)
+    assert found._kernels_agree(reference)
     monkeypatch.setattr("specdec.model.cache.layer_kernels", lambda *_: Broken())
-    assert not found._kernels_agree(tokens, plain)
+    assert not found._kernels_agree(reference)
     assert caplog.text.count("layers run without GPU kernels") == 1

@@ -1,0 +1,190 @@
+"""What a model is compared with when it is loaded: its own plain forward, and how exact that is.
+
+The comparison catches whatever an architecture does that packed attention or a fused layer does
+not know of, and a GPU whose kernels are not what they were when they were written.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+CPU_CHECK = (133, 30)
+"""Tokens of the two rows that a model on a CPU is checked with.
+
+The first is longer than KEY_BLOCK, the second begins within GRID_TOKENS; both are longer than the
+windows. Raised, loading takes longer.
+"""
+
+GPU_CHECK = (401, 130)
+"""Tokens of the two rows that a model on a GPU is checked with: several blocks of its kernels.
+
+Raised, loading takes longer; at 64 or less only one block of keys would be checked.
+"""
+
+TAIL = 16
+"""How many of the last tokens of each row are compared.
+
+Raised, more of the rows is compared, and the LM head takes longer.
+"""
+
+SPREAD = 3.0
+"""Least standard deviation of the logits that are compared: what trained models have.
+
+Flatter ones, of random models, are spread to it, since nothing shows in them.
+"""
+
+FLOOR = 1e-3
+"""Total variation between the distributions of two right forwards in float32, at most.
+
+SmolLM2-135M has 1e-5. Raised, a wrong forward may pass.
+"""
+
+MARGIN = 3.0
+"""How much further than a half-precision forward is from float32 a packed one may be from it.
+
+Two independent roundings are 1.4 times as far from each other as from the truth.
+"""
+
+WORST_MARGIN = 10.0
+"""The same for the one token that differs most: rounding may send it to another expert.
+
+Raised, a forward that is wrong for single tokens may pass in half precision.
+"""
+
+USUAL_NOISE = 0.02
+"""Total variation that half precision costs where it cannot be measured, as in quantised models."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the plain forward gives for two rows, and how far it is from full precision.
+
+    Attributes:
+        rows: tokens of each row, int64 [n].
+        logits: of the last TAIL tokens of each row, float32 [TAIL, V].
+        noise: mean and largest total variation between these and the same in float32.
+    """
+
+    rows: tuple[Tensor, Tensor]
+    logits: tuple[Tensor, Tensor]
+    noise: tuple[float, float]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, vocab_size: int, context: int) -> Reference:
+        """That of a model with an attention implementation of transformers."""
+        device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+        lengths = GPU_CHECK if device.type == "cuda" else CPU_CHECK
+        draw = torch.Generator().manual_seed(0)
+        first, second = (
+            torch.randint(vocab_size, (min(n, context),), generator=draw).to(device)
+            for n in lengths
+        )
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        logits = _tail(model, first), _tail(model, second)
+        return cls((first, second), logits, _noise(model, (first, second), torch.cat(logits)))
+
+    def has(self, row: int, place: int) -> bool:
+        """Whether the token at a place of a row is one of those that are compared."""
+        return place >= len(self.rows[row]) - TAIL
+
+    def difference(self, packed: Tensor, places: Sequence[tuple[int, int]]) -> str:
+        """What packed logits differ by from the plain ones; "" if that is rounding.
+
+        Args:
+            packed: [m, V].
+            places: row and place in it of each; `has` says which are known.
+        """
+        expected = torch.stack(
+            [self.logits[row][place - len(self.rows[row])] for row, place in places]
+        )
+        mean, most = distance(packed, expected)
+        limits = FLOOR + MARGIN * self.noise[0], FLOOR + WORST_MARGIN * self.noise[1]
+        if mean < limits[0] and most < limits[1]:
+            return ""
+        return (
+            f"its distributions differ from the plain forward's by {mean:.2g} in total variation, "
+            f"{most:.2g} at most ({limits[0]:.2g} and {limits[1]:.2g} would be rounding)"
+        )
+
+
+def distance(logits: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Mean and largest total variation between the distributions of logits [m, V].
+
+    Both are spread to the standard deviation of a trained model if `expected` is flatter.
+    """
+    expected = expected.float()
+    factor = (SPREAD / expected.std().clamp(min=1e-6)).clamp(min=1)
+    p, q = ((each.float() * factor).softmax(-1) for each in (logits, expected))
+    variation = (p - q).abs().sum(-1) / 2
+    # A comparison with NaN is false, so that a model that gives NaN is refused.
+    return variation.mean().item(), variation.max().item()
+
+
+def _tail(model: Any, tokens: Tensor) -> Tensor:
+    # Most models can leave out the LM head's work for the rest.
+    fewer = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    options = {"logits_to_keep": TAIL} if fewer else {}
+    logits: Tensor = model(input_ids=tokens[None], use_cache=False, **options).logits
+    return logits[0, -TAIL:].float()
+
+
+def _noise(
+    model: PreTrainedModel, rows: tuple[Tensor, Tensor], logits: Tensor
+) -> tuple[float, float]:
+    """Mean and largest total variation between `logits` and those of full precision."""
+    if model.dtype == torch.float32:
+        return 0.0, 0.0
+    parameters = list(model.parameters())
+    if all(p.dtype.itemsize >= 2 and p.device.type != "meta" for p in parameters):
+        try:
+            with full_precision(model):
+                exact = torch.cat([_tail(model, row) for row in rows])
+            return distance(logits, exact)
+        except RuntimeError:  # a module that multiplies with another one's weights
+            pass
+    return USUAL_NOISE, 4 * USUAL_NOISE
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Within, each module computes in float32, its weights converted while it runs."""
+    kept: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+
+    def widen(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        kept[module] = [(each, each.data) for each in own if _is_half(each)]
+        for each, data in kept[module]:
+            each.data = data.float()
+        return tuple(map(_widened, args)), {name: _widened(each) for name, each in kwargs.items()}
+
+    def narrow(module: nn.Module, *_: object) -> None:
+        for each, data in kept.pop(module):
+            each.data = data
+
+    hooks = []
+    for module in model.modules():
+        hooks.append(module.register_forward_pre_hook(widen, with_kwargs=True))
+        hooks.append(module.register_forward_hook(narrow))
+    try:
+        yield
+    finally:
+        for module in list(kept):
+            narrow(module)
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_half(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize == 2
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if _is_half(value) else value
