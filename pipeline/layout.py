@@ -80,6 +80,11 @@ in a job on another job's output, `input.prefix` renames them. Types: `commit.sc
 _TABLE = ".parquet"
 
 
+def is_added(name: str) -> bool:
+    """Whether a column has the name of an `ADDED_COLUMNS`. DuckDB and Spark tell no capitals."""
+    return name.lower() in ADDED_COLUMNS
+
+
 def completions(unit: str) -> str:
     """A unit's completions file."""
     return f"{COMPLETIONS}/{unit}{_TABLE}"

@@ -14,11 +14,11 @@ import pyarrow as pa
 
 from pipeline.errors import RowError, UserError
 from pipeline.inputs.blocks import UnitRows
-from pipeline.inputs.columns import taken
+from pipeline.inputs.columns import plain, taken
 from pipeline.inputs.jsonl import RAW_LINE
 from pipeline.inputs.row_ids import ROW_ID
 from pipeline.inputs.units import FilePlan
-from pipeline.layout import ADDED_COLUMNS
+from pipeline.layout import is_added
 from specdec.request import Completion
 
 COMPLETION_COLUMNS: dict[str, pa.DataType] = {
@@ -79,11 +79,11 @@ def check_reserved(plans: Iterable[FilePlan]) -> None:
     """
     for plan in plans:
         for name in plan.schema.names:
-            if name in ADDED_COLUMNS:
+            if is_added(name):
                 raise UserError(
-                    f"{plan.file.url}: column {name!r} has the name of an output column; rename it "
-                    f"in the input, or, if another job wrote it, set input.prefix: with input_ it "
-                    f"is read as {'input_' + name!r}"
+                    f"{plan.file.url}: column {name!r} has the name of an output column "
+                    "(capitals do not count); rename it in the input, or, if another job wrote it, "
+                    f"set input.prefix: with input_ it is read as {'input_' + name!r}"
                 )
 
 
@@ -92,6 +92,12 @@ def by_sample(outcomes: Outcomes) -> Iterator[tuple[int, int, Outcome]]:
     for index, samples in enumerate(outcomes):
         for sample, outcome in enumerate(samples):
             yield index, sample, outcome
+
+
+def completions_schema(table: pa.Schema) -> pa.Schema:
+    """The columns of `completions/` in a job whose input is this table."""
+    added = ((name, type) for name, type in COMPLETION_COLUMNS.items())
+    return pa.schema([(ROW_ID, pa.string()), *plain(table), *added])
 
 
 def completions_table(rows: UnitRows, outcomes: Outcomes) -> pa.Table:

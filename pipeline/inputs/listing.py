@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
-from pipeline.layout import ADDED_COLUMNS
+from pipeline.layout import JOB, is_added
 from pipeline.storage.folder import check_access, find_files, locate
-from pipeline.storage.search import StoredFile
+from pipeline.storage.search import Found, StoredFile
 
 FORMATS = {
     ".parquet": "parquet",
@@ -31,6 +31,17 @@ _COMPRESSED = re.compile(
 )
 _NOT_MEANT = re.compile(r"\.json(\.\w+)?$|(^|/)cache-[^/]*\.arrow$", re.I)
 """What a folder may have beside its data: what describes it, and what `datasets` keeps there."""
+
+_MORE_THAN_DATA = {
+    re.compile(
+        rf"(.*/)?{re.escape(JOB)}"
+    ): "the whole output of a job: name its completions/ instead",
+    re.compile(r"(.*/)?(_delta_log|\.hoodie)/.*|.*\.metadata\.json"): (
+        "a Delta, Hudi or Iceberg table, which keeps files that are no more part of it: export the "
+        "version that you want, or name its files"
+    ),
+}
+"""Folders whose files are not all rows that somebody wants, by a file that is in them."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ def read_as(name: str, prefix: str) -> str:
         name: in the file.
         prefix: what comes before the names of columns that an earlier job added; empty: nothing.
     """
-    return prefix + name if name in ADDED_COLUMNS else name
+    return prefix + name if is_added(name) else name
 
 
 def list_inputs(
@@ -85,11 +96,16 @@ def list_inputs(
     check_access(s3, *patterns)
     found: dict[str, InputFile] = {}
     for pattern in patterns:
-        for file in _matches(pattern, s3):
-            found.setdefault(file.url, file)
+        # A file that links lead to, too, is read once, under its own name.
+        for file in sorted(_matches(pattern, s3), key=lambda file: os.path.islink(file.url)):
+            found.setdefault(_real(file.url), file)
     shared = {name for name, n in Counter(f.name for f in found.values()).items() if n > 1}
     files = [_distinct(f) if f.name in shared else f for f in found.values()]
     return sorted((replace(f, prefix=prefix or "") for f in files), key=lambda f: f.name)
+
+
+def _real(url: str) -> str:
+    return os.path.realpath(url) if os.path.islink(url) else url
 
 
 def _distinct(file: InputFile) -> InputFile:
@@ -102,6 +118,7 @@ def _matches(pattern: str, s3: S3Config) -> list[InputFile]:
     found = find_files(pattern, s3)
     if found.kind == "nothing":
         raise UserError(f"input.paths: {pattern}: no such file or folder")
+    _check_is_data(pattern, found)
     files = [
         _input_file(file)
         for file in found.files
@@ -113,6 +130,23 @@ def _matches(pattern: str, s3: S3Config) -> list[InputFile]:
             f"input.paths: {pattern}: no files match this {found.kind} (looking for {_EXTENSIONS})"
         )
     return files
+
+
+def _check_is_data(pattern: str, found: Found) -> None:
+    """Check that a folder holds data alone, and that a glob leaves no folder of data out."""
+    if found.kind == "folder":
+        for file in found.files:
+            for sign, what in _MORE_THAN_DATA.items():
+                at = sign.fullmatch(file.name)
+                if at and not _hidden(at[1] or ""):
+                    where = os.path.join(pattern, at[1] or "").rstrip("/")
+                    raise UserError(f"input.paths: {where}: is {what}")
+    for folder in found.folders:
+        if _extension(folder) in FORMATS:
+            raise UserError(
+                f"input.paths: {pattern}: matches the folder {folder}, and a glob names files; "
+                "write /* behind it, or name the folder above"
+            )
 
 
 def _extension(path: str) -> str:

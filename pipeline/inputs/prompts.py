@@ -244,6 +244,8 @@ def row_sampling(
 
 def _override(cell: Any) -> dict[str, Any]:
     if isinstance(cell, str):
+        if not cell.strip():
+            return {}  # CSV has no null
         try:
             cell = json.loads(cell)
         except (ValueError, RecursionError):

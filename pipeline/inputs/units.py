@@ -304,8 +304,8 @@ def readable(url: str, format: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(
-            f"{url}: was there when the input was listed, but is gone; restore it, and run the "
-            "same command again"
+            f"{url}: is gone since the input was listed, or is a link that leads nowhere; restore "
+            "it, and run the same command again"
         ) from None
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:

@@ -132,7 +132,7 @@ def is_local(url: str) -> bool:
     return not url.startswith("s3://")
 
 
-def _plain(url: str) -> str:
+def plain_url(url: str) -> str:
     """A path or an s3:// URL of what a user wrote.
 
     Raises:
@@ -160,7 +160,7 @@ def open_folder(url: str, s3: S3Config) -> Folder:
     Raises:
         UserError: another scheme.
     """
-    url = _plain(url)
+    url = plain_url(url)
     return LocalFolder(url, s3) if is_local(url) else S3Folder(url, s3)
 
 
@@ -177,7 +177,7 @@ def reach_folder(url: str, s3: S3Config) -> Folder:
 
 def locate(url: str, s3: S3Config) -> tuple[Folder, str]:
     """A folder that a file is in, and the file's name there. On S3 that is the bucket."""
-    url = _plain(url)
+    url = plain_url(url)
     if not is_local(url):
         bucket, key = s3_client.bucket_and_key(url)
         return open_folder(f"s3://{bucket}", s3), key
@@ -191,7 +191,7 @@ def find_files(pattern: str, s3: S3Config) -> Found:
     Raises:
         UserError: another scheme, or storage refuses.
     """
-    pattern = _plain(pattern)
+    pattern = plain_url(pattern)
     return local.find_files(pattern) if is_local(pattern) else on_s3.find_files(pattern, s3)
 
 
@@ -204,7 +204,7 @@ def resolved(s3: S3Config, *urls: str) -> S3Config:
         s3: the job's settings.
         urls: what is to be reached; if none of it is on S3, `s3` is returned as it is.
     """
-    return s3 if all(map(is_local, map(_plain, urls))) else s3_client.resolved(s3)
+    return s3 if all(map(is_local, map(plain_url, urls))) else s3_client.resolved(s3)
 
 
 def check_access(s3: S3Config, *urls: str) -> None:
@@ -214,7 +214,7 @@ def check_access(s3: S3Config, *urls: str) -> None:
         UserError: another scheme, no credentials or wrong ones, no such bucket, or a server that
             is out of reach.
     """
-    plain = map(_plain, urls)
+    plain = map(plain_url, urls)
     buckets = {s3_client.bucket_and_key(url)[0]: url for url in plain if not is_local(url)}
     for url in buckets.values():
         s3_client.check_access(url, s3)

@@ -24,6 +24,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -37,6 +38,9 @@ from pipeline.config.job import S3Config
 from pipeline.layout import LOCK, STAGING
 from pipeline.storage.patience import RESUME, explained
 from pipeline.storage.search import Entry, Found, Stamp, search
+
+_NOWHERE = Stamp(0, 0)
+"""What is known of a file that a link leads to and that is not there."""
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 _WORDS = {
@@ -226,24 +230,47 @@ class _Disk:
     """Absolute paths of this machine as a tree, for `search`."""
 
     def stamp(self, path: str) -> Stamp | None:
-        info = pafs.LocalFileSystem().get_file_info(path)
-        return _stamp(info) if info.type == pafs.FileType.File else None
+        return _stamp(path)
 
     def is_folder(self, path: str) -> bool:
         return os.path.isdir(path)
 
     def list(self, folder: str, *, deep: bool) -> Iterator[Entry]:
-        path = folder.rstrip("/") or "/"
-        selector = pafs.FileSelector(path, recursive=deep, allow_not_found=True)
-        for info in pafs.LocalFileSystem().get_file_info(selector):
-            if info.type == pafs.FileType.File:
-                yield Entry(info.path, _stamp(info))
-            elif info.type == pafs.FileType.Directory:
-                yield Entry(f"{info.path}/", None)
+        # Links may lead to a folder again, or around: each is listed once, under its own name.
+        folders, links, seen = [folder.rstrip("/") or "/"], list[str](), set[str]()
+        while folders or links:
+            path = (folders or links).pop()
+            real = os.path.realpath(path)
+            if real in seen:
+                continue
+            seen.add(real)
+            for each in _entries(path):
+                if each.is_dir():
+                    yield Entry(f"{each.path}/", None)
+                    if deep:
+                        (links if each.is_symlink() else folders).append(each.path)
+                elif (stamp := _stamp(each.path)) is not None:
+                    yield Entry(each.path, stamp)
+                elif each.is_symlink():
+                    yield Entry(each.path, _NOWHERE)  # who reads it finds out
 
 
-def _stamp(info: pafs.FileInfo) -> Stamp:
-    return Stamp(info.size, info.mtime_ns or 0)
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """What is directly in a folder; nothing if there is none."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+def _stamp(path: str) -> Stamp | None:
+    """Of a file; None if there is none, or no more."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return Stamp(found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
 
 def _write_synced(path: Path, data: bytes) -> None:

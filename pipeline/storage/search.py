@@ -81,10 +81,12 @@ class Found:
     Attributes:
         kind: what it is; "nothing" if it is no glob either.
         files: in no particular order, hidden ones too. A folder is searched at any depth.
+        folders: URLs of those that a glob without ** matches.
     """
 
     kind: Kind
     files: tuple[StoredFile, ...] = ()
+    folders: tuple[str, ...] = ()
 
 
 def search(tree: Tree, path: str, url: Callable[[str], str]) -> Found:
@@ -99,6 +101,7 @@ def search(tree: Tree, path: str, url: Callable[[str], str]) -> Found:
         UserError: a glob that is none.
     """
     kind: Kind
+    folders = list[str]()
     stamp = tree.stamp(path)
     if stamp is not None:
         kind, base, entries = "file", _above(path), iter([Entry(path, stamp)])
@@ -107,7 +110,8 @@ def search(tree: Tree, path: str, url: Callable[[str], str]) -> Found:
         entries = iter(tree.list(base, deep=True))
     elif _WILDCARD.search(path):
         kind, base = "glob", glob_base(path)
-        entries = _matches(tree, path, base)
+        entries = iter(found := list(_matches(tree, path, base)))
+        folders = [url(each.path.rstrip("/")) for each in found if each.stamp is None]
     else:
         return Found("nothing")
     return Found(
@@ -117,6 +121,7 @@ def search(tree: Tree, path: str, url: Callable[[str], str]) -> Found:
             for each in entries
             if each.stamp is not None
         ),
+        tuple(folders),
     )
 
 
@@ -153,5 +158,7 @@ def _matches(tree: Tree, glob: str, base: str) -> Iterator[Entry]:
         for entry in tree.list(folder, deep=deep):
             if entry.stamp is not None and pattern.match(entry.path):
                 yield entry
-            elif entry.stamp is None and depth:
+            elif entry.stamp is None and depth and not deep:
                 folders.append((entry.path, depth - 1))
+            elif entry.stamp is None and not deep and pattern.match(entry.path.rstrip("/")):
+                yield entry

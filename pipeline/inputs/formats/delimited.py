@@ -63,8 +63,8 @@ class DelimitedReader(Reader):
         last = header = next(records, None)
         if header is None:
             return Found(0, pa.schema([]), [])
-        if isinstance(header.fields, str):
-            raise UserError(f"{url}: its first line is no header of {self.name}: {header.fields}")
+        if why := _why_bad(header, len(header.fields)):
+            raise UserError(f"{url}: its first line is no header of {self.name}: {why}; convert it")
         starts: list[tuple[int, int]] = []
         rows = 0
         for last in records:

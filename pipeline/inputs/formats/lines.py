@@ -54,6 +54,11 @@ def check_text(start: bytes, url: str, what: str) -> None:
     for magic, other in _OTHER_FORMATS.items():
         if start.startswith(magic):
             raise UserError(f"{url}: is {other}, though its name says {what}; convert it")
+    if b"\0" in start:
+        raise UserError(
+            f"{url}: begins with zero bytes, as text in UTF-16 and UTF-32 does, and damaged files; "
+            "convert it to UTF-8"
+        )
 
 
 class LinesReader(Reader):
@@ -65,6 +70,7 @@ class LinesReader(Reader):
         # Row count and byte offset where each range begins; its own bytes alone are read then.
         starts: list[tuple[int, int]] = []
         row = position = 0
+        first = b""
         seen = Seen()
         waiting: list[bytes] = []
         told = 0  # bytes until those in `waiting`
@@ -72,8 +78,9 @@ class LinesReader(Reader):
             check_text(lines.peek(8), url, self.name)
             for line in lines:
                 if is_row(line):
-                    if not row and url.lower().endswith(".json"):
-                        _check_is_line(line, url)
+                    first = first or line
+                    if not row and url.lower().endswith(".json") and parse_line(line) is None:
+                        raise _no_lines(url, first)
                     if row % unit_rows == 0:
                         starts.append((row, position))
                     row += 1
@@ -83,6 +90,8 @@ class LinesReader(Reader):
                     seen.add(self._see(waiting))
                     waiting, told = [], position
         seen.add(self._see(waiting))
+        if row and not seen.objects:
+            raise _no_lines(url, first)
         bounds = [*starts, (row, position)]
         cuts = [
             Cut(start, end - start, offset, limit)
@@ -120,7 +129,7 @@ class RequestsReader(LinesReader):
     name = "JSON lines of requests"
 
     def _see(self, lines: Sequence[bytes]) -> Seen:
-        return Seen()
+        return Seen(objects=len(lines))  # what is none becomes a line of the error file
 
     def _found(self, rows: int, cuts: Sequence[Cut], seen: Seen) -> Found:
         return Found(rows, LINES_SCHEMA, cuts)
@@ -137,12 +146,11 @@ class RequestsReader(LinesReader):
         return Rows(pa.table({REQUEST: pa.array(texts, pa.string())}), bad)
 
 
-def _check_is_line(line: bytes, url: str) -> None:
-    """Check that a `.json` file is one of lines, by the first of them."""
-    if parse_line(line) is None:
-        array = line.lstrip().removeprefix(BOM).startswith(b"[")
-        what = "is one JSON array" if array else "does not begin with a JSON object on a line"
-        raise UserError(
-            f"{url}: {what}; .json files are read as JSON lines, an object a line: convert it, "
-            "as `jq -c .[]` does with an array"
-        )
+def _no_lines(url: str, first: bytes) -> UserError:
+    """What is said of a file without an object on a line; a `.json` file is told by its first."""
+    array = first.lstrip().removeprefix(BOM).startswith(b"[")
+    what = "is one JSON array" if array else "has no JSON object on a line of its own"
+    return UserError(
+        f"{url}: {what}; files of this name are read as JSON lines, an object a line: convert it, "
+        "as `jq -c .[]` does with an array"
+    )

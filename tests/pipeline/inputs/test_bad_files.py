@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import os
 import re
@@ -55,6 +56,15 @@ REFUSED = {
     "zstd.jsonl": (pa.compress(LINE, "zstd", asbytes=True), "is compressed with zstd"),
     "parquet.jsonl": (parquet(), "is a Parquet file, though its name says JSON lines"),
     "utf16.jsonl": (LINE.decode().encode("utf-16"), "is text in UTF-16, not UTF-8"),
+    "utf16-without-mark.jsonl": (LINE.decode().encode("utf-16-be"), "begins with zero bytes, as t"),
+    "utf32-without-mark.csv": ("prompt\nx".encode("utf-32-le"), "begins with zero bytes, as text"),
+    "latin1.csv": (
+        "prompt,größe\nx,1".encode("latin-1"),
+        "no header of CSV: the line is not UTF-8",
+    ),
+    "old-mac.csv": (b"prompt,b\rx,1\r", "is no header of CSV: the line cannot be read"),
+    "array.jsonl": (b'[{"prompt": "x"},\n{"prompt": "y"}]\n', "is one JSON array; files of this"),
+    "pretty.jsonl": (b'{\n  "prompt": "x"\n}\n', "has no JSON object on a line of its own"),
     "named.jsonl.gz": (gzip.compress(LINE), "compressed files cannot be cut into units"),
     "named.parquet.zst": (b"", "compressed files cannot be cut into units"),
     "table.xlsx": (b"prompt\nx", "not one of .parquet, .jsonl, .ndjson, .json, .csv, .tsv, .arrow"),
@@ -72,7 +82,8 @@ REFUSED = {
     "columns-twice.parquet": (parquet(TWICE), "two columns are named 'a'; rename one"),
     "no-such-column.parquet": (parquet(pa.table({"q": ["x"]})), "no column 'prompt'; its columns"),
     "no-such-key.jsonl": (jsonl({"q": "x"}), "no column 'prompt'; its columns: q"),
-    "no-object-at-all.jsonl": (b"hello\n", "no column 'prompt'; its columns: none"),
+    "no-object-at-all.jsonl": (b"hello\n", "has no JSON object on a line of its own"),
+    "capital.parquet": (parquet(table(["x"], Completion=INT)), "column 'Completion' has the name"),
 }
 
 
@@ -111,9 +122,9 @@ def test_files_that_are_refused(tmp_path: Path, name: str) -> None:
     [
         (
             b'[{"prompt": "x"},\n{"prompt": "y"}]\n',
-            "is one JSON array; .json files are read as JSON l",
+            "is one JSON array; files of this name are read a",
         ),
-        (b'{\n  "prompt": "x"\n}\n', "does not begin with a JSON object on a line"),
+        (b'{\n  "prompt": "x"\n}\n', "has no JSON object on a line of its own"),
     ],
 )
 def test_a_json_file_is_one_of_lines(tmp_path: Path, content: bytes, message: str) -> None:
@@ -136,6 +147,67 @@ def test_files_of_odd_names_are_found(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(LINE)
         assert planned(tmp_path / name, tmp_path / "out").rows == 1
     assert planned(f"{tmp_path}/nothing/../*.jsonl", tmp_path / "out").rows == len(names) - 1
+
+
+def test_links_lead_to_each_file_once_and_to_none_that_is_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "day").mkdir(parents=True)
+    (folder / "day" / "a.jsonl").write_bytes(LINE)
+    (folder / "a-latest.jsonl").symlink_to(folder / "day" / "a.jsonl")
+    (folder / "a-latest").symlink_to(folder / "day")
+    (folder / "around").symlink_to(folder)
+    (folder / "day" / "round").symlink_to(folder / "around")
+    for path in (folder, folder / "**" / "*.jsonl"):
+        assert [plan.file.name for plan in planned(path, tmp_path / "out").files] == ["day/a.jsonl"]
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nothing.jsonl")
+    for path in (folder, folder / "*.jsonl"):
+        with pytest.raises(UserError, match=r"gone\.jsonl: .* is a link that leads nowhere"):
+            planned(path, tmp_path / "out")
+
+
+FOLDERS = {
+    "jobs/out/_specbatch/job.json": "jobs/out: is the whole output of a job: name its completions/",
+    "jobs/out/_delta_log/0.json": "jobs/out: is a Delta, Hudi or Iceberg table",
+    "jobs/out/.hoodie/x": "jobs/out: is a Delta, Hudi or Iceberg table",
+    "jobs/metadata/v1.metadata.json": "is a Delta, Hudi or Iceberg table",
+    "jobs/_old/_specbatch/job.json": "",
+}
+
+
+@pytest.mark.parametrize("sign", FOLDERS)
+def test_a_folder_of_more_than_rows_is_refused(tmp_path: Path, sign: str) -> None:
+    (tmp_path / sign).parent.mkdir(parents=True)
+    (tmp_path / sign).touch()
+    rows = tmp_path / "jobs" / "out" / "completions"
+    rows.mkdir(parents=True)
+    (rows / "a.parquet").write_bytes(parquet())
+    assert planned(rows, tmp_path / "new").rows == 1
+    if FOLDERS[sign]:
+        with pytest.raises(UserError, match=FOLDERS[sign]):
+            planned(tmp_path / "jobs", tmp_path / "new")
+    else:
+        assert planned(tmp_path / "jobs", tmp_path / "new").rows == 1
+
+
+def test_a_glob_does_not_leave_folders_of_spark_out(tmp_path: Path) -> None:
+    (tmp_path / "in" / "spark.parquet").mkdir(parents=True)
+    for name in ("a.parquet", "spark.parquet/part-0.parquet"):
+        (tmp_path / "in" / name).write_bytes(parquet())
+    with pytest.raises(UserError, match=r"matches the folder .*/spark\.parquet, and a glob names"):
+        planned(tmp_path / "in" / "*.parquet", tmp_path / "out")
+    assert planned(tmp_path / "in" / "*.parquet" / "*", tmp_path / "out").rows == 1
+    assert planned(tmp_path / "in", tmp_path / "out").rows == 2
+
+
+def test_times_in_96_bits_are_of_any_year(tmp_path: Path) -> None:
+    """Spark writes them so, and a last day of 9999 is common. Arrow would make 1816 of it."""
+    days = [datetime.datetime(9999, 12, 31), datetime.datetime(1, 1, 1), None]
+    file = tmp_path / "a.parquet"
+    rows = table(["x"] * 3, day=pa.array(days, pa.timestamp("us")))
+    pq.write_table(rows, file, use_deprecated_int96_timestamps=True)
+    plan = planned(file, tmp_path / "out")
+    (unit,) = read_units(plan.units, plan.table, S3Config())
+    assert unit.table["day"].to_pylist() == days
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to be root to become somebody else")

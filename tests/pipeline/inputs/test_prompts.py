@@ -171,6 +171,10 @@ def test_a_row_overrides_what_it_says(as_text: bool) -> None:
     assert params.max_new_tokens == 5
 
 
+def test_a_blank_cell_of_a_csv_overrides_nothing() -> None:
+    assert row_sampling(JOB, " ", "a:0:0") == row_sampling(JOB, None, "a:0:0")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

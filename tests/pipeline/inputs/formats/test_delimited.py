@@ -52,9 +52,9 @@ TEXTS = st.text(st.sampled_from('ab,\t"\n\r é\ufeff'), max_size=6).map(lambda t
 def test_rows_do_not_depend_on_cuts(
     table: list[tuple[str, str]], unit_rows: int, quoting: Any, newline: str, tabs: bool
 ) -> None:
-    table = [(a.lstrip("\ufeff") or "x", b) for a, b in table]
     if quoting == csv.QUOTE_MINIMAL:  # with which Python leaves a lone return unquoted
-        table = [(a.replace("\r", "") or "x", b.replace("\r", "") or "x") for a, b in table]
+        table = [(a.replace("\r", ""), b.replace("\r", "") or "x") for a, b in table]
+    table = [(a.lstrip("\ufeff") or "x", b) for a, b in table]
     file = io.StringIO(newline="")
     delimiter = "\t" if tabs else ","
     writer = csv.writer(file, delimiter=delimiter, quoting=quoting, lineterminator=newline)
