@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ _OWN_WORDS = {
     "string_unicode": "must be text without half characters",
 }
 """What to say instead of pydantic's words, by its type of error."""
+
+_OCTAL = re.compile(r"[-+]?0[0-9_]+")
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -142,7 +145,7 @@ def _read(file: Path, what: str = "job file") -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data only, in which no key is given twice."""
+    """Plain data only, in which no key is given twice and each number is what it looks like."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -153,6 +156,18 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _decimal(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    """A number, but not 1:30 and 010, which YAML reads in base 60 and 8."""
+    if ":" in node.value or _OCTAL.fullmatch(node.value):
+        problem = f"{node.value} is not a decimal number; write one, or quote it if it is text"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _decimal)
 
 
 def load_prices(file: str | Path) -> Prices:
@@ -193,8 +208,14 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise JobFileError(f"--set {override}: write it as key=value, such as sampling.seed=1")
     try:
         value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise JobFileError(f"--set {override}: the value is not valid YAML") from None
+        if text.lstrip().startswith("#"):
+            raise ValueError("it would be a comment")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        why = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise JobFileError(
+            f"--set {override}: the value is not valid YAML: {why}; text that holds signs of YAML "
+            """goes in two kinds of quotes: --set 'input.template="Q: {{ q }}"'"""
+        ) from None
     for key in reversed(path):
         value = {key: value}
     return dict(value)

@@ -63,8 +63,8 @@ class InputConfig(Section):
     @field_validator("template")
     @classmethod
     def _template_compiles(cls, template: str | None) -> str | None:
-        if template is not None:
-            PromptTemplate(template)
+        if template is not None and not PromptTemplate(template).columns:
+            raise ValueError("has no column in it; a column is written as {{ question }}")
         return template
 
     @model_validator(mode="after")

@@ -91,7 +91,7 @@ class PromptTemplate:
             tree = environment.parse(source)
             if any(True for _ in meta.find_referenced_templates(tree)):
                 raise ValueError("must not include, import or extend other templates")
-            names = meta.find_undeclared_variables(tree) - _own_names(tree)
+            names = _undeclared(source, environment) - _own_names(tree)
             self._template = environment.from_string(_Bounded(environment).visit(tree))
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(
@@ -99,7 +99,7 @@ class PromptTemplate:
             ) from None
         except RecursionError:
             raise ValueError("is not a valid jinja2 template: it is nested too deeply") from None
-        self.columns = sorted(names - environment.globals.keys())
+        self.columns = sorted(names)
 
     def render(self, row: Mapping[str, Any]) -> str:
         """The text for a row.
@@ -119,6 +119,16 @@ class PromptTemplate:
             return "".join(pieces)
         finally:
             _steps_left.reset(token)
+
+
+def _undeclared(source: str, environment: _Sandbox) -> set[str]:
+    """Variables of the outside: those with the name of a function of jinja2, if not called."""
+    bare = environment.overlay()
+    bare.globals = {}
+    tree = bare.parse(source)
+    called = {id(call.node) for call in tree.find_all(nodes.Call)}
+    values = {name.name for name in tree.find_all(nodes.Name) if id(name) not in called}
+    return meta.find_undeclared_variables(tree) - (environment.globals.keys() - values)
 
 
 def _own_names(tree: nodes.Template) -> set[str]:

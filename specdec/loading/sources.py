@@ -15,6 +15,9 @@ PACKAGE_PREFIX = "pkg:"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 """`model`, `owner/model` or either with `@revision`."""
 
+HUB = "https://huggingface.co/"
+"""What a hub name is copied with from a browser."""
+
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 """Files of weights that run code when they are loaded; they are refused by name."""
 
@@ -74,6 +77,8 @@ def find_model(name: str) -> ModelSource:
         or path.suffix == ".gguf"
         or name.partition("@")[0].count("/") > 1
     )
+    if name.startswith(HUB):
+        raise PairError(f"model {name}: write its name alone, {name.removeprefix(HUB)!r}")
     if looks_local or not HUB_NAME.fullmatch(name):
         raise PairError(f"model {name}: no such folder or GGUF file")
     hub_name, _, revision = name.partition("@")

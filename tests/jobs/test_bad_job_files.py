@@ -76,6 +76,11 @@ NOT_JOB_FILES = {
     "python name": (b"x: !!python/name:os.system", "not valid YAML"),
     "a list as key": (b"[1, 2]: 2", "unhashable key"),
     "a number as key": (b"1: 2", "1: keys should be strings"),
+    "base 60": (b"budget: {hours: 1:30}", "line 1: not valid YAML: 1:30 is not a decimal number"),
+    "base 8": (
+        b"sampling: {seed: 010}",
+        "line 1: not valid YAML: 010 is not a decimal number; wri",
+    ),
     "a key twice": (
         b"output: a\noutput: b",
         "line 2: not valid YAML: the key 'output' is given tw",
@@ -168,12 +173,18 @@ VALUES: list[tuple[str, object, str]] = [
     ("input", {"paths": "x", "template": "{{ x"}, "input.template: is not a valid jinja2 template"),
     ("input", {"paths": "x", "template": "{{ x | no }}"}, "No filter named 'no'"),
     ("input", {"paths": "x", "template": "{% include '/etc/passwd' %}"}, "must not include"),
+    (
+        "input",
+        {"paths": "x", "template": "Q: {question}"},
+        "input.template: has no column in it; a",
+    ),
     # ---- models
     ("models.target", "./targt", "targt: no such folder or GGUF file"),
     ("models.target", "in.jsonl", "in.jsonl: no such folder or GGUF file"),
     ("models.target", ".", "has no config.json"),
     ("models.target", "a//b", "model a//b: no such folder or GGUF file"),
     ("models.target", "nobody/no-such-model", "check the name, the network, or give a folder"),
+    ("models.target", "https://huggingface.co/a/b", "write its name alone, 'a/b'"),
     ("models.draft", "pkg:no_such_package/x.gguf", "no installed package 'no_such_package'"),
     ("models.draft", "OTHER", "models.draft: the vocabularies differ at token 5: '!' in"),
     ("speculation.head", "nowhere", "speculation.head: "),
@@ -226,6 +237,12 @@ OVERRIDES = [
     ("=1", "write it as key=value"),
     ("a..b=1", "write it as key=value"),
     ("sampling.stop=[a", "--set sampling.stop=[a: the value is not valid YAML"),
+    (
+        "sampling.stop=###",
+        "it would be a comment; text that holds signs of YAML goes in two kinds of",
+    ),
+    ("input.template=Q: {{ x }}", """--set 'input.template="Q: {{ q }}"'"""),
+    ("budget.hours=1:30", "1:30 is not a decimal number"),
     ("models={target: a, target: b}", "the value is not valid YAML"),
     ("smapling.seed=1", "smapling: unknown key; did you mean 'sampling'?"),
     ("sampling.sed=1", "sampling.sed: unknown key; did you mean 'seed'?"),

@@ -85,7 +85,7 @@ def test_defaults_are_those_of_the_design(tmp_path: Path) -> None:
         ),
         ({"input": {"paths": "a"}}, "exactly one of messages_column, prompt_column, template"),
         (
-            {"input": {"paths": "a", "prompt_column": "p", "template": "t"}},
+            {"input": {"paths": "a", "prompt_column": "p", "template": "{{ t }}"}},
             "prompt_column and template are all given",
         ),
         ({"input": {"paths": "a", "template": "{{ x"}}, "input.template: is not a valid jinja2"),

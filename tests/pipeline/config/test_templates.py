@@ -40,6 +40,11 @@ from pipeline.errors import RowError
             "3",
         ),
         ("{% for i in range(3) %}{{ i }}{% endfor %}", {}, "012"),
+        (
+            "{{ range }} {% for x in dict %}{{ x }}{% endfor %}",
+            {"range": "5 km", "dict": "a"},
+            "5 km a",
+        ),
     ],
 )
 def test_templates_are_jinja2(source: str, row: dict[str, Any], text: str) -> None:
