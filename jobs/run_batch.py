@@ -89,8 +89,11 @@ def run_batch(
         specbatch run-batch -i s3://bucket/in.jsonl -o s3://bucket/out.jsonl --model ./model
     """
     with explained("What is answered is kept; run the same command again to resume."):
-        if responses.endswith("/") or os.path.isdir(responses):
-            raise UserError(f"--output-file: {responses} is a folder; give a file")
+        from pipeline.storage.folder import plain_url
+
+        requests, responses = plain_url(requests), plain_url(responses)
+        failed = plain_url(errors or f"{responses.removesuffix('.jsonl')}.errors.jsonl")
+        _check_files(requests, responses, failed)
         values: dict[str, Any] = {
             "name": "run-batch",
             "input": {"paths": [requests], "format": "openai"},
@@ -102,8 +105,19 @@ def run_batch(
             "s3": s3_options(endpoint, profile).model_dump(),
         }
         job = build_job(values, Path.cwd(), overrides or [], "run-batch")
-        failed = errors or f"{responses.removesuffix('.jsonl')}.errors.jsonl"
         _run(job, responses, failed, model, take_over, quiet)
+
+
+def _check_files(requests: str, responses: str, errors: str) -> None:
+    """Check that what is written are files, and that none takes another's place."""
+    for option, file in (("--output-file", responses), ("--error-file", errors)):
+        if file.endswith("/") or os.path.isdir(file):
+            raise UserError(f"{option}: {file} is a folder; give a file")
+    if len({os.path.realpath(file) for file in (requests, responses, errors)}) < 3:
+        raise UserError(
+            f"--output-file {responses} and --error-file {errors} would be written over each other "
+            f"or over --input-file {requests}; give three names"
+        )
 
 
 def _this_machine() -> dict[str, Any]:

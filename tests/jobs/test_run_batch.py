@@ -241,9 +241,16 @@ def test_mistakes_stop_before_anything_starts(tiny_models: TinyModels, tmp_path:
     assert missing.exit_code == 2
     assert "no such file or folder" in missing.output
     (tmp_path / "in.jsonl").write_text("{}")
-    folder = call(*command(tiny_models, tmp_path / "in.jsonl", tmp_path))
-    assert folder.exit_code == 2
-    assert "is a folder; give a file" in folder.output
+    for place in (tmp_path, f"file://{tmp_path}", "file:///nowhere/"):
+        folder = call(*command(tiny_models, tmp_path / "in.jsonl", place))
+        assert folder.exit_code == 2
+        assert "is a folder; give a file" in folder.output
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "in.jsonl")
+    for place in ("in.jsonl", "sub/../in.jsonl", "link.jsonl"):
+        over = call(*command(tiny_models, tmp_path / "in.jsonl", tmp_path / place))
+        assert over.exit_code == 2
+        assert "written over" in over.output
+    assert (tmp_path / "in.jsonl").read_text() == "{}"
     unknown = call(
         *command(tiny_models, tmp_path / "in.jsonl", tmp_path / "o", "--set", "sampling.x=1")
     )
