@@ -13,7 +13,8 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -79,11 +80,11 @@ def kubernetes_name(job: JobConfig) -> str:
 
     One that is too long ends in a hash of the whole, so that jobs of one beginning stay apart.
     """
-    name = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")
+    name = _plain_name(job.name)
     name = name if name[:1].isalpha() else f"job-{name}"
     if len(name) <= _LONGEST_NAME:
         return name
-    mark = hashlib.sha256(job.name.encode()).hexdigest()[:8]
+    mark = _mark(job.name)
     return f"{name[: _LONGEST_NAME - len(mark) - 1].rstrip('-')}-{mark}"
 
 
@@ -248,6 +249,7 @@ def _ray_job_spec(job: JobConfig, pods: Pods, config_map: str) -> Manifest:
 def _ray_cluster(job: JobConfig, pods: Pods, config_map: str) -> Manifest:
     """A head without actors, and a group of workers for each group of actors, one actor in each."""
     head = {"cpu": "2", "memory": pods.head_memory}
+    pools = job.actors.pools
     cluster: Manifest = {
         "rayVersion": importlib.metadata.version("ray"),
         "headGroupSpec": {
@@ -255,7 +257,8 @@ def _ray_cluster(job: JobConfig, pods: Pods, config_map: str) -> Manifest:
             "template": _template("ray-head", pods, config_map, head),
         },
         "workerGroupSpecs": [
-            _workers(name, group, pods, config_map) for name, group in job.actors.pools.items()
+            _workers(name, group, pods, config_map)
+            for name, group in zip(_group_names(pools), pools.values(), strict=True)
         ],
     }
     if job.actors.max_actors > job.actors.min_actors:
@@ -265,12 +268,27 @@ def _ray_cluster(job: JobConfig, pods: Pods, config_map: str) -> Manifest:
     return cluster
 
 
+def _group_names(names: Iterable[str]) -> list[str]:
+    """What KubeRay calls the groups. Two that it would not tell apart have a mark."""
+    short = {name: _plain_name(name) or "actors" for name in names}
+    shared = Counter(short.values())
+    return [each if shared[each] == 1 else f"{each}-{_mark(name)}" for name, each in short.items()]
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _mark(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
 def _workers(name: str, group: ActorsConfig, pods: Pods, config_map: str) -> Manifest:
     resources = {"cpu": str(math.ceil(group.cores)), "memory": pods.memory}
     if group.num_gpus:
         resources["nvidia.com/gpu"] = str(math.ceil(group.num_gpus))
     return {
-        "groupName": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "actors",
+        "groupName": name,
         "replicas": group.min,
         "minReplicas": group.min,
         "maxReplicas": group.max or group.min,

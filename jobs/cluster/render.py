@@ -185,7 +185,8 @@ def airflow(
 ) -> None:
     """Write an Airflow DAG of one task, which a retry resumes.
 
-    Airflow fills in its templates in overrides, such as `{{ ds }}`, the date of the run.
+    Airflow fills in its templates in overrides, such as `{{ ds }}`, the date of the run. Its
+    workers need `specbatch` on their PATH: they may be other machines than this one.
 
     For example:
 

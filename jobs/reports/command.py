@@ -131,7 +131,8 @@ def _try_page(job: JobConfig) -> None:
 def _report(
     outputs: list[str], s3: S3Config, prices: Prices | None, as_json: bool, html: str | None
 ) -> None:
-    from jobs.reports.summary import read_summary, render
+    from jobs.reports.summary import has_failed, read_summary, render
+    from pipeline.commit.manifest import open_output
 
     if len(outputs) > 1:
         raise UserError("one output at a time; --compare A B or --trend A B C take several")
@@ -142,7 +143,9 @@ def _report(
     if as_json:
         print(json.dumps({**summary, "finished": finished}))
         return
-    if not finished:
+    if not finished and has_failed(open_output(outputs[0], s3), summary):
+        out.print("[yellow]This job has ended with too many rows in errors (max_error_share).[/]")
+    elif not finished:
         out.print("[yellow]This job is not finished; these are its committed units.[/]")
     out.print(render(summary))
 

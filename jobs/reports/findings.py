@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs.reports.summary import read_summary
+from jobs.reports.summary import has_failed, read_summary
 from jobs.reports.timeline import Timeline, timeline
 from pipeline import layout
 from pipeline.commit import manifest
@@ -69,6 +69,7 @@ class Findings:
     Attributes:
         url: its output folder.
         finished: whether it is done.
+        failed: whether it has come to its end with too many rows in errors.
         job: `_specbatch/job.json`: name, created, versions, config.
         ended: when it was finished, ISO 8601; None if it is not.
         versions: of the run that finished it, or else of the one that began it.
@@ -85,6 +86,7 @@ class Findings:
 
     url: str
     finished: bool
+    failed: bool
     job: Mapping[str, Any]
     ended: str | None
     versions: Mapping[str, str]
@@ -119,6 +121,7 @@ def gather(url: str, s3: S3Config, prices: Prices | None = None) -> Findings:
     return Findings(
         url=output.url,
         finished=finished,
+        failed=not finished and has_failed(output, summary),
         job=job,
         ended=done.get("finished"),
         versions=done.get("versions", job.get("versions", {})),

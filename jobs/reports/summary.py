@@ -19,6 +19,8 @@ from pipeline.commit.footer import read_records
 from pipeline.commit.stats import summarise
 from pipeline.config.job import S3Config
 from pipeline.config.prices import Prices
+from pipeline.observe.error_share import too_many
+from pipeline.storage.folder import Folder
 
 _INPUTS_SHOWN = 10
 """Input files in the terminal's table of calibration; the rest are in `stats/`."""
@@ -48,6 +50,20 @@ def read_summary(
         committed = committed_seconds(records)
     cost = read_cost(output, summary, committed, prices)
     return {**summary, "cost": cost.to_json() if cost else None}, finished
+
+
+def has_failed(output: Folder, summary: Mapping[str, Any]) -> bool:
+    """Whether a job without `_SUCCESS` has come to its end, with too many rows in errors.
+
+    Args:
+        output: the job's.
+        summary: of the units that are committed.
+    """
+    done = json.loads(output.read(layout.MANIFEST) or b"{}")
+    rows, errors = summary["rows"], summary["errors"]
+    if (done.get("rows_out"), done.get("rows_in_errors")) != (rows, errors):
+        return False
+    return too_many(errors, rows, done["config"].get("max_error_share", 1))
 
 
 def render(summary: Mapping[str, Any]) -> RenderableType:

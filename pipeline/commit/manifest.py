@@ -131,7 +131,7 @@ def claim(
         table = table_of(plans)
         _record(output, job, plans, mark, table, {"created": _now(), **_fork(forked_from, mark)})
         return table
-    table = _recorded_table(record) or table_of(plans)
+    table = recorded_table(record) or table_of(plans)
     if added:
         check_added(added, table, job.s3_of_input)
         _record(output, job, plans, mark, table, _extended(record, added))
@@ -140,7 +140,7 @@ def claim(
     return table
 
 
-def _recorded_table(record: Mapping[str, Any]) -> pa.Schema | None:
+def recorded_table(record: Mapping[str, Any]) -> pa.Schema | None:
     """The columns that a job writes; None: it was begun by a version that did not note them."""
     if (found := record.get("table")) is None:
         return None

@@ -19,7 +19,7 @@ from pipeline.commit import manifest, planned_inputs
 from pipeline.config.job import S3Config
 from pipeline.outputs.problems import Problem, Verification, some
 from pipeline.outputs.verify_manifest import ListedFiles, check_manifest
-from pipeline.outputs.verify_unit import CheckedUnit, UnitCheck
+from pipeline.outputs.verify_unit import CheckedUnit, UnitCheck, columns_of
 from pipeline.storage.folder import Folder
 
 _THREADS = 8
@@ -51,7 +51,9 @@ def verify(
     listed = ListedFiles.read(output, found)
     there = {folder: output.tree(folder) for folder in (*_OF_UNITS, layout.STAGING)}
     samples = job.get("fingerprint", {}).get("sampling", {}).get("n", 1)
-    check = UnitCheck(output, manifest.accepted_digests(job), samples, listed)
+    table = manifest.recorded_table(job)
+    columns = None if table is None else columns_of(table)
+    check = UnitCheck(output, manifest.accepted_digests(job), samples, listed, columns)
 
     units = sorted(filter(None, map(layout.unit_of, there[layout.COMPLETIONS])))
     read: set[str] = set()

@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import layout
+from pipeline.commit.files import parquet_bytes
 from pipeline.commit.footer import from_footer
 from pipeline.commit.record import UnitFile, UnitRecord
+from pipeline.commit.schema import completions_schema
 from pipeline.inputs.prompts import SAMPLING_COLUMN
 from pipeline.inputs.row_ids import ROW_ID, parse_row_id
 from pipeline.inputs.units import RowRange, unit_id
@@ -48,6 +50,20 @@ class CheckedUnit:
         self.problems.append(Problem(kind, file, message))
 
 
+def columns_of(table: pa.Schema) -> list[str]:
+    """Names and types of the columns of completions, as files give them back.
+
+    Args:
+        table: the input's columns, as the job record has them.
+    """
+    empty = parquet_bytes(completions_schema(table).empty_table())
+    return _shown(pq.read_schema(pa.BufferReader(empty)))
+
+
+def _shown(schema: pa.Schema) -> list[str]:
+    return [f"{field.name}: {field.type}" for field in schema]
+
+
 @dataclass(frozen=True)
 class UnitCheck:
     """Checks a committed unit and the files that it names.
@@ -57,12 +73,14 @@ class UnitCheck:
         digests: of the fingerprints that the job's units may have.
         samples: how many each row has, unless rows may say so.
         listed: what the manifest says of files.
+        columns: what all units have (`columns_of`); None: an older version noted none.
     """
 
     output: Folder
     digests: set[str]
     samples: int
     listed: ListedFiles
+    columns: list[str] | None
 
     def __call__(self, unit: str) -> CheckedUnit:
         """Check it, by its id."""
@@ -92,11 +110,19 @@ class UnitCheck:
         try:
             with pq.ParquetFile(pa.BufferReader(data)) as parquet:
                 record, table = from_footer(parquet.metadata.metadata), parquet.read()
+            self._columns(found, name, table.schema)
             return record, table.column_names, table[ROW_ID].to_pylist()
         except _UNREADABLE as error:
             text = f"not a file that specbatch wrote: {first_line(error)}"
             found.wrong("unreadable", name, text)
             return None
+
+    def _columns(self, found: CheckedUnit, name: str, schema: pa.Schema) -> None:
+        """The columns that all units of the job have, so that they are one table."""
+        there = _shown(schema)
+        if self.columns is not None and there != self.columns:
+            differ = some({*there} ^ {*self.columns}) or "their order"
+            found.wrong("columns", name, f"not those of the job's table: {differ}")
 
     def _whose_it_is(self, found: CheckedUnit, record: UnitRecord) -> None:
         """The unit that its name says, of this job."""

@@ -162,7 +162,8 @@ def test_a_job_of_which_too_many_rows_fail_does_not_succeed(
     assert "only-failed" in first.stderr
     # All is there and accounted for, though nobody is told that the job succeeded.
     assert not (output / "_SUCCESS").exists()
-    assert (output / "_specbatch" / "report.html").exists()
+    assert "too many rows in errors" in (output / "_specbatch" / "report.html").read_text()
+    assert "has ended with too many rows in errors" in call("report", output).stdout
     status = json.loads(call("status", output, "--json").stdout)
     assert status["state"] == "failed" and status["message"].startswith("6 of 8 rows failed")
 

@@ -116,6 +116,14 @@ def test_groups_of_actors_are_groups_of_workers(job_file: Path) -> None:
     assert found[1]["maxReplicas"] == 9
 
 
+def test_groups_whose_names_kubernetes_would_take_for_one_are_told_apart(job_file: Path) -> None:
+    groups = "actors.groups={A_1: {}, a-1: {}, B: {}}"
+    _, job = documents("kuberay", job_file, "--image", "i", "--set", groups)
+    names = [each["groupName"] for each in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
+    assert len(set(names)) == 3
+    assert names[0].startswith("a-1-") and names[1].startswith("a-1-") and names[2] == "b"
+
+
 def test_a_ray_cron_job(job_file: Path) -> None:
     nightly = ("--schedule", "0 2 * * *", "--time-zone", "Europe/Paris")
     dated = ("--set", "output=s3://b/out/$(date -u +%F)", "--set", "sampling.seed=7")

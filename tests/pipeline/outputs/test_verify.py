@@ -131,6 +131,19 @@ def complete_a_failed_row(output: Path) -> None:
     rewrite(failed_unit(output), take_it)
 
 
+def another_type(output: Path) -> None:
+    file = files(output)[0]
+    tokens = pa.field("output_tokens", pa.int32())
+    rewrite(
+        file,
+        lambda t: t.cast(pa.schema([tokens if f.name == tokens.name else f for f in t.schema])),
+    )
+
+
+def another_column(output: Path) -> None:
+    rewrite(files(output)[0], lambda t: t.append_column("mine", t["row_id"]))
+
+
 def other_rows(output: Path) -> None:
     ids = pa.array(["c.parquet:0:0", "a.parquet:99:0", "what"])
     rewrite(files(output)[0], lambda table: table.slice(0, 3).set_column(0, "row_id", ids))
@@ -239,6 +252,12 @@ UNLIKE = {"missing", "foreign", "checksum", "manifest"}
         (lose_a_row_and_its_count, {"count", *UNLIKE}, "nor in errors: a.parquet:0"),
         (repeat_a_row, {"duplicate", *UNLIKE}, "there twice, in completions: a.parquet:0:0"),
         (complete_a_failed_row, {"duplicate", *UNLIKE}, "there twice, in errors, too: a.parq"),
+        (
+            another_type,
+            {"columns", "checksum"},
+            "job's table: output_tokens: int32, output_tokens: ",
+        ),
+        (another_column, {"columns", "checksum"}, "not those of the job's table: mine: string"),
         (other_rows, UNLIKE, "a.parquet:99:0, c.parquet:0:0, what"),
         (another_units_file, {"duplicate", "stray", *UNLIKE}, "holds unit a-0000"),
         (the_same_unit_twice, {"foreign", "duplicate", "manifest"}, "rows from 0 on are in an"),
