@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from specdec.measure.calibration import Calibration
@@ -131,8 +131,11 @@ class Counts:
 
     def add(self, other: Counts) -> None:
         """Add `other` in place."""
-        for f in fields(self):
-            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+        self.rounds += other.rounds
+        self.drafted += other.drafted
+        self.verified += other.verified
+        self.accepted += other.accepted
+        self.committed += other.committed
 
     @property
     def acceptance_rate(self) -> float | None:

@@ -38,6 +38,7 @@ STATE_COLOURS = {
     "host": "#f97316",
     "load": "#f59e0b",
     "profile": "#eab308",
+    "warmup": "#ca8a04",
     "start": "#a16207",
     "idle": "#9ca3af",
     "lost": "#ef4444",

@@ -27,6 +27,7 @@ STATES = (
     "start",
     "load",
     "profile",
+    "warmup",
     "prefill",
     "draft",
     "decide",
@@ -39,10 +40,11 @@ STATES = (
 )
 """What an actor's seconds were spent on, in the order of reports.
 
-start: process start and imports; load: models; profile: measuring what forwards cost; prefill to
-host: rounds with speculation; control: target forwards of rounds without, by which the speedup is
-measured; idle: no row to work on; lost: work on units that this actor did not commit, because it
-was killed, preempted, or another attempt was faster.
+start: process start and imports; load: models; profile: measuring what forwards cost; warmup:
+recording forwards of new sizes on a GPU; prefill to host: rounds with speculation; control: target
+forwards of rounds without, by which the speedup is measured; idle: no row to work on; lost: work on
+units that this actor did not commit, because it was killed, preempted, or another attempt was
+faster.
 """
 
 

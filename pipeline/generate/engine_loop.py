@@ -257,7 +257,7 @@ class EngineLoop:
             batches = Counter(self._waiting[row][0] for row in rows if row in self._waiting)
             for phase, seconds in lap.items():
                 self._seconds[phase] += seconds
-                if phase in ("idle", "profile") or not batches:
+                if phase in ("idle", "profile", "warmup") or not batches:
                     self._unclaimed[phase] += seconds
                     continue
                 for batch, count in batches.items():

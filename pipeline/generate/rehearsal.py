@@ -128,8 +128,8 @@ def _submitted(
             continue
         for request in requests:
             engine.submit(request)
-            if engine.rejected:
-                left_out[str(engine.rejected.pop().error)] += 1
+            if engine.completed:
+                left_out[str(engine.completed.pop().error)] += 1
             else:
                 taken.append(request)
     return taken

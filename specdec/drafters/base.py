@@ -14,7 +14,7 @@ rows, so that between rounds it holds a prefix of a row's tokens and never a rej
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,9 +23,29 @@ from torch import Tensor
 from specdec.model.cache import SlotCache
 from specdec.model.sharing import SharedCaches, TokenRow
 
-Choose = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""Draft logits [n, V] of the active rows to the candidates int64 [n] drawn from them, and the
-distributions float32 [n, V] that they were drawn from, if verification needs them."""
+Drawn = tuple[Tensor, Tensor | None, Tensor | None]
+"""Candidates int64 [n]; the distributions float32 [n, V] that they were drawn from, if verification
+needs them; their signals float32 [n, len(Signal)], if a policy wants them."""
+
+
+class Choose(Protocol):
+    """Draws candidates of n rows from the draft's logits: a pure function of tensors.
+
+    So it can be recorded together with the forward that makes the logits, and repeated on others.
+
+    Attributes:
+        key: all of it that is no tensor. What has the same key computes the same.
+        inputs: tensors [n, ...] that it reads besides.
+    """
+
+    @property
+    def key(self) -> Hashable: ...
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]: ...
+
+    def __call__(self, logits: Tensor, hidden: Tensor, *inputs: Tensor) -> Drawn:
+        """Draw from logits [n, V], made of states [n, H], with such inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +53,19 @@ class Candidates:
     """One more candidate of each of n active rows.
 
     Attributes:
-        tokens: int64 [n].
-        q: float32 [n, V], the distributions they were drawn from, if verification needs them.
-        logits: float [n, V], and `hidden` [n, H]: what a policy's signals are read from.
+        tokens, q, signals: see `Drawn`. Tokens and signals are good until the next step.
         fed: tokens of each forward that it took.
     """
 
     tokens: Tensor
     q: Tensor | None
-    logits: Tensor
-    hidden: Tensor
+    signals: Tensor | None
     fed: Sequence[int]
+
+    def of(self, index: Tensor) -> Candidates:
+        """Those of some of the rows: index int64 [m]."""
+        q, signals = (None if each is None else each[index] for each in (self.q, self.signals))
+        return Candidates(self.tokens[index], q, signals, self.fed)
 
 
 class Drafting(Protocol):

@@ -7,13 +7,13 @@ candidates just drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from torch import Tensor
 
-from specdec.drafters.base import Candidates, Choose
+from specdec.drafters.base import Candidates, Choose, Drawn
 from specdec.measure.clock import PhaseClock
 from specdec.model.decoder import PackedDecoder
 from specdec.model.prefill import feed, feed_shared
@@ -113,14 +113,13 @@ class ModelDrafting:
             rows, (tokens, last) = first.rows, upload(by.cache.device, first.tokens, first.last)
         else:
             rows, tokens = [(slot, 1) for slot in self._slots], self._drawn
+        drawing = _Drawing(by.decoder, by.vocab_size, choose, last)
+        by.decoder.warm_up(by.cache, rows, tokens, by.clock, drawing)
         with by.clock.phase({"draft": 1.0}):
-            hidden = by.decoder.forward(by.cache, rows, tokens)
-            if last is not None:
-                hidden = hidden[last]
-            logits = by.decoder.logits(hidden)[:, : by.vocab_size]
-        with by.clock.phase({"sample": 1.0}):
-            self._drawn, q = choose(logits)
-        return Candidates(self._drawn, q, logits, hidden, [*fed, len(tokens)])
+            self._drawn, q, signals = by.decoder.forward_into(by.cache, rows, tokens, drawing)
+            if q is not None and by.decoder.recordings is not None:
+                q = q.clone()  # verification needs it when later steps have been repeated
+        return Candidates(self._drawn, q, signals, [*fed, len(tokens)])
 
     def go_on(self, indices: Sequence[int]) -> None:
         assert self._drawn is not None, "a step comes first"
@@ -138,3 +137,35 @@ class ModelDrafting:
                 most = len(row.tokens) - by.chunk
                 fed += feed(by.decoder, by.cache, slot, row, most, by.chunk)
         return fed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Drawing:
+    """What becomes of a draft step's hidden states; see `specdec.model.graphs.Tail`.
+
+    Attributes:
+        decoder: makes the logits.
+        vocab_size: of these.
+        choose: draws from them.
+        last: int64 [n], which states candidates are drawn from; None: all of them.
+    """
+
+    decoder: PackedDecoder
+    vocab_size: int
+    choose: Choose
+    last: Tensor | None
+
+    @property
+    def key(self) -> Hashable:
+        return self.choose.key, self.last is None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return self.choose.inputs if self.last is None else (self.last, *self.choose.inputs)
+
+    def __call__(self, hidden: Tensor, *inputs: Tensor) -> Drawn:
+        if self.last is not None:
+            last, *inputs_ = inputs
+            hidden, inputs = hidden[last], tuple(inputs_)
+        logits = self.decoder.logits(hidden)[:, : self.vocab_size]
+        return self.choose(logits, hidden, *inputs)

@@ -15,13 +15,13 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import psutil
 import torch
 
-from specdec.drafters.base import Candidates, Drafter
+from specdec.drafters.base import Drafter
 from specdec.drafters.model import ModelDrafter
 from specdec.engine.admission import Pair, row_of
+from specdec.engine.draft_loop import DraftLoop
 from specdec.engine.ending import Decode, Ending, failure, find_ending
 from specdec.engine.layout import VerifyLayout
 from specdec.engine.round import Round
@@ -35,8 +35,7 @@ from specdec.model.packing import GRID_TOKENS
 from specdec.model.prefill import feed_shared
 from specdec.model.rows import upload
 from specdec.model.sharing import LEAST_SHARED, SharedCaches
-from specdec.policies.base import DraftStep, RoundStart, StopPolicy
-from specdec.policies.signals import read_signals, readable
+from specdec.policies.base import RoundOutcome, RoundStart, StopPolicy
 from specdec.request import INVALID_LOGITS, Completion, Counts, InvalidRequest, Request
 
 INVARIANT_CHUNK = 128
@@ -63,6 +62,7 @@ class Engine:
         control_share: share of rounds without speculation, by which `stats.speedup` is measured.
         trace: keep for each row what was predicted, decided and accepted in each round.
         least_shared: rows that begin with this many equal tokens share their prefill.
+        clock: times phases and reads results; by default one for the target's device.
     """
 
     def __init__(
@@ -78,10 +78,11 @@ class Engine:
         control_share: float = 0.0,
         trace: bool = False,
         least_shared: int = LEAST_SHARED,
+        clock: PhaseClock | None = None,
     ) -> None:
         self.pair, self.policy, self.decode, self.trace = pair, policy, decode, trace
         self.mode, self.device = MODES[verification], pair.target.device
-        self.clock = PhaseClock(self.device)
+        self.clock = clock or PhaseClock(self.device)
         self.stats = EngineStats(seconds=self.clock.seconds)
         invariant = pair.target.invariant
         self.prefill_chunk = min(prefill_chunk, INVARIANT_CHUNK) if invariant else prefill_chunk
@@ -92,8 +93,14 @@ class Engine:
         memory = kv_memory_bytes or _free_memory(self.device) // 2
         positions = memory // sum(cache.bytes_per_position for cache in caches)
         self.scheduler = Scheduler(self.shared, slots, positions)
-        self.rejected: list[Completion] = []
+        # What waits for a moment in which nothing else does: see `_catch_up`.
+        self._outcome: RoundOutcome | None = None
+        self._ended: list[tuple[LiveRow, Ending, float]] = []
+        self.completed: list[Completion] = []
         self._sampling: tuple[list[LiveRow], SamplingBatch] | None = None
+        self.drafting = (
+            DraftLoop(self.drafter, policy, self.clock, self.stats) if self.drafter else None
+        )
         self._controls = ControlSchedule(control_share if self.drafter else 0.0)
         self._prepared = False
 
@@ -120,7 +127,7 @@ class Engine:
         except InvalidRequest as error:
             prompt = len(request.prompt_ids)
             said, kind = str(error), type(error).__name__
-            self.rejected.append(
+            self.completed.append(
                 Completion(request.id, prompt, (), "error", error=said, error_class=kind)
             )
 
@@ -142,7 +149,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to return."""
-        return bool(self.waiting or self.rejected or self.live)
+        return bool(self.waiting or self.live or self._ended or self.completed)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Complete all requests, whose ids must differ; completions come in their order."""
@@ -159,26 +166,29 @@ class Engine:
     def step(self) -> list[Completion]:
         """Run one round over the live rows; return the requests that ended."""
         self._prepare()
-        rejected, self.rejected = self.rejected, []
 
         # 1. Admit: waiting requests take free slots. What prompts have in common is fed once.
         this = self._admit()
-        if this is None:
-            return rejected
+        if this is not None:
+            # 2. Draft: candidates for each row, one more of all rows at a time, until the policy
+            #    has had enough. A control round drafts nothing.
+            self._draft(this)
 
-        # 2. Draft: candidates for each row, one more of all rows at a time, until the policy has
-        #    had enough. A control round drafts nothing.
-        self._draft(this)
+            # 3. Verify: one target forward over what each row has pending and its candidates. It
+            #    says how many candidates stand, and gives one token of the target's own after them.
+            self._verify(this)
 
-        # 3. Verify: one target forward over what each row has pending and its candidates. It says
-        #    how many candidates stand, and gives one token of the target's own after them.
-        self._verify(this)
+            # 4. Commit: outputs grow by these tokens, caches fall back to them, the policy learns.
+            endings = self._commit(this)
 
-        # 4. Commit: outputs grow by these tokens, caches fall back to them, the policy learns.
-        endings = self._commit(this)
-
-        # 5. Retire: rows that ended leave their slots.
-        return rejected + [self._retire(this.rows[slot], slot, end) for slot, end in endings]
+            # 5. Retire: rows that ended leave their slots.
+            for slot, ending in endings:
+                self.scheduler.retire(slot)
+                self._ended.append((this.rows[slot], ending, time.perf_counter()))
+        if this is None or not self.clock.asynchronous:
+            self._catch_up()
+        completed, self.completed = self.completed, []
+        return completed
 
     def _prepare(self) -> None:
         """Let the policy look at the models, once and in the thread that will run them."""
@@ -189,7 +199,7 @@ class Engine:
 
     def _admit(self) -> Round | None:
         """Fill the slots and begin a round over their rows; None if there is none."""
-        timer = RoundTimer()
+        timer = RoundTimer(self.clock)
         with self.clock.phase({"host": 1.0}):
             rows = self.scheduler.admit()
         if not rows:
@@ -209,10 +219,6 @@ class Engine:
             self._sampling = rows, SamplingBatch.of([row.sampling for row in rows], self.device)
         sampling = self._sampling[1]
         mode = MODES["coupled"] if sampling.all_greedy else self.mode
-        if mode is MODES["rejection"]:
-            # Each row counts its own rounds: what it draws must not depend on its neighbours.
-            numbers = upload(self.device, [row.counts.rounds for row in rows])[0]
-            sampling = sampling.in_round(numbers)
         pending = [len(row.tokens) - self.target_cache.lengths[s] for s, row in enumerate(rows)]
         start = RoundStart(
             rows=[row.memory for row in rows],
@@ -244,48 +250,10 @@ class Engine:
         return [len(row.tokens) - lengths[slot] for slot, row in enumerate(rows)]
 
     def _draft(self, this: Round) -> None:
-        """Draw candidates until the policy has had enough, one more of all rows at a time."""
-        if self.drafter is None or this.control:
-            return
-        wanted = self.policy.budget(this.start)
-        budget = [min(k, room) for k, room in zip(wanted, this.start.room, strict=True)]
-        active = [slot for slot, k in enumerate(budget) if k > 0]
-        if not active:
-            return
-        proposal = this.proposal = Proposal(len(this.rows), max(budget), self.device)
-        drafting = self.drafter.begin(this.rows, active, self.shared)
-        for depth in range(max(budget)):
-            with this.timer.apart() as lap:
-                at = [this.rows[slot].generated + depth for slot in active]
-                index, positions = upload(self.device, active, at)
-                candidates = drafting.step(this.choosing(index, positions))
-                proposal.add(active, index, candidates.tokens, candidates.q)
-                within = [i for i, slot in enumerate(active) if budget[slot] > depth + 1]
-                with self.clock.phase({"decide": 1.0}):
-                    going = self._going_on(active, depth + 1, candidates, within)
-                if going:
-                    drafting.go_on(going)
-            this.draft_costs.append((sum(candidates.fed), lap.seconds))
-            self.stats.count_draft(candidates.fed)
-            if not going:
-                break
-            active = [active[i] for i in going]
-        this.submitted = self.policy.submit(proposal.lengths)
-
-    def _going_on(
-        self, active: Sequence[int], depth: int, candidates: Candidates, within: list[int]
-    ) -> list[int]:
-        """Which of the active rows draft another candidate: those `within` budget that may."""
-        policy = self.policy
-        if not policy.wanted:
-            return within
-        signals = read_signals(
-            candidates.logits, candidates.tokens, candidates.hidden, policy.wanted, policy.head
-        )
-        # A policy that looks at candidates makes the host wait for them: once per draft step.
-        host = readable(signals.cpu().numpy().astype(np.float64))
-        flags = policy.go_on(DraftStep(np.array(active), depth, host))
-        return [i for i in within if flags[i]]
+        """Draw candidates, as many as the policy wants."""
+        if self.drafting is not None and not this.control:
+            budget = zip(self.policy.budget(this.start), this.start.room, strict=True)
+            self.drafting.run(this, [min(k, room) for k, room in budget], self.shared)
 
     def _verify(self, this: Round) -> None:
         """Feed every row's pending tokens and submitted candidates to the target in one forward."""
@@ -304,8 +272,9 @@ class Engine:
         )
         verifying = len(layout.scored) / len(layout.order)
         phase = "control" if this.control else "verify"
+        tokens = torch.cat([drafted.flatten(), pending])[order]
+        target.warm_up(cache, layout.rows, tokens, self.clock)
         with self.clock.phase({phase: verifying, "prefill": 1 - verifying}):
-            tokens = torch.cat([drafted.flatten(), pending])[order]
             hidden = target.forward(cache, layout.rows, tokens)
             hidden = hidden[scored]
             logits = target.logits(hidden)[:, : self.pair.vocab_size]
@@ -317,7 +286,11 @@ class Engine:
             odd = (~hidden.isfinite().all(-1)).long()
             odd = torch.zeros_like(accepted).index_add_(0, owner, odd)  # by row
             verdict = torch.cat([torch.stack([accepted, bonus, odd], 1), drafted], 1)
-            result: list[list[int]] = verdict.tolist()  # the round's one transfer to the host
+            arriving = self.clock.fetch(verdict)
+        if self.clock.asynchronous:
+            self._catch_up()
+        with self.clock.phase({"sample": 1.0}):
+            result: list[list[int]] = arriving().tolist()  # the round's one transfer to the host
         this.infected = [slot for slot, (_, _, odd, *_) in enumerate(result) if odd]
         this.committed = [
             [*candidates[:n], extra] if complete else []
@@ -333,7 +306,9 @@ class Engine:
             endings = [self._grow(this, slot) for slot in range(len(this.rows))]
         self.stats.rounds += 1
         self.stats.live_rows += len(this.rows)
-        self.policy.observe(this.outcome())
+        self._outcome = this.outcome()
+        if not (self.clock.asynchronous and self.policy.learns_late):
+            self._learn()
         # What the policy learns takes its time, too, and is part of what speculation costs.
         this.book(self.stats.speedup)
         return [(slot, ending) for slot, ending in enumerate(endings) if ending]
@@ -367,9 +342,21 @@ class Engine:
             self.shared.scrub(slot)
         return ending
 
-    def _retire(self, row: LiveRow, slot: int, ending: Ending) -> Completion:
-        """Free the slot of a row that ended; after the policy has learnt from its last round."""
-        self.scheduler.retire(slot)
+    def _catch_up(self) -> None:
+        """Do what no round waits for: beside a device, while it verifies the next round."""
+        with self.clock.phase({"host": 1.0}):
+            self._learn()
+            self.completed += [self._completion(*ended) for ended in self._ended]
+            self._ended = []
+
+    def _learn(self) -> None:
+        """Let the policy learn from the last round, if it has not."""
+        outcome, self._outcome = self._outcome, None
+        if outcome is not None:
+            self.policy.observe(outcome)
+
+    def _completion(self, row: LiveRow, ending: Ending, ended: float) -> Completion:
+        """What became of a row, when the policy has learnt from its last round."""
         failed = ending.error is not None
         end = row.output_start + (0 if failed else ending.length)
         return Completion(
@@ -381,7 +368,7 @@ class Engine:
             row.counts,
             ending.error,
             INVALID_LOGITS if failed else None,
-            seconds=time.perf_counter() - row.admitted,
+            seconds=ended - row.admitted,
             calibration=row.memory.calibration(),
             trace=tuple(row.trace),
         )

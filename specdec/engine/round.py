@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
-from specdec.drafters.base import Choose
+from specdec.engine.choosing import Choosing
 from specdec.engine.scheduler import LiveRow
-from specdec.lossless.sampling import NO_TOKEN, SamplingBatch
-from specdec.lossless.verification import Mode, Proposal
+from specdec.lossless.sampling import NO_TOKEN, SamplingBatch, candidate_numbers, signed64
+from specdec.lossless.verification import MODES, Mode, Proposal
 from specdec.measure.clock import RoundTimer
 from specdec.measure.speedup import SpeedupMeter
+from specdec.model.rows import upload
 from specdec.policies.base import Explanation, RoundOutcome, RoundStart, StopPolicy
 from specdec.request import RoundTrace
 
 
-@dataclass(slots=True)
+@dataclass
 class Round:
     """What the engine knows of a round; each of its steps adds its part.
 
     Attributes:
         rows: the live rows, by slot.
         timer: its seconds.
-        sampling: their sampling parameters; under `rejection` with the seeds of this round.
+        sampling: their sampling parameters.
         mode: how candidates are verified.
         start: what the policy may know before drafting.
         control: whether this is a control round, without speculation.
@@ -68,11 +71,50 @@ class Round:
 
     def parameters(self, index: Tensor) -> SamplingBatch:
         """The sampling parameters of the rows in `index` [m]; greedy rows are not picked apart."""
-        return self.sampling if self.sampling.all_greedy else self.sampling.rows(index)
+        return self.sampling if self.sampling.all_greedy else self._drawing.rows(index)
 
-    def choosing(self, index: Tensor, at: Tensor) -> Choose:
-        """How candidates of the rows in `index` [n] are drawn, at output positions `at` [n]."""
-        return lambda logits: self.mode.propose(logits, self.parameters(index), at)
+    @functools.cached_property
+    def _drawing(self) -> SamplingBatch:
+        """The sampling parameters with the seeds of this round, under `rejection`.
+
+        Made when something is drawn first: by then the device has a forward to work on.
+        """
+        if self.mode is not MODES["rejection"]:
+            return self.sampling
+        # Each row counts its own rounds: what it draws must not depend on its neighbours.
+        (numbers,) = upload(self.sampling.seed.device, [row.counts.rounds for row in self.rows])
+        return self.sampling.in_round(numbers)
+
+    @functools.cached_property
+    def _numbers(self) -> Tensor:
+        """float64 [most, rows]: what the round's candidates are drawn by, under `rejection`."""
+        rows, most = self.rows, self.proposal.candidates.shape[1]
+        numbers = candidate_numbers(
+            [signed64(row.sampling.seed) for row in rows],
+            [row.counts.rounds for row in rows],
+            [row.generated for row in rows],
+            most,
+        )
+        return torch.from_numpy(numbers).to(self.proposal.candidates.device, non_blocking=True)
+
+    def choosing(
+        self, slots: Sequence[int], index: Tensor, depth: int, policy: StopPolicy
+    ) -> Choosing:
+        """How candidates number `depth` of some rows are drawn and looked at.
+
+        Args:
+            slots: the rows, and `index` int64 [n], the same on the device.
+            depth: from 1.
+            policy: what it wants to know of them.
+        """
+        params, at = self.sampling, None
+        if self.mode is MODES["rejection"]:
+            params = replace(params, drawn=self._numbers[depth - 1])
+        elif not params.all_greedy:
+            (at,) = upload(index.device, [self.rows[s].generated + depth - 1 for s in slots])
+        if not params.all_greedy and len(slots) < len(self.rows):
+            params = params.rows(index)
+        return Choosing(self.mode, params, at, policy.wanted, policy.head)
 
     def outcome(self) -> RoundOutcome:
         """What the policy learns from."""

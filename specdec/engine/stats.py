@@ -22,7 +22,8 @@ class EngineStats:
             each.
         shared_tokens: prompt tokens that the target did not compute, since another row had.
         seconds: by phase: profile, prefill, draft, decide (the policy, between draft steps),
-            verify, sample, host; control: target forwards of control rounds.
+            verify, sample, host; control: target forwards of control rounds; warmup: recording
+            forwards of new sizes on a GPU.
         speedup: rounds with speculation and control rounds.
         outcomes: rounds of rows by (candidates verified, candidates that verification accepted).
     """

@@ -12,11 +12,14 @@ is drawn twice. `coupled` must draw the same number at a position in every round
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from specdec.kernels.choose import kernels_over
@@ -57,6 +60,8 @@ class SamplingBatch:
         all_greedy, any_greedy, any_top_p, any_min_p: host booleans, so that unused work is skipped
             without asking the device.
         max_top_k: the largest top_k of the rows.
+        drawn: float64 [n], the numbers by which candidates are drawn, if they are known already
+            (`candidate_numbers`).
     """
 
     temperature: Tensor
@@ -70,6 +75,7 @@ class SamplingBatch:
     any_top_p: bool
     any_min_p: bool
     max_top_k: int
+    drawn: Tensor | None = None
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], device: torch.device) -> SamplingBatch:
@@ -87,7 +93,7 @@ class SamplingBatch:
             top_k=ints([min(p.top_k, 2**31) for p in params]),
             top_p=floats([p.top_p for p in params]),
             min_p=floats([p.min_p for p in params]),
-            seed=ints([_signed64(p.seed) for p in params]),
+            seed=ints([signed64(p.seed) for p in params]),
             greedy=torch.tensor([p.temperature == 0 for p in params], device=device),
             all_greedy=not sampled,
             any_greedy=len(sampled) < len(params),
@@ -101,23 +107,27 @@ class SamplingBatch:
 
         Numbers of different rounds are independent.
         """
-        return replace(self, seed=_mix64(_mix64(self.seed) + (number + 1) * _ROUND))
+        return replace(self, seed=_round_seed(self.seed, number))
+
+    @property
+    def used(self) -> dict[str, Tensor]:
+        """The tensors in use, by name; the others have no say."""
+        used = {"temperature": self.temperature}
+        if self.max_top_k or self.any_top_p or self.any_min_p:
+            used |= {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        if self.any_greedy:
+            used["greedy"] = self.greedy
+        used |= {"seed": self.seed} if self.drawn is None else {"drawn": self.drawn}
+        return used
 
     def rows(self, index: Tensor) -> SamplingBatch:
-        """The parameters of the rows in `index` [m], which may repeat."""
-        return SamplingBatch(
-            self.temperature[index],
-            self.top_k[index],
-            self.top_p[index],
-            self.min_p[index],
-            self.seed[index],
-            self.greedy[index],
-            self.all_greedy,
-            self.any_greedy,
-            self.any_top_p,
-            self.any_min_p,
-            self.max_top_k,
-        )
+        """The parameters of the rows in `index` [m], which may repeat; only those in use."""
+        return self.of_tensors(tensor[index] for tensor in self.used.values())
+
+    def of_tensors(self, tensors: Iterable[Tensor]) -> SamplingBatch:
+        """The same with others in place of those in use, in their order."""
+        others: dict[str, Any] = dict(zip(self.used, tensors, strict=False))
+        return replace(self, **others)
 
 
 def probabilities(logits: Tensor, params: SamplingBatch) -> Tensor:
@@ -258,6 +268,25 @@ def uniform(seed: Tensor, position: Tensor, draw: Draw) -> Tensor:
     return _shift_right(_key(seed, position, draw), 11).double() * 2.0**-53
 
 
+def candidate_numbers(
+    seeds: Sequence[int], rounds: Sequence[int], begin: Sequence[int], most: int
+) -> NDArray[np.float64]:
+    """What `uniform` says of Draw.CANDIDATE, for `most` positions of each row in a round.
+
+    On the host, and all at once: so a device has nothing to do for it before it can draft.
+
+    Args:
+        seeds, rounds, begin: of n rows: seed, number of the round, first position.
+
+    Returns:
+        float64 [most, n].
+    """
+    seed, number, first = (np.array(each, dtype=np.int64) for each in (seeds, rounds, begin))
+    at = first + np.arange(most)[:, None]
+    key = _key(_round_seed(seed, number), at, Draw.CANDIDATE)
+    return _shift_right(key, 11).astype(np.float64) * 2.0**-53
+
+
 def exponential_noise(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
     """float32 [n, vocab] of Exp(1) noise, a function of (seed [n], position [n], token).
 
@@ -302,27 +331,35 @@ def _xorshift32(x: Tensor, bits: int, spare: Tensor) -> None:
     x ^= spare.bitwise_and_((1 << (32 - bits)) - 1)
 
 
-def _key(seed: Tensor, position: Tensor, draw: Draw) -> Tensor:
+Int64 = TypeVar("Int64", Tensor, NDArray[np.int64])
+"""On a device or on the host: both wrap around alike."""
+
+
+def _round_seed(seed: Int64, number: Int64) -> Int64:
+    return _mix64(_mix64(seed) + (number + 1) * _ROUND)
+
+
+def _key(seed: Int64, position: Int64, draw: Draw) -> Int64:
     """A 64-bit hash of (seed, position, draw): two rounds of the splitmix64 finaliser."""
-    return _mix64(_mix64(seed) + position * _GOLDEN + _signed64(draw * _STREAM))
+    return _mix64(_mix64(seed) + position * _GOLDEN + signed64(draw * _STREAM))
 
 
-def _mix64(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _signed64(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed64(0x94D049BB133111EB)
+def _mix64(x: Int64) -> Int64:
+    x = (x ^ _shift_right(x, 30)) * signed64(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * signed64(0x94D049BB133111EB)
     return x ^ _shift_right(x, 31)
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
+def _shift_right(x: Int64, bits: int) -> Int64:
     """Logical shift of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed64(value: int) -> int:
+def signed64(value: int) -> int:
     """A Python integer as the int64 with the same low 64 bits."""
     return (value + 2**63) % 2**64 - 2**63
 
 
-_GOLDEN = _signed64(0x9E3779B97F4A7C15)
-_ROUND = _signed64(0xDA942042E4DD58B5)
-_STREAM = _signed64(0xD1342543DE82EF95)
+_GOLDEN = signed64(0x9E3779B97F4A7C15)
+_ROUND = signed64(0xDA942042E4DD58B5)
+_STREAM = signed64(0xD1342543DE82EF95)

@@ -152,8 +152,13 @@ class Proposal:
 class Matching:
     """`coupled` verification; greedy rows need no noise and take the same path in both modes."""
 
-    def propose(self, logits: Tensor, params: SamplingBatch, at: Tensor) -> tuple[Tensor, None]:
-        """Draw one candidate a row from draft logits [n, V] at output positions `at` int64 [n]."""
+    def propose(
+        self, logits: Tensor, params: SamplingBatch, at: Tensor | None
+    ) -> tuple[Tensor, None]:
+        """Draw one candidate a row from draft logits [n, V] at output positions `at` int64 [n].
+
+        Where all rows are greedy, positions have no say.
+        """
         return _some_token(self._choose(logits, params, at)), None
 
     def verify(
@@ -175,19 +180,29 @@ class Matching:
         """
         return match(self._choose(logits, params, at), first, proposal.candidates, lengths)
 
-    def _choose(self, logits: Tensor, params: SamplingBatch, at: Tensor) -> Tensor:
+    def _choose(self, logits: Tensor, params: SamplingBatch, at: Tensor | None) -> Tensor:
         if params.all_greedy:
             return greedy_choice(logits)
+        assert at is not None, "noise is drawn by positions"
         return coupled_choice(probabilities(logits, params), params.seed, at)
 
 
 class RejectionSampling:
     """`rejection` verification; its parameters have the seeds of the round, see `in_round`."""
 
-    def propose(self, logits: Tensor, params: SamplingBatch, at: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Matching.propose`; also returns the distributions [n, V] drawn from."""
+    def propose(
+        self, logits: Tensor, params: SamplingBatch, at: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `Matching.propose`; also returns the distributions [n, V] drawn from.
+
+        Positions have no say where `params` has the numbers to draw by.
+        """
         q = probabilities(logits, params)
-        return _some_token(sample(q, uniform(params.seed, at, Draw.CANDIDATE))), q
+        u = params.drawn
+        if u is None:
+            assert at is not None, "nothing to draw by"
+            u = uniform(params.seed, at, Draw.CANDIDATE)
+        return _some_token(sample(q, u)), q
 
     def verify(
         self,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 class PhaseClock:
-    """Accumulates seconds by phase name. It never stalls the device.
+    """Accumulates seconds by phase name, and says what time it is. It never stalls the device.
 
     On a CPU a phase is timed as it runs. On CUDA two events are recorded around it on the stream,
     and their distance is read in `settle`, after the round's one synchronisation.
@@ -20,6 +21,7 @@ class PhaseClock:
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
         self._cuda = device.type == "cuda"
+        self._aside = 0.0
         self._pending: list[tuple[dict[str, float], torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -35,6 +37,50 @@ class PhaseClock:
             start = time.perf_counter()
             yield
             self._book(shares, time.perf_counter() - start)
+
+    def now(self) -> float:
+        """Seconds from some moment on, without those that were set aside."""
+        return time.perf_counter() - self._aside
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """Book the body as a phase, and stop the clock meanwhile: it is no cost of a round.
+
+        The body must not leave work behind on the device.
+        """
+        start = self.now()
+        yield
+        spent = self.now() - start
+        self._book({name: 1.0}, spent)
+        self._aside += spent
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether the device works beside the host."""
+        return self._cuda
+
+    def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Queue a tensor's way to the host; what is queued later will not delay it.
+
+        Returns:
+            What gives the tensor on the host. Here the host waits for the device.
+        """
+        if not self._cuda:
+            return lambda: tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        arrived = _event()
+        arrived.record()
+
+        def wait() -> Tensor:
+            arrived.synchronize()
+            return host
+
+        return wait
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """A tensor on the host: `fetch`, and wait."""
+        return self.fetch(tensor)()
 
     def settle(self) -> None:
         """Read the round's events; call after the device has been synchronised."""
@@ -55,23 +101,23 @@ class Lap:
 
 
 class RoundTimer:
-    """Wall-clock seconds of a round, less those of the parts that are timed apart."""
+    """Seconds of a round on a clock, less those of the parts that are timed apart."""
 
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
+    def __init__(self, clock: PhaseClock) -> None:
+        self._clock, self._began = clock, clock.now()
 
     @contextmanager
     def apart(self) -> Iterator[Lap]:
         """Time the body by itself, and leave it out of the rest of the round."""
-        lap, began = Lap(), time.perf_counter()
+        lap, began = Lap(), self._clock.now()
         yield lap
-        lap.seconds = time.perf_counter() - began
+        lap.seconds = self._clock.now() - began
         self._began += lap.seconds
 
     @property
     def rest(self) -> float:
         """Seconds of the round so far, less what was timed apart."""
-        return time.perf_counter() - self._began
+        return self._clock.now() - self._began
 
 
 def _event() -> torch.cuda.Event:

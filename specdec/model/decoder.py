@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.measure.clock import PhaseClock
 from specdec.model.attention import ATTENTION
 from specdec.model.cache import LayerLayout, SlotCache
 from specdec.model.check import Reference
 from specdec.model.fused import fuse_layers
-from specdec.model.graphs import RecordingFailed, Recordings, record
+from specdec.model.graphs import HIDDEN, Out, RecordingFailed, Recordings, Tail, record
 from specdec.model.masks import layer_layouts, short_windows
 from specdec.model.packing import Packing
 from specdec.model.rows import Row
@@ -56,6 +57,7 @@ class PackedDecoder:
         self.model, self.invariant = model, invariant
         self.use_kernels = True
         self.recordings: Recordings | None = None
+        self._records_tails = True
         self.dtype: torch.dtype = model.dtype
         self.layout: tuple[LayerLayout, ...] = ()
         try:
@@ -80,7 +82,6 @@ class PackedDecoder:
             self.layout, slots, capacity, self.dtype, self.device, use_kernels=self.use_kernels
         )
 
-    @torch.inference_mode()
     def forward(self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor) -> Tensor:
         """Append tokens to slots and return their last hidden states.
 
@@ -92,26 +93,65 @@ class PackedDecoder:
         Returns:
             [N, hidden], good until the next call; give the rows that need logits to `logits`.
         """
-        hidden = self._recorded(cache, rows, tokens)
-        if hidden is None:
+        return self.forward_into(cache, rows, tokens, HIDDEN)
+
+    @torch.inference_mode()
+    def forward_into(
+        self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor, tail: Tail[Out]
+    ) -> Out:
+        """As `forward`, but return what `tail` makes of the hidden states [N, hidden].
+
+        A GPU records the tail together with the forward. What it returns is good until the next
+        call of this size.
+        """
+        out = self._recorded(cache, rows, tokens, tail)
+        if out is None:
             packing = Packing.plan(cache, rows, self.invariant)
-            hidden = self._run(tokens, packing.positions, packing)
+            out = tail(self._run(tokens, packing.positions, packing), *tail.inputs)
         for slot, count in rows:
             cache.lengths[slot] += count
-        return hidden
+        return out
+
+    @torch.inference_mode()
+    def warm_up(
+        self,
+        cache: SlotCache,
+        rows: Sequence[Row],
+        tokens: Tensor,
+        clock: PhaseClock,
+        tail: Tail[Any] = HIDDEN,
+    ) -> None:
+        """Record the forward that is to come, if its size is new, in time that is set aside.
+
+        Args:
+            cache, rows, tokens, tail: as for `forward_into`; the cache stays as it is.
+            clock: books it as `warmup`, and leaves it out of what rounds are measured to cost.
+        """
+        if self.recordings is not None and self.recordings.lacks(cache, rows, tail):
+            with clock.aside("warmup"):
+                self._recorded(cache, rows, tokens, tail)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [M, V] of hidden states [M, hidden]."""
         return self._stock.logits(hidden)
 
-    def _recorded(self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor) -> Tensor | None:
-        """What `forward` returns, if it can be recorded, as it is when its size first comes."""
+    def _recorded(
+        self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor, tail: Tail[Out]
+    ) -> Out | None:
+        """What `forward_into` returns, if it can be recorded; a new size is recorded first."""
         if self.recordings is None:
             return None
         try:
-            return self.recordings.forward(self._run_places, cache, rows, tokens)
+            if tail is HIDDEN or self._records_tails:
+                return self.recordings.forward(self._run_places, cache, rows, tokens, tail)
+            hidden = self.recordings.forward(self._run_places, cache, rows, tokens, HIDDEN)
+            return None if hidden is None else tail(hidden, *tail.inputs)
         except RecordingFailed as error:
+            if tail is not HIDDEN and self._records_tails:
+                log.warning("draft steps are recorded without their sampling: %s", error)
+                self._records_tails = False
+                return self._recorded(cache, rows, tokens, tail)
             log.warning("forwards are not recorded, which is slower: %s", error)
             self.recordings = None
             return None

@@ -15,17 +15,15 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from specdec.model.cache import SlotCache
 from specdec.model.packing import GRID_TOKENS
-from specdec.model.rows import PackedRow, Row, cut_rows, packed_rows
+from specdec.model.rows import PackedRow, Row, packed_rows
 
 LARGEST = 512
 """Most tokens of a forward that is recorded; more keep a GPU busy for longer than their launches.
@@ -39,8 +37,46 @@ SAME = 0.01
 Raised, a recording that computes something else is more likely to pass.
 """
 
-Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
-"""Takes a computation; gives what repeats it on the same memory and returns the same tensor."""
+Run = Callable[[], Any]
+"""A computation that returns tensors."""
+
+Recorder = Callable[[Run], Run]
+"""Takes a computation; gives what repeats it on the same memory and returns the same tensors."""
+
+Out = TypeVar("Out", covariant=True)
+
+
+class Tail(Protocol[Out]):
+    """What is computed of a forward's hidden states, and recorded with it.
+
+    Attributes:
+        key: all of it that is no tensor. What has the same key computes the same.
+        inputs: tensors that it reads besides, all of them with a first dimension of one size: that
+            of what it returns. Without any, that is the number of tokens.
+    """
+
+    @property
+    def key(self) -> Hashable: ...
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]: ...
+
+    def __call__(self, hidden: Tensor, *inputs: Tensor) -> Out:
+        """A tensor, or a tuple of tensors and None, of states [N, hidden]."""
+
+
+class _Hidden:
+    """The tail that returns the states."""
+
+    key: Hashable = None
+    inputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, hidden: Tensor, *inputs: Tensor) -> Tensor:
+        return hidden
+
+
+HIDDEN: Tail[Tensor] = _Hidden()
+"""Nothing but the states."""
 
 
 class RecordingFailed(RuntimeError):
@@ -52,12 +88,17 @@ _alive = weakref.WeakSet[torch.cuda.CUDAGraph]()
 
 
 def padded(tokens: int) -> int:
-    """The size that so many tokens are padded to: more by a quarter or by three at most."""
-    step = 1 if tokens <= 8 else 4 if tokens <= 32 else 8 if tokens <= 128 else 32
+    """The size that so many tokens are padded to: 1, 2, 4, 8, then more by a quarter at most.
+
+    Sizes are few because each is recorded once, and small ones take as long as one token does.
+    """
+    if tokens <= 8:
+        return 1 << (tokens - 1).bit_length()
+    step = 4 if tokens <= 32 else 8 if tokens <= 128 else 32
     return -(-tokens // step) * step
 
 
-def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def record(run: Run) -> Run:
     """A `Recorder` that captures a CUDA graph; `run` must have run before."""
     graph = torch.cuda.CUDAGraph()
     # Graphs never run at the same time, so they share the memory of what they compute on. It is
@@ -77,7 +118,7 @@ def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
             gc.enable()
     _alive.add(graph)
 
-    def replay() -> Tensor:
+    def replay() -> Any:
         graph.replay()
         return out
 
@@ -99,16 +140,21 @@ class RecordedForward:
     ) -> None:
         self._size, self._row_tokens, self._recorder = size, row_tokens, recorder
         # What a replay reads: tokens, their slots and positions, and the table of rows.
-        self._inputs = torch.zeros(7 * size, dtype=torch.int64, device=device)
-        self._replay: Callable[[], Tensor] | None = None
+        inputs = torch.zeros(7 * size, dtype=torch.int64, device=device)
+        self._ids, self._layout = inputs[:size], inputs[size:]
+        self._places = inputs[size : 3 * size].view(2, size)
+        self._rows = inputs[3 * size :].view(size, 4)
+        self._more: list[Tensor] = []  # and what the tail does
+        self._replay: Run | None = None
 
     def __call__(
         self,
         run: Callable[[Tensor, Tensor, Tensor], Tensor],
         tokens: Tensor,
         rows: Sequence[PackedRow],
-    ) -> Tensor:
-        """Hidden states [N, hidden] of the N <= size tokens of some rows; good until the next call.
+        tail: Tail[Out],
+    ) -> Out:
+        """What the tail makes of the hidden states of N <= size tokens of some rows.
 
         Args:
             run: computes hidden states [size, hidden] of tokens int64 [size] at places (slot,
@@ -116,49 +162,88 @@ class RecordedForward:
                 first time it is recorded.
             tokens: int64 [N], on the device.
             rows: where they belong.
+            tail: each time of the same key.
 
         Raises:
             RecordingFailed: there is no recording, or it does not give what it was made of.
         """
         n, size = len(tokens), self._size
-        ids, places, table = torch.split(self._inputs, [size, 2 * size, 4 * size])
-        ids[:n].copy_(tokens)
-        ids[n:] = tokens[-1:]
-        self._inputs[size:].copy_(torch.from_numpy(self._layout(rows, n)), non_blocking=True)
+        if n < size:
+            self._ids[n:] = tokens[-1:]
+        _first(self._ids, n).copy_(tokens)
+        self._layout.copy_(torch.tensor(self._lay_out(rows, n)), non_blocking=True)
+        if self._replay is None:
+            self._more = [each[:1].expand(size, *each.shape[1:]).clone() for each in tail.inputs]
+        for into, given in zip(self._more, tail.inputs, strict=True):
+            _first(into, len(given)).copy_(given)
+        wanted = len(tail.inputs[0]) if tail.inputs else n
         if self._replay is not None:
-            return self._replay()[:n]
-        inputs = ids, places.view(2, size), table.view(size, 4)
-        hidden = run(*inputs)  # compiles and allocates what must not be recorded
-        replay = self._recorder(functools.partial(run, *inputs))
+            again: Out = _leading(self._replay()[1], wanted)
+            return again
+
+        places, more = (self._ids, self._places, self._rows), self._more
+
+        def both() -> tuple[Tensor, Any]:  # without `self`, which keeps what comes of it
+            hidden = run(*places)
+            return hidden, tail(hidden, *more)
+
+        hidden, out = both()  # compiles and allocates what must not be recorded
+        replay = self._recorder(both)
         # Both write the same keys and values to the same places, so it may run twice.
-        gap = (replay() - hidden).float().norm() / hidden.float().norm()
+        gap = (replay()[0] - hidden).float().norm() / hidden.float().norm()
         if not gap < SAME:
             raise RecordingFailed(f"a replay differs from what was recorded by {gap:.2g}")
         self._replay = replay
-        return hidden[:n]
+        first: Out = _leading(out, wanted)
+        return first
 
-    def _layout(self, rows: Sequence[PackedRow], n: int) -> NDArray[np.int64]:
-        """int64 [6 * size]: slots, positions and rows, with those of the padding."""
-        last = rows[-1]
-        place = (last.slot, last.start + last.tokens - 1)
-        padding = (PackedRow(at, 1, *place) for at in range(n, self._size))
-        table = np.array([*rows, *padding])
-        cut = cut_rows(table, self._row_tokens)
-        flat = np.zeros(6 * self._size, dtype=np.int64)
-        flat[: 2 * self._size] = cut_rows(table, 1)[:, 2:].T.ravel()
-        flat[2 * self._size :][: cut.size] = cut.ravel()
-        return flat
+    def _lay_out(self, rows: Sequence[PackedRow], n: int) -> list[int]:
+        """Slots, positions and rows of `size` tokens, with those of the padding: 6 * size numbers.
+
+        In plain Python, which is as fast for a hundred rows, and for a few much faster than arrays.
+        """
+        size, most = self._size, self._row_tokens
+        slots: list[int] = []
+        positions: list[int] = []
+        table: list[int] = []
+        for begin, tokens, slot, start in rows:
+            slots += [slot] * tokens
+            positions += range(start, start + tokens)
+            for done in range(0, tokens, most):
+                table += (begin + done, min(tokens - done, most), slot, start + done)
+        slot, position = slots[-1], positions[-1]
+        for at in range(n, size):
+            table += (at, 1, slot, position)
+        slots += [slot] * (size - n)
+        positions += [position] * (size - n)
+        return [*slots, *positions, *table, *[0] * (4 * size - len(table))]
+
+
+def _first(tensor: Tensor, n: int) -> Tensor:
+    """tensor[:n]; an operator costs the host more than the question whether it is needed."""
+    return tensor if len(tensor) == n else tensor[:n]
+
+
+def _leading(out: Any, n: int) -> Any:
+    """The first n of what a tail returned."""
+    if isinstance(out, Tensor):
+        return _first(out, n)
+    return tuple(None if each is None else _first(each, n) for each in out)
+
+
+_Key = tuple[int, Hashable]
+"""Size and tail."""
 
 
 class _OverCache(NamedTuple):
-    """What was recorded over one cache: by size, all for the tensors of one generation."""
+    """What was recorded over one cache, all for the tensors of one generation."""
 
     generation: int
-    by_size: dict[int, RecordedForward]
+    by_key: dict[_Key, RecordedForward]
 
 
 class Recordings:
-    """A decoder's recorded forwards: one for each cache and size.
+    """A decoder's recorded forwards: one for each cache, size and tail.
 
     They go with the cache, and when the cache takes other tensors. Nothing refers to a cache from
     here, and no cache refers to its recordings: they are gigabytes, and may not wait for the
@@ -172,12 +257,25 @@ class Recordings:
         self._recorder = recorder
         self._by_cache = weakref.WeakKeyDictionary[SlotCache, _OverCache]()
 
-    def over(self, cache: SlotCache) -> dict[int, RecordedForward]:
-        """What was recorded over the tensors that the cache has now, by size; add to it."""
+    def over(self, cache: SlotCache) -> dict[_Key, RecordedForward]:
+        """What was recorded over the tensors that the cache has now; add to it."""
         found = self._by_cache.get(cache)
         if found is None or found.generation != cache.generation:
             found = self._by_cache[cache] = _OverCache(cache.generation, {})
-        return found.by_size
+        return found.by_key
+
+    def lacks(self, cache: SlotCache, rows: Sequence[Row], tail: Tail[Any]) -> bool:
+        """Whether the next forward of such rows, (slot, number of tokens), would be recorded."""
+        size = self._size(cache, rows)
+        return size is not None and (size, tail.key) not in self.over(cache)
+
+    def _size(self, cache: SlotCache, rows: Sequence[Row]) -> int | None:
+        """The size that a forward of rows has, or None if such a forward is not recorded."""
+        counts = [count for _, count in rows]
+        tokens = sum(counts)
+        if cache.kernels is None or tokens > LARGEST or max(counts) > GRID_TOKENS:
+            return None
+        return padded(tokens)
 
     def forward(
         self,
@@ -185,28 +283,26 @@ class Recordings:
         cache: SlotCache,
         rows: Sequence[Row],
         tokens: Tensor,
-    ) -> Tensor | None:
-        """Hidden states [N, hidden] of the rows' tokens, or None if such a forward is not recorded.
-
-        They are good until the next call.
+        tail: Tail[Out],
+    ) -> Out | None:
+        """What the tail makes of the rows' tokens, or None if such a forward is not recorded.
 
         Args:
             run: as `RecordedForward` runs it, given a cache.
             cache: where the rows' tokens go; its lengths stay as they are.
             rows: (slot, number of tokens).
             tokens: int64 [N], on the device.
+            tail: a single tensor that it returns is good until the next call.
 
         Raises:
             RecordingFailed: see `RecordedForward`.
         """
-        kernels = cache.kernels
-        if kernels is None or len(tokens) > LARGEST:
+        kernels, size, recorded = cache.kernels, self._size(cache, rows), self.over(cache)
+        if kernels is None or size is None:
             return None
-        if max(count for _, count in rows) > GRID_TOKENS:
-            return None
-        size, recorded = padded(len(tokens)), self.over(cache)
-        if size not in recorded:
+        key = size, tail.key
+        if key not in recorded:
             most = kernels.row_tokens or GRID_TOKENS
-            recorded[size] = RecordedForward(size, most, self._recorder, cache.device)
+            recorded[key] = RecordedForward(size, most, self._recorder, cache.device)
         places = packed_rows(cache.lengths, rows)
-        return recorded[size](functools.partial(run, cache), tokens, places)
+        return recorded[key](functools.partial(run, cache), tokens, places, tail)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -46,5 +46,7 @@ def cut_rows(table: NDArray[np.int64], most: int) -> NDArray[np.int64]:
 
 def upload(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
     """Each list as int64 on the device, all in one transfer."""
-    flat = torch.tensor([number for numbers in lists for number in numbers], dtype=torch.int64)
+    if len(lists) == 1:
+        return (torch.tensor(lists[0], dtype=torch.int64).to(device, non_blocking=True),)
+    flat = torch.tensor([*chain.from_iterable(lists)], dtype=torch.int64)
     return torch.split(flat.to(device, non_blocking=True), [len(numbers) for numbers in lists])

@@ -8,7 +8,7 @@ A policy decides per row, in four places of a round:
     budget   before drafting: at most how many candidates for each row
     go_on    after each candidate: which rows draft another one
     submit   before verification: how many of the drafted candidates to submit
-    observe  after the round: what was accepted, and what it cost
+    observe  after the round, or during the next: what was accepted, and what it cost
 
 All of it happens on the host, on arrays over rows. What a policy wants to know of the device comes
 as `Signal`s, one transfer per draft step; a policy that wants none never makes the host wait.
@@ -45,6 +45,12 @@ MOST_CANDIDATES = 64
 
 Verification packs all candidates of all rows: raised, a wrong setting takes much memory before
 anybody notices. Acceptance makes more than about 20 useless with the drafts there are.
+"""
+
+FEW = 8
+"""Rows up to which plain Python is quicker than arrays, of which each operation finds cold caches.
+
+Raised, a large batch waits for Python's loops; lowered, a small one for array operations.
 """
 
 
@@ -147,6 +153,8 @@ class RoundStart:
         draft_pending: tokens that the draft must be fed before it can propose for each row.
         target_tokens: packed tokens of the verification without any candidate.
         free_trimming: whether a candidate may be trimmed by its own score: matching modes only.
+        notes: what the policy wants to know again when it observes the round. The next round may
+            have begun by then.
     """
 
     rows: Sequence[RowMemory]
@@ -156,6 +164,7 @@ class RoundStart:
     draft_pending: Sequence[int]
     target_tokens: int
     free_trimming: bool
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +252,7 @@ class StopPolicy:
         name: in job files.
         summary: what it does, in half a sentence.
         estimates: whether it takes an estimator, and so a trained head.
+        learns_late: whether it may observe a round when the next one has been drafted.
         needs_head: whether a job must name a trained head, or another estimator.
         wanted: signals to compute for `go_on`; empty: `go_on` is not asked.
         head: the acceptance head behind the head's signals.
@@ -251,6 +261,7 @@ class StopPolicy:
     name: ClassVar[str] = "unnamed"
     summary: ClassVar[str] = ""
     estimates: ClassVar[bool] = False
+    learns_late: ClassVar[bool] = False
     needs_head: ClassVar[bool] = False
 
     wanted: frozenset[Signal] = frozenset()
@@ -278,7 +289,10 @@ class StopPolicy:
         return drafted
 
     def observe(self, outcome: RoundOutcome) -> None:
-        """Learn from a finished round."""
+        """Learn from a finished round.
+
+        Beside a GPU this comes while the next round is verified, if the policy `learns_late`.
+        """
 
     def costs_table(self) -> dict[str, list[tuple[int, float]]]:
         """Measured seconds by packed tokens, `draft` and `verify`, if the policy knows them."""

@@ -91,6 +91,7 @@ class EstimatingPolicy(StopPolicy):
     """
 
     estimates = True
+    learns_late = True
 
     PRIOR_RATE = 0.6
     """Acceptance rate of a pair before anything was judged.
@@ -133,6 +134,7 @@ class EstimatingPolicy(StopPolicy):
         rates = [(r.history.accepted + known) / (r.history.judged + weight) for r in start.rows]
         self.typical = [min(max(rate, self.LEAST_RATE), self.MOST_RATE) for rate in rates]
         self.survival = [1.0] * len(rates)
+        start.notes["judged"] = self._steps, self.typical
 
     def _judge(self, step: DraftStep) -> _Judgement:
         """Estimate the candidates just drawn and take them into the rows' survival."""
@@ -147,9 +149,10 @@ class EstimatingPolicy(StopPolicy):
         return judged
 
     def observe(self, outcome: RoundOutcome) -> None:
-        if not self._steps:
+        start = outcome.start
+        steps, rates = start.notes.get("judged", ((), ()))
+        if not steps:
             return
-        start, steps, self._steps = outcome.start, self._steps, []
         # Up to a row's first rejected candidate all were judged; what comes after it was not.
         each = zip(outcome.accepted, outcome.submitted, strict=True)
         judged = [min(accepted + 1, submitted) for accepted, submitted in each]
@@ -179,7 +182,7 @@ class EstimatingPolicy(StopPolicy):
         self._accepted = self._accepted * kept + sum(stood) + sum(dropped.values())
         if known:
             signals = np.concatenate([step.signals for step in steps])[known]
-            typical = np.array([self.typical[row] for row in rows])
+            typical = np.array([rates[row] for row in rows])
             self.estimator.learn(signals, typical, np.array(stood))
 
     def explain(self, row: int) -> Explanation:

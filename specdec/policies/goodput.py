@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from specdec.measure.calibration import Flags
+from specdec.measure.calibration import Array, Flags
 from specdec.policies.base import MOST_CANDIDATES, DraftStep, RoundOutcome, RoundStart, setting
 from specdec.policies.catch_up import owed, shared
 from specdec.policies.costs import CostModel
@@ -103,7 +103,7 @@ class Goodput(EstimatingPolicy):
         # Seconds since the cost tables learnt last, by what learns them and by tokens.
         self._measured: dict[tuple[Callable[..., None], int], list[float]] = {}
         # `further_seconds` of the tables as they are, by its arguments.
-        self._furthers: dict[tuple[int, int, float], list[list[float]]] = {}
+        self._furthers: dict[tuple[int, int, float], Sequence[Sequence[float]] | Array] = {}
 
     def prepare(self, target: PackedDecoder, draft: PackedDecoder, slots: int) -> None:
         if self.costs is None:
@@ -141,6 +141,7 @@ class Goodput(EstimatingPolicy):
         else:
             chosen = self.switch.probe(start, sorted(rows), self.costs)
             self._probing = True
+        start.notes["promised"] = None if self._probing else promised / len(rows)
         for row in chosen:
             budget[row] = self.k_max
             start.rows[row].catch_up = debts[row]
@@ -250,8 +251,9 @@ class Goodput(EstimatingPolicy):
         if self.costs is None:
             return
         speculated, decoding = any(outcome.drafted), all(outcome.start.decoding)
-        if speculated and not self._probing and self._judged > LEARNT:
-            self.switch.kept(self._yield(outcome, decoding), len(outcome.start.rows))
+        promised = outcome.start.notes.get("promised")
+        if speculated and promised is not None and self._judged > LEARNT:
+            self.switch.kept(promised, self._yield(outcome, decoding), len(outcome.start.rows))
         if not decoding:
             self._furthers = {}  # sizes with a prompt in them hardly come again, and would pile up
             return

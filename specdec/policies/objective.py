@@ -14,8 +14,6 @@ the batch and what it costs. Two questions have this form:
 
     leading_rows   before a step: which rows take it, when it is not known what it will bring?
     best_prefixes  before verification: which of the candidates drawn are worth verifying?
-
-Loops over rows are plain Python: after a forward, an array operation takes longer than a row does.
 """
 
 from __future__ import annotations
@@ -25,6 +23,8 @@ from math import inf
 
 import numpy as np
 
+from specdec.measure.calibration import Array
+from specdec.policies.base import FEW
 from specdec.policies.costs import CostModel
 
 AHEAD = 8
@@ -56,7 +56,7 @@ def leading_rows(
     rates: Sequence[float],
     expected: Sequence[float],
     first: Sequence[float],
-    further: Sequence[Sequence[float]],
+    further: Sequence[Sequence[float]] | Array,
     price: float,
     steps: int,
 ) -> tuple[int, float]:
@@ -76,22 +76,32 @@ def leading_rows(
     Returns:
         The best number of rows, at least 1, and the tokens that it gains; less than 0 if it loses.
     """
-    tokens = [0.0] * min(steps, AHEAD)
-    number, most = 1, -inf
+    most = min(steps, AHEAD)
+    if len(rates) > FEW:
+        chain = np.multiply.outer(np.array(expected), np.ones(most))
+        chain[:, 1:] = np.array(rates)[:, None]
+        tokens = chain.cumprod(1).cumsum(1).cumsum(0)
+        gains = tokens - price * (np.array(first)[:, None] + np.array(further)[:, :most])
+        at = int(gains.argmax())
+        return at // most + 1, float(gains.flat[at])
+    # In plain Python: after a forward an array operation takes longer than a row does here.
+    number, gained, added = 1, -inf, [0.0] * most
     each = zip(rates, expected, first, further, strict=True)
     for j, (rate, next_token, seconds, more) in enumerate(each, start=1):
-        chain = 0.0
-        for step, rest in zip(range(len(tokens)), more, strict=False):
-            chain += next_token
+        row = 0.0
+        for step, rest in zip(range(most), more, strict=False):
+            row += next_token
             next_token *= rate
-            tokens[step] += chain
-            gain = tokens[step] - price * (seconds + rest)
-            if gain > most:
-                number, most = j, gain
-    return number, most
+            added[step] += row
+            gain = added[step] - price * (seconds + rest)
+            if gain > gained:
+                number, gained = j, gain
+    return number, gained
 
 
-def further_seconds(costs: CostModel, fed: int, n: int, share: float) -> list[list[float]]:
+def further_seconds(
+    costs: CostModel, fed: int, n: int, share: float
+) -> Sequence[Sequence[float]] | Array:
     """Seconds of 1..AHEAD more candidates of each of 1..n rows, less the first draft step.
 
     Args:
@@ -101,14 +111,14 @@ def further_seconds(costs: CostModel, fed: int, n: int, share: float) -> list[li
         share: how much of the candidates will be submitted.
 
     Returns:
-        n lists of AHEAD.
+        [n, AHEAD], as lists where they are few.
     """
     j = np.arange(1, n + 1)[:, None]
     verify = costs.verify.curve(fed, fed + n * AHEAD)
     submitted = np.rint(share * j * _STEPS).astype(int)
     drafting = costs.draft.curve(1, n)[:, None] * (_STEPS - 1)
-    further: list[list[float]] = (verify[submitted] - verify[0] + drafting).tolist()
-    return further
+    further: Array = verify[submitted] - verify[0] + drafting
+    return further if n > FEW else further.tolist()
 
 
 def best_prefixes(

@@ -149,14 +149,15 @@ class Switch:
         self._rested, self._resting = start.rows, REST if final else 0
         return cheapest
 
-    def kept(self, tokens: float, rows: int) -> None:
+    def kept(self, promised: float, tokens: float, rows: int) -> None:
         """Learn from a round that was promised to pay.
 
         Args:
+            promised: as `pays` was told.
             tokens: what it yielded, per row that could speculate, beyond none.
             rows: live rows.
         """
-        missing = min(max(self._promised - tokens, -1.0), 1.0)  # a pause of the machine is neither
+        missing = min(max(promised - tokens, -1.0), 1.0)  # a pause of the machine is neither
         self._weight = self._weight * max(KEPT**rows, LEAST_KEPT) + rows
         share = rows / self._weight
         self._mean += share * (missing - self._mean)

@@ -20,6 +20,7 @@ COMMANDS = {
     "roofline": [],
     "scale": ["plan", "flow", "units", "actors", "resume", "files"],
     "simulate": ["record", "replay"],
+    "virtual_gpu": [],
     "whole_job": [],
 }
 

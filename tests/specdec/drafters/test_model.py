@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.drafters import model as module
+from specdec.drafters.base import Choose, Drawn
 from specdec.drafters.model import DraftLayout, ModelDrafter
 from specdec.measure.clock import PhaseClock
 from specdec.model.sharing import SharedCaches
@@ -33,8 +34,16 @@ def test_the_layout_has_what_each_slot_lacks_end_to_end() -> None:
     assert layout == DraftLayout([(1, 3), (0, 1)], [3, 4, 5, 2], [2, 3])
 
 
-def greedy(logits: Tensor) -> tuple[Tensor, None]:
-    return logits.argmax(-1), None
+class Greedy:
+    """Chooses the likeliest token, and has nothing to say about it."""
+
+    key, inputs = None, ()
+
+    def __call__(self, logits: Tensor, hidden: Tensor, *inputs: Tensor) -> Drawn:
+        return logits.argmax(-1), None, None
+
+
+GREEDY: Choose = Greedy()
 
 
 @torch.inference_mode()
@@ -68,15 +77,15 @@ def test_candidates_are_the_models_own_continuation_of_each_row(
         lacking = sum(len(row.tokens) - drafter.cache.lengths[s] for s, row in enumerate(rows))
         with torch.inference_mode():
             drafting = drafter.begin(rows, [0, 1, 2], shared)
-            first = drafting.step(greedy)
+            first = drafting.step(GREEDY)
             assert first.tokens.tolist() == [each[0] for each in expected]
             assert sum(first.fed) == lacking and max(first.fed) <= 16 * len(rows)
             drafting.go_on([0, 2])
-            second = drafting.step(greedy)
+            second = drafting.step(GREEDY)
             assert second.tokens.tolist() == [expected[0][1], expected[2][1]]
             assert second.fed == [2]
             drafting.go_on([0, 1])
-            assert drafting.step(greedy).tokens.tolist() == [expected[0][2], expected[2][2]]
+            assert drafting.step(GREEDY).tokens.tolist() == [expected[0][2], expected[2][2]]
         # One candidate of each stands, and one token of the target's comes after it.
         for slot, row in enumerate(rows):
             row.tokens += [expected[slot][0], 7]

@@ -70,8 +70,8 @@ def waits(policy: StopPolicy, temperature: float, verification: Any) -> list[tup
         before = engine.stats.draft_forwards
         with Methods(counts), Operators(counts):
             engine.step()
-        # A tensor goes to numpy by way of cpu(), which is where it waits.
-        found.append((counts.total() - counts["numpy"], engine.stats.draft_forwards - before))
+        # What `PhaseClock.fetch` gives is read by numpy or tolist: once for each wait.
+        found.append((counts.total() - counts["cpu"], engine.stats.draft_forwards - before))
     return found
 
 

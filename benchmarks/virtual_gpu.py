@@ -1,0 +1,156 @@
+"""The real Engine on a GPU's clock, without a GPU: the fastest policy, and what the host costs.
+
+    python benchmarks/simulate.py record --out traces.safetensors
+    python benchmarks/virtual_gpu.py traces.safetensors --machine h200-8b --live 1,4,16,64
+
+Forwards take what a table says, on a clock beside the host (specdec/simulate/virtual.py).
+Scheduler, sampling and policies are the real ones and take what they take here, which on a busy
+machine is too much. The traces say what is accepted. Counted are rounds in which all rows decode.
+
+    best      the fastest of no speculation and fixed lengths, by its median
+    goodput   tokens/s against that, and the same by the simulator, whose host takes no time
+    idle      share of a goodput round in which the device waits for the host
+
+Machines (bf16; seconds of a forward of n tokens, and of each cached position that it reads):
+
+h200-8b   Llama 3.1 8B and 3.2 1B on an H200. Measured for the 8B (docs/benchmarks.md): 4.6 ms for
+          one token, 6.9 for 64 rows, 9.2 for 64 rows of 4 tokens. The 1B by the roofline below.
+h100-8b   the same pair on an H100 SXM: roofline of 3.35 TB/s and 989 TFLOP/s, of which it is taken
+          to reach 80% and 70%, and 0.1 ms a forward.
+h100-70b  Llama 3.1 70B and 8B on four of them, as if their memory and their rates added up.
+
+Prints a row a live batch, in some two minutes each.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from common import Repeats, console, prepare, run, spread
+from rich.table import Table
+
+from specdec.policies.base import StopPolicy
+from specdec.policies.costs import CostModel, CostTable
+from specdec.policies.registry import make_policy
+from specdec.simulate.replay import Transcript, load_transcripts, replay
+from specdec.simulate.script import Script
+from specdec.simulate.virtual import ForwardCosts, Steady, VirtualEngine
+
+SIZES = sorted({round(1.15**i) for i in range(56)} | set(range(1, 65)))
+"""Packed tokens of a table."""
+
+LAPS = 3
+"""Rows a slot. More make figures steadier and runs longer."""
+
+
+class Machine(StrEnum):
+    """A pair on a GPU; see above."""
+
+    H200_8B = "h200-8b"
+    H100_8B = "h100-8b"
+    H100_70B = "h100-70b"
+
+
+def roofline(
+    parameters: float, position_bytes: float, bandwidth: float, peak: float = 989e12, gpus: int = 1
+) -> ForwardCosts:
+    """Costs of a bf16 model, by its parameters and the bytes of a cached position."""
+    moved, done = 0.8 * gpus * bandwidth, 0.7 * gpus * peak
+    seconds = [max(2 * parameters / moved, 2 * parameters * n / done) + 1e-4 for n in SIZES]
+    return ForwardCosts(CostTable(SIZES, seconds), position_bytes / moved)
+
+
+def costs_of(machine: Machine) -> tuple[ForwardCosts, ForwardCosts]:
+    """Draft's and target's."""
+    if machine is Machine.H100_70B:
+        return (
+            roofline(8.03e9, 131_072, 3.35e12, gpus=4),
+            roofline(70.6e9, 327_680, 3.35e12, gpus=4),
+        )
+    if machine is Machine.H100_8B:
+        return roofline(1.24e9, 32_768, 3.35e12), roofline(8.03e9, 131_072, 3.35e12)
+    # Measured at 512 positions a row, which are in the figures for 64 rows: about 1.1 ms.
+    tokens, seconds = [1, 64, 256, 1024], [4.6e-3, 5.8e-3, 8.1e-3, 25e-3]
+    target = CostTable(SIZES, np.interp(SIZES, tokens, seconds).tolist())
+    return roofline(1.24e9, 32_768, 4.2e12), ForwardCosts(target, 131_072 / 4e12)
+
+
+def contenders(
+    lengths: range, make: Callable[[], CostModel]
+) -> dict[str, Callable[[], StopPolicy]]:
+    """Policies by name."""
+    named: dict[str, Callable[[], StopPolicy]] = {"none": lambda: make_policy("none")}
+    for k in lengths:
+        named[f"fixed {k}"] = lambda k=k: make_policy("fixed", k=k)
+    return named | {"goodput": lambda: make_policy("goodput", costs=make())}
+
+
+def virtual_gpu(
+    traces: Annotated[Path, typer.Argument(help="traces that `simulate.py record` wrote")],
+    machine: Annotated[Machine, typer.Option(help="whose costs; see above")] = Machine.H200_8B,
+    live: Annotated[str, typer.Option(help="live batches, separated by commas")] = "1,4,16,64",
+    longest: Annotated[int, typer.Option(help="the longest fixed length")] = 8,
+    repeats: Repeats = 3,
+    seconds: Annotated[float, typer.Option(help="of the clock, for each run at most")] = 5.0,
+) -> None:
+    """Tokens per second of policies on a virtual GPU."""
+    prepare(threads=1)
+    transcripts, _ = load_transcripts(traces)
+    script, (draft, target) = Script(transcripts), costs_of(machine)
+    table = Table("live", "best", title=f"{machine}, {len(transcripts)} rows, {repeats} runs")
+    for column in ("tokens/s", "goodput / best", "simulated", "idle, best", "idle, goodput"):
+        table.add_column(column, justify="right")
+    for rows in map(int, live.split(",")):
+        policies = contenders(
+            range(1, longest + 1),
+            lambda rows=rows: seen_by_policy(draft, target, transcripts, rows),
+        )
+        runs: dict[str, list[Steady]] = {name: [] for name in policies}
+        for turn in range(repeats):
+            for name, make in policies.items():
+                engine = VirtualEngine(script, draft, target, make(), rows)
+                count = max(LAPS * rows, len(transcripts))
+                runs[name].append(engine.steady(script.requests(count), seconds))
+                console.log(f"{turn + 1}/{repeats} {rows} live, {name}: {runs[name][-1]}")
+        rates = {name: statistics.median(r.tokens_per_second for r in runs[name]) for name in runs}
+        best = max((name for name in runs if name != "goodput"), key=rates.__getitem__)
+        each = zip(runs["goodput"], runs[best], strict=True)
+        ratio = spread([g.tokens_per_second / b.tokens_per_second for g, b in each], digits=3)
+        ideal = {
+            name: simulated(policies[name](), draft, target, transcripts, rows) for name in runs
+        }
+        most = max(rate for name, rate in ideal.items() if name != "goodput")
+        idle = [f"{statistics.median(r.idle for r in runs[n]):.1%}" for n in (best, "goodput")]
+        simulation = f"{ideal['goodput'] / most:.3f}"
+        table.add_row(str(rows), best, f"{rates[best]:.0f}", ratio, simulation, *idle)
+    console.print(table)
+
+
+def seen_by_policy(
+    draft: ForwardCosts, target: ForwardCosts, transcripts: list[Transcript], rows: int
+) -> CostModel:
+    """The device's costs at the transcripts' mean context, as a profile would find them."""
+    context = sum(t.prompt_tokens + len(t.accepted) / 2 for t in transcripts) / len(transcripts)
+
+    def table(costs: ForwardCosts) -> CostTable:
+        seconds = [costs(n, round(context * rows)) for n in SIZES]
+        return CostTable(SIZES, seconds)
+
+    return CostModel(table(draft), table(target))
+
+
+def simulated(
+    policy: StopPolicy, costs: CostModel, transcripts: list[Transcript], rows: int
+) -> float:
+    """Tokens per second where the host takes no time."""
+    return replay(transcripts, policy, costs, rows, steady=rows > 1).tokens_per_second
+
+
+if __name__ == "__main__":
+    run(__doc__, virtual_gpu)

@@ -1,0 +1,145 @@
+"""Draws the candidates of a round, one more of all rows at a time, until the policy has had enough.
+
+A policy that looks at candidates makes the host wait for each of them, and a GPU then waits for the
+host. So where another draft step mostly follows, it is launched before the policy has answered: it
+*runs ahead*. That changes no decision. Rows that turn out to have had enough drop its candidate,
+at which nobody has looked.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from specdec.drafters.base import Candidates, Drafter, Drafting
+from specdec.engine.round import Round
+from specdec.engine.stats import EngineStats
+from specdec.lossless.verification import Proposal
+from specdec.measure.clock import PhaseClock
+from specdec.model.rows import upload
+from specdec.model.sharing import SharedCaches
+from specdec.policies.base import DraftStep, StopPolicy
+from specdec.policies.signals import readable
+
+LIKELY = 0.75
+"""How often another step must have followed lately for the next one to run ahead.
+
+A step in vain takes the device its time. One that waits leaves the device idle while the host
+decides and launches. Raised, fewer steps are in vain, and the device waits more often.
+"""
+
+MEMORY = 0.9
+"""Weight that is left of what followed a step after one more round. Raised, changes count later."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A draft step that was launched: candidates of the rows in `slots`, int64 [n] in `index`."""
+
+    slots: list[int]
+    index: Tensor
+    candidates: Candidates
+
+    def rows(self, kept: Sequence[int]) -> tuple[list[int], Tensor]:
+        """Slots and index of some of its rows: indices into them."""
+        if len(kept) == len(self.slots):
+            return self.slots, self.index
+        slots = [self.slots[i] for i in kept]
+        return slots, upload(self.index.device, slots)[0]
+
+    def of(self, kept: Sequence[int]) -> _Step:
+        """The same of some of its rows."""
+        if len(kept) == len(self.slots):
+            return self
+        (at,) = upload(self.index.device, kept)
+        return _Step(*self.rows(kept), self.candidates.of(at))
+
+
+class DraftLoop:
+    """Asks a drafter for candidates, and a policy for which rows it shall go on.
+
+    Args:
+        drafter: proposes.
+        policy: decides.
+        clock: times it, and knows whether the device works beside the host.
+        stats: counts forwards.
+    """
+
+    def __init__(
+        self, drafter: Drafter, policy: StopPolicy, clock: PhaseClock, stats: EngineStats
+    ) -> None:
+        self._drafter, self._policy, self._clock, self._stats = drafter, policy, clock, stats
+        self._followed = defaultdict[int, float](float)  # by depth: how often another step did
+
+    def run(self, this: Round, budget: Sequence[int], shared: SharedCaches) -> None:
+        """Fill the round's proposal.
+
+        Args:
+            this: the round.
+            budget: most candidates of each row.
+            shared: all caches.
+        """
+        active = [slot for slot, most in enumerate(budget) if most > 0]
+        if not active:
+            return
+        proposal = Proposal(len(this.rows), max(budget), self._drafter.cache.device)
+        this.proposal = proposal
+        drafting = self._drafter.begin(this.rows, active, shared)
+        step: _Step | None = None
+        (index,) = upload(proposal.candidates.device, active)
+        for depth in range(1, max(budget) + 1):
+            with this.timer.apart() as lap:
+                step = step or self._launch(this, drafting, active, index, depth)
+                drawn = step.candidates
+                proposal.add(active, step.index, drawn.tokens, drawn.q)
+                within = [i for i, slot in enumerate(active) if budget[slot] > depth]
+                last, (step, going) = step, self._next(this, drafting, step, depth, within)
+            this.draft_costs.append((sum(drawn.fed), lap.seconds))
+            if not going:
+                break
+            active, index = last.rows(going)
+        this.submitted = self._policy.submit(proposal.lengths)
+
+    def _launch(
+        self, this: Round, drafting: Drafting, slots: list[int], index: Tensor, depth: int
+    ) -> _Step:
+        """Queue the step that draws candidate number `depth` of some rows."""
+        candidates = drafting.step(this.choosing(slots, index, depth, self._policy))
+        self._stats.count_draft(candidates.fed)
+        return _Step(slots, index, candidates)
+
+    def _next(
+        self, this: Round, drafting: Drafting, last: _Step, depth: int, within: list[int]
+    ) -> tuple[_Step | None, list[int]]:
+        """Which rows go on behind a step, and the next step if it is launched already.
+
+        Args:
+            last: the step, of the rows that still draft.
+            depth: how many candidates they have with it.
+            within: those of them that may have more: indices.
+        """
+        if last.candidates.signals is None:
+            drafting.go_on(within)
+            return None, within
+        signals = self._clock.fetch(last.candidates.signals)
+        ahead = None
+        if within and self._clock.asynchronous and self._followed[depth] >= LIKELY:
+            drafting.go_on(within)
+            ahead = self._launch(this, drafting, *last.rows(within), depth + 1)
+        with self._clock.phase({"decide": 1.0}):
+            host = readable(signals().numpy().astype(np.float64))
+            flags = self._policy.go_on(DraftStep(np.array(last.slots), depth, host))
+        going = [i for i in within if flags[i]]
+        if within:
+            followed = MEMORY * self._followed[depth] + (1 - MEMORY) * bool(going)
+            self._followed[depth] = followed
+        if ahead is None or not going:
+            drafting.go_on(going)
+            return None, going
+        kept = [i for i, each in enumerate(within) if flags[each]]
+        drafting.go_on(kept)
+        return ahead.of(kept), going

@@ -1,0 +1,170 @@
+"""The real engine beside a device that is not there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from specdec.engine import draft_loop
+from specdec.policies.base import Signal, StopPolicy
+from specdec.policies.costs import CostModel, CostTable
+from specdec.policies.registry import make_policy
+from specdec.request import Completion
+from specdec.simulate.replay import Transcript, replay
+from specdec.simulate.script import VOCABULARY, Script
+from specdec.simulate.virtual import (
+    MADE_UP,
+    TRANSFER,
+    ForwardCosts,
+    VirtualDevice,
+    VirtualEngine,
+)
+
+DEPTH = 8
+
+
+def transcripts(rows: int, tokens: int = 40, rate: float = 0.8) -> list[Transcript]:
+    random = np.random.default_rng(3)
+    made = []
+    for row in range(rows):
+        accepted = random.uniform(size=tokens) < rate
+        starts = np.flatnonzero(~accepted | (np.arange(tokens) == tokens - 1))
+        branch_of = np.full(tokens, -1)
+        branch_of[starts] = np.arange(len(starts))
+        signals = np.zeros((tokens, len(Signal)), dtype=np.float32)
+        signals[:, Signal.LOG_TOP] = np.log(random.uniform(0.4, 0.75, tokens))
+        signals[:, Signal.LOG_Q] = signals[:, Signal.LOG_TOP] - np.where(accepted, 0, 1.2)
+        branches = np.zeros((len(starts), DEPTH, len(Signal)), dtype=np.float32)
+        branches[..., : Signal.ENTROPY] = -1.5
+        made.append(
+            Transcript(
+                str(row), "", 20 + row, tokens - 1, False, accepted, signals, branch_of, branches
+            )
+        )
+    return made
+
+
+def costs(seconds: float, token: float = 0.0) -> ForwardCosts:
+    return ForwardCosts(CostTable([1, 200], [seconds, seconds + 199 * token]), 0.0)
+
+
+def engine_of(script: Script, policy: StopPolicy, slots: int = 4, scale: float = 1.0) -> Any:
+    return VirtualEngine(script, costs(2e-3 * scale), costs(8e-3 * scale), policy, slots)
+
+
+def completed(script: Script, policy: StopPolicy, slots: int = 4) -> list[Completion]:
+    done: list[Completion] = engine_of(script, policy, slots, 1e-3).generate(script.requests(8))
+    return done
+
+
+def test_a_device_works_beside_the_host_and_results_come_when_it_is_done() -> None:
+    device = VirtualDevice()
+    began = device.now()
+    device.launch(0.03)
+    device.launch(0.02)
+    arriving = device.fetch(torch.ones(1))
+    device.launch(1.0)  # what is queued behind it delays nothing
+    assert device.now() - began < 0.02
+    arriving()
+    assert device.now() - began == pytest.approx(0.05 + TRANSFER, abs=0.01)
+
+
+def test_the_clock_stands_while_something_is_made_up() -> None:
+    device = VirtualDevice()
+    began = device.now()
+    with device.aside("warmup"), device.aside(MADE_UP):
+        time.sleep(0.05)
+    assert device.now() - began < 0.02
+    assert device.seconds[MADE_UP] == pytest.approx(0.05, abs=0.02)
+    assert device.seconds["warmup"] < 0.02
+
+
+@pytest.mark.parametrize("policy", ["none", "fixed", "confidence", "goodput"])
+def test_rows_write_the_scripts_text_and_meet_its_acceptance(policy: str) -> None:
+    """What is drafted, right or wrong, is judged as the transcript says, by the real engine."""
+    rows = transcripts(8)
+    script = Script(rows)
+    options = {"costs": CostModel(costs(2e-6).seconds, costs(8e-6).seconds)}
+    made = make_policy(policy, k=3, k_max=6, threshold=0.3, **(options if "good" in policy else {}))
+    for number, completion in enumerate(completed(script, made)):
+        first, n = int(script.first[number]), script.lengths[number]
+        assert list(completion.output_ids) == script.truth[first : first + n].tolist()
+    if policy == "fixed":
+        alone = replay(
+            rows, make_policy("fixed", k=3), CostModel(costs(1).seconds, costs(4).seconds)
+        )
+        engine = engine_of(script, make_policy("fixed", k=3), 1, 1e-3)
+        counts = [each.counts for each in engine.generate(script.requests(8))]
+        # The first token comes with the prompt, which the simulator leaves out.
+        assert [c.rounds - 1 for c in counts] == [c.rounds for c in alone.rows]
+        assert [c.accepted for c in counts] == [c.accepted for c in alone.rows]
+
+
+def test_a_policy_sees_the_signals_of_its_script() -> None:
+    rows = transcripts(1)
+    script = Script(rows)
+    log_q = torch.log_softmax(script.draft_logits, -1)
+    drawn = log_q.gather(1, script.candidates[:, None])[:-1, 0][: script.lengths[0]]
+    np.testing.assert_allclose(drawn, rows[0].signals[:, Signal.LOG_Q], atol=0.02)
+    assert script.draft_logits.shape[1] == VOCABULARY
+
+
+@contextmanager
+def always_ahead(monkeypatch: pytest.MonkeyPatch, likely: float) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(draft_loop, "LIKELY", likely)
+        yield
+
+
+@pytest.mark.parametrize("policy", ["confidence", "goodput"])
+def test_running_ahead_changes_no_decision(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row is drafted, submitted and accepted for as it is when each step waits."""
+    script = Script(transcripts(8))
+    counts: list[Any] = []
+    forwards = []
+    for likely in (0.0, 2.0):
+        # Costs that are not learnt: measured ones differ from run to run.
+        model = CostModel(costs(2e-6).seconds, costs(8e-6).seconds)
+        monkeypatch.setattr(model, "observe_draft", lambda *_: None)
+        monkeypatch.setattr(model, "observe_verify", lambda *_: None)
+        options = {"costs": model} if policy == "goodput" else {}
+        made = make_policy(policy, k_max=6, threshold=0.5, **options)
+        freeze_learning(made, monkeypatch)
+        with always_ahead(monkeypatch, likely):
+            engine = engine_of(script, made, 4, 1e-3)
+            counts.append([each.counts for each in engine.generate(script.requests(8))])
+            forwards.append(engine.stats.draft_forwards)
+    assert counts[0] == counts[1]
+    assert forwards[0] > forwards[1]
+
+
+def freeze_learning(policy: StopPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What depends on measured seconds goes."""
+    nothing: Callable[..., None] = lambda *_: None  # noqa: E731
+    monkeypatch.setattr(policy, "observe", nothing)
+
+
+def test_new_sizes_are_recorded_in_time_that_no_round_is_charged_with() -> None:
+    script = Script(transcripts(4, tokens=12))
+    engine = engine_of(script, make_policy("fixed", k=2), 4, 1e-3)
+    began, wall = engine.clock.now(), time.perf_counter()
+    engine.generate(script.requests(4))
+    spent, warmup = time.perf_counter() - wall, engine.stats.seconds["warmup"]
+    assert warmup > 0.05  # a quarter of a tenth of a second for each size
+    assert engine.clock.now() - began < spent - warmup + 0.02
+
+
+def test_steady_rounds_take_what_their_forwards_take() -> None:
+    """Slow forwards, so that the host hardly counts: busy is 1 target and 2 draft forwards each."""
+    script = Script(transcripts(8))
+    engine = engine_of(script, make_policy("fixed", k=2), 2, 1.0)
+    steady = engine.steady(script.requests(6), seconds=2.0)
+    assert steady.rounds > 10
+    assert steady.busy / steady.rounds == pytest.approx(2 * 2e-3 + 8e-3, rel=0.05)
+    assert steady.busy < steady.seconds
