@@ -90,7 +90,7 @@ def load_head(folder: str | Path, pair: DescribedPair) -> AcceptanceHead:
                 f"head {folder} was trained for another {role}: {reason}; "
                 "train one for this pair with `specbatch train-head`"
             )
-    width = pair.draft.model.config.hidden_size
+    width = pair.draft.model.config.get_text_config().hidden_size
     if card["width"] != width:
         raise HeadError(
             f"head {folder} reads hidden states of {card['width']} numbers, but the draft's have "

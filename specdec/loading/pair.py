@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from specdec.loading.conversion import model_folder, tokenizer_folder
-from specdec.loading.gguf_header import stored_dtype
 from specdec.loading.heap import keep_freed_memory
+from specdec.loading.loader import DType, Loader, load_tokenizer, stored_weights_dtype
 from specdec.loading.sources import ModelSource, PairError, find_model, model_digest
 from specdec.model.decoder import PackedDecoder
 from specdec.model.linear import Quantization, is_invariant, pack_linears, packable
 from specdec.model.stock import UnsupportedModel
 
-SHARED_MODULES = ("embed_tokens.weight", "lm_head.weight")
-"""Ends of the names of weights that a draft's checkpoint may lack: it uses the target's."""
-
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -107,9 +103,9 @@ class ModelPair:
         target_source = find_model(target)
         if dtype == "auto":
             full = trainable or deterministic or quantization is not None
-            stored = None if full else _stored_dtype(target_source, trust_remote_code)
+            stored = None if full else stored_weights_dtype(target_source, trust_remote_code)
             dtype = chosen_dtype(stored, place)
-        loader = _Loader(dtype, place, trust_remote_code)
+        loader = Loader(dtype, place, trust_remote_code)
         target_model, missing = loader.model(target_source, device_map)
         if missing:
             raise PairError(f"target {target}: its weights lack {' and '.join(sorted(missing))}")
@@ -117,14 +113,9 @@ class ModelPair:
         draft_model = None
         if draft is not None:
             draft_source = find_model(draft)
-            draft_model = loader.draft(draft_source, target_model, tokenizer, target)
+            draft_model = _load_draft(loader, draft_source, target_model, tokenizer, target)
         models = [model for model in (target_model, draft_model) if model is not None]
-        vocab_size = min(model.get_output_embeddings().weight.shape[0] for model in models)
-        if len(tokenizer) > vocab_size:
-            raise PairError(
-                f"the target's tokenizer has {len(tokenizer)} tokens, but the models share only "
-                f"{vocab_size}"
-            )
+        vocab_size = _shared_vocabulary(models, tokenizer)
         try:
             packed = [
                 PackedDecoder(
@@ -174,14 +165,6 @@ class ModelPair:
         return self.description
 
 
-QUANTISED_AS = torch.bfloat16
-"""The dtype in which weights of a quantised GGUF file count as stored.
-
-Quantised numbers have a scale and at most 8 bits each, so bfloat16's 8 bits lose little. float32
-would double the file on disk and the time to stream its weights.
-"""
-
-
 def chosen_dtype(stored: torch.dtype | None, place: torch.device) -> DType:
     """What "auto" is: the dtype of the target's weights where the device is fast in it.
 
@@ -195,113 +178,6 @@ def chosen_dtype(stored: torch.dtype | None, place: torch.device) -> DType:
     return "float16" if stored == torch.float16 and fast else "float32"
 
 
-def _stored_dtype(source: ModelSource, trust_remote_code: bool) -> torch.dtype | None:
-    """The dtype of a checkpoint's weights, by its config.json or a GGUF file's header."""
-    from transformers import AutoConfig
-
-    path = source.path
-    try:
-        if path is not None and path.is_file():
-            return stored_dtype(path) or QUANTISED_AS
-        config = AutoConfig.from_pretrained(
-            str(path or source.name),
-            revision=source.revision,
-            trust_remote_code=trust_remote_code,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise PairError(f"model {source.name} cannot be loaded: {_reason(error)}") from error
-    stored = getattr(config, "dtype", None)
-    return stored if isinstance(stored, torch.dtype) else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Loader:
-    """transformers' loading, with the errors of a user's mistake made readable."""
-
-    dtype: DType
-    device: torch.device
-    trust_remote_code: bool
-
-    def model(
-        self, source: ModelSource, device_map: str | Mapping[str, Any] | None
-    ) -> tuple[Any, frozenset[str]]:
-        """The model, in evaluation mode, and which of SHARED_MODULES its checkpoint lacks."""
-        from transformers import AutoModelForCausalLM
-
-        dtype = getattr(torch, self.dtype)
-        folder = model_folder(source, dtype)
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                revision=source.revision,
-                dtype=dtype,
-                device_map=device_map,
-                use_safetensors=True,
-                attn_implementation="sdpa",
-                trust_remote_code=self.trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise PairError(f"model {source.name} cannot be loaded: {_reason(error)}") from error
-        model, info = loaded
-        missing = {name for name in info["missing_keys"] if "rotary" not in name}
-        shared = frozenset(end for end in SHARED_MODULES for name in missing if name.endswith(end))
-        other = sorted(name for name in missing if not name.endswith(SHARED_MODULES))
-        if other:
-            raise PairError(
-                f"model {source.name}: its weights lack {other[0]} and {len(other) - 1} more"
-            )
-        if info["mismatched_keys"]:
-            key = sorted(str(mismatch) for mismatch in info["mismatched_keys"])[0]
-            raise PairError(
-                f"model {source.name}: weights do not have the shapes of its config.json: {key}"
-            )
-        if device_map is None:
-            model = model.to(self.device)
-        return model.eval().requires_grad_(False), shared
-
-    def draft(self, source: ModelSource, target: Any, tokenizer: Any, target_name: str) -> Any:
-        """A model that shares with the target what its checkpoint lacks, vocabularies checked."""
-        model, missing = self.model(source, None)
-        _share_modules(target, model, missing, source.name)
-        if not missing or self.has_tokenizer(source):
-            own = load_tokenizer(source, self.trust_remote_code)
-            compare_vocabularies(tokenizer, own, target_name, source.name)
-        return model
-
-    def has_tokenizer(self, source: ModelSource) -> bool:
-        """Whether a local source brings a tokenizer of its own."""
-        path = source.path
-        return path is None or path.is_file() or any(path.glob("tokenizer*"))
-
-
-def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
-    """A model's tokenizer (transformers); a GGUF file must have been converted.
-
-    Raises:
-        PairError: it has none, or one that cannot be used.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(tokenizer_folder(source) or source.name),
-            revision=source.revision,
-            trust_remote_code=trust_remote_code,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise PairError(f"model {source.name} has no usable tokenizer: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return (
-            "it needs Python code of its own; if you trust it, set models.trust_remote_code to true"
-        )
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def load_draft(pair: ModelPair, name: str, *, trust_remote_code: bool = False) -> Any:
     """A draft for the target of a pair that was loaded with `trainable`, as a transformers model.
 
@@ -313,23 +189,63 @@ def load_draft(pair: ModelPair, name: str, *, trust_remote_code: bool = False) -
     Raises:
         PairError: the draft is missing or does not fit the target.
     """
-    loader = _Loader(pair.description["dtype"], pair.target.device, trust_remote_code)
+    loader = Loader(pair.description["dtype"], pair.target.device, trust_remote_code)
     target_name = pair.description["target"]["name"]
-    return loader.draft(find_model(name), pair.target.model, pair.tokenizer, target_name)
+    return _load_draft(loader, find_model(name), pair.target.model, pair.tokenizer, target_name)
+
+
+def _load_draft(
+    loader: Loader, source: ModelSource, target: Any, tokenizer: Any, target_name: str
+) -> Any:
+    """A model that shares with the target what its checkpoint lacks, vocabularies checked."""
+    model, missing = loader.model(source, None)
+    _share_modules(target, model, missing, source.name)
+    if not missing or _has_tokenizer(source):
+        own = load_tokenizer(source, loader.trust_remote_code)
+        compare_vocabularies(tokenizer, own, target_name, source.name)
+    return model
+
+
+def _has_tokenizer(source: ModelSource) -> bool:
+    """Whether a local source brings a tokenizer of its own."""
+    path = source.path
+    return path is None or path.is_file() or any(path.glob("tokenizer*"))
 
 
 def _share_modules(target: Any, draft: Any, missing: frozenset[str], name: str) -> None:
     """Give the draft the target's embedding and LM head where its checkpoint has none."""
-    if missing and target.config.hidden_size != draft.config.hidden_size:
+    ours, theirs = (model.config.get_text_config() for model in (target, draft))
+    if missing and ours.hidden_size != theirs.hidden_size:
         raise PairError(
             f"draft {name} has no {' and '.join(sorted(missing))} and cannot use the target's: "
-            f"its hidden size is {draft.config.hidden_size}, the target's "
-            f"{target.config.hidden_size}"
+            f"its hidden size is {theirs.hidden_size}, the target's {ours.hidden_size}"
         )
     if "embed_tokens.weight" in missing:
         draft.set_input_embeddings(target.get_input_embeddings())
-    if "lm_head.weight" in missing or (missing and draft.config.tie_word_embeddings):
+    if "lm_head.weight" in missing or (missing and theirs.tie_word_embeddings):
         draft.set_output_embeddings(target.get_output_embeddings())
+
+
+def _shared_vocabulary(models: list[Any], tokenizer: Any) -> int:
+    """How many token ids all models, of which the target is the first, give logits for.
+
+    Raises:
+        PairError: the draft lacks tokens that the target can sample.
+    """
+    sizes: list[int] = [model.get_output_embeddings().weight.shape[0] for model in models]
+    vocab_size = min(sizes)
+    if min(len(tokenizer), sizes[0]) > vocab_size:
+        raise PairError(
+            f"the target's tokenizer has {len(tokenizer)} tokens, but the models share only "
+            f"{vocab_size}"
+        )
+    if len(tokenizer) > vocab_size:
+        log.warning(
+            "the tokenizer has %d tokens, the target gives logits for %d: a prompt with one of the "
+            "others is an error of its row, and none of them is ever sampled",
+            len(tokenizer), vocab_size,
+        )  # fmt: skip
+    return vocab_size
 
 
 def compare_vocabularies(target: Any, draft: Any, target_name: str, draft_name: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from specdec.loading.conversion import tokenizer_folder
-from specdec.loading.pair import compare_vocabularies, load_tokenizer
+from specdec.loading.loader import load_tokenizer
+from specdec.loading.pair import compare_vocabularies
 from specdec.loading.sources import ModelSource, find_model
 
 

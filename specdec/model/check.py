@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specdec.model.stock import StockModel
+
 CPU_CHECK = (133, 30)
 """Tokens of the two rows that a model on a CPU is checked with.
 
@@ -78,16 +80,17 @@ class Reference:
     noise: tuple[float, float]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, vocab_size: int, context: int) -> Reference:
-        """That of a model with an attention implementation of transformers."""
-        device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    def of(cls, stock: StockModel, vocab_size: int, context: int) -> Reference:
+        """That of a model whose attention is made transformers' own."""
+        model, decoder = stock.model, stock.decoder
+        device: torch.device = model.get_input_embeddings().weight.device
         lengths = GPU_CHECK if device.type == "cuda" else CPU_CHECK
         draw = torch.Generator().manual_seed(0)
         first, second = (
             torch.randint(vocab_size, (min(n, context),), generator=draw).to(device)
             for n in lengths
         )
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        decoder.set_attn_implementation("sdpa" if decoder._supports_sdpa else "eager")
         logits = _tail(model, first), _tail(model, second)
         return cls((first, second), logits, _noise(model, (first, second), torch.cat(logits)))
 

@@ -178,8 +178,8 @@ class PackedDecoder:
         with short_windows(self.model.config):
             windows = any(layer.window for layer in layout)
             self.layout = layer_layouts(self._stock) if windows else layout
-            reference = Reference.of(self.model, self.vocab_size, self.context_length)
-            self.model.set_attn_implementation(ATTENTION)
+            reference = Reference.of(self._stock, self.vocab_size, self.context_length)
+            self._stock.decoder.set_attn_implementation(ATTENTION)
             if fuse:
                 fuse_layers(self._stock.decoder)
             on_gpu = self.device.type == "cuda"
@@ -206,7 +206,7 @@ class PackedDecoder:
         """What two interleaved rows run packed differ by from the plain; "" if that is rounding."""
         m, n = map(len, reference.rows)
         steps = [(0, 0, m - 4), (1, 0, n - 6)], [(1, n - 6, 6), (0, m - 5, 5)], [(0, m - 1, 1)]
-        cache, found, places = self.new_cache(2, m), [], []
+        cache, found, places = self.new_cache(2, m), list[Tensor](), list[tuple[int, int]]()
         for step in steps:  # each of rows (slot, length that it is rolled back to, more tokens)
             for slot, length, _ in step:
                 cache.rollback(slot, length)

@@ -40,7 +40,7 @@ def layer_layouts(stock: StockModel) -> tuple[LayerLayout, ...]:
         UnsupportedModel: a layer attends to something else than what came before.
     """
     probe: dict[int, LayerLayout] = {}
-    stock.model.set_attn_implementation(PROBE)
+    stock.decoder.set_attn_implementation(PROBE)
     tokens = torch.arange(4, device=stock.model.get_input_embeddings().weight.device)
     stock.decoder(input_ids=tokens[None], position_ids=tokens[None], use_cache=False, packing=probe)
     if not probe:
@@ -107,7 +107,7 @@ class _Mask(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_function__(func, types, args, kwargs)
+        out: Any = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         if not isinstance(out, _Mask):
             return out
         if func is not Tensor.__getitem__:

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from specdec.loading import pair as pair_module
 from specdec.loading.conversion import DTYPES, model_folder, tokenizer_folder
-from specdec.loading.pair import DType, ModelPair
+from specdec.loading.loader import DType
+from specdec.loading.pair import ModelPair
 from specdec.loading.sources import PairError, find_model
 from specdec.loading.vocabulary import check_tokenizers
 from tests.specdec.loading.saved_models import SMOLLM2, saved

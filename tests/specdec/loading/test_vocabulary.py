@@ -36,9 +36,3 @@ def test_padding_of_a_vocabulary_is_cut_off(
     assert pair.vocab_size == min(target_rows, draft_rows)
     assert max(complete(pair)) < pair.vocab_size
     assert complete(pair) == complete(pair, k=0)
-
-
-def test_a_tokenizer_larger_than_the_models_is_an_error(tmp_path: Path) -> None:
-    target = saved(tmp_path / "t", tiny_model(vocab=90))
-    with pytest.raises(PairError, match=f"{VOCAB} tokens, but .*90"):
-        load(target)

@@ -24,6 +24,7 @@ from specdec.model.graphs import (
     padded,
     record,
 )
+from specdec.model.stock import StockModel
 from specdec.policies.registry import make_policy
 from specdec.request import Request, SamplingParams
 from tests.specdec.tiny_models import DEVICE, make_pair, noisy_copy, tiny_model
@@ -256,7 +257,9 @@ def test_kernels_that_do_not_work_here_are_left_out(
             arguments[-1].zero_()
 
     found = PackedDecoder(tiny_model().to(DEVICE))
-    reference = Reference.of(tiny_model().to(DEVICE), found.vocab_size, found.context_length)
+    reference = Reference.of(
+        StockModel(tiny_model().to(DEVICE)), found.vocab_size, found.context_length
+    )
     assert found._kernels_agree(reference)
     monkeypatch.setattr("specdec.model.cache.layer_kernels", lambda *_: Broken())
     assert not found._kernels_agree(reference)
