@@ -27,6 +27,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -102,34 +103,51 @@ def virtual_gpu(
     """Tokens per second of policies on a virtual GPU."""
     prepare(threads=1)
     transcripts, _ = load_transcripts(traces)
-    script, (draft, target) = Script(transcripts), costs_of(machine)
     table = Table("live", "best", title=f"{machine}, {len(transcripts)} rows, {repeats} runs")
     for column in ("tokens/s", "goodput / best", "simulated", "idle, best", "idle, goodput"):
         table.add_column(column, justify="right")
     for rows in map(int, live.split(",")):
-        policies = contenders(
-            range(1, longest + 1),
-            lambda rows=rows: seen_by_policy(draft, target, transcripts, rows),
-        )
-        runs: dict[str, list[Steady]] = {name: [] for name in policies}
-        for turn in range(repeats):
-            for name, make in policies.items():
-                engine = VirtualEngine(script, draft, target, make(), rows)
-                count = max(LAPS * rows, len(transcripts))
-                runs[name].append(engine.steady(script.requests(count), seconds))
-                console.log(f"{turn + 1}/{repeats} {rows} live, {name}: {runs[name][-1]}")
-        rates = {name: statistics.median(r.tokens_per_second for r in runs[name]) for name in runs}
-        best = max((name for name in runs if name != "goodput"), key=rates.__getitem__)
-        each = zip(runs["goodput"], runs[best], strict=True)
-        ratio = spread([g.tokens_per_second / b.tokens_per_second for g, b in each], digits=3)
+        known = partial(seen_by_policy, *costs_of(machine), transcripts, rows)
+        policies = contenders(range(1, longest + 1), known)
         ideal = {
-            name: simulated(policies[name](), draft, target, transcripts, rows) for name in runs
+            name: replay(transcripts, make(), known(), rows, steady=rows > 1).tokens_per_second
+            for name, make in policies.items()
         }
-        most = max(rate for name, rate in ideal.items() if name != "goodput")
-        idle = [f"{statistics.median(r.idle for r in runs[n]):.1%}" for n in (best, "goodput")]
-        simulation = f"{ideal['goodput'] / most:.3f}"
-        table.add_row(str(rows), best, f"{rates[best]:.0f}", ratio, simulation, *idle)
+        runs = race(transcripts, machine, policies, rows, repeats, seconds)
+        rates = {name: statistics.median(r.tokens_per_second for r in runs[name]) for name in runs}
+        idle = {name: statistics.median(r.idle for r in runs[name]) for name in runs}
+        best = max(runs.keys() - {"goodput"}, key=rates.__getitem__)
+        each = zip(runs["goodput"], runs[best], strict=True)
+        table.add_row(
+            str(rows),
+            best,
+            f"{rates[best]:.0f}",
+            spread([g.tokens_per_second / b.tokens_per_second for g, b in each], digits=3),
+            f"{ideal['goodput'] / max(ideal[name] for name in ideal.keys() - {'goodput'}):.3f}",
+            f"{idle[best]:.1%}",
+            f"{idle['goodput']:.1%}",
+        )
     console.print(table)
+
+
+def race(
+    transcripts: list[Transcript],
+    machine: Machine,
+    policies: dict[str, Callable[[], StopPolicy]],
+    rows: int,
+    repeats: int,
+    seconds: float,
+) -> dict[str, list[Steady]]:
+    """Each policy's runs, in turns, on new engines."""
+    script = Script(transcripts)
+    runs: dict[str, list[Steady]] = {name: [] for name in policies}
+    for turn in range(repeats):
+        for name, make in policies.items():
+            engine = VirtualEngine(script, *costs_of(machine), make(), rows)
+            requests = script.requests(max(LAPS * rows, len(transcripts)))
+            runs[name].append(engine.steady(requests, seconds))
+            console.log(f"{turn + 1}/{repeats} {rows} live, {name}: {runs[name][-1]}")
+    return runs
 
 
 def seen_by_policy(
@@ -143,13 +161,6 @@ def seen_by_policy(
         return CostTable(SIZES, seconds)
 
     return CostModel(table(draft), table(target))
-
-
-def simulated(
-    policy: StopPolicy, costs: CostModel, transcripts: list[Transcript], rows: int
-) -> float:
-    """Tokens per second where the host takes no time."""
-    return replay(transcripts, policy, costs, rows, steady=rows > 1).tokens_per_second
 
 
 if __name__ == "__main__":
