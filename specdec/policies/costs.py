@@ -59,6 +59,12 @@ OUTLIER = 2.0
 Raised, pauses move tables further; lowered, a real change takes more rounds.
 """
 
+NEAR = 0.05
+"""By what share the rows' mean context may change before a table takes note.
+
+Raised, costs follow growing rows in larger steps; lowered, tables are laid out more often.
+"""
+
 BEYOND = 1.25
 """A measurement at more than so many times the tokens of a table makes the table longer.
 
@@ -78,15 +84,27 @@ class CostTable:
     Kalman filter over relative errors. A machine is a fifth slower for a while now and then, and a
     place that happened to be visited then must not be taken for an expensive one.
 
+    Rows with more in their caches take longer: so much a position, for each row of the forward.
+
     Args:
         tokens: increasing, from 1.
         seconds: measured at these.
+        position: seconds of each further cached position of a row.
+        context: cached positions of each row when the table was measured.
 
     Attributes:
         speed: how much longer all forwards take than they did at first, in logarithms.
     """
 
-    def __init__(self, tokens: Sequence[int], seconds: Sequence[float]) -> None:
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        seconds: Sequence[float],
+        position: float = 0.0,
+        context: float = 0.0,
+    ) -> None:
+        self.position, self.context = position, context
+        self._rows, self._further = 1, 0.0  # rows, and positions of each beyond `context`
         self.tokens = np.asarray(tokens, dtype=np.float64)
         self._first = _rising(np.asarray(seconds, dtype=np.float64))
         # What has become of it since, in logarithms: for all, and for each place besides.
@@ -109,6 +127,19 @@ class CostTable:
         if isinstance(tokens, int):
             return self.curve(tokens, tokens)[0]
         return self.curve(0, int(np.max(tokens)) if np.size(tokens) else 0)[tokens]
+
+    def at(self, rows: int, context: float) -> bool:
+        """Say how many rows there are and how many positions each has cached, in the mean.
+
+        Returns:
+            Whether costs are others now.
+        """
+        further = context - self.context
+        near = abs(further - self._further) <= NEAR * context
+        if not self.position or (near and rows == self._rows):
+            return False
+        self._rows, self._further, self._dense = rows, further, _UNKNOWN
+        return True
 
     def curve(self, first: int, last: int) -> Array:
         """Seconds at `first`, `first` + 1, ... `last` tokens."""
@@ -163,10 +194,14 @@ class CostTable:
             rise = seconds - float(np.interp(tokens / 2, self.tokens, table))
             slope = max(rise, 0.0) / (tokens / 2) if len(self.tokens) > 1 else seconds / tokens
             found += slope * np.maximum(counts - tokens, 0.0)
+        if self.position:
+            # A forward of fewer tokens than there are rows has so many rows.
+            a_row = self.position * self._further * math.exp(self.speed)
+            found += np.maximum(a_row * np.minimum(counts, self._rows), -found / 2)
         return found
 
     def points(self) -> list[tuple[int, float]]:
-        """(tokens, seconds) of the table, for reports."""
+        """(tokens, seconds) of the table at the context it was measured at, for reports."""
         return [(int(n), float(s)) for n, s in zip(self.tokens, self.seconds, strict=True)]
 
 
@@ -188,6 +223,11 @@ class CostModel:
 
     def __init__(self, draft: CostTable, verify: CostTable) -> None:
         self.draft, self.verify = draft, verify
+
+    def at(self, rows: int, context: float) -> bool:
+        """See `CostTable.at`; all rows are in a verification, and so many in a draft step."""
+        changed = [table.at(rows, context) for table in (self.draft, self.verify)]
+        return any(changed)
 
     def observe_draft(self, tokens: int, *seconds: float) -> None:
         """Learn from draft steps of so many tokens."""

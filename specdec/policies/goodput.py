@@ -150,6 +150,8 @@ class Goodput(EstimatingPolicy):
     def _begin(self, start: RoundStart) -> None:
         super()._begin(start)
         assert self.costs is not None
+        if self.costs.at(len(start.rows), sum(start.contexts) / len(start.rows)):
+            self._furthers = {}
         self._free_trimming = start.free_trimming
         self._kept = [0] * len(start.rows)
         self._tokens_bare = self._tokens_fed = start.target_tokens

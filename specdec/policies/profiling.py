@@ -19,6 +19,12 @@ CONTEXT = 192
 Raised, attention seems to cost more from the start; rounds find the job's own.
 """
 
+FAR = 4 * CONTEXT
+"""Cached positions of a row at which it is seen what further ones cost.
+
+Raised, that is told more surely, over fewer rows: the cache is as large as for all at CONTEXT.
+"""
+
 PROMPT = 256
 """Tokens that the draft is profiled up to: one it has not followed must read the row's prompt.
 
@@ -70,7 +76,21 @@ def _profile(decoder: PackedDecoder, slots: int, most: int, budget: float) -> Co
             began += _time(decoder, cache, slots, tokens)  # compiling and recording come once
         timings.setdefault(tokens, []).append(_time(decoder, cache, slots, tokens))
     sizes = sorted(timings)
-    return CostTable(sizes, [float(np.median(timings[tokens])) for tokens in sizes])
+    seconds = [float(np.median(timings[tokens])) for tokens in sizes]
+    in_time = time.perf_counter() - began < budget
+    return CostTable(sizes, seconds, _position(decoder, slots) if in_time else 0.0, CONTEXT)
+
+
+def _position(decoder: PackedDecoder, slots: int) -> float:
+    """Seconds of each cached position of a row beyond CONTEXT; 0 where noise hides them."""
+    rows = max(slots * CONTEXT // FAR, 1)
+    cache = decoder.new_cache(rows, FAR + 1)
+    pairs = []
+    for _ in range(REPEATS):
+        near, far = (_time(decoder, cache, rows, rows, context) for context in (CONTEXT, FAR))
+        pairs.append((far - near) / (rows * (FAR - CONTEXT)))
+    least = sorted(pairs)[1]  # noise makes some negative: all but one must say so
+    return float(np.median(pairs)) if least > 0 else 0.0
 
 
 def _coarse_to_fine(n: int) -> Iterator[int]:
@@ -100,11 +120,13 @@ def _ladder(most: int) -> Iterator[int]:
         tokens += step
 
 
-def _time(decoder: PackedDecoder, cache: Any, slots: int, tokens: int) -> float:
+def _time(
+    decoder: PackedDecoder, cache: Any, slots: int, tokens: int, context: int = CONTEXT
+) -> float:
     """Seconds of one forward of `tokens` tokens over as many rows as there are, logits included."""
     rows = min(slots, tokens)
     feed = [(slot, tokens // rows + (slot < tokens % rows)) for slot in range(rows)]
-    cache.lengths = [CONTEXT] * slots
+    cache.lengths = [context] * slots
     ids = torch.zeros(tokens, dtype=torch.int64, device=decoder.device)
     start = time.perf_counter()
     chosen = greedy_choice(decoder.logits(decoder.forward(cache, feed, ids)))

@@ -292,5 +292,4 @@ def measure_costs(pair: Pair, slots: int, prompt: int, seconds: float) -> CostMo
             draft.logits(draft.forward(cache, [(0, prompt)], ids)[-1:]).argmax(-1).tolist()
             taken.append(time.perf_counter() - began)
         curves[0].append((prompt, max(min(taken), curves[0][-1][1])))
-    draft_table, verify_table = (CostTable(*zip(*curve, strict=True)) for curve in curves)
-    return CostModel(draft_table, verify_table)
+    return CostModel(*(CostTable(*map(list, zip(*curve, strict=True))) for curve in curves))

@@ -148,3 +148,31 @@ def test_a_draft_that_rests_while_the_machine_becomes_faster_is_not_taken_for_a_
     for _ in range(100):  # and what it takes itself counts all the same
         model.observe_draft(1, 2.0)
     assert float(model.draft(1)) == pytest.approx(2.0, rel=0.02)
+
+
+def test_rows_with_more_in_their_caches_take_longer_by_their_positions() -> None:
+    table = CostTable([1, 4, 8], [1.0, 2.0, 4.0], position=0.001, context=200)
+    table.at(rows=4, context=200.0)
+    assert table([1, 4, 8]).tolist() == [1, 2, 4]
+    assert table.at(rows=4, context=700.0)
+    # A forward of one token has one row; those of 4 and 8 tokens have all four.
+    np.testing.assert_allclose(table([1, 4, 8]), [1.5, 4, 6])
+    assert table.at(rows=4, context=710.0) is False  # near enough
+    assert table.points() == [(1, 1.0), (4, 2.0), (8, 4.0)]
+
+
+def test_growing_rows_are_no_slow_machine() -> None:
+    """Rows grow from 200 to 3,200 positions: what more tokens cost stays what it is."""
+
+    def true(tokens: int, context: float) -> float:
+        return {4: 2.0, 8: 2.4}[tokens] + 4 * 0.0005 * (context - 200)
+
+    known = CostTable([4, 8], [2.0, 2.4], position=0.0005, context=200)
+    unknown = CostTable([4, 8], [2.0, 2.4])
+    for context in range(200, 3200, 10):
+        for table in (known, unknown):
+            table.at(4, context)
+            table.observe(4, true(4, context))
+    assert float(known(8) - known(4)) == pytest.approx(0.4, rel=0.1)
+    assert float(unknown(8) - unknown(4)) > 1.0
+    assert abs(known.speed) < 0.05

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from specdec.policies.profiling import LEAST_POINTS, PROMPT, profile_costs
+from specdec.policies import profiling
+from specdec.policies.profiling import CONTEXT, LEAST_POINTS, PROMPT, profile_costs
 from tests.specdec.tiny_models import TinyPair
 
 
@@ -25,3 +28,15 @@ def test_a_profile_without_time_is_short_but_of_use(pair: TinyPair) -> None:
         tokens = table.tokens.tolist()
         assert len(tokens) == LEAST_POINTS and tokens[0] == 1 and tokens[-1] > 64
         assert (table.seconds > 0).all()
+
+
+def test_what_a_cached_position_costs_is_measured(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(_: Any, __: Any, slots: int, tokens: int, context: int = CONTEXT) -> float:
+        return 1e-3 + 1e-6 * context * min(slots, tokens)
+
+    monkeypatch.setattr(profiling, "_time", seconds)
+    table = profiling._profile(pair.target, 8, 16, budget=0.1)
+    assert table.position == pytest.approx(1e-6) and table.context == CONTEXT
+    assert float(table(8)) == pytest.approx(1e-3 + 8e-6 * CONTEXT)
