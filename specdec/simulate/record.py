@@ -292,4 +292,7 @@ def measure_costs(pair: Pair, slots: int, prompt: int, seconds: float) -> CostMo
             draft.logits(draft.forward(cache, [(0, prompt)], ids)[-1:]).argmax(-1).tolist()
             taken.append(time.perf_counter() - began)
         curves[0].append((prompt, max(min(taken), curves[0][-1][1])))
-    return CostModel(*(CostTable(*map(list, zip(*curve, strict=True))) for curve in curves))
+    draft_table, verify_table = (
+        CostTable([n for n, _ in curve], [seconds for _, seconds in curve]) for curve in curves
+    )
+    return CostModel(draft_table, verify_table)
