@@ -31,7 +31,8 @@ from rich.table import Table
 from jobs.job_file import load_job
 from pipeline.config.job import JobConfig
 from pipeline.generate.loading import load_pair, make_engine
-from pipeline.inputs.prompts import PromptRenderer, row_sampling
+from pipeline.inputs.prompts import PromptRenderer
+from pipeline.inputs.row_sampling import row_sampling
 from pipeline.run.ray_session import connected
 from pipeline.run.run import run_job
 from specdec.loading.pair import ModelPair

@@ -45,6 +45,8 @@ its defaults filled in. A wrong key or value is refused in one line, with the ke
 - **Overrides.** `--set speculation.policy=none` replaces any key for one run; its value is YAML.
 - **A row's own sampling.** A column `sampling_params` (a struct or JSON) overrides `sampling` for
   its row, by the same names.
+- **The model's own sampling.** A job that names no `sampling.temperature` takes what the target's
+  `generation_config.json` recommends; `run`, `validate` and `plan` say which values these are.
 - **In your editor.** This first line makes editors complete and check keys, with the file that
   `specbatch schema > job.schema.json` writes: `# yaml-language-server: $schema=job.schema.json`
 """
@@ -134,8 +136,11 @@ class Reference:
 
     def _example(self, key: str, example: Any) -> str:
         """An example of a section at its place in the file."""
-        a_list = self._schema["properties"][key].get("type") == "array"
-        return _fenced({key: [example] if a_list else example})
+        outer, *inner = key.split(".")
+        for name in reversed(inner):
+            example = {name: example}
+        a_list = self._schema["properties"][outer].get("type") == "array"
+        return _fenced({outer: [example] if a_list else example})
 
     def _table(self, section: Schema) -> str:
         lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
@@ -163,6 +168,8 @@ class Reference:
                 return f"`{only}`"
             case {"items": items}:
                 return f"list of {self._type(items)}"
+            case {"additionalProperties": bool()}:
+                return "map of names to any value"
             case {"additionalProperties": inner}:
                 return f"map of names to {self._type(inner)}"
             case {"patternProperties": patterns}:
@@ -179,7 +186,7 @@ def _references(value: Schema) -> Iterator[str]:
     if "$ref" in value:
         yield _name(value["$ref"])
     inner = [*value.get("anyOf", ()), *value.get("patternProperties", {}).values()]
-    inner += [value[word] for word in ("items", "additionalProperties") if word in value]
+    inner += [value[w] for w in ("items", "additionalProperties") if isinstance(value.get(w), dict)]
     for each in inner:
         yield from _references(each)
 

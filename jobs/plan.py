@@ -21,7 +21,7 @@ from rich.table import Table
 
 from jobs.job_file import load_job, load_prices
 from jobs.terminal.amounts import money
-from jobs.terminal.console import explained, out
+from jobs.terminal.console import explained, note, out
 from jobs.terminal.display import duration, progress_bar
 from jobs.terminal.options import AsJson, JobFile, Overrides
 from pipeline.config.job import JobConfig
@@ -134,6 +134,8 @@ def plan(
         from pipeline.run.plan import plan_job
 
         planned = plan_job(job)
+        if planned.said:
+            note(planned.said)
         with progress_bar() as show:
             found = make_plan(planned, table, rows, seed, show)
         if as_json:

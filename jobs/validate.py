@@ -32,7 +32,7 @@ def validate(file: JobFile, overrides: Overrides = None) -> None:
         from pipeline.run.plan import plan_job
 
         check_models(job, ask_hub=False)
-        plan = plan_job(job)
+        plan = plan_job(job, ask_hub=False)
         size = sum(each.file.size for each in plan.files) / 1e6
         out.print(f"[green]valid[/]: {escape(str(file))}", highlight=False, soft_wrap=True)
         out.print(
@@ -41,7 +41,9 @@ def validate(file: JobFile, overrides: Overrides = None) -> None:
             highlight=False,
             soft_wrap=True,
         )
-        out.print_json(data=_described(job))
+        if plan.said:
+            out.print(plan.said, highlight=False, soft_wrap=True)
+        out.print_json(data=_described(plan.job))
 
 
 def _check_model(name: str) -> None:

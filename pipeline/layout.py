@@ -77,12 +77,17 @@ ADDED_COLUMNS = frozenset(
 """Columns of `completions/` and `errors/` beside the input's. No input column may have such a name;
 in a job on another job's output, `input.prefix` renames them. Types: `commit.schema`"""
 
+LOGPROBS, PROMPT_LOGPROBS = "logprobs", "prompt_logprobs"
+OUTPUT_TOKEN_IDS = "output_token_ids"
+OPTIONAL_COLUMNS = frozenset({LOGPROBS, PROMPT_LOGPROBS, OUTPUT_TOKEN_IDS})
+"""Columns of `completions/` in jobs that ask for them; only there are their names taken."""
+
 _TABLE = ".parquet"
 
 
-def is_added(name: str) -> bool:
-    """Whether a column has the name of an `ADDED_COLUMNS`. DuckDB and Spark tell no capitals."""
-    return name.lower() in ADDED_COLUMNS
+def is_added(name: str, added: frozenset[str]) -> bool:
+    """Whether a column has the name of one of `added`. DuckDB and Spark tell no capitals."""
+    return name.lower() in added
 
 
 def completions(unit: str) -> str:

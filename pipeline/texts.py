@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from specdec.engine.ending import Decode, context_of
-from specdec.request import NO_CHARACTER, Completion, SamplingParams
+from specdec.request import NO_CHARACTER, Completion, Request, SamplingParams
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """A token that is one byte, in tokenizers that fall back to bytes."""
@@ -52,23 +52,29 @@ class Texts:
         """The text of tokens, special ones included: what an engine finds stop strings in."""
         return self._decode(ids, skip_special=False)
 
-    def completion(self, prompt_ids: Sequence[int], done: Completion) -> str:
-        """The text of a completion: without special tokens, and cut before a stop string.
+    def completion(self, request: Request, done: Completion) -> str:
+        """The text of a completion, as its request wants it.
 
-        Where the limit of tokens fell in the middle of a character, the text ends before it.
+        By default it has no special tokens, and is cut before a stop string. Where the limit of
+        tokens fell in the middle of a character, the text ends before it.
 
         Args:
-            prompt_ids: of its request.
+            request: what was asked for.
             done: what the engine returned.
         """
-        ids = done.output_ids
-        text = _behind(prompt_ids, ids, self._visible)
+        prompt_ids, ids, wanted = request.prompt_ids, done.output_ids, request.sampling
+        visible = self._visible if wanted.skip_special_tokens else self.decode
+        text = _behind(prompt_ids, ids, visible)
         if isinstance(done.stop_reason, str):
-            return self._before(done.stop_reason, prompt_ids, ids, text)
+            # None is looked for in the first `min_tokens`.
+            least = _behind(prompt_ids, ids[: wanted.min_tokens], self.decode)
+            stop = done.stop_reason
+            cut = self._through if wanted.include_stop_str_in_output else self._before
+            return cut(stop, prompt_ids, ids, text, len(least))
         if done.finish_reason == "length" and text.endswith(NO_CHARACTER):
             pending = self._pending(ids)
             if pending and self._letters is None:  # each of its bytes is a token
-                return _behind(prompt_ids, ids[:-pending], self._visible)
+                return _behind(prompt_ids, ids[:-pending], visible)
             return text[:-1] if pending else text
         return text
 
@@ -98,6 +104,24 @@ class Texts:
             return sampling
         return replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *new))
 
+    def with_bad_words(self, sampling: SamplingParams) -> SamplingParams:
+        """The sampling, in which bad words are token sequences: at the start of a text and in it.
+
+        A word in it has a space in front, as in vLLM.
+        """
+        if all(not isinstance(word, str) for word in sampling.bad_words):
+            return sampling
+        sequences: list[tuple[int, ...]] = []
+        for word in sampling.bad_words:
+            if not isinstance(word, str):
+                sequences.append(tuple(word))
+                continue
+            first, inside = (tuple(self._encode(way + word.lstrip())) for way in ("", " "))
+            sequences.append(first)
+            if inside and inside[0] != first[0] and len(inside) == len(first):
+                sequences.append(inside)
+        return replace(sampling, bad_words=tuple(sequences))
+
     def _decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         if self._backend is not None:
             return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
@@ -112,16 +136,19 @@ class Texts:
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _before(self, stop: str, prompt_ids: Sequence[int], ids: Sequence[int], text: str) -> str:
+    def _before(
+        self, stop: str, prompt_ids: Sequence[int], ids: Sequence[int], text: str, least: int
+    ) -> str:
         """The part of a completion's text that is before a stop string.
 
         Args:
             stop: the stop string.
             prompt_ids, ids: tokens of prompt and output.
             text: the output's, without special tokens.
+            least: characters, special tokens among them, in which no stop string begins.
         """
         shown = _behind(prompt_ids, ids, self.decode)
-        at = shown.find(stop)
+        at = shown.find(stop, least)
         if at < 0 or shown == text:
             return text[:at] if at >= 0 else text
         # Special tokens are among them: go back to the token in which the stop string begins.
@@ -131,6 +158,15 @@ class Texts:
                 break
         rest = "" if ids[count] in self._special_ids else shown[len(begun) : at]
         return _behind(prompt_ids, ids[:count], self._visible) + rest
+
+    def _through(
+        self, stop: str, prompt_ids: Sequence[int], ids: Sequence[int], text: str, least: int
+    ) -> str:
+        """The part of a completion's text up to the end of a stop string; as `_before`."""
+        shown = _behind(prompt_ids, ids, self.decode)
+        at = shown.find(stop, least)
+        more = len(shown) - at - len(stop) if at >= 0 else 0  # of the token that completes it
+        return text[: len(text) - more]
 
     def _pending(self, ids: Sequence[int]) -> int:
         """How many bytes of a character that is not whole are at the end."""

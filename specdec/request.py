@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from specdec.measure.calibration import Calibration
 
 FinishReason = Literal["stop", "length", "error"]
+
+PROCESSED = "processed_logprobs"
+LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
+"""Log-probabilities of the target's own distribution, or of the one that is sampled from."""
+
+MOST_LOGPROBS = 100
+"""Most likeliest tokens that are told of each position; each takes part of a row's output."""
 
 NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """What a text has for bytes that are no character, such as half of one."""
@@ -21,6 +28,14 @@ class InvalidRequest(ValueError):
 
 INVALID_LOGITS = "InvalidLogits"
 """The class of a row's error where the target's logits have no softmax: NaN, infinite, all -inf."""
+
+
+INTEGERS = ("max_new_tokens", "top_k", "seed", "min_tokens", "no_repeat_ngram_size")
+LOGPROBS = ("logprobs", "prompt_logprobs")
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+MOST_NGRAM = 64
+"""Longest n-gram that can be kept from repeating: each round compares its tokens one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +54,26 @@ class SamplingParams:
         stop: strings that end the output, found in its text with special tokens. The token that
             completes one is the last token returned.
         ignore_eos: generate past the model's end-of-sequence tokens.
+        skip_special_tokens, include_stop_str_in_output: what a text made of the output shows.
+        logprobs: with each token of the output comes its log-probability, and those of so many of
+            the likeliest ones, at most MOST_LOGPROBS; None: none.
+        prompt_logprobs: the same of the prompt's tokens, always of the target's distribution.
+        logprobs_mode: of the target's distribution ("raw_logprobs"), or of the one that the token
+            was drawn from ("processed_logprobs"): a greedy row's without temperature.
+        repetition_penalty: of each token of prompt and output, a positive logit is divided by it
+            and a negative one multiplied.
+        presence_penalty: taken off the logit of each token of the output.
+        frequency_penalty: taken off as often as the token stands in the output.
+        logit_bias: added to the logits of these tokens, -100 to 100 each.
+        min_tokens: nothing ends the output before it has so many tokens. Until then the tokens
+            that would are banned, and stop strings are looked for behind them.
+        bad_words: token sequences that the output never holds. A text must be made such a sequence
+            by who has the tokenizer: the engine refuses texts.
+        allowed_token_ids: the only tokens that the output may hold; None: all.
+        grammar: what the output is, as a grammar of llguidance; it ends where the grammar does.
+            An engine needs `grammars` for it. None: anything.
+        no_repeat_ngram_size: no so many tokens follow each other twice in prompt and output, at
+            most MOST_NGRAM; 0 is off.
 
     Raises:
         InvalidRequest: a value is outside its range; the message names it.
@@ -53,19 +88,30 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logprobs_mode: LogprobsMode = "raw_logprobs"
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    no_repeat_ngram_size: int = 0
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         def require(name: str, ok: bool, rule: str) -> None:
             if not ok:
                 raise InvalidRequest(f"{name} must be {rule}, got {getattr(self, name)!r}")
 
-        for name in ("max_new_tokens", "top_k", "seed"):
-            value = getattr(self, name)
-            require(name, isinstance(value, int) and not isinstance(value, bool), "an integer")
-        for name in ("temperature", "top_p", "min_p"):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            require(name, number and math.isfinite(value), "a finite number")
+        for name in INTEGERS:
+            require(name, type(getattr(self, name)) is int, "an integer")
+        for name in ("temperature", "top_p", "min_p", *PENALTIES):
+            require(name, _is_number(getattr(self, name)), "a finite number")
         require("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         hot = self.temperature == 0 or self.temperature >= 1e-5
         require("temperature", hot, "0 (greedy) or at least 1e-5")
@@ -79,7 +125,72 @@ class SamplingParams:
         for stop in self.stop:
             fault = stop_fault(stop)
             require("stop", fault is None, f"strings that a text can hold ({stop!r} {fault})")
-        require("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            require(name, isinstance(getattr(self, name), bool), "true or false")
+        for name in LOGPROBS:
+            told = getattr(self, name)
+            number = told is None or (type(told) is int and 0 <= told <= MOST_LOGPROBS)
+            require(name, number, f"0 to {MOST_LOGPROBS}, or null (none)")
+        modes = get_args(LogprobsMode)
+        require("logprobs_mode", self.logprobs_mode in modes, " or ".join(modes))
+        require("repetition_penalty", self.repetition_penalty > 0, "more than 0 (1 is off)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            require(name, -2 <= getattr(self, name) <= 2, "in [-2, 2]")
+        biases = isinstance(self.logit_bias, Mapping) and all(
+            type(token) is int and _is_number(bias) and -100 <= bias <= 100
+            for token, bias in self.logit_bias.items()
+        )
+        require("logit_bias", biases, "numbers from -100 to 100 by token id")
+        least = 0 <= self.min_tokens <= self.max_new_tokens
+        require("min_tokens", least, f"0 (off) to max_new_tokens, {self.max_new_tokens}")
+        words = isinstance(self.bad_words, tuple | list) and all(map(_is_word, self.bad_words))
+        require("bad_words", words, "a list of words or of lists of token ids, none of them empty")
+        allowed = self.allowed_token_ids
+        if allowed is not None:
+            listed = isinstance(allowed, tuple | list) and all(type(v) is int for v in allowed)
+            require(
+                "allowed_token_ids", listed and bool(allowed), "a list of at least one token id"
+            )
+        text = self.grammar is None or isinstance(self.grammar, str)
+        require("grammar", text, "the text of a grammar, or null (none)")
+        ngram = 0 <= self.no_repeat_ngram_size <= MOST_NGRAM
+        require("no_repeat_ngram_size", ngram, f"0 (off) to {MOST_NGRAM}")
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether it asks for anything of the logits themselves."""
+        return bool(
+            self.reads_prefix
+            or self.logit_bias
+            or self.min_tokens
+            or self.allowed_token_ids is not None
+        )
+
+    @property
+    def reads_prefix(self) -> bool:
+        """Whether what it asks of the logits depends on the tokens before them."""
+        return bool(
+            self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.bad_words
+            or self.no_repeat_ngram_size
+        )
+
+
+def _is_number(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _is_word(word: object) -> bool:
+    """Whether it is a text or a sequence of token ids, and not empty."""
+    return bool(word.strip()) if isinstance(word, str) else _is_ids(word)
+
+
+def _is_ids(value: object) -> bool:
+    listed = isinstance(value, tuple | list) and bool(value)
+    return listed and all(type(token) is int for token in value)  # type: ignore[attr-defined]
 
 
 def stop_fault(stop: str) -> str | None:
@@ -149,6 +260,20 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a token was to the target.
+
+    Attributes:
+        token: the token, and `logprob` its log-probability (natural).
+        top: the likeliest tokens and their log-probabilities, the likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RoundTrace:
     """One round of one row, kept on request: what was predicted, decided and met.
 
@@ -188,6 +313,9 @@ class Completion:
         calibration: predicted against observed acceptance by class of context length, for policies
             that predict.
         trace: its rounds, if the engine keeps them.
+        logprobs: of each output token, if the request asks for them.
+        prompt_logprobs: of each token of the prompt, if the request asks for them; None of the
+            first, which nothing predicts.
     """
 
     id: str
@@ -201,3 +329,5 @@ class Completion:
     seconds: float = field(default=0.0, compare=False)
     calibration: Mapping[int, Calibration] = field(default_factory=dict, compare=False)
     trace: tuple[RoundTrace, ...] = field(default=(), compare=False)
+    logprobs: tuple[TokenLogprob, ...] | None = field(default=None, compare=False)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = field(default=None, compare=False)

@@ -24,8 +24,8 @@ from pipeline.commit.footer import read_records
 from pipeline.commit.record import UnitRecord
 from pipeline.config.job import JobConfig
 from pipeline.errors import TooManyErrors
-from pipeline.inputs.prompts import row_seed
 from pipeline.inputs.row_ids import ROW_ID
+from pipeline.inputs.row_sampling import row_seed
 from pipeline.observe.error_share import too_many
 from pipeline.observe.progress import OnProgress
 from pipeline.run.run import JobResult, RunMode, run_job

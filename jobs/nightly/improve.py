@@ -28,7 +28,7 @@ from pipeline.commit import manifest
 from pipeline.config.job import JobConfig, SamplingConfig
 from pipeline.config.model_identity import digest
 from pipeline.generate.loading import load_acceptance_head, load_pair
-from pipeline.inputs.prompts import row_sampling
+from pipeline.inputs.row_sampling import row_sampling
 from pipeline.outputs.training_data import open_job, read_examples
 from specdec.loading.head_files import save_head
 from specdec.loading.pair import ModelPair

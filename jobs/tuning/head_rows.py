@@ -13,8 +13,8 @@ from jobs.tuning.common import complete, told
 from jobs.tuning.head_report import early_lines
 from pipeline.config.job import JobConfig, S3Config
 from pipeline.errors import UserError
-from pipeline.inputs.prompts import row_sampling
 from pipeline.inputs.requests import RowRequests
+from pipeline.inputs.row_sampling import row_sampling
 from pipeline.inputs.sample import Sample
 from pipeline.outputs.training_data import open_job, read_examples
 from specdec.loading.pair import ModelPair

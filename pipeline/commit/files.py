@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,7 +42,9 @@ def unit_files(
     own_n: bool,
     actor: Actor,
     work: Work,
-    token_text: Callable[[int], str] | None,
+    optional: Sequence[str],
+    token_text: Callable[[int], str],
+    trace: bool,
 ) -> UnitFiles:
     """The output of an attempt that has just ended; the file that commits the unit comes last.
 
@@ -53,7 +55,9 @@ def unit_files(
         own_n: whether each row may say how many samples it has.
         actor: who tried.
         work: what it took.
-        token_text: a token as `trace/` shows it; None: rounds are not kept.
+        optional: which of the optional columns the job has.
+        token_text: the text of a token.
+        trace: whether rounds are kept.
     """
     unit = rows.unit
     written: list[tuple[str, bytes]] = []
@@ -65,9 +69,9 @@ def unit_files(
 
     failed = errors_table(rows, outcomes)
     errors = attach(layout.ERRORS, failed) if failed.num_rows else None
-    trace = None
-    if token_text is not None:
-        trace = attach(layout.TRACE, trace_table(rows, outcomes, token_text))
+    rounds = None
+    if trace:
+        rounds = attach(layout.TRACE, trace_table(rows, outcomes, token_text))
     record = UnitRecord.of_attempt(
         unit,
         outcomes,
@@ -75,7 +79,8 @@ def unit_files(
         own_n=own_n,
         actor=actor,
         work=work,
-        files=AttachedFiles(errors, trace),
+        files=AttachedFiles(errors, rounds),
     )
-    content = parquet_bytes(completions_table(rows, outcomes), to_footer(record))
+    table = completions_table(rows, outcomes, optional, token_text)
+    content = parquet_bytes(table, to_footer(record))
     return UnitFiles(unit.id, (*written, (record.completions_file.name, content)))

@@ -15,8 +15,10 @@ import pyarrow as pa
 
 from pipeline import layout
 from pipeline.commit import planned_inputs
-from pipeline.config.job import JobConfig, S3Config
+from pipeline.config.input import CHAT_ONLY, InputConfig
+from pipeline.config.job import JobConfig, S3Config, SamplingConfig
 from pipeline.config.model_identity import digest, head_identity, model_identity
+from pipeline.config.sampling import LATER_SAMPLING
 from pipeline.errors import UserError
 from pipeline.inputs.units import FilePlan, Unit, check_added, table_of
 from pipeline.storage.folder import Folder, check_conditions, reach_folder
@@ -45,7 +47,7 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
             "target": model_identity(models.target),
             **models.model_dump(mode="json", include={"dtype", "quantization", "deterministic"}),
         },
-        "sampling": job.sampling.model_dump(mode="json"),
+        "sampling": _mark_of(job.sampling),
         "speculation": {"verification": speculation.verification},
     }
     if speculation.verification == "rejection":
@@ -59,11 +61,27 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
     return result
 
 
+_LATER = {
+    SamplingConfig: LATER_SAMPLING,
+    InputConfig: ("format", "prefix", "truncate_prompt_tokens", *CHAT_ONLY),
+}
+"""Keys that later versions brought. Outputs of versions without them are still the same jobs'."""
+
+
+def _mark_of(section: SamplingConfig | InputConfig) -> dict[str, Any]:
+    """A section's keys that change results, without such as are new and say nothing."""
+    fields, later = type(section).model_fields, _LATER[type(section)]
+    return {
+        key: value
+        for key, value in section.model_dump(mode="json", exclude={"paths", "s3"}).items()
+        if key not in later
+        or getattr(section, key) != fields[key].get_default(call_default_factory=True)
+    }
+
+
 def _input_mark(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
     return {
-        **job.input.model_dump(mode="json", exclude={"paths", "format", "prefix", "s3"}),
-        # Outputs of versions without these keys are still the same jobs'.
-        **{key: value for key in ("format", "prefix") if (value := getattr(job.input, key))},
+        **_mark_of(job.input),
         "files": len(plans),
         "rows": sum(p.rows for p in plans),
         "digest": digest([[p.file.name, p.file.size, p.rows] for p in plans]),

@@ -7,7 +7,7 @@ ratios are derived from them by `specdec.request.Counts`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -18,8 +18,8 @@ from pipeline.inputs.columns import plain, taken
 from pipeline.inputs.jsonl import RAW_LINE
 from pipeline.inputs.row_ids import ROW_ID
 from pipeline.inputs.units import FilePlan
-from pipeline.layout import is_added
-from specdec.request import Completion
+from pipeline.layout import LOGPROBS, OUTPUT_TOKEN_IDS, PROMPT_LOGPROBS, is_added
+from specdec.request import Completion, TokenLogprob
 
 COMPLETION_COLUMNS: dict[str, pa.DataType] = {
     "completion": pa.string(),
@@ -34,6 +34,15 @@ COMPLETION_COLUMNS: dict[str, pa.DataType] = {
     "block_efficiency": pa.float64(),
 }
 """Columns of `completions/`, after `row_id` and the input columns."""
+
+_TOLD = pa.struct({"token": pa.string(), "token_id": pa.int64(), "logprob": pa.float64()})
+_TOLD_ALL = pa.list_(pa.struct([*_TOLD, pa.field("top", pa.list_(_TOLD))]))
+OPTIONAL_COLUMNS: dict[str, pa.DataType] = {
+    LOGPROBS: _TOLD_ALL,
+    PROMPT_LOGPROBS: _TOLD_ALL,
+    OUTPUT_TOKEN_IDS: pa.list_(pa.int64()),
+}
+"""Columns of `completions/` that a job may ask for, behind the others."""
 
 ERROR_COLUMNS: dict[str, pa.DataType] = {
     "error_class": pa.string(),
@@ -71,15 +80,19 @@ Outcomes = Sequence[Sequence[Outcome]]
 """What became of a unit: for each row that was to be completed, an outcome per sample."""
 
 
-def check_reserved(plans: Iterable[FilePlan]) -> None:
+def check_reserved(plans: Iterable[FilePlan], added: frozenset[str]) -> None:
     """Check that no input column has the name of an output column.
+
+    Args:
+        plans: the input.
+        added: the job's output columns.
 
     Raises:
         UserError: names the column, the file and the fix.
     """
     for plan in plans:
         for name in plan.schema.names:
-            if is_added(name):
+            if is_added(name, added):
                 raise UserError(
                     f"{plan.file.url}: column {name!r} has the name of an output column "
                     "(capitals do not count); rename it in the input, or, if another job wrote it, "
@@ -94,18 +107,30 @@ def by_sample(outcomes: Outcomes) -> Iterator[tuple[int, int, Outcome]]:
             yield index, sample, outcome
 
 
-def completions_schema(table: pa.Schema) -> pa.Schema:
-    """The columns of `completions/` in a job whose input is this table."""
-    added = ((name, type) for name, type in COMPLETION_COLUMNS.items())
-    return pa.schema([(ROW_ID, pa.string()), *plain(table), *added])
+def completions_schema(table: pa.Schema, optional: Sequence[str] = ()) -> pa.Schema:
+    """The columns of `completions/` in a job.
+
+    Args:
+        table: of its input.
+        optional: which of the optional columns it has.
+    """
+    added = COMPLETION_COLUMNS | {name: OPTIONAL_COLUMNS[name] for name in optional}
+    return pa.schema([(ROW_ID, pa.string()), *plain(table), *added.items()])
 
 
-def completions_table(rows: UnitRows, outcomes: Outcomes) -> pa.Table:
+def completions_table(
+    rows: UnitRows,
+    outcomes: Outcomes,
+    optional: Sequence[str] = (),
+    token_text: Callable[[int], str] = str,
+) -> pa.Table:
     """The unit's completed samples, in input order; no row if all failed.
 
     Args:
         rows: the unit as it was read.
         outcomes: of its rows.
+        optional: which of the optional columns the job has.
+        token_text: the text of a token.
     """
     places = [(i, s) for i, s, outcome in by_sample(outcomes) if isinstance(outcome, Finished)]
     finished = [outcome for _, _, outcome in by_sample(outcomes) if isinstance(outcome, Finished)]
@@ -117,7 +142,31 @@ def completions_table(rows: UnitRows, outcomes: Outcomes) -> pa.Table:
     }
     for name in ("rounds", "drafted", "verified", "accepted", *RATIOS):
         values[name] = [getattr(f.completion.counts, name) for f in finished]
-    return _table(rows, places, values, COMPLETION_COLUMNS)
+    if LOGPROBS in optional:
+        values[LOGPROBS] = [_logprobs(f.completion.logprobs, token_text) for f in finished]
+    if PROMPT_LOGPROBS in optional:
+        prompts = [f.completion.prompt_logprobs for f in finished]
+        values[PROMPT_LOGPROBS] = [_logprobs(prompt, token_text) for prompt in prompts]
+    if OUTPUT_TOKEN_IDS in optional:
+        values[OUTPUT_TOKEN_IDS] = [f.completion.output_ids for f in finished]
+    columns = {name: OPTIONAL_COLUMNS[name] for name in optional}
+    return _table(rows, places, values, COMPLETION_COLUMNS | columns)
+
+
+def _logprobs(
+    told: Sequence[TokenLogprob | None] | None, text: Callable[[int], str]
+) -> list[dict[str, object] | None] | None:
+    """How likely each token was; None if that was not asked for, or nothing predicts the token."""
+    if told is None:
+        return None
+
+    def one(token: int, logprob: float) -> dict[str, object]:
+        return {"token": text(token), "token_id": token, "logprob": logprob}
+
+    def whole(told: TokenLogprob) -> dict[str, object]:
+        return {**one(told.token, told.logprob), "top": [one(*other) for other in told.top]}
+
+    return [None if each is None else whole(each) for each in told]
 
 
 RATIOS = ("acceptance_rate", "block_efficiency")

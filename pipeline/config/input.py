@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -10,6 +10,15 @@ from pipeline.config.locations import Locations
 from pipeline.config.s3 import S3Config
 from pipeline.config.section import Section, example
 from pipeline.config.templates import PromptTemplate
+
+CHAT_ONLY = (
+    "chat_template_kwargs",
+    "tools",
+    "tools_column",
+    "add_generation_prompt",
+    "continue_final_message",
+)
+"""Keys that only a chat template has a use for."""
 
 
 class InputConfig(Section):
@@ -60,6 +69,36 @@ class InputConfig(Section):
         "`{% if x is not none %}…{% endif %}`.",
     )
 
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Variables of the chat template: `{enable_thinking: false}`. A row's column "
+        "`chat_template_kwargs` (a struct or JSON) goes before. One that the template does not "
+        "read is refused.",
+    )
+    tools: list[dict[str, Any]] | None = Field(
+        default=None,
+        description="Functions that the model may call, in OpenAI's form, for the chat template.",
+    )
+    tools_column: str | None = Field(
+        default=None, description="Column of a row's own tools, a list or JSON text of one."
+    )
+    add_generation_prompt: bool | None = Field(
+        default=None,
+        description="Whether the chat template begins an answer. `null`: it does, unless the last "
+        "message is continued.",
+    )
+    continue_final_message: bool = Field(
+        default=False,
+        description="The last message, the assistant's, is left open and the completion goes on "
+        "with it.",
+    )
+    truncate_prompt_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Of longer prompts, keep so many of the last tokens, with the beginning of "
+        "sequence in front of plain ones. `null`: those that leave no room are errors.",
+    )
+
     @field_validator("template")
     @classmethod
     def _template_compiles(cls, template: str | None) -> str | None:
@@ -79,6 +118,11 @@ class InputConfig(Section):
             if given:
                 raise ValueError(f"{given[0]} does not go with format {self.format}; remove it")
             return self
+        told = [name for name in CHAT_ONLY if getattr(self, name)]
+        if told and self.messages_column is None:
+            raise ValueError(f"{told[0]} is for chats; give messages_column, or remove it")
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError("add_generation_prompt and continue_final_message do not go together")
         if len(given) != 1:
             what = f"{' and '.join(given)} are all given" if given else "none is given"
             raise ValueError(

@@ -18,13 +18,14 @@ from pipeline.config.locations import Location
 from pipeline.config.models import ModelsConfig
 from pipeline.config.prices import Prices
 from pipeline.config.s3 import S3Config
-from pipeline.config.sampling import MAX_SAMPLES, SamplingConfig
+from pipeline.config.sampling import MAX_SAMPLES, SamplingConfig, optional_columns
 from pipeline.config.section import Section, example
 from pipeline.config.speculation import (
     Estimator,
     Policy,
     SpeculationConfig,
 )
+from pipeline.layout import ADDED_COLUMNS
 
 __all__ = [
     "MAX_SAMPLES",
@@ -158,6 +159,16 @@ class JobConfig(Section):
     def s3_of_output(self) -> S3Config:
         """How the output is reached, and all else that the job writes."""
         return self.output_s3 or self.s3
+
+    @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Columns of `completions/` that not every job has."""
+        return optional_columns(self.sampling.model_dump(), self.input.format is not None)
+
+    @property
+    def added_columns(self) -> frozenset[str]:
+        """Names that no input column may have."""
+        return ADDED_COLUMNS | set(self.optional_columns)
 
     def in_group(self, name: str) -> JobConfig:
         """The job as an actor of this group sees it: `actors` are the group's settings."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, GetJsonSchemaHandler, field_validator, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from pipeline.config.section import Section, StringList, example
-from specdec.request import stop_fault
+from pipeline.config.adjustments import Adjustments
+from pipeline.config.section import StringList, example
+from pipeline.config.structured_outputs import StructuredOutputs
+from pipeline.layout import LOGPROBS, OUTPUT_TOKEN_IDS, PROMPT_LOGPROBS
+from specdec.request import MOST_LOGPROBS, LogprobsMode, stop_fault
 
 MAX_SAMPLES = 10_000
 """Most samples of one prompt. A unit holds all samples of its rows: lower unit_rows with many."""
@@ -34,13 +37,48 @@ def one_length(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, LENGTH: next(iter(given.values()))} if given else kept
 
 
-class SamplingConfig(Section):
+LATER_SAMPLING = (
+    "defaults",
+    *Adjustments.model_fields,
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+    "logprobs",
+    "prompt_logprobs",
+    "logprobs_mode",
+    "return_token_ids",
+    "structured_outputs",
+)
+"""Keys that outputs of earlier versions do not know."""
+
+
+def optional_columns(sampling: Mapping[str, Any], of_lines: bool) -> tuple[str, ...]:
+    """Columns of `completions/` that not every job has.
+
+    Args:
+        sampling: the job's, or what its record has of it.
+        of_lines: whether its input is OpenAI's lines, which may ask for all of them.
+    """
+    asked = {
+        LOGPROBS: sampling.get(LOGPROBS) is not None,
+        PROMPT_LOGPROBS: sampling.get(PROMPT_LOGPROBS) is not None,
+        OUTPUT_TOKEN_IDS: bool(sampling.get("return_token_ids")),
+    }
+    return tuple(name for name in asked if of_lines or asked[name])
+
+
+class SamplingConfig(Adjustments):
     """How each row is sampled; a row's own `sampling_params` column overrides these."""
 
     model_config = example(
         {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.95, "stop": ["###"], "n": 4}
     )
 
+    defaults: Literal["model", "none"] | None = Field(
+        default=None,
+        description="`model`: what the target's `generation_config.json` recommends of "
+        "temperature, top_p, top_k, min_p and repetition_penalty, where this section says nothing. "
+        "`null`: so if it names no temperature.",
+    )
     max_new_tokens: int = Field(default=256, ge=1, description="Most tokens to generate for a row.")
     temperature: float = Field(
         default=1.0,
@@ -78,6 +116,38 @@ class SamplingConfig(Section):
         default=False,
         description="Go on past the end of sequence, up to `max_new_tokens`. For measurements.",
     )
+    skip_special_tokens: bool = Field(
+        default=True, description="Leave special tokens out of the text of a completion."
+    )
+    include_stop_str_in_output: bool = Field(
+        default=False, description="The text ends with the stop string, not before it."
+    )
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MOST_LOGPROBS,
+        description="A column `logprobs` with the log-probability of each token of a completion, "
+        "and with those of so many of the likeliest ones. `null`: none.",
+    )
+    prompt_logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MOST_LOGPROBS,
+        description="A column `prompt_logprobs`, the same of each token of the prompt. Such "
+        "prompts are computed whole, and take over nothing from other rows. `null`: none.",
+    )
+    logprobs_mode: LogprobsMode = Field(
+        default="raw_logprobs",
+        description="`raw_logprobs`: of the target's own distribution. `processed_logprobs`: of "
+        "the one that is drawn from, behind penalties, temperature and the rest.",
+    )
+    return_token_ids: bool = Field(
+        default=False, description="A column `output_token_ids` with the tokens of a completion."
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None,
+        description="What each completion must be: JSON of a schema, a choice, … `null`: anything.",
+    )
     seed: int = Field(
         default=0, description="With the row's id, the key of all random numbers of that row."
     )
@@ -96,6 +166,8 @@ class SamplingConfig(Section):
         """With the other names of the most tokens, for editors."""
         schema = handler.resolve_ref_schema(handler(core))
         keys = schema["properties"]
+        last = {key: keys[key] for key in (*Adjustments.model_fields, "defaults")}
+        keys = {key: value for key, value in keys.items() if key not in last} | last
         other = {**keys[LENGTH], "description": f"Another name of `{LENGTH}`."}
         schema["properties"] = {LENGTH: None, **dict.fromkeys(_OTHER_LENGTHS, other), **keys}
         return schema
@@ -104,6 +176,14 @@ class SamplingConfig(Section):
     @classmethod
     def _names_of_others(cls, values: Any) -> Any:
         return one_length(values) if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _long_enough(self) -> SamplingConfig:
+        if self.min_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_tokens {self.min_tokens} is more than max_new_tokens {self.max_new_tokens}"
+            )
+        return self
 
     @field_validator("stop")
     @classmethod

@@ -29,8 +29,8 @@ from pipeline.generate.loading import lasting, load_acceptance_head, load_pair, 
 from pipeline.generate.pool import group_of
 from pipeline.generate.turns import Turns
 from pipeline.inputs.blocks import UnitFiles, UnitRows
-from pipeline.inputs.prompts import SAMPLING_COLUMN
 from pipeline.inputs.requests import Row, RowRequests
+from pipeline.inputs.row_sampling import SAMPLING_COLUMN
 from pipeline.observe.attempts import History
 from pipeline.observe.ledger import Run, Timesheet
 from pipeline.observe.metrics import LiveMetrics, Reading
@@ -210,14 +210,14 @@ class GenerateActor:
             return [Failed(error, attempts=1)] * self._requests.count(row)
 
     def _token_text(self, token: int) -> str:
-        """A token as `trace/` shows it."""
+        """The text of a token, by itself."""
         return self._texts.decode([token])
 
     def _outcome(self, request: Request, completion: Completion) -> Outcome:
         if completion.finish_reason == "error":
             kind = completion.error_class or "InvalidRequest"
             return Failed(RowError(kind, completion.error or "refused"), attempts=1)
-        return Finished(self._texts.completion(request.prompt_ids, completion), completion)
+        return Finished(self._texts.completion(request, completion), completion)
 
     def _files(self, rows: UnitRows, tried: Outcomes, started: float) -> UnitFiles:
         """The unit's output files, and in them what its rows took."""
@@ -243,5 +243,7 @@ class GenerateActor:
             own_n=bool(self._job.input.format) or SAMPLING_COLUMN in rows.table.column_names,
             actor=Actor(self._actor, self._node, self._group or None, self._timesheet.worker),
             work=work,
-            token_text=cache(self._token_text) if self._job.speculation.trace else None,
+            optional=self._job.optional_columns,
+            token_text=cache(self._token_text),
+            trace=self._job.speculation.trace,
         )

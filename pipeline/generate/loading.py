@@ -90,6 +90,7 @@ def make_engine(job: JobConfig, pair: Any, head: Any) -> Any:
     """
     from pipeline.texts import Texts
     from specdec.engine.engine import Engine
+    from specdec.loading.grammars import ModelGrammars
     from specdec.policies.registry import make_policy
 
     speculation, actors = job.speculation, job.actors
@@ -109,6 +110,7 @@ def make_engine(job: JobConfig, pair: Any, head: Any) -> Any:
         slots=actors.slots,
         kv_memory_bytes=int(memory * 1e9) if memory else None,
         decode=Texts(pair.tokenizer).decode,
+        grammars=ModelGrammars(pair.tokenizer, pair.vocab_size, pair.eos_token_ids),
         control_share=speculation.control_share if speculation.policy != "none" else 0.0,
         trace=speculation.trace,
     )

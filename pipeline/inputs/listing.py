@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
-from pipeline.layout import JOB, is_added
+from pipeline.layout import ADDED_COLUMNS, JOB, OPTIONAL_COLUMNS, is_added
 from pipeline.storage.folder import check_access, find_files, locate
 from pipeline.storage.search import Found, StoredFile
 
@@ -73,7 +73,7 @@ def read_as(name: str, prefix: str) -> str:
         name: in the file.
         prefix: what comes before the names of columns that an earlier job added; empty: nothing.
     """
-    return prefix + name if is_added(name) else name
+    return prefix + name if is_added(name, ADDED_COLUMNS | OPTIONAL_COLUMNS) else name
 
 
 def list_inputs(

@@ -41,7 +41,7 @@ def _message(number: int, message: Any) -> Message:
     if not isinstance(message, dict):
         raise RowError("MalformedMessages", f"message {number} is not an object")
     # Arrow fills fields that a message does not have with null; templates must not see those.
-    kept: Message = {k: _without_nulls(v) for k, v in message.items() if v is not None}
+    kept: Message = {k: without_nulls(v) for k, v in message.items() if v is not None}
     content = kept.get("content")
     if isinstance(content, list):
         kept["content"] = _joined(number, content)
@@ -61,10 +61,11 @@ def as_object(value: Any) -> Any:
     return value
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """A value without the fields that are null, as Arrow fills in where an object has none."""
     if isinstance(value, dict):
-        return {key: _without_nulls(v) for key, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+        return {key: without_nulls(v) for key, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _joined(number: int, parts: list[Any]) -> str:

@@ -19,8 +19,37 @@ SAMPLING = (
     "min_p",
     "stop_token_ids",
     "ignore_eos",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+    "repetition_penalty",
+    "min_tokens",
+    "bad_words",
+    "allowed_token_ids",
+    # what is asked of single tokens
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    # transformers' own
+    "no_repeat_ngram_size",
+    "logprobs_mode",
+    "prompt_logprobs",
 )
 """Parameters that go into a row's sampling under their own names."""
+
+OF_PROMPT = ("truncate_prompt_tokens",)
+"""Parameters of how a prompt becomes tokens."""
+
+OF_CHAT = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+"""Parameters of how messages are put into the chat template."""
+
+OF_RESPONSE = ("logprobs", "return_token_ids")
+"""Parameters of what a response tells of its tokens."""
+
+TOP = "top_logprobs"
+"""One more of chats: `/v1/completions` has the number in `logprobs`."""
+
+EFFORT = "reasoning_effort"
+"""One more: a variable of the chat template, by its own name."""
 
 IGNORED = frozenset(
     {
@@ -64,39 +93,23 @@ IGNORED = frozenset(
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "prompt_logprobs": (),
+    TOP: (0,),
     "logprob_token_ids": ([],),
     "prompt_logprob_token_ids": ([],),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
     "structural_tag": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "repetition_detection": ({},),
-    "logit_bias": ({},),
     "logits_processors": ([],),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
     "trace_decode_token_ids": (),
-    "min_tokens": (0,),
     "best_of": (1,),
     "use_beam_search": (False,),
     "watermarking": (False,),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
     "include_reasoning": (True,),
     "thinking_token_budget": (-1,),
     "verbosity": (),
@@ -104,16 +117,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
     "prompt_embeds": (),
-    "truncate_prompt_tokens": (),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "documents": ([],),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "detokenize": (True,),
-    "skip_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "return_token_ids": (False,),
     "return_prompt_text": (False,),
     "kv_transfer_params": ({},),
     "ec_transfer_params": ({},),

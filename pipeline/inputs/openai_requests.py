@@ -15,7 +15,18 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 
 from pipeline.errors import RowError, nearest
-from pipeline.inputs.openai_parameters import IGNORED, NEUTRAL, SAMPLING, SPECIAL_TOKENS
+from pipeline.inputs.openai_parameters import (
+    EFFORT,
+    IGNORED,
+    NEUTRAL,
+    OF_CHAT,
+    OF_PROMPT,
+    OF_RESPONSE,
+    SAMPLING,
+    SPECIAL_TOKENS,
+    TOP,
+)
+from pipeline.inputs.openai_structured import GUIDED, STRUCTURED, structured_outputs
 
 REQUEST = "request"
 """The column that holds a line."""
@@ -24,6 +35,9 @@ LINES_SCHEMA = pa.schema([(REQUEST, pa.string())], metadata={b"specbatch.format"
 """Marks a file whose lines are requests, among those whose lines are rows of columns."""
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+KWARGS_COLUMN = "chat_template_kwargs"
+"""A column of this name has variables of the chat template, row by row (struct or JSON text)."""
 
 COMPLETION_TOKENS = 16
 """`max_tokens` of a /v1/completions request that gives none, as the API documents it."""
@@ -57,6 +71,11 @@ def request_cells(line: str | None) -> dict[str, Any]:
         sampling["top_k"] = 0  # vLLM's way to switch it off
     if sampling.get("seed") == -1:
         del sampling["seed"]  # vLLM's way to give none
+    if (structured := structured_outputs(body)) is not None:
+        sampling["structured_outputs"] = structured
+    told = _logprobs(body, url)
+    if told is not None:
+        sampling["logprobs"] = told
     given = [name for name in _LENGTHS[url] if name in body]
     for name in given:
         if type(body[name]) is not int or body[name] < 1:
@@ -66,6 +85,7 @@ def request_cells(line: str | None) -> dict[str, Any]:
         sampling["max_new_tokens"] = body[given[0]]
     elif url == COMPLETIONS:
         sampling["max_new_tokens"] = COMPLETION_TOKENS
+    cells |= {key: body[key] for key in OF_PROMPT if key in body}
     return {**cells, "sampling_params": sampling}
 
 
@@ -123,7 +143,9 @@ def parsed(line: str | None) -> dict[str, Any]:
 
 def _refuse(body: Mapping[str, Any], url: str) -> None:
     """Raise for the first parameter that is unknown, or not supported and not neutral."""
-    known = {_PROMPT[url], *_LENGTHS[url], *SAMPLING}
+    known = {_PROMPT[url], *_LENGTHS[url], *SAMPLING, *OF_PROMPT, *OF_RESPONSE}
+    known |= {*STRUCTURED, *GUIDED}
+    known |= {*OF_CHAT, EFFORT, TOP} if url == CHAT else set()
     neutral = {**NEUTRAL, SPECIAL_TOKENS: (url == COMPLETIONS,)}
     for name, value in body.items():
         if name in known or name in IGNORED:
@@ -137,6 +159,18 @@ def _refuse(body: Mapping[str, Any], url: str) -> None:
             raise RowError("UnsupportedParameter", f"{name} {_short(value)} is not supported{only}")
 
 
+def _logprobs(body: Mapping[str, Any], url: str) -> Any:
+    """How many of the likeliest tokens a response tells; None: it tells no log-probabilities."""
+    asked, top = body.get("logprobs"), body.get(TOP)
+    if url == COMPLETIONS:
+        return None if asked is False else asked
+    if asked not in (None, True, False):
+        raise RowError("InvalidSampling", f"logprobs must be true or false, got {_short(asked)}")
+    if top and not asked:
+        raise RowError("InvalidSampling", f"{TOP} needs logprobs: true")
+    return (top or 0) if asked else None
+
+
 def _same(a: Any, b: Any) -> bool:
     return isinstance(a, bool) == isinstance(b, bool) and a == b
 
@@ -145,7 +179,12 @@ def _chat(body: Mapping[str, Any]) -> dict[str, Any]:
     messages = body.get("messages")
     if not isinstance(messages, list):
         raise RowError("MalformedMessages", f"messages must be a list, got {_short(messages)}")
-    return {"messages": [_message(each, number) for number, each in enumerate(messages)]}
+    told = {key: body[key] for key in OF_CHAT if key in body}
+    if EFFORT in body:
+        variables = body.get(KWARGS_COLUMN, {})
+        if isinstance(variables, dict):  # otherwise it is refused by who reads it
+            told[KWARGS_COLUMN] = {EFFORT: body[EFFORT], **variables}
+    return {"messages": [_message(each, number) for number, each in enumerate(messages)], **told}
 
 
 def _message(message: Any, number: int) -> Any:

@@ -12,17 +12,12 @@ from typing import Any
 
 from pipeline.config.job import InputConfig, SamplingConfig
 from pipeline.errors import RowError
-from pipeline.inputs.openai_requests import REQUEST, request_cells
-from pipeline.inputs.prompts import (
-    SAMPLING_COLUMN,
-    PromptRenderer,
-    required_columns,
-    row_sampling,
-    sample_count,
-)
+from pipeline.inputs.openai_requests import KWARGS_COLUMN, REQUEST, request_cells
+from pipeline.inputs.prompts import PromptRenderer, required_columns
 from pipeline.inputs.row_ids import parse_row_id, sibling
+from pipeline.inputs.row_sampling import SAMPLING_COLUMN, row_sampling, sample_count
 from pipeline.texts import Texts
-from specdec.request import Request, SamplingParams
+from specdec.request import LOGPROBS, Request, SamplingParams
 
 Row = Mapping[str, Any]
 """A row's input columns by name. Of an OpenAI request: its line, in the column `request`."""
@@ -39,7 +34,7 @@ class RowRequests:
 
     Attributes:
         required: the columns that every row must have.
-        columns: these, and the one that a row may have besides.
+        columns: these, and those that a row may have besides.
 
     Raises:
         UserError: messages are asked for and the tokenizer has no chat template.
@@ -54,8 +49,11 @@ class RowRequests:
     ) -> None:
         self.required = required_columns(input)
         self.columns = [*self.required, SAMPLING_COLUMN]
+        self.columns += [KWARGS_COLUMN] if input.messages_column is not None else []
         self._of_lines = input.format is not None
         self._sampling = sampling
+        has = {name for name in LOGPROBS if getattr(sampling, name) is not None}
+        self._told = set(LOGPROBS) if self._of_lines else has
         self._context = context
         self._renderer = PromptRenderer(input, tokenizer, context)
         self._texts = Texts(tokenizer)
@@ -111,8 +109,8 @@ class RowRequests:
         """What prompt and sampling are made of."""
         return request_cells(row.get(REQUEST)) if self._of_lines else row
 
-    def _with_stops(self, sampling: SamplingParams) -> SamplingParams:
-        """The sampling with the stop tokens that its stop strings are."""
+    def _in_tokens(self, sampling: SamplingParams) -> SamplingParams:
+        """The sampling with the tokens that its stop strings and bad words are."""
         most = self._texts.vocab_size
         for token in sampling.stop_token_ids:
             if not 0 <= token < most:
@@ -120,14 +118,18 @@ class RowRequests:
                     "InvalidSampling",
                     f"stop_token_ids: the target has no token {token}; it has {most:,}, from 0 on",
                 )
-        return self._texts.with_special_stops(sampling)
+        for name in LOGPROBS:
+            if getattr(sampling, name) is not None and name not in self._told:
+                said = f"{name}: the job has no column for them; set sampling.{name}"
+                raise RowError("InvalidSampling", said)
+        return self._texts.with_bad_words(self._texts.with_special_stops(sampling))
 
     def _made(self, cells: Row, row_ids: Iterable[str]) -> list[Request]:
         override = cells.get(SAMPLING_COLUMN)
         sampling: dict[str, SamplingParams] = {}
         for name in row_ids:
             params = row_sampling(self._sampling, override, name, parse_row_id(name).sample)
-            sampling[name] = self._with_stops(params)
+            sampling[name] = self._in_tokens(params)
         prompt = self._renderer.prompt_ids(cells)
         if self._context is not None and len(prompt) >= self._context:
             raise RowError(

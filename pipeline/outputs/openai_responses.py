@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, TextIO
 
 import pyarrow.parquet as pq
@@ -17,12 +18,17 @@ import pyarrow.parquet as pq
 from pipeline import layout
 from pipeline.commit.footer import read_record
 from pipeline.inputs.jsonl import RAW_LINE
+from pipeline.inputs.openai_parameters import TOP
 from pipeline.inputs.openai_requests import CHAT, REQUEST, endpoint_of, parsed
 from pipeline.inputs.row_ids import ROW_ID, parse_row_id
 from pipeline.inputs.units import Unit
 from pipeline.storage.folder import Folder
+from specdec.request import NO_CHARACTER
 
-_COMPLETED = (ROW_ID, REQUEST, "completion", "finish_reason", "prompt_tokens", "output_tokens")
+_COMPLETED = (
+    *(ROW_ID, REQUEST, "completion", "finish_reason", "prompt_tokens", "output_tokens"),
+    *layout.OPTIONAL_COLUMNS,
+)
 _FAILED = (ROW_ID, REQUEST, RAW_LINE, "error_class", "error_message")
 
 
@@ -120,16 +126,21 @@ def _body(
     model: str,
 ) -> dict[str, Any]:
     """A response's body: the samples of one request as its choices."""
-    chat = endpoint_of(request) == CHAT
+    chat, asked = endpoint_of(request) == CHAT, request["body"]
     choices: list[dict[str, Any]] = []
     for index, sample in enumerate(samples):
         text: dict[str, Any] = {"text": sample["completion"]}
         if chat:
             message = {"role": "assistant", "content": sample["completion"], "refusal": None}
             text = {"message": message}
-        reason = {"logprobs": None, "finish_reason": sample["finish_reason"]}
-        choices.append({"index": index, **text, **reason})
-    prompt = samples[0]["prompt_tokens"]
+        told = sample.get(layout.LOGPROBS)
+        choice = {"index": index, **text, "finish_reason": sample["finish_reason"]}
+        choice["logprobs"] = _logprobs(told, chat) if told is not None else None
+        if asked.get("return_token_ids"):
+            choice["token_ids"] = sample[layout.OUTPUT_TOKEN_IDS]
+        choices.append(choice)
+    prompt, told = samples[0]["prompt_tokens"], samples[0].get(layout.PROMPT_LOGPROBS)
+    whole = {layout.PROMPT_LOGPROBS: [each and _by_token(each) for each in told]} if told else {}
     output = sum(sample["output_tokens"] for sample in samples)
     return {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
@@ -137,9 +148,46 @@ def _body(
         "created": created,
         "model": model,
         "choices": choices,
+        **whole,
         "usage": {
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
         },
     }
+
+
+def _logprobs(told: Sequence[Mapping[str, Any]], chat: bool) -> dict[str, Any]:
+    """What a response tells of its tokens, in the form of its endpoint.
+
+    Args:
+        told: the tokens, as the column `logprobs` has them.
+        chat: whether it is a chat's.
+    """
+    if chat:
+        content = [{**_token(t), TOP: [_token(other) for other in t["top"]]} for t in told]
+        return {"content": content, "refusal": None}
+    tokens = [t["token"] for t in told]
+    offsets = accumulate((len(token) for token in tokens[:-1]), initial=0) if tokens else ()
+    return {
+        "tokens": tokens,
+        "token_logprobs": [t["logprob"] for t in told],
+        TOP: [{other["token"]: other["logprob"] for other in t["top"]} for t in told],
+        "text_offset": list(offsets),
+    }
+
+
+def _by_token(told: Mapping[str, Any]) -> dict[int, Any]:
+    """A token of the prompt and the likeliest ones by their ids, as vLLM has them."""
+    return {
+        each["token_id"]: {"logprob": each["logprob"], "decoded_token": each["token"]}
+        for each in (told, *told["top"])
+    }
+
+
+def _token(told: Mapping[str, Any]) -> dict[str, Any]:
+    """A token of a chat, with its bytes where it is whole characters."""
+    text = told["token"]
+    whole = NO_CHARACTER not in text
+    spelled = list(text.encode(errors="replace")) if whole else None
+    return {"token": text, "logprob": told["logprob"], "bytes": spelled}

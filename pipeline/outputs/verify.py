@@ -17,6 +17,7 @@ from typing import TypeVar
 from pipeline import layout
 from pipeline.commit import manifest, planned_inputs
 from pipeline.config.job import S3Config
+from pipeline.config.sampling import optional_columns
 from pipeline.outputs.problems import Problem, Verification, some
 from pipeline.outputs.verify_manifest import ListedFiles, check_manifest
 from pipeline.outputs.verify_unit import CheckedUnit, UnitCheck, columns_of
@@ -50,9 +51,11 @@ def verify(
     found = Verification(output.url, finished=output.read(layout.SUCCESS) is not None)
     listed = ListedFiles.read(output, found)
     there = {folder: output.tree(folder) for folder in (*_OF_UNITS, layout.STAGING)}
-    samples = job.get("fingerprint", {}).get("sampling", {}).get("n", 1)
+    mark = job.get("fingerprint", {})
+    sampling, of_lines = mark.get("sampling", {}), "format" in mark.get("input", {})
+    samples = sampling.get("n", 1)
     table = manifest.recorded_table(job)
-    columns = None if table is None else columns_of(table)
+    columns = None if table is None else columns_of(table, optional_columns(sampling, of_lines))
     check = UnitCheck(output, manifest.accepted_digests(job), samples, listed, columns)
 
     units = sorted(filter(None, map(layout.unit_of, there[layout.COMPLETIONS])))

@@ -15,8 +15,8 @@ from pipeline.commit.files import parquet_bytes
 from pipeline.commit.footer import from_footer
 from pipeline.commit.record import UnitFile, UnitRecord
 from pipeline.commit.schema import completions_schema
-from pipeline.inputs.prompts import SAMPLING_COLUMN
 from pipeline.inputs.row_ids import ROW_ID, parse_row_id
+from pipeline.inputs.row_sampling import SAMPLING_COLUMN
 from pipeline.inputs.units import RowRange, unit_id
 from pipeline.outputs.problems import Problem, first_line, some
 from pipeline.outputs.verify_manifest import ListedFiles
@@ -50,13 +50,14 @@ class CheckedUnit:
         self.problems.append(Problem(kind, file, message))
 
 
-def columns_of(table: pa.Schema) -> list[str]:
+def columns_of(table: pa.Schema, optional: Sequence[str]) -> list[str]:
     """Names and types of the columns of completions, as files give them back.
 
     Args:
         table: the input's columns, as the job record has them.
+        optional: which of the optional columns the job has.
     """
-    empty = parquet_bytes(completions_schema(table).empty_table())
+    empty = parquet_bytes(completions_schema(table, optional).empty_table())
     return _shown(pq.read_schema(pa.BufferReader(empty)))
 
 

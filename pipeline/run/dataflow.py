@@ -21,7 +21,6 @@ from pipeline.generate.pool import actor_options, give_back
 from pipeline.inputs.joining import bundled, bundles_in_flight
 from pipeline.inputs.source import UnitDatasource
 from pipeline.inputs.units import Unit
-from pipeline.layout import ADDED_COLUMNS
 from pipeline.observe.ledger import Run
 from pipeline.observe.monitor import start_monitor
 from pipeline.run.plan import JobPlan
@@ -99,7 +98,7 @@ def _write(
 ) -> None:
     job = plan.job
     bundles = bundled(pending, job.unit_rows)
-    source = UnitDatasource(bundles, plan.table, job.s3_of_input, ADDED_COLUMNS)
+    source = UnitDatasource(bundles, plan.table, job.s3_of_input, job.added_columns)
     # The same for all groups: what the one with the most slots needs.
     in_flight = max(
         group.units_in_flight or bundles_in_flight(bundles, group.slots)

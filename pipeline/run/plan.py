@@ -10,11 +10,11 @@ from pipeline import layout
 from pipeline.commit import planned_inputs
 from pipeline.commit.schema import check_reserved
 from pipeline.config.job import JobConfig
+from pipeline.config.model_defaults import with_model_defaults
 from pipeline.inputs.joining import plan_units
 from pipeline.inputs.listing import InputFile, list_inputs
 from pipeline.inputs.prompts import required_columns
 from pipeline.inputs.units import FilePlan, Unit, check_columns, plan_files, table_of
-from pipeline.layout import ADDED_COLUMNS
 from pipeline.run.preflight import check_output
 from pipeline.storage.folder import Folder, check_access, open_folder, resolved
 
@@ -30,6 +30,7 @@ class JobPlan:
         units: all of them, in input order.
         table: the columns of all of them together.
         left_out: input files that are new since the output was begun, and not part of the job.
+        recommended: keys of `sampling` whose values are the target's own recommendation.
     """
 
     job: JobConfig
@@ -38,6 +39,15 @@ class JobPlan:
     units: tuple[Unit, ...]
     table: pa.Schema
     left_out: tuple[InputFile, ...] = ()
+    recommended: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> str | None:
+        """What of the sampling is the target's own recommendation, in a line; None: nothing."""
+        if not self.recommended:
+            return None
+        values = (f"{key} {getattr(self.job.sampling, key):g}" for key in self.recommended)
+        return f"sampling: {', '.join(values)}, as the target's generation_config.json recommends"
 
     @property
     def rows(self) -> int:
@@ -45,17 +55,18 @@ class JobPlan:
         return sum(file.rows for file in self.files)
 
 
-def plan_job(job: JobConfig, *, extend: bool = False) -> JobPlan:
+def plan_job(job: JobConfig, *, extend: bool = False, ask_hub: bool = True) -> JobPlan:
     """Look at the input and the output folder; load no model and start nothing.
 
     Args:
         job: the job.
         extend: input files that are new since the output was begun become part of the job.
+        ask_hub: whether the hub is asked what a target that is not here recommends.
 
     Raises:
         UserError: no such files, missing or reserved columns, S3 or disk out of reach.
     """
-    job = _reachable(job)
+    job, recommended = with_model_defaults(_reachable(job), ask_hub=ask_hub)
     check_output(job.output, job.input.paths)
     check_access(job.s3_of_output, job.output)
     output = open_folder(job.output, job.s3_of_output)
@@ -70,10 +81,10 @@ def plan_job(job: JobConfig, *, extend: bool = False) -> JobPlan:
         job.s3_of_input,
         job.unit_rows,
         format=job.input.format,
-        reserved=ADDED_COLUMNS,
+        reserved=job.added_columns,
     )
     check_columns(files, required_columns(job.input))
-    check_reserved(files)
+    check_reserved(files, job.added_columns)
     files = planned_inputs.in_steps(files, planned, begun=begun)
     return JobPlan(
         job,
@@ -82,6 +93,7 @@ def plan_job(job: JobConfig, *, extend: bool = False) -> JobPlan:
         units=tuple(plan_units(files, job.unit_rows)),
         table=table_of(files),
         left_out=tuple(sorted(left_out, key=lambda file: file.name)),
+        recommended=tuple(recommended),
     )
 
 

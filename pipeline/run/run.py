@@ -121,6 +121,8 @@ def run_job(
     plan = replace(plan, table=table)
     if plan.left_out:
         note(_left_out(plan.left_out))
+    if plan.said:
+        note(plan.said)
     # 2. Find what is to be generated: units that are missing, or failed rows of those that are not.
     done = manifest.committed(output, units)
     missing = [unit for unit in units if unit.id not in done]

@@ -34,9 +34,13 @@ class Choose(Protocol):
     So it can be recorded together with the forward that makes the logits, and repeated on others.
 
     Attributes:
+        recordable: whether `key` and `inputs` say all of it. What rows ask of their logits is more.
         key: all of it that is no tensor. What has the same key computes the same.
         inputs: tensors [n, ...] that it reads besides.
     """
+
+    @property
+    def recordable(self) -> bool: ...
 
     @property
     def key(self) -> Hashable: ...

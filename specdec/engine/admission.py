@@ -7,9 +7,10 @@ from typing import Protocol
 
 from specdec.engine.ending import Decode, StopSearch
 from specdec.engine.scheduler import LiveRow
+from specdec.lossless.grammars import Grammars
 from specdec.model.cache import round_to_blocks
 from specdec.model.decoder import PackedDecoder
-from specdec.request import InvalidRequest, Request
+from specdec.request import InvalidRequest, Request, SamplingParams
 
 
 class Pair(Protocol):
@@ -23,7 +24,13 @@ class Pair(Protocol):
     eos_token_ids: frozenset[int]
 
 
-def row_of(request: Request, pair: Pair, max_positions: int, decode: Decode | None) -> LiveRow:
+def row_of(
+    request: Request,
+    pair: Pair,
+    max_positions: int,
+    decode: Decode | None,
+    grammars: Grammars | None,
+) -> LiveRow:
     """The row of a request, its output cut to what the context has room for.
 
     Args:
@@ -31,6 +38,7 @@ def row_of(request: Request, pair: Pair, max_positions: int, decode: Decode | No
         pair: the models.
         max_positions: most cache positions of all rows.
         decode: token ids to text, which stop strings need.
+        grammars: makes matchers, which grammars need.
 
     Raises:
         InvalidRequest: it cannot be served; the message says why.
@@ -47,8 +55,15 @@ def row_of(request: Request, pair: Pair, max_positions: int, decode: Decode | No
         )
     if request.sampling.stop and decode is None:
         raise InvalidRequest("stop strings need an engine with a decode function")
+    if request.sampling.grammar is not None:
+        if grammars is None:
+            raise InvalidRequest("a grammar needs an engine with grammars")
+        if fault := grammars.check(request.sampling.grammar):
+            raise InvalidRequest(f"the grammar cannot be used: {fault}")
+    _check_tokens(request.sampling, pair.vocab_size)
     room = min(request.sampling.max_new_tokens, context - prompt)
-    sampling = replace(request.sampling, max_new_tokens=room)
+    least = min(request.sampling.min_tokens, room)
+    sampling = replace(request.sampling, max_new_tokens=room, min_tokens=least)
     row = LiveRow(request, sampling, list(request.prompt_ids), prompt)
     if round_to_blocks(row.need) > max_positions:
         raise InvalidRequest(
@@ -58,3 +73,23 @@ def row_of(request: Request, pair: Pair, max_positions: int, decode: Decode | No
     if request.sampling.stop and decode is not None:
         row.stops = StopSearch(request.sampling.stop, request.prompt_ids, decode)
     return row
+
+
+def _check_tokens(sampling: SamplingParams, vocab_size: int) -> None:
+    """Check that the tokens that a request names are the model's."""
+    words: set[int] = set()
+    for word in sampling.bad_words:
+        if isinstance(word, str):
+            raise InvalidRequest(f"bad_words: {word!r} must be given as token ids")
+        words.update(word)
+    named = {
+        "logit_bias": sampling.logit_bias,
+        "allowed_token_ids": sampling.allowed_token_ids or (),
+        "bad_words": words,
+    }
+    for name, tokens in named.items():
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                raise InvalidRequest(
+                    f"{name}: the target has no token {token}; it has {vocab_size:,}, from 0 on"
+                )

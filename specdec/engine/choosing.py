@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,6 +23,7 @@ class Choosing:
         params: the rows' sampling parameters; under `rejection` with the numbers to draw by.
         at: int64 [n], their output positions, where the mode draws by them: `coupled` rows.
         wanted: what a policy wants to know of them, and `head`, what it needs for that.
+        adjust: makes of logits [n, V] what the rows ask for, if they ask for anything.
     """
 
     mode: Mode
@@ -30,6 +31,11 @@ class Choosing:
     at: Tensor | None
     wanted: frozenset[Signal]
     head: Head | None
+    adjust: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def recordable(self) -> bool:
+        return self.adjust is None
 
     @property
     def key(self) -> Hashable:
@@ -44,6 +50,8 @@ class Choosing:
         return tuple(self.params.used.values()) + (() if self.at is None else (self.at,))
 
     def __call__(self, logits: Tensor, hidden: Tensor, *inputs: Tensor) -> Drawn:
+        if self.adjust is not None:
+            logits = self.adjust(logits)
         params = self.params.of_tensors(inputs) if inputs else self.params
         tokens, q = self.mode.propose(logits, params, None if self.at is None else inputs[-1])
         return tokens, q, self.look(logits, tokens, hidden)

@@ -95,7 +95,7 @@ class DraftLoop:
             with this.timer.apart() as lap:
                 step = step or self._launch(this, drafting, active, index, depth)
                 drawn = step.candidates
-                proposal.add(active, step.index, drawn.tokens, drawn.q)
+                this.add(active, step.index, drawn)
                 within = [i for i, slot in enumerate(active) if budget[slot] > depth]
                 last, (step, going) = step, self._next(this, drafting, step, depth, within)
             this.draft_costs.append((sum(drawn.fed), lap.seconds))

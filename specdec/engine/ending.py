@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from specdec.request import NO_CHARACTER, FinishReason, SamplingParams
+from specdec.lossless.grammars import RowGrammar
+from specdec.request import INVALID_LOGITS, NO_CHARACTER, FinishReason, SamplingParams
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text. Special tokens are part of it: stop strings may hold them."""
@@ -25,13 +27,14 @@ class Ending:
     Attributes:
         length: tokens of the output.
         finish_reason, stop_reason: as of the `Completion`.
-        error: what went wrong, if the reason is "error".
+        error: what went wrong, if the reason is "error", and `error_class` its class.
     """
 
     length: int
     finish_reason: FinishReason
     stop_reason: int | str | None = None
     error: str | None = None
+    error_class: str | None = None
 
 
 def context_of(ids: Sequence[int], decode: Decode) -> Sequence[int]:
@@ -84,6 +87,10 @@ class StopSearch:
         self._text, self._tail = text, tail[max(0, len(tail) - self._reach) :]
         return min(found)[1] if found else None
 
+    def skip(self) -> None:
+        """Look for stop strings behind the tokens so far: none begins in them."""
+        self._tail = ""
+
     def _forget(self) -> None:
         """Let go of tokens that those behind them no longer need."""
         decoded = self._decode(self._ids)
@@ -103,43 +110,64 @@ def _common(before: str, after: str) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
 
 
+class EndingRow(Protocol):
+    """What an ending depends on: the sampling, and what has read the output so far."""
+
+    sampling: SamplingParams
+    stops: StopSearch | None
+    grammar: RowGrammar | None
+
+
 def find_ending(
-    output: Sequence[int],
-    known: int,
-    sampling: SamplingParams,
-    eos_token_ids: frozenset[int],
-    stops: StopSearch | None,
+    output: Sequence[int], known: int, row: EndingRow, eos_token_ids: frozenset[int]
 ) -> Ending | None:
     """The first end of `output` among its tokens from index `known` on, or None.
 
     Looks at one token after another, so the answer does not depend on how many of them one round
-    committed.
+    committed. Before `min_tokens` nothing but the length ends it.
 
     Args:
         output: the row's output tokens so far.
         known: how many of them were looked at before.
-        sampling: the row's.
+        row: has read the `known` tokens, and reads those up to the end.
         eos_token_ids: the model's end-of-sequence tokens.
-        stops: has taken the `known` tokens, and takes those up to the end; None: no stop strings.
     """
+    sampling, stops, grammar = row.sampling, row.stops, row.grammar
+    if grammar is not None:
+        grammar.forget()
     for index in range(known, len(output)):
         length, token = index + 1, output[index]
         found = stops.add(token) if stops is not None else None
+        if length <= sampling.min_tokens:
+            if stops is not None:
+                stops.skip()
+            found = None
         if found is not None:
             return Ending(length, "stop", found)
         if token in sampling.stop_token_ids:
             return Ending(length, "stop", token)
         if token in eos_token_ids and not sampling.ignore_eos:
             return Ending(length, "stop", token)
+        if grammar is not None and grammar.commit(token):
+            if error := grammar.matcher.get_error():
+                return Ending(length, "error", error=error, error_class="GrammarFailed")
+            return Ending(length, "stop")
         if length == sampling.max_new_tokens:
             return Ending(length, "length")
     return None
 
 
-def failure(length: int) -> Ending:
-    """The end of a row whose target has no distribution of the token after `length` of them."""
+def failure(length: int, adjusts: bool) -> Ending:
+    """The end of a row whose target has no distribution of the token after `length` of them.
+
+    Args:
+        length: tokens of the output.
+        adjusts: whether the row asks for anything of its logits, which may leave no token.
+    """
     said = (
         f"the target's logits at output token {length + 1} are NaN, infinite or all -inf; "
         "float16 overflows to that: try models.dtype bfloat16 or float32"
     )
-    return Ending(length, "error", error=said)
+    if adjusts:
+        said += ". Or what the row asks for bans every token there"
+    return Ending(length, "error", error=said, error_class=INVALID_LOGITS)

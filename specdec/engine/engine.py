@@ -21,13 +21,15 @@ import torch
 from specdec.drafters.base import Drafter
 from specdec.drafters.model import ModelDrafter
 from specdec.engine.admission import Pair, row_of
+from specdec.engine.asked import AskedFor
 from specdec.engine.draft_loop import DraftLoop
 from specdec.engine.ending import Decode, Ending, failure, find_ending
 from specdec.engine.layout import VerifyLayout
 from specdec.engine.round import Round
 from specdec.engine.scheduler import LiveRow, Scheduler
 from specdec.engine.stats import EngineStats
-from specdec.lossless.sampling import NO_TOKEN, SamplingBatch
+from specdec.lossless.grammars import Grammars
+from specdec.lossless.sampling import NO_TOKEN
 from specdec.lossless.verification import MODES, Proposal
 from specdec.measure.clock import PhaseClock, RoundTimer
 from specdec.measure.speedup import ControlSchedule
@@ -36,7 +38,7 @@ from specdec.model.prefill import feed_shared
 from specdec.model.rows import upload
 from specdec.model.sharing import LEAST_SHARED, SharedCaches
 from specdec.policies.base import RoundOutcome, RoundStart, StopPolicy
-from specdec.request import INVALID_LOGITS, Completion, Counts, InvalidRequest, Request
+from specdec.request import Completion, Counts, InvalidRequest, Request
 
 INVARIANT_CHUNK = 128
 """Most prompt tokens in one forward where bits must repeat.
@@ -59,6 +61,7 @@ class Engine:
         prefill_chunk: most prompt tokens of one row in one forward. With batch-invariant models at
             most INVARIANT_CHUNK.
         decode: token ids to text with special tokens; only requests with stop strings need it.
+        grammars: makes matchers of grammars; only requests with grammars need it.
         control_share: share of rounds without speculation, by which `stats.speedup` is measured.
         trace: keep for each row what was predicted, decided and accepted in each round.
         least_shared: rows that begin with this many equal tokens share their prefill.
@@ -75,12 +78,14 @@ class Engine:
         kv_memory_bytes: int | None = None,
         prefill_chunk: int = 512,
         decode: Decode | None = None,
+        grammars: Grammars | None = None,
         control_share: float = 0.0,
         trace: bool = False,
         least_shared: int = LEAST_SHARED,
         clock: PhaseClock | None = None,
     ) -> None:
-        self.pair, self.policy, self.decode, self.trace = pair, policy, decode, trace
+        self.pair, self.policy, self.trace = pair, policy, trace
+        self.decode, self.grammars = decode, grammars
         self.mode, self.device = MODES[verification], pair.target.device
         self.clock = clock or PhaseClock(self.device)
         self.stats = EngineStats(seconds=self.clock.seconds)
@@ -97,7 +102,7 @@ class Engine:
         self._outcome: RoundOutcome | None = None
         self._ended: list[tuple[LiveRow, Ending, float]] = []
         self.completed: list[Completion] = []
-        self._sampling: tuple[list[LiveRow], SamplingBatch] | None = None
+        self._asked = AskedFor(pair, self.target_cache, self.prefill_chunk, self.clock, grammars)
         self.drafting = (
             DraftLoop(self.drafter, policy, self.clock, self.stats) if self.drafter else None
         )
@@ -122,7 +127,7 @@ class Engine:
         """Queue a request. One that cannot be served comes back from `step` as an error."""
         try:
             most = self.scheduler.max_positions
-            row = row_of(request, self.pair, most, self.decode)
+            row = row_of(request, self.pair, most, self.decode, self.grammars)
             self.scheduler.queue.append(row)
         except InvalidRequest as error:
             prompt = len(request.prompt_ids)
@@ -215,10 +220,8 @@ class Engine:
 
     def _begin(self, rows: list[LiveRow], timer: RoundTimer) -> Round:
         """A new round, and what the policy may know before it drafts."""
-        if self._sampling is None or self._sampling[0] != rows:
-            self._sampling = rows, SamplingBatch.of([row.sampling for row in rows], self.device)
-        sampling = self._sampling[1]
-        mode = MODES["coupled"] if sampling.all_greedy else self.mode
+        asked = self._asked.by(rows)
+        mode = MODES["coupled"] if asked.sampling.all_greedy else self.mode
         pending = [len(row.tokens) - self.target_cache.lengths[s] for s, row in enumerate(rows)]
         start = RoundStart(
             rows=[row.memory for row in rows],
@@ -231,7 +234,7 @@ class Engine:
         )
         control = any(start.room) and self._controls.next()
         nothing = Proposal(len(rows), 0, self.device)
-        return Round(rows, timer, sampling, mode, start, control, nothing, nothing.lengths)
+        return Round(rows, timer, asked, mode, start, control, nothing, nothing.lengths)
 
     def _room(self, row: LiveRow) -> int:
         """Most candidates that a decoding row may have."""
@@ -280,8 +283,9 @@ class Engine:
             logits = target.logits(hidden)[:, : self.pair.vocab_size]
         self.stats.count_target([len(layout.order)])
         with self.clock.phase({"sample": 1.0}):
+            adjusted, parameters = this.adjusted(logits, owner, at), this.parameters(owner)
             accepted, bonus = this.mode.verify(
-                logits, this.parameters(owner), at, first, lengths, this.proposal
+                adjusted, parameters, at, first, lengths, this.proposal
             )
             odd = (~hidden.isfinite().all(-1)).long()
             odd = torch.zeros_like(accepted).index_add_(0, owner, odd)  # by row
@@ -296,6 +300,7 @@ class Engine:
             [*candidates[:n], extra] if complete else []
             for complete, (n, extra, _, *candidates) in zip(layout.complete, result, strict=True)
         ]
+        this.read(logits, adjusted, parameters, layout.first)
         self.clock.settle()
 
     def _commit(self, this: Round) -> list[tuple[int, Ending]]:
@@ -325,9 +330,9 @@ class Engine:
         over = failed and not row.doubtful
         row.tokens += [] if failed else tokens
         output = row.tokens[row.output_start :]
-        ending = find_ending(output, known, row.sampling, self.pair.eos_token_ids, row.stops)
+        ending = find_ending(output, known, row, self.pair.eos_token_ids)
         if over:
-            ending = failure(len(output))
+            ending = failure(len(output), row.adjusts or row.grammar is not None)
         kept = this.kept[slot] = (ending.length if ending else len(output)) - known
         drafted, verified = this.proposal.lengths[slot], this.submitted[slot]
         accepted = 0 if failed else len(tokens) - 1
@@ -346,7 +351,7 @@ class Engine:
         """Do what no round waits for: beside a device, while it verifies the next round."""
         with self.clock.phase({"host": 1.0}):
             self._learn()
-            self.completed += [self._completion(*ended) for ended in self._ended]
+            self.completed += [row.completed(end, at) for row, end, at in self._ended]
             self._ended = []
 
     def _learn(self) -> None:
@@ -354,24 +359,6 @@ class Engine:
         outcome, self._outcome = self._outcome, None
         if outcome is not None:
             self.policy.observe(outcome)
-
-    def _completion(self, row: LiveRow, ending: Ending, ended: float) -> Completion:
-        """What became of a row, when the policy has learnt from its last round."""
-        failed = ending.error is not None
-        end = row.output_start + (0 if failed else ending.length)
-        return Completion(
-            row.request.id,
-            row.output_start,
-            tuple(row.tokens[row.output_start : end]),
-            ending.finish_reason,
-            ending.stop_reason,
-            row.counts,
-            ending.error,
-            INVALID_LOGITS if failed else None,
-            seconds=ended - row.admitted,
-            calibration=row.memory.calibration(),
-            trace=tuple(row.trace),
-        )
 
 
 def _free_memory(device: torch.device) -> int:

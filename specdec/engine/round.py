@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from specdec.drafters.base import Candidates
+from specdec.engine.asked import Asked
 from specdec.engine.choosing import Choosing
 from specdec.engine.scheduler import LiveRow
 from specdec.lossless.sampling import NO_TOKEN, SamplingBatch, candidate_numbers, signed64
@@ -27,7 +29,7 @@ class Round:
     Attributes:
         rows: the live rows, by slot.
         timer: its seconds.
-        sampling: their sampling parameters.
+        asked: what they ask for.
         mode: how candidates are verified.
         start: what the policy may know before drafting.
         control: whether this is a control round, without speculation.
@@ -43,7 +45,7 @@ class Round:
 
     rows: list[LiveRow]
     timer: RoundTimer
-    sampling: SamplingBatch
+    asked: Asked
     mode: Mode
     start: RoundStart
     control: bool
@@ -68,6 +70,37 @@ class Round:
     def target_tokens(self) -> int:
         """Packed tokens of the verification."""
         return self.start.target_tokens + sum(self.submitted)
+
+    @property
+    def sampling(self) -> SamplingBatch:
+        """The rows' sampling parameters."""
+        return self.asked.sampling
+
+    def adjusted(self, logits: Tensor, owner: Tensor, at: Tensor) -> Tensor:
+        """Logits [n, V] as the rows in `owner` [n] ask for, at output positions `at` [n].
+
+        The candidates drawn so far count as if they stood.
+        """
+        if self.asked.adjuster is not None:
+            logits = self.asked.adjuster(logits, owner, at, self.proposal.candidates)
+        masks = self.asked.masks
+        return masks.apply(logits, owner, at) if masks is not None else logits
+
+    def add(self, active: Sequence[int], index: Tensor, drawn: Candidates) -> None:
+        """Note one more candidate of each active row, which are also in `index`."""
+        self.proposal.add(active, index, drawn.tokens, drawn.q)
+        if self.asked.masks is not None:
+            self.asked.masks.follow(active, drawn.tokens)
+
+    def read(
+        self, raw: Tensor, adjusted: Tensor, parameters: SamplingBatch, first: Sequence[int]
+    ) -> None:
+        """Keep the log-probabilities of committed tokens; arguments as of `LogprobReader.read`."""
+        if self.asked.reader is None:
+            return
+        told = self.asked.reader.read(raw, adjusted, parameters, first, self.committed)
+        for slot, logprobs in told.items():
+            self.rows[slot].logprobs += logprobs
 
     def parameters(self, index: Tensor) -> SamplingBatch:
         """The sampling parameters of the rows in `index` [m]; greedy rows are not picked apart."""
@@ -107,14 +140,18 @@ class Round:
             depth: from 1.
             policy: what it wants to know of them.
         """
-        params, at = self.sampling, None
+        params, at, adjust = self.sampling, None, None
+        positions = [self.rows[slot].generated + depth - 1 for slot in slots]
+        if self.asked.of_logits:
+            (place,) = upload(index.device, positions)
+            adjust = functools.partial(self.adjusted, owner=index, at=place)
         if self.mode is MODES["rejection"]:
             params = replace(params, drawn=self._numbers[depth - 1])
         elif not params.all_greedy:
-            (at,) = upload(index.device, [self.rows[s].generated + depth - 1 for s in slots])
+            (at,) = upload(index.device, positions)
         if not params.all_greedy and len(slots) < len(self.rows):
             params = params.rows(index)
-        return Choosing(self.mode, params, at, policy.wanted, policy.head)
+        return Choosing(self.mode, params, at, policy.wanted, policy.head, adjust)
 
     def outcome(self) -> RoundOutcome:
         """What the policy learns from."""

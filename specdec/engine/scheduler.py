@@ -6,11 +6,12 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from specdec.engine.ending import StopSearch
+from specdec.engine.ending import Ending, StopSearch
+from specdec.lossless.grammars import RowGrammar
 from specdec.model.cache import round_to_blocks
 from specdec.model.sharing import SharedCaches
 from specdec.policies.base import RowMemory
-from specdec.request import Counts, Request, RoundTrace, SamplingParams
+from specdec.request import Completion, Counts, Request, RoundTrace, SamplingParams, TokenLogprob
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +30,10 @@ class LiveRow:
         doubtful: whether its last round failed with candidates; the next one has none.
         trace: its rounds, if they are kept.
         admitted: when it got a slot, by `time.perf_counter`.
+        grammar: what its output is, if it asks for that; made when it gets a slot.
+        logprobs: of its output tokens, if it asks for them.
+        prompt_logprobs: of its prompt's, if it asks for them; read when it gets a slot.
+        adjusts: whether it asks for anything of its logits.
     """
 
     request: Request
@@ -41,6 +46,13 @@ class LiveRow:
     doubtful: bool = False
     trace: list[RoundTrace] = field(default_factory=list)
     admitted: float = 0.0
+    grammar: RowGrammar | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    adjusts: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.adjusts = self.sampling.adjusts
 
     @property
     def generated(self) -> int:
@@ -51,6 +63,27 @@ class LiveRow:
     def need(self) -> int:
         """Cache positions to reserve, so that the row can always finish."""
         return self.output_start + self.sampling.max_new_tokens
+
+    def completed(self, ending: Ending, ended: float) -> Completion:
+        """What became of the request; it ended at `ended`, by `time.perf_counter`."""
+        length = 0 if ending.error is not None else ending.length
+        output = self.tokens[self.output_start : self.output_start + length]
+        told = None if self.sampling.logprobs is None else tuple(self.logprobs[:length])
+        return Completion(
+            self.request.id,
+            self.output_start,
+            tuple(output),
+            ending.finish_reason,
+            ending.stop_reason,
+            self.counts,
+            ending.error,
+            ending.error_class,
+            seconds=ended - self.admitted,
+            calibration=self.memory.calibration(),
+            trace=tuple(self.trace),
+            logprobs=told,
+            prompt_logprobs=self.prompt_logprobs,
+        )
 
 
 class Scheduler:

@@ -209,6 +209,10 @@ class _Scripted:
     candidates: Tensor
 
     @property
+    def recordable(self) -> bool:
+        return bool(self.choose.recordable)
+
+    @property
     def key(self) -> Hashable:
         key: Hashable = self.choose.key
         return key

@@ -11,6 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 COMMANDS = {
+    "adjustments": [],
     "duplicates": [],
     "engine": ["peers", "policies", "speedup", "overhead", "prefixes", "quality"],
     "gpu": ["forwards", "rates"],
@@ -19,6 +20,7 @@ COMMANDS = {
     "peers": [],
     "roofline": [],
     "scale": ["plan", "flow", "units", "actors", "resume", "files"],
+    "schemas": [],
     "simulate": ["record", "replay"],
     "virtual_gpu": [],
     "whole_job": [],

@@ -20,7 +20,7 @@ import yaml
 import jobs.tuning.head_rows
 import jobs.tuning.profile
 from pipeline.config.job import S3Config
-from pipeline.inputs.prompts import row_seed
+from pipeline.inputs.row_sampling import row_seed
 from pipeline.outputs.training_data import open_job, read_examples
 from specdec.engine.engine import Engine
 from specdec.request import Request, SamplingParams

@@ -77,7 +77,7 @@ def malformed() -> list[bytes]:
         {"n": 0},
         {"max_tokens": 0},
         {"stop": ["a", 3]},
-        {"logprobs": True, "top_logprobs": 2},
+        {"top_logprobs": 2},
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
     ]
     bad += [line(request(f"bad{i}", **body)) for i, body in enumerate(bodies)]
@@ -92,7 +92,13 @@ def requests_file(path: Path, good: int) -> list[dict[str, Any]]:
     requests = []
     for i in range(good):
         url = COMPLETIONS if i % 5 == 4 else CHAT
-        body: list[dict[str, Any]] = [{}, {"n": 3}, {"temperature": 0}, {"seed": 5, "top_p": 0.9}]
+        told = {"logprobs": True, "top_logprobs": 2} if url == CHAT else {"logprobs": 1}
+        body: list[dict[str, Any]] = [
+            {},
+            {"n": 3, **told},
+            {"temperature": 0, "return_token_ids": True, "prompt_logprobs": 1},
+            {"seed": 5, "top_p": 0.9, "response_format": {"type": "json_object"}},
+        ]
         requests.append(request(f"good-{i}", url, **body[i % 4], **NOTHING))
     requests[0]["url"] = f"https://api.openai.com{CHAT}"
     # As some programs on Windows begin a file.
@@ -133,7 +139,17 @@ def check(
             text = choice.message.content if chat else choice.text
             assert isinstance(text, str)
             assert choice.finish_reason in {"stop", "length"}
+            assert text.startswith("{") or "response_format" not in asked["body"]
+            told = choice.logprobs
+            assert (told is not None) == bool(asked["body"].get("logprobs"))
+            if told is not None and chat:
+                assert all(len(each.top_logprobs) == 2 for each in told.content)
+            elif told is not None:
+                assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs)
         usage = body.usage
+        told = line["response"]["body"].get("prompt_logprobs")
+        assert (told is not None) == ("prompt_logprobs" in asked["body"])
+        assert told is None or (len(told) == usage.prompt_tokens and told[0] is None)
         assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
         assert len(body.choices) <= usage.completion_tokens <= 4 * len(body.choices)
     for line in errors:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.texts import Texts
 from specdec.engine.ending import StopSearch
-from specdec.request import NO_CHARACTER, Completion, SamplingParams
+from specdec.request import NO_CHARACTER, Completion, Request, SamplingParams
 from tests.pipeline.tiny_tokenizers import KINDS, SPECIAL, decoding, llama_like
 
 tokenizer_of = cache(decoding)
@@ -22,6 +22,10 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
 
 def done(ids: Sequence[int], why: str = "stop", reason: int | str | None = None) -> Completion:
     return Completion("a", 1, tuple(ids), why, reason)  # type: ignore[arg-type]
+
+
+def asked(prompt: Sequence[int], **sampling: Any) -> Request:
+    return Request("a", tuple(prompt), SamplingParams(**sampling))
 
 
 def plain(tokenizer: Any, ids: Sequence[int], skip: bool = True) -> str:
@@ -47,7 +51,7 @@ def rows(draw: st.DrawFn, kind: str) -> tuple[list[int], list[int]]:
 def test_prompt_and_completion_are_the_text_of_all_tokens(kind: str, data: st.DataObject) -> None:
     tokenizer = tokenizer_of(kind)
     prompt, output = data.draw(rows(kind))
-    text = Texts(tokenizer).completion(prompt, done(output))
+    text = Texts(tokenizer).completion(asked(prompt), done(output))
     assert plain(tokenizer, prompt) + text == plain(tokenizer, prompt + output)
 
 
@@ -58,7 +62,7 @@ def test_bytes_that_are_no_characters_end_nothing(kind: str, data: st.DataObject
     tokenizer = tokenizer_of(kind)
     prompt, _ = data.draw(rows(kind))
     output = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=60))
-    text = Texts(tokenizer).completion(prompt, done(output))
+    text = Texts(tokenizer).completion(asked(prompt), done(output))
     whole = plain(tokenizer, prompt + output)
     if whole.startswith(plain(tokenizer, prompt)):
         assert plain(tokenizer, prompt) + text == whole
@@ -87,7 +91,7 @@ def test_a_stop_string_is_found_by_the_token_that_completes_it(
     assert found == next((n for n, text in enumerate(shown) if stop in text), None)
     if found is None:
         return
-    text = texts.completion(prompt, done(output[:found], reason=stop))
+    text = texts.completion(asked(prompt), done(output[:found], reason=stop))
     if not {*prompt, *output[:found]} & {*tokenizer.all_special_ids}:
         assert text == shown[found][: shown[found].find(stop)]
     elif stop in SPECIAL:
@@ -99,12 +103,12 @@ def test_the_first_space_of_a_completion_stays() -> None:
     texts = Texts(tokenizer)
     prompt = list(tokenizer("The capital of France is")["input_ids"])
     output = ids_of(tokenizer, "Paris")
-    assert texts.completion(prompt, done(output)) == " Paris"
+    assert texts.completion(asked(prompt), done(output)) == " Paris"
     search = StopSearch((" Paris",), prompt, texts.decode)
     assert [search.add(token) for token in output] == [None] * 5 + [" Paris"]
     code = list(tokenizer("def f():\n")["input_ids"])
     four = [tokenizer.convert_tokens_to_ids("▁")] * 4 + ids_of(tokenizer, "x")[1:]
-    assert texts.completion(code, done(four)) == "    x"
+    assert texts.completion(asked(code), done(four)) == "    x"
 
 
 @pytest.mark.parametrize("kind", ["ByteLevel", "Llama", "Gemma"])
@@ -117,9 +121,9 @@ def test_a_text_ends_before_half_of_a_character(kind: str, letter: str) -> None:
     for kept in range(1, len(whole)):
         for before in ([], whole):
             output = [*before, *whole[:kept]]
-            text = Texts(tokenizer).completion(prompt, done(output, "length"))
+            text = Texts(tokenizer).completion(asked(prompt), done(output, "length"))
             assert text == (letter if before else "")
-    assert Texts(tokenizer).completion(prompt, done(whole, "length")) == letter
+    assert Texts(tokenizer).completion(asked(prompt), done(whole, "length")) == letter
 
 
 def test_what_a_token_has_before_half_of_a_character_stays() -> None:
@@ -128,7 +132,7 @@ def test_what_a_token_has_before_half_of_a_character_stays() -> None:
     output = ids(tokenizer, (first,))
     texts = Texts(tokenizer)
     assert plain(tokenizer, ids(tokenizer, (first, second))) == "a é"
-    assert texts.completion([5], done(output, "length")) == "a "
+    assert texts.completion(asked([5]), done(output, "length")) == "a "
     search = StopSearch(("a ",), [5], texts.decode)
     assert search.add(output[0]) == "a "
 
@@ -138,8 +142,8 @@ def test_a_character_that_stands_for_none_stays_if_it_is_whole() -> None:
     output = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in b"\xef\xbf\xbd"]
     prompt = list(tokenizer("x")["input_ids"])
     texts = Texts(tokenizer)
-    assert texts.completion(prompt, done(output, "length")) == NO_CHARACTER
-    assert texts.completion(prompt, done(output[:2], "length")) == ""
+    assert texts.completion(asked(prompt), done(output, "length")) == NO_CHARACTER
+    assert texts.completion(asked(prompt), done(output[:2], "length")) == ""
 
 
 def test_a_prompt_may_end_in_half_of_a_character() -> None:
@@ -147,7 +151,7 @@ def test_a_prompt_may_end_in_half_of_a_character() -> None:
         tokenizer = tokenizer_of(kind)
         atom = next(a for a in KINDS[kind][1] if plain(tokenizer, ids(tokenizer, a)) == "€")
         whole = ids(tokenizer, atom)
-        text = Texts(tokenizer).completion([*whole, *whole[:2]], done(whole[2:]))
+        text = Texts(tokenizer).completion(asked([*whole, *whole[:2]]), done(whole[2:]))
         assert text == "€"
 
 
@@ -161,10 +165,10 @@ def test_text_before_a_stop_string_with_special_tokens() -> None:
     search = StopSearch(("<|im_start|> user",), prompt, texts.decode)
     found = next(n for n, token in enumerate(output, 1) if search.add(token))
     stopped = done(output[:found], reason="<|im_start|> user")
-    assert texts.completion(prompt, stopped) == " so far"
+    assert texts.completion(asked(prompt), stopped) == " so far"
     # A stop string may begin in the middle of a special token, which is in no text.
-    assert texts.completion(prompt, done(output[:found], reason="start|> us")) == " so far"
-    assert texts.completion(prompt, done(output[:found], reason="ar<|im")) == " so f"
+    assert texts.completion(asked(prompt), done(output[:found], reason="start|> us")) == " so far"
+    assert texts.completion(asked(prompt), done(output[:found], reason="ar<|im")) == " so f"
 
 
 def test_a_stop_string_that_is_a_special_token_is_a_stop_token() -> None:
@@ -180,8 +184,38 @@ def test_a_completion_becomes_the_tokens_that_give_its_text(text: str) -> None:
     tokenizer = llama_like()
     texts, prompt = Texts(tokenizer), list(tokenizer("in France")["input_ids"])
     found = texts.output_ids(prompt, text)
-    assert texts.completion(prompt, done(found)) == text
+    assert texts.completion(asked(prompt), done(found)) == text
 
 
 def ids(tokenizer: Any, atom: Sequence[str]) -> list[int]:
     return list(tokenizer.convert_tokens_to_ids(list(atom)))
+
+
+def test_bad_words_become_the_tokens_that_they_are() -> None:
+    texts = Texts(llama_like())
+    banned = texts.with_bad_words(SamplingParams(bad_words=(" ab", (3, 4)))).bad_words
+    assert [word if word == (3, 4) else texts.decode(word) for word in banned] == ["ab", (3, 4)]
+    plain = SamplingParams(bad_words=((3, 4),))
+    assert texts.with_bad_words(plain) is plain
+
+
+def test_a_text_is_not_cut_at_a_stop_string_among_its_first_min_tokens() -> None:
+    tokenizer = llama_like()
+    output = ids_of(tokenizer, "a b a b a b")
+    texts, request = Texts(tokenizer), asked([5], min_tokens=len(output) - 1)
+    assert texts.completion(request, done(output, reason="b")).count("b") == 2
+
+
+def test_a_text_may_show_its_special_tokens_and_its_stop_string() -> None:
+    tokenizer = llama_like()
+    ids = ids_of(tokenizer, "ab<|im_start|>cd")
+    texts = Texts(tokenizer)
+    for how, reason, text in [
+        ({}, 1, "abcd"),
+        ({"skip_special_tokens": False}, 1, "ab<|im_start|>cd"),
+        ({"skip_special_tokens": False}, "c", "ab<|im_start|>"),
+        ({"include_stop_str_in_output": True}, "c", "abc"),
+        ({"include_stop_str_in_output": True}, "d", "abcd"),
+    ]:
+        made = texts.completion(asked([5], **how), done(ids, reason=reason))
+        assert made.replace(" ", "") == text

@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.inputs.columns import JSON_TEXT
 from pipeline.inputs.listing import InputFile
 from pipeline.inputs.units import FilePlan, Piece, Unit
+from pipeline.layout import ADDED_COLUMNS
 from pipeline.storage.folder import open_folder
 from specdec.policies.estimators import ESTIMATORS
 from specdec.policies.registry import POLICIES
@@ -274,4 +275,4 @@ def test_reserved_columns_are_refused() -> None:
     (plan,) = plans()
     bad = FilePlan(plan.file, 3, pa.schema([("completion", pa.string())]), plan.pieces)
     with pytest.raises(UserError, match=r"a\.parquet: column 'completion' has the name of an out"):
-        check_reserved([bad])
+        check_reserved([bad], ADDED_COLUMNS)

@@ -61,7 +61,7 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Co
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pair.target, "logits", speaking)
             (done,) = engine.generate([request])
-        return done, Texts(pair.tokenizer).completion(request.prompt_ids, done)
+        return done, Texts(pair.tokenizer).completion(request, done)
 
     return complete
 

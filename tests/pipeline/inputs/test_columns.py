@@ -16,7 +16,8 @@ from pipeline.inputs.columns import NoCommonType, common, conformed, stored, tak
 from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.source import read_units
 from pipeline.inputs.units import FilePlan, Unit, check_added, plan_files
-from specdec.request import Completion
+from pipeline.layout import LOGPROBS, OPTIONAL_COLUMNS, OUTPUT_TOKEN_IDS, PROMPT_LOGPROBS
+from specdec.request import Completion, TokenLogprob
 from tests.pipeline.inputs.every_type import EVERY_TYPE
 
 S3 = S3Config()
@@ -55,6 +56,33 @@ def test_every_type_that_parquet_holds_comes_through(name: str, tmp_path: Path) 
         assert table.schema.field(name).type == kind
         assert table[name].to_pylist() == [*wanted, wanted[1]]
         assert stored(table.schema.field(name).type) == kind
+
+
+def test_optional_columns_stand_last_and_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    (plan,) = planned(tmp_path, a=pa.table({"p": ["x", "y"]}))
+    (rows,) = read_units([Unit.of(*plan.pieces)], plan.table, S3)
+    told = (TokenLogprob(7, -0.5, ((7, -0.5), (3, -1.0))),)
+    done = [
+        [
+            Finished(
+                "x", Completion("a", 1, (7,), "stop", logprobs=told, prompt_logprobs=(None, *told))
+            )
+        ],
+        [Finished("y", Completion("b", 1, (3, 4), "stop"))],
+    ]
+    assert not OPTIONAL_COLUMNS & set(completions_table(rows, done).column_names)
+    names = (LOGPROBS, PROMPT_LOGPROBS, OUTPUT_TOKEN_IDS)
+    table = read_back(
+        parquet_bytes(completions_table(rows, done, names, lambda token: f"t{token}"))
+    )
+    assert tuple(table.column_names[-3:]) == names
+    assert table[OUTPUT_TOKEN_IDS].to_pylist() == [[7], [3, 4]]
+    top = [
+        {"token": "t7", "token_id": 7, "logprob": -0.5},
+        {"token": "t3", "token_id": 3, "logprob": -1.0},
+    ]
+    assert table[LOGPROBS].to_pylist() == [[{**top[0], "top": top}], None]
+    assert table[PROMPT_LOGPROBS].to_pylist() == [[None, {**top[0], "top": top}], None]
 
 
 def test_columns_are_the_same_in_every_unit(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "stream_interval": None,
     "echo": False,
     "user": None,
+    "logprobs_mode": "raw_logprobs",
     "response_format": {"type": "text"},
     "structured_outputs": None,
     "structural_tag": None,
@@ -142,8 +143,6 @@ def completion(**body: Any) -> str:
                 tools=[],
                 tool_choice="none",
                 response_format={"type": "text"},
-                logit_bias={},
-                presence_penalty=0.0,
                 user="u",
                 logprobs=None,
             ),
@@ -159,6 +158,30 @@ def completion(**body: Any) -> str:
             {
                 "messages": [{"role": "system", "content": "be be "}, *MESSAGES],
                 "sampling_params": {},
+            },
+        ),
+        (
+            chat(presence_penalty=0.5, logit_bias={"5": 1}, min_tokens=2, bad_words=["x"]),
+            {
+                "messages": MESSAGES,
+                "sampling_params": {
+                    "presence_penalty": 0.5,
+                    "logit_bias": {"5": 1},
+                    "min_tokens": 2,
+                    "bad_words": ["x"],
+                },
+            },
+        ),
+        (
+            chat(logprobs=True, top_logprobs=3, return_token_ids=True),
+            {"messages": MESSAGES, "sampling_params": {"logprobs": 3}},
+        ),
+        (chat(logprobs=True), {"messages": MESSAGES, "sampling_params": {"logprobs": 0}}),
+        (
+            completion(logprobs=2, max_tokens=1),
+            {
+                "prompt": "hi",
+                "sampling_params": {"logprobs": 2, "max_new_tokens": 1},
             },
         ),
         (chat(seed=-1), {"messages": MESSAGES, "sampling_params": {}}),
@@ -183,9 +206,14 @@ def test_what_a_request_asks_for(line: str, cells: dict[str, Any]) -> None:
 
 def test_every_parameter_at_its_default_changes_nothing() -> None:
     sampling = {"n": 1, "top_k": 0, "min_p": 0, "stop": [], "stop_token_ids": []}
-    sampling |= {"ignore_eos": False, "max_new_tokens": 5}
+    sampling |= {"ignore_eos": False, "max_new_tokens": 5, "repetition_penalty": 1}
+    sampling |= {"logprobs_mode": "raw_logprobs"}
+    sampling |= {"skip_special_tokens": True, "include_stop_str_in_output": False}
+    sampling |= {"min_tokens": 0, "bad_words": [], "presence_penalty": 0, "frequency_penalty": 0}
     asked = request_cells(chat(**DEFAULTS, **OF_CHATS, max_tokens=5))
-    assert asked == {"messages": MESSAGES, "sampling_params": sampling}
+    told = {"add_generation_prompt": True, "continue_final_message": False}
+    told |= {"chat_template_kwargs": {}}
+    assert asked == {"messages": MESSAGES, "sampling_params": sampling, **told}
     asked = request_cells(completion(**DEFAULTS, **OF_COMPLETIONS, max_tokens=5))
     assert asked == {"prompt": "hi", "sampling_params": sampling}
 
@@ -241,11 +269,11 @@ BAD = [
     (chat(messages="hi"), "MalformedMessages", "must be a list"),
     (chat(messages=None), "MalformedMessages", "must be a list"),
     (chat(stream=True), "UnsupportedParameter", "stream true"),
-    (chat(logprobs=True), "UnsupportedParameter", "logprobs true"),
+    (chat(top_logprobs=2), "InvalidSampling", "top_logprobs needs logprobs: true"),
+    (chat(logprobs=2), "InvalidSampling", "logprobs must be true or false, got 2"),
+    (completion(top_logprobs=2), "UnsupportedParameter", "top_logprobs 2"),
     (chat(tools=[{"type": "function"}]), "UnsupportedParameter", "tools"),
-    (chat(response_format={"type": "json_object"}), "UnsupportedParameter", "response_format"),
-    (chat(logit_bias={"5": 1}), "UnsupportedParameter", "logit_bias"),
-    (chat(presence_penalty=0.5), "UnsupportedParameter", "presence_penalty 0.5"),
+    (chat(response_format={"type": "xml"}), "InvalidSampling", "response_format.type"),
     (chat(temprature=1), "UnsupportedParameter", "did you mean 'temperature'"),
     (chat(max_tokens=0), "InvalidSampling", "max_tokens must be an integer of at least 1, got 0"),
     (chat(max_completion_tokens="9"), "InvalidSampling", "max_completion_tokens"),
@@ -259,19 +287,17 @@ BAD = [
         "UnsupportedParameter",
         "message 0: function_call",
     ),
-    (chat(min_tokens=5), "UnsupportedParameter", "min_tokens 5 is not supported; only 0 is taken"),
-    (chat(min_tokens=False), "UnsupportedParameter", "min_tokens false"),
-    (chat(bad_words=["x"]), "UnsupportedParameter", 'bad_words ["x"] is not supported'),
+    (chat(best_of=5), "UnsupportedParameter", "best_of 5 is not supported; only 1 is taken"),
+    (chat(best_of=True), "UnsupportedParameter", "best_of true"),
+    (chat(tools=["x"]), "UnsupportedParameter", 'tools ["x"] is not supported'),
     (chat(use_beam_search=True), "UnsupportedParameter", "only false is taken"),
-    (chat(skip_special_tokens=False), "UnsupportedParameter", "only true is taken"),
-    (chat(chat_template_kwargs={"a": 1}), "UnsupportedParameter", 'chat_template_kwargs {"a": 1}'),
+    (chat(include_reasoning=False), "UnsupportedParameter", "only true is taken"),
     (chat(chat_template="x"), "UnsupportedParameter", 'chat_template "x" is not supported'),
     (chat(add_special_tokens=True), "UnsupportedParameter", "only false is taken"),
     (completion(add_special_tokens=False), "UnsupportedParameter", "only true is taken"),
     (completion(prompt=[["a"]]), "MalformedPrompt", "a line of its own"),
     (completion(prompt=["a", "b"]), "MalformedPrompt", "a line of its own"),
     (completion(prompt=None), "MalformedPrompt", "text or token ids"),
-    (completion(logprobs=0), "UnsupportedParameter", "logprobs 0"),
     (completion(echo=True), "UnsupportedParameter", "echo"),
 ]
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pipeline.config.job import InputConfig, SamplingConfig
 from pipeline.errors import RowError, UserError
-from pipeline.inputs.prompts import PromptRenderer, required_columns, row_sampling, row_seed
+from pipeline.inputs.prompts import PromptRenderer, required_columns
+from pipeline.inputs.row_sampling import row_sampling, row_seed
 from tests.conftest import TinyModels
 from tests.pipeline.tiny_tokenizers import llama_like
 
@@ -175,9 +176,33 @@ def test_a_blank_cell_of_a_csv_overrides_nothing() -> None:
     assert row_sampling(JOB, " ", "a:0:0") == row_sampling(JOB, None, "a:0:0")
 
 
+def test_adjustments_of_a_row_in_every_form_that_columns_have() -> None:
+    for biases in (
+        {"5": 1.5, "7": None},
+        [{"key": "5", "value": 1.5}],
+        {5: 1.5},
+    ):
+        asked = {
+            "logit_bias": biases,
+            "bad_words": "damn",
+            "allowed_token_ids": [5, 6],
+            "min_tokens": 2.0,
+            "frequency_penalty": 0.5,
+        }
+        params = row_sampling(JOB, asked, "a:0:0")
+        assert params.logit_bias == {5: 1.5}
+        assert (params.bad_words, params.allowed_token_ids) == (("damn",), (5, 6))
+        assert (params.min_tokens, params.frequency_penalty) == (2, 0.5)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ({"logit_bias": {"x": 1}}, "logit_bias must be numbers by token id"),
+        ({"logit_bias": {"5": 101}}, "logit_bias must be numbers from -100 to 100"),
+        ({"bad_words": [""]}, "bad_words must be"),
+        ({"min_tokens": 6}, "min_tokens must be 0 (off) to max_new_tokens, 5"),
+        ({"allowed_token_ids": []}, "allowed_token_ids must be a list of at least one"),
         ({"temprature": 1}, "temprature: unknown; did you mean 'temperature'?"),
         ({"temperature": -1}, "temperature must be"),
         ({"temperature": "hot"}, "temperature must be"),

@@ -10,8 +10,8 @@ import pytest
 from pipeline.config.job import InputConfig, SamplingConfig
 from pipeline.errors import RowError
 from pipeline.inputs.blocks import UnitRows
-from pipeline.inputs.prompts import row_seed
 from pipeline.inputs.requests import RowRequests
+from pipeline.inputs.row_sampling import row_seed
 from pipeline.inputs.units import Piece, Unit
 from tests.conftest import TinyModels
 
@@ -69,6 +69,20 @@ def test_a_rows_own_sampling(
         assert tokenizer.decode(request.prompt_ids) == prompt
         assert (request.sampling.temperature, request.sampling.max_new_tokens) == (0, 7)
     assert made.count(row) == 3
+
+
+def test_a_row_has_log_probabilities_only_where_the_job_has_a_column_for_them(
+    tokenizer: Any,
+) -> None:
+    row = {"p": "hi", "sampling_params": {"logprobs": 2}}
+    with pytest.raises(RowError, match="the job has no column for them"):
+        requests(tokenizer, prompt_column="p").of(row, NAME)
+    job = JOB.model_copy(update={"logprobs": 0})
+    made = RowRequests(InputConfig(paths=("x",), prompt_column="p"), job, tokenizer)
+    assert made.of(row, NAME)[0].sampling.logprobs == 2
+    lines = RowRequests(InputConfig(paths=("x",), format="openai"), JOB, tokenizer)
+    (one, _) = lines.of({"request": chat(logprobs=True, top_logprobs=1)}, NAME)
+    assert one.sampling.logprobs == 1
 
 
 @pytest.mark.parametrize("as_text", [False, True])

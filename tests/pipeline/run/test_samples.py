@@ -15,7 +15,7 @@ from pipeline import layout
 from pipeline.commit.record import parts
 from pipeline.config.job import S3Config, SamplingConfig
 from pipeline.errors import RowError
-from pipeline.inputs.prompts import row_sampling, sample_count
+from pipeline.inputs.row_sampling import row_sampling, sample_count
 from pipeline.outputs.rounds import read_rounds
 from pipeline.storage.folder import open_folder
 from tests.conftest import TinyModels

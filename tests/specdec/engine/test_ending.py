@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from specdec.engine.ending import Decode, Ending, StopSearch, find_ending
+from specdec.lossless.grammars import RowGrammar
 from specdec.request import SamplingParams
 
 EOS = frozenset({90, 91})
@@ -22,6 +24,13 @@ def ending(text: str | Sequence[int], known: int = 0, **sampling: object) -> End
     return found(output, params, decode, known)
 
 
+@dataclass
+class Row:
+    sampling: SamplingParams
+    stops: StopSearch | None
+    grammar: RowGrammar | None = None
+
+
 def found(
     output: Sequence[int],
     params: SamplingParams,
@@ -32,7 +41,7 @@ def found(
     stops = StopSearch(params.stop, prompt, decode) if params.stop else None
     for token in output[:known] if stops else ():
         assert stops.add(token) is None
-    return find_ending(output, known, params, EOS, stops)
+    return find_ending(output, known, Row(params, stops), EOS)
 
 
 def test_an_output_without_an_end_goes_on() -> None:
@@ -133,9 +142,9 @@ def test_the_end_does_not_depend_on_how_many_tokens_a_round_commits(
     at_once = ending(text, stop=(stop,), max_new_tokens=most)
     output = [ord(letter) for letter in text]
     params = SamplingParams(max_new_tokens=most, stop=(stop,))
-    search, step, known = StopSearch((stop,), (), decode), None, 0
+    row, step, known = Row(params, StopSearch((stop,), (), decode)), None, 0
     for cut in sorted({*(min(cut, len(text)) for cut in cuts), len(text)}):
-        step = step or find_ending(output[:cut], known, params, EOS, search)
+        step = step or find_ending(output[:cut], known, row, EOS)
         known = cut
     assert step == at_once
     ends = [text.index(stop) + len(stop)] if stop in text else []

@@ -14,6 +14,7 @@ from specdec.engine.engine import Engine
 from specdec.policies.base import StopPolicy
 from specdec.policies.registry import make_policy
 from specdec.request import Request, SamplingParams
+from tests.specdec.adjustments import ALONE
 from tests.specdec.tiny_models import make_pair, noisy_copy, tiny_model
 
 METHODS = ("item", "tolist", "cpu", "numpy", "nonzero", "unique")
@@ -55,13 +56,15 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def waits(policy: StopPolicy, temperature: float, verification: Any) -> list[tuple[int, int]]:
+def waits(
+    policy: StopPolicy, temperature: float, verification: Any, **asked: Any
+) -> list[tuple[int, int]]:
     """By decoding round: how often the host waited, and the draft forwards."""
     target = tiny_model()
     pair = make_pair(target, noisy_copy(target, 0.2))
     engine = Engine(pair, policy=policy, verification=verification, slots=4)
     for row in range(4):
-        sampling = SamplingParams(temperature=temperature, max_new_tokens=24, seed=row)
+        sampling = SamplingParams(temperature=temperature, max_new_tokens=24, seed=row, **asked)
         engine.submit(Request(str(row), (1, 2, 3 + row), sampling))
     engine.step()  # profiles, and feeds the prompts
     found = []
@@ -89,6 +92,14 @@ def test_a_round_waits_once_and_once_more_for_each_look_at_candidates(
         assert waited == 1 + looks * drafted
     if name in ("fixed", "heuristic", "confidence"):
         assert any(drafted for _, drafted in rounds)
+
+
+def test_what_rows_ask_of_their_logits_makes_nobody_wait() -> None:
+    everything = {key: value for kind in ALONE.values() for key, value in kind.items()}
+    everything |= {"allowed_token_ids": tuple(range(90)), "no_repeat_ngram_size": 3}
+    rounds = waits(make_policy("fixed", k=3), 0.8, "rejection", **everything)
+    assert len(rounds) > 3
+    assert all(waited == 1 for waited, _ in rounds)
 
 
 def test_what_waits_is_counted() -> None:

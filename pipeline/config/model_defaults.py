@@ -1,0 +1,85 @@
+"""What a target recommends for its own sampling, where the job says nothing of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.config.job import JobConfig, SamplingConfig
+from pipeline.errors import UserError
+
+RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Keys of `generation_config.json` that are taken, as vLLM takes them."""
+
+_FILE = "generation_config.json"
+
+
+def with_model_defaults(job: JobConfig, *, ask_hub: bool = True) -> tuple[JobConfig, list[str]]:
+    """The job with what its target recommends, and the keys of `sampling` that are from there.
+
+    A job that names a temperature means its own sampling, unless it asks for the model's.
+
+    Args:
+        job: the job.
+        ask_hub: whether the hub is asked for a target that is not here.
+
+    Raises:
+        UserError: what the target recommends cannot be used, or the hub does not answer.
+    """
+    given = job.sampling.model_fields_set
+    wanted = job.sampling.defaults or ("none" if "temperature" in given else "model")
+    if wanted == "none":
+        return job, []
+    recommended = _recommended(job.models.target, ask_hub)
+    taken = {key: recommended[key] for key in RECOMMENDED if recommended.get(key) is not None}
+    taken = {key: value for key, value in taken.items() if key not in given}
+    if not taken:
+        return job, []
+    try:
+        own = job.sampling.model_dump(exclude_unset=True)
+        sampling = SamplingConfig.model_validate({**own, **taken})
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        raise UserError(
+            f"models.target: its {_FILE} has {'.'.join(map(str, first['loc']))} that cannot be "
+            f"used ({first['msg']}); set sampling.defaults to none"
+        ) from None
+    return job.model_copy(update={"sampling": sampling}), list(taken)
+
+
+def _recommended(target: str, ask_hub: bool) -> dict[str, Any]:
+    """What is in the target's `generation_config.json`, if it has one."""
+    from specdec.loading.sources import find_model
+
+    source = find_model(target)
+    if source.path is not None:
+        path = source.path / _FILE
+        return _read(path) if path.is_file() else {}
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
+
+    cached = try_to_load_from_cache(source.name, _FILE, revision=source.revision)
+    if isinstance(cached, str):
+        return _read(Path(cached))
+    if cached is not None or not ask_hub:  # known not to be there
+        return {}
+    try:
+        return _read(Path(hf_hub_download(source.name, _FILE, revision=source.revision)))
+    except EntryNotFoundError:
+        return {}
+    except Exception as error:  # network, HTTP and validation errors have no common class
+        raise UserError(
+            f"model {target}: the hub did not give its {_FILE} ({type(error).__name__}); check the "
+            "name and the network, or set sampling.defaults to none"
+        ) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"models.target: {path} cannot be read: {error}") from None
+    return found if isinstance(found, dict) else {}

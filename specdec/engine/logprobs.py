@@ -1,0 +1,135 @@
+"""How likely the tokens of an output were: read off the logits that verify them anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from specdec.engine.scheduler import LiveRow
+from specdec.lossless.sampling import NO_TOKEN, SamplingBatch, probabilities
+from specdec.measure.clock import PhaseClock
+from specdec.model.cache import SlotCache
+from specdec.model.decoder import PackedDecoder
+from specdec.model.rows import upload
+from specdec.request import PROCESSED, TokenLogprob
+
+
+class LogprobReader:
+    """Reads the log-probabilities that rows ask for; one more transfer to the host a round.
+
+    Args:
+        rows: the live rows, by slot; at least one of them asks.
+    """
+
+    def __init__(self, rows: Sequence[LiveRow]) -> None:
+        self._wanted = [row.sampling.logprobs for row in rows]
+        self._processed = [row.sampling.logprobs_mode == PROCESSED for row in rows]
+
+    def read(
+        self,
+        raw: Tensor,
+        adjusted: Tensor,
+        parameters: SamplingBatch,
+        first: Sequence[int],
+        committed: Sequence[Sequence[int]],
+    ) -> dict[int, list[TokenLogprob]]:
+        """The log-probabilities of a round's committed tokens, by slot.
+
+        Args:
+            raw, adjusted: the target's logits [M, V] at the scored positions, and as rows ask for.
+            parameters: of the M positions.
+            first: where each row's positions begin: the first one judges its first token.
+            committed: the rows' committed tokens.
+        """
+        read = [
+            (slot, begin + step, token)
+            for slot, (begin, tokens) in enumerate(zip(first, committed, strict=True))
+            if self._wanted[slot] is not None
+            for step, token in enumerate(tokens)
+            if token != NO_TOKEN
+        ]
+        if not read:
+            return {}
+        slots, places, tokens = zip(*read, strict=True)
+        processed = [self._processed[slot] for slot in slots]
+        index, token, flags = upload(raw.device, places, tokens, processed)
+        log_p = torch.log_softmax(raw[index].float(), -1)
+        if any(processed):
+            asked = _processed(adjusted[index], parameters, index)
+            log_p = torch.where(flags[:, None] > 0, asked, log_p)
+        counts = [self._wanted[slot] or 0 for slot in slots]
+        told: dict[int, list[TokenLogprob]] = {}
+        for slot, each in zip(slots, _told(log_p, token, counts), strict=True):
+            told.setdefault(slot, []).append(each)
+        return told
+
+
+class PromptReader:
+    """Reads the log-probabilities of prompts: the target computes these whole, in chunks.
+
+    Args:
+        target: the model.
+        cache: its cache.
+        chunk: most tokens of a forward.
+        vocab_size: tokens that count.
+        clock: books what it takes as `prefill`.
+    """
+
+    def __init__(
+        self,
+        target: PackedDecoder,
+        cache: SlotCache,
+        chunk: int,
+        vocab_size: int,
+        clock: PhaseClock,
+    ) -> None:
+        self._target, self._cache, self._chunk = target, cache, chunk
+        self._vocab, self._clock = vocab_size, clock
+
+    def read(self, slot: int, row: LiveRow) -> None:
+        """Set the row's `prompt_logprobs`. Its slot then holds the whole chunks of its prompt.
+
+        The last chunk is computed again with the row's first round, as in rows that ask for
+        nothing: what follows has the same bits.
+        """
+        prompt, count = row.tokens[: row.output_start], row.sampling.prompt_logprobs or 0
+        self._cache.rollback(slot, 0)
+        told: list[TokenLogprob | None] = [None]
+        with self._clock.phase({"prefill": 1.0}):
+            for begin in range(0, len(prompt) - 1, self._chunk):
+                kept, end = begin, min(begin + self._chunk, len(prompt))
+                tokens, following = upload(
+                    self._cache.device, prompt[begin:end], prompt[begin + 1 : end + 1]
+                )
+                hidden = self._target.forward(self._cache, [(slot, end - begin)], tokens)
+                logits = self._target.logits(hidden[: len(following)])[:, : self._vocab]
+                log_p = torch.log_softmax(logits.float(), -1)
+                told += _told(log_p, following, [count] * len(following))
+                if end == len(prompt):
+                    self._cache.rollback(slot, kept)
+        row.prompt_logprobs = tuple(told)
+
+
+def _told(log_p: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[TokenLogprob]:
+    """How likely tokens int64 [m] were by log_p [m, V], with `counts` of the likeliest each."""
+    own, top = log_p.gather(1, tokens[:, None]), log_p.topk(max(counts))
+    values: list[list[float]] = torch.cat([own, top.values], 1).tolist()
+    return [
+        TokenLogprob(token, value, tuple(zip(ids[:count], others[:count], strict=True)))
+        for token, (value, *others), ids, count in zip(
+            tokens.tolist(), values, top.indices.tolist(), counts, strict=True
+        )
+    ]
+
+
+def _processed(adjusted: Tensor, parameters: SamplingBatch, index: Tensor) -> Tensor:
+    """Log-probabilities [m, V] of what is sampled from; of greedy rows, of the adjusted logits."""
+    whole = torch.log_softmax(adjusted.float(), -1)
+    if parameters.all_greedy:
+        return whole
+    own = parameters.rows(index)
+    drawn = probabilities(adjusted, replace(own, any_greedy=False)).log()
+    return torch.where(own.greedy[:, None], whole, drawn) if own.any_greedy else drawn

@@ -1,0 +1,150 @@
+"""Which tokens the grammars of rows allow, at every candidate position of a round.
+
+A grammar runs on the host, one token after another. So each draft step tells it the candidates just
+drawn, and gets the masks of the next position: target and draft are masked alike, and verification
+finds the masks of all its positions made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from specdec.model.rows import upload
+
+
+class Matcher(Protocol):
+    """A grammar, and the tokens that it has read. llguidance's `LLMatcher` is one."""
+
+    def try_consume_tokens(self, tokens: list[int]) -> int:
+        """Read tokens as far as they fit; return how many did."""
+
+    def rollback(self, num_tokens: int) -> bool:
+        """Forget the last tokens."""
+
+    def is_stopped(self) -> bool:
+        """Whether nothing but an end can follow."""
+
+    def is_error(self) -> bool:
+        """Whether it can go on no more."""
+
+    def get_error(self) -> str:
+        """What went wrong."""
+
+
+class Grammars(Protocol):
+    """Makes matchers of grammars, for the tokens of one model."""
+
+    def check(self, grammar: str) -> str | None:
+        """Why a grammar cannot be used, or None."""
+
+    def matcher(self, grammar: str) -> Matcher:
+        """A matcher that has read nothing."""
+
+    def fill(self, matchers: Sequence[Matcher], words: NDArray[np.int32]) -> None:
+        """Write the masks of what may come next to `words` [n, W]: a bit for each token."""
+
+
+class RowGrammar:
+    """A row's grammar: what is committed, and behind it the candidates of the round.
+
+    Args:
+        make: makes a matcher that has read nothing.
+    """
+
+    def __init__(self, make: Callable[[], Matcher]) -> None:
+        self._make, self.matcher = make, make()
+        self._committed: list[int] = []
+        self._drafted = 0
+        self.open = True  # whether anything can follow what it has read
+
+    def draft(self, token: int) -> None:
+        """Read a candidate; one that does not fit cannot stand, and none is read behind it."""
+        self.open = self.open and not self.matcher.is_stopped()
+        self.open = self.open and self.matcher.try_consume_tokens([token]) == 1
+        self._drafted += self.open
+
+    def forget(self) -> None:
+        """Forget the candidates."""
+        if self.matcher.is_error():  # which does not go away by rolling back
+            self.matcher = self._make()
+            self.matcher.try_consume_tokens(self._committed)
+        elif self._drafted:
+            self.matcher.rollback(self._drafted)
+        self._drafted, self.open = 0, True
+
+    def commit(self, token: int) -> bool:
+        """Read a token of the output; return whether the grammar ends there."""
+        self._committed.append(token)
+        self.matcher.try_consume_tokens([token])
+        return self.matcher.is_stopped()
+
+
+class Masks:
+    """The masks of one round.
+
+    Args:
+        grammars: make the masks.
+        rows: each row's grammar, by slot, if it has one.
+        generated: output tokens of each row so far.
+        vocab_size: V.
+    """
+
+    def __init__(
+        self,
+        grammars: Grammars,
+        rows: Sequence[RowGrammar | None],
+        generated: Sequence[int],
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        self._grammars, self._rows, self._vocab, self._device = grammars, rows, vocab_size, device
+        self._slots = [slot for slot, row in enumerate(rows) if row is not None]
+        # Rows without a grammar share a mask that allows everything, behind the others.
+        place = {slot: i for i, slot in enumerate(self._slots)}
+        places = [place.get(slot, len(self._slots)) for slot in range(len(rows))]
+        self._place, self._generated = upload(device, places, generated)
+        self._table = torch.zeros(0, device=device)
+        for slot in self._slots:
+            self._grammar(slot).forget()
+        self._add(self._slots)
+
+    def follow(self, slots: Sequence[int], tokens: Tensor) -> None:
+        """Read the candidates just drawn, `tokens` int64 [n] of these slots; the host waits."""
+        drawn = dict(zip(slots, tokens.tolist(), strict=True))
+        going = [slot for slot in self._slots if slot in drawn]
+        for slot in going:
+            self._grammar(slot).draft(drawn[slot])
+        self._add(going)
+
+    def apply(self, logits: Tensor, owner: Tensor, at: Tensor) -> Tensor:
+        """Logits float32 [n, V] of slots `owner` at output positions `at` int64 [n], masked."""
+        octets = self._table[at - self._generated[owner], self._place[owner]]  # uint8 [n, bytes]
+        bits = torch.arange(8, dtype=torch.uint8, device=octets.device)
+        allowed = ((octets[:, :, None] >> bits) & 1).flatten(1)[:, : self._vocab]
+        return logits.float().masked_fill(allowed == 0, -math.inf)
+
+    def _add(self, slots: Sequence[int]) -> None:
+        """Add a position to the table, uint8 [positions, rows + 1, bytes]: the next of `slots`."""
+        words = np.full((len(self._slots) + 1, -(-self._vocab // 32)), -1, dtype=np.int32)
+        going = [slot for slot in slots if self._grammar(slot).open]
+        if going:
+            filled = words[: len(going)].copy()
+            self._grammars.fill([self._grammar(slot).matcher for slot in going], filled)
+            # Where no token fits, llguidance would have the output end as if it were whole.
+            stuck = [self._grammar(slot).matcher.is_error() for slot in going]
+            filled[stuck] = 0
+            words[[self._slots.index(slot) for slot in going]] = filled
+        octets = torch.from_numpy(words.view(np.uint8))[None].to(self._device, non_blocking=True)
+        self._table = torch.cat([self._table, octets]) if len(self._table) else octets
+
+    def _grammar(self, slot: int) -> RowGrammar:
+        grammar = self._rows[slot]
+        assert grammar is not None, "only slots with a grammar are asked for"
+        return grammar
