@@ -28,8 +28,10 @@ from jobs.nightly.report import night_report
 from jobs.nightly.seeds import pick
 from jobs.nightly.status import now
 from jobs.nightly.versions import Version, read_versions
+from pipeline.commit.manifest import mark_of
 from pipeline.commit.stats import summarise
 from pipeline.config.job import JobConfig
+from pipeline.config.model_defaults import with_model_defaults
 from pipeline.config.model_identity import head_identity, model_identity
 
 _MODELS = "models.json"
@@ -96,7 +98,7 @@ def make_night(
         filters=_filters(filters, duplicates),
         columns=described(schema),
         models=models,
-        sampling=job.sampling.model_dump(mode="json"),
+        sampling=mark_of(with_model_defaults(job)[0].sampling),
         seeds_skipped=dict(picked.skipped),
         **_contents(partition),
         **_figures(made),

@@ -47,7 +47,7 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
             "target": model_identity(models.target),
             **models.model_dump(mode="json", include={"dtype", "quantization", "deterministic"}),
         },
-        "sampling": _mark_of(job.sampling),
+        "sampling": mark_of(job.sampling),
         "speculation": {"verification": speculation.verification},
     }
     if speculation.verification == "rejection":
@@ -68,7 +68,7 @@ _LATER = {
 """Keys that later versions brought. Outputs of versions without them are still the same jobs'."""
 
 
-def _mark_of(section: SamplingConfig | InputConfig) -> dict[str, Any]:
+def mark_of(section: SamplingConfig | InputConfig) -> dict[str, Any]:
     """A section's keys that change results, without such as are new and say nothing."""
     fields, later = type(section).model_fields, _LATER[type(section)]
     return {
@@ -81,7 +81,7 @@ def _mark_of(section: SamplingConfig | InputConfig) -> dict[str, Any]:
 
 def _input_mark(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
     return {
-        **_mark_of(job.input),
+        **mark_of(job.input),
         "files": len(plans),
         "rows": sum(p.rows for p in plans),
         "digest": digest([[p.file.name, p.file.size, p.rows] for p in plans]),
