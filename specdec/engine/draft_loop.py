@@ -2,8 +2,8 @@
 
 A policy that looks at candidates makes the host wait for each of them, and a GPU then waits for the
 host. So where another draft step mostly follows, it is launched before the policy has answered: it
-*runs ahead*. That changes no decision. Rows that turn out to have had enough drop its candidate,
-at which nobody has looked.
+*runs ahead*. So does the first one, where the rows are those of the last round. That changes no
+decision. Rows that turn out to have had enough drop its candidate, at which nobody has looked.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specdec.drafters.base import Candidates, Drafter, Drafting
 from specdec.engine.round import Round
+from specdec.engine.scheduler import LiveRow
 from specdec.engine.stats import EngineStats
 from specdec.lossless.verification import Proposal
 from specdec.measure.clock import PhaseClock
@@ -74,23 +75,35 @@ class DraftLoop:
     ) -> None:
         self._drafter, self._policy, self._clock, self._stats = drafter, policy, clock, stats
         self._followed = defaultdict[int, float](float)  # by depth: how often another step did
+        self._last: tuple[list[LiveRow], list[int]] = [], []  # rows of the last round, and active
 
-    def run(self, this: Round, budget: Sequence[int], shared: SharedCaches) -> None:
-        """Fill the round's proposal.
+    def run(self, this: Round, shared: SharedCaches) -> None:
+        """Fill the round's proposal with as many candidates as the policy wants.
 
         Args:
             this: the round.
-            budget: most candidates of each row.
             shared: all caches.
         """
+        began = self._clock.now()
+        early = self._early(this, shared)
+        wanted = zip(self._policy.budget(this.start), this.start.room, strict=True)
+        budget = [min(k, room) for k, room in wanted]
         active = [slot for slot, most in enumerate(budget) if most > 0]
+        self._last = this.rows, active
         if not active:
             return
-        proposal = Proposal(len(this.rows), max(budget), self._drafter.cache.device)
-        this.proposal = proposal
-        drafting = self._drafter.begin(this.rows, active, shared)
-        step: _Step | None = None
-        (index,) = upload(proposal.candidates.device, active)
+        device = self._drafter.cache.device
+        proposal = this.proposal = Proposal(len(this.rows), max(budget), device)
+        asked, step = 0.0, None
+        if early is not None and set(active) <= set(early[1].slots):
+            drafting, first = early
+            places = [*map(first.slots.index, active)]
+            drafting.go_on(places)
+            step = first.of(places)
+            index, asked = step.index, this.timer.since(began)
+        else:
+            drafting = self._drafter.begin(this.rows, active, shared)
+            (index,) = upload(device, active)
         for depth in range(1, max(budget) + 1):
             with this.timer.apart() as lap:
                 step = step or self._launch(this, drafting, active, index, depth)
@@ -98,11 +111,25 @@ class DraftLoop:
                 this.add(active, step.index, drawn)
                 within = [i for i, slot in enumerate(active) if budget[slot] > depth]
                 last, (step, going) = step, self._next(this, drafting, step, depth, within)
-            this.draft_costs.append((sum(drawn.fed), lap.seconds))
+            this.draft_costs.append((sum(drawn.fed), lap.seconds + asked))
+            asked = 0.0
             if not going:
                 break
             active, index = last.rows(going)
         this.submitted = self._policy.submit(proposal.lengths)
+
+    def _early(self, this: Round, shared: SharedCaches) -> tuple[Drafting, _Step] | None:
+        """The first step of the rows that drafted in the last round, if these are all still there.
+
+        A device works on it while the policy makes up its mind.
+        """
+        rows, slots = self._last
+        ready = this.rows == rows and all(this.start.room[slot] for slot in slots)
+        if not (self._clock.asynchronous and slots and ready):
+            return None
+        drafting = self._drafter.begin(this.rows, slots, shared)
+        (index,) = upload(self._drafter.cache.device, slots)
+        return drafting, self._launch(this, drafting, slots, index, 1)
 
     def _launch(
         self, this: Round, drafting: Drafting, slots: list[int], index: Tensor, depth: int

@@ -255,8 +255,7 @@ class Engine:
     def _draft(self, this: Round) -> None:
         """Draw candidates, as many as the policy wants."""
         if self.drafting is not None and not this.control:
-            budget = zip(self.policy.budget(this.start), this.start.room, strict=True)
-            self.drafting.run(this, [min(k, room) for k, room in budget], self.shared)
+            self.drafting.run(this, self.shared)
 
     def _verify(self, this: Round) -> None:
         """Feed every row's pending tokens and submitted candidates to the target in one forward."""

@@ -21,6 +21,12 @@ from specdec.model.rows import upload
 from specdec.policies.base import Explanation, RoundOutcome, RoundStart, StopPolicy
 from specdec.request import RoundTrace
 
+BLOCK = 8
+"""Candidates of a row whose random numbers are made at once.
+
+Raised, more are made in vain; lowered, they are made more often.
+"""
+
 
 @dataclass
 class Round:
@@ -55,6 +61,7 @@ class Round:
     infected: Sequence[int] = ()
     kept: list[int] = field(init=False)
     draft_costs: list[tuple[int, float]] = field(default_factory=list)
+    _numbers: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.kept = [0] * len(self.rows)
@@ -118,17 +125,19 @@ class Round:
         (numbers,) = upload(self.sampling.seed.device, [row.counts.rounds for row in self.rows])
         return self.sampling.in_round(numbers)
 
-    @functools.cached_property
-    def _numbers(self) -> Tensor:
-        """float64 [most, rows]: what the round's candidates are drawn by, under `rejection`."""
-        rows, most = self.rows, self.proposal.candidates.shape[1]
-        numbers = candidate_numbers(
-            [signed64(row.sampling.seed) for row in rows],
-            [row.counts.rounds for row in rows],
-            [row.generated for row in rows],
-            most,
-        )
-        return torch.from_numpy(numbers).to(self.proposal.candidates.device, non_blocking=True)
+    def numbers(self, depth: int) -> Tensor:
+        """float64 [rows]: what candidates number `depth` are drawn by, under `rejection`."""
+        block, place = divmod(depth - 1, BLOCK)
+        if block not in self._numbers:
+            numbers = candidate_numbers(
+                [signed64(row.sampling.seed) for row in self.rows],
+                [row.counts.rounds for row in self.rows],
+                [row.generated + block * BLOCK for row in self.rows],
+                BLOCK,
+            )
+            device = self.sampling.temperature.device
+            self._numbers[block] = torch.from_numpy(numbers).to(device, non_blocking=True)
+        return self._numbers[block][place]
 
     def choosing(
         self, slots: Sequence[int], index: Tensor, depth: int, policy: StopPolicy
@@ -146,7 +155,7 @@ class Round:
             (place,) = upload(index.device, positions)
             adjust = functools.partial(self.adjusted, owner=index, at=place)
         if self.mode is MODES["rejection"]:
-            params = replace(params, drawn=self._numbers[depth - 1])
+            params = replace(params, drawn=self.numbers(depth))
         elif not params.all_greedy:
             (at,) = upload(index.device, positions)
         if not params.all_greedy and len(slots) < len(self.rows):

@@ -114,6 +114,12 @@ class RoundTimer:
         lap.seconds = self._clock.now() - began
         self._began += lap.seconds
 
+    def since(self, moment: float) -> float:
+        """Seconds since a moment of the clock, which are from now on timed apart."""
+        spent = self._clock.now() - moment
+        self._began += spent
+        return spent
+
     @property
     def rest(self) -> float:
         """Seconds of the round so far, less what was timed apart."""

@@ -116,9 +116,11 @@ def test_a_policy_sees_the_signals_of_its_script() -> None:
 
 
 @contextmanager
-def always_ahead(monkeypatch: pytest.MonkeyPatch, likely: float) -> Iterator[None]:
+def ahead(monkeypatch: pytest.MonkeyPatch, always: bool) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(draft_loop, "LIKELY", likely)
+        patch.setattr(draft_loop, "LIKELY", 0.0 if always else 2.0)
+        if not always:
+            patch.setattr(draft_loop.DraftLoop, "_early", lambda *_: None)
         yield
 
 
@@ -128,7 +130,7 @@ def test_running_ahead_changes_no_decision(policy: str, monkeypatch: pytest.Monk
     script = Script(transcripts(8))
     counts: list[Any] = []
     forwards = []
-    for likely in (0.0, 2.0):
+    for always in (True, False):
         # Costs that are not learnt: measured ones differ from run to run.
         model = CostModel(costs(2e-6).seconds, costs(8e-6).seconds)
         monkeypatch.setattr(model, "observe_draft", lambda *_: None)
@@ -136,7 +138,7 @@ def test_running_ahead_changes_no_decision(policy: str, monkeypatch: pytest.Monk
         options = {"costs": model} if policy == "goodput" else {}
         made = make_policy(policy, k_max=6, threshold=0.5, **options)
         freeze_learning(made, monkeypatch)
-        with always_ahead(monkeypatch, likely):
+        with ahead(monkeypatch, always):
             engine = engine_of(script, made, 4, 1e-3)
             counts.append([each.counts for each in engine.generate(script.requests(8))])
             forwards.append(engine.stats.draft_forwards)
