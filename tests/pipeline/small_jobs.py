@@ -14,7 +14,13 @@ import pyarrow.parquet as pq
 import yaml
 
 from pipeline.config.job import JobConfig
+from pipeline.generate.loading import load_models
+from pipeline.inputs.requests import RowRequests
+from pipeline.inputs.source import read_units
+from pipeline.run.plan import plan_job
 from pipeline.run.run import JobResult, run_job
+from pipeline.texts import Texts
+from specdec import Engine, make_policy
 from tests.conftest import TinyModels
 
 
@@ -34,6 +40,31 @@ def settings(models: TinyModels, inputs: str, output: Path | str, **more: Any) -
         "actors": {"num_cpus": 2, "slots": 16},
         "unit_rows": 4,
         **more,
+    }
+
+
+def alone(values: dict[str, Any]) -> dict[str, str]:
+    """The texts of a job's rows by row id, made by the target alone in this process, without Ray.
+
+    Under `coupled` verification, and of greedy rows, the job's are the same.
+    """
+    job = JobConfig.model_validate(values)
+    plan = plan_job(job)
+    pair = load_models(job.models, "cpu", draft=False)
+    asked = RowRequests(job.input, job.sampling, pair.tokenizer, pair.context_length)
+    texts = Texts(pair.tokenizer)
+    verification = job.speculation.verification
+    engine = Engine(pair, policy=make_policy("none"), verification=verification)
+    requests = [
+        request
+        for unit in read_units(plan.units, plan.table, job.s3)
+        for index in range(unit.table.num_rows)
+        for request in asked.of(unit.row(index, asked.columns), unit.row_id(index))
+    ]
+    completions = engine.generate(requests)
+    return {
+        request.id: texts.completion(request, completion)
+        for request, completion in zip(requests, completions, strict=True)
     }
 
 

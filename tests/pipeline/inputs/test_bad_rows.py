@@ -1,4 +1,4 @@
-"""Three jobs over the odd rows: each is there once, with its original columns."""
+"""Jobs over the odd rows: each is there once, with its original columns."""
 
 from __future__ import annotations
 
@@ -71,7 +71,6 @@ def classes(output: Path, kind: str) -> dict[str, str]:
 JOBS = {
     "chat": ({"messages_column": "messages"}, CHAT),
     "plain": ({"prompt_column": "prompt"}, PLAIN),
-    "templated": ({"template": TEMPLATE}, TEMPLATED),
 }
 
 
@@ -150,6 +149,7 @@ ALONE = {
     for how, files in (
         ({"messages_column": "messages"}, CHAT_ALONE),
         ({"prompt_column": "prompt"}, PLAIN_ALONE),
+        ({"template": TEMPLATE}, TEMPLATED),
         ({"template": TEMPLATE}, TEMPLATED_ALONE),
     )
     for name, file in files.items()

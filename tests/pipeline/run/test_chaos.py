@@ -97,8 +97,8 @@ def check(store: Store, output: str, calm: Path, rows: int) -> None:
     [
         pytest.param(
             1,
-            120,
-            ["driver", "node", "actor", "actor", "worker"],
+            80,
+            ["driver", "node", "actor", "worker"],
             id="short",
             marks=pytest.mark.timeout(1200),
         ),

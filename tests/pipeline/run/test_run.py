@@ -29,7 +29,7 @@ from pipeline.run.run import JobResult
 from pipeline.storage.folder import open_folder
 from specdec.measure.speedup import SpeedupMeter
 from tests.conftest import S3Server, TinyModels
-from tests.pipeline.small_jobs import rows_of, run, settings, started
+from tests.pipeline.small_jobs import alone, rows_of, run, settings, started
 
 pytestmark = pytest.mark.ray
 
@@ -166,6 +166,7 @@ def test_where_no_row_failed_there_is_nothing_to_try_again_and_no_ray(
     assert "No row is in errors: there is nothing to try again." in result.stdout
 
 
+@pytest.mark.slow  # test_small_files loses a unit, too
 def test_missing_units_are_done_again_and_only_those(finished: Finished) -> None:
     values, output, _, _ = finished
     before = texts(output)
@@ -306,30 +307,28 @@ def test_coupled_tokens_are_the_same_under_every_policy(
 def test_template_stop_strings_and_sampling_by_row(
     local_ray: None, tiny_models: TinyModels, tmp_path: Path, write_rows: Callable[..., str]
 ) -> None:
+    greedily = {"temperature": 0.0, "ignore_eos": True, "stop": None}
     rows: list[dict[str, Any]] = [
         {"q": "a", "sampling_params": {"max_new_tokens": 3, "ignore_eos": True}},
-        {"q": "a", "sampling_params": {"temperature": 0.0, "ignore_eos": True}},
-        {"q": "a", "sampling_params": {"temperature": 0.0, "ignore_eos": True}},
+        {"q": "a", "sampling_params": greedily},
+        {"q": "a", "sampling_params": greedily},
         {"q": "b", "sampling_params": None},
     ]
     file = write_rows("in.parquet", rows)
-    values = settings(tiny_models, file, tmp_path / "first", unit_rows=2)
+    values = settings(tiny_models, file, tmp_path / "out", unit_rows=2)
     values["speculation"] = {"policy": "fixed", "k": 3, "verification": "rejection"}
     values["input"] = {"paths": [file], "template": "Q: {{ q }}"}
-    run(values)
-    short, greedy, twin, _ = rows_of(tmp_path / "first").values()
-    assert short["output_tokens"] == 3
-    assert short["finish_reason"] == "length"
-    assert greedy["completion"] == twin["completion"]
-
+    text = alone(values)["in.parquet:1:0"]
     # A stop string that the greedy output is known to reach ends the text before it.
-    text = greedy["completion"]
     stop = text[2:4]
     assert "\ufffd" not in stop  # no stop string may hold half of a character
-    rows[1]["sampling_params"]["stop"] = [stop]
+    rows[1]["sampling_params"] = {**greedily, "stop": [stop]}
     write_rows("in.parquet", rows)
-    run({**values, "output": str(tmp_path / "second")})
-    cut = rows_of(tmp_path / "second")["in.parquet:1:0"]
+    run(values)
+    short, cut, greedy, _ = rows_of(tmp_path / "out").values()
+    assert short["output_tokens"] == 3
+    assert short["finish_reason"] == "length"
+    assert greedy["completion"] == text
     assert cut["completion"] == text.split(stop)[0]
     assert cut["finish_reason"] == "stop"
 
@@ -362,6 +361,7 @@ def test_a_killed_job_is_resumed(
     assert texts(tmp_path / "out") == texts(undisturbed)
 
 
+@pytest.mark.slow  # test_chaos has its job on S3, too
 @pytest.mark.s3
 def test_the_same_job_on_s3(
     finished: Finished, tiny_models: TinyModels, prompts: Path, s3_env: S3Server, tmp_path: Path

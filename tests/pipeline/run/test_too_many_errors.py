@@ -13,7 +13,6 @@ from pipeline.errors import TooManyErrors
 from pipeline.observe import error_share
 from pipeline.observe.ledger import read_ledger
 from pipeline.outputs.verify import verify
-from pipeline.run.run import RunMode
 from pipeline.storage.folder import open_folder
 from tests.conftest import TinyModels
 from tests.pipeline.small_jobs import rows_of, run, settings
@@ -52,10 +51,6 @@ def test_a_job_that_fails_most_of_its_first_rows_is_stopped_and_can_go_on(
         no_ray.setattr("pipeline.run.run.connected", lambda: pytest.fail("Ray was wanted"))
         with pytest.raises(TooManyErrors):
             run(values)  # what it was stopped for is still so
-    with pytest.raises(TooManyErrors):
-        run(values, mode=RunMode(only_failed=True))  # all of them fail again
-    again = next(iter(rows_of(output, "errors").values()))
-    assert again["attempts"] == 2
     result = run({**values, "max_error_share": 0.75})
     assert (result.summary["rows"], result.summary["errors"]) == (ROWS // 4, ROWS * 3 // 4)
     assert first.items() <= rows_of(output).items()
