@@ -4,7 +4,8 @@
 
 Three sides generate the same numbers of tokens from the same prompts, in turns in one run: `none`
 of the rows asks for anything; `all` ask for the three penalties; `all, everything` ask for every
-penalty and ban. The policy is `none`, whose rounds are the shortest, or another one.
+penalty and ban. The policy is `none`, whose rounds are the shortest, or another one. On a CPU the
+seconds are those of the process, so that other work on the machine does not count.
 
 Beside them stands what a round without any of it pays, in percent of that round: the seconds that
 the step between logits and probabilities takes when no row asks, measured by themselves.
@@ -73,11 +74,12 @@ def round_seconds(pair: ModelPair, policy: str, k: int, requests: list[Request])
     engine.step()
     while any(row.generated == 0 for row in engine.scheduler.rows):
         engine.step()
-    began, rounds = time.perf_counter(), 0
+    clock = time.process_time if engine.device.type == "cpu" else time.perf_counter
+    began, rounds = clock(), 0
     while engine.live == len(requests):
         engine.step()
         rounds += 1
-    return (time.perf_counter() - began) / rounds
+    return (clock() - began) / rounds
 
 
 def unused_seconds(pair: ModelPair, requests: list[Request]) -> float:

@@ -2,7 +2,7 @@
 
 Of the libraries that make masks of grammars, llguidance needs nothing else, rolls back, takes JSON
 Schema, regular expressions and Lark, and makes a mask in some 50 µs. xgrammar, the other one that
-is well kept, brings compilers and Triton with it.
+is well kept, brings Triton and tvm-ffi with it.
 """
 
 from __future__ import annotations
