@@ -199,17 +199,7 @@ def test_a_night_on_s3(tiny_models: TinyModels, tmp_path: Path, s3_env: S3Server
     assert "2026-11-20" in (archive.folder.read("README.md") or b"").decode()
 
 
-def test_a_changed_column_is_refused(tiny_models: TinyModels, tmp_path: Path) -> None:
-    write_seeds(tmp_path, {"a": "one", "b": "two"})
-    values = small_recipe(tiny_models, tmp_path)
-    make(Recipe.model_validate(values), 20)
-    values["seeds"] = {**values["seeds"], "keep_columns": ["word"]}
-    status = make(Recipe.model_validate(values), 21)
-    assert status.state == "failed"
-    assert "column 'word' is not there in the night of 2026-11-20" in status.message
-
-
-def test_a_night_that_loses_too_many_conversations_fails(
+def test_a_night_that_loses_too_many_conversations_fails_and_one_of_other_columns(
     tiny_models: TinyModels, tmp_path: Path
 ) -> None:
     write_seeds(tmp_path, {"a": "one", "b": "long " * 100, "c": "longer " * 100})
@@ -228,6 +218,11 @@ def test_a_night_that_loses_too_many_conversations_fails(
     night = Archive.of(Recipe.model_validate(recipe)).night("2026-11-20")
     assert night is not None
     assert (night.conversations, night.lost, night.total_rows) == (3, {"PromptTooLong": 2}, 1)
+
+    recipe["seeds"] = {**recipe["seeds"], "keep_columns": ["word"]}
+    refused = make(Recipe.model_validate(recipe), 21)
+    assert refused.state == "failed"
+    assert "column 'word' is not there in the night of 2026-11-20" in refused.message
 
 
 @pytest.mark.parametrize(

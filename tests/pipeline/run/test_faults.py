@@ -23,7 +23,7 @@ from pipeline.run import dataflow
 from pipeline.run.dataflow import JobFailed
 from specdec.request import Request
 from tests.conftest import TinyModels
-from tests.pipeline.small_jobs import rows_of, run, started
+from tests.pipeline.small_jobs import alone, rows_of, run, started
 
 pytestmark = pytest.mark.ray
 
@@ -100,11 +100,12 @@ def write(folder: Path, poison: set[int], rows: int = ROWS) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    local_ray: None, tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory
+    tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, str]:
+    """The texts of rows that nothing happens to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    run(settings(tiny_models, write(folder / "in", set()), folder / "out"))
-    return texts(folder / "out")
+    found = alone(settings(tiny_models, write(folder / "in", set()), folder / "out"))
+    return dict(enumerate(found.values()))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,7 @@ def undisturbed(
 )
 def test_poisonous_rows_become_errors_and_nothing_else_does(
     actor: type[FragileActor],
+    local_ray: None,
     undisturbed: dict[int, str],
     tiny_models: TinyModels,
     tmp_path: Path,
