@@ -5,6 +5,7 @@ transformers calls `packed_attention` in place of its own. There are three ways 
 - Rows of at most GRID_TOKENS tokens (decoding, verifying) go to compiled kernels where there are
   any (specdec/kernels), token by token.
 - Elsewhere they are computed together as a grid (specdec/model/grid.py).
+- Layers with soft caps or sinks have no kernels and are computed the second or third way.
 - Longer rows (prefill) are computed one by one, so that a row's shapes depend on that row alone.
 
 Batch invariance. The compiled CPU kernel computes each token by itself, in an order that depends on
@@ -22,11 +23,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from specdec.model.grid import product_attention
 from specdec.model.packing import Packing
 from specdec.model.rows import PackedRow
+from specdec.model.scoring import Scoring
 
 ATTENTION = "specbatch_packed"
 """The name under which transformers knows `packed_attention`."""
+
+QUERY_BLOCK = 128
+"""Tokens of a long row whose scores are in memory at once where they have caps or sinks.
+
+Raised, fewer products and more memory: heads x QUERY_BLOCK x positions numbers.
+"""
 
 
 def packed_attention(
@@ -38,6 +47,8 @@ def packed_attention(
     scaling: float | None = None,
     *,
     packing: Packing,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of a packed batch, called by each transformers attention layer.
@@ -47,6 +58,7 @@ def packed_attention(
     Args:
         query: [1, H, N, D]; key: [1, Hkv, N, D]; value: [1, Hkv, N, Dv]; after rotary embedding.
         packing: where the N tokens belong; passed to the model as a keyword argument.
+        softcap, s_aux: soft cap and sinks of `Scoring`.
 
     Returns:
         [1, N, H, Dv] and None.
@@ -54,11 +66,11 @@ def packed_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attend(packing, layer, q, k, v, scale)[None], None
+    return attend(packing, layer, q, k, v, Scoring(scale, softcap, s_aux))[None], None
 
 
 def attend(
-    packing: Packing, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    packing: Packing, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
 ) -> Tensor:
     """Write N keys and values to their slots and let each token attend to its own slot.
 
@@ -66,55 +78,85 @@ def attend(
         packing: where the N tokens belong.
         layer: index of the layer in the cache.
         query: [N, H, D]; key: [N, Hkv, D]; value: [N, Hkv, Dv]; after rotary embedding.
-        scale: of the scores.
+        scoring: of the layer.
 
     Returns:
         [N, H, Dv].
     """
     packing.cache.write(layer, key, value, packing.slots, packing.positions)
-    return attend_stored(packing, layer, query, scale)
+    return attend_stored(packing, layer, query, scoring)
 
 
-def attend_stored(packing: Packing, layer: int, query: Tensor, scale: float) -> Tensor:
+def attend_stored(packing: Packing, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
     """As `attend`, for tokens whose keys and values are in their slots already."""
-    window = packing.cache.layout[layer].window
-    keys, values = packing.cache.keys[layer], packing.cache.values[layer]
-    kernels = packing.kernels if query.dtype == keys.dtype else None
+    cache = packing.cache
+    layout = cache.layout[layer]
+    keys, values = cache.keys[layer], cache.values[layer]
+    kernels = packing.kernels if query.dtype == keys.dtype and layout.plain else None
     if kernels is None and not packing.long:
-        return packing.grid.attend(query, keys, values, scale, window)
+        return packing.grid.attend(query, cache, layer, scoring)
     out = query.new_empty(*query.shape[:2], values.shape[3])
     if kernels is not None and len(packing.short_rows):
         query = query if query.stride(-1) == 1 else query.contiguous()
-        kernels.attend(query, keys, values, packing.short_rows, scale, window, out)
+        kernels.attend(query, keys, values, packing.short_rows, scoring.scale, layout.window, out)
     elif packing.short:
         grid = packing.grid
-        out[grid.short_tokens] = grid.attend(query, keys, values, scale, window)
+        out[grid.short_tokens] = grid.attend(query, cache, layer, scoring)
     for row in packing.long:
-        out[row.begin : row.begin + row.tokens] = _long_row(
-            query, packing, row, layer, scale, window
-        )
+        out[row.begin : row.begin + row.tokens] = _long_row(query, packing, row, layer, scoring)
     return out
 
 
 def _long_row(
-    queries: Tensor, packing: Packing, row: PackedRow, layer: int, scale: float, window: int | None
+    queries: Tensor,
+    packing: Packing,
+    row: PackedRow,
+    layer: int,
+    scoring: Scoring,
 ) -> Tensor:
     """Attention of one long row: [n, H, Dv] from packed queries [N, H, D]."""
     cache, n = packing.cache, row.tokens
     q = queries[row.begin : row.begin + n].transpose(0, 1)[None]
-    keys = cache.keys[layer][row.slot, None, :, : row.start + n].to(q.dtype)
-    values = cache.values[layer][row.slot, None, :, : row.start + n].to(q.dtype)
-    mask = None
-    if row.start or window is not None:
+    keys = cache.keys[layer][row.slot, None, :, : row.start + n]
+    values = cache.values[layer][row.slot, None, :, : row.start + n]
+    layout, mask = cache.layout[layer], None
+    if row.start or layout.window is not None or not scoring.plain:
         at = torch.arange(row.start, row.start + n, device=q.device)[:, None]
-        key_at = torch.arange(row.start + n, device=q.device)
-        mask = key_at <= at
-        if window is not None:
-            mask &= key_at > at - window
+        mask = layout.sees(at, torch.arange(row.start + n, device=q.device))
+    if mask is not None and not scoring.plain:
+        return _in_blocks(q[0], keys.to(q.dtype), values.to(q.dtype), mask, scoring)
     out = F.scaled_dot_product_attention(
-        q, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        q,
+        keys.to(q.dtype),
+        values.to(q.dtype),
+        mask,
+        is_causal=mask is None,
+        scale=scoring.scale,
+        enable_gqa=True,
     )
     return out[0].transpose(0, 1)
+
+
+def _in_blocks(
+    query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, scoring: Scoring
+) -> Tensor:
+    """Attention of one row that no kernel of torch computes, QUERY_BLOCK tokens at a time.
+
+    Args:
+        query: [H, n, D]; keys: [1, Hkv, L, D]; values: [1, Hkv, L, Dv]; allowed: bool [n, L].
+
+    Returns:
+        [n, H, Dv].
+    """
+    grouped = query.reshape(1, keys.shape[1], -1, *query.shape[1:])
+    mask = torch.zeros(allowed.shape, device=query.device).masked_fill_(~allowed, float("-inf"))
+    outs = [
+        product_attention(q, keys, values, part[None], scoring)
+        for q, part in zip(
+            torch.split(grouped, QUERY_BLOCK, 3), torch.split(mask, QUERY_BLOCK), strict=True
+        )
+    ]
+    return torch.cat(outs, 3)[0].flatten(0, 1).transpose(0, 1)
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

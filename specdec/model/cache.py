@@ -26,12 +26,24 @@ class LayerLayout:
     Attributes:
         heads, key_dim, value_dim: `heads` times key_dim and value_dim numbers per position.
         window: positions that a token looks back, itself included; None: all.
+        chunked: whether it looks back no further than the last multiple of `window` (Llama 4).
+        plain: whether this is all, and weights are the softmax of scores: what kernels compute.
     """
 
     heads: int
     key_dim: int
     value_dim: int
     window: int | None = None
+    plain: bool = True
+    chunked: bool = False
+
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether queries at some positions attend to keys at others; any shapes that broadcast."""
+        seen = key <= query
+        if self.window is not None:
+            first = query - query % self.window if self.chunked else query - self.window + 1
+            seen = seen & (key >= first)
+        return seen
 
 
 def round_to_blocks(positions: int) -> int:

@@ -175,6 +175,7 @@ class PackedDecoder:
         is longer than.
         """
         layout = layer_layouts(self._stock)
+        self.use_kernels = all(layer.plain for layer in layout)
         with short_windows(self.model.config):
             windows = any(layer.window for layer in layout)
             self.layout = layer_layouts(self._stock) if windows else layout
@@ -185,7 +186,9 @@ class PackedDecoder:
             on_gpu = self.device.type == "cuda"
             if on_gpu:
                 one_device = len({parameter.device for parameter in self.model.parameters()}) == 1
-                self.use_kernels = one_device and self._kernels_agree(reference)
+                self.use_kernels = (
+                    self.use_kernels and one_device and self._kernels_agree(reference)
+                )
             checked = on_gpu and self.use_kernels
             problem = "" if checked else self._difference(reference)
         if problem:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from specdec.kernels.base import LayerKernels
 from specdec.model.attention import attend, attend_stored
 from specdec.model.packing import Packing
+from specdec.model.scoring import Scoring
 
 FUSIBLE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 """transformers' layers that compute what `FusedLayer` does."""
@@ -36,7 +37,7 @@ class FusedLayer(nn.Module):
         self.head_dim: int = attention.head_dim
         self.query_heads = attention.q_proj.out_features // self.head_dim
         self.key_heads = attention.k_proj.out_features // self.head_dim
-        self.scale: float = attention.scaling
+        self.scoring = Scoring(attention.scaling)
         self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.epsilon: float = self.input_norm.variance_epsilon
         self.query_norm = getattr(attention, "q_norm", None)
@@ -75,7 +76,7 @@ class FusedLayer(nn.Module):
         turned = _rotated(turning, *position_embeddings)
         query, key = turned[:, : self.query_heads], turned[:, self.query_heads :]
         value = heads[:, self.query_heads + self.key_heads :]
-        mixed = attend(packing, self.layer_idx, query, key, value, self.scale)
+        mixed = attend(packing, self.layer_idx, query, key, value, self.scoring)
         x = x + self.output(mixed.flatten(1))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         y: Tensor = x + self.down(self.activation(gate) * up)
@@ -100,7 +101,7 @@ class FusedLayer(nn.Module):
             heads, angles[0][0], angles[1][0], norms,
             cache.keys[layer], cache.values[layer], packing.slots, packing.positions,
         )  # fmt: skip
-        mixed = attend_stored(packing, layer, heads[:, : self.query_heads], self.scale)
+        mixed = attend_stored(packing, layer, heads[:, : self.query_heads], self.scoring)
         more = self.output.forward(mixed.view(len(flat), -1))
         normed = kernels.add_norm(flat, more, self.mlp_norm.weight, self.epsilon)
         flat.add_(self.down.forward(kernels.gate(self.gate_up.forward(normed))))

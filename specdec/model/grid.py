@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.model.cache import KEY_BLOCK
+from specdec.model.cache import KEY_BLOCK, LayerLayout, SlotCache
 from specdec.model.rows import PackedRow, upload
+from specdec.model.scoring import Scoring
 
 MANY_ROWS = 16
 """From so many rows on, batched products are faster than torch's fused kernel on a CPU.
@@ -29,6 +30,10 @@ KEY_STEP = 16
 
 Raised, there are fewer shapes and more masked positions to compute.
 """
+
+
+Product = Callable[[Tensor, Tensor, Tensor, Tensor, Scoring], Tensor]
+"""Attention of queries to keys and values under a mask: `product_attention` and others."""
 
 
 @dataclass(slots=True)
@@ -55,7 +60,7 @@ class Grid:
     short_tokens: Tensor
     short_cells: Tensor
     aligned: bool
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, bool], Tensor] = field(default_factory=dict)
 
     @classmethod
     def lay_out(
@@ -87,54 +92,51 @@ class Grid:
             aligned=cell_token == list(range(tokens)),
         )
 
-    def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, query: Tensor, cache: SlotCache, layer: int, scoring: Scoring) -> Tensor:
         """Attention of all rows of the grid.
 
         Args:
             query: [N, H, D], of all packed tokens.
-            keys: [slots, Hkv, capacity, D]; values: [slots, Hkv, capacity, Dv]; a layer's cache.
-            scale: of the scores.
-            window: positions that a token may look back, itself included; None: all.
+            cache, layer: where their keys and values are.
+            scoring: of the layer.
 
         Returns:
             [n, H, Dv] for the n short tokens, in packed order.
         """
         low, high = self.slots
         batch, tokens = high - low, self.tokens
-        keys = keys[low:high, :, : self.keys]  # [B, Hkv, L, D], a view
-        values = values[low:high, :, : self.keys]
+        keys = cache.keys[layer][low:high, :, : self.keys]  # [B, Hkv, L, D], a view
+        values = cache.values[layer][low:high, :, : self.keys]
         heads, kv_heads = query.shape[1], keys.shape[1]
 
         q = query if self.aligned else query.index_select(0, self.cell_token)
         # [B, T, Hkv, G, D] -> [B, Hkv, G, T, D]: the G query heads of a key/value head share keys.
         q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4)
-        out = self._product(q)(q, keys, values, self._mask(window), scale)  # [B, Hkv, G, T, Dv]
+        product, mask = self._product(q, scoring), self._mask(cache.layout[layer])
+        out = product(q, keys, values, mask, scoring)  # [B, Hkv, G, T, Dv]
         out = out.permute(0, 3, 1, 2, 4).reshape(batch * tokens, heads, -1)
         return out if self.aligned else out.index_select(0, self.short_cells)
 
-    def _product(self, q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]:
+    def _product(self, q: Tensor, scoring: Scoring) -> Product:
         if self.invariant:
             return invariant_attention
         many = q.device.type == "cpu" and len(q) >= MANY_ROWS
-        return product_attention if q.dtype == torch.float32 or many else fused_attention
+        products = q.dtype == torch.float32 or many or not scoring.plain
+        return product_attention if products else fused_attention
 
-    def _mask(self, window: int | None) -> Tensor:
+    def _mask(self, layout: LayerLayout) -> Tensor:
         """Additive float32 [B, T, L]: 0 where a cell may attend, else -inf; made once a forward."""
-        if window not in self._masks:
+        span = layout.window, layout.chunked
+        if span not in self._masks:
             key = torch.arange(self.keys, device=self.cell_position.device)
-            query = self.cell_position[..., None]
-            allowed = key <= query
-            if window is not None:
-                allowed &= key > query - window
             zero = torch.zeros((), device=key.device)
-            self._masks[window] = torch.where(allowed, zero, float("-inf"))
-        return self._masks[window]
+            allowed = layout.sees(self.cell_position[..., None], key)
+            self._masks[span] = torch.where(allowed, zero, float("-inf"))
+        return self._masks[span]
 
 
 def product_attention(
-    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scoring: Scoring
 ) -> Tensor:
     """Softmax attention as two batched matrix products, the softmax in float32.
 
@@ -147,26 +149,29 @@ def product_attention(
     batch, kv_heads, group, tokens, _ = q.shape
     flat, keys = q.reshape(batch * kv_heads, group * tokens, -1), keys.flatten(0, 1)
     if q.dtype == torch.float32:
-        scores = torch.bmm(flat * scale, keys.transpose(1, 2))
+        scores = torch.bmm(flat * scoring.scale, keys.transpose(1, 2))
     else:  # CPUs multiply bfloat16 three times as fast with the many keys on the left
         scores = torch.bmm(keys, flat.transpose(1, 2)).transpose(1, 2).contiguous()
-        scores = scores.float().mul_(scale)
-    scores.view(batch, kv_heads * group, tokens, -1).add_(mask[:, None])
-    out = torch.bmm(torch.softmax(scores, -1).to(values.dtype), values.flatten(0, 1))
+        scores = scores.float().mul_(scoring.scale)
+    by_head = scoring.capped(scores).view(batch, kv_heads * group, tokens, -1).add_(mask[:, None])
+    weights = scoring.weights(by_head).to(values.dtype).reshape(scores.shape)
+    out = torch.bmm(weights, values.flatten(0, 1))
     return out.view(batch, kv_heads, group, tokens, -1)
 
 
-def fused_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """As `product_attention`, in torch's fused kernel."""
+def fused_attention(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scoring: Scoring
+) -> Tensor:
+    """As `product_attention`, in torch's fused kernel; `scoring` is plain."""
     batch, kv_heads, group, tokens, _ = q.shape
     flat = q.reshape(batch, kv_heads, group * tokens, -1)
     repeated = mask.to(q.dtype).repeat(1, group, 1)[:, None]
-    out = F.scaled_dot_product_attention(flat, keys, values, repeated, scale=scale)
+    out = F.scaled_dot_product_attention(flat, keys, values, repeated, scale=scoring.scale)
     return out.view(batch, kv_heads, group, tokens, -1)
 
 
 def invariant_attention(
-    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scoring: Scoring
 ) -> Tensor:
     """As `product_attention`, bit-equal for a token whatever B, T and L are.
 
@@ -179,12 +184,19 @@ def invariant_attention(
     value_blocks = torch.split(values.float().flatten(0, 1), KEY_BLOCK, 1)
     outs = []
     for t in range(tokens):
-        qt = (q[:, :, :, t].float() * scale).reshape(batch * kv_heads, group, dim)
+        qt = (q[:, :, :, t].float() * scoring.scale).reshape(batch * kv_heads, group, dim)
         scores = torch.cat([torch.bmm(qt, block.transpose(1, 2)) for block in key_blocks], -1)
+        scores = scoring.capped(scores)
         scores.view(batch, kv_heads * group, -1).add_(mask[:, t, None])
-        exps = torch.exp(scores - scores.amax(-1, keepdim=True))
-        weights = torch.split(exps, KEY_BLOCK, -1)
+        highest = scores.amax(-1, keepdim=True)
+        sinks = scoring.sink_scores(scores.view(batch, kv_heads * group, 1, -1))
+        if sinks is not None:
+            sinks = sinks.reshape(highest.shape)
+            highest = torch.maximum(highest, sinks)
+        weights = torch.split(torch.exp(scores - highest), KEY_BLOCK, -1)
         total = weights[0].sum(-1, keepdim=True)
+        if sinks is not None:
+            total += torch.exp(sinks - highest)
         out = torch.bmm(weights[0], value_blocks[0])
         for weight, block in zip(weights[1:], value_blocks[1:], strict=True):
             total += weight.sum(-1, keepdim=True)

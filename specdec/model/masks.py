@@ -26,8 +26,8 @@ SHORT = 16
 WINDOWS = ("sliding_window", "attention_chunk_size")
 """Where configs have the numbers from which transformers builds masks."""
 
-LACKING = {"softcap": "soft caps", "position_bias": "a bias of positions", "s_aux": "sinks"}
-"""What attentions may be given that packed attention does not have."""
+SPECIAL = ("softcap", "s_aux")
+"""What an attention is given where its weights are not just the softmax of its scores."""
 
 
 def layer_layouts(stock: StockModel) -> tuple[LayerLayout, ...]:
@@ -79,22 +79,22 @@ def _probe_mask(
     """A mask [1, 1, q, kv] that knows its window.
 
     Raises:
-        UnsupportedModel: it is neither causal nor a window.
+        UnsupportedModel: it is neither causal nor a window nor chunks.
     """
     last = context_length(config) - 1
     keys = torch.arange(last + 1, device=device)
     near = {q for n in (local_size or 1, SHORT) for q in (n - 1, n, n + 1, 2 * n)}
-    queries = torch.tensor(sorted({0, last // 2, last} | {q for q in near if q < last}))
-    for query in queries.tolist():
-        seen = mask_function(0, 0, torch.tensor(query, device=device), keys)
-        expected = keys <= query
-        if local_size is not None:
-            expected &= keys > query - local_size
-        if not torch.equal(seen.expand_as(expected), expected):
-            raise UnsupportedModel("the mask of its attention is neither causal nor a window")
-    mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device).as_subclass(_Mask)
-    mask.window = local_size
-    return mask
+    queries = sorted({0, last // 2, last} | {q for q in near if q < last})
+    places = [torch.tensor(query, device=device) for query in queries]
+    seen = [mask_function(0, 0, place, keys) for place in places]
+    for chunked in (False, True):
+        span = LayerLayout(0, 0, 0, local_size, chunked=chunked)
+        if all(map(torch.equal, seen, (span.sees(place, keys) for place in places))):
+            mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device)
+            mask = mask.as_subclass(_Mask)
+            mask.window, mask.chunked = local_size, chunked
+            return mask
+    raise UnsupportedModel("the mask of its attention is neither causal nor a window")
 
 
 class _Mask(Tensor):
@@ -104,6 +104,7 @@ class _Mask(Tensor):
     """
 
     window: int | None
+    chunked: bool
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -112,7 +113,7 @@ class _Mask(Tensor):
             return out
         if func is not Tensor.__getitem__:
             return out.as_subclass(Tensor)
-        out.window = args[0].window
+        out.window, out.chunked = args[0].window, args[0].chunked
         return out
 
 
@@ -130,16 +131,18 @@ def _probe_attention(
     Raises:
         UnsupportedModel: packed attention would lack something that the layer needs.
     """
-    for name, what in LACKING.items():
-        if kwargs.get(name) is not None:
-            raise UnsupportedModel(f"its attention has {what}, which packed attention has not")
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModel("its attention has a bias of positions, which specbatch has not")
     if packing is None:
         raise UnsupportedModel("it does not pass keyword arguments on to its attention layers")
     if attention_mask is not None and not isinstance(attention_mask, _Mask):
         raise UnsupportedModel("its attention has a mask of its own")
     window = attention_mask.window if attention_mask is not None else None
+    chunked = attention_mask is not None and attention_mask.chunked
     layer: int = module.layer_idx  # type: ignore[assignment]
-    packing[layer] = LayerLayout(key.shape[1], key.shape[3], value.shape[3], window)
+    plain = not chunked and all(kwargs.get(name) is None for name in SPECIAL)
+    sizes = key.shape[1], key.shape[3], value.shape[3]
+    packing[layer] = LayerLayout(*sizes, window, plain, chunked)
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 

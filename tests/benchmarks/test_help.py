@@ -14,6 +14,7 @@ COMMANDS = {
     "adjustments": [],
     "duplicates": [],
     "engine": ["peers", "policies", "speedup", "overhead", "prefixes", "quality"],
+    "families": [],
     "gpu": ["forwards", "rates"],
     "lossless": [],
     "overhead": [],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
@@ -11,7 +12,7 @@ from specdec.engine.engine import Engine
 from specdec.policies.simple import Fixed
 from specdec.request import Request, SamplingParams
 from tests.specdec.engine.references import Reference, generate
-from tests.specdec.tiny_models import TinyPair, make_pair, noisy_copy, tiny_model
+from tests.specdec.tiny_models import VOCAB, TinyPair, make_pair, noisy_copy, tiny_model
 from tests.specdec.workloads import (
     GREEDY,
     POLICIES,
@@ -44,10 +45,34 @@ def test_greedy_equals_transformers_generate(
         assert 0.3 < (engine.stats.counts.acceptance_rate or 0) < 0.99
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+WINDOWED: dict[str, Any] = {
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 16},
+    "granite": {"logits_scaling": 3.0},
+    "cohere2": {"logit_scale": 0.3} | WINDOWED,
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1} | WINDOWED,
+    "gemma2": {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0} | WINDOWED,
+    "gemma4_text": {
+        "final_logit_softcapping": 5.0,
+        "vocab_size_per_layer_input": VOCAB,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 2,
+        "layers": 4,
+        "sliding_window": 16,
+        "layer_types": 2 * WINDOWED["layer_types"],
+        "per_layer_config": {},
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_generate_in_every_family(family: str) -> None:
-    extra = {"sliding_window": 16} if family == "mistral" else {}
-    model = tiny_model(family, seed=3, **extra)
+    model = tiny_model(family, seed=3, **FAMILIES[family])
     engine = Engine(
         make_pair(model, noisy_copy(model, 0.08)), policy=Fixed(4), slots=4, prefill_chunk=32
     )

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
-    Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
     MambaConfig,
@@ -146,7 +145,7 @@ def test_rows_that_moved_to_other_slots_go_on_as_before(clean: Bench) -> None:
     clean.check((0, 9), (1, 30), (2, 14))
     clean.cache.move(2, 0)
     clean.texts[0], clean.texts[2] = clean.texts[2], []
-    clean.cache.resize(3, 2 * KEY_BLOCK)
+    clean.cache.grow(6, 3 * KEY_BLOCK)
     clean.check((0, 4), (2, 5), (1, 1))
 
 
@@ -261,13 +260,6 @@ def test_rotary_angles_that_depend_on_the_longest_row_are_refused_or_kept_apart(
     torch.testing.assert_close(beside[:10], alone, rtol=0, atol=1e-4)
 
 
-def gemma2(**extra: Any) -> Any:
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    return Gemma2Config(
-        hidden_size=32, num_hidden_layers=2, intermediate_size=64, **heads, **SMALL, **extra
-    )
-
-
 UNSUPPORTED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "recurrent state": (
         lambda: AutoModelForCausalLM.from_config(
@@ -288,11 +280,6 @@ UNSUPPORTED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         "AttentionInterface",
     ),
     "a mask that depends on the values": (lambda: tiny_model("doge"), "a mask of its own"),
-    "chunks instead of windows": (
-        lambda: tiny_model("llama4_text", layer_types=["chunked_attention", "full_attention"]),
-        "neither causal nor a window",
-    ),
-    "capped attention logits": (lambda: AutoModelForCausalLM.from_config(gemma2()), "Gemma2"),
 }
 
 

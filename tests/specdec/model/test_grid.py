@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from specdec.model.grid import MANY_ROWS, fused_attention, product_attention
+from specdec.model.scoring import Scoring
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -15,8 +16,8 @@ def test_kernels_of_half_precision_agree_with_float32(tokens: int) -> None:
     mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, float("-inf"))
     half = [x.bfloat16() for x in (q, keys, values)]
     reached = [x[:, :, :80] for x in (keys, values, *half[1:])]  # of a longer cache
-    expected = product_attention(q, reached[0], reached[1], mask, 0.125)
+    expected = product_attention(q, reached[0], reached[1], mask, Scoring(0.125))
     for kernel in (product_attention, fused_attention):
-        got = kernel(half[0], reached[2], reached[3], mask, 0.125)
+        got = kernel(half[0], reached[2], reached[3], mask, Scoring(0.125))
         assert got.dtype == torch.bfloat16
         assert (got - expected).abs().max() < 0.03

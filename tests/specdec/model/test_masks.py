@@ -5,8 +5,11 @@ from typing import Any
 import pytest
 import torch
 
+from specdec.model import decoder
+from specdec.model.cache import LayerLayout
 from specdec.model.decoder import PackedDecoder
 from specdec.model.masks import SHORT, short_windows
+from specdec.model.stock import UnsupportedModel
 from tests.specdec.model.test_decoder import bench_of
 from tests.specdec.tiny_models import tiny_model
 
@@ -34,6 +37,26 @@ def test_a_window_that_only_the_mask_has_is_kept(family: str) -> None:
     bench.check((0, 2), (1, 30))
 
 
+def test_attention_in_chunks_equals_plain() -> None:
+    layers = ["chunked_attention", "full_attention"]
+    model = tiny_model(
+        "llama4_text", layer_types=layers, attention_chunk_size=12, intermediate_size_mlp=64
+    )
+    bench = bench_of(model)
+    assert [(layer.window, layer.chunked) for layer in bench.decoder.layout] == [
+        (12, True), (None, False),
+    ]  # fmt: skip
+    bench.check((0, 40), (1, 11))
+    bench.check((0, 9), (1, 2), (2, 26))
+
+
+def test_a_mask_that_is_neither_a_window_nor_chunks_is_refused() -> None:
+    model = tiny_model("llama")
+    model.config.is_causal = False
+    with pytest.raises(UnsupportedModel, match="mask"):
+        PackedDecoder(model)
+
+
 @pytest.mark.parametrize("fuse", [False, True], ids=["stock", "fused"])
 def test_a_window_that_no_layer_uses_is_ignored(fuse: bool) -> None:
     """Some checkpoints of Llama carry a `sliding_window` that transformers' Llama never reads."""
@@ -59,10 +82,6 @@ def test_a_window_longer_than_the_context_hides_nothing() -> None:
 
 @torch.inference_mode()
 def test_a_window_that_is_lost_is_seen_by_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    from specdec.model import decoder
-    from specdec.model.cache import LayerLayout
-    from specdec.model.stock import UnsupportedModel
-
     found = decoder.layer_layouts
     monkeypatch.setattr(
         decoder,

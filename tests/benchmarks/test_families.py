@@ -1,0 +1,52 @@
+"""The families that most people run are right, and one that is wrong is told."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specdec.model.check import Reference
+from specdec.model.stock import StockModel
+
+MOST_USED = (
+    "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma2", "gemma3_text", "gemma4_text",
+    "gpt_oss", "phi3",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def families() -> Iterator[Any]:
+    """The benchmark as a module; it imports the files beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+        yield importlib.import_module("families")
+
+
+@pytest.mark.parametrize("kind", MOST_USED)
+def test_a_family_that_many_people_run_is_right(families: Any, kind: str) -> None:
+    found = families.check_one(families.tiny_model(families.tiny_config(kind, {})))
+    verdicts = {dtype: each["verdict"] for dtype, each in found.items()}
+    assert verdicts == {"float32": "right", "bfloat16": "right"}
+
+
+def test_a_family_that_is_wrong_is_told(families: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the check at loading is blind."""
+    monkeypatch.setattr(Reference, "difference", lambda *_: "")
+    monkeypatch.setattr(StockModel, "logits", lambda self, hidden: 1.5 * self.head(hidden))
+    found = families.check_one(families.tiny_model(families.tiny_config("llama", {})))
+    assert {each["verdict"] for each in found.values()} == {"wrong"}
+
+
+def test_the_page_has_a_row_for_each_family(families: Any) -> None:
+    right = {"verdict": "right", "fused": False, "kernels": True}
+    refused = {"verdict": "refused", "why": "B cannot run packed: it is recurrent"}
+    lines = [
+        {"kind": kind, "verdict": each["verdict"], "found": {"as it comes": {"float32": each}}}
+        for kind, each in (("b", refused), ("a", right))
+    ]
+    page = families.table(lines)
+    assert page.endswith("| `a` | yes | kernels |  |\n| `b` | refused |  | it is recurrent |\n")
