@@ -27,7 +27,8 @@ def with_model_defaults(job: JobConfig, *, ask_hub: bool = True) -> tuple[JobCon
         ask_hub: whether the hub is asked for a target that is not here.
 
     Raises:
-        UserError: what the target recommends cannot be used, or the hub does not answer.
+        UserError: there is no such target, what it recommends cannot be used, or the hub does not
+            answer.
     """
     given = job.sampling.model_fields_set
     wanted = job.sampling.defaults or ("none" if "temperature" in given else "model")
@@ -52,9 +53,12 @@ def with_model_defaults(job: JobConfig, *, ask_hub: bool = True) -> tuple[JobCon
 
 def _recommended(target: str, ask_hub: bool) -> dict[str, Any]:
     """What is in the target's `generation_config.json`, if it has one."""
-    from specdec.loading.sources import find_model
+    from specdec.loading.sources import PairError, find_model
 
-    source = find_model(target)
+    try:
+        source = find_model(target)
+    except PairError as error:
+        raise UserError(str(error)) from None
     if source.path is not None:
         path = source.path / _FILE
         return _read(path) if path.is_file() else {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from specdec.lossless.grammars import RowGrammar
 from specdec.request import INVALID_LOGITS, NO_CHARACTER, FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from specdec.lossless.grammars import RowGrammar  # torch: whoever reads rows loads without
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text. Special tokens are part of it: stop strings may hold them."""
