@@ -104,12 +104,7 @@ def _shrunk(values: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:
             small[name] = [kinds[i % len(kinds)] for i in range(4)]
         elif name == "is_decoder":
             small[name] = True
-        elif value is None and name in (
-            "head_dim",
-            "num_key_value_heads",
-            "pad_token_id",
-            "num_experts_per_tok",
-        ):
+        elif value is None and name in UNSET:
             small[name] = SIZES[name]
     if "kv_lora_rank" in small:  # latent attention: each head has keys of its own
         small["num_key_value_heads"] = small["num_attention_heads"]

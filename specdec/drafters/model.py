@@ -114,12 +114,6 @@ class ModelDrafting:
         else:
             rows, tokens = [(slot, 1) for slot in self._slots], self._drawn
         drawing = _Drawing(by.decoder, by.vocab_size, choose, last)
-        if not choose.recordable:
-            by.decoder.warm_up(by.cache, rows, tokens, by.clock)
-            with by.clock.phase({"draft": 1.0}):
-                hidden = by.decoder.forward(by.cache, rows, tokens)
-                self._drawn, q, signals = drawing(hidden, *drawing.inputs)
-            return Candidates(self._drawn, q, signals, [*fed, len(tokens)])
         by.decoder.warm_up(by.cache, rows, tokens, by.clock, drawing)
         with by.clock.phase({"draft": 1.0}):
             self._drawn, q, signals = by.decoder.forward_into(by.cache, rows, tokens, drawing)
@@ -160,6 +154,10 @@ class _Drawing:
     vocab_size: int
     choose: Choose
     last: Tensor | None
+
+    @property
+    def recordable(self) -> bool:
+        return self.choose.recordable
 
     @property
     def key(self) -> Hashable:

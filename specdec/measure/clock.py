@@ -78,10 +78,6 @@ class PhaseClock:
 
         return wait
 
-    def read(self, tensor: Tensor) -> Tensor:
-        """A tensor on the host: `fetch`, and wait."""
-        return self.fetch(tensor)()
-
     def settle(self) -> None:
         """Read the round's events; call after the device has been synchronised."""
         for shares, begin, end in self._pending:

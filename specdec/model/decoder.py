@@ -127,14 +127,19 @@ class PackedDecoder:
             cache, rows, tokens, tail: as for `forward_into`; the cache stays as it is.
             clock: books it as `warmup`, and leaves it out of what rounds are measured to cost.
         """
-        if self.recordings is not None and self.recordings.lacks(cache, rows, tail):
+        recorded = tail if self._records(tail) else HIDDEN
+        if self.recordings is not None and self.recordings.lacks(cache, rows, recorded):
             with clock.aside("warmup"):
-                self._recorded(cache, rows, tokens, tail)
+                self._recorded(cache, rows, tokens, recorded)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [M, V] of hidden states [M, hidden]."""
         return self._stock.logits(hidden)
+
+    def _records(self, tail: Tail[Any]) -> bool:
+        """Whether a tail is recorded with its forward; otherwise it is computed behind it."""
+        return tail is HIDDEN or (tail.recordable and self._records_tails)
 
     def _recorded(
         self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor, tail: Tail[Out]
@@ -143,12 +148,12 @@ class PackedDecoder:
         if self.recordings is None:
             return None
         try:
-            if tail is HIDDEN or self._records_tails:
+            if self._records(tail):
                 return self.recordings.forward(self._run_places, cache, rows, tokens, tail)
             hidden = self.recordings.forward(self._run_places, cache, rows, tokens, HIDDEN)
             return None if hidden is None else tail(hidden, *tail.inputs)
         except RecordingFailed as error:
-            if tail is not HIDDEN and self._records_tails:
+            if tail is not HIDDEN and self._records(tail):
                 log.warning("draft steps are recorded without their sampling: %s", error)
                 self._records_tails = False
                 return self._recorded(cache, rows, tokens, tail)

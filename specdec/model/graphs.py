@@ -50,10 +50,14 @@ class Tail(Protocol[Out]):
     """What is computed of a forward's hidden states, and recorded with it.
 
     Attributes:
+        recordable: whether `key` and `inputs` say all of it.
         key: all of it that is no tensor. What has the same key computes the same.
         inputs: tensors that it reads besides, all of them with a first dimension of one size: that
             of what it returns. Without any, that is the number of tokens.
     """
+
+    @property
+    def recordable(self) -> bool: ...
 
     @property
     def key(self) -> Hashable: ...
@@ -68,6 +72,7 @@ class Tail(Protocol[Out]):
 class _Hidden:
     """The tail that returns the states."""
 
+    recordable = True
     key: Hashable = None
     inputs: tuple[Tensor, ...] = ()
 
