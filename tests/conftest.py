@@ -20,6 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+# Before anything imports huggingface_hub. Without it each look-up of a name waits for a network
+# that tests do not have, some 20 s long.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

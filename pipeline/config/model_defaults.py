@@ -63,7 +63,7 @@ def _recommended(target: str, ask_hub: bool) -> dict[str, Any]:
         path = source.path / _FILE
         return _read(path) if path.is_file() else {}
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     cached = try_to_load_from_cache(source.name, _FILE, revision=source.revision)
     if isinstance(cached, str):
@@ -72,12 +72,13 @@ def _recommended(target: str, ask_hub: bool) -> dict[str, Any]:
         return {}
     try:
         return _read(Path(hf_hub_download(source.name, _FILE, revision=source.revision)))
-    except EntryNotFoundError:
-        return {}
     except Exception as error:  # network, HTTP and validation errors have no common class
+        # What is not in the cache of a machine without network may well be on the hub.
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return {}
         raise UserError(
             f"model {target}: the hub did not give its {_FILE} ({type(error).__name__}); check the "
-            "name and the network, or set sampling.defaults to none"
+            "name, the network, or give a folder; sampling.defaults: none does without it"
         ) from None
 
 

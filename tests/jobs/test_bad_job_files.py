@@ -27,7 +27,6 @@ def no_ray_and_no_aws(no_clients: None, monkeypatch: pytest.MonkeyPatch) -> None
             monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture

@@ -69,3 +69,17 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, message: str) -
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(UserError, match=message):
         with_model_defaults(job(tmp_path))
+
+
+def test_a_hub_that_cannot_be_asked_is_no_model_without_recommendations() -> None:
+    """Else a job would sample otherwise on a machine without network, and nothing would say so."""
+    values = {
+        "input": {"paths": "in.jsonl", "prompt_column": "p"},
+        "output": "out",
+        "models": {"target": "nobody/no-such-model"},
+        "speculation": {"policy": "none"},
+    }
+    with pytest.raises(UserError, match=r"check the name, the network.*sampling.defaults: none"):
+        with_model_defaults(JobConfig.model_validate(values))
+    values["sampling"] = {"defaults": "none"}
+    assert with_model_defaults(JobConfig.model_validate(values))[1] == []

@@ -92,6 +92,7 @@ def planned(path: Path | str, output: Path) -> JobPlan:
         "input": {"paths": [str(path)], "prompt_column": "prompt"},
         "output": str(output),
         "models": {"target": "any"},
+        "sampling": {"defaults": "none"},
         "speculation": {"policy": "none"},
     }
     return plan_job(JobConfig.model_validate(values))

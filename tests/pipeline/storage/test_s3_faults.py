@@ -207,8 +207,10 @@ def test_a_failure_that_stays_is_told_in_time(
     s3_env: S3Server, bucket: str, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patience, "PATIENCE", 1.0)
-    with faulty_s3(s3_env.endpoint, probability=1.0, faults=["slow_down"]) as server:
+    with faulty_s3(s3_env.endpoint, faults=["slow_down"]) as server:
         folder = open_folder(f"s3://{bucket}/out", at(server))
+        folder.put("x", b"")  # the first request makes a client, which is not what is timed
+        server.probability = 1.0
         operations: list[Callable[[], object]] = [
             lambda: folder.put_if_absent("x", b""),
             lambda: folder.put("x", b""),
@@ -224,7 +226,7 @@ def test_a_failure_that_stays_is_told_in_time(
             with pytest.raises(UserError) as caught:
                 operation()
             assert time.monotonic() - began < 4
-            assert 3 <= sum(server.requests.values()) - asked <= 200
+            assert 2 <= sum(server.requests.values()) - asked <= 200
             message = str(caught.value)
             assert message.startswith(f"s3://{bucket}")
             assert "SlowDown" in message or "503" in message  # HEAD has no code
