@@ -119,6 +119,7 @@ def test_small_files_share_units_through_the_life_of_an_output(
     assert (found.rows_in, found.rows_out, found.rows_in_errors, found.units) == (51, 48, 3, 4)
 
 
+@pytest.mark.slow
 def test_an_output_of_one_unit_a_file_is_resumed_as_it_is_and_slots_are_full(
     local_ray: None, tiny_models: TinyModels, tmp_path: Path
 ) -> None:

@@ -36,7 +36,8 @@ def test_a_job_that_fails_most_of_its_first_rows_is_stopped_and_can_go_on(
     output = tmp_path / "out"
     values = settings(tiny_models, write_rows("in.jsonl", rows), output)
     values |= {"input": {"paths": [str(tmp_path / "in.jsonl")], "prompt_column": "prompt"}}
-    values["sampling"] |= {"max_new_tokens": 32, "ignore_eos": True}
+    # Long enough for somebody to look at it before it is over.
+    values["sampling"] |= {"max_new_tokens": 200, "ignore_eos": True}
     with pytest.raises(
         TooManyErrors, match=r"failed, more than .* NullPrompt .* in\.jsonl:1:0: "
     ) as stop:
