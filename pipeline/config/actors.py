@@ -58,7 +58,8 @@ class ActorsConfig(Section):
         default=None,
         gt=0,
         description="Memory for keys and values, in GB. `null`: half of what is free when the "
-        "models are loaded. Set it where several actors share a node.",
+        "models are loaded, or, where several actors fit a node, an actor's share of that: by its "
+        "cores, or by its part of a GPU.",
     )
     units_in_flight: int | None = Field(
         default=None,
@@ -109,6 +110,13 @@ class ActorsConfig(Section):
     def cores(self) -> float:
         """`num_cpus`, or the least that null may stand for."""
         return self.num_cpus or 1.0
+
+    def memory_share(self, node_cores: float) -> float:
+        """The part of a node's memory, or a GPU's, that is an actor's, on a node of so many cores.
+
+        With an actor of that size in every other place, too, all together have what there is.
+        """
+        return min(1.0, self.num_gpus or self.cores / node_cores)
 
     def on(self, nodes: Sequence[float]) -> ActorsConfig:
         """These settings with `num_cpus` filled in, for nodes of so many cores."""

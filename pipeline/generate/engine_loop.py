@@ -32,6 +32,7 @@ _ENGINE_COUNTS = (
     "target_tokens",
     "draft_tokens",
     "shared_tokens",
+    "preempted",
 )
 """The engine's statistics that are kept with each unit."""
 

@@ -6,6 +6,7 @@ What needs torch is imported where it is used: the driver of a job imports this 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -89,12 +90,17 @@ def make_engine(job: JobConfig, pair: Any, head: Any) -> Any:
         head: its acceptance head, if it has one.
     """
     from pipeline.texts import Texts
+    from specdec.engine.admission import free_memory
     from specdec.engine.engine import Engine
     from specdec.loading.grammars import ModelGrammars
     from specdec.policies.registry import make_policy
 
     speculation, actors = job.speculation, job.actors
-    memory = actors.kv_memory_gb
+    if actors.kv_memory_gb:
+        memory = int(actors.kv_memory_gb * 1e9)
+    else:
+        share = actors.memory_share(os.cpu_count() or 1)
+        memory = int(share * free_memory(pair.target.device)) // 2
     return Engine(
         pair,
         policy=make_policy(
@@ -108,7 +114,7 @@ def make_engine(job: JobConfig, pair: Any, head: Any) -> Any:
         ),
         verification=speculation.verification,
         slots=actors.slots,
-        kv_memory_bytes=int(memory * 1e9) if memory else None,
+        kv_memory_bytes=memory,
         decode=Texts(pair.tokenizer).decode,
         grammars=ModelGrammars(pair.tokenizer, pair.vocab_size, pair.eos_token_ids),
         control_share=speculation.control_share if speculation.policy != "none" else 0.0,

@@ -1,15 +1,18 @@
-"""What a request must be to get a slot."""
+"""What a request must be to get a slot, and what memory there is for its keys and values."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Protocol
 
+import psutil
+import torch
+
 from specdec.engine.ending import Decode, StopSearch
 from specdec.engine.scheduler import LiveRow
 from specdec.lossless.grammars import Grammars
-from specdec.model.cache import round_to_blocks
 from specdec.model.decoder import PackedDecoder
+from specdec.model.pages import PAGE, pages_of
 from specdec.request import InvalidRequest, Request, SamplingParams
 
 
@@ -24,10 +27,17 @@ class Pair(Protocol):
     eos_token_ids: frozenset[int]
 
 
+def free_memory(device: torch.device) -> int:
+    """Free bytes on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
 def row_of(
     request: Request,
     pair: Pair,
-    max_positions: int,
+    pages: int,
     decode: Decode | None,
     grammars: Grammars | None,
 ) -> LiveRow:
@@ -36,7 +46,7 @@ def row_of(
     Args:
         request: as submitted.
         pair: the models.
-        max_positions: most cache positions of all rows.
+        pages: of each cache.
         decode: token ids to text, which stop strings need.
         grammars: makes matchers, which grammars need.
 
@@ -65,10 +75,10 @@ def row_of(
     least = min(request.sampling.min_tokens, room)
     sampling = replace(request.sampling, max_new_tokens=room, min_tokens=least)
     row = LiveRow(request, sampling, list(request.prompt_ids), prompt)
-    if round_to_blocks(row.need) > max_positions:
+    if pages_of(row.need) > pages:
         raise InvalidRequest(
             f"prompt and max_new_tokens need {row.need} cache positions, but the memory for "
-            f"keys and values holds {max_positions}"
+            f"keys and values holds {pages * PAGE}"
         )
     if request.sampling.stop and decode is not None:
         row.stops = StopSearch(request.sampling.stop, request.prompt_ids, decode)

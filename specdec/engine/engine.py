@@ -15,12 +15,11 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
-import psutil
 import torch
 
 from specdec.drafters.base import Drafter
 from specdec.drafters.model import ModelDrafter
-from specdec.engine.admission import Pair, row_of
+from specdec.engine.admission import Pair, free_memory, row_of
 from specdec.engine.asked import AskedFor
 from specdec.engine.draft_loop import DraftLoop
 from specdec.engine.ending import Decode, Ending, failure, find_ending
@@ -34,7 +33,8 @@ from specdec.lossless.verification import MODES, Proposal
 from specdec.measure.clock import PhaseClock, RoundTimer
 from specdec.measure.speedup import ControlSchedule
 from specdec.model.packing import GRID_TOKENS
-from specdec.model.prefill import feed_shared
+from specdec.model.pages import PAGE
+from specdec.model.prefill import feed_again, feed_shared
 from specdec.model.rows import upload
 from specdec.model.sharing import LEAST_SHARED, SharedCaches
 from specdec.policies.base import RoundOutcome, RoundStart, StopPolicy
@@ -95,9 +95,11 @@ class Engine:
         self.drafter = self._new_drafter()
         caches = [self.target_cache, *([self.drafter.cache] if self.drafter else [])]
         self.shared = SharedCaches(caches, self.prefill_chunk if invariant else 1, least_shared)
-        memory = kv_memory_bytes or _free_memory(self.device) // 2
-        positions = memory // sum(cache.bytes_per_position for cache in caches)
-        self.scheduler = Scheduler(self.shared, slots, positions)
+        memory = kv_memory_bytes or free_memory(self.device) // 2
+        page = PAGE * sum(cache.bytes_per_position for cache in caches)
+        pages = max(0, memory // page - 1)  # one is nobody's
+        ahead = policy.most if self.drafter else 0
+        self.scheduler = Scheduler(self.shared, slots, pages, pair.context_length, ahead)
         # What waits for a moment in which nothing else does: see `_catch_up`.
         self._outcome: RoundOutcome | None = None
         self._ended: list[tuple[LiveRow, Ending, float]] = []
@@ -126,8 +128,8 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request. One that cannot be served comes back from `step` as an error."""
         try:
-            most = self.scheduler.max_positions
-            row = row_of(request, self.pair, most, self.decode, self.grammars)
+            pages = self.scheduler.pages
+            row = row_of(request, self.pair, pages, self.decode, self.grammars)
             self.scheduler.queue.append(row)
         except InvalidRequest as error:
             prompt = len(request.prompt_ids)
@@ -210,12 +212,14 @@ class Engine:
         if not rows:
             return None
         with timer.apart() as lap, self.clock.phase({"prefill": 1.0}):
-            slots, chunk = range(len(rows)), self.prefill_chunk
-            fed = feed_shared(self.pair.target, self.target_cache, self.shared, rows, slots, chunk)
+            target, cache, chunk = self.pair.target, self.target_cache, self.prefill_chunk
+            fed = feed_shared(target, cache, self.shared, rows, range(len(rows)), chunk)
+            fed += feed_again(target, cache, rows, chunk)
         if fed:
             self.stats.count_target(fed)
             self.stats.speedup.book_mixed(lap.seconds, lap.seconds, 0)
         self.stats.shared_tokens = self.shared.taken_over
+        self.stats.preempted = self.scheduler.preempted
         return self._begin(rows, timer)
 
     def _begin(self, rows: list[LiveRow], timer: RoundTimer) -> Round:
@@ -243,6 +247,7 @@ class Engine:
         # A longer row would leave the grid, whose kernels are what makes bits repeat.
         most = GRID_TOKENS - 1 if self.pair.target.invariant else self.pair.context_length
         left = row.sampling.max_new_tokens - row.generated - 1  # the bonus token takes one
+        most = min(most, self.scheduler.ahead)  # it has pages for no more
         return max(0, min(left, self.drafter.context_length - len(row.tokens), most))
 
     def _draft_pending(self, rows: list[LiveRow]) -> list[int]:
@@ -341,9 +346,10 @@ class Engine:
         self.stats.counts.add(counts)
         self.stats.outcomes[verified, accepted] += 1
         # What is not finite may lie in the prompt: a row that failed leaves nothing in its slot.
-        self.shared.rollback(slot, 0 if over else len(row.tokens) - 1)
+        length = 0 if over else len(row.tokens) - 1
         if failed or slot in this.infected:
-            self.shared.scrub(slot)
+            self.shared.scrub(slot, length)
+        self.shared.rollback(slot, length)
         return ending
 
     def _catch_up(self) -> None:
@@ -358,10 +364,3 @@ class Engine:
         outcome, self._outcome = self._outcome, None
         if outcome is not None:
             self.policy.observe(outcome)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Free bytes on the device that holds the caches."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)

@@ -21,6 +21,7 @@ class EngineStats:
         target_forwards, draft_forwards, target_tokens, draft_tokens: forwards and tokens through
             each.
         shared_tokens: prompt tokens that the target did not compute, since another row had.
+        preempted: how often a row was sent back to the queue for want of cache pages.
         seconds: by phase: profile, prefill, draft, decide (the policy, between draft steps),
             verify, sample, host; control: target forwards of control rounds; warmup: recording
             forwards of new sizes on a GPU.
@@ -36,6 +37,7 @@ class EngineStats:
     target_tokens: int = 0
     draft_tokens: int = 0
     shared_tokens: int = 0
+    preempted: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     speedup: SpeedupMeter = field(default_factory=SpeedupMeter)
     outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "numbers.h"
+#include "pages.h"
 
 struct Row {
     i64 begin, count, slot, start;  // packed tokens [begin, begin + count), from position start
@@ -25,15 +26,19 @@ struct Item {
     i64 kv_head, first, last;
 };
 
-// out[j][p] = q[j] . key[p] for J queries and P positions.
+// Positions that memory is asked for in advance.
+static constexpr i64 AHEAD = 8;
+
+// out[j][p] = q[j] . key[p] for J queries and P positions; `ahead` is what will be read soon.
 template <int J, int P, typename T>
-static inline void dots(const float* q, const T* key, i64 dim, float* out, i64 stride) {
+static inline void dots(const float* q, const T* key, const T* ahead, i64 dim, float* out,
+                        i64 stride) {
     vec sums[J][P] = {};
     for (i64 d = 0; d < dim; d += LANES) {
         vec k[P];
         for (int p = 0; p < P; p++) {
             k[p] = load(key + p * dim + d);
-            __builtin_prefetch(key + (p + 2 * P) * dim + d);
+            __builtin_prefetch(ahead + p * dim + d);
         }
         for (int j = 0; j < J; j++) {
             const vec x = load(q + j * dim + d);
@@ -44,17 +49,19 @@ static inline void dots(const float* q, const T* key, i64 dim, float* out, i64 s
         for (int p = 0; p < P; p++) out[j * stride + p] = total(sums[j][p]);
 }
 
-// sums[j] += weights[j][l] * values[l] over positions l, for J queries and C vectors of a head.
+// sums[j] += weights[j][l] * values[l] over n positions l, for J queries and C vectors of a head;
+// `next` is what follows these values.
 template <int J, int C, typename T>
-static inline void mix(const float* weights, i64 stride, const T* values, i64 low, i64 high,
+static inline void mix(const float* weights, i64 stride, const T* values, const T* next, i64 n,
                        i64 dim, float* sums) {
     vec acc[J][C];
     for (int j = 0; j < J; j++) std::memcpy(acc[j], sums + j * dim, sizeof acc[j]);
-    for (i64 l = low; l < high; l++) {
+    for (i64 l = 0; l < n; l++) {
         vec v[C];
+        const T* ahead = (l + AHEAD < n ? values : next - n * dim) + (l + AHEAD) * dim;
         for (int c = 0; c < C; c++) {
             v[c] = load(values + l * dim + c * LANES);
-            __builtin_prefetch(values + (l + 8) * dim + c * LANES);
+            __builtin_prefetch(ahead + c * LANES);
         }
         for (int j = 0; j < J; j++)
             for (int c = 0; c < C; c++)
@@ -62,9 +69,6 @@ static inline void mix(const float* weights, i64 stride, const T* values, i64 lo
     }
     for (int j = 0; j < J; j++) std::memcpy(sums + j * dim, acc[j], sizeof acc[j]);
 }
-
-// Positions whose values are read in one go: those of a wide head in several passes, out of cache.
-static constexpr i64 NEAR = 64;
 
 template <int N>
 using Number = std::integral_constant<int, N>;
@@ -82,8 +86,8 @@ static inline void by_queries(i64 n, F f) {
 // Head sizes are multiples of 16.
 template <typename T>
 static void attend(const T* query, i64 token_stride, i64 head_stride, const T* keys,
-                   const T* values, const Row* rows, i64 n_rows, i64 kv_heads, i64 group,
-                   i64 capacity, i64 key_dim, i64 value_dim, i64 window, float scale, T* out) {
+                   const T* values, Pages pages, const Row* rows, i64 n_rows, i64 kv_heads,
+                   i64 group, i64 key_dim, i64 value_dim, i64 window, float scale, T* out) {
     i64 queries = 0, work = 0;
     for (i64 r = 0; r < n_rows; r++) {
         queries += rows[r].count * group * kv_heads;
@@ -105,8 +109,6 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
             const Item& item = items[at];
             const Row& row = *item.row;
             const i64 n = item.last - item.first;
-            const i64 plane = (row.slot * kv_heads + item.kv_head) * capacity;
-            const T *key = keys + plane * key_dim, *value = values + plane * value_dim;
             // The queries attend from where the first may look back to, up to the last.
             const i64 earliest = row.start + item.first / group + 1;
             const i64 low = window ? std::max<i64>(0, earliest - window) : 0;
@@ -121,12 +123,23 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
             }
             by_queries(n, [&](auto count, i64 j) {
                 constexpr int J = count, P = 4;
-                float* to = &scores[j * stride];
-                i64 l = low;
-                for (; l + P <= high; l += P)
-                    dots<J, P>(&q[j * key_dim], key + l * key_dim, key_dim, to + l - low, stride);
-                for (; l < high; l++)
-                    dots<J, 1>(&q[j * key_dim], key + l * key_dim, key_dim, to + l - low, stride);
+                pages.each(row.slot, low, high, kv_heads, item.kv_head, [&](i64 l, i64 end, i64 at,
+                                                                            i64 next) {
+                    // Position l is at here + l, or at there + l behind the end of the page.
+                    const T *here = keys + (at - l) * key_dim, *there = keys + (next - end) * key_dim;
+                    for (; l < end;) {
+                        const T* ahead = (l + AHEAD < end ? here : there) + (l + AHEAD) * key_dim;
+                        const T* key = here + l * key_dim;
+                        float* to = &scores[j * stride + l - low];
+                        if (l + P <= end) {
+                            dots<J, P>(&q[j * key_dim], key, ahead, key_dim, to, stride);
+                            l += P;
+                        } else {
+                            dots<J, 1>(&q[j * key_dim], key, ahead, key_dim, to, stride);
+                            l++;
+                        }
+                    }
+                });
             });
             for (i64 j = 0; j < n; j++) {
                 const i64 to = row.start + (item.first + j) / group + 1;
@@ -145,17 +158,19 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
             }
             by_queries(n, [&](auto count, i64 j) {
                 constexpr int J = count, C = 4;
-                const float* weights = &scores[j * stride] - low;
                 float* to = &sums[j * value_dim];
                 std::fill(to, to + J * value_dim, 0.0f);
-                for (i64 l = low; l < high; l += NEAR) {
-                    const i64 end = std::min(l + NEAR, high);
+                pages.each(row.slot, low, high, kv_heads, item.kv_head, [&](i64 l, i64 end, i64 at,
+                                                                            i64 next) {
+                    const float* weights = &scores[j * stride + l - low];
+                    const T *value = values + at * value_dim, *more = values + next * value_dim;
+                    const i64 m = end - l;
                     i64 d = 0;
                     for (; d + C * LANES <= value_dim; d += C * LANES)
-                        mix<J, C>(weights, stride, value + d, l, end, value_dim, to + d);
+                        mix<J, C>(weights, stride, value + d, more + d, m, value_dim, to + d);
                     for (; d < value_dim; d += LANES)
-                        mix<J, 1>(weights, stride, value + d, l, end, value_dim, to + d);
-                }
+                        mix<J, 1>(weights, stride, value + d, more + d, m, value_dim, to + d);
+                });
             });
             for (i64 j = 0; j < n; j++) {
                 const i64 token = row.begin + (item.first + j) / group;

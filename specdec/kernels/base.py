@@ -28,6 +28,7 @@ class LayerKernels(Protocol):
         query: Tensor,
         keys: Tensor,
         values: Tensor,
+        table: Tensor,
         rows: Tensor,
         scale: float,
         window: int | None,
@@ -37,7 +38,8 @@ class LayerKernels(Protocol):
 
         Args:
             query: [N, H, D] with D contiguous.
-            keys: [slots, Hkv, capacity, D]; values: [slots, Hkv, capacity, Dv].
+            keys: [pages, Hkv, PAGE, D]; values: [pages, Hkv, PAGE, Dv].
+            table: int64 [slots, width], the pages of each slot.
             rows: int64 [R, 4]: first packed token, number of tokens, slot, position of the first.
                 A row may have no tokens.
             scale: of the scores.
@@ -59,6 +61,7 @@ class LayerKernels(Protocol):
         norms: tuple[Tensor, Tensor, float] | None,
         keys: Tensor,
         values: Tensor,
+        table: Tensor,
         slots: Tensor,
         positions: Tensor,
     ) -> None:
@@ -68,6 +71,7 @@ class LayerKernels(Protocol):
             heads: [N, H + 2 Hkv, D], changed in place.
             cos, sin: [N, D], the same numbers in both halves.
             norms: weights [D] of a norm of queries and one of keys, and their epsilon.
-            keys, values: a layer's cache, [slots, Hkv, capacity, D].
+            keys, values: a layer's cache, [pages, Hkv, PAGE, D].
+            table: int64 [slots, width], the pages of each slot.
             slots, positions: int64 [N].
         """

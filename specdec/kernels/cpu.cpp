@@ -12,9 +12,11 @@
 
 #define EXPORT(T, NAME)                                                                           \
     extern "C" void attend_##NAME(const T* q, i64 ts, i64 hs, const T* k, const T* v,             \
-                                  const Row* rows, i64 n, i64 kv, i64 group, i64 capacity,        \
-                                  i64 kd, i64 vd, i64 window, float scale, T* out) {              \
-        attend<T>(q, ts, hs, k, v, rows, n, kv, group, capacity, kd, vd, window, scale, out);     \
+                                  const i64* table, i64 table_width, const Row* rows, i64 n,      \
+                                  i64 kv, i64 group, i64 kd, i64 vd, i64 window, float scale,     \
+                                  T* out) {                                                       \
+        attend<T>(q, ts, hs, k, v, {table, table_width}, rows, n, kv, group, kd, vd, window,      \
+                  scale, out);                                                                    \
     }                                                                                             \
     extern "C" void add_norm_##NAME(T* x, const T* y, const T* w, T* out, i64 n, i64 width,       \
                                     float eps) {                                                  \
@@ -25,10 +27,10 @@
     }                                                                                             \
     extern "C" void rotate_and_store_##NAME(                                                      \
         T* heads, const T* cos, const T* sin, const T* qn, const T* kn, float eps, T* keys,       \
-        T* values, const i64* slots, const i64* positions, i64 n, i64 q, i64 kv, i64 dim,         \
-        i64 capacity) {                                                                           \
-        rotate_and_store<T>(heads, cos, sin, qn, kn, eps, keys, values, slots, positions, n, q,   \
-                            kv, dim, capacity);                                                   \
+        T* values, const i64* table, i64 table_width, const i64* slots, const i64* positions,     \
+        i64 n, i64 q, i64 kv, i64 dim) {                                                          \
+        rotate_and_store<T>(heads, cos, sin, qn, kn, eps, keys, values, {table, table_width},     \
+                            slots, positions, n, q, kv, dim);                                     \
     }                                                                                             \
     extern "C" void scale_rows_##NAME(const T* x, float* out, float* largest, i64 n, i64 width) { \
         scale_rows<T>(x, out, largest, n, width);                                                 \

@@ -17,13 +17,13 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 # The arguments of each function, in cpu.cpp's order.
 _ATTEND = [
-    *[c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
-    *[c_int64] * 7,
+    *[c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p],
+    *[c_int64] * 6,
     *[c_float, c_void_p],
 ]
 _ADD_NORM = [*[c_void_p] * 4, c_int64, c_int64, c_float]
 _GATE = [c_void_p, c_void_p, c_int64, c_int64]
-_ROTATE = [*[c_void_p] * 5, c_float, *[c_void_p] * 4, *[c_int64] * 5]
+_ROTATE = [*[c_void_p] * 5, c_float, *[c_void_p] * 3, c_int64, *[c_void_p] * 2, *[c_int64] * 4]
 _SCALE = [*[c_void_p] * 3, c_int64, c_int64]
 _ARGMAX = [c_void_p, c_int64, c_void_p, *[c_int64] * 2]
 _TOKEN_SIGNALS = [c_void_p, c_int64, *[c_void_p] * 2, *[c_int64] * 4]
@@ -61,16 +61,17 @@ class CpuKernels(LayerKernels):
         query: Tensor,
         keys: Tensor,
         values: Tensor,
+        table: Tensor,
         rows: Tensor,
         scale: float,
         window: int | None,
         out: Tensor,
     ) -> None:
-        _, kv_heads, capacity, dim = keys.shape
+        _, kv_heads, _, dim = keys.shape
         self._attend(
             query.data_ptr(), query.stride(0), query.stride(1),
-            keys.data_ptr(), values.data_ptr(), rows.data_ptr(), len(rows),
-            kv_heads, query.shape[1] // kv_heads, capacity, dim, values.shape[3],
+            keys.data_ptr(), values.data_ptr(), table.data_ptr(), table.shape[1],
+            rows.data_ptr(), len(rows), kv_heads, query.shape[1] // kv_heads, dim, values.shape[3],
             window or 0, scale, out.data_ptr(),
         )  # fmt: skip
 
@@ -96,18 +97,19 @@ class CpuKernels(LayerKernels):
         norms: tuple[Tensor, Tensor, float] | None,
         keys: Tensor,
         values: Tensor,
+        table: Tensor,
         slots: Tensor,
         positions: Tensor,
     ) -> None:
         n, all_heads, dim = heads.shape
-        kv_heads, capacity = keys.shape[1], keys.shape[2]
+        kv_heads = keys.shape[1]
         query_norm, key_norm, eps = norms or (None, None, 0.0)
         self._rotate_and_store(
             heads.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             query_norm.data_ptr() if query_norm is not None else None,
             key_norm.data_ptr() if key_norm is not None else None, eps,
-            keys.data_ptr(), values.data_ptr(), slots.data_ptr(), positions.data_ptr(),
-            n, all_heads - 2 * kv_heads, kv_heads, dim, capacity,
+            keys.data_ptr(), values.data_ptr(), table.data_ptr(), table.shape[1],
+            slots.data_ptr(), positions.data_ptr(), n, all_heads - 2 * kv_heads, kv_heads, dim,
         )  # fmt: skip
 
     def scale_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:

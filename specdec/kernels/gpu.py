@@ -65,13 +65,14 @@ class GpuKernels(LayerKernels):
         query: Tensor,
         keys: Tensor,
         values: Tensor,
+        table: Tensor,
         rows: Tensor,
         scale: float,
         window: int | None,
         out: Tensor,
     ) -> None:
         # What comes out for a token depends on R, but not on the other tokens.
-        _, kv_heads, capacity, dim = keys.shape
+        _, kv_heads, page, dim = keys.shape
         n, heads, _ = query.shape
         value_dim, group = values.shape[3], heads // kv_heads
         splits = 1
@@ -81,8 +82,8 @@ class GpuKernels(LayerKernels):
         mixed = query.new_empty(n, heads, splits, value_dim, dtype=torch.float32)
         sums = query.new_empty(n, heads, splits, 2, dtype=torch.float32)
         _attend[(len(rows), kv_heads, splits)](
-            query, query.stride(0), query.stride(1), keys, values, rows,
-            scale, window or 1 << 30, mixed, sums, capacity,
+            query, query.stride(0), query.stride(1), keys, values, table, table.shape[1], rows,
+            scale, window or 1 << 30, mixed, sums, PAGE=page,
             HEADS=heads, KV_HEADS=kv_heads, GROUP=group, DIM=dim, VALUE_DIM=value_dim,
             BLOCK=max(LEAST_DOT, triton.next_power_of_2(ROW_TOKENS * group)),
             DIM_BLOCK=triton.next_power_of_2(dim), VALUE_BLOCK=triton.next_power_of_2(value_dim),
@@ -116,15 +117,16 @@ class GpuKernels(LayerKernels):
         norms: tuple[Tensor, Tensor, float] | None,
         keys: Tensor,
         values: Tensor,
+        table: Tensor,
         slots: Tensor,
         positions: Tensor,
     ) -> None:
         n, all_heads, dim = heads.shape
-        kv_heads, capacity = keys.shape[1], keys.shape[2]
+        kv_heads, page = keys.shape[1], keys.shape[2]
         query_norm, key_norm, eps = norms or (cos, cos, 0.0)
         _rotate_and_store[(n, all_heads)](
             heads, cos, sin, query_norm, key_norm, eps,
-            keys, values, slots, positions, capacity,
+            keys, values, table, table.shape[1], slots, positions, PAGE=page,
             ALL_HEADS=all_heads, KV_HEADS=kv_heads, DIM=dim,
             HALF_BLOCK=triton.next_power_of_2(dim // 2), NORMS=norms is not None,
         )  # fmt: skip
@@ -137,8 +139,8 @@ def _processors(device: torch.device) -> int:
 
 @triton.jit
 def _attend(
-    query, token_stride, head_stride, keys, values, rows,
-    scale, window, mixed, sums, capacity,
+    query, token_stride, head_stride, keys, values, table, width, rows,
+    scale, window, mixed, sums, PAGE: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
@@ -167,14 +169,15 @@ def _attend(
         + dims[None, :],
         mask=ours[:, None] & (dims < DIM)[None, :], other=0.0,
     )  # fmt: skip
-    place = (slot * KV_HEADS + kv_head) * capacity
     top = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     found = tl.zeros([BLOCK, VALUE_BLOCK], tl.float32)
     for start in range(block * KEYS, end, SPLITS * KEYS):
         at = start + steps
+        page = tl.load(table + slot * width + at // PAGE, mask=at < end, other=0)
+        place = (page * KV_HEADS + kv_head) * PAGE + at % PAGE
         k = tl.load(
-            keys + (place + at)[None, :] * DIM + dims[:, None],
+            keys + place[None, :] * DIM + dims[:, None],
             mask=(at < end)[None, :] & (dims < DIM)[:, None], other=0.0,
         )  # fmt: skip
         seen = (at[None, :] <= last) & (at[None, :] > last - window)
@@ -184,7 +187,7 @@ def _attend(
         weights = tl.exp(scores - higher[:, None])
         fade = tl.exp(top - higher)
         v = tl.load(
-            values + (place + at)[:, None] * VALUE_DIM + value_dims[None, :],
+            values + place[:, None] * VALUE_DIM + value_dims[None, :],
             mask=(at < end)[:, None] & (value_dims < VALUE_DIM)[None, :], other=0.0,
         )  # fmt: skip
         found = found * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
@@ -255,7 +258,7 @@ def _gate(gate_up, out, width, BLOCK: tl.constexpr):
 @triton.jit
 def _rotate_and_store(
     heads, cos, sin, query_norm, key_norm, eps,
-    keys, values, slots, positions, capacity,
+    keys, values, table, width, slots, positions, PAGE: tl.constexpr,
     ALL_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
     HALF_BLOCK: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
@@ -270,9 +273,10 @@ def _rotate_and_store(
     low = tl.load(own + dims, mask=inside, other=0.0)
     high = tl.load(own + HALF + dims, mask=inside, other=0.0)
     kind = low.dtype
-    slot, position = tl.load(slots + token), tl.load(positions + token)
+    position = tl.load(positions + token)
+    page = tl.load(table + tl.load(slots + token) * width + position // PAGE)
     if head >= FIRST_VALUE:
-        place = ((slot * KV_HEADS + head - FIRST_VALUE) * capacity + position) * DIM
+        place = ((page * KV_HEADS + head - FIRST_VALUE) * PAGE + position % PAGE) * DIM
         tl.store(values + place + dims, low, mask=inside)
         tl.store(values + place + HALF + dims, high, mask=inside)
     else:
@@ -291,6 +295,6 @@ def _rotate_and_store(
             tl.store(own + dims, turned_low.to(kind), mask=inside)
             tl.store(own + HALF + dims, turned_high.to(kind), mask=inside)
         else:
-            place = ((slot * KV_HEADS + head - FIRST_KEY) * capacity + position) * DIM
+            place = ((page * KV_HEADS + head - FIRST_KEY) * PAGE + position % PAGE) * DIM
             tl.store(keys + place + dims, turned_low.to(kind), mask=inside)
             tl.store(keys + place + HALF + dims, turned_high.to(kind), mask=inside)

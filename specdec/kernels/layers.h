@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "numbers.h"
+#include "pages.h"
 
 // The reciprocal root mean square of `width` numbers.
 static inline float inverse_rms(const float* x, i64 width, float eps) {
@@ -55,9 +56,9 @@ static void gate(const T* gate_up, T* out, i64 n, i64 width) {
 // are weights for it. cos and sin are [n, dim]; each angle stands there twice.
 template <typename T>
 static void rotate_and_store(T* heads, const T* cos, const T* sin, const T* query_norm,
-                             const T* key_norm, float eps, T* keys, T* values, const i64* slots,
-                             const i64* positions, i64 n, i64 query_heads, i64 kv_heads, i64 dim,
-                             i64 capacity) {
+                             const T* key_norm, float eps, T* keys, T* values, Pages pages,
+                             const i64* slots, const i64* positions, i64 n, i64 query_heads,
+                             i64 kv_heads, i64 dim) {
     const i64 half = dim / 2, all = query_heads + 2 * kv_heads;
 #pragma omp parallel if (n * all * dim > SERIAL)
     {
@@ -76,8 +77,7 @@ static void rotate_and_store(T* heads, const T* cos, const T* sin, const T* quer
                 }
                 T* to = head;
                 if (is_key) {
-                    const i64 plane = slots[i] * kv_heads + h - query_heads;
-                    to = keys + (plane * capacity + positions[i]) * dim;
+                    to = keys + dim * pages.place(slots[i], positions[i], kv_heads, h - query_heads);
                 }
                 const float *low = x.data(), *high = low + half;
 #pragma omp simd
@@ -89,7 +89,7 @@ static void rotate_and_store(T* heads, const T* cos, const T* sin, const T* quer
             for (i64 h = 0; h < kv_heads; h++) {
                 const T* from = heads + (i * all + query_heads + kv_heads + h) * dim;
                 std::copy(from, from + dim,
-                          values + ((slots[i] * kv_heads + h) * capacity + positions[i]) * dim);
+                          values + dim * pages.place(slots[i], positions[i], kv_heads, h));
             }
         }
     }

@@ -83,7 +83,7 @@ def attend(
     Returns:
         [N, H, Dv].
     """
-    packing.cache.write(layer, key, value, packing.slots, packing.positions)
+    packing.cache.write(layer, key, value, packing.places)
     return attend_stored(packing, layer, query, scoring)
 
 
@@ -98,7 +98,9 @@ def attend_stored(packing: Packing, layer: int, query: Tensor, scoring: Scoring)
     out = query.new_empty(*query.shape[:2], values.shape[3])
     if kernels is not None and len(packing.short_rows):
         query = query if query.stride(-1) == 1 else query.contiguous()
-        kernels.attend(query, keys, values, packing.short_rows, scoring.scale, layout.window, out)
+        kernels.attend(
+            query, keys, values, cache.table, packing.short_rows, scoring.scale, layout.window, out
+        )
     elif packing.short:
         grid = packing.grid
         out[grid.short_tokens] = grid.attend(query, cache, layer, scoring)
@@ -117,8 +119,7 @@ def _long_row(
     """Attention of one long row: [n, H, Dv] from packed queries [N, H, D]."""
     cache, n = packing.cache, row.tokens
     q = queries[row.begin : row.begin + n].transpose(0, 1)[None]
-    keys = cache.keys[layer][row.slot, None, :, : row.start + n]
-    values = cache.values[layer][row.slot, None, :, : row.start + n]
+    keys, values = cache.read(layer, slice(row.slot, row.slot + 1), row.start + n)
     layout, mask = cache.layout[layer], None
     if row.start or layout.window is not None or not scoring.plain:
         at = torch.arange(row.start, row.start + n, device=q.device)[:, None]

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from specdec.kernels.base import LayerKernels
 from specdec.kernels.choose import layer_kernels
+from specdec.model.pages import PAGE, Pages, pages_of
+from specdec.model.rows import Row, upload
 
 KEY_BLOCK = 128
-"""Capacities, and the lengths that batch-invariant attention reads, are multiples of this.
+"""The lengths that batch-invariant attention reads, and a table's, are multiples of this.
 
-Raised, caches grow less often, and short rows pay for more positions that are empty.
+Raised, short rows pay for more positions that are empty.
 """
 
 
@@ -52,20 +54,21 @@ def round_to_blocks(positions: int) -> int:
 
 
 class SlotCache:
-    """A rectangle of `slots` x `capacity` positions per layer, with the length of each slot.
+    """Slots of up to `capacity` positions, over pages that they share (specdec/model/pages.py).
 
-    Live rows occupy slots 0..n-1 without holes (the engine moves the last row into a hole), so
-    attention reads the rectangle as a view and never gathers a slot. Unwritten positions are finite
-    (zero or stale, see `scrub`) and masked.
+    Live rows occupy slots 0..n-1 without holes (the engine moves the last row into a hole).
+    Positions behind a row's tokens are finite (zero or stale, see `scrub`) and masked.
 
     Attributes:
-        lengths: per slot, how many positions hold the tokens of its row, or of the row that left it
-            last.
-        keys, values: per layer, [slots, heads, capacity, dim].
+        lengths: per slot, how many positions hold the tokens of its row.
+        pages: which pages each slot has.
+        table: int64 [slots, capacity / PAGE], the same on the device, once `extend` returns.
+        keys, values: per layer, [1 + pages, heads, PAGE, dim].
         generation: how often these tensors were replaced by others: what remembers their addresses
             is out of date when this changes.
 
     Args:
+        capacity: most positions of a slot. There are pages for this many in every slot.
         use_kernels: whether hand-written kernels may work on it (specdec/kernels).
     """
 
@@ -80,15 +83,17 @@ class SlotCache:
         use_kernels: bool = True,
     ) -> None:
         self.layout, self.dtype, self.device = layout, dtype, device
-        self.slots, self.capacity = slots, round_to_blocks(capacity)
-        self.lengths = [0] * slots
+        self.capacity, self.lengths = 0, list[int]()
+        self.pages = Pages(0, 0, 0)
+        self.table = torch.zeros(0, 0, dtype=torch.int64, device=device)
         self.keys = [self._zeros(layer.heads, layer.key_dim) for layer in layout]
         self.values = [self._zeros(layer.heads, layer.value_dim) for layer in layout]
-        self.generation = 0
         self._use_kernels = use_kernels
+        self.generation = 0
+        self.grow(slots, capacity)
 
     def _zeros(self, heads: int, dim: int) -> Tensor:
-        shape = (self.slots, heads, self.capacity, dim)
+        shape = (1 + self.pages.total, heads, PAGE, dim)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     @functools.cached_property
@@ -100,53 +105,124 @@ class SlotCache:
         return layer_kernels(self.dtype, self.device, sizes)
 
     @property
+    def slots(self) -> int:
+        """How many slots there are."""
+        return len(self.lengths)
+
+    @property
     def bytes_per_position(self) -> int:
-        """Memory of one position of one slot over all layers, in bytes."""
+        """Memory of one position over all layers, in bytes."""
         numbers = sum(layer.heads * (layer.key_dim + layer.value_dim) for layer in self.layout)
         return numbers * self.dtype.itemsize
 
-    def write(
-        self, layer: int, key: Tensor, value: Tensor, slots: Tensor, positions: Tensor
-    ) -> None:
-        """Store a layer's key and value [n, heads, dim] at (slots[i], positions[i])."""
-        self.keys[layer][slots, :, positions] = key.to(self.dtype)
-        self.values[layer][slots, :, positions] = value.to(self.dtype)
+    def grow(self, slots: int, capacity: int, pages: int | None = None) -> None:
+        """Have at least so many slots, positions in each, and pages, keeping what is there.
+
+        Without `pages` there are as many as all slots can hold.
+        """
+        slots = max(slots, self.slots)
+        self.capacity = max(round_to_blocks(capacity), self.capacity)
+        width, old = self.capacity // PAGE, self.pages.total
+        self.pages.grow(slots, width, max(old, slots * width if pages is None else pages))
+        self.lengths += [0] * (slots - self.slots)
+        if self.pages.total > old or self.table.shape != (slots, width):
+            self.generation += 1
+        if self.table.shape != (slots, width):
+            table = torch.zeros(slots, width, dtype=torch.int64, device=self.device)
+            table[: self.table.shape[0], : self.table.shape[1]] = self.table
+            self.table = table
+        if self.pages.total > old:
+            for tensors in (self.keys, self.values):
+                for layer, tensor in enumerate(tensors):  # one by one: both are there meanwhile
+                    tensors[layer] = self._zeros(tensor.shape[1], tensor.shape[3])
+                    tensors[layer][: 1 + old] = tensor
+
+    def extend(self, rows: Sequence[Row]) -> None:
+        """Give slots pages for the tokens that `rows` append, and the device the table.
+
+        Raises:
+            OutOfPages: there are too few.
+        """
+        for slot, count in rows:
+            self.pages.extend(slot, self.lengths[slot] + count)
+        if changed := self.pages.changed:
+            width = self.table.shape[1]
+            at = [slot * width + place for slot, place in changed]
+            places, pages = upload(self.device, at, list(changed.values()))
+            self.table.view(-1)[places] = pages
+            changed.clear()
+
+    def places(self, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The pages and the places in them of positions in slots, all int64 [n] on the device."""
+        return self.table[slots, positions // PAGE], positions % PAGE
+
+    def write(self, layer: int, key: Tensor, value: Tensor, places: tuple[Tensor, Tensor]) -> None:
+        """Store a layer's key and value [n, heads, dim] at `places`."""
+        pages, within = places
+        self.keys[layer][pages, :, within] = key.to(self.dtype)
+        self.values[layer][pages, :, within] = value.to(self.dtype)
+
+    def read(self, layer: int, slots: slice, positions: int) -> tuple[Tensor, Tensor]:
+        """A copy of a layer's keys and values in the first positions of some slots.
+
+        Returns:
+            [slots, heads, positions, dim] each. What lies behind a row's tokens is finite.
+        """
+        pages = self.table[slots, : pages_of(positions)]
+        keys, values = (
+            tensor[pages].transpose(1, 2).flatten(2, 3)[:, :, :positions]
+            for tensor in (self.keys[layer], self.values[layer])
+        )
+        return keys, values
 
     def rollback(self, slot: int, length: int) -> None:
-        """Forget the tokens of `slot` from position `length` on; a shorter slot stays as it is."""
-        self.lengths[slot] = min(self.lengths[slot], length)
+        """Forget the tokens of `slot` from position `length` on; a shorter slot stays as it is.
 
-    def scrub(self, slot: int) -> None:
-        """Zero what lies behind the tokens of `slot`: NaN there would not stay behind a mask."""
-        n = self.lengths[slot]
-        for tensor in (*self.keys, *self.values):
-            tensor[slot, :, n:] = 0
+        A slot that shares its page at `length` with others forgets the whole page.
+        """
+        self.lengths[slot] = self.pages.own(slot, min(self.lengths[slot], length))
+
+    def scrub(self, slot: int, length: int) -> None:
+        """Zero what `slot` alone has from position `length` on.
+
+        NaN there would not stay behind a mask.
+        """
+        first, within = divmod(length, PAGE)
+        for page in self.pages.alone(slot, first):
+            for tensor in (*self.keys, *self.values):
+                tensor[page, :, within:] = 0
+            within = 0
+
+    def release(self, slot: int) -> None:
+        """Give up all pages of a slot."""
+        self.pages.cut(slot, 0)
+        self.lengths[slot] = 0
 
     def move(self, source: int, target: int) -> None:
-        """Move the row in slot `source` to slot `target`, which it overwrites."""
-        n = self.lengths[source]
-        for tensor in (*self.keys, *self.values):
-            tensor[target, :, :n] = tensor[source, :, :n]
-        self.lengths[target], self.lengths[source] = n, 0
+        """Move the row in slot `source` to slot `target`, which gives up what it has."""
+        self.pages.move(source, target)
+        self.lengths[target], self.lengths[source] = self.lengths[source], 0
 
     def fork(self, source: int, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """Make each of `slots` hold the first tokens of slot `source`, as many as `lengths` says.
 
-        What the slots held is overwritten; `source` must have that many tokens.
+        What the slots held is given up; `source` must have that many tokens. Full pages are shared.
         """
-        for slot, n in zip(slots, lengths, strict=True):
-            for tensor in (*self.keys, *self.values):
-                tensor[slot, :, :n] = tensor[source, :, :n]
-            self.lengths[slot] = n
+        for slot, length in zip(slots, lengths, strict=True):
+            self.adopt(slot, self.pages.rows[source], length)
 
-    def resize(self, slots: int, capacity: int) -> None:
-        """Take another shape in place, layer by layer, keeping what fits of each slot."""
-        kept = min(slots, self.slots)
-        self.slots, self.capacity = slots, round_to_blocks(capacity)
-        self.generation += 1
-        fitting = [min(length, self.capacity) for length in self.lengths[:kept]]
-        self.lengths, n = fitting + [0] * (slots - kept), max(fitting, default=0)
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                tensors[layer] = self._zeros(old.shape[1], old.shape[3])
-                tensors[layer][:kept, :, :n] = old[:kept, :, :n]
+    def adopt(self, slot: int, pages: Sequence[int], length: int) -> None:
+        """Let `slot` hold the first `length` tokens of `pages`.
+
+        It shares all pages but the last, unless that is full: the row will write there, and has a
+        copy of its own.
+        """
+        full, rest = divmod(length, PAGE)
+        self.pages.share(slot, pages[:full])
+        self.lengths[slot] = self.pages.own(slot, full * PAGE)
+        if rest:
+            self.pages.extend(slot, length)
+            own = self.pages.rows[slot][full]
+            for tensor in (*self.keys, *self.values):
+                tensor[own] = tensor[pages[full]]
+        self.lengths[slot] = length

@@ -90,6 +90,9 @@ class PackedDecoder:
             rows: (slot, number of tokens) with distinct slots and at least one token each.
             tokens: int64 [N], the rows' tokens end to end.
 
+        Raises:
+            OutOfPages: the cache has too few for them.
+
         Returns:
             [N, hidden], good until the next call; give the rows that need logits to `logits`.
         """
@@ -104,6 +107,7 @@ class PackedDecoder:
         A GPU records the tail together with the forward. What it returns is good until the next
         call of this size.
         """
+        cache.extend(rows)
         out = self._recorded(cache, rows, tokens, tail)
         if out is None:
             packing = Packing.plan(cache, rows, self.invariant)
@@ -130,6 +134,7 @@ class PackedDecoder:
         recorded = tail if self._records(tail) else HIDDEN
         if self.recordings is not None and self.recordings.lacks(cache, rows, recorded):
             with clock.aside("warmup"):
+                cache.extend(rows)
                 self._recorded(cache, rows, tokens, recorded)
 
     @torch.inference_mode()

@@ -1,6 +1,6 @@
 """Attention of short rows together, on torch's operators: a grid over a range of slots.
 
-Keys and values are a view of the cache, which is what the contiguous range of slots is for. With
+Keys and values of a contiguous range of slots are copied out of their pages, layer by layer. With
 `invariant` every reduction has a shape that does not depend on the batch. Each query token is its
 own batch item, keys come in blocks of KEY_BLOCK that are accumulated in order, and blocks behind a
 row's end add exact zeros.
@@ -105,8 +105,7 @@ class Grid:
         """
         low, high = self.slots
         batch, tokens = high - low, self.tokens
-        keys = cache.keys[layer][low:high, :, : self.keys]  # [B, Hkv, L, D], a view
-        values = cache.values[layer][low:high, :, : self.keys]
+        keys, values = cache.read(layer, slice(low, high), self.keys)  # [B, Hkv, L, D]
         heads, kv_heads = query.shape[1], keys.shape[1]
 
         q = query if self.aligned else query.index_select(0, self.cell_token)

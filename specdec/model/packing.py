@@ -44,6 +44,7 @@ class Packing:
     short_rows: Tensor
     kernels: LayerKernels | None
     _grid: Grid | None = None
+    _places: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def plan(cls, cache: SlotCache, rows: Sequence[Row], invariant: bool) -> Packing:
@@ -75,6 +76,13 @@ class Packing:
     def of_places(cls, cache: SlotCache, places: Tensor, rows: Tensor) -> Packing:
         """That of tokens at places (slot, position) [2, N] in rows [R, 4], which no host reads."""
         return cls(cache, False, places[0], places[1], [], [], rows, cache.kernels)
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Where the tokens are stored, looked up when the first layer asks for it."""
+        if self._places is None:
+            self._places = self.cache.places(self.slots, self.positions)
+        return self._places
 
     @property
     def grid(self) -> Grid:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from specdec.model.cache import SlotCache
 from specdec.model.decoder import PackedDecoder
+from specdec.model.packing import GRID_TOKENS
 from specdec.model.rows import upload
 from specdec.model.sharing import SharedCaches, TokenRow
 
@@ -14,6 +15,8 @@ def feed(
     decoder: PackedDecoder, cache: SlotCache, slot: int, row: TokenRow, length: int, chunk: int
 ) -> list[int]:
     """Feed a row's tokens up to `length`, at most `chunk` in a forward.
+
+    With a batch-invariant model, output is fed in rows as short as those that generated it.
 
     Args:
         decoder: the model.
@@ -28,9 +31,38 @@ def feed(
     """
     forwards = []
     while (fed := cache.lengths[slot]) < length:
-        (tokens,) = upload(cache.device, row.tokens[fed : min(fed + chunk, length)])
+        end = min(fed + chunk, length)
+        if decoder.invariant:
+            end = min(end, row.output_start if fed < row.output_start else fed + GRID_TOKENS)
+        (tokens,) = upload(cache.device, row.tokens[fed:end])
         decoder.forward(cache, [(slot, len(tokens))], tokens)
         forwards.append(len(tokens))
+    return forwards
+
+
+def feed_again(
+    decoder: PackedDecoder,
+    cache: SlotCache,
+    rows: Sequence[TokenRow],
+    chunk: int,
+) -> list[int]:
+    """Feed rows with output all but their last token; only those that were sent back lack more.
+
+    Such a row goes on as if it had stayed: what it draws next is what it would have drawn.
+
+    Args:
+        decoder: the model.
+        cache: its cache.
+        rows: the live rows, by slot.
+        chunk: most tokens of a forward.
+
+    Returns:
+        Tokens of each forward.
+    """
+    forwards = []
+    for slot, row in enumerate(rows):
+        if row.output_start < len(row.tokens) > cache.lengths[slot] + 1:
+            forwards += feed(decoder, cache, slot, row, len(row.tokens) - 1, chunk)
     return forwards
 
 

@@ -1,7 +1,7 @@
 """Rows that begin alike share what they have in common: its keys and values are computed once.
 
-Samples of one prompt, one system prompt, one few-shot block: a row takes over the keys and values
-that another slot holds of the same tokens, be its row in flight or retired and not yet overwritten.
+Samples of one prompt, one system prompt, one few-shot block: a row shares the pages in which
+another slot holds the same tokens, or in which a row that has left held them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from specdec.model.cache import SlotCache
+from specdec.model.pages import PAGE, OutOfPages, pages_of
 
 LEAST_SHARED = 32
 """Fewest tokens that rows share.
@@ -27,10 +28,17 @@ drawn does not depend on who is there.
 
 
 class TokenRow(Protocol):
-    """What sharing looks at of a row: its tokens, of which the first `output_start` are prompt."""
+    """What sharing looks at of a row: its tokens, of which the first `output_start` are prompt.
+
+    A row may have to be computed by itself; then it does not share.
+    """
 
     tokens: list[int]
     output_start: int
+
+    @property
+    def shares(self) -> bool:
+        """Whether it may hold what others computed, and they what it did."""
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -46,8 +54,8 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 class SharedCaches:
     """The caches of all models, and whose tokens each of their slots holds.
 
-    All caches have one shape. They hold the same rows in the same slots, each its own prefix of a
-    row's tokens.
+    They hold the same rows in the same slots, each its own prefix of a row's tokens, and have
+    equally many pages.
 
     Args:
         caches: the target's first.
@@ -56,28 +64,44 @@ class SharedCaches:
         least: fewer tokens than this are not shared.
 
     Attributes:
-        taken_over: positions of the target's cache that were copied, not computed.
+        taken_over: positions of the target's cache that were shared, not computed.
     """
 
     def __init__(
         self, caches: Sequence[SlotCache], grain: int = 1, least: int = LEAST_SHARED
     ) -> None:
         self.caches, self.grain, self.least, self.taken_over = caches, grain, least, 0
-        # Of each slot its row, or the one that left it last: its tokens are there still.
-        self._owners: list[TokenRow | None] = []
+        self._owners: list[TokenRow | None] = []  # by slot
 
-    def place(self, row: TokenRow, slot: int) -> None:
-        """Give a slot to a row, with what the slot, or a better one, holds of its tokens."""
-        before, self._owners[slot] = self._owners[slot], row
-        for cache in self.caches:
-            cache.rollback(slot, self.common(cache, row, before) if before is not None else 0)
-            if cache.lengths[slot] < self.least:
-                cache.rollback(slot, 0)
-            self._count(cache, cache.lengths[slot])
-            self.take_over(cache, slot)
+    def place(self, row: TokenRow, slot: int, positions: int) -> bool:
+        """Give an empty slot, and pages for so many positions, to a row if there are enough.
+
+        It begins with what others hold, or have left, of its tokens.
+        """
+        self._owners[slot], before = row, self.taken_over
+        try:
+            for cache in self.caches:
+                pages, length = self._left_behind(cache, row)
+                if length >= self.least:
+                    cache.adopt(slot, pages, length)
+                    self._count(cache, length)
+                self.take_over(cache, slot)
+            placed = self.extend(slot, positions)
+        except OutOfPages:
+            placed = False
+        if not placed:
+            self.taken_over = before
+            self.release(slot)
+        return placed
+
+    def _left_behind(self, cache: SlotCache, row: TokenRow) -> tuple[list[int], int]:
+        """Pages that are found by a row's first tokens, and how many tokens of them to take."""
+        most = self._in_grains(cache, len(row.tokens) - OWN, row) if row.shares else 0
+        pages = cache.pages.find(row.tokens[: max(0, most)])
+        return pages, self._in_grains(cache, len(pages) * PAGE, row)
 
     def take_over(self, cache: SlotCache, slot: int) -> None:
-        """Copy to a slot what another one holds of its row's tokens, if that is much more.
+        """Let a slot share what another one holds of its row's tokens, if that is much more.
 
         Args:
             cache: one of `caches`.
@@ -86,54 +110,103 @@ class SharedCaches:
         row, length = self._owners[slot], cache.lengths[slot]
         if row is None:
             return
-        best, enough = slot, length + self.least
-        if enough > len(row.tokens) - OWN:
-            return
+        source, most = self._best(cache, row, length + self.least)
+        if source is not None:
+            cache.fork(source, [slot], [most])
+            self._count(cache, most - length)
+
+    def _best(self, cache: SlotCache, row: TokenRow, enough: int) -> tuple[int | None, int]:
+        """The slot that holds most of a row's tokens, and how many, if that is `enough`."""
+        best, most = None, enough - 1
         for source, other in enumerate(self._owners):
             # Most of many slots hold too little or begin otherwise; that is quick to see.
-            if other is None or other is row or cache.lengths[source] < enough:
+            if other is None or other is row or cache.lengths[source] <= most:
                 continue
-            if other.tokens[:enough] != row.tokens[:enough]:
+            if other.tokens[:most] != row.tokens[:most]:
                 continue
-            most = min(self.common(cache, row, other), cache.lengths[source])
-            if most >= enough:
-                best, enough = source, most + 1
-        if best != slot:
-            cache.fork(best, [slot], [enough - 1])
-            self._count(cache, enough - 1 - length)
+            n = min(self.common(cache, row, other), cache.lengths[source])
+            if n > most:
+                best, most = source, n
+        return best, most
 
     def common(self, cache: SlotCache, row: TokenRow, other: TokenRow) -> int:
         """How many tokens two rows may share in a cache.
 
         Its last ones are left to each row (`OWN`).
         """
+        if not (row.shares and other.shares):
+            return 0
         most = min(len(row.tokens), len(other.tokens)) - OWN
         n = max(0, min(common_prefix(row.tokens, other.tokens), most))
+        return min(self._in_grains(cache, n, row), self._in_grains(cache, n, other))
+
+    def _in_grains(self, cache: SlotCache, tokens: int, row: TokenRow) -> int:
+        """How many of a row's first tokens others may share."""
         if self.grain == 1 or cache is not self.caches[0]:
-            return n
-        return min(n, row.output_start, other.output_start) // self.grain * self.grain
+            return tokens
+        return min(tokens, row.output_start) // self.grain * self.grain
+
+    def fresh(self, row: TokenRow, positions: int) -> int:
+        """How many unused pages it takes to place a row and hold so many positions of it."""
+        most = 0
+        for cache in self.caches:
+            pages, length = self._left_behind(cache, row)
+            shared = sum(cache.pages.used(page) for page in pages[: length // PAGE])
+            if length < self.least:
+                shared = 0
+            _, alive = self._best(cache, row, self.least)
+            most = max(most, pages_of(positions) - max(shared, alive // PAGE))
+        return most
+
+    def extend(self, slot: int, positions: int) -> bool:
+        """Give a slot pages for so many positions in all caches; whether there are enough."""
+        pools = [cache.pages for cache in self.caches]
+        if any(pool.lacking(slot, positions) > pool.available for pool in pools):
+            return False
+        for pool in pools:
+            pool.extend(slot, positions)
+        return True
+
+    @property
+    def available(self) -> int:
+        """Pages that no slot uses, in the cache that has fewest."""
+        return min(cache.pages.available for cache in self.caches)
+
+    @property
+    def pages(self) -> int:
+        """Pages of each cache."""
+        return self.caches[0].pages.total
 
     def rollback(self, slot: int, length: int) -> None:
         """Forget the tokens of `slot` from position `length` on, in all caches."""
         for cache in self.caches:
             cache.rollback(slot, length)
 
-    def scrub(self, slot: int) -> None:
-        """Zero what lies behind the tokens of `slot`, in all caches."""
+    def scrub(self, slot: int, length: int) -> None:
+        """Zero what `slot` alone holds from position `length` on, in all caches."""
         for cache in self.caches:
-            cache.scrub(slot)
+            cache.scrub(slot, length)
+
+    def release(self, slot: int) -> None:
+        """Take a slot from its row. What it holds stays for others until its pages are needed."""
+        row, self._owners[slot] = self._owners[slot], None
+        assert row is not None, "the slot has a row"
+        for cache in self.caches:
+            n = self._in_grains(cache, cache.lengths[slot], row)
+            cache.pages.publish(slot, row.tokens[:n])
+            cache.release(slot)
 
     def move(self, source: int, target: int) -> None:
-        """Move the row in slot `source` to slot `target`, which it overwrites."""
-        self._owners[target] = self._owners[source]
+        """Move the row in slot `source` to the empty slot `target`."""
+        self._owners[target], self._owners[source] = self._owners[source], None
         for cache in self.caches:
             cache.move(source, target)
 
-    def resize(self, slots: int, capacity: int) -> None:
-        """Take another shape, keeping what fits of each slot."""
+    def grow(self, slots: int, capacity: int, pages: int) -> None:
+        """Have at least so many slots, positions in each, and pages in each cache."""
         for cache in self.caches:
-            cache.resize(slots, capacity)
-        self._owners = [*self._owners, *[None] * slots][:slots]
+            cache.grow(slots, capacity, pages)
+        self._owners += [None] * (slots - len(self._owners))
 
     def _count(self, cache: SlotCache, tokens: int) -> None:
         if cache is self.caches[0]:

@@ -273,6 +273,12 @@ class StopPolicy:
         own: tuple[Field[Any], ...] = fields(cls) if is_dataclass(cls) else ()
         return {each.name: each.metadata["setting"] for each in own if "setting" in each.metadata}
 
+    @property
+    def most(self) -> int:
+        """Most candidates of a row that it asks for: a row has cache pages for so many."""
+        asked: list[int] = [getattr(self, key) for key in ("k", "k_max") if hasattr(self, key)]
+        return max(asked, default=MOST_CANDIDATES)
+
     def prepare(self, target: PackedDecoder, draft: PackedDecoder, slots: int) -> None:
         """Called once before the first round, with the models that will be run."""
 

@@ -190,8 +190,7 @@ class _Recorder:
         example = Example(request.id, request.prompt_ids, text.output_ids)
         tokens = torch.tensor(example.input_ids, device=draft.device)
         need = len(tokens) + self.most
-        if need > self.cache.capacity:
-            self.cache.resize(self.cache.slots, need)
+        self.cache.grow(1 + _BRANCHES, need)
         self.cache.rollback(0, 0)
         states = draft.forward(self.cache, [(0, len(tokens))], tokens)
         states = states[len(request.prompt_ids) - 1 :]

@@ -225,3 +225,14 @@ def test_groups_have_cores_of_their_own() -> None:
         "fast": 1,
         "own": 5,
     }
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [({}, 1 / 8), ({"num_cpus": 2}, 1 / 4), ({"num_cpus": 16}, 1), ({"num_gpus": 0.5}, 1 / 2),
+     ({"num_gpus": 2}, 1)],
+)  # fmt: skip
+def test_an_actor_counts_on_its_share_of_a_nodes_memory(
+    settings: dict[str, float], share: float
+) -> None:
+    assert ActorsConfig.model_validate(settings).memory_share(8) == share

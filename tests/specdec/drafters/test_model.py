@@ -22,6 +22,7 @@ from tests.specdec.workloads import SOME
 class Row:
     tokens: list[int]
     output_start: int
+    shares: bool = True
 
 
 def test_the_example_in_the_docstring_is_right() -> None:
@@ -69,9 +70,9 @@ def test_candidates_are_the_models_own_continuation_of_each_row(
     )
     shared = SharedCaches([drafter.cache])
     rows = [Row(list(SOME[i]), len(SOME[i])) for i in (1, 5, 8)]
-    shared.resize(3, 256)
+    shared.grow(3, 256, 24)
     for slot, row in enumerate(rows):
-        shared.place(row, slot)
+        assert shared.place(row, slot, 256)
     for _ in range(2):
         expected = [continued(draft_model, row.tokens, 3) for row in rows]
         lacking = sum(len(row.tokens) - drafter.cache.lengths[s] for s, row in enumerate(rows))

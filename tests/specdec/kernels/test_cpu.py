@@ -11,6 +11,7 @@ from torch import Tensor
 from specdec.kernels.base import LayerKernels
 from specdec.kernels.choose import cpu_kernels
 from specdec.kernels.cpu import DTYPES, CpuKernels
+from specdec.model.pages import PAGE
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 0.005}
@@ -38,6 +39,19 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(
         got.float(), expected.float(), rtol=TOLERANCE[got.dtype], atol=TOLERANCE[got.dtype]
     )
+
+
+def in_pages(*tensors: Tensor) -> list[Tensor]:
+    """Keys and values [slots, heads, capacity, dim] in pages that lie anywhere, and their table."""
+    slots, _, capacity, _ = tensors[0].shape
+    table = 1 + torch.randperm(slots * capacity // PAGE).view(slots, -1)
+    stored = []
+    for tensor in tensors:
+        pages = tensor.unflatten(2, (-1, PAGE)).transpose(1, 2)
+        held = tensor.new_full((1 + table.numel(), *pages.shape[2:]), torch.nan)
+        held[table] = pages
+        stored.append(held)
+    return [*stored, table]
 
 
 def attention(
@@ -75,7 +89,7 @@ def test_attention_is_what_its_definition_says(
     rows = [[0, 1, 3, 0], [1, 5, 0, 131], [6, 24, 1, 70], [31, 2, 2, 8]]  # token 30 is not theirs
     query = random(33, heads + 1, dims[0], dtype=dtype)[:, :heads]  # strided, as out of a product
     out = torch.full((33, heads, dims[1]), 7.0, dtype=dtype)
-    kernels.attend(query, keys, values, torch.tensor(rows), 0.3, window, out)
+    kernels.attend(query, *in_pages(keys, values), torch.tensor(rows), 0.3, window, out)
     expected = attention(query, keys, values, rows, window)
     for token in range(33):
         close(out[token], expected.get(token, torch.full((), 7.0)).expand_as(out[token]))
@@ -83,23 +97,24 @@ def test_attention_is_what_its_definition_says(
 
 @needs_compiler
 @pytest.mark.parametrize("window", [None, 40])
-def test_attention_gives_a_token_the_same_bits_in_any_batch(
+def test_attention_gives_a_token_the_same_bits_in_any_batch_and_any_pages(
     kernels: CpuKernels, dtype: torch.dtype, window: int | None
 ) -> None:
     keys, values = (random(9, 3, 256, 64, dtype=dtype, seed=seed) for seed in (1, 2))
     query = random(9 * 5, 9, 64, dtype=dtype)
     every = torch.tensor([[5 * slot, 5, slot, 20 * slot + 3] for slot in range(9)])
     together = torch.empty_like(query)
-    kernels.attend(query, keys, values, every, 0.1, window, together)
+    kernels.attend(query, *in_pages(keys, values), every, 0.1, window, together)
     for threads in (1, torch.get_num_threads()):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
+        elsewhere = in_pages(keys, values)
         for begin, count, slot, start in every.tolist():
             for t in range(count):
                 alone = torch.empty(1, 9, 64, dtype=dtype)
                 row = torch.tensor([[0, 1, slot, start + t]])
                 token = query[begin + t : begin + t + 1]
-                kernels.attend(token, keys, values, row, 0.1, window, alone)
+                kernels.attend(token, *elsewhere, row, 0.1, window, alone)
                 assert torch.equal(alone[0], together[begin + t])
         torch.set_num_threads(before)
 
@@ -145,7 +160,8 @@ def test_extreme_scores_are_no_problem(kernels: CpuKernels, dtype: torch.dtype) 
     keys, values = (random(1, 1, 128, 16, dtype=dtype, seed=seed) for seed in (1, 2))
     query = 1000 * random(1, 1, 16, dtype=dtype)
     out = torch.empty(1, 1, 16, dtype=dtype)
-    kernels.attend(query, keys, values, torch.tensor([[0, 1, 0, 99]]), 1.0, None, out)
+    row = torch.tensor([[0, 1, 0, 99]])
+    kernels.attend(query, *in_pages(keys, values), row, 1.0, None, out)
     best = (query[0, 0].double() @ keys[0, 0, :100].double().T).argmax()
     close(out[0, 0], values[0, 0, best])
 
@@ -194,7 +210,9 @@ def check_rotation(
     norms = [random(dim, dtype=dtype, seed=seed).to(device) for seed in (3, 4)]
     slots = torch.tensor([0, 0, 2, 1, 2], device=device)
     positions = torch.tensor([3, 4, 0, 127, 9], device=device)
-    keys, values = (torch.zeros(3, 2, 128, dim, dtype=dtype, device=device) for _ in range(2))
+    keys, values = (torch.zeros(14, 2, PAGE, dim, dtype=dtype, device=device) for _ in range(2))
+    table = 1 + torch.randperm(13)[:12].view(3, 4).to(device)
+    at = table[slots, positions // PAGE], slice(None), positions % PAGE
     parts = list(heads.clone().float().split([6, 2, 2], 1))
     for i in range(2 * normed):
         parts[i] = torch.nn.functional.rms_norm(parts[i], (dim,), norms[i].float(), 1e-6)
@@ -204,10 +222,10 @@ def check_rotation(
         return part * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
 
     given = (*norms, 1e-6) if normed else None
-    kernels.rotate_and_store(heads, cos, sin, given, keys, values, slots, positions)
+    kernels.rotate_and_store(heads, cos, sin, given, keys, values, table, slots, positions)
     close(heads[:, :6], rotated(parts[0]))
-    close(keys[slots, :, positions], rotated(parts[1]))
-    assert torch.equal(values[slots, :, positions].float(), parts[2])
+    close(keys[at], rotated(parts[1]))
+    assert torch.equal(values[at].float(), parts[2])
     assert keys.count_nonzero() + values.count_nonzero() == 2 * 5 * 2 * dim
 
 

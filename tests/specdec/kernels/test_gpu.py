@@ -16,6 +16,7 @@ from tests.specdec.kernels.test_cpu import (
     check_rotation,
     check_small_operators,
     close,
+    in_pages,
     random,
 )
 
@@ -61,10 +62,10 @@ def test_attention_is_what_its_definition_says(
     rows += [[11 + i, 1, i % 4, 9 * i] for i in range(26 * many)]  # so many that none is split
     rows += [[0, 0, 0, 0]]
     query = random(37, heads + 1, dims[0], dtype=dtype)[:, :heads]  # strided, as out of a product
-    places = [x.to(DEVICE) for x in (query, keys, values)]
 
     def attend(rows: list[list[int]]) -> torch.Tensor:
         out = torch.full((37, heads, dims[1]), 7.0, dtype=dtype, device=DEVICE)
+        places = [x.to(DEVICE) for x in (query, *in_pages(keys, values))]
         kernels.attend(*places, torch.tensor(rows, device=DEVICE), 0.3, window, out)
         return out.cpu()
 
@@ -83,7 +84,8 @@ def test_extreme_scores_are_no_problem(kernels: GpuKernels, dtype: torch.dtype) 
     query = 100 * random(1, 1, 16, dtype=dtype).to(DEVICE)
     out = torch.empty(1, 1, 16, dtype=dtype, device=DEVICE)
     row = torch.tensor([[0, 1, 0, 99]], device=DEVICE)
-    kernels.attend(query, keys, values, row, 10.0, None, out)
+    stored = [x.to(DEVICE) for x in in_pages(keys.cpu(), values.cpu())]
+    kernels.attend(query, *stored, row, 10.0, None, out)
     best = (query[0, 0].double() @ keys[0, 0, :100].double().T).argmax()
     close(out[0, 0], values[0, 0, best])
 

@@ -145,7 +145,7 @@ def test_rows_that_moved_to_other_slots_go_on_as_before(clean: Bench) -> None:
     clean.check((0, 9), (1, 30), (2, 14))
     clean.cache.move(2, 0)
     clean.texts[0], clean.texts[2] = clean.texts[2], []
-    clean.cache.resize(3, 2 * KEY_BLOCK)
+    clean.cache.grow(6, 3 * KEY_BLOCK)
     clean.check((0, 4), (2, 5), (1, 1))
 
 
