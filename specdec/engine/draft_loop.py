@@ -9,10 +9,11 @@ decision. Rows that turn out to have had enough drop its candidate, at which nob
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from specdec.drafters.base import Candidates, Drafter, Drafting
@@ -20,10 +21,11 @@ from specdec.engine.round import Round
 from specdec.engine.scheduler import LiveRow
 from specdec.engine.stats import EngineStats
 from specdec.lossless.verification import Proposal
+from specdec.measure.calibration import Array
 from specdec.measure.clock import PhaseClock
 from specdec.model.rows import upload
 from specdec.model.sharing import SharedCaches
-from specdec.policies.base import DraftStep, StopPolicy
+from specdec.policies.base import DraftStep, Indices, StopPolicy
 from specdec.policies.signals import readable
 
 LIKELY = 0.75
@@ -95,6 +97,7 @@ class DraftLoop:
         device = self._drafter.cache.device
         proposal = this.proposal = Proposal(len(this.rows), max(budget), device)
         asked, step = 0.0, None
+        unseen: list[tuple[Indices, int, Tensor]] = []
         if early is not None and set(active) <= set(early[1].slots):
             drafting, first = early
             places = [*map(first.slots.index, active)]
@@ -112,6 +115,9 @@ class DraftLoop:
                 step = step or self._launch(this, drafting, active, index, depth)
                 drawn = step.candidates
                 this.add(active, step.index, drawn)
+                if drawn.signals is not None and not self._policy.looks:
+                    # A copy: later steps of this size overwrite what was recorded.
+                    unseen.append((np.array(step.slots), depth, drawn.signals.clone()))
                 within = [i for i, slot in enumerate(active) if budget[slot] > depth]
                 last, (step, going) = step, self._next(this, drafting, step, depth, within)
             this.draft_costs.append((sum(drawn.fed), lap.seconds + asked))
@@ -119,6 +125,8 @@ class DraftLoop:
             if not going:
                 break
             active, index = last.rows(going)
+        if unseen:
+            this.unseen = self._later(unseen)
         this.submitted = self._policy.submit(proposal.lengths)
 
     def _early(self, this: Round, shared: SharedCaches) -> tuple[Drafting, _Step] | None:
@@ -152,7 +160,7 @@ class DraftLoop:
             depth: how many candidates they have with it.
             within: those of them that may have more: indices.
         """
-        if last.candidates.signals is None:
+        if last.candidates.signals is None or not self._policy.looks:
             drafting.go_on(within)
             return None, within
         signals = self._clock.fetch(last.candidates.signals)
@@ -161,7 +169,7 @@ class DraftLoop:
             drafting.go_on(within)
             ahead = self._launch(this, drafting, *last.rows(within), depth + 1)
         with self._clock.phase({"decide": 1.0}):
-            host = readable(signals().numpy().astype(np.float64))
+            host = _on_host(signals())
             flags = self._policy.go_on(DraftStep(np.array(last.slots), depth, host))
         going = [i for i in within if flags[i]]
         if within:
@@ -173,3 +181,23 @@ class DraftLoop:
         kept = [i for i, each in enumerate(within) if flags[each]]
         drafting.go_on(kept)
         return ahead.of(kept), going
+
+    def _later(
+        self, steps: Sequence[tuple[Indices, int, Tensor]]
+    ) -> Callable[[], Sequence[DraftStep]]:
+        """Queue the way of draft steps (rows, depth, signals) to the host; read when asked."""
+        arriving = self._clock.fetch(torch.cat([signals for *_, signals in steps]))
+
+        def read() -> Sequence[DraftStep]:
+            ends = np.cumsum([len(rows) for rows, *_ in steps])
+            found = np.split(_on_host(arriving()), ends[:-1])
+            return [
+                DraftStep(rows, depth, signals)
+                for (rows, depth, _), signals in zip(steps, found, strict=True)
+            ]
+
+        return read
+
+
+def _on_host(signals: Tensor) -> Array:
+    return readable(signals.numpy().astype(np.float64))

@@ -235,6 +235,7 @@ class Engine:
             draft_pending=self._draft_pending(rows),
             target_tokens=sum(min(n, self.prefill_chunk) for n in pending),
             free_trimming=mode is MODES["coupled"],
+            beside=self.clock.asynchronous and not self.trace,  # who is traced is looked at
         )
         control = any(start.room) and self._controls.next()
         nothing = Proposal(len(rows), 0, self.device)

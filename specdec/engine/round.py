@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,7 +18,7 @@ from specdec.lossless.verification import MODES, Mode, Proposal
 from specdec.measure.clock import RoundTimer
 from specdec.measure.speedup import SpeedupMeter
 from specdec.model.rows import upload
-from specdec.policies.base import Explanation, RoundOutcome, RoundStart, StopPolicy
+from specdec.policies.base import DraftStep, Explanation, RoundOutcome, RoundStart, StopPolicy
 from specdec.request import RoundTrace
 
 BLOCK = 8
@@ -47,6 +47,7 @@ class Round:
         infected: rows of which the target's states were not all finite.
         kept: how many of these each row's output grew by: fewer where it ended.
         draft_costs: packed tokens and seconds of each draft step.
+        unseen: the draft steps at which the policy did not look, once the device has them.
     """
 
     rows: list[LiveRow]
@@ -61,6 +62,7 @@ class Round:
     infected: Sequence[int] = ()
     kept: list[int] = field(init=False)
     draft_costs: list[tuple[int, float]] = field(default_factory=list)
+    unseen: Callable[[], Sequence[DraftStep]] = tuple
     _numbers: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -171,6 +173,7 @@ class Round:
             accepted=self.accepted,
             draft_costs=self.draft_costs,
             verify_cost=(self.target_tokens, self.timer.rest),
+            unseen=self.unseen,
         )
 
     def book(self, meter: SpeedupMeter) -> None:

@@ -11,7 +11,8 @@ A policy decides per row, in four places of a round:
     observe  after the round, or during the next: what was accepted, and what it cost
 
 All of it happens on the host, on arrays over rows. What a policy wants to know of the device comes
-as `Signal`s, one transfer per draft step; a policy that wants none never makes the host wait.
+as `Signal`s, one transfer per draft step; a policy that wants none never makes the host wait, nor
+does one that `looks` at none in this round: it finds them in the outcome.
 
 The invariant of rejection sampling: whether candidate y_k is *submitted* may depend on all that is
 known before y_k is drawn: y_1..y_{k-1}, the draft's distributions, other rows, the clock, and
@@ -23,7 +24,7 @@ numbers are keyed by the row's round, too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -153,6 +154,7 @@ class RoundStart:
         draft_pending: tokens that the draft must be fed before it can propose for each row.
         target_tokens: packed tokens of the verification without any candidate.
         free_trimming: whether a candidate may be trimmed by its own score: matching modes only.
+        beside: whether the device works beside the host, and waits where candidates are looked at.
         notes: what the policy wants to know again when it observes the round. The next round may
             have begun by then.
     """
@@ -164,6 +166,7 @@ class RoundStart:
     draft_pending: Sequence[int]
     target_tokens: int
     free_trimming: bool
+    beside: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -191,6 +194,7 @@ class RoundOutcome:
         drafted, submitted, accepted: candidates per row.
         draft_costs: (packed tokens, seconds) of each draft step.
         verify_cost: (packed target tokens, seconds of the rest of the round).
+        unseen: the draft steps, where the policy did not look at them; they are read when asked.
     """
 
     start: RoundStart
@@ -199,6 +203,7 @@ class RoundOutcome:
     accepted: Sequence[int]
     draft_costs: Sequence[tuple[int, float]]
     verify_cost: tuple[int, float]
+    unseen: Callable[[], Sequence[DraftStep]] = tuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +259,7 @@ class StopPolicy:
         estimates: whether it takes an estimator, and so a trained head.
         learns_late: whether it may observe a round when the next one has been drafted.
         needs_head: whether a job must name a trained head, or another estimator.
-        wanted: signals to compute for `go_on`; empty: `go_on` is not asked.
+        wanted: signals to compute of candidates; if there are none, `go_on` is not asked.
         head: the acceptance head behind the head's signals.
     """
 
@@ -272,6 +277,11 @@ class StopPolicy:
         """What it can be told, by name."""
         own: tuple[Field[Any], ...] = fields(cls) if is_dataclass(cls) else ()
         return {each.name: each.metadata["setting"] for each in own if "setting" in each.metadata}
+
+    @property
+    def looks(self) -> bool:
+        """Whether the round whose budget it gave asks `go_on`; else it may see signals later."""
+        return bool(self.wanted)
 
     @property
     def most(self) -> int:

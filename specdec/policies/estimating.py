@@ -138,19 +138,41 @@ class EstimatingPolicy(StopPolicy):
 
     def _judge(self, step: DraftStep) -> _Judgement:
         """Estimate the candidates just drawn and take them into the rows' survival."""
-        rows: list[int] = step.rows.tolist()
-        typical = np.array([self.typical[row] for row in rows])
-        before, after = (p.tolist() for p in self.estimator.predict(step.signals, typical))
-        for row, p in zip(rows, after, strict=True):
-            self.survival[row] *= p
-        survival = [self.survival[row] for row in rows]
-        judged = _Judgement(rows, step.signals, before, after, survival)
+        (judged,) = self._judged_all([step], self.typical, self.survival)
         self._steps.append(judged)
+        return judged
+
+    def _judged_all(
+        self, steps: Sequence[DraftStep], rates: Sequence[float], survival: list[float]
+    ) -> list[_Judgement]:
+        """Estimate the candidates of draft steps at once.
+
+        Args:
+            steps: one after the other.
+            rates: of all rows of the round.
+            survival: of these, up to the steps; includes them then.
+        """
+        signals = (
+            steps[0].signals if len(steps) == 1 else np.concatenate([s.signals for s in steps])
+        )
+        rows: list[list[int]] = [step.rows.tolist() for step in steps]
+        typical = np.array([rates[row] for each in rows for row in each])
+        before, after = (p.tolist() for p in self.estimator.predict(signals, typical))
+        judged, begin = list[_Judgement](), 0
+        for step, each in zip(steps, rows, strict=True):
+            these = slice(begin, begin + len(each))
+            for row, p in zip(each, after[these], strict=True):
+                survival[row] *= p
+            reached = [survival[row] for row in each]
+            judged.append(_Judgement(each, step.signals, before[these], after[these], reached))
+            begin += len(each)
         return judged
 
     def observe(self, outcome: RoundOutcome) -> None:
         start = outcome.start
         steps, rates = start.notes.get("judged", ((), ()))
+        if unseen := outcome.unseen():
+            steps += self._judged_all(unseen, rates, [1.0] * len(rates))
         if not steps:
             return
         # Up to a row's first rejected candidate all were judged; what comes after it was not.

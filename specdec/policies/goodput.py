@@ -9,9 +9,11 @@ is expected to bring and what it costs (specdec/policies/objective.py), for all 
     submit   which candidates are worth verifying?
     observe  learn: acceptance (Estimator), costs (CostModel), the goodput reached, the switch
 
-Two things go beyond one round. Whether to speculate at all is a `Switch`, which holds speculation
+Three things go beyond one round. Whether to speculate at all is a `Switch`, which holds speculation
 to its promises (specdec/policies/switch.py). What the draft must read of a row before it can
-propose is a debt that the row's rounds share (specdec/policies/catch_up.py).
+propose is a debt that the row's rounds share (specdec/policies/catch_up.py). And beside a device
+that is faster than the host's decisions, as many candidates as pay on average may be better than
+the best choice that the device has to wait for (specdec/policies/looking.py).
 
 What may be trimmed. In matching modes any candidate may be dropped, so the verified set is chosen
 when all are drawn. Under rejection sampling y_k may be dropped by what was known before it was
@@ -32,6 +34,7 @@ from specdec.policies.base import MOST_CANDIDATES, DraftStep, RoundOutcome, Roun
 from specdec.policies.catch_up import owed, shared
 from specdec.policies.costs import CostModel
 from specdec.policies.estimating import EstimatingPolicy
+from specdec.policies.looking import Looking
 from specdec.policies.objective import best_constant, best_prefixes, further_seconds, leading_rows
 from specdec.policies.switch import IN_A_ROW, Switch
 
@@ -94,7 +97,8 @@ class Goodput(EstimatingPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.switch = Switch()
+        self.switch, self.looking = Switch(), Looking()
+        self._looks = True
         # Tokens per row lately, and what the best constant length would have made of the time.
         self.price, self._constant = 0.0, 0.0
         self._tokens, self._hoped = 5.0, 5.0
@@ -111,6 +115,10 @@ class Goodput(EstimatingPolicy):
 
             self.costs = profile_costs(target, draft, slots)
 
+    @property
+    def looks(self) -> bool:
+        return self._looks
+
     def costs_table(self) -> dict[str, list[tuple[int, float]]]:
         return self.costs.points() if self.costs is not None else {}
 
@@ -119,7 +127,7 @@ class Goodput(EstimatingPolicy):
     def budget(self, start: RoundStart) -> Sequence[int]:
         assert self.costs is not None, "prepare() comes before the first round"
         budget = [0] * len(start.rows)
-        self._probing = False
+        self._probing, self._looks = False, True
         rows = [row for row, room in enumerate(start.room) if room > 0]
         if not rows or self.switch.stands(start):
             self._steps = []
@@ -131,19 +139,25 @@ class Goodput(EstimatingPolicy):
         steps = self.costs.draft.curve(1, len(rows)).tolist()
         owing = accumulate(debts[row] for row in rows)
         first = [step + more for step, more in zip(steps, owing, strict=True)]
-        share, yielding = self._first_ones
+        looks = not start.beside or self.looking.choose(len(start.rows))
+        # Who does not look submits all that is drawn.
+        share, yielding = self._first_ones if looks else (1.0, 1.0)
         expected = [yielding * rates[row] for row in rows]
-        number, promised = self._leading(rows, expected, first, self.k_max, share)
+        number, length, promised = self._leading(rows, expected, first, self.k_max, share)
+        most = self.k_max
         if self.switch.pays(promised / len(rows)):
             chosen = rows[:number]
             if self._judged <= self.PRIOR_WEIGHT:  # nothing is known of the pair yet
                 chosen = chosen[:FIRST_ROWS]
+            if not looks:
+                self._looks, most = False, length
         else:
             chosen = self.switch.probe(start, sorted(rows), self.costs)
             self._probing = True
         start.notes["promised"] = None if self._probing else promised / len(rows)
+        start.notes["looked"] = self._looks
         for row in chosen:
-            budget[row] = self.k_max
+            budget[row] = most
             start.rows[row].catch_up = debts[row]
         return budget
 
@@ -198,7 +212,7 @@ class Goodput(EstimatingPolicy):
     def _best(self, expected: dict[int, float], first: Sequence[float], left: int) -> list[int]:
         """Which rows to take one step further, by what that is expected to yield of each."""
         rows = sorted(expected, key=lambda row: -expected[row])
-        n, gain = self._leading(rows, [expected[row] for row in rows], first, left)
+        n, _, gain = self._leading(rows, [expected[row] for row in rows], first, left)
         return rows[:n] if gain > 0 else []
 
     def _leading(
@@ -208,7 +222,7 @@ class Goodput(EstimatingPolicy):
         first: Sequence[float],
         left: int,
         share: float = 1.0,
-    ) -> tuple[int, float]:
+    ) -> tuple[int, int, float]:
         """`leading_rows` of these rows, at the round's price and the costs as they are."""
         assert self.costs is not None
         key = self._tokens_fed, len(rows), share
@@ -220,6 +234,8 @@ class Goodput(EstimatingPolicy):
     # ------------------------------------------------------------ before verification
 
     def submit(self, drafted: Sequence[int]) -> Sequence[int]:
+        if not self._looks:
+            return drafted
         counts = self._choose(drafted) if self._free_trimming else self._kept
         self._note_trimming(counts)
         return drafted if self._free_trimming and self._probing else counts
@@ -259,13 +275,16 @@ class Goodput(EstimatingPolicy):
         if not decoding:
             self._furthers = {}  # sizes with a prompt in them hardly come again, and would pile up
             return
-        for tokens, seconds in outcome.draft_costs:
-            self._measured.setdefault((self.costs.observe_draft, tokens), []).append(seconds)
-        tokens, seconds = outcome.verify_cost
-        self._measured.setdefault((self.costs.observe_verify, tokens), []).append(seconds)
         rows = len(outcome.start.rows)
         committed = sum(outcome.accepted) + rows
-        spent = seconds + sum(spent for _, spent in outcome.draft_costs)
+        spent = outcome.verify_cost[1] + sum(spent for _, spent in outcome.draft_costs)
+        if outcome.start.beside and speculated and promised is not None:
+            looked: bool = outcome.start.notes["looked"]
+            self.looking.ended(rows, looked, rows + _expected(outcome), spent)
+            if looked == self.looking.pays(rows):  # else a round has other costs than most
+                self._measure(outcome, None if looked else spent)
+        else:
+            self._measure(outcome)
         self._tokens = MEMORY * self._tokens + committed / rows
         plain = float(self.costs.verify(rows))
         spent = min(spent, PAUSE * plain)
@@ -275,6 +294,26 @@ class Goodput(EstimatingPolicy):
             for (learn, tokens), measured in self._measured.items():
                 learn(tokens, *measured)
             self._measured, self._furthers = {}, {}
+
+    def _measure(self, outcome: RoundOutcome, whole: float | None = None) -> None:
+        """Note what a round's forwards took.
+
+        Args:
+            outcome: of the round.
+            whole: seconds of the round, where it is not known which part of it took how long: the
+                host launched all of them and then waited. Each has its expected share.
+        """
+        assert self.costs is not None
+        draft, verify = self.costs.observe_draft, self.costs.observe_verify
+        parts = [(draft, *step) for step in outcome.draft_costs] + [(verify, *outcome.verify_cost)]
+        if whole is not None:
+            steps = [(draft, n, float(self.costs.draft(n))) for _, n, _ in parts[:-1]]
+            tokens = outcome.verify_cost[0]
+            parts = [*steps, (verify, tokens, float(self.costs.verify(tokens)))]
+            slower = whole / sum(seconds for *_, seconds in parts)
+            parts = [(learn, n, slower * seconds) for learn, n, seconds in parts]
+        for learn, tokens, seconds in parts:
+            self._measured.setdefault((learn, tokens), []).append(seconds)
 
     def _yield(self, outcome: RoundOutcome, decoding: bool) -> float:
         """Tokens per row that a round with candidates yielded beyond its cost."""
@@ -297,3 +336,14 @@ class Goodput(EstimatingPolicy):
             f"after {drafted}: another is reached with probability {self.survival[row]:.2f}, "
             f"at {self.price:.0f} tokens/s too little for its cost"
         )
+
+
+def _expected(outcome: RoundOutcome) -> float:
+    """Tokens that a round's submitted candidates were expected to yield, once they were drawn."""
+    steps, _ = outcome.start.notes["judged"]
+    return sum(
+        survival
+        for depth, step in enumerate(steps)
+        for row, survival in zip(step.rows, step.survival, strict=True)
+        if depth < outcome.submitted[row]
+    )

@@ -59,7 +59,7 @@ def leading_rows(
     further: Sequence[Sequence[float]] | Array,
     price: float,
     steps: int,
-) -> tuple[int, float]:
+) -> tuple[int, int, float]:
     """How many of the leading rows to take further, and what that gains.
 
     Considers every number j of rows and every number of steps. The first step adds `expected`
@@ -74,7 +74,8 @@ def leading_rows(
         steps: most candidates that the rows may still get; at most AHEAD are looked at.
 
     Returns:
-        The best number of rows, at least 1, and the tokens that it gains; less than 0 if it loses.
+        The best number of rows, at least 1, of steps, at least 1, and the tokens that these gain;
+        less than 0 if they lose.
     """
     most = min(steps, AHEAD)
     if len(rates) > FEW:
@@ -83,9 +84,9 @@ def leading_rows(
         tokens = chain.cumprod(1).cumsum(1).cumsum(0)
         gains = tokens - price * (np.array(first)[:, None] + np.array(further)[:, :most])
         at = int(gains.argmax())
-        return at // most + 1, float(gains.flat[at])
+        return at // most + 1, at % most + 1, float(gains.flat[at])
     # In plain Python: after a forward an array operation takes longer than a row does here.
-    number, gained, added = 1, -inf, [0.0] * most
+    number, length, gained, added = 1, 1, -inf, [0.0] * most
     each = zip(rates, expected, first, further, strict=True)
     for j, (rate, next_token, seconds, more) in enumerate(each, start=1):
         row = 0.0
@@ -95,8 +96,8 @@ def leading_rows(
             added[step] += row
             gain = added[step] - price * (seconds + rest)
             if gain > gained:
-                number, gained = j, gain
-    return number, gained
+                number, length, gained = j, step + 1, gain
+    return number, length, gained
 
 
 def further_seconds(

@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
 from specdec.measure.calibration import Flags
+from specdec.measure.clock import PhaseClock
 from specdec.policies.base import DraftStep, RoundStart, Signal, StopPolicy
 from specdec.policies.costs import CostModel
 from specdec.policies.estimating import _Judgement
 from specdec.policies.estimators import online_estimator
+from specdec.policies.goodput import Goodput
 from specdec.policies.simple import Fixed
 from specdec.request import Counts, Request, SamplingParams
 from tests.specdec.goodness import chi_square_excess, counted, reference_distribution
@@ -68,10 +70,11 @@ def excess_of(
     mode: str,
     many: int,
     made_to_speculate: bool = False,
+    clock: PhaseClock | None = None,
 ) -> float:
     """Chi-square of the first three output tokens of `many` requests with one prompt."""
     prompt = (0, 3, 1, 2)
-    engine = Engine(pair, policy=policy, verification=mode, slots=256)  # type: ignore[arg-type]
+    engine = Engine(pair, policy=policy, verification=mode, slots=256, clock=clock)  # type: ignore[arg-type]
     done = engine.generate(requests_of([prompt] * many, replace(sampling, max_new_tokens=4)))
     tokens = torch.tensor(outputs(done))[:, :3]
     counts = engine.stats.counts
@@ -107,6 +110,29 @@ def test_the_engines_outputs_have_the_targets_distribution(
     """Chi-square of three tokens jointly, 125 cells, 4,000 requests; false alarm 1e-6."""
     made = make(policy, TINY_HIDDEN)
     assert excess_of(tiny_pair, made, sampling, mode, 4_000, policy in SPECULATING) < 1
+
+
+class Beside(PhaseClock):
+    """As beside a GPU: draft steps run ahead, and the policy learns late."""
+
+    asynchronous = True
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("looks", [True, False])
+def test_outputs_beside_a_device_have_the_targets_distribution(
+    tiny_pair: TinyPair, looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether `goodput` looks at candidates or not; as above, false alarm 1e-6."""
+    policy = Goodput(
+        online_estimator("confidence"),
+        None,
+        costs=CostModel(linear(1e-3, 0.0), linear(1.0, 1e-3)),
+        k_max=3,
+    )
+    monkeypatch.setattr(policy.looking, "choose", lambda _: looks)
+    clock = Beside(torch.device("cpu"))
+    assert excess_of(tiny_pair, policy, SamplingParams(), "rejection", 4_000, True, clock) < 1
 
 
 @dataclass

@@ -99,7 +99,8 @@ def test_leading_rows_are_the_best_of_all_numbers_and_steps(
         verify = costs.verify(fed + int(np.rint(share * j * m))) - costs.verify(fed)
         return float(tokens - price * (first[j - 1] + (m - 1) * costs.draft(j) + verify))
 
-    number, most = leading_rows(rates, expected, first, further, price, steps)
+    number, length, most = leading_rows(rates, expected, first, further, price, steps)
     every = {j: max(gain(j, m) for m in range(1, min(steps, AHEAD) + 1)) for j in (1, 2, 3)}
     assert most == pytest.approx(max(every.values()))
     assert every[number] == pytest.approx(most)
+    assert gain(number, length) == pytest.approx(most)

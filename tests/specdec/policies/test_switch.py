@@ -102,7 +102,7 @@ def test_a_decision_against_speculation_stands_while_rows_are_the_same(
     policy, asked = policy_of(COSTLY, STEEP), [0]
     policy.switch.allowance = 0.0
 
-    def counting(*arguments: Any) -> tuple[int, float]:
+    def counting(*arguments: Any) -> tuple[int, int, float]:
         asked[0] += 1
         return leading_rows(*arguments)
 

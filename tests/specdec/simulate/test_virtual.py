@@ -146,6 +146,31 @@ def test_running_ahead_changes_no_decision(policy: str, monkeypatch: pytest.Monk
     assert forwards[0] > forwards[1]
 
 
+def test_candidates_that_nobody_looked_at_are_learnt_from_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The text stays, all that is drafted is submitted, and each verdict meets its signals."""
+    script = Script(transcripts(8))
+    policy: Any = make_policy(
+        "goodput", k_max=6, costs=CostModel(costs(2e-6).seconds, costs(8e-6).seconds)
+    )
+    monkeypatch.setattr(policy.looking, "choose", lambda _: False)
+    monkeypatch.setattr(policy, "go_on", lambda _: pytest.fail("it was to look at nothing"))
+    seen: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(
+        policy.estimator, "learn", lambda signals, _, stood: seen.append((signals, stood))
+    )
+    for number, completion in enumerate(completed(script, policy)):
+        first, n = int(script.first[number]), script.lengths[number]
+        assert list(completion.output_ids) == script.truth[first : first + n].tolist()
+        assert completion.counts.drafted == completion.counts.verified > 0
+    signals, stood = map(np.concatenate, zip(*seen, strict=True))
+    assert 0 < stood.sum() < len(stood)
+    # The transcripts' likeliest token is right, and no other one: see `transcripts`.
+    likeliest = np.isclose(signals[:, Signal.LOG_Q], signals[:, Signal.LOG_TOP], atol=0.02)
+    assert (likeliest == stood).all()
+
+
 def freeze_learning(policy: StopPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     """What depends on measured seconds goes."""
     nothing: Callable[..., None] = lambda *_: None  # noqa: E731

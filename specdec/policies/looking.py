@@ -1,0 +1,77 @@
+"""Whether to look at candidates while they are drafted, beside a device that waits meanwhile.
+
+Who looks at each candidate drafts where it pays, and the device waits for the answer. Who does not
+drafts the number that pays on average, and learns from the candidates later. Which of the two is
+faster depends on host, device and batch, so both are measured: expected tokens per second, for each
+size of batch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+FIRST = 12
+"""Rounds of each kind before the faster one is chosen.
+
+Raised, the choice is surer and comes later. What a round is expected to yield varies far less from
+round to round than what it yields.
+"""
+
+AGAIN = 64
+"""One round in so many is of the slower kind, so that a change is noticed. Raised, later."""
+
+MEMORY = 0.95
+"""Weight that is left of a kind's rounds after one more of it: 20 are remembered."""
+
+
+@dataclass(slots=True)
+class _Kind:
+    rounds: int = 0
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+@dataclass(slots=True)
+class _Size:
+    """What rounds of one size of batch brought: those that looked, by True, and those that did not.
+
+    Attributes:
+        since: rounds of the faster kind since the last of the other.
+    """
+
+    kinds: dict[bool, _Kind] = field(default_factory=lambda: {True: _Kind(), False: _Kind()})
+    since: int = 0
+
+
+class Looking:
+    """Measures both kinds of rounds, and chooses."""
+
+    def __init__(self) -> None:
+        self._sizes = defaultdict[int, _Size](_Size)  # by the power of two that holds the rows
+
+    def pays(self, rows: int) -> bool:
+        """Whether rounds of so many rows are faster with looking, as far as one knows."""
+        kinds = self._sizes[rows.bit_length()].kinds
+        if min(kind.rounds for kind in kinds.values()) < FIRST:
+            return kinds[True].rounds <= kinds[False].rounds
+        return kinds[True].rate >= kinds[False].rate
+
+    def choose(self, rows: int) -> bool:
+        """Whether the next round of so many rows looks."""
+        size, looks = self._sizes[rows.bit_length()], self.pays(rows)
+        if min(kind.rounds for kind in size.kinds.values()) < FIRST:
+            return looks
+        size.since = 0 if size.since >= AGAIN else size.since + 1
+        return looks if size.since else not looks
+
+    def ended(self, rows: int, looked: bool, tokens: float, seconds: float) -> None:
+        """Learn from a round: the tokens that it was expected to yield once all was drawn."""
+        kind = self._sizes[rows.bit_length()].kinds[looked]
+        kind.rounds += 1
+        kind.tokens = MEMORY * kind.tokens + tokens
+        kind.seconds = MEMORY * kind.seconds + seconds
