@@ -17,6 +17,7 @@ COMMANDS = {
     "families": [],
     "gpu": ["forwards", "rates"],
     "lossless": [],
+    "memory": [],
     "overhead": [],
     "peers": [],
     "roofline": [],
