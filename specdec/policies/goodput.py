@@ -341,9 +341,10 @@ class Goodput(EstimatingPolicy):
 def _expected(outcome: RoundOutcome) -> float:
     """Tokens that a round's submitted candidates were expected to yield, once they were drawn."""
     steps, _ = outcome.start.notes["judged"]
-    return sum(
+    expected: float = sum(
         survival
         for depth, step in enumerate(steps)
         for row, survival in zip(step.rows, step.survival, strict=True)
         if depth < outcome.submitted[row]
     )
+    return expected
