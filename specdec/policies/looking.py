@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-FIRST = 12
-"""Rounds of each kind before the faster one is chosen.
+FIRST = 48
+"""Rows times rounds of each kind before the faster one is chosen, of at least LEAST rounds.
 
-Raised, the choice is surer and comes later. What a round is expected to yield varies far less from
-round to round than what it yields.
+Raised, the choice is surer and comes later. What a row is expected to yield in a round differs by a
+third, which 48 of them make 4%.
 """
+
+LEAST = 3
+"""Least rounds of each kind: the time of a single one may be that of a pause."""
 
 AGAIN = 64
 """One round in so many is of the slower kind, so that a change is noticed. Raised, later."""
@@ -28,6 +31,7 @@ MEMORY = 0.95
 @dataclass(slots=True)
 class _Kind:
     rounds: int = 0
+    rows: int = 0
     tokens: float = 0.0
     seconds: float = 0.0
 
@@ -47,6 +51,11 @@ class _Size:
     kinds: dict[bool, _Kind] = field(default_factory=lambda: {True: _Kind(), False: _Kind()})
     since: int = 0
 
+    @property
+    def unsure(self) -> bool:
+        """Whether too little is known of a kind."""
+        return any(kind.rows < FIRST or kind.rounds < LEAST for kind in self.kinds.values())
+
 
 class Looking:
     """Measures both kinds of rounds, and chooses."""
@@ -56,15 +65,16 @@ class Looking:
 
     def pays(self, rows: int) -> bool:
         """Whether rounds of so many rows are faster with looking, as far as one knows."""
-        kinds = self._sizes[rows.bit_length()].kinds
-        if min(kind.rounds for kind in kinds.values()) < FIRST:
-            return kinds[True].rounds <= kinds[False].rounds
-        return kinds[True].rate >= kinds[False].rate
+        size = self._sizes[rows.bit_length()]
+        looked, unseen = size.kinds[True], size.kinds[False]
+        if size.unsure:
+            return looked.rounds <= unseen.rounds
+        return looked.rate >= unseen.rate
 
     def choose(self, rows: int) -> bool:
         """Whether the next round of so many rows looks."""
         size, looks = self._sizes[rows.bit_length()], self.pays(rows)
-        if min(kind.rounds for kind in size.kinds.values()) < FIRST:
+        if size.unsure:
             return looks
         size.since = 0 if size.since >= AGAIN else size.since + 1
         return looks if size.since else not looks
@@ -73,5 +83,6 @@ class Looking:
         """Learn from a round: the tokens that it was expected to yield once all was drawn."""
         kind = self._sizes[rows.bit_length()].kinds[looked]
         kind.rounds += 1
+        kind.rows += rows
         kind.tokens = MEMORY * kind.tokens + tokens
         kind.seconds = MEMORY * kind.seconds + seconds
