@@ -65,6 +65,15 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("sliding_window", "attention_chunk_size"), WINDOW),
     "hidden_size_per_layer_input": 16,
     "num_kv_shared_layers": 2,
+    **dict.fromkeys(("linear_num_value_heads", "mamba_n_heads", "mamba_num_heads"), 4),
+    **dict.fromkeys(("linear_num_heads", "n_mamba_heads"), 4),
+    **dict.fromkeys(("linear_num_key_heads", "mamba_n_groups", "mamba_ngroups", "n_groups"), 2),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_d_state"), 16),
+    **dict.fromkeys(("ssm_state_size", "state_size"), 16),
+    **dict.fromkeys(("expand", "mamba_expand", "attn_layer_offset"), 1),
+    "mamba_d_ssm": 64,
+    "attn_layer_period": 2,
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1),
 }
 """What a config's numbers become where it has them and they are larger."""
@@ -78,6 +87,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "capped": {"final_logit_softcapping": 5.0},
     "shared": {"num_kv_shared_layers": 2},
     "scaled": {"logit_scale": 0.3, "logits_scaling": 3.0},
+    "attending": {"attn_layer_indices": [1, 3]},
 }
 """Settings that are tried where a config has one of them, since its default leaves it unused."""
 
@@ -139,7 +149,9 @@ STEPS: list[list[tuple[int, int, int]]] = [
     [(0, 0, 17), (1, 0, 150), (2, 0, 5), (3, 0, 40)],
     [(0, 17, 1), (1, 146, 5), (2, 5, 4), (3, 30, 24)],
     [(3, 54, 1), (0, 15, 30), (2, 7, 3), (1, 151, 1)],
-    [(1, 148, 60), (0, 45, 2)],
+    [(1, 148, 60), (0, 45, 2), (2, 6, 9)],
+    [(0, 46, 3), (2, 13, 12), (3, 55, 4)],
+    [(0, 47, 1), (2, 14, 2), (3, 58, 24)],
 ]
 """Packed forwards, each of rows (slot, length that it is rolled back to, tokens appended)."""
 
@@ -151,9 +163,11 @@ def packed_logits(decoder: Any, texts: Tensor) -> dict[tuple[int, int], Tensor]:
     for step in STEPS:
         for slot, keep, _ in step:
             cache.rollback(slot, keep)
-        tokens = torch.cat([texts[slot, keep : keep + n] for slot, keep, n in step])
-        hidden = decoder.forward(cache, [(slot, n) for slot, _, n in step], tokens)
-        places = [(slot, keep + i) for slot, keep, n in step for i in range(n)]
+        # A state that has run on beyond what is kept is forgotten as a whole.
+        spans = [(slot, cache.lengths[slot], keep + n) for slot, keep, n in step]
+        tokens = torch.cat([texts[slot, begin:end] for slot, begin, end in spans])
+        hidden = decoder.forward(cache, [(s, end - begin) for s, begin, end in spans], tokens)
+        places = [(slot, place) for slot, begin, end in spans for place in range(begin, end)]
         found |= dict(zip(places, decoder.logits(hidden).float(), strict=True))
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -11,9 +13,12 @@ import torch
 from specdec.engine.ending import Decode, StopSearch
 from specdec.engine.scheduler import LiveRow
 from specdec.lossless.grammars import Grammars
+from specdec.model.cache import SlotCache
 from specdec.model.decoder import PackedDecoder
 from specdec.model.pages import PAGE, pages_of
 from specdec.request import InvalidRequest, Request, SamplingParams
+
+log = logging.getLogger(__name__)
 
 
 class Pair(Protocol):
@@ -32,6 +37,31 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
+
+
+def beside_states(caches: Sequence[SlotCache], slots: int, memory: int) -> tuple[int, int]:
+    """How many slots there can be, and the bytes that are left for their keys and values.
+
+    Layers whose state runs on take memory for each slot. They get half of it at most, so that fewer
+    rows are in flight where their states are large.
+
+    Args:
+        caches: of all models.
+        slots: most that are wanted.
+        memory: bytes for all that caches hold.
+    """
+    each = sum(cache.bytes_per_slot for cache in caches)
+    if not each:
+        return slots, memory
+    pages = any(cache.bytes_per_position for cache in caches)
+    possible = max(1, memory // (2 if pages else 1) // each)
+    if possible < slots:
+        log.warning(
+            "%d rows in flight, not %d: layers whose state runs on take %.3g MB for each of them",
+            possible, slots, each / 1e6,
+        )  # fmt: skip
+        slots = possible
+    return slots, max(0, memory - slots * each)
 
 
 def row_of(

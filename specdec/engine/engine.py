@@ -19,7 +19,7 @@ import torch
 
 from specdec.drafters.base import Drafter
 from specdec.drafters.model import ModelDrafter
-from specdec.engine.admission import Pair, free_memory, row_of
+from specdec.engine.admission import Pair, beside_states, free_memory, row_of
 from specdec.engine.asked import AskedFor
 from specdec.engine.draft_loop import DraftLoop
 from specdec.engine.ending import Decode, Ending, failure, find_ending
@@ -95,8 +95,12 @@ class Engine:
         self.drafter = self._new_drafter()
         caches = [self.target_cache, *([self.drafter.cache] if self.drafter else [])]
         self.shared = SharedCaches(caches, self.prefill_chunk if invariant else 1, least_shared)
+        # A longer row would leave the grid, whose kernels are what makes bits repeat; and states
+        # could not be taken back to before it.
+        self._short_rows = invariant or any(cache.states is not None for cache in caches)
         memory = kv_memory_bytes or free_memory(self.device) // 2
-        page = PAGE * sum(cache.bytes_per_position for cache in caches)
+        slots, memory = beside_states(caches, slots, memory)
+        page = max(1, PAGE * sum(cache.bytes_per_position for cache in caches))
         pages = max(0, memory // page - 1)  # one is nobody's
         ahead = policy.most if self.drafter else 0
         self.scheduler = Scheduler(self.shared, slots, pages, pair.context_length, ahead)
@@ -245,8 +249,7 @@ class Engine:
         """Most candidates that a decoding row may have."""
         if self.drafter is None or row.doubtful:
             return 0
-        # A longer row would leave the grid, whose kernels are what makes bits repeat.
-        most = GRID_TOKENS - 1 if self.pair.target.invariant else self.pair.context_length
+        most = GRID_TOKENS - 1 if self._short_rows else self.pair.context_length
         left = row.sampling.max_new_tokens - row.generated - 1  # the bonus token takes one
         most = min(most, self.scheduler.ahead)  # it has pages for no more
         return max(0, min(left, self.drafter.context_length - len(row.tokens), most))

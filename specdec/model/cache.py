@@ -12,6 +12,7 @@ from torch import Tensor
 from specdec.kernels.base import LayerKernels
 from specdec.kernels.choose import layer_kernels
 from specdec.model.pages import PAGE, Pages, pages_of
+from specdec.model.recurrent import RecurrentStates
 from specdec.model.rows import Row, upload
 
 KEY_BLOCK = 128
@@ -64,12 +65,15 @@ class SlotCache:
         pages: which pages each slot has.
         table: int64 [slots, capacity / PAGE], the same on the device, once `extend` returns.
         keys, values: per layer, [1 + pages, heads, PAGE, dim].
+        states: what layers keep whose state runs on, if the model has such.
         generation: how often these tensors were replaced by others: what remembers their addresses
             is out of date when this changes.
 
     Args:
+        layout: of each layer; one that attends to nothing has no heads.
         capacity: most positions of a slot. There are pages for this many in every slot.
         use_kernels: whether hand-written kernels may work on it (specdec/kernels).
+        states: without slots; it grows with the cache.
     """
 
     def __init__(
@@ -81,8 +85,9 @@ class SlotCache:
         device: torch.device,
         *,
         use_kernels: bool = True,
+        states: RecurrentStates | None = None,
     ) -> None:
-        self.layout, self.dtype, self.device = layout, dtype, device
+        self.layout, self.dtype, self.device, self.states = layout, dtype, device, states
         self.capacity, self.lengths = 0, list[int]()
         self.pages = Pages(0, 0, 0)
         self.table = torch.zeros(0, 0, dtype=torch.int64, device=device)
@@ -101,8 +106,9 @@ class SlotCache:
         """The kernels that can read this cache, if there are any and they are wanted."""
         if not self._use_kernels:
             return None
-        sizes = {size for layer in self.layout for size in (layer.key_dim, layer.value_dim)}
-        return layer_kernels(self.dtype, self.device, sizes)
+        attending = [layer for layer in self.layout if layer.heads]
+        sizes = {size for layer in attending for size in (layer.key_dim, layer.value_dim)}
+        return layer_kernels(self.dtype, self.device, sizes) if sizes else None
 
     @property
     def slots(self) -> int:
@@ -115,6 +121,11 @@ class SlotCache:
         numbers = sum(layer.heads * (layer.key_dim + layer.value_dim) for layer in self.layout)
         return numbers * self.dtype.itemsize
 
+    @property
+    def bytes_per_slot(self) -> int:
+        """Memory of a slot besides its positions, in bytes: its states."""
+        return self.states.bytes_per_slot if self.states is not None else 0
+
     def grow(self, slots: int, capacity: int, pages: int | None = None) -> None:
         """Have at least so many slots, positions in each, and pages, keeping what is there.
 
@@ -125,6 +136,8 @@ class SlotCache:
         width, old = self.capacity // PAGE, self.pages.total
         self.pages.grow(slots, width, max(old, slots * width if pages is None else pages))
         self.lengths += [0] * (slots - self.slots)
+        if self.states is not None:
+            self.states.grow(slots)
         if self.pages.total > old or self.table.shape != (slots, width):
             self.generation += 1
         if self.table.shape != (slots, width):
@@ -178,9 +191,24 @@ class SlotCache:
     def rollback(self, slot: int, length: int) -> None:
         """Forget the tokens of `slot` from position `length` on; a shorter slot stays as it is.
 
-        A slot that shares its page at `length` with others forgets the whole page.
+        A slot that shares its page at `length` with others forgets the whole page, and one whose
+        states have run on beyond what is left forgets all: `lengths` tells.
         """
-        self.lengths[slot] = self.pages.own(slot, min(self.lengths[slot], length))
+        left = self.pages.own(slot, min(self.lengths[slot], length))
+        if self.states is not None and not self.states.rollback(slot, left):
+            left = self.pages.own(slot, 0)
+        self.lengths[slot] = left
+
+    def holds(self, slot: int, length: int) -> bool:
+        """Whether another slot can take over the first `length` tokens of a slot."""
+        states_there = self.states is None or self.states.kept[slot] <= length
+        return length <= self.lengths[slot] and states_there
+
+    def pretend(self, length: int) -> None:
+        """Let each slot have so many made-up tokens, as forwards that are timed need them."""
+        self.lengths = [length] * self.slots
+        if self.states is not None:
+            self.states.pretend(length)
 
     def scrub(self, slot: int, length: int) -> None:
         """Zero what `slot` alone has from position `length` on.
@@ -197,19 +225,27 @@ class SlotCache:
         """Give up all pages of a slot."""
         self.pages.cut(slot, 0)
         self.lengths[slot] = 0
+        if self.states is not None:
+            self.states.reset(slot)
 
     def move(self, source: int, target: int) -> None:
         """Move the row in slot `source` to slot `target`, which gives up what it has."""
         self.pages.move(source, target)
+        if self.states is not None:
+            self.states.move(source, target)
         self.lengths[target], self.lengths[source] = self.lengths[source], 0
 
     def fork(self, source: int, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """Make each of `slots` hold the first tokens of slot `source`, as many as `lengths` says.
 
-        What the slots held is given up; `source` must have that many tokens. Full pages are shared.
+        What the slots held is given up; `source` must be one that `holds` that many. Full pages
+        are shared, states copied.
         """
         for slot, length in zip(slots, lengths, strict=True):
+            assert self.holds(source, length), "the source holds these tokens"
             self.adopt(slot, self.pages.rows[source], length)
+            if self.states is not None:
+                self.states.fork(source, slot)
 
     def adopt(self, slot: int, pages: Sequence[int], length: int) -> None:
         """Let `slot` hold the first `length` tokens of `pages`.

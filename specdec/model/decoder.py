@@ -24,15 +24,20 @@ from specdec.model.check import Reference
 from specdec.model.fused import fuse_layers
 from specdec.model.graphs import HIDDEN, Out, RecordingFailed, Recordings, Tail, record
 from specdec.model.masks import layer_layouts, short_windows
-from specdec.model.packing import Packing
+from specdec.model.mixers import Mixers
+from specdec.model.packing import GRID_TOKENS, Packing
+from specdec.model.recurrent import RecurrentStates
 from specdec.model.rows import Row
 from specdec.model.stock import StockModel, UnsupportedModel, context_length
 
 STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
-"""Kinds of layers, as configs name them, whose state runs on and cannot be rolled back."""
+"""Kinds of layers, as configs name them, whose state runs on."""
 
 ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers that attend to what came before, as far as their masks say."""
+
+STATELESS = {"mlp", "moe"}
+"""Kinds of layers that keep nothing."""
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +53,10 @@ class PackedDecoder:
     Raises:
         UnsupportedModel: the architecture cannot roll back or does not give the same logits packed
             as plain.
+
+    Attributes:
+        recurrent: whether it has layers whose state runs on. A row then has at most GRID_TOKENS
+            tokens that may be taken back.
     """
 
     def __init__(
@@ -61,9 +70,11 @@ class PackedDecoder:
         self.dtype: torch.dtype = model.dtype
         self.layout: tuple[LayerLayout, ...] = ()
         try:
-            _refuse_by_config(model)
+            self._mixers = Mixers(model)
+            self.recurrent = bool(self._mixers)
+            _refuse_by_config(model, self.recurrent, invariant)
             self._stock = StockModel(model)
-            self.context_length = context_length(model.config)
+            self.context_length = context_length(model.config, bounded=not self.recurrent)
             embedding: Any = model.get_input_embeddings()
             self.device: torch.device = embedding.weight.device
             self.vocab_size: int = self._stock.head.weight.shape[0]
@@ -73,13 +84,22 @@ class PackedDecoder:
         except Exception as error:  # whatever code of an architecture that nobody here knows raises
             reason = f"{type(error).__name__}: {error}"
             raise UnsupportedModel(f"{name} cannot run packed: {reason}") from error
-        if self.device.type == "cuda" and self.use_kernels:
+        if self.device.type == "cuda" and self.use_kernels and not self.recurrent:
             self.recordings = Recordings(record)
 
     def new_cache(self, slots: int, capacity: int) -> SlotCache:
         """An empty cache for this model, in its dtype."""
+        states = None
+        if self.recurrent:
+            states = RecurrentStates(self._mixers.layouts, GRID_TOKENS, self.device)
         return SlotCache(
-            self.layout, slots, capacity, self.dtype, self.device, use_kernels=self.use_kernels
+            self.layout,
+            slots,
+            capacity,
+            self.dtype,
+            self.device,
+            use_kernels=self.use_kernels,
+            states=states,
         )
 
     def forward(self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor) -> Tensor:
@@ -112,6 +132,8 @@ class PackedDecoder:
         if out is None:
             packing = Packing.plan(cache, rows, self.invariant)
             out = tail(self._run(tokens, packing.positions, packing), *tail.inputs)
+            if packing.replay is not None:
+                packing.replay.finish()
         for slot, count in rows:
             cache.lengths[slot] += count
         return out
@@ -171,9 +193,13 @@ class PackedDecoder:
         return self._run(tokens, places[1], Packing.of_places(cache, places, rows))
 
     def _run(self, tokens: Tensor, positions: Tensor, packing: Packing) -> Tensor:
-        out = self._stock.decoder(
-            input_ids=tokens[None], position_ids=positions[None], use_cache=False, packing=packing
-        )
+        with self._mixers.over(packing):
+            out = self._stock.decoder(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                use_cache=False,
+                packing=packing,
+            )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
@@ -184,11 +210,12 @@ class PackedDecoder:
         Decoder layers are fused if asked. Both forwards run with short windows, which a short text
         is longer than.
         """
-        layout = layer_layouts(self._stock)
+        with self._mixers.noting():
+            layout = layer_layouts(self._stock, self.recurrent)
         self.use_kernels = all(layer.plain for layer in layout)
         with short_windows(self.model.config):
             windows = any(layer.window for layer in layout)
-            self.layout = layer_layouts(self._stock) if windows else layout
+            self.layout = layer_layouts(self._stock, self.recurrent) if windows else layout
             reference = Reference.of(self._stock, self.vocab_size, self.context_length)
             self._stock.decoder.set_attn_implementation(ATTENTION)
             if fuse:
@@ -218,35 +245,52 @@ class PackedDecoder:
     def _difference(self, reference: Reference) -> str:
         """What two interleaved rows run packed differ by from the plain; "" if that is rounding."""
         m, n = map(len, reference.rows)
-        steps = [(0, 0, m - 4), (1, 0, n - 6)], [(1, n - 6, 6), (0, m - 5, 5)], [(0, m - 1, 1)]
         cache, found, places = self.new_cache(2, m), list[Tensor](), list[tuple[int, int]]()
-        for step in steps:  # each of rows (slot, length that it is rolled back to, more tokens)
+        for step in (
+            [(0, 0, m - 8), (1, 0, n - 6)],
+            [(1, n - 6, n), (0, m - 8, m - 3)],
+            [(0, m - 5, m - 1), (1, n - 3, n)],
+            [(0, m - 1, m)],
+        ):  # each of rows (slot, length that it is rolled back to, length then)
             for slot, length, _ in step:
                 cache.rollback(slot, length)
-            tokens = [reference.rows[slot][at : at + count] for slot, at, count in step]
-            rows = [(slot, count) for slot, _, count in step]
+            begins = [cache.lengths[slot] for slot, _, _ in step]
+            tokens = [
+                reference.rows[slot][at:end]
+                for at, (slot, _, end) in zip(begins, step, strict=True)
+            ]
+            rows = [(slot, len(own)) for (slot, _, _), own in zip(step, tokens, strict=True)]
             hidden = self.forward(cache, rows, torch.cat(tokens))
             if not found:
                 self._stock.find_what_follows_the_head(hidden[:4])
-            at = [(slot, place) for slot, at, count in step for place in range(at, at + count)]
+            at = [
+                (slot, place)
+                for begin, (slot, _, end) in zip(begins, step, strict=True)
+                for place in range(begin, end)
+            ]
             kept = [i for i, place in enumerate(at) if reference.has(*place)]
             found.append(self.logits(hidden[kept]))
             places += [at[i] for i in kept]
         return reference.difference(torch.cat(found), places)
 
 
-def _refuse_by_config(model: PreTrainedModel) -> None:
+def _refuse_by_config(model: PreTrainedModel, recurrent: bool, invariant: bool) -> None:
     """Refuse what is known not to work, with the reason."""
     config = model.config.get_text_config()
     if config.is_encoder_decoder:
         raise UnsupportedModel("it is an encoder-decoder; specbatch runs decoder-only models")
+    if recurrent and invariant:
+        raise UnsupportedModel(
+            "it has layers whose state runs on; what is replayed together gives them other bits, "
+            "so that it cannot be deterministic"
+        )
     kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds & STATES or getattr(model, "_is_stateful", False):
+    if not recurrent and (kinds & STATES or getattr(model, "_is_stateful", False)):
         kind = ", ".join(sorted(kinds & STATES)) or "recurrent layers"
         raise UnsupportedModel(
             f"it has {kind}: state that cannot be rolled back to before a rejected candidate"
         )
-    if others := sorted(kinds - ATTENTIONS):
+    if others := sorted(kinds - ATTENTIONS - (STATES | STATELESS if recurrent else set())):
         raise UnsupportedModel(f"it has layers of {others[0]}, which specbatch does not know")
     rope = getattr(config, "rope_parameters", None) or {}
     for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):
@@ -255,5 +299,5 @@ def _refuse_by_config(model: PreTrainedModel) -> None:
                 f"it has {each['rope_type']} rotary embeddings, which give a row other angles "
                 "when a longer row is in the same forward"
             )
-    if not getattr(model, "_supports_attention_backend", False):
+    if not recurrent and not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModel("it does not take its attention from AttentionInterface")

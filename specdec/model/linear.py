@@ -159,12 +159,16 @@ def packable(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+READ_ELSEWHERE = {"dt_proj"}
+"""Linear layers whose weights the module that they belong to multiplies with itself (Mamba)."""
+
+
 def pack_linears(model: nn.Module, quantization: Quantization | None) -> None:
-    """Replace every linear layer of a `packable` model in place, the LM head included."""
+    """Replace the linear layers of a `packable` model in place, the LM head included."""
     layers = {"int8wo": Int8WeightOnlyLinear, "int8": Int8Linear, None: PackedLinear}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and name not in READ_ELSEWHERE:
                 setattr(parent, name, layers[quantization](child))
 
 

@@ -30,11 +30,16 @@ SPECIAL = ("softcap", "s_aux")
 """What an attention is given where its weights are not just the softmax of its scores."""
 
 
-def layer_layouts(stock: StockModel) -> tuple[LayerLayout, ...]:
+NOTHING = LayerLayout(0, 0, 0)
+"""That of a layer that attends to nothing."""
+
+
+def layer_layouts(stock: StockModel, mixes: bool = False) -> tuple[LayerLayout, ...]:
     """What each layer caches, and how far it looks back.
 
     Args:
         stock: its layers are transformers' own; its attention implementation is changed.
+        mixes: whether there are layers that keep a state in place of keys and values.
 
     Raises:
         UnsupportedModel: a layer attends to something else than what came before.
@@ -43,11 +48,11 @@ def layer_layouts(stock: StockModel) -> tuple[LayerLayout, ...]:
     stock.decoder.set_attn_implementation(PROBE)
     tokens = torch.arange(4, device=stock.model.get_input_embeddings().weight.device)
     stock.decoder(input_ids=tokens[None], position_ids=tokens[None], use_cache=False, packing=probe)
-    if not probe:
+    if not mixes and not probe:
         raise UnsupportedModel("its layers do not take their attention from AttentionInterface")
-    if sorted(probe) != list(range(len(probe))):
+    if not mixes and sorted(probe) != list(range(len(probe))):
         raise UnsupportedModel(f"only its layers {sorted(probe)} attend; others keep another state")
-    return tuple(probe[i] for i in range(len(probe)))
+    return tuple(probe.get(i, NOTHING) for i in range(max(probe, default=-1) + 1))
 
 
 @contextmanager

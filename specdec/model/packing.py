@@ -11,6 +11,7 @@ from torch import Tensor
 from specdec.kernels.base import LayerKernels
 from specdec.model.cache import SlotCache
 from specdec.model.grid import Grid
+from specdec.model.recurrent import Replay
 from specdec.model.rows import PackedRow, Row, cut_rows, packed_rows, upload
 
 GRID_TOKENS = 24
@@ -33,6 +34,7 @@ class Packing:
         short, long: rows of at most GRID_TOKENS tokens, and those that attend one by one.
         short_rows: int64 [R, 4] on the device, the short ones as kernels take them.
         kernels: what computes short rows and fused layers besides torch, if there is anything.
+        replay: how states that run on go on from what the slots have, if the model has such.
     """
 
     cache: SlotCache
@@ -43,6 +45,7 @@ class Packing:
     long: list[PackedRow]
     short_rows: Tensor
     kernels: LayerKernels | None
+    replay: Replay | None = None
     _grid: Grid | None = None
     _places: tuple[Tensor, Tensor] | None = None
 
@@ -70,6 +73,7 @@ class Packing:
             long,
             short_rows.view(-1, 4),
             cache.kernels,
+            cache.states.replay(short, long) if cache.states is not None else None,
         )
 
     @classmethod

@@ -125,7 +125,7 @@ class SharedCaches:
             if other.tokens[:most] != row.tokens[:most]:
                 continue
             n = min(self.common(cache, row, other), cache.lengths[source])
-            if n > most:
+            if n > most and cache.holds(source, n):
                 best, most = source, n
         return best, most
 
@@ -192,8 +192,9 @@ class SharedCaches:
         row, self._owners[slot] = self._owners[slot], None
         assert row is not None, "the slot has a row"
         for cache in self.caches:
-            n = self._in_grains(cache, cache.lengths[slot], row)
-            cache.pages.publish(slot, row.tokens[:n])
+            if cache.states is None:  # pages say nothing of states, which go with the slot
+                n = self._in_grains(cache, cache.lengths[slot], row)
+                cache.pages.publish(slot, row.tokens[:n])
             cache.release(slot)
 
     def move(self, source: int, target: int) -> None:

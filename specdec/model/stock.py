@@ -24,8 +24,15 @@ class UnsupportedModel(ValueError):
     """An architecture that cannot run packed; the message says why."""
 
 
-def context_length(config: Any) -> int:
-    """Most positions of a model, by its config.
+BOUNDLESS = 1 << 20
+"""Most positions of a model that has no positions, since its state runs on.
+
+Raised, the page table is wider: 8 bytes a slot for each 32 positions.
+"""
+
+
+def context_length(config: Any, bounded: bool = True) -> int:
+    """Most positions of a model, by its config; BOUNDLESS if it has none and is not `bounded`.
 
     Raises:
         UnsupportedModel: the config does not say.
@@ -35,6 +42,8 @@ def context_length(config: Any) -> int:
         length = getattr(text, name, None)
         if isinstance(length, int) and length > 0:
             return length
+    if not bounded:
+        return BOUNDLESS
     raise UnsupportedModel(
         "its config.json does not say how many positions it has; add max_position_embeddings"
     )

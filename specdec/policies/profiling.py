@@ -126,7 +126,7 @@ def _time(
     """Seconds of one forward of `tokens` tokens over as many rows as there are, logits included."""
     rows = min(slots, tokens)
     feed = [(slot, tokens // rows + (slot < tokens % rows)) for slot in range(rows)]
-    cache.lengths = [context] * slots
+    cache.pretend(context)
     ids = torch.zeros(tokens, dtype=torch.int64, device=decoder.device)
     start = time.perf_counter()
     chosen = greedy_choice(decoder.logits(decoder.forward(cache, feed, ids)))

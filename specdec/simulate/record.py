@@ -123,10 +123,15 @@ def record(
         most: most candidates of a round.
 
     Raises:
-        ValueError: the pair has no draft.
+        ValueError: the pair has no draft, or one that cannot go on from anywhere in a text.
     """
     if pair.draft is None:
         raise ValueError("transcripts need a pair with a draft")
+    if pair.draft.recurrent:
+        raise ValueError(
+            "transcripts need a draft that can go on from anywhere in a text; this one has layers "
+            "whose state runs on, so compare policies in jobs"
+        )
     recorder = _Recorder(pair, pair.draft, verification, head, most)
     for text in texts:
         room = pair.draft_context_length - len(text.request.prompt_ids) + 1
