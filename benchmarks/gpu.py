@@ -136,7 +136,7 @@ def forwards(
             ids = torch.randint(0, decoder.vocab_size, (size,), device=DEVICE)
 
             def forward(cache: Any = cache, feed: Any = feed, ids: Any = ids) -> Any:
-                cache.lengths = [context] * rows
+                cache.pretend(context)
                 return decoder.logits(decoder.forward(cache, feed, ids))
 
             found = []

@@ -63,7 +63,7 @@ def packed_attention(
     Returns:
         [1, N, H, Dv] and None.
     """
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer = packing.layer_of(module)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return attend(packing, layer, q, k, v, Scoring(scale, softcap, s_aux))[None], None

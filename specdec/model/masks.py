@@ -144,7 +144,8 @@ def _probe_attention(
         raise UnsupportedModel("its attention has a mask of its own")
     window = attention_mask.window if attention_mask is not None else None
     chunked = attention_mask is not None and attention_mask.chunked
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    number: Any = module.layer_idx
+    layer: int = len(packing) if number is None or number < 0 else number  # as `Packing.layer_of`
     plain = not chunked and all(kwargs.get(name) is None for name in SPECIAL)
     sizes = key.shape[1], key.shape[3], value.shape[3]
     packing[layer] = LayerLayout(*sizes, window, plain, chunked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -46,6 +47,7 @@ class Packing:
     short_rows: Tensor
     kernels: LayerKernels | None
     replay: Replay | None = None
+    _turns: int = 0
     _grid: Grid | None = None
     _places: tuple[Tensor, Tensor] | None = None
 
@@ -80,6 +82,13 @@ class Packing:
     def of_places(cls, cache: SlotCache, places: Tensor, rows: Tensor) -> Packing:
         """That of tokens at places (slot, position) [2, N] in rows [R, 4], which no host reads."""
         return cls(cache, False, places[0], places[1], [], [], rows, cache.kernels)
+
+    def layer_of(self, attention: Any) -> int:
+        """Which layer attends now; those that share one module (Zamba) are told by their turns."""
+        layer: int | None = attention.layer_idx
+        if layer is None or layer < 0:
+            layer, self._turns = self._turns, self._turns + 1
+        return layer
 
     @property
     def places(self) -> tuple[Tensor, Tensor]:

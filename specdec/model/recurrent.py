@@ -287,23 +287,20 @@ class Replay:
     def scan(self, number: int, scan: Scan) -> Tensor:
         """Outputs [N, ...] of recurrence `number`."""
         state, rings = self.states.states[number], self.states.inputs[number]
+
+        def go_on(placed: Placed) -> tuple[Tensor, Tensor]:
+            inputs = [placed.lay_out(x, ring) for x, ring in zip(scan.inputs, rings, strict=True)]
+            readers = [placed.lay_out(x, None) for x in scan.readers]
+            return scan.run(state[placed.places], inputs, readers)
+
         if self.fold.width:
-            fold = self.fold
-            inputs = [fold.lay_out(x, ring) for x, ring in zip(scan.inputs, rings, strict=True)]
-            readers = [fold.lay_out(x, None) for x in scan.readers]
-            state[fold.places] = scan.run(state[fold.places], inputs, readers)[1]
+            state[self.fold.places] = go_on(self.fold)[1]
         outputs: list[tuple[Tensor | slice, Tensor]] = []
         if self.short.width:
-            short = self.short
-            inputs = [short.lay_out(x, ring) for x, ring in zip(scan.inputs, rings, strict=True)]
-            readers = [short.lay_out(x, None) for x in scan.readers]
-            outputs.append(
-                (short.tokens, scan.run(state[short.places], inputs, readers)[0][short.new])
-            )
+            outputs.append((self.short.tokens, go_on(self.short)[0][self.short.new]))
         for place, row in self.long:
             own = slice(row.begin, row.begin + row.tokens)
-            inputs = [x[None, own] for x in scan.inputs]
-            readers = [x[None, own] for x in scan.readers]
+            inputs, readers = ([x[None, own] for x in xs] for xs in (scan.inputs, scan.readers))
             out, after = scan.run(state[place : place + 1], inputs, readers)
             state[place] = after[0]
             outputs.append((own, out[0]))

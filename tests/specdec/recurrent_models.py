@@ -25,7 +25,6 @@ EXPERTS: dict[str, Any] = {
 }
 MAMBA2: dict[str, Any] = {
     "layers": 3,
-    "layer_types": MIXED,
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
     "mamba_d_state": 8,
@@ -40,7 +39,12 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "olmo_hybrid": DELTA | {"linear_num_key_heads": 4},
     "lfm2": {"layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "granitemoehybrid": MAMBA2
-    | {"shared_intermediate_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1},
+    | {
+        "layer_types": MIXED,
+        "shared_intermediate_size": 64,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    },
     "falcon_h1": MAMBA2 | {"mamba_d_ssm": 128},
     "bamba": MAMBA2 | {"attn_layer_indices": [1]},
     "nemotron_h": {
@@ -58,6 +62,15 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "mamba_d_state": 8,
         "num_experts": 2,
         "num_experts_per_tok": 1,
+    },
+    "zamba2": {
+        "layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "kv_heads": 4,
+        "mamba_d_state": 8,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 2,
+        "chunk_size": 32,
     },
     "mamba": {"state_size": 8},
     "mamba2": {"num_heads": 8, "state_size": 8, "n_groups": 2, "chunk_size": 32},

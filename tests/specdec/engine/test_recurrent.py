@@ -13,7 +13,7 @@ from specdec.policies.simple import Fixed
 from specdec.request import SamplingParams
 from tests.specdec.engine.references import generate, sampled_by_hand
 from tests.specdec.engine.test_rejection import TINY_HIDDEN, TINY_VOCAB, excess_of
-from tests.specdec.recurrent_models import DELTA, RECURRENT, recurrent_model
+from tests.specdec.recurrent_models import DELTA, recurrent_model
 from tests.specdec.tiny_models import TinyPair, make_pair, noisy_copy, tiny_model
 from tests.specdec.workloads import (
     GREEDY,
@@ -26,7 +26,8 @@ from tests.specdec.workloads import (
     requests_of,
 )
 
-SOME_POLICIES = ["none", *(f"fixed {k}" for k in range(1, 9)), "goodput stated", "scripted"]
+TOGETHER = ["none", *(f"fixed {k}" for k in range(1, 9)), "goodput stated", "scripted"]
+ALONE = ["none", "fixed 2", "fixed 7", "goodput stated"]
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +55,14 @@ def policy_of(name: str) -> object:
     return Fixed(int(k)) if kind == "fixed" else make(name)
 
 
-@pytest.mark.parametrize("slots", [1, 16])
-@pytest.mark.parametrize("policy", SOME_POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "slots"), [*((name, 16) for name in TOGETHER), *((name, 1) for name in ALONE)]
+)
 def test_greedy_and_coupled_output_is_that_of_plain_decoding(
     pair: TinyPair, greedy: list[Prompt], by_hand: list[Prompt], policy: str, slots: int
 ) -> None:
-    """Ragged prompts, prefill in chunks, refills of slots, rollbacks of every length."""
-    some = slice(0, 5) if slots == 1 else slice(None)
+    """Ragged prompts, prefill in chunks, rollbacks of every length."""
+    some = slice(0, 3) if slots == 1 else slice(None)
     for sampling, expected in ((GREEDY, greedy), (SAMPLED, by_hand)):
         engine = Engine(
             pair,
@@ -75,13 +77,16 @@ def test_greedy_and_coupled_output_is_that_of_plain_decoding(
             assert 0.2 < (engine.stats.counts.acceptance_rate or 0) < 0.99
 
 
-@pytest.mark.parametrize("family", RECURRENT)
-def test_greedy_equals_generate_in_every_family(family: str) -> None:
+@pytest.mark.parametrize(
+    "family", ["qwen3_5_text", "lfm2", "granitemoehybrid", "falcon_h1", "nemotron_h", "jamba"]
+)
+def test_greedy_equals_generate_in_each_kind_of_family(family: str) -> None:
+    """Refills of slots."""
     model = recurrent_model(family, seed=3)
     engine = Engine(
         make_pair(model, noisy_copy(model, 0.05)), policy=Fixed(4), slots=4, prefill_chunk=32
     )
-    many = prompts((1, 40, 9, 70, 25, 3))
+    many = prompts((1, 40, 9, 70, 25))
     done = outputs(engine.generate(requests_of(many, GREEDY)))
     assert done == [generate(model, prompt, 24) for prompt in many]
 
@@ -176,13 +181,12 @@ def test_large_states_mean_fewer_rows_in_flight(
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("policy", ["fixed 4", "scripted"])
-def test_the_outputs_have_the_targets_distribution_under_rejection(policy: str) -> None:
+def test_the_outputs_have_the_targets_distribution_under_rejection() -> None:
     """Chi-square of three tokens jointly, 125 cells, 4,000 requests; false alarm 1e-6."""
     shape = {"vocab": TINY_VOCAB, "hidden": TINY_HIDDEN, "heads": 2, "kv_heads": 1}
     model = tiny_model("qwen3_5_text", **(DELTA | shape), peak=60.0, seed=4)
     pair = make_pair(model, noisy_copy(model, 0.4))
-    made = make(policy, TINY_HIDDEN)
+    made = make("scripted", TINY_HIDDEN)
     assert excess_of(pair, made, SamplingParams(), "rejection", 4_000, True) < 1
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from hypothesis import HealthCheck, given, settings
 
 from specdec.model.decoder import PackedDecoder
@@ -35,7 +38,7 @@ def test_ragged_rows_long_and_short_equal_plain(bench: Bench) -> None:
 
 
 @settings(
-    max_examples=6,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -162,3 +165,24 @@ def test_a_plain_forward_of_the_model_stays_what_it_was(qwen: Bench) -> None:
         again = qwen.decoder.model(input_ids=text, use_cache=False).logits
     qwen.decoder.model.set_attn_implementation("specbatch_packed")
     torch.testing.assert_close(again, plain, rtol=0, atol=1e-4)
+
+
+def test_what_accelerate_puts_around_layers_stays() -> None:
+    """It does where a model is spread over several devices."""
+    seen: list[str] = []
+
+    class Noting(ModelHook):  # type: ignore[misc]
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(type(module).__name__)
+            return args, kwargs
+
+    model = recurrent_model("qwen3_5_text")
+    for module in model.modules():
+        if hasattr(module, "conv1d"):
+            add_hook_to_module(module, Noting())
+    bench = bench_of(model)
+    bench.check((0, 7), (1, 30))
+    bench.rollback(0, 5)
+    seen.clear()
+    bench.check((0, 3), (1, 2))
+    assert len(seen) == 2 * (1 + 2)  # packed, and two rows plain
