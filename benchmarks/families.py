@@ -65,11 +65,12 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("sliding_window", "attention_chunk_size"), WINDOW),
     "hidden_size_per_layer_input": 16,
     "num_kv_shared_layers": 2,
-    **dict.fromkeys(("linear_num_value_heads", "mamba_n_heads", "mamba_num_heads"), 4),
+    **dict.fromkeys(("linear_num_value_heads", "mamba_num_heads"), 4),
     **dict.fromkeys(("linear_num_heads", "n_mamba_heads"), 4),
+    **dict.fromkeys(("mamba_n_heads", "mamba_d_head"), 8),
     **dict.fromkeys(("linear_num_key_heads", "mamba_n_groups", "mamba_ngroups", "n_groups"), 2),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
-    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_d_state"), 16),
+    **dict.fromkeys(("mamba_head_dim", "mamba_d_state"), 16),
     **dict.fromkeys(("ssm_state_size", "state_size"), 16),
     **dict.fromkeys(("expand", "mamba_expand", "attn_layer_offset"), 1),
     "mamba_d_ssm": 64,
@@ -112,6 +113,8 @@ def _shrunk(values: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:
         elif name in ("layer_types", "layers_block_type") and value:
             kinds = list(dict.fromkeys(value))
             small[name] = [kinds[i % len(kinds)] for i in range(4)]
+        elif name == "layer_types" and "conv_L_cache" in values:
+            small[name] = ["conv", "full_attention"] * 2
         elif name == "is_decoder":
             small[name] = True
         elif value is None and name in UNSET:

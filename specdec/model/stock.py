@@ -95,6 +95,9 @@ class StockModel:
         Args:
             hidden: [M, hidden], some that the decoder gave.
         """
+        weight: Tensor = self.head.weight
+        if weight.is_floating_point() and weight.dtype != hidden.dtype:
+            return  # between them is a conversion (Mamba's float32 states)
         spread = self.head(hidden).float().std().clamp(min=1e-6)
         hidden = hidden * (SPREAD / spread).to(hidden.dtype)
         head, whole = self.head(hidden), self._behind_decoder(hidden)

@@ -14,7 +14,7 @@ from specdec.model.stock import StockModel
 
 MOST_USED = (
     "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma2", "gemma3_text", "gemma4_text",
-    "gpt_oss", "phi3",
+    "gpt_oss", "phi3", "qwen3_5_text", "granitemoehybrid",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "memory": [],
     "overhead": [],
     "peers": [],
+    "recurrent": [],
     "roofline": [],
     "scale": ["plan", "flow", "units", "actors", "resume", "files"],
     "schemas": [],

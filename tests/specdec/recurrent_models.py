@@ -38,6 +38,28 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": DELTA | EXPERTS,
     "olmo_hybrid": DELTA | {"linear_num_key_heads": 4},
     "lfm2": {"layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {
+        "layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "num_dense_layers": 1,
+    },
+    "kimi_linear": {
+        "layers": 3,
+        "layer_types": MIXED,
+        "kv_heads": 4,
+        "linear_num_heads": 4,
+        "linear_head_dim": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
     "granitemoehybrid": MAMBA2
     | {
         "layer_types": MIXED,
@@ -62,6 +84,14 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "mamba_d_state": 8,
         "num_experts": 2,
         "num_experts_per_tok": 1,
+    },
+    "zamba": {
+        "layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "kv_heads": 4,
+        "mamba_d_state": 8,
+        "n_mamba_heads": 2,
+        "mamba_dt_rank": 8,
     },
     "zamba2": {
         "layers": 4,
