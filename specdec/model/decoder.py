@@ -212,7 +212,7 @@ class PackedDecoder:
         """
         with self._mixers.noting():
             layout = layer_layouts(self._stock, self.recurrent)
-        self.use_kernels = all(layer.plain for layer in layout)
+        self.use_kernels = bool(layout) and all(layer.plain for layer in layout)
         with short_windows(self.model.config):
             windows = any(layer.window for layer in layout)
             self.layout = layer_layouts(self._stock, self.recurrent) if windows else layout

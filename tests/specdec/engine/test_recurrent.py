@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
+from specdec.measure.clock import PhaseClock
 from specdec.policies.simple import Fixed
 from specdec.request import SamplingParams
 from tests.specdec.engine.references import generate, sampled_by_hand
@@ -103,6 +104,28 @@ def test_one_side_may_have_states_and_the_other_none(
         expected = [generate(plain, prompt, 24) for prompt in SOME]
     engine = Engine(pair, policy=Fixed(3), slots=5, prefill_chunk=64)
     assert outputs(engine.generate(requests_of(SOME, GREEDY))) == expected
+
+
+class RunningAhead(PhaseClock):
+    """That of a device that works beside the host: draft steps are launched before decisions."""
+
+    @property
+    def asynchronous(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("policy", ["confidence", "goodput stated", "scripted"])
+def test_draft_steps_that_ran_ahead_in_vain_are_taken_back(
+    pair: TinyPair, by_hand: list[Prompt], policy: str
+) -> None:
+    engine = Engine(
+        pair,
+        policy=make(policy),
+        verification="coupled",
+        slots=5,
+        clock=RunningAhead(pair.target.device),
+    )
+    assert outputs(engine.generate(requests_of(SOME, SAMPLED))) == by_hand
 
 
 def test_more_candidates_than_can_be_taken_back_are_never_drafted(
