@@ -7,7 +7,7 @@ A model of four layers (three gated delta nets, one that attends) of a 0.8B Qwen
 and in float32, runs rows of 1 to 17 tokens behind 192 others, as in decoding and verification. Half
 of what is replayed at most is replayed. *fold* is the same when a state is due to be moved on.
 
-Beside it, what the delta rule of one such layer takes by itself: replaying tokens in one chunk, as
+Beside it, what the delta rule of one such layer takes by itself, and of a tiny one: replaying tokens in one chunk, as
 here, against going through them one by one and keeping the state behind each. Prints tables of
 milliseconds by tokens a row; less than a minute.
 """
@@ -27,6 +27,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
     torch_recurrent_gated_delta_rule,
 )
 
+from specdec.loading.heap import keep_freed_memory
 from specdec.model.decoder import PackedDecoder
 from specdec.model.linear import pack_linears
 
@@ -94,11 +95,11 @@ def forwards(decoder: PackedDecoder, rows: int) -> Table:
     return table
 
 
-def recurrence(rows: int, tokens: int) -> tuple[float, float, float]:
+def recurrence(rows: int, tokens: int, heads: int, size: int) -> tuple[float, float, float]:
     """Milliseconds of one layer's delta rule: in one chunk, one by one, keeping each state."""
-    first = torch.randn(rows, HEADS, SIZE, SIZE)
-    query, key, value = (torch.randn(rows, tokens, HEADS, SIZE) for _ in range(3))
-    g, beta = -torch.rand(rows, tokens, HEADS), torch.rand(rows, tokens, HEADS)
+    first = torch.randn(rows, heads, size, size)
+    query, key, value = (torch.randn(rows, tokens, heads, size) for _ in range(3))
+    g, beta = -torch.rand(rows, tokens, heads), torch.rand(rows, tokens, heads)
     kept = first.new_empty(rows, tokens, *first.shape[1:])
 
     def go_on(rule: Any, state: torch.Tensor, at: slice, **options: Any) -> torch.Tensor:
@@ -120,13 +121,13 @@ def recurrence(rows: int, tokens: int) -> tuple[float, float, float]:
     return chunk, steps, quickest(keep_each)
 
 
-def recurrences(rows: int) -> Table:
+def recurrences(rows: int, heads: int, size: int) -> Table:
     """The same by tokens a row."""
-    table = Table(title=f"{rows} rows, one delta rule")
+    table = Table(title=f"{rows} rows, one delta rule of {heads} heads of {size} x {size}")
     for name in ("tokens a row", "one chunk", "one by one", "keeping each state"):
         table.add_column(name, justify="right")
     for tokens in TOKENS:
-        table.add_row(str(tokens), *(f"{ms:.2f}" for ms in recurrence(rows, tokens)))
+        table.add_row(str(tokens), *(f"{ms:.2f}" for ms in recurrence(rows, tokens, heads, size)))
     return table
 
 
@@ -135,10 +136,12 @@ def recurrent(
     threads: Threads = CORES,
 ) -> None:
     prepare(threads)
+    keep_freed_memory()
     decoder = hybrid()
     with torch.inference_mode():
         for each in map(int, rows.split(",")):
-            console.print(recurrences(each))
+            console.print(recurrences(each, 4, 16))
+            console.print(recurrences(each, HEADS, SIZE))
             console.print(forwards(decoder, each))
 
 

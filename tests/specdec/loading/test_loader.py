@@ -12,7 +12,9 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from specdec.loading.sources import PairError
+from tests.specdec.engine.references import generate
 from tests.specdec.loading.saved_models import EOS, complete, load, saved, set_config
+from tests.specdec.recurrent_models import recurrent_model
 from tests.specdec.tiny_models import VOCAB, noisy_copy, seeded, tiny_model
 
 TEXT = {
@@ -42,6 +44,17 @@ WITH_IMAGES: dict[str, dict[str, Any]] = {
         "vision_config": VISION | {"fullatt_block_indexes": [0]},
         "text_config": TEXT
         | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+    },
+    "qwen3_5": {
+        "vision_config": VISION | {"deepstack_visual_indexes": []},
+        "text_config": TEXT
+        | {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 16,
+        },
     },
     "mistral3": {"vision_config": VISION | {"model_type": "pixtral"}},
     "gemma3": {
@@ -91,6 +104,17 @@ def test_the_text_part_of_a_model_with_images_completes_as_the_whole(
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         prompt.append(int(logits[0, -1].argmax()))
     assert complete(pair) == tuple(prompt[4:])
+
+
+@pytest.mark.parametrize("family", ["jamba", "mamba2"])
+def test_layers_whose_state_runs_on_complete_with_packed_weights(
+    family: str, tmp_path: Path
+) -> None:
+    model = recurrent_model(family)
+    pair = load(saved(tmp_path / family, model), saved(tmp_path / "draft", noisy_copy(model, 0.05)))
+    assert complete(pair) == generate(model, (5, 17, 3, 3), 20)
+    with pytest.raises(PairError, match="cannot be deterministic"):
+        load(tmp_path / family, deterministic=True)
 
 
 @pytest.mark.parametrize(
