@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.model.packing import Packing
-from specdec.model.recurrent import WIDEST, Scan, StateLayout
+from specdec.model.recurrent import WIDEST, Replay, Scan, StateLayout
 from specdec.model.stock import UnsupportedModel
 
 CONVOLUTION = "causal_conv1d_fn"
@@ -142,14 +142,17 @@ def _selective_scan(
     return Scan(tuple(a.shape), inputs, (c[0].transpose(0, 1),), run), finish
 
 
-SCANS: dict[str, Callable[..., tuple[Scan, Callable[[Tensor], Any]]]] = {
+Adapt = Callable[..., tuple[Scan, Callable[[Tensor], Any]]]
+"""Takes a function that scans and its arguments; gives the scan, and what makes of its outputs
+[N, ...] what the function would return."""
+
+SCANS: dict[str, Adapt] = {
     "torch_chunk_gated_delta_rule": _delta_rule,
     "chunk_kimi_delta_attention": _delta_rule,
     "mamba2_chunk_scan": _state_space,
     "mamba_selective_scan": _selective_scan,
 }
-"""The functions that scan, and what takes their arguments: it returns the scan, and what makes of
-its outputs [N, ...] what the function would return."""
+"""The functions that scan, by the names that mixers call."""
 
 
 class Mixers:
@@ -192,12 +195,11 @@ class Mixers:
         finally:
             self.running = None
 
-    def number_of(self, mixer: _Mixer, layout: StateLayout) -> int:
-        """The number of the recurrence that a mixer calls now; a new one if they are noted."""
+    def note(self, mixer: _Mixer, layout: StateLayout) -> None:
+        """Give a number to the recurrence that a mixer calls now, if they are noted."""
         if self._noting:
             mixer.numbers.append(len(self.layouts))
             self.layouts.append(layout)
-        return mixer.next_number()
 
 
 class _Mixer:
@@ -211,12 +213,13 @@ class _Mixer:
         self.numbers: list[int] = []
         self._module, self._mixers, self._calls = module, mixers, 0
         own: Any = inspect.unwrap(type(module).forward)
-        ours = {
-            name: functools.partial(
-                self._convolve if name == CONVOLUTION else self._scan, name, own.__globals__[name]
-            )
-            for name in _named(module)
-        }
+        ours: dict[str, Any] = {}
+        for name in _named(module):
+            function = own.__globals__[name]
+            if name == CONVOLUTION:
+                ours[name] = functools.partial(self._convolve, function)
+            else:
+                ours[name] = functools.partial(self._scan, SCANS[name], function)
         self._forward: Any = types.FunctionType(
             own.__code__, own.__globals__ | ours, own.__name__, own.__defaults__, own.__closure__
         )
@@ -229,37 +232,39 @@ class _Mixer:
         self._calls = 0
         return self._forward(self._module, *args, **kwargs)
 
-    def next_number(self) -> int:
-        """That of the recurrence that is called now."""
+    def _next_number(self) -> int:
         self._calls += 1
         return self.numbers[self._calls - 1]
 
     def _convolve(
-        self, name: str, function: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any
+        self, function: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """The convolution of x [1, C, N]."""
         weight: Tensor = args[0] if args else kwargs["weight"]
         kernel = weight.shape[-1]
         if kernel > WIDEST:
             raise UnsupportedModel(f"it convolves over {kernel} tokens; {WIDEST} at most can be")
-        layout = StateLayout(None, ((x.shape[1:2], x.dtype),))
-        number, packing = self._mixers.number_of(self, layout), self._mixers.running
+        packing = self._mixers.running
         if packing is None:
+            self._mixers.note(self, StateLayout(None, ((x.shape[1:2], x.dtype),)))
             return function(x, *args, **kwargs)
-        return _replay(packing).convolve(
-            number, x[0], kernel, lambda row: function(row[None], *args, **kwargs)[0]
-        )[None]
 
-    def _scan(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        scan, finish = SCANS[name](function, *args, **kwargs)
-        layout = StateLayout(scan.state, tuple((x.shape[1:], x.dtype) for x in scan.inputs))
-        number, packing = self._mixers.number_of(self, layout), self._mixers.running
+        def run(row: Tensor) -> Tensor:
+            return function(row[None], *args, **kwargs)[0]
+
+        return _replay(packing).convolve(self._next_number(), x[0], kernel, run)[None]
+
+    def _scan(self, adapt: Adapt, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        scan, finish = adapt(function, *args, **kwargs)
+        packing = self._mixers.running
         if packing is None:
+            inputs = tuple((x.shape[1:], x.dtype) for x in scan.inputs)
+            self._mixers.note(self, StateLayout(scan.state, inputs))
             return function(*args, **kwargs)
-        return finish(_replay(packing).scan(number, scan))
+        return finish(_replay(packing).scan(self._next_number(), scan))
 
 
-def _replay(packing: Packing) -> Any:
+def _replay(packing: Packing) -> Replay:
     assert packing.replay is not None, "the cache of a model with mixers has states"
     return packing.replay
 

@@ -83,7 +83,8 @@ class RecurrentStates:
         self._places = list[int]()  # of each slot in the tensors: a row that moves is not copied
         self._device = device
         self.states = [
-            torch.zeros(0, *(layout.state or (0,)), device=device) for layout in self.layouts
+            torch.zeros(0, *(layout.state or (0,)), dtype=torch.float32, device=device)
+            for layout in self.layouts
         ]
         self.inputs = [
             [
