@@ -7,7 +7,7 @@ are tried where a config has them. Prints what became of each, and why.
 
     python benchmarks/families.py                     all, some 20 minutes
     python benchmarks/families.py --only llama,gemma4_text
-    python benchmarks/families.py --table docs/models.md --out families.jsonl
+    python benchmarks/families.py --save pipeline/config/families.yaml --out families.jsonl
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+import yaml
 from common import console, prepare, run
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -45,6 +46,7 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("ffn_dim", "d_ff", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"), 96),
     **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "ffn_hidden_size"), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 48),
+    **dict.fromkeys(("expert_ffn_hidden_size", "shared_experts_intermediate_size"), 48),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 4),
     **dict.fromkeys(("decoder_layers", "encoder_layers"), 4),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
@@ -56,13 +58,13 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"), 16),
     **dict.fromkeys(("qk_head_dim",), 32),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
-    **dict.fromkeys(("moe_num_experts",), 4),
+    **dict.fromkeys(("moe_num_experts", "zero_expert_num"), 4),
     **dict.fromkeys(("num_experts_per_tok", "top_k", "moe_topk", "moe_k", "top_k_experts"), 2),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 512),
     **dict.fromkeys(("max_target_positions", "max_source_positions"), 512),
-    **dict.fromkeys(("sliding_window", "attention_chunk_size"), WINDOW),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size"), WINDOW),
     "hidden_size_per_layer_input": 16,
     "num_kv_shared_layers": 2,
     **dict.fromkeys(("linear_num_value_heads", "mamba_num_heads"), 4),
@@ -82,6 +84,40 @@ SIZES: dict[str, int] = {
 UNSET = ("head_dim", "num_key_value_heads", "pad_token_id", "num_experts_per_tok")
 """What gets its size of SIZES though the config leaves it open."""
 
+_EXPERTS = {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"] * 2}
+_STATE = {"layer_types": ["linear_attention", "full_attention"] * 2}
+
+OWN: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": _EXPERTS | _STATE | {"n_group": 1, "topk_group": 1},
+    "blenderbot": {"max_position_embeddings": 512},
+    "bloom": {"seq_length": 512},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_top_k": 2},
+    },
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": {"head_dim": 32},
+    "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "kimi_linear": _EXPERTS | _STATE | {"num_local_experts": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 32,
+        "indexer_compress_ratio": 4,
+    },
+    "reformer": {"axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+}
+"""What some architectures need besides: their defaults lack it, or do not fit the sizes above."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "windowed": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
@@ -89,6 +125,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shared": {"num_kv_shared_layers": 2},
     "scaled": {"logit_scale": 0.3, "logits_scaling": 3.0},
     "attending": {"attn_layer_indices": [1, 3]},
+    "biased": {"alibi": True},
+    "grouped": {"new_decoder_architecture": True, "num_kv_heads": 2},
 }
 """Settings that are tried where a config has one of them, since its default leaves it unused."""
 
@@ -121,7 +159,7 @@ def _shrunk(values: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:
             small[name] = SIZES[name]
     if "kv_lora_rank" in small:  # latent attention: each head has keys of its own
         small["num_key_value_heads"] = small["num_attention_heads"]
-    return small
+    return small | OWN.get(values.get("model_type", ""), {})
 
 
 def tiny_model(config: Any) -> Any:
@@ -142,7 +180,8 @@ def _peaked(model: Any) -> None:
     head = model.get_output_embeddings()
     ids = torch.arange(2, 66)[None]
     with torch.no_grad():
-        spread = model(input_ids=ids, use_cache=False).logits.float().std()
+        # A copy, since some models (BigBird) change with the first text that they get.
+        spread = copy.deepcopy(model)(input_ids=ids, use_cache=False).logits.float().std()
     if head.weight is model.get_input_embeddings().weight:
         head.weight = torch.nn.Parameter(head.weight.clone())
     head.weight.data *= 3 / spread.clamp(min=1e-3)
@@ -254,49 +293,42 @@ def in_a_fork(kind: str) -> dict[str, Any]:
     return found
 
 
-ABOUT = """# Models
-
-Which causal architectures of transformers run, as `benchmarks/families.py` found with tiny random
-weights, in float32 and bfloat16. Rows of different lengths, beyond windows and blocks and rolled
-back, are compared with transformers' own forward. Windows, soft caps, scales and shared keys are
-tried where a config has them.
-
-A model is compared with its own plain forward whenever it is loaded. So one that is not here, or
-other than its family, runs right or is refused with the reason.
-
-| layers | what runs |
-|---|---|
-| `fused` | layers with a third of the operators, hand-written attention |
-| `kernels` | transformers' layers, hand-written attention |
-| `torch` | torch's operators alone |
-
-| family | runs | layers | why not |
-|---|---|---|---|
+NOTE = """\
+# What `python benchmarks/families.py --save pipeline/config/families.yaml` found, with tiny random
+# models, in each family of transformers that could be built. docs/models.md is written from it.
 """
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """The page of the docs: a row for each family that could be built."""
-    rows = []
-    lines = [line for line in lines if line["verdict"] != "not built"]
-    for line in sorted(lines, key=lambda line: (line["verdict"] != "right", line["kind"])):
-        found = [each for variant in line["found"].values() for each in variant.values()]
-        right = [each for each in found if each["verdict"] == "right"]
-        layers = ""
-        if right:
-            kernels = "kernels" if all(each["kernels"] for each in right) else "torch"
-            layers = "fused" if all(each["fused"] for each in right) else kernels
-        whys = sorted({each["why"].partition(": ")[2] for each in found if "why" in each})
-        runs = "yes" if line["verdict"] == "right" else line["verdict"]
-        why = whys[0].replace("|", "/")[:160] if whys else ""
-        rows.append(f"| `{line['kind']}` | {runs} | {layers} | {why} |\n")
-    return ABOUT + "".join(rows)
+def summary(found: dict[str, Any], verdict: str) -> dict[str, Any]:
+    """What the table of families says of one: a `Family` of pipeline/config/model_family.py."""
+    results = [each for variant in found.values() for each in variant.values()]
+    right = [each for each in results if each["verdict"] == "right"]
+    layers = None
+    if right:
+        kernels = "kernels" if all(each["kernels"] for each in right) else "torch"
+        layers = "fused" if all(each["fused"] for each in right) else kernels
+    whys = {each["why"].partition(": ")[2] for each in results if "why" in each}
+    why = sorted(whys)[0].replace("|", "/")[:160] if whys else ""
+    return {"runs": verdict == "right", "layers": layers, "why": why}
+
+
+def save(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Write what was found over what the table said of these families before."""
+    table: dict[str, Any] = yaml.safe_load(path.read_text()) if path.exists() else {}
+    for line in lines:
+        table.pop(line["kind"], None)
+        if line["verdict"] in ("right", "refused"):
+            table[line["kind"]] = summary(line["found"], line["verdict"])
+    text = yaml.safe_dump(dict(sorted(table.items())), width=1000, default_flow_style=None)
+    path.write_text(NOTE + text)
 
 
 def all_families(
     only: Annotated[str, typer.Option(help="model types, separated by commas")] = "",
     out: Annotated[Path | None, typer.Option(help="where results go, as JSON lines")] = None,
-    page: Annotated[Path | None, typer.Option("--table", help="where the page goes")] = None,
+    table: Annotated[
+        Path | None, typer.Option("--save", help="the table to bring up to date")
+    ] = None,
 ) -> None:
     prepare(1)
     kinds = only.split(",") if only else list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -311,8 +343,8 @@ def all_families(
         if out:
             out.write_text("".join(json.dumps(line) + "\n" for line in lines))
     console.print(dict(Counter(line["verdict"] for line in lines)))
-    if page:
-        page.write_text(table(lines))
+    if table:
+        save(table, lines)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python docs/generate.py
 
 `job-file.md`, `recipe-file.md` and the two JSON Schemas come from the descriptions of keys in
-pipeline/config and jobs/nightly, `cli.md` from the help of the commands.
+pipeline/config and jobs/nightly, `cli.md` from the help of the commands, `models.md` from the table
+of families that benchmarks/families.py writes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typer.core import TyperGroup
 
 from jobs.cli import app
 from jobs.schema import job_schema, recipe_schema, schema_text
+from pipeline.config.model_family import LAYERS, families
 
 DOCS = Path(__file__).parent
 NOTE = "<!-- Written by `python docs/generate.py`, from the code. -->"
@@ -79,6 +81,37 @@ CLI = """\
 | 130 | stopped by Ctrl-C or SIGTERM |
 """
 
+MODELS = """\
+# Models
+
+Which causal architectures of transformers run, as `benchmarks/families.py` found with tiny random
+weights, in float32 and bfloat16. Rows of different lengths, beyond windows and blocks and rolled
+back, are compared with transformers' own forward. Windows, soft caps, scales and shared keys are
+tried where a config has them.
+
+A model is compared with its own plain forward whenever it is loaded. So one that is not here, or
+other than its family, runs right or is refused with the reason. `specbatch validate` tells the
+family of a model from its config, before it is loaded.
+
+- **Attention of their own.** BLOOM, Falcon, MPT, GPT-J and others compute their softmax themselves,
+  not by transformers' `AttentionInterface`. They run by an adapter, their layers as they are.
+- **Rotary embeddings of kind `longrope`.** Beyond the context that a model was first trained for,
+  all tokens of a row have other angles. So rows end there: Phi-4-mini has 4,096 positions here, not
+  131,072. A warning says so when such a model is loaded.
+- **Padding in a text.** RoBERTa and its kin do not count padding tokens as they number positions.
+  Here each token of a row counts.
+
+| layers | what runs |
+|---|---|
+{layers}
+
+{runs} of {all} families run:
+
+| family | runs | layers | why not |
+|---|---|---|---|
+{families}
+"""
+
 Schema = Mapping[str, Any]
 
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -91,6 +124,7 @@ def pages() -> dict[str, str]:
         "job-file.md": Reference(job, {}).page(JOB_FILE),
         "recipe-file.md": Reference(recipe, {"JobConfig": "job-file.md"}).page(RECIPE_FILE),
         "cli.md": cli_page(),
+        "models.md": models_page(),
         "job.schema.json": schema_text(job),
         "recipe.schema.json": schema_text(recipe),
     }
@@ -225,6 +259,26 @@ def cli_page() -> str:
         # Lists of sub-commands cut their help short; it follows whole, right below.
         parts.append(re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", page))
     return _joined(parts)
+
+
+def models_page() -> str:
+    """The table of families, those that run first."""
+    table = sorted(families().items(), key=lambda item: (not item[1].runs, item[0]))
+    rows = [
+        f"| `{kind}` | {'yes' if family.runs else 'refused'} | {family.layers or ''} | "
+        f"{family.why} |"
+        for kind, family in table
+    ]
+    return _joined(
+        [
+            MODELS.format(
+                layers="\n".join(f"| `{name}` | {what} |" for name, what in LAYERS.items()),
+                runs=sum(family.runs for _, family in table),
+                all=len(table),
+                families="\n".join(rows),
+            )
+        ]
+    )
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 
 from jobs.job_file import load_job
-from jobs.terminal.console import explained, out
+from jobs.terminal.console import explained, note, out
 from jobs.terminal.options import JobFile, Overrides
 from pipeline.config.job import JobConfig
 from pipeline.errors import UserError
@@ -18,7 +18,7 @@ def validate(file: JobFile, overrides: Overrides = None) -> None:
 
     Prints the job with its defaults filled in, or one line for each mistake. It takes seconds,
     unless there are many gigabytes of JSONL, whose lines are counted. No model is loaded, and the
-    hub is not asked.
+    hub is not asked: whether a model's family runs is told from its config alone.
 
     For example:
 
@@ -43,6 +43,7 @@ def validate(file: JobFile, overrides: Overrides = None) -> None:
         )
         if plan.said:
             out.print(plan.said, highlight=False, soft_wrap=True)
+        _tell_families(job)
         out.print_json(data=_described(plan.job))
 
 
@@ -53,6 +54,18 @@ def _check_model(name: str) -> None:
         check_model_name(name)
     except PairError as error:
         raise UserError(str(error)) from None
+
+
+def _tell_families(job: JobConfig) -> None:
+    """Say what is known of the models' families; only loading decides."""
+    from pipeline.config.model_family import expected
+
+    for role, name in (("target", job.models.target), ("draft", job.models.draft)):
+        line, good = expected(name) if name is not None else ("", True)
+        if line and good:
+            out.print(f"models.{role}: {escape(line)}", highlight=False, soft_wrap=True)
+        elif line:
+            note(f"models.{role}: {line}")
 
 
 def _described(job: JobConfig) -> dict[str, Any]:

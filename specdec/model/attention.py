@@ -5,7 +5,7 @@ transformers calls `packed_attention` in place of its own. There are three ways 
 - Rows of at most GRID_TOKENS tokens (decoding, verifying) go to compiled kernels where there are
   any (specdec/kernels), token by token.
 - Elsewhere they are computed together as a grid (specdec/model/grid.py).
-- Layers with soft caps or sinks have no kernels and are computed the second or third way.
+- Layers with soft caps, sinks or a bias have no kernels and are computed the second or third way.
 - Longer rows (prefill) are computed one by one, so that a row's shapes depend on that row alone.
 
 Batch invariance. The compiled CPU kernel computes each token by itself, in an order that depends on
@@ -32,7 +32,7 @@ ATTENTION = "specbatch_packed"
 """The name under which transformers knows `packed_attention`."""
 
 QUERY_BLOCK = 128
-"""Tokens of a long row whose scores are in memory at once where they have caps or sinks.
+"""Tokens of a long row whose scores are in memory at once where they are not `Scoring.plain`.
 
 Raised, fewer products and more memory: heads x QUERY_BLOCK x positions numbers.
 """
@@ -49,6 +49,7 @@ def packed_attention(
     packing: Packing,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    key_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of a packed batch, called by each transformers attention layer.
@@ -58,7 +59,7 @@ def packed_attention(
     Args:
         query: [1, H, N, D]; key: [1, Hkv, N, D]; value: [1, Hkv, N, Dv]; after rotary embedding.
         packing: where the N tokens belong; passed to the model as a keyword argument.
-        softcap, s_aux: soft cap and sinks of `Scoring`.
+        softcap, s_aux, key_bias: soft cap, sinks and bias of `Scoring`.
 
     Returns:
         [1, N, H, Dv] and None.
@@ -66,7 +67,8 @@ def packed_attention(
     layer = packing.layer_of(module)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attend(packing, layer, q, k, v, Scoring(scale, softcap, s_aux))[None], None
+    scoring = Scoring(scale, softcap, s_aux, key_bias)
+    return attend(packing, layer, q, k, v, scoring)[None], None
 
 
 def attend(
@@ -152,7 +154,7 @@ def _in_blocks(
     grouped = query.reshape(1, keys.shape[1], -1, *query.shape[1:])
     mask = torch.zeros(allowed.shape, device=query.device).masked_fill_(~allowed, float("-inf"))
     outs = [
-        product_attention(q, keys, values, part[None], scoring)
+        product_attention(q, keys, values, scoring.biased(part[None]), scoring)
         for q, part in zip(
             torch.split(grouped, QUERY_BLOCK, 3), torch.split(mask, QUERY_BLOCK), strict=True
         )

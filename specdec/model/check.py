@@ -86,11 +86,14 @@ class Reference:
         device: torch.device = model.get_input_embeddings().weight.device
         lengths = GPU_CHECK if device.type == "cuda" else CPU_CHECK
         draw = torch.Generator().manual_seed(0)
+        padding = getattr(model.config.get_text_config(), "pad_token_id", None)
         first, second = (
-            torch.randint(vocab_size, (min(n, context),), generator=draw).to(device)
+            _other_than(padding, torch.randint(vocab_size, (min(n, context),), generator=draw)).to(
+                device
+            )
             for n in lengths
         )
-        decoder.set_attn_implementation("sdpa" if decoder._supports_sdpa else "eager")
+        stock.set_attention("sdpa" if decoder._supports_sdpa else "eager")
         logits = _tail(model, first), _tail(model, second)
         return cls((first, second), logits, _noise(model, (first, second), torch.cat(logits)))
 
@@ -129,6 +132,11 @@ def distance(logits: Tensor, expected: Tensor) -> tuple[float, float]:
     variation = (p - q).abs().sum(-1) / 2
     # A comparison with NaN is false, so that a model that gives NaN is refused.
     return variation.mean().item(), variation.max().item()
+
+
+def _other_than(padding: int | None, tokens: Tensor) -> Tensor:
+    """Tokens without padding, which some models (RoBERTa) do not count as they count positions."""
+    return tokens if padding is None else torch.where(tokens == padding, abs(padding - 1), tokens)
 
 
 def _tail(model: Any, tokens: Tensor) -> Tensor:

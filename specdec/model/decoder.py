@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.measure.clock import PhaseClock
-from specdec.model.attention import ATTENTION
+from specdec.model.attention import ATTENTION, packed_attention
 from specdec.model.cache import LayerLayout, SlotCache
 from specdec.model.check import Reference
 from specdec.model.fused import fuse_layers
@@ -28,7 +28,7 @@ from specdec.model.mixers import Mixers
 from specdec.model.packing import GRID_TOKENS, Packing
 from specdec.model.recurrent import RecurrentStates
 from specdec.model.rows import Row
-from specdec.model.stock import StockModel, UnsupportedModel, context_length
+from specdec.model.stock import StockModel, UnsupportedModel
 
 STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 """Kinds of layers, as configs name them, whose state runs on."""
@@ -73,8 +73,8 @@ class PackedDecoder:
             self._mixers = Mixers(model)
             self.recurrent = bool(self._mixers)
             _refuse_by_config(model, self.recurrent, invariant)
-            self._stock = StockModel(model)
-            self.context_length = context_length(model.config, bounded=not self.recurrent)
+            self._stock = StockModel(model, self.recurrent)
+            self.context_length = self._stock.context_length
             embedding: Any = model.get_input_embeddings()
             self.device: torch.device = embedding.weight.device
             self.vocab_size: int = self._stock.head.weight.shape[0]
@@ -194,14 +194,7 @@ class PackedDecoder:
 
     def _run(self, tokens: Tensor, positions: Tensor, packing: Packing) -> Tensor:
         with self._mixers.over(packing):
-            out = self._stock.decoder(
-                input_ids=tokens[None],
-                position_ids=positions[None],
-                use_cache=False,
-                packing=packing,
-            )
-        hidden: Tensor = out.last_hidden_state[0]
-        return hidden
+            return self._stock.run(tokens, positions, packed_attention, packing)
 
     @torch.inference_mode()
     def _pack_and_check(self, fuse: bool) -> None:
@@ -217,7 +210,7 @@ class PackedDecoder:
             windows = any(layer.window for layer in layout)
             self.layout = layer_layouts(self._stock, self.recurrent) if windows else layout
             reference = Reference.of(self._stock, self.vocab_size, self.context_length)
-            self._stock.decoder.set_attn_implementation(ATTENTION)
+            self._stock.set_attention(ATTENTION)
             if fuse:
                 fuse_layers(self._stock.decoder)
             on_gpu = self.device.type == "cuda"
@@ -292,12 +285,3 @@ def _refuse_by_config(model: PreTrainedModel, recurrent: bool, invariant: bool) 
         )
     if others := sorted(kinds - ATTENTIONS - (STATES | STATELESS if recurrent else set())):
         raise UnsupportedModel(f"it has layers of {others[0]}, which specbatch does not know")
-    rope = getattr(config, "rope_parameters", None) or {}
-    for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if each.get("rope_type") in ("dynamic", "longrope"):
-            raise UnsupportedModel(
-                f"it has {each['rope_type']} rotary embeddings, which give a row other angles "
-                "when a longer row is in the same forward"
-            )
-    if not recurrent and not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModel("it does not take its attention from AttentionInterface")

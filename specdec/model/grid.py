@@ -60,7 +60,7 @@ class Grid:
     short_tokens: Tensor
     short_cells: Tensor
     aligned: bool
-    _masks: dict[tuple[int | None, bool], Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, bool, int], Tensor] = field(default_factory=dict)
 
     @classmethod
     def lay_out(
@@ -111,7 +111,7 @@ class Grid:
         q = query if self.aligned else query.index_select(0, self.cell_token)
         # [B, T, Hkv, G, D] -> [B, Hkv, G, T, D]: the G query heads of a key/value head share keys.
         q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4)
-        product, mask = self._product(q, scoring), self._mask(cache.layout[layer])
+        product, mask = self._product(q, scoring), self._mask(cache.layout[layer], scoring)
         out = product(q, keys, values, mask, scoring)  # [B, Hkv, G, T, Dv]
         out = out.permute(0, 3, 1, 2, 4).reshape(batch * tokens, heads, -1)
         return out if self.aligned else out.index_select(0, self.short_cells)
@@ -123,14 +123,17 @@ class Grid:
         products = q.dtype == torch.float32 or many or not scoring.plain
         return product_attention if products else fused_attention
 
-    def _mask(self, layout: LayerLayout) -> Tensor:
-        """Additive float32 [B, T, L]: 0 where a cell may attend, else -inf; made once a forward."""
-        span = layout.window, layout.chunked
+    def _mask(self, layout: LayerLayout, scoring: Scoring) -> Tensor:
+        """Additive float32 [B, H or 1, T, L], -inf where a cell may not attend.
+
+        It is made once a forward for each kind of layer.
+        """
+        span = layout.window, layout.chunked, id(scoring.key_bias)
         if span not in self._masks:
             key = torch.arange(self.keys, device=self.cell_position.device)
             zero = torch.zeros((), device=key.device)
             allowed = layout.sees(self.cell_position[..., None], key)
-            self._masks[span] = torch.where(allowed, zero, float("-inf"))
+            self._masks[span] = scoring.biased(torch.where(allowed, zero, float("-inf")))
         return self._masks[span]
 
 
@@ -140,7 +143,8 @@ def product_attention(
     """Softmax attention as two batched matrix products, the softmax in float32.
 
     Args:
-        q: [B, Hkv, G, T, D]; keys: [B, Hkv, L, D]; values: [B, Hkv, L, Dv]; mask: [B, T, L].
+        q: [B, Hkv, G, T, D]; keys: [B, Hkv, L, D]; values: [B, Hkv, L, Dv];
+            mask: [B, H or 1, T, L].
 
     Returns:
         [B, Hkv, G, T, Dv].
@@ -152,7 +156,7 @@ def product_attention(
     else:  # CPUs multiply bfloat16 three times as fast with the many keys on the left
         scores = torch.bmm(keys, flat.transpose(1, 2)).transpose(1, 2).contiguous()
         scores = scores.float().mul_(scoring.scale)
-    by_head = scoring.capped(scores).view(batch, kv_heads * group, tokens, -1).add_(mask[:, None])
+    by_head = scoring.capped(scores).view(batch, kv_heads * group, tokens, -1).add_(mask)
     weights = scoring.weights(by_head).to(values.dtype).reshape(scores.shape)
     out = torch.bmm(weights, values.flatten(0, 1))
     return out.view(batch, kv_heads, group, tokens, -1)
@@ -161,10 +165,10 @@ def product_attention(
 def fused_attention(
     q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scoring: Scoring
 ) -> Tensor:
-    """As `product_attention`, in torch's fused kernel; `scoring` is plain."""
+    """As `product_attention`, in torch's fused kernel; scoring is plain, the mask [B, 1, T, L]."""
     batch, kv_heads, group, tokens, _ = q.shape
     flat = q.reshape(batch, kv_heads, group * tokens, -1)
-    repeated = mask.to(q.dtype).repeat(1, group, 1)[:, None]
+    repeated = mask.to(q.dtype).repeat(1, 1, group, 1)
     out = F.scaled_dot_product_attention(flat, keys, values, repeated, scale=scoring.scale)
     return out.view(batch, kv_heads, group, tokens, -1)
 
@@ -186,7 +190,7 @@ def invariant_attention(
         qt = (q[:, :, :, t].float() * scoring.scale).reshape(batch * kv_heads, group, dim)
         scores = torch.cat([torch.bmm(qt, block.transpose(1, 2)) for block in key_blocks], -1)
         scores = scoring.capped(scores)
-        scores.view(batch, kv_heads * group, -1).add_(mask[:, t, None])
+        scores.view(batch, kv_heads * group, -1).add_(mask[:, :, t])
         highest = scores.amax(-1, keepdim=True)
         sinks = scoring.sink_scores(scores.view(batch, kv_heads * group, 1, -1))
         if sinks is not None:

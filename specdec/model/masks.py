@@ -26,7 +26,7 @@ SHORT = 16
 WINDOWS = ("sliding_window", "attention_chunk_size")
 """Where configs have the numbers from which transformers builds masks."""
 
-SPECIAL = ("softcap", "s_aux")
+SPECIAL = ("softcap", "s_aux", "key_bias")
 """What an attention is given where its weights are not just the softmax of its scores."""
 
 
@@ -45,9 +45,9 @@ def layer_layouts(stock: StockModel, mixes: bool = False) -> tuple[LayerLayout, 
         UnsupportedModel: a layer attends to something else than what came before.
     """
     probe: dict[int, LayerLayout] = {}
-    stock.decoder.set_attn_implementation(PROBE)
+    stock.set_attention(PROBE)
     tokens = torch.arange(4, device=stock.model.get_input_embeddings().weight.device)
-    stock.decoder(input_ids=tokens[None], position_ids=tokens[None], use_cache=False, packing=probe)
+    stock.run(tokens, tokens, _probe_attention, probe)
     if not mixes and not probe:
         raise UnsupportedModel("its layers do not take their attention from AttentionInterface")
     if not mixes and sorted(probe) != list(range(len(probe))):
@@ -81,10 +81,10 @@ def _probe_mask(
     local_size: int | None = None,
     **_: object,
 ) -> Tensor:
-    """A mask [1, 1, q, kv] that knows its window.
+    """A mask [1, 1, q, kv] that knows its window, unless it is neither causal, a window nor chunks.
 
-    Raises:
-        UnsupportedModel: it is neither causal nor a window nor chunks.
+    Such a one is refused only if an attention layer gets it: decoders of encoders make some that
+    they do not use.
     """
     last = context_length(config) - 1
     keys = torch.arange(last + 1, device=device)
@@ -92,14 +92,14 @@ def _probe_mask(
     queries = sorted({0, last // 2, last} | {q for q in near if q < last})
     places = [torch.tensor(query, device=device) for query in queries]
     seen = [mask_function(0, 0, place, keys) for place in places]
+    mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device)
     for chunked in (False, True):
         span = LayerLayout(0, 0, 0, local_size, chunked=chunked)
         if all(map(torch.equal, seen, (span.sees(place, keys) for place in places))):
-            mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device)
-            mask = mask.as_subclass(_Mask)
-            mask.window, mask.chunked = local_size, chunked
-            return mask
-    raise UnsupportedModel("the mask of its attention is neither causal nor a window")
+            known = mask.as_subclass(_Mask)
+            known.window, known.chunked = local_size, chunked
+            return known
+    return mask
 
 
 class _Mask(Tensor):
@@ -141,8 +141,8 @@ def _probe_attention(
     if packing is None:
         raise UnsupportedModel("it does not pass keyword arguments on to its attention layers")
     if attention_mask is not None and not isinstance(attention_mask, _Mask):
-        raise UnsupportedModel("its attention has a mask of its own")
-    window = attention_mask.window if attention_mask is not None else None
+        raise UnsupportedModel("its attention has a mask of its own, neither causal nor a window")
+    window = attention_mask.window if attention_mask is not None else kwargs.get("window")
     chunked = attention_mask is not None and attention_mask.chunked
     number: Any = module.layer_idx
     layer: int = len(packing) if number is None or number < 0 else number  # as `Packing.layer_of`

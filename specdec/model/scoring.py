@@ -1,4 +1,4 @@
-"""From products of queries and keys to the weights of values: scale, soft cap, sinks."""
+"""From products of queries and keys to the weights of values: scale, soft cap, bias, sinks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ class Scoring(NamedTuple):
         scale: factor of the products.
         softcap: what scores are softly bounded by (Gemma 2): softcap * tanh(score / softcap).
         sinks: [H], for each query head the score of one more key that has no value (gpt-oss).
+        key_bias: float32 [H, P], what is added to scores of a key by its position (ALiBi, which
+            differs from this by the same for all keys of a query).
     """
 
     scale: float
     softcap: float | None = None
     sinks: Tensor | None = None
+    key_bias: Tensor | None = None
 
     @property
     def plain(self) -> bool:
         """Whether weights are the softmax of scaled products: what fused kernels compute."""
-        return self.softcap is None and self.sinks is None
+        return self.softcap is None and self.sinks is None and self.key_bias is None
+
+    def biased(self, mask: Tensor) -> Tensor:
+        """An additive mask [..., T, L] for each head, or for all: [..., H or 1, T, L]."""
+        mask = mask[..., None, :, :]
+        return mask if self.key_bias is None else mask + self.key_bias[:, None, : mask.shape[-1]]
 
     def capped(self, scores: Tensor) -> Tensor:
         """Scores, softly bounded."""

@@ -10,7 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-GENERATED = ("job-file.md", "recipe-file.md", "cli.md", "job.schema.json", "recipe.schema.json")
+GENERATED = (
+    "job-file.md",
+    "recipe-file.md",
+    "cli.md",
+    "models.md",
+    "job.schema.json",
+    "recipe.schema.json",
+)
 OUTSIDE = ("README.md", "CHANGELOG.md", "benchmarks/LOG.md")
 
 

@@ -99,6 +99,7 @@ def test_validate_says_what_will_run(job_file: JobFile) -> None:
     assert "valid" in result.stdout
     assert "input files: 1 (0.0 MB), 9 rows in 1 units" in result.stdout
     assert '"policy": "none"' in result.stdout
+    assert "models.target: " in result.output
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "mistral": {"sliding_window": 16},
+    "gptj": {"rotary_dim": 8},
+    "bloom": {},
     "granite": {"logits_scaling": 3.0},
     "cohere2": {"logit_scale": 0.3} | WINDOWED,
     "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1} | WINDOWED,

@@ -13,7 +13,7 @@ def test_kernels_of_half_precision_agree_with_float32(tokens: int) -> None:
     q = torch.randn(MANY_ROWS, 3, 2, tokens, 64, generator=generator)
     keys, values = (torch.randn(MANY_ROWS, 3, 96, 64, generator=generator) for _ in range(2))
     hidden = torch.rand(MANY_ROWS, tokens, 80, generator=generator) < 0.2
-    mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, float("-inf"))
+    mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, float("-inf"))[:, None]
     half = [x.bfloat16() for x in (q, keys, values)]
     reached = [x[:, :, :80] for x in (keys, values, *half[1:])]  # of a longer cache
     expected = product_attention(q, reached[0], reached[1], mask, Scoring(0.125))
