@@ -63,7 +63,10 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
 
 _LATER = {
     SamplingConfig: LATER_SAMPLING,
-    InputConfig: ("format", "prefix", "truncate_prompt_tokens", *CHAT_ONLY),
+    InputConfig: (
+        *("format", "prefix", "truncate_prompt_tokens", "escape_special_tokens"),
+        *CHAT_ONLY,
+    ),
 }
 """Keys that later versions brought. Outputs of versions without them are still the same jobs'."""
 

@@ -99,6 +99,13 @@ class InputConfig(Section):
         "sequence in front of plain ones. `null`: those that leave no room are errors.",
     )
 
+    escape_special_tokens: bool = Field(
+        default=False,
+        description="What a row brings is plain text, also where it reads like a special token, "
+        "such as `<|im_end|>` in a user's message. Those that the template writes stay what they "
+        "are.",
+    )
+
     @field_validator("template")
     @classmethod
     def _template_compiles(cls, template: str | None) -> str | None:

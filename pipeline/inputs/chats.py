@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.config.job import InputConfig
 from pipeline.errors import RowError
+from pipeline.inputs.escaping import Escaping
 from pipeline.inputs.messages import Message, as_object, spellings, without_nulls
 from pipeline.inputs.openai_requests import KWARGS_COLUMN
 
@@ -102,10 +103,12 @@ class ChatTemplate:
 
     Args:
         tokenizer: the target's (transformers).
+        escaping: makes plain text of special tokens in what it is told; None: they are tokens.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, escaping: Escaping | None = None) -> None:
         self._tokenizer, self._text = tokenizer, str(tokenizer.chat_template)
+        self._escaping = escaping
         named = inspect.signature(tokenizer.apply_chat_template).parameters
         self._reserved = {*named, "messages"}
 
@@ -150,20 +153,27 @@ class ChatTemplate:
         refused: Exception | None = None
         for spelled in spellings(messages):
             try:
-                # The template writes the special tokens itself, so none are added here.
-                ids = self._tokenizer.apply_chat_template(
-                    spelled,
-                    tools=settings.tools,
-                    tokenize=True,
-                    add_generation_prompt=settings.begins,
-                    continue_final_message=settings.continues,
-                    return_dict=False,
-                    **settings.variables,
-                )
-                return list(ids)
+                return self._applied(spelled, settings)
             except Exception as error:  # a template may run into anything the messages hold
                 refused = refused or error
         raise RowError("MalformedMessages", f"the chat template refused it: {refused}")
+
+    def _applied(self, messages: Sequence[Message], settings: ChatSettings) -> list[int]:
+        # The template writes the special tokens itself, so none are added here.
+        said = (messages, settings.tools, settings.variables)
+        if self._escaping is not None:
+            said = (*map(self._escaping.hide, said),)
+        messages, tools, variables = said
+        made = self._tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            tokenize=self._escaping is None,
+            add_generation_prompt=settings.begins,
+            continue_final_message=settings.continues,
+            return_dict=False,
+            **variables,
+        )
+        return list(made) if self._escaping is None else self._escaping.ids(made)
 
     def _reads(self, name: str) -> bool:
         return re.search(rf"\b{re.escape(name)}\b", self._text) is not None

@@ -14,6 +14,7 @@ from pipeline.config.job import InputConfig
 from pipeline.config.templates import PromptTemplate
 from pipeline.errors import RowError, UserError
 from pipeline.inputs.chats import ChatSettings, ChatTemplate
+from pipeline.inputs.escaping import Escaping
 from pipeline.inputs.messages import check_messages
 from pipeline.inputs.openai_requests import REQUEST
 
@@ -45,7 +46,7 @@ class PromptRenderer:
 
     Raises:
         UserError: messages are asked for and the tokenizer has no chat template, or it does not
-            read what the job tells it.
+            read what the job tells it; or special tokens cannot be escaped.
     """
 
     def __init__(self, config: InputConfig, tokenizer: Any, context: int | None = None) -> None:
@@ -61,7 +62,8 @@ class PromptRenderer:
                 "input.messages_column: the target's tokenizer has no chat template; "
                 "use prompt_column or template, or an instruction-tuned target"
             )
-        self._chats = ChatTemplate(tokenizer)
+        self._escaping = Escaping(tokenizer) if config.escape_special_tokens else None
+        self._chats = ChatTemplate(tokenizer, self._escaping)
         try:
             self._chats.check(ChatSettings.of(config, {}))
         except RowError as error:
@@ -79,8 +81,10 @@ class PromptRenderer:
         if self._config.format is not None:
             if "messages" in row:
                 ids = self._chat(row["messages"], row)
+            elif "prompt_ids" in row:
+                ids = row["prompt_ids"]
             else:
-                ids = row["prompt_ids"] if "prompt_ids" in row else self._plain(row["prompt"])
+                ids = self._plain(self._hidden(row["prompt"]))
         elif self._config.messages_column is not None:
             ids = self._chat(row[self._config.messages_column], row)
         else:
@@ -107,7 +111,7 @@ class PromptRenderer:
     def _text(self, row: Mapping[str, Any]) -> str:
         if self._template is not None:
             try:
-                return self._template.render(row)
+                return self._template.render(self._hidden(dict(row)))
             except RowError:
                 raise
             except Exception as error:  # a template may run into anything the row holds
@@ -119,18 +123,24 @@ class PromptRenderer:
         if not isinstance(prompt, str):
             kind = type(prompt).__name__
             raise RowError("MalformedPrompt", f"column {column!r} holds a {kind}, not text")
-        return prompt
+        return str(self._hidden(prompt))
+
+    def _hidden(self, value: Any) -> Any:
+        """What a row brings, without special tokens if they are escaped."""
+        return value if self._escaping is None else self._escaping.hide(value)
 
     def _plain(self, text: str) -> list[int]:
         if not text:
             raise RowError("EmptyPrompt", "the prompt is empty")
         self._check_length(text)
         try:
-            ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            ids = _encoded(self._tokenizer, text)
             if not ids:
                 return []
             if self._opening is None:
                 self._opening = _opening(self._tokenizer, text, ids)
+            if self._escaping is not None:
+                ids = self._escaping.ids(text)
             return ids if self._begins_itself(ids) else [*self._opening, *ids]
         except (UnicodeError, TypeError, ValueError) as error:
             raise RowError("MalformedPrompt", f"the tokenizer refused it: {error}") from None
@@ -181,10 +191,14 @@ def _opening(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
         text: any text that has tokens.
         ids: these, without special tokens.
     """
-    whole = list(tokenizer(text)["input_ids"])
+    whole = _encoded(tokenizer, text, special=True)
     starts = range(len(whole) - len(ids) + 1)
     start = next((s for s in starts if whole[s : s + len(ids)] == ids), 0)
     return whole[:start]
+
+
+def _encoded(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
 def _longest_text(tokenizer: Any, context: int) -> int:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 Atom = tuple[str, ...]
@@ -92,6 +101,35 @@ def _fast(backend: Tokenizer) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         additional_special_tokens=["<|im_start|>"],
     )
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_like(
+    template: str = CHATML, special: Sequence[str] = (), plain: Sequence[str] = ("<think>",)
+) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer as Qwen's, with special tokens behind the vocabulary.
+
+    Args:
+        template: its chat template.
+        special: more special tokens than those of ChatML, one of which takes the space behind it.
+        plain: tokens of their own that are not special.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*letters, "ĊĊ", "Ġa"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ"), ("Ġ", "a")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([AddedToken(token, normalized=False) for token in plain])
+    ends = [AddedToken("<|im_start|>"), AddedToken("<|im_end|>", rstrip=True)]
+    backend.add_special_tokens([*ends, *map(AddedToken, special)])
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    made.chat_template = template
+    return made
 
 
 def llama_like(closes: bool = False) -> PreTrainedTokenizerFast:
