@@ -42,6 +42,8 @@ class Texts:
         added = backend.get_added_tokens_decoder() if backend is not None else {}
         self._special |= {str(token): i for i, token in added.items() if token.special}
         self._special_ids = frozenset(self._special.values())
+        longest = sorted(map(re.escape, self._special), key=len, reverse=True)
+        self._special_text = re.compile("|".join(longest) or "(?!)")
         decoder = str(getattr(backend, "decoder", ""))
         self._letters = _byte_letters() if "ByteLevel" in decoder else None
         # Engines decode each token of rows with stop strings: what transformers puts around the
@@ -77,6 +79,27 @@ class Texts:
                 return _behind(prompt_ids, ids[:-pending], visible)
             return text[:-1] if pending else text
         return text
+
+    def marked(self, request: Request, done: Completion) -> str:
+        """The text of a completion with special tokens, but for one that ended it."""
+        ended = isinstance(done.stop_reason, int)
+        ids = done.output_ids[:-1] if ended else done.output_ids
+        sampling = replace(request.sampling, skip_special_tokens=False)
+        return self.completion(replace(request, sampling=sampling), replace(done, output_ids=ids))
+
+    def visible(self, text: str) -> str:
+        """A text without special tokens."""
+        return self._special_text.sub("", text)
+
+    def last_turn(self, prompt_ids: Sequence[int], marks: Sequence[str]) -> str:
+        """The end of a prompt, behind its last special token that is none of some marks."""
+        begin = len(prompt_ids)
+        while begin and (
+            prompt_ids[begin - 1] not in self._special_ids
+            or self.decode(prompt_ids[begin - 1 : begin]).strip() in marks
+        ):
+            begin -= 1
+        return self.decode(prompt_ids[begin:])
 
     def output_ids(self, prompt_ids: Sequence[int], text: str) -> list[int]:
         """Tokens that give this text behind a prompt; seldom others than it was made of.

@@ -7,18 +7,28 @@ ratios are derived from them by `specdec.request.Counts`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
+from pipeline.conventions import Message
 from pipeline.errors import RowError, UserError
 from pipeline.inputs.blocks import UnitRows
 from pipeline.inputs.columns import plain, taken
 from pipeline.inputs.jsonl import RAW_LINE
 from pipeline.inputs.row_ids import ROW_ID
 from pipeline.inputs.units import FilePlan
-from pipeline.layout import LOGPROBS, OUTPUT_TOKEN_IDS, PROMPT_LOGPROBS, is_added
+from pipeline.layout import (
+    CONTENT,
+    LOGPROBS,
+    OUTPUT_TOKEN_IDS,
+    PROMPT_LOGPROBS,
+    REASONING,
+    TOOL_CALLS,
+    is_added,
+)
 from specdec.request import Completion, TokenLogprob
 
 COMPLETION_COLUMNS: dict[str, pa.DataType] = {
@@ -37,10 +47,16 @@ COMPLETION_COLUMNS: dict[str, pa.DataType] = {
 
 _TOLD = pa.struct({"token": pa.string(), "token_id": pa.int64(), "logprob": pa.float64()})
 _TOLD_ALL = pa.list_(pa.struct([*_TOLD, pa.field("top", pa.list_(_TOLD))]))
+_FUNCTION = pa.struct({"name": pa.string(), "arguments": pa.string()})
 OPTIONAL_COLUMNS: dict[str, pa.DataType] = {
     LOGPROBS: _TOLD_ALL,
     PROMPT_LOGPROBS: _TOLD_ALL,
     OUTPUT_TOKEN_IDS: pa.list_(pa.int64()),
+    CONTENT: pa.string(),
+    REASONING: pa.string(),
+    TOOL_CALLS: pa.list_(
+        pa.struct({"id": pa.string(), "type": pa.string(), "function": _FUNCTION})
+    ),
 }
 """Columns of `completions/` that a job may ask for, behind the others."""
 
@@ -60,10 +76,12 @@ class Finished:
     Attributes:
         text: the completion, cut before a stop string, without special tokens.
         completion: what the engine returned.
+        message: what the text says, of a chat whose job asks for that.
     """
 
     text: str
     completion: Completion
+    message: Message | None = None
 
 
 @dataclass(frozen=True)
@@ -149,8 +167,27 @@ def completions_table(
         values[PROMPT_LOGPROBS] = [_logprobs(prompt, token_text) for prompt in prompts]
     if OUTPUT_TOKEN_IDS in optional:
         values[OUTPUT_TOKEN_IDS] = [f.completion.output_ids for f in finished]
+    if CONTENT in optional:
+        messages = [f.message for f in finished]
+        values[CONTENT] = [m and m.content for m in messages]
+        values[REASONING] = [m and m.reasoning for m in messages]
+        ids = [rows.row_id(i, s) for i, s in places]
+        values[TOOL_CALLS] = [m and _called(m, id) for m, id in zip(messages, ids, strict=True)]
     columns = {name: OPTIONAL_COLUMNS[name] for name in optional}
     return _table(rows, places, values, COMPLETION_COLUMNS | columns)
+
+
+def _called(message: Message, row_id: str) -> list[dict[str, object]] | None:
+    """A message's tool calls as chat APIs have them; None if there are none."""
+    return [
+        {
+            # By it, the result of a call is sent back; made again, the row has the same.
+            "id": "call_" + hashlib.sha256(f"{row_id}:{number}".encode()).hexdigest()[:24],
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for number, call in enumerate(message.tool_calls)
+    ] or None
 
 
 def _logprobs(

@@ -150,6 +150,15 @@ class JobConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _messages_of_chats(self) -> JobConfig:
+        chats = self.input.messages_column is not None or self.input.format is not None
+        if self.sampling.parse_response and not chats:
+            raise ValueError(
+                "sampling.parse_response is for chats; give input.messages_column, or remove it"
+            )
+        return self
+
     @property
     def s3_of_input(self) -> S3Config:
         """How the input is reached."""
@@ -163,7 +172,7 @@ class JobConfig(Section):
     @property
     def optional_columns(self) -> tuple[str, ...]:
         """Columns of `completions/` that not every job has."""
-        return optional_columns(self.sampling.model_dump(), self.input.format is not None)
+        return optional_columns(self.sampling.model_dump(), self.input.model_dump())
 
     @property
     def added_columns(self) -> frozenset[str]:

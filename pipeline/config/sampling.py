@@ -12,7 +12,12 @@ from pydantic_core import CoreSchema
 from pipeline.config.adjustments import Adjustments
 from pipeline.config.section import StringList, example
 from pipeline.config.structured_outputs import StructuredOutputs
-from pipeline.layout import LOGPROBS, OUTPUT_TOKEN_IDS, PROMPT_LOGPROBS
+from pipeline.layout import (
+    LOGPROBS,
+    MESSAGE,
+    OUTPUT_TOKEN_IDS,
+    PROMPT_LOGPROBS,
+)
 from specdec.request import MOST_LOGPROBS, LogprobsMode, stop_fault
 
 MAX_SAMPLES = 10_000
@@ -47,23 +52,26 @@ LATER_SAMPLING = (
     "logprobs_mode",
     "return_token_ids",
     "structured_outputs",
+    "parse_response",
 )
 """Keys that outputs of earlier versions do not know."""
 
 
-def optional_columns(sampling: Mapping[str, Any], of_lines: bool) -> tuple[str, ...]:
+def optional_columns(sampling: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[str, ...]:
     """Columns of `completions/` that not every job has.
 
     Args:
         sampling: the job's, or what its record has of it.
-        of_lines: whether its input is OpenAI's lines, which may ask for all of them.
+        source: the same of its input. That of OpenAI's lines may ask for most of them.
     """
+    of_lines, parsing = source.get("format") is not None, sampling.get("parse_response")
     asked = {
-        LOGPROBS: sampling.get(LOGPROBS) is not None,
-        PROMPT_LOGPROBS: sampling.get(PROMPT_LOGPROBS) is not None,
-        OUTPUT_TOKEN_IDS: bool(sampling.get("return_token_ids")),
+        (LOGPROBS,): of_lines or sampling.get(LOGPROBS) is not None,
+        (PROMPT_LOGPROBS,): of_lines or sampling.get(PROMPT_LOGPROBS) is not None,
+        (OUTPUT_TOKEN_IDS,): of_lines or sampling.get("return_token_ids"),
+        MESSAGE: of_lines if parsing is None else parsing,
     }
-    return tuple(name for name in asked if of_lines or asked[name])
+    return tuple(name for names, wanted in asked.items() if wanted for name in names)
 
 
 class SamplingConfig(Adjustments):
@@ -143,6 +151,11 @@ class SamplingConfig(Adjustments):
     )
     return_token_ids: bool = Field(
         default=False, description="A column `output_token_ids` with the tokens of a completion."
+    )
+    parse_response: bool | None = Field(
+        default=None,
+        description="Columns `content`, `reasoning` and `tool_calls`: what a chat's completion "
+        "says, as the model marks it. `completion` stays the whole text. `null`: for OpenAI lines.",
     )
     structured_outputs: StructuredOutputs | None = Field(
         default=None,

@@ -20,13 +20,14 @@ import ray
 
 from pipeline.commit.files import unit_files
 from pipeline.commit.record import Actor, Work
-from pipeline.commit.schema import Failed, Finished, Outcome, Outcomes
+from pipeline.commit.schema import Failed, Outcome, Outcomes
 from pipeline.config.job import JobConfig
 from pipeline.config.prices import default_prices, price
 from pipeline.errors import RowError, UserError
 from pipeline.generate.engine_loop import EngineFailed, EngineLoop
 from pipeline.generate.loading import lasting, load_acceptance_head, load_pair, make_engine
 from pipeline.generate.pool import group_of
+from pipeline.generate.reading import Reader
 from pipeline.generate.turns import Turns
 from pipeline.inputs.blocks import UnitFiles, UnitRows
 from pipeline.inputs.requests import Row, RowRequests
@@ -36,7 +37,6 @@ from pipeline.observe.ledger import Run, Timesheet
 from pipeline.observe.metrics import LiveMetrics, Reading
 from pipeline.observe.progress import Tally
 from pipeline.storage.folder import open_folder
-from pipeline.texts import Texts
 from specdec.request import Completion, Request
 
 
@@ -77,7 +77,7 @@ class GenerateActor:
             self._requests = RowRequests(
                 job.input, job.sampling, self._pair.tokenizer, self._pair.context_length
             )
-            self._texts = Texts(self._pair.tokenizer)
+            self._reader = Reader(job, self._pair.tokenizer, self._requests)
         except UserError as error:
             ray.get(monitor.fail.remote(str(error)))
             raise
@@ -192,11 +192,33 @@ class GenerateActor:
         completions = await asyncio.wrap_future(
             self._loop.submit(requests, self._spent[rows.unit.id])
         )
+        return await asyncio.to_thread(self._read, rows, indices, prepared, completions)
+
+    def _read(
+        self,
+        rows: UnitRows,
+        indices: Sequence[int],
+        prepared: Sequence[Sequence[Request | Failed]],
+        completions: Sequence[Completion],
+    ) -> Outcomes:
+        """Outcomes of some of a unit's rows, of which the engine has completed the requests."""
         remaining = iter(completions)
-        return [
-            [self._outcome(p, next(remaining)) if isinstance(p, Request) else p for p in row]
-            for row in prepared
-        ]
+        outcomes: list[list[Outcome]] = []
+        for index, samples in zip(indices, prepared, strict=True):
+            row = self._row(rows, index)
+            outcomes.append(
+                [
+                    self._reader.outcome(row, each, next(remaining))
+                    if isinstance(each, Request)
+                    else each
+                    for each in samples
+                ]
+            )
+        return outcomes
+
+    def _row(self, rows: UnitRows, index: int) -> Row:
+        """A row's columns; none of a line that is no row."""
+        return {} if index in rows.bad_lines else rows.row(index, self._requests.columns)
 
     def _requests_of(self, rows: UnitRows, index: int) -> list[Request | Failed]:
         """A request for each of a row's samples, or why there is none."""
@@ -204,20 +226,10 @@ class GenerateActor:
         try:
             if index in rows.bad_lines:
                 raise rows.bad_lines[index].error
-            row = rows.row(index, self._requests.columns)
+            row = self._row(rows, index)
             return [*self._requests.of(row, rows.row_id(index))]
         except RowError as error:
             return [Failed(error, attempts=1)] * self._requests.count(row)
-
-    def _token_text(self, token: int) -> str:
-        """The text of a token, by itself."""
-        return self._texts.decode([token])
-
-    def _outcome(self, request: Request, completion: Completion) -> Outcome:
-        if completion.finish_reason == "error":
-            kind = completion.error_class or "InvalidRequest"
-            return Failed(RowError(kind, completion.error or "refused"), attempts=1)
-        return Finished(self._texts.completion(request, completion), completion)
 
     def _files(self, rows: UnitRows, tried: Outcomes, started: float) -> UnitFiles:
         """The unit's output files, and in them what its rows took."""
@@ -244,6 +256,6 @@ class GenerateActor:
             actor=Actor(self._actor, self._node, self._group or None, self._timesheet.worker),
             work=work,
             optional=self._job.optional_columns,
-            token_text=cache(self._token_text),
+            token_text=cache(self._reader.token_text),
             trace=self._job.speculation.trace,
         )

@@ -39,11 +39,11 @@ SAMPLING = (
 OF_PROMPT = ("truncate_prompt_tokens",)
 """Parameters of how a prompt becomes tokens."""
 
-OF_CHAT = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+OF_CHAT = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message", "tools")
 """Parameters of how messages are put into the chat template."""
 
-OF_RESPONSE = ("logprobs", "return_token_ids")
-"""Parameters of what a response tells of its tokens."""
+OF_RESPONSE = ("logprobs", "return_token_ids", "include_reasoning", "parallel_tool_calls")
+"""Parameters of what a response tells."""
 
 TOP = "top_logprobs"
 """One more of chats: `/v1/completions` has the number in `logprobs`."""
@@ -71,7 +71,6 @@ IGNORED = frozenset(
         # ---- ways to do what is refused below by its own parameter
         "stream_options",
         "stream_interval",
-        "parallel_tool_calls",
         "length_penalty",  # of beams, as the next one
         "early_stopping",
         "flat_logprobs",
@@ -96,7 +95,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     TOP: (0,),
     "logprob_token_ids": ([],),
     "prompt_logprob_token_ids": ([],),
-    "tools": ([],),
+    "tools": ([],),  # of plain prompts
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -110,7 +109,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "include_reasoning": (True,),
     "thinking_token_budget": (-1,),
     "verbosity": (),
     "web_search_options": (),

@@ -180,6 +180,8 @@ def _chat(body: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(messages, list):
         raise RowError("MalformedMessages", f"messages must be a list, got {_short(messages)}")
     told = {key: body[key] for key in OF_CHAT if key in body}
+    if body.get("tool_choice") == "none":
+        told.pop("tools", None)  # a model that knows of none calls none
     if EFFORT in body:
         variables = body.get(KWARGS_COLUMN, {})
         if isinstance(variables, dict):  # otherwise it is refused by who reads it

@@ -12,10 +12,15 @@ from typing import Any
 
 from pipeline.config.job import InputConfig, SamplingConfig
 from pipeline.errors import RowError
+from pipeline.inputs.chats import ChatSettings
 from pipeline.inputs.openai_requests import KWARGS_COLUMN, REQUEST, request_cells
 from pipeline.inputs.prompts import PromptRenderer, required_columns
 from pipeline.inputs.row_ids import parse_row_id, sibling
-from pipeline.inputs.row_sampling import SAMPLING_COLUMN, row_sampling, sample_count
+from pipeline.inputs.row_sampling import (
+    SAMPLING_COLUMN,
+    row_sampling,
+    sample_count,
+)
 from pipeline.texts import Texts
 from specdec.request import LOGPROBS, Request, SamplingParams
 
@@ -51,7 +56,7 @@ class RowRequests:
         self.columns = [*self.required, SAMPLING_COLUMN]
         self.columns += [KWARGS_COLUMN] if input.messages_column is not None else []
         self._of_lines = input.format is not None
-        self._sampling = sampling
+        self._input, self._sampling = input, sampling
         has = {name for name in LOGPROBS if getattr(sampling, name) is not None}
         self._told = set(LOGPROBS) if self._of_lines else has
         self._context = context
@@ -104,6 +109,12 @@ class RowRequests:
             return sample_count(self._sampling, self._cells(row).get(SAMPLING_COLUMN))
         except RowError:
             return self._sampling.n
+
+    def chat(self, row: Row) -> ChatSettings | None:
+        """What the chat template was told for a row that has requests; None: it is no chat."""
+        cells = self._cells(row)
+        is_chat = "messages" in cells if self._of_lines else self._input.messages_column is not None
+        return ChatSettings.of(self._input, cells) if is_chat else None
 
     def _cells(self, row: Row) -> Row:
         """What prompt and sampling are made of."""

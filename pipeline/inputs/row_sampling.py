@@ -24,7 +24,7 @@ STRUCTURED = "structured_outputs"
 
 _SAMPLING_KEYS = SamplingParams.__dataclass_fields__.keys() - {"grammar"}
 
-_NOT_OF_ROWS = {"n", "defaults", "return_token_ids", STRUCTURED}
+_NOT_OF_ROWS = {"n", "defaults", "return_token_ids", "parse_response", STRUCTURED}
 """Keys of the section `sampling` that `SamplingParams` has otherwise, or not at all."""
 
 _LISTS = {"stop": str, "stop_token_ids": int, "bad_words": str, "allowed_token_ids": int}
@@ -60,14 +60,11 @@ def row_sampling(
     """
     values: dict[str, Any] = job.model_dump(exclude=_NOT_OF_ROWS)
     values["seed"] = row_seed(job.seed, row_id)
-    if job.structured_outputs is not None:
-        values["grammar"] = job.structured_outputs.text()
+    if (structured := row_structured(job, override)) is not None:
+        values["grammar"] = structured.text()
     for key, value in _override(override).items():
-        if key == "n":
-            continue  # of all samples: see `sample_count`
-        if key == STRUCTURED:
-            values["grammar"] = _grammar(value)
-            continue
+        if key in ("n", STRUCTURED):
+            continue  # of all samples: see `sample_count`; and as a grammar, above
         if key not in _SAMPLING_KEYS:
             known = [*_SAMPLING_KEYS, "n", STRUCTURED]
             raise RowError("InvalidSampling", f"{key}: unknown; {nearest(key, known)}")
@@ -89,11 +86,19 @@ def row_sampling(
     return params
 
 
-def _grammar(asked: Any) -> str:
-    """The grammar of a row's own `structured_outputs`: an object, or JSON text of one."""
+def row_structured(job: SamplingConfig, override: Any) -> StructuredOutputs | None:
+    """What a row's completions must be: its own, an object or JSON text of one, or the job's.
+
+    Raises:
+        RowError: its own is wrong; the message says what.
+    """
+    own = _override(override)
+    if STRUCTURED not in own:
+        return job.structured_outputs
     try:
+        asked = own[STRUCTURED]
         asked = json.loads(asked) if isinstance(asked, str) else without_nulls(as_object(asked))
-        return StructuredOutputs.model_validate(asked).text()
+        return StructuredOutputs.model_validate(asked)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, (STRUCTURED, *first["loc"])))

@@ -130,11 +130,14 @@ def _body(
     choices: list[dict[str, Any]] = []
     for index, sample in enumerate(samples):
         text: dict[str, Any] = {"text": sample["completion"]}
+        reason = sample["finish_reason"]
         if chat:
-            message = {"role": "assistant", "content": sample["completion"], "refusal": None}
+            message = _message(sample, asked)
             text = {"message": message}
+            # A call that was cut off is none, so the last one ended as it should.
+            reason = "tool_calls" if "tool_calls" in message and reason == "stop" else reason
         told = sample.get(layout.LOGPROBS)
-        choice = {"index": index, **text, "finish_reason": sample["finish_reason"]}
+        choice = {"index": index, **text, "finish_reason": reason}
         choice["logprobs"] = _logprobs(told, chat) if told is not None else None
         if asked.get("return_token_ids"):
             choice["token_ids"] = sample[layout.OUTPUT_TOKEN_IDS]
@@ -155,6 +158,26 @@ def _body(
             "total_tokens": prompt + output,
         },
     }
+
+
+def _message(sample: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat's answer, with what the model marked in it.
+
+    Args:
+        sample: a row of `completions/`.
+        asked: the request's body.
+    """
+    message: dict[str, Any] = {"role": "assistant", "content": sample["completion"]}
+    if sample.get(layout.CONTENT) is not None:
+        message["content"] = sample[layout.CONTENT]
+    if calls := sample.get(layout.TOOL_CALLS):
+        one = asked.get("parallel_tool_calls") is False
+        message["tool_calls"] = calls[:1] if one else calls
+        message["content"] = message["content"] or None
+    said = sample.get(layout.REASONING)
+    if said is not None and asked.get("include_reasoning") is not False:
+        message["reasoning_content"] = said
+    return {**message, "refusal": None}
 
 
 def _logprobs(told: Sequence[Mapping[str, Any]], chat: bool) -> dict[str, Any]:

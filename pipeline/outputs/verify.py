@@ -52,10 +52,10 @@ def verify(
     listed = ListedFiles.read(output, found)
     there = {folder: output.tree(folder) for folder in (*_OF_UNITS, layout.STAGING)}
     mark = job.get("fingerprint", {})
-    sampling, of_lines = mark.get("sampling", {}), "format" in mark.get("input", {})
+    sampling, source = mark.get("sampling", {}), mark.get("input", {})
     samples = sampling.get("n", 1)
     table = manifest.recorded_table(job)
-    columns = None if table is None else columns_of(table, optional_columns(sampling, of_lines))
+    columns = None if table is None else columns_of(table, optional_columns(sampling, source))
     check = UnitCheck(output, manifest.accepted_digests(job), samples, listed, columns)
 
     units = sorted(filter(None, map(layout.unit_of, there[layout.COMPLETIONS])))

@@ -11,12 +11,22 @@ import pytest
 from pipeline.commit.files import parquet_bytes
 from pipeline.commit.schema import Failed, Finished, completions_table, errors_table
 from pipeline.config.job import S3Config
+from pipeline.conventions import Message, ToolCall
 from pipeline.errors import RowError, UserError
 from pipeline.inputs.columns import NoCommonType, common, conformed, stored, taken
 from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.source import read_units
 from pipeline.inputs.units import FilePlan, Unit, check_added, plan_files
-from pipeline.layout import LOGPROBS, OPTIONAL_COLUMNS, OUTPUT_TOKEN_IDS, PROMPT_LOGPROBS
+from pipeline.layout import (
+    CONTENT,
+    LOGPROBS,
+    MESSAGE,
+    OPTIONAL_COLUMNS,
+    OUTPUT_TOKEN_IDS,
+    PROMPT_LOGPROBS,
+    REASONING,
+    TOOL_CALLS,
+)
 from specdec.request import Completion, TokenLogprob
 from tests.pipeline.inputs.every_type import EVERY_TYPE
 
@@ -83,6 +93,26 @@ def test_optional_columns_stand_last_and_only_where_they_are_asked_for(tmp_path:
     ]
     assert table[LOGPROBS].to_pylist() == [[{**top[0], "top": top}], None]
     assert table[PROMPT_LOGPROBS].to_pylist() == [[None, {**top[0], "top": top}], None]
+
+
+def test_what_a_completion_says_in_columns(tmp_path: Path) -> None:
+    (plan,) = planned(tmp_path, a=pa.table({"p": ["x", "y", "z"]}))
+    (rows,) = read_units([Unit.of(*plan.pieces)], plan.table, S3)
+    call = ToolCall("f", '{"a": 1}')
+    messages = [Message("x", "why", (call, call)), Message("y"), None]
+    completion = Completion("a", 1, (7,), "stop")
+    done = [[Finished("", completion, m)] for m in messages]
+    table = read_back(parquet_bytes(completions_table(rows, done, MESSAGE)))
+    assert tuple(table.column_names[-3:]) == MESSAGE
+    assert table[CONTENT].to_pylist() == ["x", "y", None]
+    assert table[REASONING].to_pylist() == ["why", None, None]
+    calls, *none = table[TOOL_CALLS].to_pylist()
+    assert none == [None, None]
+    assert [each["function"] for each in calls] == [{"name": "f", "arguments": '{"a": 1}'}] * 2
+    assert {each["type"] for each in calls} == {"function"}
+    assert len({each["id"] for each in calls}) == 2
+    again = completions_table(rows, done, (TOOL_CALLS, CONTENT, REASONING))
+    assert again[TOOL_CALLS].to_pylist()[0] == calls
 
 
 def test_columns_are_the_same_in_every_unit(tmp_path: Path) -> None:

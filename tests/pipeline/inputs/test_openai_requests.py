@@ -104,6 +104,9 @@ OF_COMPLETIONS = {
 }
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
 def chat(**body: Any) -> str:
     body = {"model": "gpt-4o-mini", "messages": MESSAGES, **body}
     return json.dumps({"custom_id": "a", "method": "POST", "url": CHAT, "body": body})
@@ -140,8 +143,8 @@ def completion(**body: Any) -> str:
         (
             chat(
                 stream=False,
-                tools=[],
-                tool_choice="none",
+                functions=[],
+                function_call="none",
                 response_format={"type": "text"},
                 user="u",
                 logprobs=None,
@@ -172,6 +175,12 @@ def completion(**body: Any) -> str:
                 },
             },
         ),
+        # A model that may call nothing is told of nothing.
+        (
+            chat(tools=[TOOL], parallel_tool_calls=False),
+            {"messages": MESSAGES, "tools": [TOOL], "sampling_params": {}},
+        ),
+        (chat(tools=[TOOL], tool_choice="none"), {"messages": MESSAGES, "sampling_params": {}}),
         (
             chat(logprobs=True, top_logprobs=3, return_token_ids=True),
             {"messages": MESSAGES, "sampling_params": {"logprobs": 3}},
@@ -272,7 +281,7 @@ BAD = [
     (chat(top_logprobs=2), "InvalidSampling", "top_logprobs needs logprobs: true"),
     (chat(logprobs=2), "InvalidSampling", "logprobs must be true or false, got 2"),
     (completion(top_logprobs=2), "UnsupportedParameter", "top_logprobs 2"),
-    (chat(tools=[{"type": "function"}]), "UnsupportedParameter", "tools"),
+    (completion(tools=[{"type": "function"}]), "UnsupportedParameter", "tools"),
     (chat(response_format={"type": "xml"}), "InvalidSampling", "response_format.type"),
     (chat(temprature=1), "UnsupportedParameter", "did you mean 'temperature'"),
     (chat(max_tokens=0), "InvalidSampling", "max_tokens must be an integer of at least 1, got 0"),
@@ -289,9 +298,9 @@ BAD = [
     ),
     (chat(best_of=5), "UnsupportedParameter", "best_of 5 is not supported; only 1 is taken"),
     (chat(best_of=True), "UnsupportedParameter", "best_of true"),
-    (chat(tools=["x"]), "UnsupportedParameter", 'tools ["x"] is not supported'),
+    (chat(functions=["x"]), "UnsupportedParameter", 'functions ["x"] is not supported'),
     (chat(use_beam_search=True), "UnsupportedParameter", "only false is taken"),
-    (chat(include_reasoning=False), "UnsupportedParameter", "only true is taken"),
+    (chat(detokenize=False), "UnsupportedParameter", "only true is taken"),
     (chat(chat_template="x"), "UnsupportedParameter", 'chat_template "x" is not supported'),
     (chat(add_special_tokens=True), "UnsupportedParameter", "only false is taken"),
     (completion(add_special_tokens=False), "UnsupportedParameter", "only true is taken"),

@@ -1,0 +1,106 @@
+"""What a job's columns say of what the engine returned."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from pipeline.commit.schema import Finished, Outcome
+from pipeline.config.job import JobConfig
+from pipeline.conventions import Message, ToolCall
+from pipeline.errors import UserError
+from pipeline.generate.reading import Reader
+from pipeline.inputs.requests import RowRequests
+from specdec.request import Completion
+from tests.pipeline.tiny_tokenizers import CHATML, chat_like
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+MESSAGES = [{"role": "user", "content": "hi"}]
+HERMES = CHATML + "{# <tool_call> <think> </think> #}{% if tools %}t{% endif %}"
+
+
+def outcome(row: dict[str, Any], text: str, *, template: str = HERMES, **job: Any) -> Outcome:
+    """What becomes of a row whose completion is this text; "…" at its end: it was cut off."""
+    values = {
+        "input": {"paths": ["x"], "messages_column": "m"},
+        "output": "out",
+        "models": {"target": "t"},
+        "speculation": {"policy": "none"},
+        **job,
+    }
+    config = JobConfig.model_validate(values)
+    tokenizer = chat_like(template)
+    requests = RowRequests(config.input, config.sampling, tokenizer)
+    reader = Reader(config, tokenizer, requests)
+    request, *_ = requests.of(row, "a:0:0")
+    ids = tuple(tokenizer(text.removesuffix("…"), add_special_tokens=False)["input_ids"])
+    reason: Any = "length" if text.endswith("…") else "stop"
+    return reader.outcome(row, request, Completion("a", len(request.prompt_ids), ids, reason))
+
+
+def message(row: dict[str, Any], text: str, **job: Any) -> Message | None:
+    found = outcome(row, text, **job)
+    assert isinstance(found, Finished)
+    assert found.text == text
+    return found.message
+
+
+THOUGHT = '<think>Hm.</think>Yes.<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+CALLED = Message("Yes.", "Hm.", (ToolCall("f", "{}"),))
+LINES = {"paths": ["x"], "format": "openai"}
+
+
+def line(url: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
+    asked = {"messages": MESSAGES, **body} if "chat" in url else {"prompt": "hi", **body}
+    return {"request": json.dumps({"custom_id": "a", "url": url, "body": asked})}
+
+
+@pytest.mark.parametrize(
+    ("row", "job", "expected"),
+    [
+        ({"m": MESSAGES}, {}, None),
+        (
+            {"m": MESSAGES},
+            {
+                "input": {"paths": ["x"], "messages_column": "m", "tools": [TOOL]},
+                "sampling": {"parse_response": True},
+            },
+            CALLED,
+        ),
+        (
+            {"m": MESSAGES, "t": json.dumps([TOOL])},
+            {
+                "input": {"paths": ["x"], "messages_column": "m", "tools_column": "t"},
+                "sampling": {"parse_response": True},
+            },
+            CALLED,
+        ),
+        (line(tools=[TOOL]), {"input": LINES}, CALLED),
+        (
+            line(tools=[TOOL], tool_choice="none"),
+            {"input": LINES},
+            Message(THOUGHT.removeprefix("<think>Hm.</think>"), "Hm."),
+        ),
+        (line(tools=[TOOL]), {"input": LINES, "sampling": {"parse_response": False}}, None),
+        (line("/v1/completions"), {"input": LINES}, None),
+    ],
+)
+def test_messages_are_read_where_the_job_asks_for_it(
+    row: dict[str, Any], job: dict[str, Any], expected: Message | None
+) -> None:
+    assert message(row, THOUGHT, **job) == expected
+
+
+def test_messages_that_nothing_marks_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^sampling\.parse_response: .* does not tell"):
+        outcome({"m": MESSAGES}, "x", template=CHATML, sampling={"parse_response": True})
+    # Of lines nobody has asked.
+    assert message(line(), "x", template=CHATML, input=LINES) == Message("x")
+
+
+def test_messages_are_of_chats() -> None:
+    plain = {"paths": ["x"], "prompt_column": "p"}
+    with pytest.raises(ValueError, match=r"sampling\.parse_response is for chats"):
+        outcome({"p": "x"}, "x", input=plain, sampling={"parse_response": True})
