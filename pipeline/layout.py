@@ -80,7 +80,8 @@ in a job on another job's output, `input.prefix` renames them. Types: `commit.sc
 LOGPROBS, PROMPT_LOGPROBS = "logprobs", "prompt_logprobs"
 OUTPUT_TOKEN_IDS = "output_token_ids"
 CONTENT, REASONING, TOOL_CALLS = MESSAGE = "content", "reasoning", "tool_calls"
-OPTIONAL_COLUMNS = frozenset({LOGPROBS, PROMPT_LOGPROBS, OUTPUT_TOKEN_IDS, *MESSAGE})
+PARSED = "parsed"
+OPTIONAL_COLUMNS = frozenset({LOGPROBS, PROMPT_LOGPROBS, OUTPUT_TOKEN_IDS, *MESSAGE, PARSED})
 """Columns of `completions/` in jobs that ask for them; only there are their names taken."""
 
 _TABLE = ".parquet"

@@ -24,6 +24,7 @@ from pipeline.layout import (
     CONTENT,
     LOGPROBS,
     OUTPUT_TOKEN_IDS,
+    PARSED,
     PROMPT_LOGPROBS,
     REASONING,
     TOOL_CALLS,
@@ -57,6 +58,7 @@ OPTIONAL_COLUMNS: dict[str, pa.DataType] = {
     TOOL_CALLS: pa.list_(
         pa.struct({"id": pa.string(), "type": pa.string(), "function": _FUNCTION})
     ),
+    PARSED: pa.string(),
 }
 """Columns of `completions/` that a job may ask for, behind the others."""
 
@@ -77,11 +79,13 @@ class Finished:
         text: the completion, cut before a stop string, without special tokens.
         completion: what the engine returned.
         message: what the text says, of a chat whose job asks for that.
+        parsed: the text as JSON of the row's schema, where its job asks for that.
     """
 
     text: str
     completion: Completion
     message: Message | None = None
+    parsed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,8 @@ def completions_table(
         values[REASONING] = [m and m.reasoning for m in messages]
         ids = [rows.row_id(i, s) for i, s in places]
         values[TOOL_CALLS] = [m and _called(m, id) for m, id in zip(messages, ids, strict=True)]
+    if PARSED in optional:
+        values[PARSED] = [f.parsed for f in finished]
     columns = {name: OPTIONAL_COLUMNS[name] for name in optional}
     return _table(rows, places, values, COMPLETION_COLUMNS | columns)
 

@@ -16,6 +16,7 @@ from pipeline.layout import (
     LOGPROBS,
     MESSAGE,
     OUTPUT_TOKEN_IDS,
+    PARSED,
     PROMPT_LOGPROBS,
 )
 from specdec.request import MOST_LOGPROBS, LogprobsMode, stop_fault
@@ -53,6 +54,7 @@ LATER_SAMPLING = (
     "return_token_ids",
     "structured_outputs",
     "parse_response",
+    "return_parsed",
 )
 """Keys that outputs of earlier versions do not know."""
 
@@ -70,6 +72,7 @@ def optional_columns(sampling: Mapping[str, Any], source: Mapping[str, Any]) -> 
         (PROMPT_LOGPROBS,): of_lines or sampling.get(PROMPT_LOGPROBS) is not None,
         (OUTPUT_TOKEN_IDS,): of_lines or sampling.get("return_token_ids"),
         MESSAGE: of_lines if parsing is None else parsing,
+        (PARSED,): sampling.get("return_parsed"),
     }
     return tuple(name for names, wanted in asked.items() if wanted for name in names)
 
@@ -160,6 +163,11 @@ class SamplingConfig(Adjustments):
     structured_outputs: StructuredOutputs | None = Field(
         default=None,
         description="What each completion must be: JSON of a schema, a choice, … `null`: anything.",
+    )
+    return_parsed: bool = Field(
+        default=False,
+        description="A column `parsed` with the JSON of rows whose completion must be JSON, "
+        "checked against their schema. What is none, such as a cut-off object, is its row's error.",
     )
     seed: int = Field(
         default=0, description="With the row's id, the key of all random numbers of that row."

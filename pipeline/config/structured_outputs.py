@@ -52,6 +52,11 @@ class StructuredOutputs(Section):
         self.text()
         return self
 
+    @property
+    def schema_of_json(self) -> dict[str, Any] | None:
+        """The JSON Schema of what completions are; None: they need not be JSON."""
+        return {"type": "object"} if self.json_object else self.json_schema
+
     def text(self) -> str:
         """The grammar, as `SamplingParams.grammar` has it.
 

@@ -19,6 +19,7 @@ from pipeline.inputs.row_ids import parse_row_id, sibling
 from pipeline.inputs.row_sampling import (
     SAMPLING_COLUMN,
     row_sampling,
+    row_structured,
     sample_count,
 )
 from pipeline.texts import Texts
@@ -115,6 +116,11 @@ class RowRequests:
         cells = self._cells(row)
         is_chat = "messages" in cells if self._of_lines else self._input.messages_column is not None
         return ChatSettings.of(self._input, cells) if is_chat else None
+
+    def schema(self, row: Row) -> dict[str, Any] | None:
+        """The JSON Schema of the completions of a row; None: they need not be JSON."""
+        asked = row_structured(self._sampling, self._cells(row).get(SAMPLING_COLUMN))
+        return None if asked is None else asked.schema_of_json
 
     def _cells(self, row: Row) -> Row:
         """What prompt and sampling are made of."""

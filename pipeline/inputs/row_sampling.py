@@ -24,7 +24,7 @@ STRUCTURED = "structured_outputs"
 
 _SAMPLING_KEYS = SamplingParams.__dataclass_fields__.keys() - {"grammar"}
 
-_NOT_OF_ROWS = {"n", "defaults", "return_token_ids", "parse_response", STRUCTURED}
+_NOT_OF_ROWS = {"n", "defaults", "return_token_ids", "parse_response", "return_parsed", STRUCTURED}
 """Keys of the section `sampling` that `SamplingParams` has otherwise, or not at all."""
 
 _LISTS = {"stop": str, "stop_token_ids": int, "bad_words": str, "allowed_token_ids": int}

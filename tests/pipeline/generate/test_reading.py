@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.commit.schema import Finished, Outcome
+from pipeline.commit.schema import Failed, Finished, Outcome
 from pipeline.config.job import JobConfig
 from pipeline.conventions import Message, ToolCall
 from pipeline.errors import UserError
@@ -18,6 +18,11 @@ from tests.pipeline.tiny_tokenizers import CHATML, chat_like
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 MESSAGES = [{"role": "user", "content": "hi"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 3}},
+    "required": ["n"],
+}
 HERMES = CHATML + "{# <tool_call> <think> </think> #}{% if tools %}t{% endif %}"
 
 
@@ -104,3 +109,47 @@ def test_messages_are_of_chats() -> None:
     plain = {"paths": ["x"], "prompt_column": "p"}
     with pytest.raises(ValueError, match=r"sampling\.parse_response is for chats"):
         outcome({"p": "x"}, "x", input=plain, sampling={"parse_response": True})
+
+
+def parsed(text: str, row: Any = None, **structured: Any) -> Outcome:
+    sampling = {"return_parsed": True, "structured_outputs": structured or None}
+    return outcome({"m": MESSAGES, "sampling_params": row}, text, sampling=sampling)
+
+
+@pytest.mark.parametrize(
+    ("structured", "row", "text", "expected"),
+    [
+        ({"json_schema": SCHEMA}, None, ' {"n": 3}', '{"n": 3}'),
+        ({"json_object": True}, None, '{"é": 1e400}', '{"é": 1e400}'),
+        ({}, {"structured_outputs": json.dumps({"json_schema": SCHEMA})}, '{"n": 4}', '{"n": 4}'),
+        # What need not be JSON is not looked at.
+        ({"regex": "a+"}, None, "aa", None),
+        ({"json_schema": SCHEMA}, {"structured_outputs": {"choice": ["x"]}}, "x", None),
+        ({}, None, "text", None),
+    ],
+)
+def test_json_is_a_column_where_it_was_asked_for(
+    structured: dict[str, Any], row: Any, text: str, expected: str | None
+) -> None:
+    found = parsed(text, row, **structured)
+    assert isinstance(found, Finished)
+    assert (found.text, found.parsed) == (text, expected)
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "said"),
+    [
+        (SCHEMA, '{"n": …', "cut off after 6 tokens, Expecting value"),
+        (SCHEMA, '{"n": 2}', r"\$\.n: 2 is less than the minimum of 3; it ends with '{\"n\": 2}'"),
+        (SCHEMA, '{"n": NaN}', "NaN is no JSON"),
+        ({"type": "array"}, "[" * 5000, "not JSON of its schema"),
+    ],
+)
+def test_what_is_not_json_of_its_schema_is_an_error(
+    schema: dict[str, Any], text: str, said: str
+) -> None:
+    found = parsed(text, json_schema=schema)
+    assert isinstance(found, Failed)
+    assert found.error.error_class == "InvalidOutput"
+    with pytest.raises(AssertionError, match=said):
+        raise AssertionError(found.error.message)

@@ -23,6 +23,7 @@ from pipeline.layout import (
     MESSAGE,
     OPTIONAL_COLUMNS,
     OUTPUT_TOKEN_IDS,
+    PARSED,
     PROMPT_LOGPROBS,
     REASONING,
     TOOL_CALLS,
@@ -101,11 +102,12 @@ def test_what_a_completion_says_in_columns(tmp_path: Path) -> None:
     call = ToolCall("f", '{"a": 1}')
     messages = [Message("x", "why", (call, call)), Message("y"), None]
     completion = Completion("a", 1, (7,), "stop")
-    done = [[Finished("", completion, m)] for m in messages]
-    table = read_back(parquet_bytes(completions_table(rows, done, MESSAGE)))
-    assert tuple(table.column_names[-3:]) == MESSAGE
+    done = [[Finished("", completion, m, parsed="{}" if m else None)] for m in messages]
+    table = read_back(parquet_bytes(completions_table(rows, done, (*MESSAGE, PARSED))))
+    assert tuple(table.column_names[-4:]) == (*MESSAGE, PARSED)
     assert table[CONTENT].to_pylist() == ["x", "y", None]
     assert table[REASONING].to_pylist() == ["why", None, None]
+    assert table[PARSED].to_pylist() == ["{}", "{}", None]
     calls, *none = table[TOOL_CALLS].to_pylist()
     assert none == [None, None]
     assert [each["function"] for each in calls] == [{"name": "f", "arguments": '{"a": 1}'}] * 2
