@@ -48,7 +48,8 @@ its defaults filled in. A wrong key or value is refused in one line, with the ke
 - **A row's own sampling.** A column `sampling_params` (a struct or JSON) overrides `sampling` for
   its row, by the same names.
 - **The model's own sampling.** A job that names no `sampling.temperature` takes what the target's
-  `generation_config.json` recommends; `run`, `validate` and `plan` say which values these are.
+  `generation_config.json` recommends. `validate`, `plan` and the report say which values are in
+  force, and where each is from: the job, the model, or neither.
 - **In your editor.** This first line makes editors complete and check keys, with the file that
   `specbatch schema > job.schema.json` writes: `# yaml-language-server: $schema=job.schema.json`
 """

@@ -134,8 +134,7 @@ def plan(
         from pipeline.run.plan import plan_job
 
         planned = plan_job(job)
-        if planned.said:
-            note(planned.said)
+        note(planned.sampling_said)
         with progress_bar() as show:
             found = make_plan(planned, table, rows, seed, show)
         if as_json:

@@ -41,8 +41,7 @@ def validate(file: JobFile, overrides: Overrides = None) -> None:
             highlight=False,
             soft_wrap=True,
         )
-        if plan.said:
-            out.print(plan.said, highlight=False, soft_wrap=True)
+        out.print(plan.sampling_said, highlight=False, soft_wrap=True)
         _tell_families(job)
         out.print_json(data=_described(plan.job))
 

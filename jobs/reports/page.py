@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jobs.reports import charts
 from jobs.reports.charts import Chart
 from jobs.reports.findings import Findings, gather
+from jobs.reports.summary import sampling_said
 from jobs.terminal.amounts import amount, moment, money, number, percent, short
 from pipeline import layout
 from pipeline.commit import manifest
@@ -89,6 +90,7 @@ def job_page(findings: Findings) -> str:
             speculation_charts=_speculation_charts(findings),
             calibration_charts=_calibration_charts(findings),
             actor_names=_actor_names(findings),
+            sampling=sampling_said(summary),
             config=yaml.safe_dump(
                 findings.job.get("config", {}), sort_keys=False, allow_unicode=True
             ),

@@ -18,6 +18,7 @@ from pipeline.commit import manifest
 from pipeline.commit.footer import read_records
 from pipeline.commit.stats import summarise
 from pipeline.config.job import S3Config
+from pipeline.config.model_defaults import in_force
 from pipeline.config.prices import Prices
 from pipeline.observe.error_share import too_many
 from pipeline.storage.folder import Folder
@@ -49,7 +50,23 @@ def read_summary(
         summary, finished = summarise(records), False
         committed = committed_seconds(records)
     cost = read_cost(output, summary, committed, prices)
-    return {**summary, "cost": cost.to_json() if cost else None}, finished
+    sampling = _sampling(json.loads(output.read(layout.JOB) or b"{}"))
+    return {**summary, "cost": cost.to_json() if cost else None, "sampling": sampling}, finished
+
+
+def _sampling(job: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """Values of a job's sampling and where they are from; None: an older version noted none."""
+    found = job.get(manifest.SAMPLING_FROM)
+    values = job.get("config", {}).get("sampling", {})
+    return found and {key: {"value": values[key], "from": found[key]} for key in found}
+
+
+def sampling_said(summary: Mapping[str, Any]) -> str | None:
+    """The sampling that was in force, and where it was from, in a line; None: it is not known."""
+    if not (sampling := summary.get("sampling")):
+        return None
+    values, found = ({k: each[what] for k, each in sampling.items()} for what in ("value", "from"))
+    return in_force(values, found)
 
 
 def has_failed(output: Folder, summary: Mapping[str, Any]) -> bool:
@@ -82,6 +99,8 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     totals.add_row("acceptance rate", _number(summary["acceptance_rate"], ".1%"))
     totals.add_row("speedup", _speedup(summary))
 
+    if said := sampling_said(summary):
+        totals.add_row("sampling", said.replace("; ", "\n"))
     cost = summary["cost"]
     if cost:
         _add_cost(totals, cost)

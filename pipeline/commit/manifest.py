@@ -61,6 +61,9 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
     return result
 
 
+SAMPLING_FROM = "sampling_from"
+"""What the job record says of the sources of its sampling's values."""
+
 _LATER = {
     SamplingConfig: LATER_SAMPLING,
     InputConfig: (
@@ -97,6 +100,7 @@ def claim(
     plans: Sequence[FilePlan],
     mark: dict[str, Any],
     *,
+    sampling_from: Mapping[str, str] | None = None,
     extend: bool = False,
     same_content: bool = False,
     forked_from: Folder | None = None,
@@ -108,6 +112,7 @@ def claim(
         job: the job.
         plans: its input.
         mark: its fingerprint.
+        sampling_from: where the values of its sampling are from, for the record.
         extend: input files that the job was not planned on become part of it.
         same_content: input files of which only the time of change differs have not changed.
         forked_from: the output of the job that this one was made from, for the record.
@@ -150,7 +155,8 @@ def claim(
     if another:
         # A job that never committed anything, perhaps for a mistake that is corrected now.
         table = table_of(plans)
-        _record(output, job, plans, mark, table, {"created": _now(), **_fork(forked_from, mark)})
+        more = {"created": _now(), **_fork(forked_from, mark), SAMPLING_FROM: sampling_from}
+        _record(output, job, plans, mark, table, more)
         return table
     table = recorded_table(record) or table_of(plans)
     if added:
@@ -204,7 +210,8 @@ def _extended(record: Mapping[str, Any], added: Sequence[FilePlan]) -> dict[str,
         "rows": sum(p.rows for p in added),
         "fingerprint": digest(record["fingerprint"]),
     }
-    kept = {name: record[name] for name in ("created", "forked_from") if name in record}
+    known = ("created", "forked_from", SAMPLING_FROM)
+    kept = {name: record[name] for name in known if name in record}
     return {**kept, "extended": [*record.get("extended", []), step]}
 
 

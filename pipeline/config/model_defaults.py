@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -15,6 +16,44 @@ RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Keys of `generation_config.json` that are taken, as vLLM takes them."""
 
 _FILE = "generation_config.json"
+
+Source = Literal["job", "model", "default"]
+"""Where a value is from: the job file, the target's recommendation, or neither."""
+
+_SHOWN = ("max_new_tokens", *RECOMMENDED)
+"""Keys of `sampling` that are said to users: what every row has, and what models recommend."""
+
+_NAMES = {"job": "the job", "model": f"the target's {_FILE}", "default": "defaults"}
+
+
+def sources(sampling: SamplingConfig, recommended: Collection[str]) -> dict[str, Source]:
+    """Where the values of a job's sampling are from, by key.
+
+    Args:
+        sampling: with what the target recommends.
+        recommended: the keys that are from there.
+    """
+
+    def source(key: str) -> Source:
+        if key in recommended:
+            return "model"
+        return "job" if key in sampling.model_fields_set else "default"
+
+    return {key: source(key) for key in _SHOWN}
+
+
+def in_force(values: Mapping[str, Any], found: Mapping[str, str]) -> str:
+    """The values of a sampling in a line, by where they are from.
+
+    Args:
+        values: by key.
+        found: their sources.
+    """
+    parts = []
+    for source, name in _NAMES.items():
+        said = [f"{key} {values[key]:g}" for key in found if found[key] == source]
+        parts += [f"{', '.join(said)} ({name})"] if said else []
+    return "; ".join(parts)
 
 
 def with_model_defaults(job: JobConfig, *, ask_hub: bool = True) -> tuple[JobConfig, list[str]]:

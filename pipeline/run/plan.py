@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
@@ -10,7 +11,7 @@ from pipeline import layout
 from pipeline.commit import planned_inputs
 from pipeline.commit.schema import check_reserved
 from pipeline.config.job import JobConfig
-from pipeline.config.model_defaults import with_model_defaults
+from pipeline.config.model_defaults import Source, in_force, sources, with_model_defaults
 from pipeline.inputs.joining import plan_units
 from pipeline.inputs.listing import InputFile, list_inputs
 from pipeline.inputs.prompts import required_columns
@@ -30,7 +31,7 @@ class JobPlan:
         units: all of them, in input order.
         table: the columns of all of them together.
         left_out: input files that are new since the output was begun, and not part of the job.
-        recommended: keys of `sampling` whose values are the target's own recommendation.
+        sampling_from: where the values of `sampling` are from, by key.
     """
 
     job: JobConfig
@@ -39,15 +40,17 @@ class JobPlan:
     units: tuple[Unit, ...]
     table: pa.Schema
     left_out: tuple[InputFile, ...] = ()
-    recommended: tuple[str, ...] = ()
+    sampling_from: Mapping[str, Source] = field(default_factory=dict)
 
     @property
-    def said(self) -> str | None:
-        """What of the sampling is the target's own recommendation, in a line; None: nothing."""
-        if not self.recommended:
-            return None
-        values = (f"{key} {getattr(self.job.sampling, key):g}" for key in self.recommended)
-        return f"sampling: {', '.join(values)}, as the target's generation_config.json recommends"
+    def sampling_said(self) -> str:
+        """The sampling that is in force, and where it is from, in a line."""
+        return f"sampling: {in_force(self.job.sampling.model_dump(), self.sampling_from)}"
+
+    @property
+    def takes_recommendations(self) -> bool:
+        """Whether the target's own recommendation is part of the sampling."""
+        return "model" in self.sampling_from.values()
 
     @property
     def rows(self) -> int:
@@ -93,7 +96,7 @@ def plan_job(job: JobConfig, *, extend: bool = False, ask_hub: bool = True) -> J
         units=tuple(plan_units(files, job.unit_rows)),
         table=table_of(files),
         left_out=tuple(sorted(left_out, key=lambda file: file.name)),
-        recommended=tuple(recommended),
+        sampling_from=sources(job.sampling, recommended),
     )
 
 

@@ -114,6 +114,7 @@ def run_job(
         job,
         plan.files,
         mark,
+        sampling_from=plan.sampling_from,
         extend=mode.extend,
         same_content=mode.same_content,
         forked_from=open_folder(mode.forked_from, job.s3_of_output) if mode.forked_from else None,
@@ -121,8 +122,8 @@ def run_job(
     plan = replace(plan, table=table)
     if plan.left_out:
         note(_left_out(plan.left_out))
-    if plan.said:
-        note(plan.said)
+    if plan.takes_recommendations:
+        note(plan.sampling_said)
     # 2. Find what is to be generated: units that are missing, or failed rows of those that are not.
     done = manifest.committed(output, units)
     missing = [unit for unit in units if unit.id not in done]

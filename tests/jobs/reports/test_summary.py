@@ -85,6 +85,21 @@ def test_a_summary_of_an_older_version(tmp_path: Path) -> None:
     assert "rows completed" in printed(render(found))
 
 
+def test_the_sampling_that_was_in_force_and_where_it_is_from(tmp_path: Path) -> None:
+    record = {
+        "config": {"sampling": {"temperature": 0.6, "top_p": 0.5, "top_k": 0, "stop": ["x"]}},
+        "sampling_from": {"temperature": "model", "top_p": "job", "top_k": "default"},
+    }
+    (tmp_path / layout.JOB).parent.mkdir()
+    (tmp_path / layout.JOB).write_text(json.dumps(record))
+    found, _ = read_summary(str(tmp_path), S3Config())
+    assert found["sampling"]["temperature"] == {"value": 0.6, "from": "model"}
+    assert set(found["sampling"]) == set(record["sampling_from"])
+    text = printed(render(found))
+    for line in ("top_p 0.5 (the job)", "temperature 0.6 (the target's", "top_k 0 (defaults)"):
+        assert line in text
+
+
 # ----------------------------------------------------------------------- explain
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.job import JobConfig
-from pipeline.config.model_defaults import with_model_defaults
+from pipeline.config.model_defaults import in_force, sources, with_model_defaults
 from pipeline.errors import UserError
 
 RECOMMENDED = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "eos_token_id": 1}
@@ -49,6 +49,16 @@ def test_what_the_job_does_not_say_the_model_does(
     assert (found.sampling.temperature, found.sampling.top_p, found.sampling.top_k) == values
     assert keys == taken
     assert with_model_defaults(found)[0] == found
+
+
+def test_where_each_value_is_from(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(RECOMMENDED))
+    found, taken = with_model_defaults(job(tmp_path, top_p=0.5, max_tokens=7))
+    said = in_force(found.sampling.model_dump(), sources(found.sampling, taken))
+    assert said == (
+        "max_new_tokens 7, top_p 0.5 (the job); temperature 0.6, top_k 20 (the target's "
+        "generation_config.json); min_p 0, repetition_penalty 1 (defaults)"
+    )
 
 
 def test_a_model_without_recommendations_changes_nothing(tmp_path: Path) -> None:
