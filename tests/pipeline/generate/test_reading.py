@@ -13,7 +13,7 @@ from pipeline.conventions import Message, ToolCall
 from pipeline.errors import UserError
 from pipeline.generate.reading import Reader
 from pipeline.inputs.requests import RowRequests
-from specdec.request import Completion
+from specdec.request import INVALID_LOGITS, Completion
 from tests.pipeline.tiny_tokenizers import CHATML, chat_like
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
@@ -26,7 +26,14 @@ SCHEMA = {
 HERMES = CHATML + "{# <tool_call> <think> </think> #}{% if tools %}t{% endif %}"
 
 
-def outcome(row: dict[str, Any], text: str, *, template: str = HERMES, **job: Any) -> Outcome:
+def outcome(
+    row: dict[str, Any],
+    text: str,
+    *,
+    template: str = HERMES,
+    done: Completion | None = None,
+    **job: Any,
+) -> Outcome:
     """What becomes of a row whose completion is this text; "…" at its end: it was cut off."""
     values = {
         "input": {"paths": ["x"], "messages_column": "m"},
@@ -42,7 +49,8 @@ def outcome(row: dict[str, Any], text: str, *, template: str = HERMES, **job: An
     request, *_ = requests.of(row, "a:0:0")
     ids = tuple(tokenizer(text.removesuffix("…"), add_special_tokens=False)["input_ids"])
     reason: Any = "length" if text.endswith("…") else "stop"
-    return reader.outcome(row, request, Completion("a", len(request.prompt_ids), ids, reason))
+    done = done or Completion("a", len(request.prompt_ids), ids, reason)
+    return reader.outcome(row, request, done)
 
 
 def message(row: dict[str, Any], text: str, **job: Any) -> Message | None:
@@ -96,6 +104,14 @@ def test_messages_are_read_where_the_job_asks_for_it(
     row: dict[str, Any], job: dict[str, Any], expected: Message | None
 ) -> None:
     assert message(row, THOUGHT, **job) == expected
+
+
+@pytest.mark.parametrize("kind", [INVALID_LOGITS, "InvalidRequest"])
+def test_a_row_that_went_wrong_in_the_engine_keeps_its_class(kind: str) -> None:
+    done = Completion("a", 3, (), "error", error="why", error_class=kind)
+    failed = outcome({"m": MESSAGES}, "", done=done)
+    assert isinstance(failed, Failed)
+    assert (failed.error.error_class, failed.error.message) == (kind, "why")
 
 
 def test_messages_that_nothing_marks_are_refused() -> None:
