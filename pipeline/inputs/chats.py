@@ -58,6 +58,7 @@ class ChatSettings:
             raise RowError("InvalidChat", f"{KWARGS_COLUMN} must be an object")
         column = config.tools_column
         tools = _parsed(cells.get(column) if column else request.get(TOOLS), TOOLS)
+        tools = config.tools if tools is None else tools
         begins = request.get("add_generation_prompt", config.add_generation_prompt)
         continues = request.get("continue_final_message", config.continue_final_message)
         for name, value in zip(CHAT_FLAGS, (begins, continues), strict=True):
@@ -67,7 +68,7 @@ class ChatSettings:
             raise RowError("InvalidChat", f"{' and '.join(CHAT_FLAGS)} do not go together")
         return cls(
             variables={**config.chat_template_kwargs, **without_nulls(own)},
-            tools=config.tools if tools is None else check_tools(tools),
+            tools=check_tools(tools) if tools is not None else None,
             begins=not continues if begins is None else begins,
             continues=bool(continues),
         )
@@ -94,7 +95,7 @@ def check_tools(tools: Any) -> list[Any] | None:
     for number, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowError("InvalidChat", f"tool {number} has no function with a name")
+            raise RowError("InvalidChat", f"tools: tool {number} has no function with a name")
     return without_nulls(tools) or None
 
 

@@ -94,6 +94,8 @@ def test_a_job_that_tells_the_template_what_it_does_not_read_is_refused(tokenize
     plain.chat_template = "{{ messages[0].content }}"
     with pytest.raises(UserError, match=r"^input\.tools: the target's chat template does not read"):
         rendered(plain, {"m": ASK}, tools=[TOOL])
+    with pytest.raises(UserError, match=r"^input\.tools: tool 1 has no function with a name"):
+        rendered(tokenizer, {"m": ASK}, tools=[TOOL, {"function": {}}])
 
 
 @pytest.mark.parametrize(
