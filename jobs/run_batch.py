@@ -73,11 +73,10 @@ def run_batch(
 ) -> None:
     r"""Answer a request file of OpenAI's batch API.
 
-    Takes `/v1/chat/completions` and `/v1/completions` with `custom_id`, `messages` or `prompt`,
-    `max_tokens`, `max_completion_tokens`, `temperature`, `top_p`, `n`, `stop` and `seed`. Responses
-    have the API's form, one line each in the order of the requests. A request that cannot be served
-    becomes a line of the error file and stops nothing. The model given here answers all, whatever a
-    request's `model`.
+    Takes `/v1/chat/completions`, `/v1/completions` and `/v1/responses` with text, tools, structured
+    outputs and log-probabilities. Responses have the API's form, one line each in the order of the
+    requests. A request that cannot be served becomes a line of the error file and stops nothing.
+    The model given here answers all, whatever a request's `model`.
 
     The same command resumes what was stopped. What it has committed is in `OUT.specbatch`, a job
     folder like any other: `specbatch report OUT.specbatch`.

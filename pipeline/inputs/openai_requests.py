@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 
 from pipeline.errors import RowError, nearest
+from pipeline.inputs.openai_items import as_chat
 from pipeline.inputs.openai_parameters import (
     EFFORT,
     IGNORED,
@@ -34,7 +35,7 @@ REQUEST = "request"
 LINES_SCHEMA = pa.schema([(REQUEST, pa.string())], metadata={b"specbatch.format": b"openai"})
 """Marks a file whose lines are requests, among those whose lines are rows of columns."""
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 
 KWARGS_COLUMN = "chat_template_kwargs"
 """A column of this name has variables of the chat template, row by row (struct or JSON text)."""
@@ -64,6 +65,8 @@ def request_cells(line: str | None) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise RowError("InvalidRequest", "body must be an object")
     body = {key: value for key, value in body.items() if value is not None}
+    if url == RESPONSES:
+        body, url = as_chat(body), CHAT
     _refuse(body, url)
     cells = _chat(body) if url == CHAT else _completion(body)
     sampling = {key: body[key] for key in SAMPLING if key in body}
@@ -112,7 +115,7 @@ def custom_id_of(request: Mapping[str, Any]) -> str:
 
 
 def endpoint_of(request: Mapping[str, Any]) -> str:
-    """The endpoint that a request's `url` is of, `CHAT` or `COMPLETIONS`.
+    """The endpoint that a request's `url` is of: `CHAT`, `COMPLETIONS` or `RESPONSES`.
 
     Clients write it as the API does, without its version, or behind a server's address.
 
@@ -129,7 +132,9 @@ def endpoint_of(request: Mapping[str, Any]) -> str:
         return CHAT
     if parts == ["completions"] or parts[-2:] == ["v1", "completions"]:
         return COMPLETIONS
-    known = " and ".join(_PROMPT)
+    if parts == ["responses"] or parts[-2:] == ["v1", "responses"]:
+        return RESPONSES
+    known = f"{CHAT}, {COMPLETIONS} and {RESPONSES}"
     raise RowError("UnknownEndpoint", f"url {_short(url)} is not served; known: {known}")
 
 

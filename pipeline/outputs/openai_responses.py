@@ -19,11 +19,12 @@ from pipeline import layout
 from pipeline.commit.footer import read_record
 from pipeline.inputs.jsonl import RAW_LINE
 from pipeline.inputs.openai_parameters import TOP
-from pipeline.inputs.openai_requests import CHAT, REQUEST, endpoint_of, parsed
+from pipeline.inputs.openai_requests import CHAT, REQUEST, RESPONSES, endpoint_of, parsed
 from pipeline.inputs.row_ids import ROW_ID, parse_row_id
 from pipeline.inputs.units import Unit
+from pipeline.outputs.openai_items import response_object
+from pipeline.outputs.openai_messages import message, token
 from pipeline.storage.folder import Folder
-from specdec.request import NO_CHARACTER
 
 _COMPLETED = (
     *(ROW_ID, REQUEST, "completion", "finish_reason", "prompt_tokens", "output_tokens"),
@@ -126,16 +127,19 @@ def _body(
     model: str,
 ) -> dict[str, Any]:
     """A response's body: the samples of one request as its choices."""
-    chat, asked = endpoint_of(request) == CHAT, request["body"]
+    endpoint, asked = endpoint_of(request), request["body"]
+    if endpoint == RESPONSES:
+        return response_object(asked, samples[0], name, created, model)
+    chat = endpoint == CHAT
     choices: list[dict[str, Any]] = []
     for index, sample in enumerate(samples):
         text: dict[str, Any] = {"text": sample["completion"]}
         reason = sample["finish_reason"]
         if chat:
-            message = _message(sample, asked)
-            text = {"message": message}
+            text = {"message": message(sample, asked)}
             # A call that was cut off is none, so the last one ended as it should.
-            reason = "tool_calls" if "tool_calls" in message and reason == "stop" else reason
+            called = "tool_calls" in text["message"] and reason == "stop"
+            reason = "tool_calls" if called else reason
         told = sample.get(layout.LOGPROBS)
         choice = {"index": index, **text, "finish_reason": reason}
         choice["logprobs"] = _logprobs(told, chat) if told is not None else None
@@ -160,26 +164,6 @@ def _body(
     }
 
 
-def _message(sample: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """A chat's answer, with what the model marked in it.
-
-    Args:
-        sample: a row of `completions/`.
-        asked: the request's body.
-    """
-    message: dict[str, Any] = {"role": "assistant", "content": sample["completion"]}
-    if sample.get(layout.CONTENT) is not None:
-        message["content"] = sample[layout.CONTENT]
-    if calls := sample.get(layout.TOOL_CALLS):
-        one = asked.get("parallel_tool_calls") is False
-        message["tool_calls"] = calls[:1] if one else calls
-        message["content"] = message["content"] or None
-    said = sample.get(layout.REASONING)
-    if said is not None and asked.get("include_reasoning") is not False:
-        message["reasoning_content"] = said
-    return {**message, "refusal": None}
-
-
 def _logprobs(told: Sequence[Mapping[str, Any]], chat: bool) -> dict[str, Any]:
     """What a response tells of its tokens, in the form of its endpoint.
 
@@ -188,10 +172,10 @@ def _logprobs(told: Sequence[Mapping[str, Any]], chat: bool) -> dict[str, Any]:
         chat: whether it is a chat's.
     """
     if chat:
-        content = [{**_token(t), TOP: [_token(other) for other in t["top"]]} for t in told]
+        content = [{**token(t), TOP: [token(other) for other in t["top"]]} for t in told]
         return {"content": content, "refusal": None}
     tokens = [t["token"] for t in told]
-    offsets = accumulate((len(token) for token in tokens[:-1]), initial=0) if tokens else ()
+    offsets = accumulate((len(text) for text in tokens[:-1]), initial=0) if tokens else ()
     return {
         "tokens": tokens,
         "token_logprobs": [t["logprob"] for t in told],
@@ -206,11 +190,3 @@ def _by_token(told: Mapping[str, Any]) -> dict[int, Any]:
         each["token_id"]: {"logprob": each["logprob"], "decoded_token": each["token"]}
         for each in (told, *told["top"])
     }
-
-
-def _token(told: Mapping[str, Any]) -> dict[str, Any]:
-    """A token of a chat, with its bytes where it is whole characters."""
-    text = told["token"]
-    whole = NO_CHARACTER not in text
-    spelled = list(text.encode(errors="replace")) if whole else None
-    return {"token": text, "logprob": told["logprob"], "bytes": spelled}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from openai.types.chat import ChatCompletion
+from openai.types.responses import Response
 
 from pipeline.commit.files import unit_files
 from pipeline.commit.record import Actor, Work
@@ -21,18 +22,22 @@ from pipeline.inputs.source import read_units
 from pipeline.inputs.units import plan_files, table_of
 from pipeline.outputs.openai_responses import write_responses
 from pipeline.storage.folder import open_folder
-from specdec.request import Completion
+from specdec.request import Completion, TokenLogprob
 
 S3 = S3Config()
 CALL = ToolCall("f", '{"a": 1}')
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
-def answered(folder: Path, asked: list[dict[str, Any]], done: list[Finished]) -> list[Any]:
+def answered(
+    folder: Path,
+    asked: list[dict[str, Any]],
+    done: list[Finished],
+    url: str = "/v1/chat/completions",
+) -> list[Any]:
     """The bodies of responses, by requests with these bodies and how they were completed."""
     lines = [
-        json.dumps({"custom_id": f"{n}", "url": "/v1/chat/completions", "body": body})
-        for n, body in enumerate(asked)
+        json.dumps({"custom_id": f"{n}", "url": url, "body": body}) for n, body in enumerate(asked)
     ]
     (folder / "in.jsonl").write_text("\n".join(lines))
     plans = plan_files(list_inputs([str(folder)], S3), S3, 100, format="openai")
@@ -58,8 +63,11 @@ def answered(folder: Path, asked: list[dict[str, Any]], done: list[Finished]) ->
     return [json.loads(line)["response"]["body"] for line in good.getvalue().splitlines()]
 
 
+TOLD = TokenLogprob(7, -0.5, ((7, -0.5), (3, -1.0)))
+
+
 def finished(message: Message | None, reason: Any = "stop") -> Finished:
-    return Finished("<whole>", Completion("a", 1, (7,), reason), message)
+    return Finished("<whole>", Completion("a", 1, (7,), reason, logprobs=(TOLD,)), message)
 
 
 def test_messages_with_tool_calls_and_reasoning(tmp_path: Path) -> None:
@@ -91,3 +99,29 @@ def test_messages_with_tool_calls_and_reasoning(tmp_path: Path) -> None:
     assert (thought.message.content, thought.message.reasoning_content) == ("", "why")
     assert (plain.finish_reason, plain.message.content) == ("stop", "<whole>")
     assert plain.message.tool_calls is None
+
+
+def test_response_objects_have_an_item_for_each_part(tmp_path: Path) -> None:
+    tool = {"type": "function", "name": "f"}
+    both = Message("So.", "why", (CALL, CALL))
+    asked: list[tuple[dict[str, Any], Finished]] = [
+        ({"input": "hi", "tools": [tool], "temperature": 0.5}, finished(both)),
+        ({"input": "hi", "instructions": "be", "max_output_tokens": 3}, finished(None, "length")),
+        ({"input": "hi"}, finished(Message("", None, (CALL,)))),
+    ]
+    done = [each for _, each in asked]
+    bodies = answered(tmp_path, [body for body, _ in asked], done, "/v1/responses")
+    first, cut, called = (Response.model_validate(body, strict=True) for body in bodies)
+    kinds = [item.type for item in first.output]
+    assert kinds == ["reasoning", "message", "function_call", "function_call"]
+    assert (first.output_text, first.status, first.temperature) == ("So.", "completed", 0.5)
+    call: Any = first.output[2]
+    assert (call.name, call.arguments, call.call_id[:5]) == ("f", '{"a": 1}', "call_")
+    answer: Any = first.output[1]
+    assert [len(each.top_logprobs) for each in answer.content[0].logprobs] == [2]
+    assert (cut.output_text, cut.status, cut.instructions) == ("<whole>", "incomplete", "be")
+    assert cut.incomplete_details is not None
+    assert cut.incomplete_details.reason == "max_output_tokens"
+    assert [item.type for item in called.output] == ["function_call"]
+    assert cut.usage is not None
+    assert (cut.usage.input_tokens, cut.usage.output_tokens) == (1, 1)
