@@ -163,14 +163,21 @@ class Conventions:
         self._calls = next(families, None)
         self.known = any((self._declared, self._thoughts, self._calls))
 
-    def message(self, request: Request, done: Completion, tools: Tools | None) -> Message:
+    def message(
+        self, request: Request, done: Completion, tools: Tools | None, choice: Any = None
+    ) -> Message:
         """What a completion says; what cannot be read is its content.
 
         Args:
             request: what was asked for, a chat.
             done: what the engine returned.
             tools: that the model was told of; None: it calls none.
+            choice: which call the completion must be, as OpenAI has it; None: it need not be one.
         """
+        if choice is not None:
+            text = self._texts.completion(request, done)
+            calls = _forced(text, choice)
+            return Message("", None, tuple(calls)) if calls else Message(text)
         text, visible = self._texts.marked(request, done), self._texts.visible
         if not request.sampling.skip_special_tokens:
             visible = str
@@ -281,6 +288,19 @@ def _read(
     if not family.marked and (closed is None or not {call.name for call in made} <= named):
         return None
     return made, closed.end() if closed else end
+
+
+def _forced(text: str, choice: Any) -> list[ToolCall]:
+    """The calls of a completion that must be some (`inputs.tools`); none if it is cut off."""
+    try:
+        value = _DECODER.decode(text.strip())
+    except (ValueError, RecursionError):
+        return []
+    named = choice.get("function") if isinstance(choice, Mapping) else None
+    if named is not None:
+        value = {**named, "arguments": value}
+    calls = [_call(each) for each in (value if isinstance(value, list) else [value])]
+    return [call for call in calls if call is not None]
 
 
 def _call(value: Any) -> ToolCall | None:

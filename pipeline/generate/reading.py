@@ -61,7 +61,7 @@ class Reader:
             return Failed(RowError(kind, done.error or "refused"), attempts=1)
         text, message = self._texts.completion(request, done), None
         if self._conventions is not None and (chat := self._requests.chat(row)) is not None:
-            message = self._conventions.message(request, done, chat.tools)
+            message = self._conventions.message(request, done, chat.tools, chat.choice)
         schema = self._requests.schema(row) if self._parses else None
         if schema is None:
             return Finished(text, done, message)

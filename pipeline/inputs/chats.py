@@ -18,9 +18,7 @@ from pipeline.errors import RowError
 from pipeline.inputs.escaping import Escaping
 from pipeline.inputs.messages import Message, as_object, spellings, without_nulls
 from pipeline.inputs.openai_requests import KWARGS_COLUMN
-
-TOOLS = "tools"
-"""What a request calls its tools."""
+from pipeline.inputs.tools import CHOICE, TOOLS, check_tools
 
 CHAT_FLAGS = ("add_generation_prompt", "continue_final_message")
 
@@ -34,12 +32,14 @@ class ChatSettings:
         tools: functions that the model may call, as OpenAI has them.
         begins: whether the template begins an answer (`add_generation_prompt`).
         continues: whether the last message is left open (`continue_final_message`).
+        choice: which call a completion must be, as OpenAI has it; None: it need not be one.
     """
 
     variables: Mapping[str, Any]
     tools: Sequence[Any] | None
     begins: bool
     continues: bool
+    choice: Any = None
 
     @classmethod
     def of(cls, config: InputConfig, cells: Mapping[str, Any]) -> ChatSettings:
@@ -71,6 +71,7 @@ class ChatSettings:
             tools=check_tools(tools) if tools is not None else None,
             begins=not continues if begins is None else begins,
             continues=bool(continues),
+            choice=request.get(CHOICE),
         )
 
 
@@ -82,21 +83,6 @@ def _parsed(cell: Any, name: str) -> Any:
         except (ValueError, RecursionError):
             raise RowError("InvalidChat", f"{name} is text, but not JSON") from None
     return as_object(cell)
-
-
-def check_tools(tools: Any) -> list[Any] | None:
-    """Tools as OpenAI has them, without what is null; None if there are none.
-
-    Raises:
-        RowError: they are not such a list; the message says which one is wrong.
-    """
-    if not isinstance(tools, list):
-        raise RowError("InvalidChat", f"tools must be a list, got a {type(tools).__name__}")
-    for number, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowError("InvalidChat", f"tools: tool {number} has no function with a name")
-    return without_nulls(tools) or None
 
 
 class ChatTemplate:

@@ -61,6 +61,9 @@ def as_chat(body: Mapping[str, Any]) -> dict[str, Any]:
         chat["max_completion_tokens"] = body["max_output_tokens"]
     if tools := body.get("tools"):
         chat["tools"] = [*map(_tool, _listed(tools, "tools"))]
+    choice = body.get("tool_choice")
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        chat["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
     if effort := _part(body, "reasoning").get("effort"):
         chat["reasoning_effort"] = effort
     text = _part(body, "text")

@@ -39,7 +39,10 @@ SAMPLING = (
 OF_PROMPT = ("truncate_prompt_tokens",)
 """Parameters of how a prompt becomes tokens."""
 
-OF_CHAT = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message", "tools")
+OF_CHAT = (
+    *("chat_template_kwargs", "add_generation_prompt", "continue_final_message"),
+    *("tools", "tool_choice"),
+)
 """Parameters of how messages are put into the chat template."""
 
 OF_RESPONSE = ("logprobs", "return_token_ids", "include_reasoning", "parallel_tool_calls")
@@ -95,7 +98,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     TOP: (0,),
     "logprob_token_ids": ([],),
     "prompt_logprob_token_ids": ([],),
-    "tools": ([],),  # of plain prompts
+    "tools": ([],),  # of plain prompts, as the next one
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),

@@ -28,6 +28,7 @@ from pipeline.inputs.openai_parameters import (
     TOP,
 )
 from pipeline.inputs.openai_structured import GUIDED, STRUCTURED, structured_outputs
+from pipeline.inputs.tools import CHOICE, TOOLS
 
 REQUEST = "request"
 """The column that holds a line."""
@@ -185,8 +186,11 @@ def _chat(body: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(messages, list):
         raise RowError("MalformedMessages", f"messages must be a list, got {_short(messages)}")
     told = {key: body[key] for key in OF_CHAT if key in body}
-    if body.get("tool_choice") == "none":
-        told.pop("tools", None)  # a model that knows of none calls none
+    choice = told.pop(CHOICE, "auto")
+    if choice == "none":
+        told.pop(TOOLS, None)  # a model that knows of none calls none
+    elif choice != "auto":
+        told[CHOICE] = choice
     if EFFORT in body:
         variables = body.get(KWARGS_COLUMN, {})
         if isinstance(variables, dict):  # otherwise it is refused by who reads it

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.errors import RowError
+from pipeline.inputs.tools import forced_schema
 
 STRUCTURED = ("response_format", "structured_outputs")
 """OpenAI's parameter and vLLM's."""
@@ -37,6 +38,8 @@ def structured_outputs(body: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _asked(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    if (schema := forced_schema(body)) is not None:
+        yield {"json_schema": schema}
     yield _of_format(body.get("response_format") or {"type": "text"})
     asked = body.get("structured_outputs") or {}
     if not isinstance(asked, dict):

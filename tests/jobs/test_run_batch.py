@@ -16,13 +16,20 @@ import pytest
 from openai.types import BatchError
 from openai.types import Completion as TextCompletion
 from openai.types.chat import ChatCompletion
+from openai.types.responses import Response
 
 from tests.conftest import AWS_ENV, S3Server, TinyModels
 from tests.jobs.command_line import call
 
 pytestmark = pytest.mark.ray
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+ITEMS = {
+    "input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}],
+    "max_output_tokens": 4,
+    "text": {"format": {"type": "json_object"}},
+    "top_logprobs": 1,
+}
 NOTHING = {"min_tokens": 0, "bad_words": [], "skip_special_tokens": True, "priority": 3}
 ROOT = str(Path(__file__).parents[2])
 
@@ -100,6 +107,7 @@ def requests_file(path: Path, good: int) -> list[dict[str, Any]]:
             {"seed": 5, "top_p": 0.9, "response_format": {"type": "json_object"}},
         ]
         requests.append(request(f"good-{i}", url, **body[i % 4], **NOTHING))
+    requests[3] |= {"url": RESPONSES, "body": ITEMS}
     requests[0]["url"] = f"https://api.openai.com{CHAT}"
     # As some programs on Windows begin a file.
     lines = [json.dumps(each).encode() for each in requests]
@@ -131,6 +139,12 @@ def check(
     for asked, line in zip(requests, responses, strict=True):
         assert line["error"] is None
         assert line["response"]["status_code"] == 200
+        if asked["url"] == RESPONSES:
+            (item,) = Response.model_validate(line["response"]["body"], strict=True).output
+            assert item.type == "message" and item.content[0].type == "output_text"
+            assert item.content[0].text.startswith("{")
+            assert item.content[0].logprobs
+            continue
         chat = asked["url"].endswith(CHAT)
         kind = ChatCompletion if chat else TextCompletion
         body: Any = kind.model_validate(line["response"]["body"], strict=True)

@@ -213,6 +213,23 @@ def test_nothing_that_a_model_writes_is_an_error_or_is_lost(pieces: list[str]) -
     assert len("".join(text.split())) - kept <= marks * max(1, len(pieces))
 
 
+@pytest.mark.parametrize(
+    ("choice", "text", "expected"),
+    [
+        ("required", f"[{ASKED}, {ASKED}]", Message("", None, (PARIS, PARIS))),
+        ({"function": {"name": "weather"}}, PARIS.arguments, Message("", None, (PARIS,))),
+        ("required", f"[{ASKED}, ", Message(f"[{ASKED}, ")),
+    ],
+)
+def test_calls_that_had_to_be(choice: Any, text: str, expected: Message) -> None:
+    """Also behind a prompt that begins reasoning: the structure leaves none."""
+    tokenizer = tokenizer_of("Hermes")
+    prompt = ids_of(tokenizer, "<|im_start|>assistant\n<think>\n")
+    done = Completion("a", len(prompt), ids_of(tokenizer, text), "stop")
+    conventions = Conventions(tokenizer, Texts(tokenizer))
+    assert conventions.message(Request("a", prompt), done, [WEATHER], choice) == expected
+
+
 def test_a_declaration_of_the_tokenizer_goes_before() -> None:
     tokenizer = chat_like("{{ messages }}")
     tokenizer.response_template = {

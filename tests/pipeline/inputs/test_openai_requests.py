@@ -4,7 +4,9 @@ import json
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
+from pipeline.config.structured_outputs import StructuredOutputs
 from pipeline.errors import RowError
 from pipeline.inputs.openai_requests import CHAT, COMPLETIONS, endpoint_of, request_cells
 
@@ -104,6 +106,7 @@ OF_COMPLETIONS = {
 }
 
 
+PARAMETERS = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 TOOL = {"type": "function", "function": {"name": "f"}}
 
 
@@ -179,6 +182,15 @@ def completion(**body: Any) -> str:
         (
             chat(tools=[TOOL], parallel_tool_calls=False),
             {"messages": MESSAGES, "tools": [TOOL], "sampling_params": {}},
+        ),
+        (
+            chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "f"}}),
+            {
+                "messages": MESSAGES,
+                "tools": [TOOL],
+                "tool_choice": {"type": "function", "function": {"name": "f"}},
+                "sampling_params": {"structured_outputs": {"json_schema": {"type": "object"}}},
+            },
         ),
         (chat(tools=[TOOL], tool_choice="none"), {"messages": MESSAGES, "sampling_params": {}}),
         (
@@ -282,6 +294,19 @@ BAD = [
     (chat(logprobs=2), "InvalidSampling", "logprobs must be true or false, got 2"),
     (completion(top_logprobs=2), "UnsupportedParameter", "top_logprobs 2"),
     (completion(tools=[{"type": "function"}]), "UnsupportedParameter", "tools"),
+    (chat(tool_choice="required"), "InvalidRequest", "tool_choice required needs tools"),
+    (chat(tools=[TOOL], tool_choice="f"), "InvalidRequest", "tool_choice must be auto, none"),
+    (
+        chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}),
+        "InvalidRequest",
+        "tool_choice: there is no tool 'g'",
+    ),
+    (
+        chat(tools=[TOOL], tool_choice="required", guided_regex="a"),
+        "InvalidSampling",
+        "says twice what its completion must be",
+    ),
+    (completion(tool_choice="required"), "UnsupportedParameter", "tool_choice"),
     (chat(response_format={"type": "xml"}), "InvalidSampling", "response_format.type"),
     (chat(temprature=1), "UnsupportedParameter", "did you mean 'temperature'"),
     (chat(max_tokens=0), "InvalidSampling", "max_tokens must be an integer of at least 1, got 0"),
@@ -309,6 +334,17 @@ BAD = [
     (completion(prompt=None), "MalformedPrompt", "text or token ids"),
     (completion(echo=True), "UnsupportedParameter", "echo"),
 ]
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_calls_that_must_be_are_structured_outputs(parallel: bool) -> None:
+    tools = [TOOL, {"type": "function", "function": {"name": "g", "parameters": PARAMETERS}}]
+    asked = chat(tools=tools, tool_choice="required", parallel_tool_calls=parallel)
+    schema = request_cells(asked)["sampling_params"]["structured_outputs"]["json_schema"]
+    StructuredOutputs(json_schema=schema).text()  # compiles
+    call = {"name": "g", "parameters": {"n": 1}}
+    for calls, good in (([call], True), ([call] * 2, parallel), ([], False), ([{}], False)):
+        assert Draft202012Validator(schema).is_valid(calls) == good
 
 
 @pytest.mark.parametrize(("line", "error_class", "message"), BAD)
