@@ -81,7 +81,10 @@ LOGPROBS, PROMPT_LOGPROBS = "logprobs", "prompt_logprobs"
 OUTPUT_TOKEN_IDS = "output_token_ids"
 CONTENT, REASONING, TOOL_CALLS = MESSAGE = "content", "reasoning", "tool_calls"
 PARSED = "parsed"
-OPTIONAL_COLUMNS = frozenset({LOGPROBS, PROMPT_LOGPROBS, OUTPUT_TOKEN_IDS, *MESSAGE, PARSED})
+LOGPROB_SUM, PERPLEXITY, SCORED_TOKENS = SCORE = "logprob_sum", "perplexity", "scored_tokens"
+OPTIONAL_COLUMNS = frozenset(
+    {LOGPROBS, PROMPT_LOGPROBS, OUTPUT_TOKEN_IDS, *MESSAGE, PARSED, *SCORE}
+)
 """Columns of `completions/` in jobs that ask for them; only there are their names taken."""
 
 _TABLE = ".parquet"

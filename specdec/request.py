@@ -212,11 +212,14 @@ class Request:
         id: the caller's name for it, returned in its `Completion`.
         prompt_ids: token ids, at least one.
         sampling: how to sample it.
+        given_ids: a completion that is scored: nothing is generated, and the completion's
+            `logprobs` are those of these tokens.
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
+    given_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -313,7 +316,7 @@ class Completion:
         calibration: predicted against observed acceptance by class of context length, for policies
             that predict.
         trace: its rounds, if the engine keeps them.
-        logprobs: of each output token, if the request asks for them.
+        logprobs: of each output token, if the request asks for them; of each given one.
         prompt_logprobs: of each token of the prompt, if the request asks for them; None of the
             first, which nothing predicts.
     """

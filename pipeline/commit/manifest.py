@@ -55,7 +55,7 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
         result["speculation"] |= speculation.settings
         if speculation.head is not None:
             result["speculation"]["head"] = head_identity(speculation.head)
-        if models.draft is not None and speculation.policy != "none":
+        if models.draft is not None and job.drafts:
             result["models"]["draft"] = model_identity(models.draft)
             result["models"]["draft_quantization"] = models.draft_quantization
     return result
@@ -68,7 +68,7 @@ _LATER = {
     SamplingConfig: LATER_SAMPLING,
     InputConfig: (
         *("format", "prefix", "truncate_prompt_tokens", "escape_special_tokens"),
-        *CHAT_ONLY,
+        *("completion_column", *CHAT_ONLY),
     ),
 }
 """Keys that later versions brought. Outputs of versions without them are still the same jobs'."""

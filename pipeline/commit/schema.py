@@ -8,6 +8,7 @@ ratios are derived from them by `specdec.request.Counts`.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,11 +23,14 @@ from pipeline.inputs.row_ids import ROW_ID
 from pipeline.inputs.units import FilePlan
 from pipeline.layout import (
     CONTENT,
+    LOGPROB_SUM,
     LOGPROBS,
     OUTPUT_TOKEN_IDS,
     PARSED,
+    PERPLEXITY,
     PROMPT_LOGPROBS,
     REASONING,
+    SCORED_TOKENS,
     TOOL_CALLS,
     is_added,
 )
@@ -59,6 +63,9 @@ OPTIONAL_COLUMNS: dict[str, pa.DataType] = {
         pa.struct({"id": pa.string(), "type": pa.string(), "function": _FUNCTION})
     ),
     PARSED: pa.string(),
+    LOGPROB_SUM: pa.float64(),
+    PERPLEXITY: pa.float64(),
+    SCORED_TOKENS: pa.int64(),
 }
 """Columns of `completions/` that a job may ask for, behind the others."""
 
@@ -179,8 +186,23 @@ def completions_table(
         values[TOOL_CALLS] = [m and _called(m, id) for m, id in zip(messages, ids, strict=True)]
     if PARSED in optional:
         values[PARSED] = [f.parsed for f in finished]
+    if LOGPROB_SUM in optional:
+        told = [[t.logprob for t in f.completion.logprobs or ()] for f in finished]
+        values[LOGPROB_SUM] = [*map(math.fsum, told)]
+        values[PERPLEXITY] = [_perplexity(each) for each in told]
+        values[SCORED_TOKENS] = [*map(len, told)]
     columns = {name: OPTIONAL_COLUMNS[name] for name in optional}
     return _table(rows, places, values, COMPLETION_COLUMNS | columns)
+
+
+def _perplexity(logprobs: Sequence[float]) -> float | None:
+    """The exponential of the mean negative log-probability; None of no token."""
+    if not logprobs:
+        return None
+    try:
+        return math.exp(-math.fsum(logprobs) / len(logprobs))
+    except OverflowError:
+        return math.inf
 
 
 def _called(message: Message, row_id: str) -> list[dict[str, object]] | None:

@@ -99,6 +99,11 @@ class InputConfig(Section):
         "sequence in front of plain ones. `null`: those that leave no room are errors.",
     )
 
+    completion_column: str | None = Field(
+        default=None,
+        description="Column of given completions. They are scored, and nothing is generated: "
+        "columns `logprob_sum`, `perplexity` and `scored_tokens`.",
+    )
     escape_special_tokens: bool = Field(
         default=False,
         description="What a row brings is plain text, also where it reads like a special token, "
@@ -121,7 +126,7 @@ class InputConfig(Section):
             if getattr(self, name) is not None
         ]
         if self.format is not None:
-            given += ["prefix"] if self.prefix is not None else []
+            given += [k for k in ("prefix", "completion_column") if getattr(self, k) is not None]
             if given:
                 raise ValueError(f"{given[0]} does not go with format {self.format}; remove it")
             return self

@@ -42,6 +42,14 @@ __all__ = [
 ]
 
 
+_OF_GENERATED = (
+    *("n", "prompt_logprobs", "return_token_ids", "structured_outputs"),
+    *("parse_response", "return_parsed"),
+)
+"""Keys of `sampling` that a job has no use for whose completions are given. What is left out is in
+many job files, such as a temperature, and does no harm."""
+
+
 def _or_a_file(schema: dict[str, Any]) -> None:
     """A job file may name a price table's file; `jobs.job_file` puts the table in its place."""
     schema["anyOf"].insert(0, {"type": "string"})
@@ -143,11 +151,22 @@ class JobConfig(Section):
 
     @model_validator(mode="after")
     def _draft_if_speculating(self) -> JobConfig:
-        if self.models.draft is None and self.speculation.policy != "none":
+        if self.models.draft is None and self.drafts:
             raise ValueError(
                 f"speculation.policy {self.speculation.policy} needs models.draft; "
                 "give a draft, or set speculation.policy to none"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_generated(self) -> JobConfig:
+        if self.input.completion_column is not None:
+            for name in _OF_GENERATED:
+                if getattr(self.sampling, name) != SamplingConfig.model_fields[name].default:
+                    raise ValueError(
+                        f"sampling.{name} does not go with input.completion_column, whose "
+                        "completions are given; remove one of them"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -158,6 +177,11 @@ class JobConfig(Section):
                 "sampling.parse_response is for chats; give input.messages_column, or remove it"
             )
         return self
+
+    @property
+    def drafts(self) -> bool:
+        """Whether a draft proposes tokens."""
+        return self.speculation.policy != "none" and self.input.completion_column is None
 
     @property
     def s3_of_input(self) -> S3Config:

@@ -51,7 +51,7 @@ def check_models(job: JobConfig, *, ask_hub: bool = True) -> None:
         UserError: names what is missing, or the model that the head was trained for.
     """
     models, folder = job.models, job.speculation.head
-    if models.draft is None or job.speculation.policy == "none":
+    if models.draft is None or not job.drafts:
         return
     pair = {} if folder is None else _head_card(folder)["pair"]
     names = {"draft": models.draft} | ({} if folder is None else {"target": models.target})

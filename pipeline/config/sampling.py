@@ -18,6 +18,7 @@ from pipeline.layout import (
     OUTPUT_TOKEN_IDS,
     PARSED,
     PROMPT_LOGPROBS,
+    SCORE,
 )
 from specdec.request import MOST_LOGPROBS, LogprobsMode, stop_fault
 
@@ -73,6 +74,7 @@ def optional_columns(sampling: Mapping[str, Any], source: Mapping[str, Any]) -> 
         (OUTPUT_TOKEN_IDS,): of_lines or sampling.get("return_token_ids"),
         MESSAGE: of_lines if parsing is None else parsing,
         (PARSED,): sampling.get("return_parsed"),
+        SCORE: source.get("completion_column") is not None,
     }
     return tuple(name for names, wanted in asked.items() if wanted for name in names)
 

@@ -21,7 +21,7 @@ def load_pair(job: JobConfig) -> Any:
     Raises:
         UserError: they are missing, unsupported, or do not fit together.
     """
-    return load_models(job.models, job_device(job), draft=job.speculation.policy != "none")
+    return load_models(job.models, job_device(job), draft=job.drafts)
 
 
 def job_device(job: JobConfig) -> str | None:
@@ -67,7 +67,7 @@ def load_acceptance_head(job: JobConfig, pair: Any) -> Any:
 
     folder = job.speculation.head
     with refusals():
-        return load_head(folder, pair) if folder is not None else None
+        return load_head(folder, pair) if folder is not None and job.drafts else None
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def make_engine(job: JobConfig, pair: Any, head: Any) -> Any:
     return Engine(
         pair,
         policy=make_policy(
-            speculation.policy,
+            speculation.policy if job.drafts else "none",
             k=speculation.k,
             k_min=speculation.k_min,
             k_max=speculation.k_max,
@@ -117,7 +117,7 @@ def make_engine(job: JobConfig, pair: Any, head: Any) -> Any:
         kv_memory_bytes=memory,
         decode=Texts(pair.tokenizer).decode,
         grammars=ModelGrammars(pair.tokenizer, pair.vocab_size, pair.eos_token_ids),
-        control_share=speculation.control_share if speculation.policy != "none" else 0.0,
+        control_share=speculation.control_share if job.drafts else 0.0,
         trace=speculation.trace,
     )
 

@@ -42,6 +42,7 @@ class Reader:
                 "reasoning or tool calls; remove the key"
             )
         self._conventions = conventions if CONTENT in job.optional_columns else None
+        self._given = job.input.completion_column or ""
         self._parses = job.sampling.return_parsed
 
     def token_text(self, token: int) -> str:
@@ -59,6 +60,8 @@ class Reader:
         if done.finish_reason == "error":
             kind = done.error_class or "InvalidRequest"
             return Failed(RowError(kind, done.error or "refused"), attempts=1)
+        if request.given_ids:
+            return Finished(str(row[self._given]), done)
         text, message = self._texts.completion(request, done), None
         if self._conventions is not None and (chat := self._requests.chat(row)) is not None:
             message = self._conventions.message(request, done, chat.tools, chat.choice)

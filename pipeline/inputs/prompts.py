@@ -30,10 +30,10 @@ def required_columns(config: InputConfig) -> list[str]:
     """The columns that every input file must have."""
     if config.format is not None:
         return [REQUEST]
+    made_of = [config.messages_column or config.prompt_column, config.tools_column]
     if config.template is not None:
-        return PromptTemplate(config.template).columns
-    columns = (config.messages_column or config.prompt_column, config.tools_column)
-    return [column for column in columns if column]
+        made_of = [*PromptTemplate(config.template).columns]
+    return [*dict.fromkeys(column for column in (*made_of, config.completion_column) if column)]
 
 
 class PromptRenderer:

@@ -54,7 +54,9 @@ class RowRequests:
         context: int | None = None,
     ) -> None:
         self.required = required_columns(input)
-        self.columns = [*self.required, SAMPLING_COLUMN]
+        self.columns = [*self.required]
+        # What is given is not sampled, whatever a row says.
+        self.columns += [SAMPLING_COLUMN] if input.completion_column is None else []
         self.columns += [KWARGS_COLUMN] if input.messages_column is not None else []
         self._of_lines = input.format is not None
         self._input, self._sampling = input, sampling
@@ -75,6 +77,8 @@ class RowRequests:
             RowError: it has no usable prompt, or asks for a sampling that there is not.
         """
         cells = self._cells(row)
+        if self._input.completion_column is not None:
+            return [self._scored(cells, row_id)]
         count = sample_count(self._sampling, cells.get(SAMPLING_COLUMN))
         return self._made(cells, [sibling(row_id, sample) for sample in range(count)])
 
@@ -84,6 +88,8 @@ class RowRequests:
         Raises:
             RowError: as of `of`.
         """
+        if self._input.completion_column is not None:
+            raise RowError("InvalidSampling", "input.completion_column: nothing is generated")
         cells = self._cells(row)
         sample_count(self._sampling, cells.get(SAMPLING_COLUMN))  # raises for what is none
         (request,) = self._made(cells, [row_id])
@@ -106,6 +112,8 @@ class RowRequests:
 
     def count(self, row: Row) -> int:
         """How many samples a row has: the job's `n` if it does not say so itself, or wrongly."""
+        if self._input.completion_column is not None:
+            return 1
         try:
             return sample_count(self._sampling, self._cells(row).get(SAMPLING_COLUMN))
         except RowError:
@@ -140,6 +148,28 @@ class RowRequests:
                 said = f"{name}: the job has no column for them; set sampling.{name}"
                 raise RowError("InvalidSampling", said)
         return self._texts.with_bad_words(self._texts.with_special_stops(sampling))
+
+    def _scored(self, cells: Row, row_id: str) -> Request:
+        """The request of a row whose completion is given."""
+        prompt, column = self._renderer.prompt_ids(cells), self._input.completion_column or ""
+        text = cells[column]
+        if not isinstance(text, str):
+            what = "is null" if text is None else f"holds a {type(text).__name__}, not text"
+            raise RowError("MalformedCompletion", f"column {column!r} {what}")
+        try:
+            given = tuple(self._texts.output_ids(prompt, text))
+        except (UnicodeError, TypeError, ValueError) as error:
+            raise RowError("MalformedCompletion", f"the tokenizer refused it: {error}") from None
+        if not given:
+            raise RowError("MalformedCompletion", f"column {column!r} has no tokens")
+        if self._context is not None and len(prompt) + len(given) > self._context:
+            raise RowError(
+                "PromptTooLong",
+                f"prompt and completion have {len(prompt)} and {len(given)} tokens; the target's "
+                f"context is of {self._context}",
+            )
+        sampling = SamplingParams(logprobs=self._sampling.logprobs)
+        return Request(row_id, prompt, sampling, given)
 
     def _made(self, cells: Row, row_ids: Iterable[str]) -> list[Request]:
         override = cells.get(SAMPLING_COLUMN)

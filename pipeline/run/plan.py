@@ -45,6 +45,8 @@ class JobPlan:
     @property
     def sampling_said(self) -> str:
         """The sampling that is in force, and where it is from, in a line."""
+        if self.job.input.completion_column is not None:
+            return "sampling: none, since completions are given"
         return f"sampling: {in_force(self.job.sampling.model_dump(), self.sampling_from)}"
 
     @property
@@ -89,6 +91,7 @@ def plan_job(job: JobConfig, *, extend: bool = False, ask_hub: bool = True) -> J
     check_columns(files, required_columns(job.input))
     check_reserved(files, job.added_columns)
     files = planned_inputs.in_steps(files, planned, begun=begun)
+    given = job.input.completion_column is not None
     return JobPlan(
         job,
         output,
@@ -96,7 +99,7 @@ def plan_job(job: JobConfig, *, extend: bool = False, ask_hub: bool = True) -> J
         units=tuple(plan_units(files, job.unit_rows)),
         table=table_of(files),
         left_out=tuple(sorted(left_out, key=lambda file: file.name)),
-        sampling_from=sources(job.sampling, recommended),
+        sampling_from={} if given else sources(job.sampling, recommended),
     )
 
 

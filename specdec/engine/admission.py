@@ -86,8 +86,10 @@ def row_of(
     prompt, context = len(request.prompt_ids), pair.context_length
     if not prompt:
         raise InvalidRequest("the prompt has no tokens")
-    if not all(0 <= token < pair.vocab_size for token in request.prompt_ids):
+    if not all(0 <= t < pair.vocab_size for t in (*request.prompt_ids, *request.given_ids)):
         raise InvalidRequest(f"the prompt has a token outside the vocabulary of {pair.vocab_size}")
+    if request.given_ids:
+        return _scored_row(request, context, pages)
     if prompt >= context:
         raise InvalidRequest(
             f"the prompt has {prompt} tokens, but the model's context of {context} must also "
@@ -105,14 +107,33 @@ def row_of(
     least = min(request.sampling.min_tokens, room)
     sampling = replace(request.sampling, max_new_tokens=room, min_tokens=least)
     row = LiveRow(request, sampling, list(request.prompt_ids), prompt)
-    if pages_of(row.need) > pages:
-        raise InvalidRequest(
-            f"prompt and max_new_tokens need {row.need} cache positions, but the memory for "
-            f"keys and values holds {pages * PAGE}"
-        )
+    _check_memory(row, "prompt and max_new_tokens", pages)
     if request.sampling.stop and decode is not None:
         row.stops = StopSearch(request.sampling.stop, request.prompt_ids, decode)
     return row
+
+
+def _scored_row(request: Request, context: int, pages: int) -> LiveRow:
+    """The row of a completion that is given: of its sampling, only `logprobs` counts."""
+    prompt, given = len(request.prompt_ids), len(request.given_ids)
+    if prompt + given > context:
+        raise InvalidRequest(
+            f"prompt and completion have {prompt} and {given} tokens, but the model's context is "
+            f"of {context}"
+        )
+    sampling = SamplingParams(max_new_tokens=given, logprobs=request.sampling.logprobs or 0)
+    row = LiveRow(request, sampling, [*request.prompt_ids, *request.given_ids], prompt)
+    _check_memory(row, "prompt and completion", pages)
+    return row
+
+
+def _check_memory(row: LiveRow, what: str, pages: int) -> None:
+    """Check that the caches can hold a row."""
+    if pages_of(row.need) > pages:
+        raise InvalidRequest(
+            f"{what} need {row.need} cache positions, but the memory for keys and values holds "
+            f"{pages * PAGE}"
+        )
 
 
 def _check_tokens(sampling: SamplingParams, vocab_size: int) -> None:

@@ -46,6 +46,9 @@ class AskedFor:
         chunk: most prompt tokens of a row in one forward.
         clock: books what the prompts' log-probabilities take.
         grammars: makes matchers, if rows may have grammars.
+
+    Attributes:
+        prompts: reads the log-probabilities of tokens that are there.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class AskedFor:
         grammars: Grammars | None,
     ) -> None:
         self._pair, self._device, self._grammars = pair, cache.device, grammars
-        self._prompts = PromptReader(pair.target, cache, chunk, pair.vocab_size, clock)
+        self.prompts = PromptReader(pair.target, cache, chunk, pair.vocab_size, clock)
         self._rows: list[LiveRow] = []
         self._masked = False
         self._asked = Asked(SamplingBatch.of([], cache.device), None, None)
@@ -70,7 +73,7 @@ class AskedFor:
             self._rows, self._masked = list(rows), self._open_grammars(rows)
             for slot, row in enumerate(rows):
                 if row.sampling.prompt_logprobs is not None and row.prompt_logprobs is None:
-                    self._prompts.read(slot, row)
+                    self.prompts.read(slot, row)
         if self._asked.adjuster is not None:
             self._asked.adjuster.follow()
         return self._asked._replace(masks=self._masks()) if self._masked else self._asked

@@ -26,6 +26,7 @@ from specdec.engine.ending import Decode, Ending, failure, find_ending
 from specdec.engine.layout import VerifyLayout
 from specdec.engine.round import Round
 from specdec.engine.scheduler import LiveRow, Scheduler
+from specdec.engine.scoring import first_of, score
 from specdec.engine.stats import EngineStats
 from specdec.lossless.grammars import Grammars
 from specdec.lossless.sampling import NO_TOKEN
@@ -46,6 +47,11 @@ INVARIANT_CHUNK = 128
 A prompt's bits there are those of its chunks, which begin at multiples of their size, so that rows
 can share whole chunks only: small ones cost little and share more.
 """
+
+
+_SCORED_CHUNKS = 8
+"""Chunks of given completions that a step scores, about. More, and steps of long rows would take
+so long that an engine seems to hang; fewer, and short rows would not fill a forward."""
 
 
 class Engine:
@@ -213,8 +219,10 @@ class Engine:
         timer = RoundTimer(self.clock)
         with self.clock.phase({"host": 1.0}):
             rows = self.scheduler.admit()
-        if not rows:
-            return None
+        if any(row.request.given_ids for row in rows):
+            rows, timer = self._score(rows), RoundTimer(self.clock)
+        if not rows or any(row.request.given_ids for row in rows):
+            return None  # those that are left to score come first
         with timer.apart() as lap, self.clock.phase({"prefill": 1.0}):
             target, cache, chunk = self.pair.target, self.target_cache, self.prefill_chunk
             fed = feed_shared(target, cache, self.shared, rows, range(len(rows)), chunk)
@@ -225,6 +233,22 @@ class Engine:
         self.stats.shared_tokens = self.shared.taken_over
         self.stats.preempted = self.scheduler.preempted
         return self._begin(rows, timer)
+
+    def _score(self, rows: Sequence[LiveRow]) -> list[LiveRow]:
+        """End rows whose completions are given, some of many; return what is left, by slot."""
+        given = first_of(rows, _SCORED_CHUNKS * self.prefill_chunk)
+        target, cache, chunk = self.pair.target, self.target_cache, self.prefill_chunk
+        with self.clock.phase({"prefill": 1.0}):
+            fed = feed_shared(target, cache, self.shared, rows, [*given], chunk)
+        endings, forwards = score(given, self._asked.prompts, self.shared)
+        for slot, ending in endings.items():
+            self.scheduler.retire(slot)
+            self._ended.append((given[slot], ending, time.perf_counter()))
+        self.clock.settle()  # what was told has arrived, and so has all before it
+        self.stats.count_target([*fed, *forwards])
+        self.stats.shared_tokens = self.shared.taken_over
+        self.scheduler.compact()
+        return self.scheduler.rows
 
     def _begin(self, rows: list[LiveRow], timer: RoundTimer) -> Round:
         """A new round, and what the policy may know before it drafts."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,12 +70,14 @@ class LogprobReader:
 
 
 class PromptReader:
-    """Reads the log-probabilities of prompts: the target computes these whole, in chunks.
+    """Reads the log-probabilities of tokens that are there, of prompts and of given completions.
+
+    The target computes their rows whole, in chunks.
 
     Args:
         target: the model.
         cache: its cache.
-        chunk: most tokens of a forward.
+        chunk: most tokens of a row in one forward.
         vocab_size: tokens that count.
         clock: books what it takes as `prefill`.
     """
@@ -97,20 +101,95 @@ class PromptReader:
         """
         prompt, count = row.tokens[: row.output_start], row.sampling.prompt_logprobs or 0
         self._cache.rollback(slot, 0)
-        told: list[TokenLogprob | None] = [None]
+        told, _ = self._tell([_Read(slot, prompt, 1, count)])
+        row.prompt_logprobs = (None, *told[slot])
+        self._cache.rollback(slot, (len(prompt) - 1) // self._chunk * self._chunk)
+
+    def score(self, rows: Mapping[int, LiveRow]) -> list[int]:
+        """Set the `logprobs` of rows, by slot, whose completions are given.
+
+        Returns:
+            Tokens of each forward.
+        """
+        reads = []
+        for slot, row in rows.items():
+            # What the slot has taken over of others may stay, up to the token before the first.
+            kept = min(self._cache.lengths[slot], row.output_start - 1)
+            if self._target.invariant:
+                kept = kept // self._chunk * self._chunk
+            self._cache.rollback(slot, kept)
+            reads.append(_Read(slot, row.tokens, row.output_start, row.sampling.logprobs or 0))
+        told, forwards = self._tell(reads)
+        for slot, row in rows.items():
+            row.logprobs = told[slot]
+        return forwards
+
+    def _tell(self, reads: Sequence[_Read]) -> tuple[dict[int, list[TokenLogprob]], list[int]]:
+        """What each of them reads, by slot, and the tokens of each forward.
+
+        Many short rows share a forward.
+        """
+        told: dict[int, list[TokenLogprob]] = {read.slot: [] for read in reads}
+        forwards: list[int] = []
+        left = deque(read for read in reads if len(read.tokens) > 1)
         with self._clock.phase({"prefill": 1.0}):
-            for begin in range(0, len(prompt) - 1, self._chunk):
-                kept, end = begin, min(begin + self._chunk, len(prompt))
-                tokens, following = upload(
-                    self._cache.device, prompt[begin:end], prompt[begin + 1 : end + 1]
+            while left:
+                fed: list[_Fed] = []
+                while left and sum(each.end - each.begin for each in fed) < self._chunk:
+                    read = left.popleft()
+                    begin = self._cache.lengths[read.slot]
+                    # The last token tells nothing: none stands behind it.
+                    end = min(begin + self._chunk, len(read.tokens) - 1)
+                    fed.append(_Fed(read, begin, end))
+                for slot, more in self._forward(fed).items():
+                    told[slot] += more
+                forwards.append(sum(each.end - each.begin for each in fed))
+                left.extendleft(
+                    each.read for each in reversed(fed) if each.end < len(each.read.tokens) - 1
                 )
-                hidden = self._target.forward(self._cache, [(slot, end - begin)], tokens)
-                logits = self._target.logits(hidden[: len(following)])[:, : self._vocab]
-                log_p = torch.log_softmax(logits.float(), -1)
-                told += _told(log_p, following, [count] * len(following))
-                if end == len(prompt):
-                    self._cache.rollback(slot, kept)
-        row.prompt_logprobs = tuple(told)
+        return told, forwards
+
+    def _forward(self, fed: Sequence[_Fed]) -> dict[int, list[TokenLogprob]]:
+        """Feed parts of rows in one forward; what it tells of the tokens behind them, by slot."""
+        tokens: list[int] = []
+        scored: list[int] = []
+        following: list[int] = []
+        counts: list[int] = []
+        slots: list[int] = []
+        for read, begin, end in fed:
+            first = min(end, max(begin, read.first - 1))  # of the positions that tell something
+            scored += range(len(tokens) + first - begin, len(tokens) + end - begin)
+            following += read.tokens[first + 1 : end + 1]
+            counts += [read.count] * (end - first)
+            slots += [read.slot] * (end - first)
+            tokens += read.tokens[begin:end]
+        packed, places, targets = upload(self._cache.device, tokens, scored, following)
+        rows = [(read.slot, end - begin) for read, begin, end in fed]
+        hidden = self._target.forward(self._cache, rows, packed)
+        told: dict[int, list[TokenLogprob]] = {}
+        if scored:
+            logits = self._target.logits(hidden[places])[:, : self._vocab]
+            log_p = torch.log_softmax(logits.float(), -1)
+            for slot, each in zip(slots, _told(log_p, targets, counts), strict=True):
+                told.setdefault(slot, []).append(each)
+        return told
+
+
+class _Read(NamedTuple):
+    """Tokens of a slot of which those from index `first` on are told, with `count` others each."""
+
+    slot: int
+    tokens: Sequence[int]
+    first: int
+    count: int
+
+
+class _Fed(NamedTuple):
+    """Which of its tokens are fed in a forward."""
+
+    read: _Read
+    begin: int
+    end: int
 
 
 def _told(log_p: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[TokenLogprob]:

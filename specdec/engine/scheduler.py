@@ -11,7 +11,7 @@ from itertools import islice
 from specdec.engine.ending import Ending, StopSearch
 from specdec.lossless.grammars import RowGrammar
 from specdec.model.pages import PAGE, pages_of
-from specdec.model.sharing import SharedCaches
+from specdec.model.sharing import OWN, SharedCaches
 from specdec.policies.base import RowMemory
 from specdec.request import Completion, Counts, Request, RoundTrace, SamplingParams, TokenLogprob
 
@@ -57,7 +57,7 @@ class LiveRow:
         room: positions that its pages hold.
         preempted: how often it lost its slot for want of pages.
         grammar: what its output is, if it asks for that; made when it gets a slot.
-        logprobs: of its output tokens, if it asks for them.
+        logprobs: of its output tokens, if it asks for them; of those that are given.
         prompt_logprobs: of its prompt's, if it asks for them; read when it gets a slot.
         adjusts: whether it asks for anything of its logits.
     """
@@ -94,15 +94,24 @@ class LiveRow:
         return self.output_start + self.sampling.max_new_tokens
 
     @property
-    def shares(self) -> bool:
-        """Whether it may share a beginning: not before its prompt's log-probabilities are read."""
-        return self.sampling.prompt_logprobs is None or self.prompt_logprobs is not None
+    def sharable(self) -> int:
+        """How many of its first tokens it may share with others: none that it tells something of.
+
+        What a prompt's log-probabilities or a given completion are told by is the row's own.
+        """
+        if self.sampling.prompt_logprobs is not None and self.prompt_logprobs is None:
+            return 0
+        if self.request.given_ids:
+            return self.output_start - 1
+        return len(self.tokens) - OWN
 
     def completed(self, ending: Ending, ended: float) -> Completion:
         """What became of the request; it ended at `ended`, by `time.perf_counter`."""
         length = 0 if ending.error is not None else ending.length
         output = self.tokens[self.output_start : self.output_start + length]
-        told = None if self.sampling.logprobs is None else tuple(self.logprobs[:length])
+        kept = len(self.request.given_ids) if ending.error is None else 0
+        kept = kept or length
+        told = None if self.sampling.logprobs is None else tuple(self.logprobs[:kept])
         return Completion(
             self.request.id,
             self.output_start,
@@ -188,7 +197,7 @@ class Scheduler:
         self._secure()
         while self.queue and self.preempted == before and self._place(self.queue[0]):
             self.queue.popleft()
-        self._compact()
+        self.compact()
         return self.rows
 
     def retire(self, slot: int) -> None:
@@ -258,7 +267,7 @@ class Scheduler:
         more = sum(min(growth, each.need - self._goal(each)) for each in (*rows, row))
         return not rows or self.shared.fresh(row, self._goal(row)) + more / PAGE <= spare
 
-    def _compact(self) -> None:
+    def compact(self) -> None:
         """Fill each hole with the last row, so that attention sees slots without gaps."""
         for hole in reversed([slot for slot, row in enumerate(self._rows) if row is None]):
             last = self._rows.pop()

@@ -28,17 +28,14 @@ drawn does not depend on who is there.
 
 
 class TokenRow(Protocol):
-    """What sharing looks at of a row: its tokens, of which the first `output_start` are prompt.
-
-    A row may have to be computed by itself; then it does not share.
-    """
+    """What sharing looks at of a row: its tokens, of which the first `output_start` are prompt."""
 
     tokens: list[int]
     output_start: int
 
     @property
-    def shares(self) -> bool:
-        """Whether it may hold what others computed, and they what it did."""
+    def sharable(self) -> int:
+        """How many of its first tokens others may have computed for it, or it for them."""
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -96,8 +93,8 @@ class SharedCaches:
 
     def _left_behind(self, cache: SlotCache, row: TokenRow) -> tuple[list[int], int]:
         """Pages that are found by a row's first tokens, and how many tokens of them to take."""
-        most = self._in_grains(cache, len(row.tokens) - OWN, row) if row.shares else 0
-        pages = cache.pages.find(row.tokens[: max(0, most)])
+        most = self._in_grains(cache, max(0, row.sharable), row)
+        pages = cache.pages.find(row.tokens[:most])
         return pages, self._in_grains(cache, len(pages) * PAGE, row)
 
     def take_over(self, cache: SlotCache, slot: int) -> None:
@@ -130,14 +127,9 @@ class SharedCaches:
         return best, most
 
     def common(self, cache: SlotCache, row: TokenRow, other: TokenRow) -> int:
-        """How many tokens two rows may share in a cache.
-
-        Its last ones are left to each row (`OWN`).
-        """
-        if not (row.shares and other.shares):
-            return 0
-        most = min(len(row.tokens), len(other.tokens)) - OWN
-        n = max(0, min(common_prefix(row.tokens, other.tokens), most))
+        """How many tokens two rows may share in a cache."""
+        most = max(0, min(row.sharable, other.sharable))
+        n = min(common_prefix(row.tokens, other.tokens), most) if most else 0
         return min(self._in_grains(cache, n, row), self._in_grains(cache, n, other))
 
     def _in_grains(self, cache: SlotCache, tokens: int, row: TokenRow) -> int:

@@ -22,7 +22,10 @@ from tests.specdec.workloads import SOME
 class Row:
     tokens: list[int]
     output_start: int
-    shares: bool = True
+
+    @property
+    def sharable(self) -> int:
+        return len(self.tokens) - 2
 
 
 def test_the_example_in_the_docstring_is_right() -> None:

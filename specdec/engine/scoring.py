@@ -1,0 +1,54 @@
+"""Rows whose completions are given: how likely they are to the target, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from specdec.engine.ending import Ending, failure
+from specdec.engine.logprobs import PromptReader
+from specdec.engine.scheduler import LiveRow
+from specdec.model.sharing import SharedCaches
+
+
+def first_of(rows: Sequence[LiveRow], most: int) -> dict[int, LiveRow]:
+    """The first rows whose completions are given, by slot: at least one, of about `most` tokens."""
+    found: dict[int, LiveRow] = {}
+    for slot, row in enumerate(rows):
+        if row.request.given_ids and most > 0:
+            found[slot] = row
+            most -= len(row.tokens)
+    return found
+
+
+def score(
+    rows: Mapping[int, LiveRow], reader: PromptReader, shared: SharedCaches
+) -> tuple[dict[int, Ending], list[int]]:
+    """Set the `logprobs` of rows, by slot, whose completions are given.
+
+    Args:
+        rows: by slot. What a slot holds of its row's prompt is not computed again.
+        reader: of log-probabilities.
+        shared: the caches of all models.
+
+    Returns:
+        How each row ended, by slot; and the target's tokens of each forward.
+    """
+    forwards = reader.score(rows)
+    # What is not finite reaches others through a mask: these are scored again, alone.
+    odd = [slot for slot, row in rows.items() if not _finite(row)]
+    for slot in odd:
+        shared.scrub(slot, 0)
+        shared.rollback(slot, 0)
+    endings = dict.fromkeys(rows, Ending(0, "stop"))
+    for slot in odd:
+        forwards += reader.score({slot: rows[slot]})
+        if not _finite(rows[slot]):
+            endings[slot] = failure(0, adjusts=False)
+            shared.scrub(slot, 0)
+            shared.rollback(slot, 0)
+    return endings, forwards
+
+
+def _finite(row: LiveRow) -> bool:
+    return all(math.isfinite(told.logprob) for told in row.logprobs)
