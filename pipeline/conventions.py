@@ -93,8 +93,8 @@ class _Calls:
 
 
 def _calls(*marks: str, open: str, close: str = "", tags: str = "", marked: bool = True) -> _Calls:
-    compiled = [re.compile(each, re.DOTALL) for each in (open, close)]
-    return _Calls(marks, *compiled, re.compile(tags, re.DOTALL) if tags else None, marked)
+    begins, ends, inside = (re.compile(each, re.DOTALL) for each in (open, close, tags))
+    return _Calls(marks, begins, ends, inside if tags else None, marked)
 
 
 _FAMILIES = (
@@ -178,17 +178,18 @@ class Conventions:
             text = self._texts.completion(request, done)
             calls = _forced(text, choice)
             return Message("", None, tuple(calls)) if calls else Message(text)
-        text, visible = self._texts.marked(request, done), self._texts.visible
-        if not request.sampling.skip_special_tokens:
-            visible = str
+        text = self._texts.marked(request, done)
         if self._declared is not None:
             found = self._as_declared(text, request, tools)
         else:
             found = self._as_family(text, request, tools)
         if found is None:
             return Message(self._texts.completion(request, done))
-        said = None if found.reasoning is None else visible(found.reasoning).strip()
-        return replace(found, content=visible(found.content).strip(), reasoning=said)
+        parts = [found.content, found.reasoning or ""]
+        if request.sampling.skip_special_tokens:
+            parts = [*map(self._texts.visible, parts)]
+        content, said = (part.strip() for part in parts)
+        return replace(found, content=content, reasoning=None if found.reasoning is None else said)
 
     def _as_family(self, text: str, request: Request, tools: Tools | None) -> Message | None:
         """As the chat template's family writes; None: nothing is marked."""
@@ -318,8 +319,8 @@ def _call(value: Any) -> ToolCall | None:
 
 def _types(tools: Tools, name: str) -> Mapping[str, Any]:
     """What a tool's parameters are, by their names."""
-    found = (tool["function"] for tool in tools if tool["function"].get("name") == name)
-    parameters = next(found, {}).get("parameters")
+    functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+    parameters = functions.get(name, {}).get("parameters")
     properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
     return properties if isinstance(properties, Mapping) else {}
 

@@ -80,5 +80,5 @@ class Escaping:
             token["content"] = names.get(token["content"], token["content"])
         written["post_processor"] = None  # it names special tokens, and adds none here
         copy = Tokenizer.from_str(json.dumps(written))
-        there = {copy.token_to_id(names.get(text, text)): index for index, text in added.items()}
-        return copy, {new: index for new, index in there.items() if new != index}
+        there = {index: copy.token_to_id(names.get(text, text)) for index, text in added.items()}
+        return copy, {new: index for index, new in there.items() if new not in (None, index)}

@@ -160,7 +160,7 @@ class PromptReader:
             first = min(end, max(begin, read.first - 1))  # of the positions that tell something
             scored += range(len(tokens) + first - begin, len(tokens) + end - begin)
             following += read.tokens[first + 1 : end + 1]
-            counts += [read.count] * (end - first)
+            counts += [read.top] * (end - first)
             slots += [read.slot] * (end - first)
             tokens += read.tokens[begin:end]
         packed, places, targets = upload(self._cache.device, tokens, scored, following)
@@ -176,12 +176,12 @@ class PromptReader:
 
 
 class _Read(NamedTuple):
-    """Tokens of a slot of which those from index `first` on are told, with `count` others each."""
+    """Tokens of a slot of which those from index `first` on are told, with the `top` likeliest."""
 
     slot: int
     tokens: Sequence[int]
     first: int
-    count: int
+    top: int
 
 
 class _Fed(NamedTuple):
