@@ -79,7 +79,10 @@ class PhaseClock:
         return wait
 
     def settle(self) -> None:
-        """Read the round's events; call after the device has been synchronised."""
+        """Read the round's events; call when its results are here: then they are over, too."""
+        if self._pending:
+            *_, (_, _, last) = self._pending
+            last.synchronize()
         for shares, begin, end in self._pending:
             self._book(shares, begin.elapsed_time(end) / 1000)
         self._pending.clear()
