@@ -252,7 +252,7 @@ def _columns(
     rows: Sequence[tuple[int, ...]], width: int, device: torch.device
 ) -> tuple[Tensor, ...]:
     """The columns of rows of so many numbers, as int64 on a device."""
-    return upload(device, *(zip(*rows, strict=True) if rows else [()] * width))  # type: ignore[arg-type]
+    return upload(device, *(zip(*rows, strict=True) if rows else [()] * width))
 
 
 @dataclass(slots=True)
