@@ -288,12 +288,13 @@ class Recipe(Section):
         names = [template.name for template in self.templates]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"templates: two are called {repeated[0]!r}")
-        improve = self.improve
+        improve, policy = self.improve, self.job.speculation.policy
         if (improve.head or improve.draft) and self.job.models.draft is None:
             raise ValueError("improve needs job.models.draft")
-        if improve.draft and self.job.speculation.policy == "none":
-            raise ValueError("improve.draft: job.speculation.policy is none, which uses no draft")
-        policy = self.job.speculation.policy
+        if improve.draft and not self.job.speculation.drafts:
+            raise ValueError(
+                f"improve.draft: job.speculation.policy is {policy}, which uses no draft"
+            )
         if improve.head and not POLICIES[policy].estimates:
             serves = " and ".join(name for name, each in POLICIES.items() if each.estimates)
             raise ValueError(f"improve.head: a head serves the policies {serves}, not {policy}")

@@ -83,6 +83,10 @@ def has_failed(output: Folder, summary: Mapping[str, Any]) -> bool:
     return too_many(errors, rows, done["config"].get("max_error_share", 1))
 
 
+FOUND = {"its prompt's texts": "prompt", "other rows": "rows"}
+"""Where candidates are looked up, and how counts of them are called."""
+
+
 def render(summary: Mapping[str, Any]) -> RenderableType:
     """The summary as a table for the terminal."""
     totals = Table(show_header=False, box=None, padding=(0, 2))
@@ -97,6 +101,10 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     totals.add_row("tokens/s", _number(summary["tokens_per_second"], ",.1f"))
     totals.add_row("block efficiency", _number(summary["block_efficiency"], ".2f"))
     totals.add_row("acceptance rate", _number(summary["acceptance_rate"], ".1%"))
+    for name, source in FOUND.items():
+        if verified := summary.get(f"verified_in_{source}"):
+            rate = summary[f"accepted_in_{source}"] / verified
+            totals.add_row(f"  of those found in {name}", f"{rate:.1%} of {verified:,}")
     totals.add_row("speedup", _speedup(summary))
 
     if said := sampling_said(summary):

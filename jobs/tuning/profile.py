@@ -241,6 +241,8 @@ def _policies(job: JobConfig, pair: ModelPair, live: int, head: Any) -> dict[str
     policies: dict[str, StopPolicy] = {}
     for name, policy in POLICIES.items():
         own = name == ours.policy
+        if policy.looks_up and not policy.drafts:
+            continue  # a recording of the draft says nothing of it
         if name == "fixed":
             policies |= {f"fixed {k}": make_policy(name, k=k) for k in FIXED}
         elif own or head or not policy.needs_head:

@@ -26,6 +26,7 @@ from pipeline.config.speculation import (
     SpeculationConfig,
 )
 from pipeline.layout import ADDED_COLUMNS
+from specdec.policies.registry import POLICIES, without_draft
 
 __all__ = [
     "MAX_SAMPLES",
@@ -151,11 +152,20 @@ class JobConfig(Section):
 
     @model_validator(mode="after")
     def _draft_if_speculating(self) -> JobConfig:
+        policy = POLICIES[self.speculation.policy]
         if self.models.draft is None and self.drafts:
-            raise ValueError(
-                f"speculation.policy {self.speculation.policy} needs models.draft; "
-                "give a draft, or set speculation.policy to none"
-            )
+            if not policy.looks_up:
+                *others, last = without_draft()
+                raise ValueError(
+                    f"speculation.policy {policy.name} needs models.draft; give a draft, or set "
+                    f"speculation.policy to {', '.join(others)} or {last}"
+                )
+            for name in ("head", "estimator"):
+                if getattr(self.speculation, name) is not None:
+                    raise ValueError(
+                        f"speculation.{name} judges what a draft proposes, and models.draft is "
+                        f"null; give a draft, or remove {name}"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -181,7 +191,7 @@ class JobConfig(Section):
     @property
     def drafts(self) -> bool:
         """Whether a draft proposes tokens."""
-        return self.speculation.policy != "none" and self.input.completion_column is None
+        return self.speculation.drafts and self.input.completion_column is None
 
     @property
     def s3_of_input(self) -> S3Config:

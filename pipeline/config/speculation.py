@@ -119,6 +119,11 @@ class SpeculationConfig(Section):
         return self
 
     @property
+    def drafts(self) -> bool:
+        """Whether the policy asks a draft model for candidates, if there is one."""
+        return POLICIES[self.policy].drafts
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What the policy takes of these, for `make_policy`; not the head, which is to be loaded.
 

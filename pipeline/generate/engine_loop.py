@@ -33,6 +33,10 @@ _ENGINE_COUNTS = (
     "draft_tokens",
     "shared_tokens",
     "preempted",
+    "verified_in_prompt",
+    "accepted_in_prompt",
+    "verified_in_rows",
+    "accepted_in_rows",
 )
 """The engine's statistics that are kept with each unit."""
 

@@ -39,8 +39,8 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def beside_states(caches: Sequence[SlotCache], slots: int, memory: int) -> tuple[int, int]:
-    """How many slots there can be, and the bytes that are left for their keys and values.
+def divide(caches: Sequence[SlotCache], slots: int, memory: int) -> tuple[int, int]:
+    """How many slots there can be, and how many pages each cache can have.
 
     Layers whose state runs on take memory for each slot. They get half of it at most, so that fewer
     rows are in flight where their states are large.
@@ -51,17 +51,15 @@ def beside_states(caches: Sequence[SlotCache], slots: int, memory: int) -> tuple
         memory: bytes for all that caches hold.
     """
     each = sum(cache.bytes_per_slot for cache in caches)
-    if not each:
-        return slots, memory
-    pages = any(cache.bytes_per_position for cache in caches)
-    possible = max(1, memory // (2 if pages else 1) // each)
+    page = PAGE * sum(cache.bytes_per_position for cache in caches)
+    possible = max(1, memory // (2 if page else 1) // each) if each else slots
     if possible < slots:
         log.warning(
             "%d rows in flight, not %d: layers whose state runs on take %.3g MB for each of them",
             possible, slots, each / 1e6,
         )  # fmt: skip
         slots = possible
-    return slots, max(0, memory - slots * each)
+    return slots, max(0, (memory - slots * each) // max(1, page) - 1)  # one is nobody's
 
 
 def row_of(

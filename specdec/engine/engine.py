@@ -19,22 +19,23 @@ import torch
 
 from specdec.drafters.base import Drafter
 from specdec.drafters.model import ModelDrafter
-from specdec.engine.admission import Pair, beside_states, free_memory, row_of
+from specdec.drafters.suffix import SuffixIndex
+from specdec.engine.admission import Pair, divide, free_memory, row_of
 from specdec.engine.asked import AskedFor
 from specdec.engine.draft_loop import DraftLoop
 from specdec.engine.ending import Decode, Ending, failure, find_ending
 from specdec.engine.layout import VerifyLayout
 from specdec.engine.round import Round
 from specdec.engine.scheduler import LiveRow, Scheduler
-from specdec.engine.scoring import first_of, score
+from specdec.engine.scoring import score
 from specdec.engine.stats import EngineStats
+from specdec.engine.suffix_loop import SuffixLoop
 from specdec.lossless.grammars import Grammars
 from specdec.lossless.sampling import NO_TOKEN
 from specdec.lossless.verification import MODES, Proposal
 from specdec.measure.clock import PhaseClock, RoundTimer
 from specdec.measure.speedup import ControlSchedule
 from specdec.model.packing import GRID_TOKENS
-from specdec.model.pages import PAGE
 from specdec.model.prefill import feed_again, feed_shared
 from specdec.model.rows import upload
 from specdec.model.sharing import LEAST_SHARED, SharedCaches
@@ -49,16 +50,12 @@ can share whole chunks only: small ones cost little and share more.
 """
 
 
-_SCORED_CHUNKS = 8
-"""Chunks of given completions that a step scores, about. More, and steps of long rows would take
-so long that an engine seems to hang; fewer, and short rows would not fill a forward."""
-
-
 class Engine:
     """Generates for many requests at once with a target and a draft.
 
     Args:
-        pair: the models; without a draft, or with the policy `none`, decoding is plain.
+        pair: the models; without a draft, decoding is plain, or the policy takes candidates that
+            are looked up in what was written before.
         policy: when to stop drafting.
         verification: "rejection" or "coupled" (specdec/lossless/verification.py). Greedy rows match
             in both.
@@ -104,26 +101,27 @@ class Engine:
         # A longer row would leave the grid, whose kernels are what makes bits repeat; and states
         # could not be taken back to before it.
         self._short_rows = invariant or any(cache.states is not None for cache in caches)
-        memory = kv_memory_bytes or free_memory(self.device) // 2
-        slots, memory = beside_states(caches, slots, memory)
-        page = max(1, PAGE * sum(cache.bytes_per_position for cache in caches))
-        pages = max(0, memory // page - 1)  # one is nobody's
-        ahead = policy.most if self.drafter else 0
+        slots, pages = divide(caches, slots, kv_memory_bytes or free_memory(self.device) // 2)
+        self.suffix = None
+        self.drafting: DraftLoop | SuffixLoop | None = None
+        if self.drafter is not None:
+            self.drafting = DraftLoop(self.drafter, policy, self.clock, self.stats)
+        elif policy.looks_up:
+            self.suffix = SuffixLoop(SuffixIndex(), policy, self.clock, self.device)
+            self.drafting = self.suffix
+        ahead = policy.most if self.drafting else 0
         self.scheduler = Scheduler(self.shared, slots, pages, pair.context_length, ahead)
         # What waits for a moment in which nothing else does: see `_catch_up`.
-        self._outcome: RoundOutcome | None = None
+        self._outcome: tuple[RoundOutcome, list[LiveRow], list[Ending | None]] | None = None
         self._ended: list[tuple[LiveRow, Ending, float]] = []
         self.completed: list[Completion] = []
         self._asked = AskedFor(pair, self.target_cache, self.prefill_chunk, self.clock, grammars)
-        self.drafting = (
-            DraftLoop(self.drafter, policy, self.clock, self.stats) if self.drafter else None
-        )
-        self._controls = ControlSchedule(control_share if self.drafter else 0.0)
+        self._controls = ControlSchedule(control_share if self.drafting else 0.0)
         self._prepared = False
 
     def _new_drafter(self) -> Drafter | None:
         pair = self.pair
-        if pair.draft is None:
+        if pair.draft is None or not self.policy.drafts:
             return None
         return ModelDrafter(
             pair.draft,
@@ -209,9 +207,10 @@ class Engine:
 
     def _prepare(self) -> None:
         """Let the policy look at the models, once and in the thread that will run them."""
-        if not self._prepared and self.pair.draft is not None:
+        if not self._prepared and self.drafting is not None:
+            draft = self.pair.draft if self.drafter else None
             with self.clock.phase({"profile": 1.0}):
-                self.policy.prepare(self.pair.target, self.pair.draft, self.scheduler.slots)
+                self.policy.prepare(self.pair.target, draft, self.scheduler.slots)
         self._prepared = True
 
     def _admit(self) -> Round | None:
@@ -236,16 +235,12 @@ class Engine:
 
     def _score(self, rows: Sequence[LiveRow]) -> list[LiveRow]:
         """End rows whose completions are given, some of many; return what is left, by slot."""
-        given = first_of(rows, _SCORED_CHUNKS * self.prefill_chunk)
-        target, cache, chunk = self.pair.target, self.target_cache, self.prefill_chunk
-        with self.clock.phase({"prefill": 1.0}):
-            fed = feed_shared(target, cache, self.shared, rows, [*given], chunk)
-        endings, forwards = score(given, self._asked.prompts, self.shared)
+        endings, forwards = score(rows, self._asked.prompts, self.shared)
         for slot, ending in endings.items():
             self.scheduler.retire(slot)
-            self._ended.append((given[slot], ending, time.perf_counter()))
+            self._ended.append((rows[slot], ending, time.perf_counter()))
         self.clock.settle()  # what was told has arrived, and so has all before it
-        self.stats.count_target([*fed, *forwards])
+        self.stats.count_target(forwards)
         self.stats.shared_tokens = self.shared.taken_over
         self.scheduler.compact()
         return self.scheduler.rows
@@ -267,16 +262,21 @@ class Engine:
         )
         control = any(start.room) and self._controls.next()
         nothing = Proposal(len(rows), 0, self.device)
-        return Round(rows, timer, asked, mode, start, control, nothing, nothing.lengths)
+        number = self.stats.rounds if self.suffix else None
+        return Round(
+            rows, timer, asked, mode, start, control, nothing, nothing.lengths, number=number
+        )
 
     def _room(self, row: LiveRow) -> int:
         """Most candidates that a decoding row may have."""
-        if self.drafter is None or row.doubtful:
+        if self.drafting is None or row.doubtful:
             return 0
         most = GRID_TOKENS - 1 if self._short_rows else self.pair.context_length
         left = row.sampling.max_new_tokens - row.generated - 1  # the bonus token takes one
-        most = min(most, self.scheduler.ahead)  # it has pages for no more
-        return max(0, min(left, self.drafter.context_length - len(row.tokens), most))
+        most = min(left, most, self.scheduler.ahead)  # it has pages for no more
+        if self.drafter is not None:
+            most = min(most, self.drafter.context_length - len(row.tokens))
+        return max(0, most)
 
     def _draft_pending(self, rows: list[LiveRow]) -> list[int]:
         """Tokens that the drafter has not read, of each row."""
@@ -343,7 +343,7 @@ class Engine:
             endings = [self._grow(this, slot) for slot in range(len(this.rows))]
         self.stats.rounds += 1
         self.stats.live_rows += len(this.rows)
-        self._outcome = this.outcome()
+        self._outcome = this.outcome(), this.rows, endings
         if not (self.clock.asynchronous and self.policy.learns_late):
             self._learn()
         # What the policy learns takes its time, too, and is part of what speculation costs.
@@ -373,6 +373,8 @@ class Engine:
         row.counts.add(counts)
         self.stats.counts.add(counts)
         self.stats.outcomes[verified, accepted] += 1
+        if this.chains and verified:
+            self.stats.count_found(this.chains[slot], verified, counts.accepted)
         # What is not finite may lie in the prompt: a row that failed leaves nothing in its slot.
         length = 0 if over else len(row.tokens) - 1
         if failed or slot in this.infected:
@@ -388,7 +390,11 @@ class Engine:
             self._ended = []
 
     def _learn(self) -> None:
-        """Let the policy learn from the last round, if it has not."""
-        outcome, self._outcome = self._outcome, None
-        if outcome is not None:
-            self.policy.observe(outcome)
+        """Let the policy and the index learn from the last round, if they have not."""
+        last, self._outcome = self._outcome, None
+        if last is None:
+            return
+        outcome, rows, endings = last
+        self.policy.observe(outcome)
+        if self.suffix is not None:
+            self.suffix.read(rows, endings)

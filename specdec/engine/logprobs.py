@@ -15,7 +15,9 @@ from specdec.lossless.sampling import NO_TOKEN, SamplingBatch, probabilities
 from specdec.measure.clock import PhaseClock
 from specdec.model.cache import SlotCache
 from specdec.model.decoder import PackedDecoder
+from specdec.model.prefill import feed_shared
 from specdec.model.rows import upload
+from specdec.model.sharing import SharedCaches
 from specdec.request import PROCESSED, TokenLogprob
 
 
@@ -80,6 +82,9 @@ class PromptReader:
         chunk: most tokens of a row in one forward.
         vocab_size: tokens that count.
         clock: books what it takes as `prefill`.
+
+    Attributes:
+        chunk: as given.
     """
 
     def __init__(
@@ -90,7 +95,7 @@ class PromptReader:
         vocab_size: int,
         clock: PhaseClock,
     ) -> None:
-        self._target, self._cache, self._chunk = target, cache, chunk
+        self._target, self._cache, self.chunk = target, cache, chunk
         self._vocab, self._clock = vocab_size, clock
 
     def read(self, slot: int, row: LiveRow) -> None:
@@ -103,7 +108,14 @@ class PromptReader:
         self._cache.rollback(slot, 0)
         told, _ = self._tell([_Read(slot, prompt, 1, count)])
         row.prompt_logprobs = (None, *told[slot])
-        self._cache.rollback(slot, (len(prompt) - 1) // self._chunk * self._chunk)
+        self._cache.rollback(slot, (len(prompt) - 1) // self.chunk * self.chunk)
+
+    def feed_shared(
+        self, live: Sequence[LiveRow], slots: Sequence[int], shared: SharedCaches
+    ) -> list[int]:
+        """Feed what rows in `slots` have in common with others; returns tokens of each forward."""
+        with self._clock.phase({"prefill": 1.0}):
+            return feed_shared(self._target, self._cache, shared, live, slots, self.chunk)
 
     def score(self, rows: Mapping[int, LiveRow]) -> list[int]:
         """Set the `logprobs` of rows, by slot, whose completions are given.
@@ -116,7 +128,7 @@ class PromptReader:
             # What the slot has taken over of others may stay, up to the token before the first.
             kept = min(self._cache.lengths[slot], row.output_start - 1)
             if self._target.invariant:
-                kept = kept // self._chunk * self._chunk
+                kept = kept // self.chunk * self.chunk
             self._cache.rollback(slot, kept)
             reads.append(_Read(slot, row.tokens, row.output_start, row.sampling.logprobs or 0))
         told, forwards = self._tell(reads)
@@ -135,11 +147,11 @@ class PromptReader:
         with self._clock.phase({"prefill": 1.0}):
             while left:
                 fed: list[_Fed] = []
-                while left and sum(each.end - each.begin for each in fed) < self._chunk:
+                while left and sum(each.end - each.begin for each in fed) < self.chunk:
                     read = left.popleft()
                     begin = self._cache.lengths[read.slot]
                     # The last token tells nothing: none stands behind it.
-                    end = min(begin + self._chunk, len(read.tokens) - 1)
+                    end = min(begin + self.chunk, len(read.tokens) - 1)
                     fed.append(_Fed(read, begin, end))
                 for slot, more in self._forward(fed).items():
                     told[slot] += more

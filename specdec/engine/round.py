@@ -18,7 +18,15 @@ from specdec.lossless.verification import MODES, Mode, Proposal
 from specdec.measure.clock import RoundTimer
 from specdec.measure.speedup import SpeedupMeter
 from specdec.model.rows import upload
-from specdec.policies.base import DraftStep, Explanation, RoundOutcome, RoundStart, StopPolicy
+from specdec.model.sharing import common_prefix
+from specdec.policies.base import (
+    Chain,
+    DraftStep,
+    Explanation,
+    RoundOutcome,
+    RoundStart,
+    StopPolicy,
+)
 from specdec.request import RoundTrace
 
 BLOCK = 8
@@ -39,7 +47,7 @@ class Round:
         mode: how candidates are verified.
         start: what the policy may know before drafting.
         control: whether this is a control round, without speculation.
-        proposal: the candidates drawn.
+        proposal: the candidates.
         submitted: how many of each row's candidates were verified.
         committed: for each row the tokens that verification gave: accepted candidates, then the
             bonus token, or NO_TOKEN where the row fails; nothing for a row whose prompt is not yet
@@ -48,6 +56,8 @@ class Round:
         kept: how many of these each row's output grew by: fewer where it ended.
         draft_costs: packed tokens and seconds of each draft step.
         unseen: the draft steps at which the policy did not look, once the device has them.
+        chains: the candidates that were looked up, if that is how they come.
+        number: of the round in the engine, if rows learn from each other what to propose.
     """
 
     rows: list[LiveRow]
@@ -63,6 +73,8 @@ class Round:
     kept: list[int] = field(init=False)
     draft_costs: list[tuple[int, float]] = field(default_factory=list)
     unseen: Callable[[], Sequence[DraftStep]] = tuple
+    chains: Sequence[Chain] = ()
+    number: int | None = None
     _numbers: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -123,8 +135,11 @@ class Round:
         """
         if self.mode is not MODES["rejection"]:
             return self.sampling
-        # Each row counts its own rounds: what it draws must not depend on its neighbours.
-        (numbers,) = upload(self.sampling.seed.device, [row.counts.rounds for row in self.rows])
+        # Each row counts its own rounds: what it draws must not depend on its neighbours. But if
+        # candidates come from what others have drawn, nobody may draw by the same numbers again,
+        # not even a row of the same seed: then all count the engine's.
+        rounds = [row.counts.rounds if self.number is None else self.number for row in self.rows]
+        (numbers,) = upload(self.sampling.seed.device, rounds)
         return self.sampling.in_round(numbers)
 
     def numbers(self, depth: int) -> Tensor:
@@ -174,7 +189,20 @@ class Round:
             draft_costs=self.draft_costs,
             verify_cost=(self.target_tokens, self.timer.rest),
             unseen=self.unseen,
+            looked_up=[*map(self._judged, self.chains, self.committed)],
         )
+
+    @staticmethod
+    def _judged(chain: Chain, committed: Sequence[int]) -> tuple[int, int]:
+        """How many of a row's candidates the committed tokens judge, and how many of them stand.
+
+        A committed token has the target's distribution. So a candidate that was not submitted
+        stands for it as often as it would have been accepted.
+        """
+        if not committed or committed[-1] == NO_TOKEN:
+            return 0, 0
+        judged = min(len(chain.tokens), len(committed))
+        return judged, common_prefix(chain.tokens[:judged], committed[:judged])
 
     def book(self, meter: SpeedupMeter) -> None:
         """Enter the round's seconds and tokens of decoding rows in the speedup meter."""
@@ -207,7 +235,7 @@ class Round:
                     context=self.start.contexts[slot],
                     live=live,
                     candidates=tuple(candidates[slot][: self.proposal.lengths[slot]]),
-                    predicted=why.predicted,
+                    predicted=why.predicted[: self.proposal.lengths[slot]],
                     submitted=self.submitted[slot],
                     accepted=self.accepted[slot],
                     reason=why.reason,

@@ -60,6 +60,8 @@ class LiveRow:
         logprobs: of its output tokens, if it asks for them; of those that are given.
         prompt_logprobs: of its prompt's, if it asks for them; read when it gets a slot.
         adjusts: whether it asks for anything of its logits.
+        own: a number that samples of one prompt share.
+        read: how many of its tokens the suffix index has read.
     """
 
     request: Request
@@ -79,9 +81,11 @@ class LiveRow:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     adjusts: bool = field(init=False)
+    own: int = field(init=False)
+    read: int = 0
 
     def __post_init__(self) -> None:
-        self.adjusts = self.sampling.adjusts
+        self.adjusts, self.own = self.sampling.adjusts, hash(self.request.prompt_ids)
 
     @property
     def generated(self) -> int:

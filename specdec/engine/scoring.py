@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from specdec.engine.ending import Ending, failure
 from specdec.engine.logprobs import PromptReader
 from specdec.engine.scheduler import LiveRow
 from specdec.model.sharing import SharedCaches
 
+CHUNKS = 8
+"""Chunks of given completions that are scored in one step, about.
 
-def first_of(rows: Sequence[LiveRow], most: int) -> dict[int, LiveRow]:
-    """The first rows whose completions are given, by slot: at least one, of about `most` tokens."""
-    found: dict[int, LiveRow] = {}
-    for slot, row in enumerate(rows):
-        if row.request.given_ids and most > 0:
-            found[slot] = row
-            most -= len(row.tokens)
-    return found
+Raised, steps of long rows take so long that an engine seems to hang; lowered, short rows do not
+fill a forward.
+"""
 
 
 def score(
-    rows: Mapping[int, LiveRow], reader: PromptReader, shared: SharedCaches
+    live: Sequence[LiveRow], reader: PromptReader, shared: SharedCaches
 ) -> tuple[dict[int, Ending], list[int]]:
-    """Set the `logprobs` of rows, by slot, whose completions are given.
+    """Set the `logprobs` of some rows whose completions are given, of those that come first.
 
     Args:
-        rows: by slot. What a slot holds of its row's prompt is not computed again.
+        live: all live rows, by slot. What a slot holds of its row's prompt is not computed again.
         reader: of log-probabilities.
         shared: the caches of all models.
 
     Returns:
-        How each row ended, by slot; and the target's tokens of each forward.
+        How each of these rows ended, by slot; and the target's tokens of each forward.
     """
-    forwards = reader.score(rows)
+    rows = _first_of(live, CHUNKS * reader.chunk)
+    forwards = reader.feed_shared(live, [*rows], shared)
+    forwards += reader.score(rows)
     # What is not finite reaches others through a mask: these are scored again, alone.
     odd = [slot for slot, row in rows.items() if not _finite(row)]
     for slot in odd:
@@ -48,6 +47,16 @@ def score(
             shared.scrub(slot, 0)
             shared.rollback(slot, 0)
     return endings, forwards
+
+
+def _first_of(rows: Sequence[LiveRow], most: int) -> dict[int, LiveRow]:
+    """The first rows whose completions are given, by slot: at least one, of about `most` tokens."""
+    found: dict[int, LiveRow] = {}
+    for slot, row in enumerate(rows):
+        if row.request.given_ids and most > 0:
+            found[slot] = row
+            most -= len(row.tokens)
+    return found
 
 
 def _finite(row: LiveRow) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from specdec.measure.speedup import SpeedupMeter
+from specdec.policies.base import Chain, Evidence
 from specdec.request import Counts
 
 
@@ -22,6 +23,9 @@ class EngineStats:
             each.
         shared_tokens: prompt tokens that the target did not compute, since another row had.
         preempted: how often a row was sent back to the queue for want of cache pages.
+        verified_in_prompt, accepted_in_prompt: of the candidates that were looked up, those found
+            in the row's own prompt and output, and in outputs of the prompt's other samples.
+        verified_in_rows, accepted_in_rows: the same of those found in outputs of other rows.
         seconds: by phase: profile, prefill, draft, decide (the policy, between draft steps),
             verify, sample, host; control: target forwards of control rounds; warmup: recording
             forwards of new sizes on a GPU.
@@ -38,6 +42,10 @@ class EngineStats:
     draft_tokens: int = 0
     shared_tokens: int = 0
     preempted: int = 0
+    verified_in_prompt: int = 0
+    accepted_in_prompt: int = 0
+    verified_in_rows: int = 0
+    accepted_in_rows: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     speedup: SpeedupMeter = field(default_factory=SpeedupMeter)
     outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -46,6 +54,14 @@ class EngineStats:
         """Add forwards of the target: tokens of each."""
         self.target_forwards += len(forwards)
         self.target_tokens += sum(forwards)
+
+    def count_found(self, chain: Chain, verified: int, accepted: int) -> None:
+        """Add a row's candidates that were looked up, by where they were found."""
+        own = [bool(each[Evidence.OWN]) for each in chain.evidence[:verified]]
+        self.verified_in_prompt += sum(own)
+        self.verified_in_rows += verified - sum(own)
+        self.accepted_in_prompt += sum(own[:accepted])
+        self.accepted_in_rows += accepted - sum(own[:accepted])
 
     def count_draft(self, forwards: Sequence[int]) -> None:
         """Add forwards of the draft: tokens of each."""

@@ -109,11 +109,34 @@ def reject(
     return accepted, torch.where(empty, target, residual)
 
 
+def reject_certain(
+    p: Tensor, first: Tensor, candidates: Tensor, lengths: Tensor, u: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`reject` for candidates that were not drawn: each is its q's only mass.
+
+    So y is accepted with probability p(y), and after a rejection the residual is p without y. What
+    y is may depend on all that is known before the round, this row's and others' tokens among it.
+
+    Args:
+        p, first, candidates, lengths: as of `reject`.
+        u: float64 [B, K] uniform numbers in [0, 1), independent of all that the candidates and
+            their number depend on.
+    """
+    at = candidate_positions(first, lengths, candidates.shape[1])
+    accepted = accepted_prefix(u < p[at, candidates], lengths)
+    target = p[first + accepted]
+    fallen = candidates.gather(1, accepted.clamp(max=candidates.shape[1] - 1)[:, None])
+    without = target.scatter(1, fallen, 0.0)
+    # Where rounding left p(y) just short of 1 nothing may be left: p is the right answer.
+    left = (accepted < lengths) & (without.sum(-1) > 0)
+    return accepted, torch.where(left[:, None], without, target)
+
+
 class Proposal:
     """The candidates of one round, collected as they are drawn.
 
     Attributes:
-        lengths: candidates drawn for each of B rows (host numbers).
+        lengths: candidates of each of B rows (host numbers).
         candidates: int64 [B, K]; beyond a row's length, zeros.
     """
 
@@ -122,6 +145,16 @@ class Proposal:
         self.candidates = torch.zeros(rows, most, dtype=torch.int64, device=device)
         self._q: list[Tensor] = []
         self._q_row = [[0] * most for _ in range(rows)]
+
+    @classmethod
+    def certain(cls, chains: Sequence[Sequence[int]], device: torch.device) -> Proposal:
+        """Candidates of B rows that nobody drew: they are given by what was known before."""
+        most = max(map(len, chains))
+        proposal = cls(len(chains), most, device)
+        padded = [[*chain, *[0] * (most - len(chain))] for chain in chains]
+        proposal.candidates = torch.tensor(padded).to(device, non_blocking=True)
+        proposal.lengths = [*map(len, chains)]
+        return proposal
 
     def add(self, rows: Sequence[int], index: Tensor, tokens: Tensor, q: Tensor | None) -> None:
         """Append one candidate to each of n rows, all of which have the same number so far.
@@ -142,7 +175,10 @@ class Proposal:
             self._q.append(q)
 
     def distributions(self) -> tuple[Tensor, Tensor] | None:
-        """q float32 [D, V] and q_row int64 [B, K]; candidate (b, k) came from q[q_row[b, k]]."""
+        """q float32 [D, V] and q_row int64 [B, K]; candidate (b, k) came from q[q_row[b, k]].
+
+        None if no candidate was drawn.
+        """
         if not self._q:
             return None
         q_row = torch.tensor(self._q_row).to(self.candidates.device, non_blocking=True)
@@ -216,13 +252,16 @@ class RejectionSampling:
         """As `Matching.verify`."""
         p = probabilities(logits, params)
         seed, start = params.seed[first], at[first]
-        drawn = proposal.distributions()
-        if drawn is None:
-            return torch.zeros_like(first), sample(p[first], uniform(seed, start, Draw.BONUS))
         candidates = proposal.candidates
+        if not candidates.shape[1]:
+            return torch.zeros_like(first), sample(p[first], uniform(seed, start, Draw.BONUS))
         steps = torch.arange(candidates.shape[1], device=at.device)
         u = uniform(seed[:, None], start[:, None] + steps, Draw.ACCEPT)
-        accepted, residual = reject(p, first, *drawn, candidates, lengths, u)
+        drawn = proposal.distributions()
+        if drawn is None:
+            accepted, residual = reject_certain(p, first, candidates, lengths, u)
+        else:
+            accepted, residual = reject(p, first, *drawn, candidates, lengths, u)
         return accepted, sample(residual, uniform(seed, start + accepted, Draw.BONUS))
 
 

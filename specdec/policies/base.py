@@ -3,11 +3,12 @@
 Each candidate costs a draft step and a token of the verification, and counts only if all before it
 are accepted. So drafting has to stop somewhere, and where it pays to stop differs from row to row.
 
-A policy decides per row, in four places of a round:
+A policy decides per row, in these places of a round:
 
     budget   before drafting: at most how many candidates for each row
     go_on    after each candidate: which rows draft another one
     submit   before verification: how many of the drafted candidates to submit
+    choose   in place of these three, where candidates are looked up: how many of them to submit
     observe  after the round, or during the next: what was accepted, and what it cost
 
 All of it happens on the host, on arrays over rows. What a policy wants to know of the device comes
@@ -19,7 +20,7 @@ known before y_k is drawn: y_1..y_{k-1}, the draft's distributions, other rows, 
 everything of earlier rounds, candidates that were discarded there included. It may never depend on
 y_k itself. `go_on` is safe by construction, since it sees y_k and decides about y_{k+1}. `submit`
 must keep to it by itself. Earlier rounds may be remembered because no random number is drawn twice:
-numbers are keyed by the row's round, too.
+numbers are keyed by the row's round, too. `choose` is free: what is looked up is not drawn.
 """
 
 from __future__ import annotations
@@ -67,6 +68,15 @@ class Signal(IntEnum):
     ENTROPY = 2
     HEAD_BEFORE = 3
     HEAD_AFTER = 4
+
+
+class Evidence(IntEnum):
+    """Columns of what speaks for a candidate that was looked up."""
+
+    LENGTH = 0  # tokens of the context that it follows
+    FOLLOWED = 1  # how often it followed them so far
+    SEEN = 2  # how often anything did
+    OWN = 3  # 1 if in the row's own prompt or outputs of the prompt's samples, else 0
 
 
 HEAD_SIGNALS = frozenset({Signal.HEAD_BEFORE, Signal.HEAD_AFTER})
@@ -171,6 +181,19 @@ class RoundStart:
 
 
 @dataclass(frozen=True, slots=True)
+class Chain:
+    """Candidates that were looked up for a row, one after another.
+
+    Attributes:
+        tokens: the candidates.
+        evidence: what speaks for each, by `Evidence`.
+    """
+
+    tokens: Sequence[int]
+    evidence: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
 class DraftStep:
     """The candidates just drawn, one for each of n rows.
 
@@ -195,6 +218,8 @@ class RoundOutcome:
         draft_costs: (packed tokens, seconds) of each draft step.
         verify_cost: (packed target tokens, seconds of the rest of the round).
         unseen: the draft steps, where the policy did not look at them; they are read when asked.
+        looked_up: of the candidates that were looked up, how many the committed tokens judge, and
+            how many of these stand, submitted or not; empty where none are looked up.
     """
 
     start: RoundStart
@@ -204,6 +229,7 @@ class RoundOutcome:
     draft_costs: Sequence[tuple[int, float]]
     verify_cost: tuple[int, float]
     unseen: Callable[[], Sequence[DraftStep]] = tuple
+    looked_up: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +283,8 @@ class StopPolicy:
         name: in job files.
         summary: what it does, in half a sentence.
         estimates: whether it takes an estimator, and so a trained head.
+        drafts: whether it asks a draft model for candidates.
+        looks_up: whether it chooses among candidates that were looked up, where there is no draft.
         learns_late: whether it may observe a round when the next one has been drafted.
         needs_head: whether a job must name a trained head, or another estimator.
         wanted: signals to compute of candidates; if there are none, `go_on` is not asked.
@@ -266,6 +294,8 @@ class StopPolicy:
     name: ClassVar[str] = "unnamed"
     summary: ClassVar[str] = ""
     estimates: ClassVar[bool] = False
+    drafts: ClassVar[bool] = True
+    looks_up: ClassVar[bool] = False
     learns_late: ClassVar[bool] = False
     needs_head: ClassVar[bool] = False
 
@@ -289,7 +319,7 @@ class StopPolicy:
         asked: list[int] = [getattr(self, key) for key in ("k", "k_max") if hasattr(self, key)]
         return max(asked, default=MOST_CANDIDATES)
 
-    def prepare(self, target: PackedDecoder, draft: PackedDecoder, slots: int) -> None:
+    def prepare(self, target: PackedDecoder, draft: PackedDecoder | None, slots: int) -> None:
         """Called once before the first round, with the models that will be run."""
 
     def budget(self, start: RoundStart) -> Sequence[int]:
@@ -303,6 +333,10 @@ class StopPolicy:
     def submit(self, drafted: Sequence[int]) -> Sequence[int]:
         """How many of each row's drafted candidates to submit; mind the invariant above."""
         return drafted
+
+    def choose(self, start: RoundStart, chains: Sequence[Chain]) -> Sequence[int]:
+        """How many of each row's looked-up candidates to submit; asked of who `looks_up`."""
+        return [0] * len(chains)
 
     def observe(self, outcome: RoundOutcome) -> None:
         """Learn from a finished round.

@@ -10,6 +10,7 @@ import numpy as np
 from specdec.measure.calibration import Array, Flags
 from specdec.policies.base import (
     MOST_CANDIDATES,
+    Chain,
     DraftStep,
     Explanation,
     Head,
@@ -168,6 +169,33 @@ class EstimatingPolicy(StopPolicy):
             begin += len(each)
         return judged
 
+    def _judge_chains(self, chains: Sequence[Chain]) -> None:
+        """Estimate candidates that were looked up, as if they had been drawn step by step."""
+        lengths = [len(chain.tokens) for chain in chains]
+        owners: list[list[int]] = []
+        going = [row for row, length in enumerate(lengths) if length]
+        while going:
+            owners.append(going)
+            going = [row for row in going if lengths[row] > len(owners)]
+        rows = [row for each in owners for row in each]
+        if not rows:
+            return
+        evidence = (
+            chains[row].evidence[depth] for depth, each in enumerate(owners) for row in each
+        )
+        signals = np.array([*evidence], dtype=float)
+        typical = np.array([self.typical[row] for row in rows])
+        _, stands = self.estimator.predict(signals, typical)
+        at = 0
+        for each in owners:
+            end = at + len(each)
+            found: list[float] = stands[at:end].tolist()
+            for row, p in zip(each, found, strict=True):
+                self.survival[row] *= p
+            survival = [self.survival[row] for row in each]
+            self._steps.append(_Judgement(each, signals[at:end], found, found, survival))
+            at = end
+
     def observe(self, outcome: RoundOutcome) -> None:
         start = outcome.start
         steps, rates = start.notes.get("judged", ((), ()))
@@ -175,9 +203,11 @@ class EstimatingPolicy(StopPolicy):
             steps += self._judged_all(unseen, rates, [1.0] * len(rates))
         if not steps:
             return
+        submitted, accepted = outcome.submitted, outcome.accepted
+        if outcome.looked_up:  # what the target wrote judges these, whether submitted or not
+            submitted, accepted = zip(*outcome.looked_up, strict=True)
         # Up to a row's first rejected candidate all were judged; what comes after it was not.
-        each = zip(outcome.accepted, outcome.submitted, strict=True)
-        judged = [min(accepted + 1, submitted) for accepted, submitted in each]
+        judged = [min(a + 1, most) for a, most in zip(accepted, submitted, strict=True)]
         # A candidate that was not submitted, behind accepted ones, counts as what it was taken for:
         # those dropped are the unlikely ones, and without them a row's rate would be too high.
         dropped: dict[int, float] = {}
@@ -186,18 +216,17 @@ class EstimatingPolicy(StopPolicy):
         for depth, step in enumerate(steps):
             for row, predicted in zip(step.rows, step.after, strict=True):
                 if depth < judged[row]:
-                    stands = depth < outcome.accepted[row]
+                    stands = depth < accepted[row]
                     start.rows[row].judged.append((start.contexts[row], predicted, stands))
                     known.append(at)
                     rows.append(row)
                     stood.append(stands)
-                elif depth == outcome.submitted[row] == outcome.accepted[row]:
+                elif depth == submitted[row] == accepted[row]:
                     dropped[row] = predicted
                 at += 1
         for i, memory in enumerate(start.rows):
             if judged[i] or i in dropped:
-                accepted = outcome.accepted[i] + dropped.get(i, 0.0)
-                memory.history.add(judged[i] + (i in dropped), accepted)
+                memory.history.add(judged[i] + (i in dropped), accepted[i] + dropped.get(i, 0.0))
         reached = sum(judged) + len(dropped)
         kept = self.FORGET**reached
         self._judged = self._judged * kept + reached

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from specdec.measure.calibration import Array, Calibration, Flags
-from specdec.policies.base import FEW, HEAD_SIGNALS, Head, Signal
+from specdec.policies.base import FEW, HEAD_SIGNALS, Evidence, Head, Signal
 
 BOUND = 10.0
 """What signals are kept within, in nats: one odd candidate must not carry the fit. Set by hand."""
@@ -76,7 +76,7 @@ class Feature:
             The first is None where the feature knows the candidate.
     """
 
-    signals: tuple[Signal, ...]
+    signals: tuple[Signal | Evidence, ...]
     of: Callable[..., Any]
     first: tuple[float | None, float]
 
@@ -90,6 +90,7 @@ class OnlineEstimator:
 
     Args:
         features: the others.
+        one, rate: first weights of the two, as of a `Feature`.
     """
 
     FORGET = 0.9998
@@ -117,9 +118,14 @@ class OnlineEstimator:
     Raised, fits are fewer, and later.
     """
 
-    def __init__(self, features: Sequence[Feature]) -> None:
+    def __init__(
+        self,
+        features: Sequence[Feature],
+        one: tuple[float, float] = (0.4, 0.7),
+        rate: tuple[float, float] = (0.3, 0.3),
+    ) -> None:
         self._features_of = [(feature.signals, feature.of) for feature in features]
-        known = [ONE, *(feature.first for feature in features), RATE]
+        known = [one, *(feature.first for feature in features), rate]
         # Weights of each estimate; the first has none for what knows the candidate.
         firsts = list(zip(*known, strict=True))
         self._used = [np.flatnonzero([w is not None for w in first]) for first in firsts]
@@ -131,7 +137,8 @@ class OnlineEstimator:
 
     @property
     def wanted(self) -> frozenset[Signal]:
-        return frozenset(column for columns, _ in self._features_of for column in columns)
+        columns = {column for columns, _ in self._features_of for column in columns}
+        return frozenset(column for column in columns if isinstance(column, Signal))
 
     def predict(self, signals: Array, typical: Array) -> tuple[Array, Array]:
         if len(signals) > FEW:
@@ -225,10 +232,6 @@ class HeadEstimator:
             self.fallen_back = True
 
 
-ONE, RATE = (0.4, 0.7), (0.3, 0.3)
-"""First weights of the two features that are always there; of the others see ONLINE."""
-
-
 def log_odds(log_p: Any) -> Any:
     """Of probabilities that are given by their logarithms: a number or an array."""
     return log_p - np.log(np.maximum(-np.expm1(log_p), LEAST_DOUBT))
@@ -254,6 +257,24 @@ ONLINE = {
 The first weights of `confidence` are about the mean of two pairs' own: 0.5B and 1.5B of one family
 (87% accepted) and a distilled draft of two layers (27%).
 """
+
+
+def _often(followed: Any, seen: Any) -> Any:
+    """Log odds that a context is followed so again, from so few times."""
+    return np.log((followed + 0.5) / (seen - followed + 0.5))
+
+
+def lookup_estimator() -> OnlineEstimator:
+    """An online estimator of candidates that were looked up: it judges by `Evidence`.
+
+    Its first weights are those of a small chat model's outputs, greedy and at temperature 0.8.
+    """
+    features = (
+        Feature((Evidence.LENGTH,), np.log2, (0.6, 0.6)),
+        Feature((Evidence.FOLLOWED, Evidence.SEEN), _often, (1.5, 1.5)),
+        Feature((Evidence.OWN,), operator.pos, (1.0, 1.0)),
+    )
+    return OnlineEstimator(features, one=(-3.1, -3.1), rate=(0.3, 0.3))
 
 
 def online_estimator(name: str) -> OnlineEstimator:

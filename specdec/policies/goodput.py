@@ -7,6 +7,7 @@ is expected to bring and what it costs (specdec/policies/objective.py), for all 
     budget   is speculation worth it at all, and for which rows?
     go_on    which rows draft another candidate?
     submit   which candidates are worth verifying?
+    choose   the same of candidates that were looked up, in a pair without a draft
     observe  learn: acceptance (Estimator), costs (CostModel), the goodput reached, the switch
 
 Three things go beyond one round. Whether to speculate at all is a `Switch`, which holds speculation
@@ -30,10 +31,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from specdec.measure.calibration import Array, Flags
-from specdec.policies.base import MOST_CANDIDATES, DraftStep, RoundOutcome, RoundStart, setting
+from specdec.policies.base import (
+    MOST_CANDIDATES,
+    Chain,
+    DraftStep,
+    RoundOutcome,
+    RoundStart,
+    setting,
+)
 from specdec.policies.catch_up import owed, shared
 from specdec.policies.costs import CostModel
 from specdec.policies.estimating import EstimatingPolicy
+from specdec.policies.estimators import lookup_estimator
 from specdec.policies.looking import Looking
 from specdec.policies.objective import best_constant, best_prefixes, further_seconds, leading_rows
 from specdec.policies.switch import IN_A_ROW, Switch
@@ -91,6 +100,7 @@ class Goodput(EstimatingPolicy):
 
     name = "goodput"
     summary = "drafts and verifies what brings more tokens per second than it costs"
+    looks_up = True
 
     costs: CostModel | None = None
     k_max: int = setting(20, 1, MOST_CANDIDATES, "most candidates of a round")
@@ -98,7 +108,7 @@ class Goodput(EstimatingPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.switch, self.looking = Switch(), Looking()
-        self._looks = True
+        self._looks, self._looking_up = True, False
         # Tokens per row lately, and what the best constant length would have made of the time.
         self.price, self._constant = 0.0, 0.0
         self._tokens, self._hoped = 5.0, 5.0
@@ -109,7 +119,9 @@ class Goodput(EstimatingPolicy):
         # `further_seconds` of the tables as they are, by its arguments.
         self._furthers: dict[tuple[int, int, float], Sequence[Sequence[float]] | Array] = {}
 
-    def prepare(self, target: PackedDecoder, draft: PackedDecoder, slots: int) -> None:
+    def prepare(self, target: PackedDecoder, draft: PackedDecoder | None, slots: int) -> None:
+        if draft is None:
+            self._looking_up, self.estimator = True, lookup_estimator()
         if self.costs is None:
             from specdec.policies.profiling import profile_costs  # torch: policies load without
 
@@ -120,7 +132,10 @@ class Goodput(EstimatingPolicy):
         return self._looks
 
     def costs_table(self) -> dict[str, list[tuple[int, float]]]:
-        return self.costs.points() if self.costs is not None else {}
+        tables = self.costs.points() if self.costs is not None else {}
+        if self._looking_up:
+            tables.pop("draft", None)
+        return tables
 
     # ---------------------------------------------------------------- before drafting
 
@@ -172,8 +187,10 @@ class Goodput(EstimatingPolicy):
         # What a second is worth: what the best constant length would make of it, corrected by how
         # that compared with what was reached lately. So a change of rows or costs counts at once.
         rows, rate = sum(room > 0 for room in start.room), sum(self.typical) / len(self.typical)
-        self._constant = best_constant(self.costs, rows, rate, self.k_max)
         plain = rows / float(self.costs.verify(rows))
+        self._constant = (
+            plain if self._looking_up else best_constant(self.costs, rows, rate, self.k_max)
+        )
         self.price = max(plain, self._constant * self._tokens / self._hoped)
 
     @property
@@ -231,6 +248,25 @@ class Goodput(EstimatingPolicy):
         rates = [self.typical[row] for row in rows]
         return leading_rows(rates, expected, first, self._furthers[key], self.price, left)
 
+    # -------------------------------------------------- where candidates are looked up
+
+    def choose(self, start: RoundStart, chains: Sequence[Chain]) -> Sequence[int]:
+        counts = [0] * len(chains)
+        rows = sum(room > 0 for room in start.room)
+        if not rows:
+            self._steps = []
+            return counts
+        self._begin(start)
+        self._judge_chains(chains)
+        if self.switch.look_again and all(start.decoding):
+            return counts
+        best, gain = self._best_set()
+        if best and self.switch.pays(gain / rows):
+            start.notes["promised"] = gain / rows
+            for _, row in best:
+                counts[row] += 1
+        return counts
+
     # ------------------------------------------------------------ before verification
 
     def submit(self, drafted: Sequence[int]) -> Sequence[int]:
@@ -242,6 +278,13 @@ class Goodput(EstimatingPolicy):
 
     def _choose(self, drafted: Sequence[int]) -> Sequence[int]:
         """How many of each row's candidates are worth verifying, now that all are drawn."""
+        counts = [0] * len(drafted)
+        for _, row in self._best_set()[0]:
+            counts[row] += 1
+        return counts
+
+    def _best_set(self) -> tuple[Sequence[tuple[float, int]], float]:
+        """Survival and row of the candidates worth verifying, and the tokens that they gain."""
         assert self.costs is not None
         every = [
             (survival, row)
@@ -250,10 +293,9 @@ class Goodput(EstimatingPolicy):
         ]
         bare = self._tokens_bare
         seconds = self.costs.verify.curve(bare, bare + len(every)).tolist()
-        counts = [0] * len(drafted)
-        for _, row in best_prefixes(every, seconds, self.price):
-            counts[row] += 1
-        return counts
+        best = best_prefixes(every, seconds, self.price)
+        gain = sum(p for p, _ in best) - self.price * (seconds[len(best)] - seconds[0])
+        return best, gain
 
     def _note_trimming(self, counts: Sequence[int]) -> None:
         """Take in which first candidates were worth verifying, by each row's count of them."""
@@ -278,8 +320,8 @@ class Goodput(EstimatingPolicy):
         rows = len(outcome.start.rows)
         committed = sum(outcome.accepted) + rows
         spent = outcome.verify_cost[1] + sum(spent for _, spent in outcome.draft_costs)
-        if outcome.start.beside and speculated and promised is not None:
-            looked: bool = outcome.start.notes["looked"]
+        looked: bool | None = outcome.start.notes.get("looked")
+        if outcome.start.beside and speculated and promised is not None and looked is not None:
             self.looking.ended(rows, looked, rows + _expected(outcome), spent)
             if looked == self.looking.pays(rows):  # else a round has other costs than most
                 self._measure(outcome, None if looked else spent)
@@ -322,14 +364,18 @@ class Goodput(EstimatingPolicy):
         tokens, seconds = outcome.verify_cost
         if not decoding:  # then most of it is prefill
             seconds = float(verify(tokens))
-        seconds += sum(spent for _, spent in outcome.draft_costs)
-        extra = shared(seconds, outcome, self.costs.draft) - float(verify(start.target_tokens))
+        if outcome.draft_costs:
+            seconds += sum(spent for _, spent in outcome.draft_costs)
+            seconds = shared(seconds, outcome, self.costs.draft)
+        extra = seconds - float(verify(start.target_tokens))
         gain = sum(outcome.accepted) - self.price * extra
         return gain / sum(room > 0 for room in start.room)
 
     def _reason(self, row: int, drafted: int) -> str:
         if self.switch.look_again and not self._steps:
             return f"{IN_A_ROW} rounds had candidates; what one without them costs is to be seen"
+        if self._looking_up:
+            return f"of {drafted} found, no more repay their cost at {self.price:.0f} tokens/s"
         if not drafted:
             return f"no candidate repays its cost at {self.price:.0f} tokens/s"
         return (

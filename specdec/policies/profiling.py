@@ -45,16 +45,19 @@ Raised, a slow model is profiled beyond its time.
 
 
 def profile_costs(
-    target: PackedDecoder, draft: PackedDecoder, slots: int, seconds: float = 4.0
+    target: PackedDecoder, draft: PackedDecoder | None, slots: int, seconds: float = 4.0
 ) -> CostModel:
-    """Time forwards of both models on made-up rows.
+    """Time forwards of both models on made-up rows; without a draft its steps cost nothing.
 
     Args:
+        target, draft: the models.
         slots: most rows in a round.
         seconds: for both, about; the fewer forwards fit into it, the coarser the tables.
     """
     return CostModel(
-        _profile(draft, slots, max(2 * slots, PROMPT), seconds / 3),
+        CostTable([1], [0.0])
+        if draft is None
+        else _profile(draft, slots, max(2 * slots, PROMPT), seconds / 3),
         _profile(target, slots, 9 * slots, seconds * 2 / 3),
     )
 

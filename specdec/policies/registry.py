@@ -16,6 +16,7 @@ from specdec.policies.estimating import Confidence, Entropy, HeadPolicy
 from specdec.policies.estimators import make_estimator
 from specdec.policies.goodput import Goodput
 from specdec.policies.simple import Fixed, Heuristic, NoDrafting
+from specdec.policies.suffix import Suffix
 
 POLICIES: dict[str, type[StopPolicy]] = {
     policy.name: policy
@@ -26,10 +27,16 @@ POLICIES: dict[str, type[StopPolicy]] = {
         Confidence,
         Entropy,
         HeadPolicy,
+        Suffix,
         Goodput,
     )
 }
 """The policies that there are; a new one takes a line here."""
+
+
+def without_draft() -> list[str]:
+    """The policies that need no draft model."""
+    return [name for name, policy in POLICIES.items() if policy.looks_up or not policy.drafts]
 
 
 def takers(name: str) -> dict[str, Setting]:

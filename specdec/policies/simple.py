@@ -21,6 +21,7 @@ class NoDrafting(StopPolicy):
 
     name = "none"
     summary = "drafts nothing"
+    drafts = False
 
 
 @dataclass

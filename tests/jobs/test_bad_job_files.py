@@ -150,7 +150,6 @@ VALUES: list[tuple[str, object, str]] = [
     ),
     ("models.quantization", "int4", "models.quantization: input should be 'int8wo' or 'int8'"),
     ("models.device_map", 3, "models.device_map: input should be a valid string"),
-    ("models.draft", None, "speculation.policy goodput needs models.draft"),
     ("sampling.temperature", -1, "sampling.temperature: input should be greater than or equal to"),
     ("sampling.temperature", 1e-9, "sampling.temperature: must be 0 (greedy) or at least 1e-5"),
     ("sampling.temperature", float("inf"), "sampling.temperature: input should be a finite number"),

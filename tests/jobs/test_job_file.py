@@ -90,7 +90,15 @@ def test_defaults_are_those_of_the_design(tmp_path: Path) -> None:
         ),
         ({"input": {"paths": "a", "template": "{{ x"}}, "input.template: is not a valid jinja2"),
         ({"input": {"paths": [], "prompt_column": "p"}}, "input.paths: "),
-        ({"models": {"target": "t"}}, "speculation.policy goodput needs models.draft"),
+        (
+            {"models": {"target": "t"}, "speculation": {"policy": "fixed"}},
+            "speculation.policy fixed needs models.draft; give a draft, or set speculation.policy "
+            "to none, suffix or goodput",
+        ),
+        (
+            {"models": {"target": "t"}, "speculation": {"estimator": "entropy"}},
+            "speculation.estimator judges what a draft proposes, and models.draft is null",
+        ),
         ({"models": {"draft": "t"}}, "models.target: required"),
         (
             {"models": {"target": "t", "draft": "d", "quantization": "int8", "dtype": "bfloat16"}},

@@ -11,6 +11,7 @@ import torch
 from specdec.measure.calibration import Array, Flags
 from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, RowMemory, Signal, StopPolicy
 from specdec.policies.costs import CostModel, CostTable
+from specdec.policies.estimators import lookup_estimator
 from specdec.policies.goodput import Goodput
 from specdec.policies.registry import POLICIES as REGISTERED
 from specdec.policies.registry import make_policy
@@ -204,6 +205,7 @@ POLICIES: dict[str, Make] = {
     "entropy": lambda _: make_policy("entropy", k_max=6),
     "head": lambda width: make_policy("head", head=random_head(width), threshold=0.9, k_max=8),
     "head online": lambda _: make_policy("head", estimator="entropy", threshold=0.6, k_max=8),
+    "suffix": lambda _: make_policy("suffix", threshold=0.02, k_max=6),
     "goodput": lambda _: make_policy("goodput"),
     "goodput stated": lambda _: stated_goodput(),
     "goodput head": lambda width: stated_goodput(random_head(width)),
@@ -221,12 +223,26 @@ POLICIES |= {
 }
 
 SPECULATING = [name for name in POLICIES if name not in ("none", "goodput")]
+DRAFTING = [name for name in SPECULATING if name != "suffix"]
+"""Those that ask a draft."""
 
 
 def stated_goodput(head: AcceptanceHead | None = None) -> StatedGoodput:
     made = make_policy("goodput", head=head, costs=trimming_costs(), k_max=8)
     assert isinstance(made, Goodput)
     return StatedGoodput(made.estimator, made.head, made.costs, made.k_max)
+
+
+def looking_goodput() -> StatedGoodput:
+    """goodput as it is without a draft, at costs that make it trim."""
+    return StatedGoodput(lookup_estimator(), None, trimming_costs(), k_max=8)
+
+
+LOOKING_UP: dict[str, Callable[[], StopPolicy]] = {
+    "suffix": lambda: make("suffix"),
+    "goodput": looking_goodput,
+}
+"""The policies that look candidates up where there is no draft."""
 
 
 def make(name: str, width: int = 64) -> StopPolicy:

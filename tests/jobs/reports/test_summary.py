@@ -50,6 +50,14 @@ def test_speedup_that_was_not_measured() -> None:
     assert "control rounds" not in printed(render(summary(drafted=0)))
 
 
+def test_candidates_that_were_looked_up_are_told_by_where_they_were_found() -> None:
+    found = {"verified_in_prompt": 1000, "accepted_in_prompt": 700, "verified_in_rows": 0}
+    text = printed(render(summary(**found)))
+    assert "found in its prompt's texts" in text and "70.0% of 1,000" in text
+    assert "other rows" not in text
+    assert "found in" not in printed(render(summary()))
+
+
 def test_calibration_table() -> None:
     rows = [calibration("all", ""), calibration("input", "[red]a"), calibration("context", "128")]
     text = printed(render(summary(calibration=rows)))

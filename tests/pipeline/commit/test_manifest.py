@@ -120,6 +120,7 @@ def test_fingerprints_name_settings_in_the_order_of_earlier_jobs(
         "confidence": [("threshold", None), ("k_max", 20)],
         "entropy": [("threshold", None), ("k_max", 20)],
         "head": [("threshold", None), ("k_min", 1), ("k_max", 20), ("estimator", None)],
+        "suffix": [("threshold", None), ("k_max", 20)],
         "goodput": [("k_max", 20), ("estimator", None)],
     }
     found["head"].pop()

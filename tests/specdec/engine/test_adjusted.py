@@ -75,7 +75,7 @@ def excesses(
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("policy", ["fixed 4", "confidence", "goodput stated"])
+@pytest.mark.parametrize("policy", ["fixed 4", "confidence", "suffix", "goodput stated"])
 def test_the_outputs_have_the_distribution_that_was_asked_for(
     tiny_pair: TinyPair, policy: str
 ) -> None:

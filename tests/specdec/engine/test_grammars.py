@@ -119,7 +119,7 @@ def excess(pair: TinyPair, grammars: ModelGrammars, policy: StopPolicy, many: in
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("policy", ["fixed 4", "confidence", "goodput stated"])
+@pytest.mark.parametrize("policy", ["fixed 4", "confidence", "suffix", "goodput stated"])
 def test_rejection_draws_from_the_masked_target(
     pair: TinyPair, grammars: ModelGrammars, policy: str
 ) -> None:

@@ -27,8 +27,7 @@ from tests.specdec.workloads import (
 
 def bytes_for(pair: TinyPair, positions: int) -> int:
     """Memory for so many positions and the page that no row gets."""
-    assert pair.draft is not None
-    caches = (pair.target.new_cache(0, 0), pair.draft.new_cache(0, 0))
+    caches = [model.new_cache(0, 0) for model in (pair.target, pair.draft) if model is not None]
     return (positions + PAGE) * sum(cache.bytes_per_position for cache in caches)
 
 

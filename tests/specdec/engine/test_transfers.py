@@ -80,7 +80,7 @@ def waits(
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("verification", ["rejection", "coupled"])
-@pytest.mark.parametrize("name", ["none", "fixed", "heuristic", "confidence", "goodput"])
+@pytest.mark.parametrize("name", ["none", "fixed", "heuristic", "confidence", "suffix", "goodput"])
 def test_a_round_waits_once_and_once_more_for_each_look_at_candidates(
     name: str, verification: str, temperature: float
 ) -> None:

@@ -60,8 +60,13 @@ def decode_two(
     rows: int = 100_000,
     first_seed: int = 0,
     trim: Trim | None = None,
+    certain: Tensor | None = None,
 ) -> Outcome:
-    """The first two output tokens of `rows` independent requests with seeds of their own."""
+    """The first two output tokens of `rows` independent requests with seeds of their own.
+
+    Args:
+        certain: [V], the candidate that follows each token; nothing is drawn then.
+    """
     seed = torch.arange(first_seed, first_seed + rows)
     output = torch.zeros(rows, 2 + k + 1, dtype=torch.int64)
     generated = torch.zeros(rows, dtype=torch.int64)
@@ -81,11 +86,17 @@ def decode_two(
         index = torch.arange(n)
         contexts, scores = [last], []
         for depth in range(k):
+            if certain is not None:
+                contexts.append(certain[contexts[-1]])
+                scores.append(torch.ones(n, 1))
+                continue
             logits = models.draft[contexts[-1]]
             tokens, q = mode.propose(logits, shared, start + depth)
             proposal.add(range(n), index, tokens, q)
             scores.append(torch.softmax(logits, -1).gather(1, tokens[:, None]))
             contexts.append(tokens)
+        if certain is not None:
+            proposal = Proposal.certain(torch.stack(contexts[1:], 1).tolist(), CPU)
         lengths = torch.full((n,), k)
         if trim is not None:
             lengths = trim(proposal.candidates, torch.cat(scores, 1))

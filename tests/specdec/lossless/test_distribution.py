@@ -39,6 +39,32 @@ def test_output_has_the_targets_distribution(mode: str, k: int, params: Sampling
 
 
 @pytest.mark.statistical
+@pytest.mark.parametrize("mode", ["rejection", "coupled"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("params", SAMPLINGS[::2], ids=str)
+def test_candidates_that_nobody_drew_keep_the_distribution(
+    mode: str, k: int, params: SamplingParams
+) -> None:
+    """Each follows from the one before; false alarm 1e-6 each."""
+    models = Markov.random(vocab=5 + k, seed=10 + k)
+    next_one = models.target.topk(2).indices[:, 1]
+    outcome = decode_two(models, params, MODES[mode], k, rows=60_000, certain=next_one)
+    assert 0 < outcome.accepted < outcome.verified
+    joint = models.first_two(params)
+    assert chi_square_excess(counted(outcome.tokens[:, :1], models.vocab), joint.sum(1)) < 1
+    assert chi_square_excess(counted(outcome.tokens, models.vocab), joint) < 1
+
+
+@pytest.mark.statistical
+def test_candidates_that_nobody_drew_may_be_trimmed_by_themselves() -> None:
+    models, params = Markov.random(vocab=5, seed=21), SamplingParams()
+    tokens = decode_two(
+        models, params, MODES["rejection"], 2, trim=drop_a_token, certain=torch.arange(5).roll(1)
+    ).tokens
+    assert chi_square_excess(counted(tokens, 5), models.first_two(params)) < 1
+
+
+@pytest.mark.statistical
 def test_trimming_by_what_came_before_keeps_the_distribution() -> None:
     """The allowed kind: the second candidate is submitted only after a likely first one."""
 
@@ -214,6 +240,22 @@ def test_the_harness_passes_an_unbroken_reject(monkeypatch: pytest.MonkeyPatch, 
 def test_a_broken_reject_is_noticed(monkeypatch: pytest.MonkeyPatch, mutant: str, k: int) -> None:
     monkeypatch.setattr(verification, "reject", reject_with(*MUTANTS[mutant]))
     assert excess(Markov.random(6, seed=31), SamplingParams(), k) > 1
+
+
+@pytest.mark.statistical
+def test_a_residual_that_keeps_the_candidate_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = verification.reject_certain
+
+    def forgetful(p: Tensor, first: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        accepted, _ = honest(p, first, *others)
+        return accepted, p[first + accepted]
+
+    monkeypatch.setattr(verification, "reject_certain", forgetful)
+    models, params = Markov.random(6, seed=31), SamplingParams()
+    tokens = decode_two(
+        models, params, MODES["rejection"], 1, certain=torch.arange(6).roll(1)
+    ).tokens
+    assert chi_square_excess(counted(tokens, 6), models.first_two(params)) > 1
 
 
 @pytest.mark.statistical

@@ -5,7 +5,14 @@ import torch
 from torch import Tensor
 
 from specdec.lossless.sampling import SamplingBatch
-from specdec.lossless.verification import MODES, Proposal, accepted_prefix, match, reject
+from specdec.lossless.verification import (
+    MODES,
+    Proposal,
+    accepted_prefix,
+    match,
+    reject,
+    reject_certain,
+)
 from specdec.request import SamplingParams
 from tests.specdec.lossless.markov import CPU, Markov
 
@@ -67,6 +74,36 @@ def test_reject_takes_the_bonus_from_p_after_full_acceptance() -> None:
     accepted, residual = reject(p, ints(0), q, zero, zero, ints(1), torch.tensor([[0.5]]))
     assert accepted.tolist() == [1]
     assert torch.equal(residual, p[1:])
+
+
+def test_what_nobody_drew_is_accepted_with_the_targets_probability_of_it() -> None:
+    """p of the candidates is 0.4, 0.5 and 0.2; u = 0.39, 0.5, 0: the second falls.
+
+    The residual is p without it. The other row's only candidate stands, and its bonus is from p.
+    """
+    p = torch.tensor(
+        [
+            [0.2, 0.4, 0.4],
+            [0.3, 0.5, 0.2],
+            [0.2, 0.4, 0.4],
+            [0.6, 0.2, 0.2],
+            [1, 0, 0],
+            [0, 0.5, 0.5],
+        ]
+    )
+    candidates = torch.tensor([[1, 1, 0], [0, 0, 0]])
+    u = torch.tensor([[0.39, 0.5, 0.0], [0.99, 0.0, 0.0]])
+    accepted, residual = reject_certain(p, ints(0, 4), candidates, ints(3, 1), u)
+    assert accepted.tolist() == [1, 1]
+    torch.testing.assert_close(residual, torch.tensor([[0.3, 0.0, 0.2], [0.0, 0.5, 0.5]]))
+
+
+def test_a_sure_token_that_rounding_refuses_is_still_what_is_drawn() -> None:
+    p = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    accepted, residual = reject_certain(p, ints(0), zero, ints(1), torch.ones(1, 1))
+    assert accepted.tolist() == [0]
+    assert torch.equal(residual, p[:1])
 
 
 def random_rows(rows: int, vocab: int, seed: int) -> Tensor:

@@ -1,0 +1,175 @@
+"""Candidates that are looked up, without a draft model, against decoding without speculation.
+
+    python benchmarks/suffix.py --batch 16 --repeats 3
+    python benchmarks/suffix.py --work samples --prompts questions.parquet --rows 64 --batch 64
+
+Three kinds of work, each as large as `--rows` says:
+
+    samples   four samples of each prompt at temperature 0.7
+    extract   JSON that quotes from its prompt, greedily: made-up orders, one template
+    free      one sample of each prompt at temperature 1: text that hardly repeats itself
+
+and three sides, in turns in one process, `--repeats` times over: `none`, `suffix` and `goodput`,
+both without a draft. Verification is `coupled`, so that all sides have the same tokens to generate,
+to their natural ends: of candidates that nobody drew it accepts as many as `rejection`.
+
+Prints how many times faster than `none` a side is in tokens per second (the median of the paired
+ratios, with the smallest and largest), how many candidates were verified for each token of output,
+how many of them were accepted, and what share of the time looking up and deciding took. What a
+candidate costs beside that is said by the last column: how much longer a round of twice as many
+tokens as rows takes, as profiled and as `goodput` found it. Some 10 minutes on two cores with the
+defaults.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import statistics
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import (
+    PROMPTS,
+    TARGET,
+    Precision,
+    Prompts,
+    Repeats,
+    Rows,
+    Target,
+    Threads,
+    Tokens,
+    console,
+    load,
+    prepare,
+    ratios,
+    read_prompts,
+    run,
+    seconds,
+    spread,
+)
+from rich.table import Table
+
+from specdec.engine.engine import Engine
+from specdec.loading.pair import ModelPair
+from specdec.policies.costs import CostModel
+from specdec.policies.profiling import profile_costs
+from specdec.policies.registry import make_policy
+from specdec.request import Request, SamplingParams
+
+SIDES = ("none", "suffix", "goodput")
+SAMPLES = 4
+TEMPERATURES = {"samples": 0.7, "extract": 0.0, "free": 1.0}
+
+FIRST = ("Anna", "Ben", "Carla", "David", "Elena", "Farid", "Greta", "Hugo", "Iris", "Jonas")
+LAST = ("Berger", "Costa", "Duval", "Evans", "Fischer", "Garcia", "Hansen", "Ito", "Jensen")
+CITIES = ("Lisbon", "Oslo", "Turin", "Lyon", "Graz", "Leeds", "Porto", "Ghent")
+ITEMS = ("desk lamp", "office chair", "coffee grinder", "garden hose", "water bottle", "tea kettle")
+
+
+def order(generator: random.Random) -> str:
+    """A prompt that asks for an order as JSON, with one example."""
+    one = generator.choice
+    name, city, item = f"{one(FIRST)} {one(LAST)}", one(CITIES), one(ITEMS)
+    quantity, price = generator.randint(2, 9), generator.randint(10, 300)
+    return (
+        "Extract the order as JSON with the keys customer, city, item, quantity, price, "
+        "order_number.\n\n"
+        "Order: Bob Stone from Paris ordered 2 red pens for 4 dollars. The order number is A-1001."
+        '\n{"customer": "Bob Stone", "city": "Paris", "item": "red pens", "quantity": 2, '
+        '"price": 4, "order_number": "A-1001"}\n\n'
+        f"Order: {name} from {city} ordered {quantity} {item}s for {price} dollars. "
+        f"The order number is B-{generator.randint(1000, 9999)}.\n"
+    )
+
+
+def chat(tokenizer: Any, prompt: str) -> tuple[int, ...]:
+    """A prompt's tokens under the chat template."""
+    turn = [{"role": "user", "content": prompt}]
+    return tuple(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
+
+
+def work_of(kind: str, tokenizer: Any, prompts: Any, rows: int, tokens: int) -> list[Request]:
+    """The requests of one kind of work."""
+    if kind == "extract":
+        generator = random.Random(0)
+        texts = [chat(tokenizer, order(generator)) for _ in range(rows)]
+    else:
+        texts = read_prompts(tokenizer, prompts, rows)
+    many = SAMPLES if kind == "samples" else 1
+    return [
+        Request(str(i), text, SamplingParams(tokens, TEMPERATURES[kind], seed=i))
+        for i, text in enumerate(text for text in texts for _ in range(many))
+    ]
+
+
+def doubled(costs: CostModel, n: int) -> float:
+    """How much longer a round of 2n tokens takes than one of n."""
+    return float(costs.verify(2 * n) / costs.verify(n))
+
+
+def race(pair: ModelPair, requests: list[Request], batch: int, repeats: int) -> list[list[str]]:
+    """The sides in turns: a line of the table for each."""
+    costs = profile_costs(pair.target, None, batch)
+    Engine(pair, policy=make_policy("none"), slots=batch).generate(requests[:batch])  # warm
+    taken: dict[str, list[float]] = {side: [] for side in SIDES}
+    engines: dict[str, Engine] = {}
+    for turn in range(repeats):
+        for side in SIDES:
+            policy = make_policy(side, costs=copy.deepcopy(costs))
+            engine = engines[side] = Engine(
+                pair, policy=policy, verification="coupled", slots=batch
+            )
+            spent = seconds(lambda engine=engine: engine.generate(requests))
+            taken[side].append(spent / engine.stats.counts.committed)
+            console.log(f"{turn + 1}/{repeats} {side}: {spent:.1f} s")
+    lines = []
+    for side, engine in engines.items():
+        counts, spent = engine.stats.counts, engine.stats.seconds
+        learnt = getattr(engine.policy, "costs", None)
+        host = (spent.get("draft", 0.0) + spent.get("decide", 0.0)) / sum(spent.values())
+        lines.append(
+            [
+                side,
+                f"{1 / statistics.median(taken[side]):.0f}",
+                spread(ratios(taken["none"], taken[side])),
+                f"{counts.verified / counts.committed:.2f}",
+                f"{counts.acceptance_rate or 0:.2f}",
+                f"{host:.2%}",
+                f"{doubled(costs, batch):.2f} {doubled(learnt, batch):.2f}" if learnt else "",
+            ]
+        )
+    return lines
+
+
+def main(
+    target: Target = TARGET,
+    precision: Precision = "int8",
+    prompts: Prompts = PROMPTS,
+    work: Annotated[str, typer.Option(help="kinds, separated by commas")] = "samples,extract,free",
+    rows: Rows = 32,
+    tokens: Tokens = 160,
+    batch: Annotated[int, typer.Option(help="slots")] = 16,
+    repeats: Repeats = 3,
+    threads: Threads = 0,
+) -> None:
+    """Race the sides on each kind of work and print a table."""
+    prepare(threads)
+    pair = load(target, None, precision)
+    table = Table(
+        title=f"live batch {batch}, {rows} prompts, {precision}, {torch.get_num_threads()} threads"
+    )
+    for column in ("work", "side", "tokens/s", "against none", "verified a token", "accepted"):
+        table.add_column(column, justify="right")
+    for column in ("lookup, decisions", "V(2n) / V(n)"):
+        table.add_column(column, justify="right")
+    for kind in work.split(","):
+        requests = work_of(kind, pair.tokenizer, prompts, rows, tokens)
+        for line in race(pair, requests, batch, repeats):
+            table.add_row(kind, *line)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    run(__doc__, main)
