@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from specdec.model.check import Reference
 from specdec.model.stock import StockModel
@@ -41,12 +42,25 @@ def test_a_family_that_is_wrong_is_told(families: Any, monkeypatch: pytest.Monke
     assert {each["verdict"] for each in found.values()} == {"wrong"}
 
 
-def test_the_page_has_a_row_for_each_family(families: Any) -> None:
+def test_what_was_found_is_kept_until_it_is_found_again(families: Any, tmp_path: Path) -> None:
+    def line(kind: str, found: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "kind": kind,
+            "verdict": found["verdict"],
+            "found": {"as it comes": {"float32": found}},
+        }
+
     right = {"verdict": "right", "fused": False, "kernels": True}
     refused = {"verdict": "refused", "why": "B cannot run packed: it is recurrent"}
-    lines = [
-        {"kind": kind, "verdict": each["verdict"], "found": {"as it comes": {"float32": each}}}
-        for kind, each in (("b", refused), ("a", right))
-    ]
-    page = families.table(lines)
-    assert page.endswith("| `a` | yes | kernels |  |\n| `b` | refused |  | it is recurrent |\n")
+    crashed = {"verdict": "crashed", "why": "a bug"}
+    table = tmp_path / "families.yaml"
+    families.save(table, [line("b", refused), line("a", right), line("c", right)])
+    families.save(table, [line("b", right), line("c", crashed)])
+    kept = {"runs": True, "layers": "kernels", "why": ""}
+    assert yaml.safe_load(table.read_text()) == {"a": kept, "b": kept}
+    families.save(table, [line("a", refused)])
+    assert yaml.safe_load(table.read_text())["a"] == {
+        "runs": False,
+        "layers": None,
+        "why": "it is recurrent",
+    }
