@@ -183,7 +183,8 @@ class StockModel:
         """Logits as the model's own `forward` computes them of these hidden states."""
         # A shallow copy with other parts: whoever packs or replaces the LM head is seen here.
         model = copy.copy(self.model)
-        model._modules = {**self.model._modules, self._part: _Given(hidden[None])}
+        given = _Given(hidden[None], getattr(self.model, self._part))
+        model._modules = {**self.model._modules, self._part: given}
         # The class's forward: an instance's may be one that accelerate put there for the original.
         out = type(model).forward(model, inputs_embeds=hidden[None], use_cache=False)
         logits: Tensor = out.logits[0]
@@ -191,11 +192,15 @@ class StockModel:
 
 
 class _Given(nn.Module):
-    """Stands in for a decoder, with the hidden states that it gives."""
+    """Stands in for a decoder, with the hidden states that it gives and whatever else it has."""
 
-    def __init__(self, hidden: Tensor) -> None:
+    def __init__(self, hidden: Tensor, decoder: nn.Module) -> None:
         super().__init__()
         self.hidden = hidden
+        self.__dict__["stands_for"] = decoder  # which is no part of it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["stands_for"], name)
 
     @property
     def decoder(self) -> _Given:
