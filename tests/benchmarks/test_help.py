@@ -25,6 +25,7 @@ COMMANDS = {
     "scale": ["plan", "flow", "units", "actors", "resume", "files"],
     "schemas": [],
     "simulate": ["record", "replay"],
+    "suffix": [],
     "virtual_gpu": [],
     "whole_job": [],
 }
