@@ -189,9 +189,14 @@ class JobConfig(Section):
         return self
 
     @property
+    def generates(self) -> bool:
+        """Whether completions are generated, not given to be scored."""
+        return self.input.completion_column is None
+
+    @property
     def drafts(self) -> bool:
         """Whether a draft proposes tokens."""
-        return self.speculation.drafts and self.input.completion_column is None
+        return self.generates and self.speculation.drafts
 
     @property
     def s3_of_input(self) -> S3Config:

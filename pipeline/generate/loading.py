@@ -104,7 +104,7 @@ def make_engine(job: JobConfig, pair: Any, head: Any) -> Any:
     return Engine(
         pair,
         policy=make_policy(
-            speculation.policy if job.drafts else "none",
+            speculation.policy if job.generates else "none",
             k=speculation.k,
             k_min=speculation.k_min,
             k_max=speculation.k_max,
@@ -117,7 +117,7 @@ def make_engine(job: JobConfig, pair: Any, head: Any) -> Any:
         kv_memory_bytes=memory,
         decode=Texts(pair.tokenizer).decode,
         grammars=ModelGrammars(pair.tokenizer, pair.vocab_size, pair.eos_token_ids),
-        control_share=speculation.control_share if job.drafts else 0.0,
+        control_share=speculation.control_share,
         trace=speculation.trace,
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from specdec.loading.pair import ModelPair
 from specdec.loading.sources import PairError
@@ -86,9 +86,9 @@ def test_a_damaged_model_is_an_error_that_names_it(
 
 
 def test_a_recurrent_model_is_refused(tmp_path: Path) -> None:
-    config = MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8)
-    folder = saved(tmp_path / "mamba", MambaForCausalLM(config))
-    with pytest.raises(PairError, match="MambaForCausalLM"):
+    config = RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, context_length=64)
+    folder = saved(tmp_path / "rwkv", RwkvForCausalLM(config))
+    with pytest.raises(PairError, match="RwkvForCausalLM"):
         load(folder)
 
 

@@ -86,7 +86,7 @@ def test_a_window_that_is_lost_is_seen_by_the_check(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         decoder,
         "layer_layouts",
-        lambda stock: tuple(LayerLayout(*each[:3]) for each in map(_numbers, found(stock))),
+        lambda *stock: tuple(LayerLayout(*each[:3]) for each in map(_numbers, found(*stock))),
     )
     with pytest.raises(UnsupportedModel, match="differ from the plain forward"):
         PackedDecoder(tiny_model("mistral", sliding_window=4096, context=8192))
