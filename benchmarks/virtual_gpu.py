@@ -46,7 +46,7 @@ from specdec.simulate.virtual import ForwardCosts, Steady, VirtualEngine
 SIZES = sorted({round(1.15**i) for i in range(56)} | set(range(1, 65)))
 """Packed tokens of a table."""
 
-LAPS = 3
+LAPS = 10
 """Rows a slot. More make figures steadier and runs longer."""
 
 
