@@ -136,8 +136,7 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request. One that cannot be served comes back from `step` as an error."""
         try:
-            pages = self.scheduler.pages
-            row = row_of(request, self.pair, pages, self.decode, self.grammars)
+            row = row_of(request, self.pair, self.scheduler.pages, self.decode, self.grammars)
             self.scheduler.queue.append(row)
         except InvalidRequest as error:
             prompt = len(request.prompt_ids)
@@ -220,8 +219,8 @@ class Engine:
             rows = self.scheduler.admit()
         if any(row.request.given_ids for row in rows):
             rows, timer = self._score(rows), RoundTimer(self.clock)
-        if not rows or any(row.request.given_ids for row in rows):
-            return None  # those that are left to score come first
+        if not rows:
+            return None
         with timer.apart() as lap, self.clock.phase({"prefill": 1.0}):
             target, cache, chunk = self.pair.target, self.target_cache, self.prefill_chunk
             fed = feed_shared(target, cache, self.shared, rows, range(len(rows)), chunk)
@@ -234,7 +233,7 @@ class Engine:
         return self._begin(rows, timer)
 
     def _score(self, rows: Sequence[LiveRow]) -> list[LiveRow]:
-        """End rows whose completions are given, some of many; return what is left, by slot."""
+        """End rows whose completions are given, some of many; return the others once all have."""
         endings, forwards = score(rows, self._asked.prompts, self.shared)
         for slot, ending in endings.items():
             self.scheduler.retire(slot)
@@ -243,7 +242,8 @@ class Engine:
         self.stats.count_target(forwards)
         self.stats.shared_tokens = self.shared.taken_over
         self.scheduler.compact()
-        return self.scheduler.rows
+        left = self.scheduler.rows
+        return [] if any(row.request.given_ids for row in left) else left
 
     def _begin(self, rows: list[LiveRow], timer: RoundTimer) -> Round:
         """A new round, and what the policy may know before it drafts."""

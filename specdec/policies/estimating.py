@@ -171,30 +171,16 @@ class EstimatingPolicy(StopPolicy):
 
     def _judge_chains(self, chains: Sequence[Chain]) -> None:
         """Estimate candidates that were looked up, as if they had been drawn step by step."""
-        lengths = [len(chain.tokens) for chain in chains]
-        owners: list[list[int]] = []
-        going = [row for row, length in enumerate(lengths) if length]
+        steps: list[DraftStep] = []
+        going = [row for row, chain in enumerate(chains) if chain.tokens]
         while going:
-            owners.append(going)
-            going = [row for row in going if lengths[row] > len(owners)]
-        rows = [row for each in owners for row in each]
-        if not rows:
-            return
-        evidence = (
-            chains[row].evidence[depth] for depth, each in enumerate(owners) for row in each
-        )
-        signals = np.array([*evidence], dtype=float)
-        typical = np.array([self.typical[row] for row in rows])
-        _, stands = self.estimator.predict(signals, typical)
-        at = 0
-        for each in owners:
-            end = at + len(each)
-            found: list[float] = stands[at:end].tolist()
-            for row, p in zip(each, found, strict=True):
-                self.survival[row] *= p
-            survival = [self.survival[row] for row in each]
-            self._steps.append(_Judgement(each, signals[at:end], found, found, survival))
-            at = end
+            evidence = [chains[row].evidence[len(steps)] for row in going]
+            steps.append(
+                DraftStep(np.array(going), len(steps) + 1, np.array(evidence, dtype=float))
+            )
+            going = [row for row in going if len(chains[row].tokens) > len(steps)]
+        if steps:
+            self._steps += self._judged_all(steps, self.typical, self.survival)
 
     def observe(self, outcome: RoundOutcome) -> None:
         start = outcome.start

@@ -251,37 +251,31 @@ class Goodput(EstimatingPolicy):
     # -------------------------------------------------- where candidates are looked up
 
     def choose(self, start: RoundStart, chains: Sequence[Chain]) -> Sequence[int]:
-        counts = [0] * len(chains)
+        nothing = [0] * len(chains)
         rows = sum(room > 0 for room in start.room)
         if not rows:
             self._steps = []
-            return counts
+            return nothing
         self._begin(start)
         self._judge_chains(chains)
         if self.switch.look_again and all(start.decoding):
-            return counts
+            return nothing
         best, gain = self._best_set()
-        if best and self.switch.pays(gain / rows):
-            start.notes["promised"] = gain / rows
-            for _, row in best:
-                counts[row] += 1
-        return counts
+        if not (best and self.switch.pays(gain / rows)):
+            return nothing
+        start.notes["promised"] = gain / rows
+        return _by_row(best, len(chains))
 
     # ------------------------------------------------------------ before verification
 
     def submit(self, drafted: Sequence[int]) -> Sequence[int]:
         if not self._looks:
             return drafted
-        counts = self._choose(drafted) if self._free_trimming else self._kept
+        # Where it may be trimmed freely, the set is chosen now that all are drawn.
+        free = self._free_trimming
+        counts = _by_row(self._best_set()[0], len(drafted)) if free else self._kept
         self._note_trimming(counts)
-        return drafted if self._free_trimming and self._probing else counts
-
-    def _choose(self, drafted: Sequence[int]) -> Sequence[int]:
-        """How many of each row's candidates are worth verifying, now that all are drawn."""
-        counts = [0] * len(drafted)
-        for _, row in self._best_set()[0]:
-            counts[row] += 1
-        return counts
+        return drafted if free and self._probing else counts
 
     def _best_set(self) -> tuple[Sequence[tuple[float, int]], float]:
         """Survival and row of the candidates worth verifying, and the tokens that they gain."""
@@ -382,6 +376,14 @@ class Goodput(EstimatingPolicy):
             f"after {drafted}: another is reached with probability {self.survival[row]:.2f}, "
             f"at {self.price:.0f} tokens/s too little for its cost"
         )
+
+
+def _by_row(best: Sequence[tuple[float, int]], rows: int) -> list[int]:
+    """How many of the best candidates, (survival, row) each, are of each row."""
+    counts = [0] * rows
+    for _, row in best:
+        counts[row] += 1
+    return counts
 
 
 def _expected(outcome: RoundOutcome) -> float:

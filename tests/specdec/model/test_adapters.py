@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from specdec.model.cache import KEY_BLOCK
 from specdec.model.decoder import PackedDecoder
-from tests.specdec.model.test_decoder import Bench, bench_of
+from tests.specdec.model.test_decoder import bench_of
 from tests.specdec.tiny_models import VOCAB, seeded, tiny_model
 
 DECODER = {"is_decoder": True}
@@ -61,21 +60,13 @@ def model_of(name: str) -> PreTrainedModel:
     return model
 
 
-def check(bench: Bench) -> None:
-    bench.clear(capacity=3 * KEY_BLOCK)
-    bench.check((0, 5), (3, 150), (1, 20))
-    bench.check((0, 1), (3, 4), (1, 30), (4, 2))
-    bench.rollback(3, 140)
-    bench.check((3, 3), (4, 1))
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ragged_rows_and_rollbacks_equal_plain(name: str) -> None:
-    check(bench_of(model_of(name)))
+    bench_of(model_of(name)).check_rollbacks()
 
 
 def test_a_bias_of_positions_is_the_same_in_any_batch() -> None:
-    check(bench_of(model_of("bloom"), invariant=True))
+    bench_of(model_of("bloom"), invariant=True).check_rollbacks()
 
 
 def test_half_precision_agrees_to_its_precision() -> None:

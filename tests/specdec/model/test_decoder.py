@@ -77,6 +77,24 @@ class Bench:
                 logits, plain_logits(self.plain, self.texts[slot])[-n:], rtol=0, atol=tolerance
             )
 
+    def check_rollbacks(self) -> None:
+        """Rows of all lengths, beyond a block, of which a long one is rolled back."""
+        self.clear(capacity=3 * KEY_BLOCK)
+        self.check((0, 5), (3, 150), (1, 20))
+        self.check((0, 1), (3, 4), (1, 30), (4, 2))
+        self.rollback(3, 140)
+        self.check((3, 3), (4, 1))
+
+    def check_steps(self, steps: list[tuple[list[int], list[tuple[int, int]]]]) -> None:
+        """`STEPS`: rows in some slot order, each rolled back to some length before it appends."""
+        self.clear()
+        for slots, actions in steps:
+            rows = []
+            for slot, (keep, append) in zip(slots, actions, strict=False):
+                self.rollback(slot, keep)
+                rows.append((slot, append))
+            self.check(*rows)
+
 
 @torch.inference_mode()
 def plain_logits(model: PreTrainedModel, text: list[int]) -> Tensor:
@@ -174,13 +192,7 @@ def test_rollback_then_append_is_a_fresh_prefill(
     bench: Bench, steps: list[tuple[list[int], list[tuple[int, int]]]]
 ) -> None:
     """Any rows in any slot order, rolled back to anywhere before each append."""
-    bench.clear()
-    for slots, actions in steps:
-        rows = []
-        for slot, (keep, append) in zip(slots, actions, strict=False):
-            bench.rollback(slot, keep)
-            rows.append((slot, append))
-        bench.check(*rows)
+    bench.check_steps(steps)
 
 
 def test_a_rolled_back_row_gives_the_same_bits_as_a_fresh_one() -> None:

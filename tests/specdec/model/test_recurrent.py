@@ -48,13 +48,7 @@ def test_rollback_then_append_is_a_fresh_prefill(
     bench: Bench, steps: list[tuple[list[int], list[tuple[int, int]]]]
 ) -> None:
     """Any rows in any slot order, rolled back to anywhere before each append."""
-    bench.clear()
-    for slots, actions in steps:
-        rows = []
-        for slot, (keep, append) in zip(slots, actions, strict=False):
-            bench.rollback(slot, keep)
-            rows.append((slot, append))
-        bench.check(*rows)
+    bench.check_steps(steps)
 
 
 def test_a_verified_row_is_rolled_back_to_any_of_its_tokens_without_being_computed_again(

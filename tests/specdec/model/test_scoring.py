@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from specdec.model.cache import KEY_BLOCK
 from specdec.model.scoring import Scoring
 from tests.specdec.model.test_decoder import bench_of
 from tests.specdec.tiny_models import tiny_model
@@ -43,12 +42,7 @@ def model_of(family: str) -> PreTrainedModel:
 @pytest.mark.parametrize("invariant", [False, True], ids=["", "invariant"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sinks_and_soft_caps_equal_plain(family: str, invariant: bool) -> None:
-    bench = bench_of(model_of(family), invariant=invariant)
-    bench.clear(capacity=3 * KEY_BLOCK)
-    bench.check((0, 5), (3, 150), (1, 20))
-    bench.check((0, 1), (3, 4), (1, 30), (4, 2))
-    bench.rollback(3, 140)
-    bench.check((3, 3), (4, 1))
+    bench_of(model_of(family), invariant=invariant).check_rollbacks()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
