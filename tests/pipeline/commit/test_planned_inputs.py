@@ -14,6 +14,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
+from jobs.job_file import load_job
 from pipeline import layout
 from pipeline.commit import planned_inputs
 from pipeline.commit.planned_inputs import Planned
@@ -23,6 +24,7 @@ from pipeline.inputs.listing import InputFile, check_unchanged, list_inputs
 from pipeline.inputs.source import read_units
 from pipeline.inputs.units import UNJOINED, FilePlan, Unit, plan_files
 from pipeline.outputs.verify import verify
+from pipeline.run.plan import plan_job
 from pipeline.run.run import RunMode
 from pipeline.storage.folder import open_folder
 from pipeline.storage.local import LocalFolder
@@ -153,9 +155,8 @@ def test_changed_new_and_touched_files(local_ray: None, job_file: Path, tmp_path
     assert call("run", job_file, "-q").exit_code == 0
     output = tmp_path / "out"
     before = rows_of(output)
-    kept = {f: f.stat().st_mtime_ns for f in (output / "completions").iterdir()}
 
-    # New files are named and left out, whether anything is missing or not.
+    # New files are named and left out.
     for name in ("b", "c", "d", "e"):
         write(tmp_path / "in", f"{name}.parquet", [f"four {name}"])
     told = call("run", job_file)
@@ -164,16 +165,18 @@ def test_changed_new_and_touched_files(local_ray: None, job_file: Path, tmp_path
     assert note in told.stderr
     assert "and 1 more" in told.stderr
     assert "Nothing was missing" in told.stdout
-    next(iter(kept)).unlink()
-    assert call("run", job_file, "-q").exit_code == 0
-    assert rows_of(output).keys() == before.keys()
 
-    # --extend adds them, and keeps what is there.
-    kept = {f: f.stat().st_mtime_ns for f in (output / "completions").iterdir()}
+    # --extend adds them and what is missing, and keeps what is there.
+    lost, *kept = sorted((output / "completions").iterdir())
+    lost.unlink()
+    left = plan_job(load_job(job_file))
+    assert [file.name for file in left.left_out] == [f"{name}.parquet" for name in "bcde"]
+    assert [each.name for unit in left.units for each in unit.pieces] == ["a.parquet"] * 2
+    times = {file: file.stat().st_mtime_ns for file in kept}
     assert call("run", job_file, "--extend", "-q").exit_code == 0
     assert len(rows_of(output)) == 7
     assert before.items() <= rows_of(output).items()
-    assert {f: f.stat().st_mtime_ns for f in kept} == kept
+    assert {file: file.stat().st_mtime_ns for file in kept} == times
     record = json.loads((output / "_specbatch/job.json").read_text())
     assert [(step["files"], step["rows"]) for step in record["extended"]] == [(4, 4)]
     assert "created" in record
