@@ -7,6 +7,7 @@ Two jobs ask for the same completions: one in lines of OpenAI's batch API, one i
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -250,15 +251,20 @@ def test_distill(job: Job, examples: list[Example], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("job", ["openai"], indirect=True)
 def test_run_batch(job: Job, tiny_models: TinyModels, tmp_path: Path) -> None:
+    """What `run` has made of these lines is what `run-batch` would: it finds nothing missing."""
     answers = tmp_path / "out.jsonl"
+    shutil.copytree(job.output, f"{answers}.specbatch")
     given = [f"sampling.{key}={json.dumps(value)}" for key, value in JOBS.items()]
-    sets = [word for each in [*given, "actors.num_cpus=2"] for word in ("--set", each)]
+    given += ["unit_rows=5", "speculation.verification=coupled"]
+    sets = [word for each in given for word in ("--set", each)]
     models = ("--model", tiny_models.target, "--draft", tiny_models.draft)
     source = job.file.parent / "in.jsonl"
     result = call("run-batch", "-i", source, "-o", answers, *models, *sets)
     assert result.exit_code == 0, result.output
-    assert "starting actors\n" in result.stderr
-    for row, text in enumerate(answers.read_text().splitlines()):
+    assert "starting actors" not in result.stderr
+    lines = answers.read_text().splitlines()
+    assert len(lines) == ROWS
+    for row, text in enumerate(lines):
         body = json.loads(text)["response"]["body"]
         samples = own(row).get("n", 1)
         assert len(body["choices"]) == samples

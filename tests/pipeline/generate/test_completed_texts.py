@@ -15,7 +15,6 @@ from pipeline.inputs.requests import RowRequests
 from pipeline.texts import Texts
 from specdec.request import Completion
 from tests.conftest import save_llama
-from tests.pipeline.small_jobs import rows_of, run
 from tests.pipeline.tiny_tokenizers import save_llama_like
 
 PROMPT = "The capital of France is"
@@ -90,23 +89,16 @@ def test_a_stop_string_ends_the_text(
     assert (done.finish_reason, found, len(done.output_ids)) == ("stop", text, tokens)
 
 
-@pytest.mark.ray
-def test_a_job_with_a_tokenizer_that_appends_an_end_of_sequence(
-    local_ray: None, write_rows: Callable[..., str], tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_appends_an_end_of_sequence(tmp_path: Path) -> None:
+    job = job_of(tiny_target(tmp_path, closes=True), max_new_tokens=8)
+    pair = load_pair(job)
+    asked = RowRequests(job.input, job.sampling, pair.tokenizer, pair.context_length)
     prompts = ["hi", "<s>hi", "\n<s>hi", "say hi"]
-    values = {
-        "input": {"paths": [write_rows("in.jsonl", [{"p": each} for each in prompts])]},
-        "output": str(tmp_path / "out"),
-        "models": {"target": tiny_target(tmp_path / "model", closes=True)},
-        "sampling": {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True},
-        "speculation": {"policy": "none"},
-        "actors": {"num_cpus": 1, "slots": 4},
-    }
-    values["input"]["prompt_column"] = "p"  # type: ignore[index]
-    run(values)
-    rows = [*rows_of(tmp_path / "out").values()]
+    requests = [each for i, p in enumerate(prompts) for each in asked.of({"p": p}, f"in:{i}:0")]
     # A beginning of sequence, a space, and a token for each letter.
-    assert [row["prompt_tokens"] for row in rows] == [4, 4, 6, 8]
-    assert all(row["output_tokens"] == 8 and row["completion"] for row in rows)
-    assert rows[0]["completion"] == rows[1]["completion"]
+    assert [len(request.prompt_ids) for request in requests] == [4, 4, 6, 8]
+    done = make_engine(job, pair, None).generate(requests)
+    assert all(len(each.output_ids) == 8 for each in done)
+    texts = [Texts(pair.tokenizer).completion(*each) for each in zip(requests, done, strict=True)]
+    assert all(texts)
+    assert texts[0] == texts[1]

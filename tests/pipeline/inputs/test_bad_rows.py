@@ -63,7 +63,11 @@ def classes(output: Path, kind: str) -> dict[str, str]:
         rows = pq.read_table(file)
         names = rows["row_id"].to_pylist()
         assert not found.keys() & set(names)
-        what = rows["error_class"].to_pylist() if kind == "errors" else [OK] * len(names)
+        what = [OK] * len(names)
+        if kind == "errors":
+            what = rows["error_class"].to_pylist()
+            assert set(rows["attempts"].to_pylist()) == {1}
+            assert all(rows["error_message"].to_pylist())
         found.update(zip(names, what, strict=True))
     return found
 

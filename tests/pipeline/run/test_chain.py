@@ -34,18 +34,36 @@ def job(target: str, source: Path, output: Path, template: str, **how: Any) -> d
     }
 
 
+def earlier_rows() -> list[dict[str, Any]]:
+    """What a job has written: two samples of each of two rows."""
+    nothing = dict.fromkeys(COMPLETION_COLUMNS)
+    return [
+        {
+            "row_id": f"in.parquet:{i}:{sample}",
+            "q": "ab"[i],
+            "n": i + 1,
+            **nothing,
+            "completion": f"draft {i}{sample}",
+            "output_tokens": 3,
+        }
+        for i in range(2)
+        for sample in range(2)
+    ]
+
+
 @pytest.mark.ray
 def test_jobs_each_on_what_the_one_before_wrote(
     local_ray: None, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
-    pq.write_table(pa.table({"q": ["a", "b"], "n": [1, 2]}), tmp_path / "in.parquet")
-    outputs = [tmp_path / "drafts", tmp_path / "verdicts"]
-    run(job(tiny_models.target, tmp_path / "in.parquet", outputs[0], "{{ q }}"))
+    drafts, verdicts = tmp_path / "drafts", tmp_path / "verdicts"
+    written = [("row_id", pa.string()), ("q", pa.string()), ("n", pa.int64())]
+    schema = pa.schema([*written, *COMPLETION_COLUMNS.items()])
+    drafts.mkdir()
+    pq.write_table(pa.Table.from_pylist(earlier_rows(), schema), drafts / "unit.parquet")
     asked = "{{ q }}: {{ draft_completion }}"
-    drafts = outputs[0] / "completions"
-    run(job(tiny_models.target, drafts, outputs[1], asked, prefix="draft_"))
+    run(job(tiny_models.target, drafts, verdicts, asked, prefix="draft_"))
     asked = "{{ draft_row_id }} {{ draft_completion }} {{ judge_completion }}"
-    verdicts = outputs[1] / "completions"
+    verdicts /= "completions"
     reviews = job(tiny_models.target, verdicts, tmp_path / "reviews", asked, prefix="judge_")
     plan = plan_job(JobConfig.model_validate(reviews))
     third = [
@@ -54,7 +72,8 @@ def test_jobs_each_on_what_the_one_before_wrote(
         for row in unit.table.to_pylist()
     ]
 
-    first, second = (rows_of(output) for output in outputs)
+    first = {row["row_id"]: row for row in earlier_rows()}
+    second = rows_of(verdicts.parent)
     assert (len(first), len(second), len(third)) == (4, 8, 8)
     for row in second.values():
         draft = first[row["draft_row_id"]]
@@ -66,9 +85,8 @@ def test_jobs_each_on_what_the_one_before_wrote(
         assert row["draft_completion"] == verdict["draft_completion"]
         assert row["judge_completion"] == verdict["completion"]
         assert row["judge_finish_reason"] == verdict["finish_reason"]
-    for output in outputs:
-        columns = set(pq.read_table(output / "completions").column_names)
-        assert columns >= {"q", "n", "row_id", *COMPLETION_COLUMNS}
+    columns = set(pq.read_table(verdicts).column_names)
+    assert columns >= {"q", "n", "row_id", *COMPLETION_COLUMNS}
 
     # Without a prefix, or with one that is taken, the message says what to do.
     for how, message in (

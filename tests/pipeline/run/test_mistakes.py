@@ -1,8 +1,7 @@
-"""Jobs and rows with something wrong: what fails the job, when, and what becomes an error row."""
+"""Jobs with something wrong: what fails them, and when."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from pipeline.errors import UserError
 from tests.conftest import TinyModels
-from tests.pipeline.small_jobs import rows_of, run, settings
+from tests.pipeline.small_jobs import run, settings
 
 pytestmark = pytest.mark.ray
 
@@ -40,38 +39,6 @@ def test_a_missing_draft_or_head_is_found_before_ray_starts(
     with pytest.raises(UserError, match=message):
         run(values)
     assert not (tmp_path / "out").exists()
-
-
-def test_each_kind_of_bad_row_becomes_an_error_row(
-    local_ray: None, tiny_models: TinyModels, tmp_path: Path
-) -> None:
-    good = {"messages": USER, "tag": "good"}
-    bad = {
-        "NullPrompt": {"messages": None},
-        "EmptyMessages": {"messages": []},
-        "MalformedMessages": {"messages": [{"role": "user"}]},
-        "PromptTooLong": {"messages": [{"role": "user", "content": "x" * 400}]},
-        "InvalidSampling": {"messages": USER, "sampling_params": {"temperature": -1}},
-    }
-    lines = [json.dumps({**good, "i": i}) for i in range(6)]
-    lines[1:1] = [json.dumps({**row, "tag": name}) for name, row in bad.items()]
-    lines.insert(3, '{"messages": ')
-    file = tmp_path / "in.jsonl"
-    file.write_text("\n".join(lines))
-    values = settings(
-        tiny_models, str(file), tmp_path / "out", unit_rows=3
-    )  # some units have errors only
-    result = run(values)
-    assert result.summary["rows"] == 6
-    assert result.summary["errors_by_class"] == dict.fromkeys([*bad, "MalformedLine"], 1)
-    errors = rows_of(tmp_path / "out", "errors")
-    assert set(errors) | set(rows_of(tmp_path / "out")) == {f"in.jsonl:{i}:0" for i in range(12)}
-    for row in errors.values():
-        assert row["attempts"] == 1
-        assert row["error_message"]
-        assert row["tag"] in {row["error_class"], None}
-    (malformed,) = (r for r in errors.values() if r["error_class"] == "MalformedLine")
-    assert malformed["raw_line"] == '{"messages": '
 
 
 def test_vocabularies_that_differ_are_the_users_error(

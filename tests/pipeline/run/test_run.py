@@ -68,21 +68,35 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+Finished = tuple[dict[str, Any], Path, JobResult, list[JobProgress]]
+
+
 @pytest.fixture(scope="module")
 def finished(
     local_ray: None,
     tiny_models: TinyModels,
     prompts: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[dict[str, Any], Path, JobResult, list[JobProgress]]:
-    """A finished job: its settings, output, result, and what it told about its progress."""
+) -> Finished:
+    """A finished job of two actors, measured and traced: its settings, output, result, progress."""
     output = tmp_path_factory.mktemp("job") / "out"
-    values = settings(tiny_models, str(prompts), output)
+    values = settings(
+        tiny_models,
+        str(prompts),
+        output,
+        speculation={
+            "policy": "goodput",
+            "verification": "coupled",
+            "control_share": 0.3,
+            "trace": True,
+        },
+        actors={"min": 2, "num_cpus": 1, "slots": 16},
+    )
     told: list[JobProgress] = []
-    return values, output, run(values, progress=told.append), told
-
-
-Finished = tuple[dict[str, Any], Path, JobResult, list[JobProgress]]
+    with pytest.MonkeyPatch.context() as patch:
+        # Otherwise the first actor may be done before the second has started.
+        patch.setattr(DataContext.get_current(), "wait_for_min_actors_s", 60)
+        return values, output, run(values, progress=told.append), told
 
 
 def test_every_row_is_completed_once(finished: Finished) -> None:
@@ -200,44 +214,16 @@ def test_another_job_is_refused(finished: Finished) -> None:
         run(other)
 
 
-def test_coupled_tokens_depend_on_nothing_but_seed_and_target(
-    finished: Finished,
-    tiny_models: TinyModels,
-    prompts: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    _, output, _, _ = finished
-    # Otherwise the first actor may be done before the second has started.
-    monkeypatch.setattr(DataContext.get_current(), "wait_for_min_actors_s", 60)
-    plain = settings(
-        tiny_models,
-        str(prompts),
-        tmp_path / "plain",
-        speculation={"policy": "none", "verification": "coupled"},
-        actors={"min": 2, "num_cpus": 1, "slots": 3},
-        unit_rows=7,
-    )
-    result = run(plain)
-    assert result.summary["verified"] == 0
-    assert texts(tmp_path / "plain") == texts(output)
-    assert pq.read_table(tmp_path / "plain" / "stats" / "actors.parquet").num_rows == 2
+def test_coupled_tokens_depend_on_nothing_but_seed_and_target(finished: Finished) -> None:
+    values, output, result, _ = finished
+    assert result.summary["verified"] > 0
+    assert texts(output) == alone(values)
+    assert pq.read_table(output / "stats" / "actors.parquet").num_rows == 2
 
 
-def test_speedup_calibration_and_rounds_are_recorded(
-    local_ray: None, tiny_models: TinyModels, prompts: Path, finished: Finished, tmp_path: Path
-) -> None:
-    """goodput, measured and traced, writes the same completions and explains each of them."""
-    speculation = {
-        "policy": "goodput",
-        "verification": "coupled",
-        "control_share": 0.3,
-        "trace": True,
-    }
-    output = tmp_path / "out"
-    result = run(settings(tiny_models, str(prompts), output, speculation=speculation))
-    assert texts(output) == texts(finished[1])
-
+def test_speedup_calibration_and_rounds_are_recorded(finished: Finished) -> None:
+    """goodput, measured and traced, explains each of its completions."""
+    values, output, result, _ = finished
     low, high = result.summary["speedup_ci"]
     assert 0 < low <= result.summary["speedup"] <= high
     assert result.summary["speedup_controls"] >= 3
@@ -272,51 +258,36 @@ def test_speedup_calibration_and_rounds_are_recorded(
         assert len(rounds) in (row["rounds"], row["rounds"] - 1)
         assert sum(len(each["candidates"]) for each in rounds) == row["drafted"]
         assert sum(each["submitted"] for each in rounds) == row["verified"]
-    with pytest.raises(UserError, match=r"speculation\.trace=true"):
-        read_rounds(open_folder(str(finished[1]), S3Config()), "part-0.parquet:0:0")
-
     # A trace that another attempt left is no part of the job.
     (output / "trace" / "left-over.parquet").write_bytes(b"")
     (output / "_SUCCESS").unlink()
     (output / "_specbatch/manifest.json").unlink()
-    run(settings(tiny_models, str(prompts), output, speculation=speculation))
+    run(values)
     assert {f"trace/{f.name}" for f in (output / "trace").iterdir()} == set(traces)
 
 
 @pytest.mark.parametrize("policy", [pytest.param("entropy", marks=pytest.mark.slow), "head"])
-def test_coupled_tokens_are_the_same_under_every_policy(
+def test_template_stop_strings_and_sampling_by_row(
     local_ray: None,
     tiny_models: TinyModels,
     tiny_head: str,
-    prompts: Path,
-    finished: Finished,
     tmp_path: Path,
+    write_rows: Callable[..., str],
     policy: str,
 ) -> None:
-    speculation: dict[str, Any] = {"policy": policy, "verification": "coupled", "k_max": 3}
-    if policy == "head":
-        speculation["head"] = tiny_head
-    values = settings(tiny_models, str(prompts), tmp_path / "out", speculation=speculation)
-    summary = run(values).summary
-    assert texts(tmp_path / "out") == texts(finished[1])
-    judged = sum(row["judged"] for row in summary["calibration"] if row["by"] == "all")
-    # The candidates up to the first rejection are judged, in policies that predict.
-    assert (0 < judged <= summary["verified"]) == (policy == "head")
-
-
-def test_template_stop_strings_and_sampling_by_row(
-    local_ray: None, tiny_models: TinyModels, tmp_path: Path, write_rows: Callable[..., str]
-) -> None:
+    """Under a policy with an acceptance head, and one without: the tokens are the same."""
     greedily = {"temperature": 0.0, "ignore_eos": True, "stop": None}
     rows: list[dict[str, Any]] = [
         {"q": "a", "sampling_params": {"max_new_tokens": 3, "ignore_eos": True}},
         {"q": "a", "sampling_params": greedily},
         {"q": "a", "sampling_params": greedily},
-        {"q": "b", "sampling_params": None},
+        *({"q": f"b{i}", "sampling_params": None} for i in range(13)),
     ]
     file = write_rows("in.parquet", rows)
-    values = settings(tiny_models, file, tmp_path / "out", unit_rows=2)
-    values["speculation"] = {"policy": "fixed", "k": 3, "verification": "rejection"}
+    speculation: dict[str, Any] = {"policy": policy, "verification": "coupled", "k_max": 3}
+    if policy == "head":
+        speculation["head"] = tiny_head
+    values = settings(tiny_models, file, tmp_path / "out", speculation=speculation)
     values["input"] = {"paths": [file], "template": "Q: {{ q }}"}
     text = alone(values)["in.parquet:1:0"]
     # A stop string that the greedy output is known to reach ends the text before it.
@@ -324,13 +295,20 @@ def test_template_stop_strings_and_sampling_by_row(
     assert "\ufffd" not in stop  # no stop string may hold half of a character
     rows[1]["sampling_params"] = {**greedily, "stop": [stop]}
     write_rows("in.parquet", rows)
-    run(values)
-    short, cut, greedy, _ = rows_of(tmp_path / "out").values()
+    summary = run(values).summary
+    short, cut, greedy, *_ = rows_of(tmp_path / "out").values()
     assert short["output_tokens"] == 3
     assert short["finish_reason"] == "length"
     assert greedy["completion"] == text
     assert cut["completion"] == text.split(stop)[0]
     assert cut["finish_reason"] == "stop"
+    assert texts(tmp_path / "out") == alone(values)
+
+    judged = sum(row["judged"] for row in summary["calibration"] if row["by"] == "all")
+    # The candidates up to the first rejection are judged, in policies that predict.
+    assert (0 < judged <= summary["verified"]) == (policy == "head")
+    with pytest.raises(UserError, match=r"speculation\.trace=true"):
+        read_rounds(open_folder(str(tmp_path / "out"), S3Config()), "in.parquet:0:0")
 
 
 def test_no_rows_at_all(
