@@ -123,17 +123,19 @@ def local_ray() -> Iterator[None]:
 
     from pipeline.run.ray_session import LOCAL_RAY
 
-    root = str(Path(__file__).parents[1])
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        _system_config=LOCAL_RAY,
-        # Workers have AWS credentials of their own, as they would on a cluster.
-        runtime_env={"env_vars": {"PYTHONPATH": root, **AWS_ENV}},
-    )
+    # Workers have AWS credentials of their own, as they would on a cluster. They inherit them: with
+    # a runtime environment Ray would start Python twice for each worker.
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"PYTHONPATH": str(Path(__file__).parents[1]), **AWS_ENV}.items():
+            patch.setenv(name, value)
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            _system_config=LOCAL_RAY,
+        )
     yield
     ray.shutdown()
 

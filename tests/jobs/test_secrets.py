@@ -57,11 +57,7 @@ def unpacked(data: bytes) -> bytes:
 
 @contextmanager
 def titles(started: subprocess.Popen[str]) -> Iterator[set[str]]:
-    """What `ps` shows of a process and all below it while the block runs.
-
-    Other tests' processes are left out: their Ray is given credentials by its runtime environment,
-    which it shows.
-    """
+    """What `ps` shows of a process and all below it while the block runs."""
     seen: set[str] = set()
     over = threading.Event()
 

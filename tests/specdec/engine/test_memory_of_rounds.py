@@ -82,8 +82,8 @@ MODELS = Markov.random(VOCAB, seed=2)
 
 @pytest.mark.statistical
 def test_a_policy_may_remember_what_was_discarded() -> None:
-    """240,000 transitions of a Markov chain over 5 tokens, chi-square; false alarm 1e-6."""
-    assert excess(MODELS, rows=1000) < 1
+    """120,000 transitions of a Markov chain over 5 tokens, chi-square; false alarm 1e-6."""
+    assert excess(MODELS, rows=500) < 1
 
 
 @pytest.mark.statistical

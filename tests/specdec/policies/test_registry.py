@@ -2,27 +2,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from specdec.engine.engine import Engine
-from specdec.measure.calibration import Flags
-from specdec.policies.base import (
-    HEAD_SIGNALS,
-    DraftStep,
-    RoundStart,
-    Signal,
-    StopPolicy,
-    setting,
-)
+from specdec.policies.base import HEAD_SIGNALS, Signal
 from specdec.policies.estimating import Confidence, Entropy, HeadPolicy
 from specdec.policies.estimators import HeadEstimator, OnlineEstimator
 from specdec.policies.goodput import Goodput
 from specdec.policies.registry import POLICIES, make_policy, takers
 from specdec.policies.simple import Fixed, Heuristic, NoDrafting
+from tests.specdec.policies.timid import Timid
 from tests.specdec.tiny_models import TinyPair
 from tests.specdec.workloads import GREEDY, SOME, outputs, random_head, requests_of, trimming_costs
 from tests.specdec.workloads import POLICIES as RUN
@@ -130,26 +121,6 @@ def test_every_policy_says_what_it_is_and_what_it_takes() -> None:
 # --------------------------------------------------------------------- a policy of one's own
 
 
-@dataclass
-class Timid(StopPolicy):
-    """Stops before a candidate behind one that was less than `threshold` times the likeliest."""
-
-    name = "timid"
-    summary = "stops behind a candidate that was not nearly the likeliest"
-    wanted = frozenset({Signal.LOG_Q, Signal.LOG_TOP})
-
-    threshold: float = setting(0.9, 0, 1, "stop where the ratio is lower")
-    k_max: int = setting(6, 1, 64, "most candidates of a round")
-
-    def budget(self, start: RoundStart) -> Sequence[int]:
-        return [self.k_max] * len(start.rows)
-
-    def go_on(self, step: DraftStep) -> Flags:
-        ratio = step.signals[:, Signal.LOG_Q] - step.signals[:, Signal.LOG_TOP]
-        flags: Flags = ratio >= -1 + self.threshold
-        return flags
-
-
 def test_a_policy_of_ones_own_needs_its_class_and_a_line(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +139,7 @@ def test_a_job_file_knows_a_policy_of_ones_own_with_its_default_and_help() -> No
     """In a process of its own: a job's fields are made when they are first imported."""
     code = """
 from specdec.policies.registry import POLICIES, make_policy
-from tests.specdec.policies.test_registry import Timid
+from tests.specdec.policies.timid import Timid
 POLICIES["timid"] = Timid
 from pipeline.config.job import SpeculationConfig
 job = SpeculationConfig(policy="timid", threshold=0.5, k_max=9)

@@ -39,9 +39,13 @@ def requests_of(n: int, sampling: SamplingParams) -> list[Request]:
 
 
 def run(
-    pair: TinyPair, requests: Sequence[Request], policy: StopPolicy, verification: Verification
+    pair: TinyPair,
+    requests: Sequence[Request],
+    policy: StopPolicy,
+    verification: Verification,
+    slots: int = 64,
 ) -> list[Completion]:
-    return Engine(pair, policy=policy, verification=verification, slots=8).generate(requests)
+    return Engine(pair, policy=policy, verification=verification, slots=slots).generate(requests)
 
 
 def texts_of(
@@ -200,7 +204,7 @@ def test_greedy_rounds_are_the_engine_s(
     assert len({len(text.output_ids) for text in texts}) > 1
     replayed = replay(list(record(pair, texts)), policy(), COSTS, live=4)
     for request, ours, theirs in zip(
-        requests, replayed.rows, run(pair, requests, policy(), "rejection"), strict=True
+        requests, replayed.rows, run(pair, requests, policy(), "rejection", slots=8), strict=True
     ):
         expected = theirs.counts
         if len(request.prompt_ids) > 1:
