@@ -40,6 +40,12 @@ def requests_of(many: Sequence[Prompt], sampling: SamplingParams) -> list[Reques
     ]
 
 
+def sampled_and_greedy(many: Sequence[Prompt]) -> list[Request]:
+    """One request a prompt, sampled and greedy ones by turns."""
+    both = zip(requests_of(many, SAMPLED), requests_of(many, GREEDY), strict=True)
+    return [pair[i % 2] for i, pair in enumerate(both)]
+
+
 def outputs(completions: Sequence[Completion]) -> list[Prompt]:
     assert all(each.error is None for each in completions)
     return [each.output_ids for each in completions]

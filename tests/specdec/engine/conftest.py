@@ -20,7 +20,7 @@ from tests.specdec.workloads import (
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def reference(target_model: PreTrainedModel) -> Reference:
     """Outputs without near-ties, some of which an end-of-sequence token cuts short."""
     many = prompts(LENGTHS)
@@ -39,6 +39,6 @@ def reference(target_model: PreTrainedModel) -> Reference:
     return Reference(kept, cut, eos)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def by_hand(target_model: PreTrainedModel) -> list[Prompt]:
     return [sampled_by_hand(target_model, request) for request in requests_of(SOME, SAMPLED)]

@@ -24,6 +24,7 @@ from tests.specdec.workloads import (
     make,
     outputs,
     requests_of,
+    sampled_and_greedy,
 )
 
 
@@ -35,7 +36,8 @@ def test_coupled_sampling_equals_plain_target_sampling(
     engine = Engine(
         pair, policy=make(policy), verification="coupled", slots=slots, prefill_chunk=64
     )
-    assert outputs(engine.generate(requests_of(SOME, SAMPLED))) == by_hand
+    some = SOME[:5] if slots == 1 else SOME
+    assert outputs(engine.generate(requests_of(some, SAMPLED))) == by_hand[: len(some)]
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.5])
@@ -88,11 +90,10 @@ def invariant_pair(
     return make_pair(target_model, draft_model, precision=request.param, invariant=True)
 
 
-@pytest.mark.parametrize("sampling", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
 def test_batch_invariant_pairs_give_the_same_tokens_whatever_runs(
-    invariant_pair: TinyPair, sampling: SamplingParams
+    invariant_pair: TinyPair,
 ) -> None:
-    requests = requests_of(SOME, sampling)
+    requests = sampled_and_greedy(SOME)
 
     def run(policy: StopPolicy, slots: int, pair: TinyPair = invariant_pair) -> list[Prompt]:
         engine = Engine(pair, policy=policy, verification="coupled", slots=slots, prefill_chunk=64)

@@ -37,9 +37,10 @@ def test_greedy_equals_transformers_generate(
         slots=slots,
         prefill_chunk=64,
     )
-    done = engine.generate(requests_of(reference.prompts, GREEDY))
-    assert outputs(done) == reference.outputs
-    for completion, output in zip(done, reference.outputs, strict=True):
+    some = 6 if slots == 1 else len(reference.prompts)
+    done = engine.generate(requests_of(reference.prompts[:some], GREEDY))
+    assert outputs(done) == reference.outputs[:some]
+    for completion, output in zip(done, reference.outputs[:some], strict=True):
         assert completion.finish_reason == ("stop" if output[-1] == reference.eos else "length")
     if policy in DRAFTING:
         assert 0.3 < (engine.stats.counts.acceptance_rate or 0) < 0.99

@@ -28,7 +28,6 @@ from tests.specdec.workloads import (
     GREEDY,
     LOOKING_UP,
     POLICIES,
-    SAMPLED,
     SOME,
     SPECULATING,
     Prompt,
@@ -38,6 +37,7 @@ from tests.specdec.workloads import (
     make,
     outputs,
     requests_of,
+    sampled_and_greedy,
 )
 
 TINY_VOCAB, TINY_HIDDEN = 5, 16
@@ -216,15 +216,14 @@ def test_goodput_may_trim_by_what_it_knew_before_the_draw_and_by_that_alone(
 
 
 @pytest.mark.parametrize("mode", ["rejection", "coupled"])
-@pytest.mark.parametrize("sampling", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
 @pytest.mark.parametrize("policy", [*DRAFTING, "alternating"])
 def test_a_draft_that_is_the_target_has_everything_accepted(
-    self_pair: TinyPair, policy: str, sampling: SamplingParams, mode: str
+    self_pair: TinyPair, policy: str, mode: str
 ) -> None:
     """Also after rounds without candidates, in which the draft's cache falls behind."""
     chosen = Scripted((0, 4, 0, 0, 2)) if policy == "alternating" else make(policy)
     engine = Engine(self_pair, policy=chosen, verification=mode, slots=5)  # type: ignore[arg-type]
-    done = engine.generate(requests_of(SOME, sampling))
+    done = engine.generate(sampled_and_greedy(SOME))
     for completion in done:
         assert completion.counts.verified == completion.counts.accepted
     assert engine.stats.counts.acceptance_rate == 1.0

@@ -15,9 +15,18 @@ from specdec.model.pages import PAGE
 from specdec.policies.base import StopPolicy
 from specdec.policies.registry import make_policy
 from specdec.policies.simple import Fixed
-from specdec.request import Request, SamplingParams
+from specdec.request import Request
 from tests.specdec.tiny_models import TinyPair, make_pair
-from tests.specdec.workloads import GREEDY, SAMPLED, Prompt, make, outputs, prompts, requests_of
+from tests.specdec.workloads import (
+    GREEDY,
+    SAMPLED,
+    Prompt,
+    make,
+    outputs,
+    prompts,
+    requests_of,
+    sampled_and_greedy,
+)
 
 NEVER = 10**9
 PROMPT, OTHER, SHOTS = prompts((200, 90, 150), seed=8)
@@ -36,15 +45,12 @@ def generated(
     return outputs(engine.generate(requests)), engine
 
 
-@pytest.mark.parametrize("sampling", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
 @pytest.mark.parametrize(
     ("policy", "slots"),
     [("none", 1), ("fixed 4", 5), ("heuristic", 16), ("scripted", 3), ("goodput stated", 16)],
 )
-def test_sharing_changes_no_token(
-    pair: TinyPair, policy: str, slots: int, sampling: SamplingParams
-) -> None:
-    requests = requests_of(MIXED, sampling)
+def test_sharing_changes_no_token(pair: TinyPair, policy: str, slots: int) -> None:
+    requests = sampled_and_greedy(MIXED)
     apart, plain = generated(pair, requests, make(policy), slots, least_shared=NEVER)
     together, engine = generated(pair, requests, make(policy), slots)
     assert together == apart
@@ -156,11 +162,10 @@ def test_with_batch_invariant_models_shared_prompts_give_the_same_logits(
         assert torch.equal(logits, alone)
 
 
-@pytest.mark.parametrize("sampling", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
 def test_batch_invariant_pairs_give_the_same_tokens_however_they_share(
-    invariant_pair: TinyPair, sampling: SamplingParams
+    invariant_pair: TinyPair,
 ) -> None:
-    requests = requests_of(MIXED, sampling)
+    requests = sampled_and_greedy(MIXED)
     apart, _ = generated(invariant_pair, requests, Fixed(0), 1, least_shared=NEVER)
     for k, slots in ((0, 16), (4, 3), (4, 16)):
         together, engine = generated(invariant_pair, requests, Fixed(k), slots)
