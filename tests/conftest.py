@@ -23,6 +23,10 @@ import pytest
 # Before anything imports huggingface_hub. Without it each look-up of a name waits for a network
 # that tests do not have, some 20 s long.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before anything imports torch. Tiny tensors gain nothing from threads, and where other tests have
+# the cores, threads that wait actively take these from them. Engines of jobs ask for theirs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
