@@ -224,7 +224,7 @@ def test_a_budget_stops_the_job_and_a_higher_one_finishes_it(
     assert "budget.dollars" in ended.output and "raise the budget" in ended.output
     assert committed(output) == units
 
-    result = run({**values, "budget": {"dollars": 100 * cap, "hours": 1}})
+    result = run({**values, "budget": {"dollars": 10_000, "hours": 1}})
     assert result.summary["rows"] == ROWS
     assert [one.end for one in read_ledger(folder(output))] == ["budget", "done"]
 
