@@ -20,7 +20,7 @@ from specdec.drafters.base import Candidates, Drafter, Drafting
 from specdec.engine.round import Round
 from specdec.engine.scheduler import LiveRow
 from specdec.engine.stats import EngineStats
-from specdec.lossless.verification import Proposal
+from specdec.lossless.proposal import Proposal
 from specdec.measure.calibration import Array
 from specdec.measure.clock import PhaseClock
 from specdec.model.rows import upload

@@ -31,8 +31,9 @@ from specdec.engine.scoring import score
 from specdec.engine.stats import EngineStats
 from specdec.engine.suffix_loop import SuffixLoop
 from specdec.lossless.grammars import Grammars
+from specdec.lossless.proposal import Proposal
 from specdec.lossless.sampling import NO_TOKEN
-from specdec.lossless.verification import MODES, Proposal
+from specdec.lossless.verification import MODES
 from specdec.measure.clock import PhaseClock, RoundTimer
 from specdec.measure.speedup import ControlSchedule
 from specdec.model.packing import GRID_TOKENS

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,8 +14,9 @@ from specdec.drafters.base import Candidates
 from specdec.engine.asked import Asked
 from specdec.engine.choosing import Choosing
 from specdec.engine.scheduler import LiveRow
+from specdec.lossless.proposal import Proposal
 from specdec.lossless.sampling import NO_TOKEN, SamplingBatch, candidate_numbers, signed64
-from specdec.lossless.verification import MODES, Mode, Proposal
+from specdec.lossless.verification import MODES, Mode
 from specdec.measure.clock import RoundTimer
 from specdec.measure.speedup import SpeedupMeter
 from specdec.model.rows import upload
@@ -146,11 +148,11 @@ class Round:
         """float64 [rows]: what candidates number `depth` are drawn by, under `rejection`."""
         block, place = divmod(depth - 1, BLOCK)
         if block not in self._numbers:
+            begins = np.array([row.generated + block * BLOCK for row in self.rows])
             numbers = candidate_numbers(
                 [signed64(row.sampling.seed) for row in self.rows],
                 [row.counts.rounds for row in self.rows],
-                [row.generated + block * BLOCK for row in self.rows],
-                BLOCK,
+                begins + np.arange(BLOCK)[:, None],
             )
             device = self.sampling.temperature.device
             self._numbers[block] = torch.from_numpy(numbers).to(device, non_blocking=True)
