@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -105,6 +105,9 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
         if verified := summary.get(f"verified_in_{source}"):
             rate = summary[f"accepted_in_{source}"] / verified
             totals.add_row(f"  of those found in {name}", f"{rate:.1%} of {verified:,}")
+    for choice, (judged, accepted) in _by_rank(summary.get("nodes") or ()).items():
+        rate = accepted / judged
+        totals.add_row(f"  of the draft's {choice} choices", f"{rate:.1%} of {judged:,}")
     totals.add_row("speedup", _speedup(summary))
 
     if said := sampling_said(summary):
@@ -126,6 +129,19 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
             "went on with an online estimator; train it again on text like this.[/]",
         ]
     return Group(*parts)
+
+
+CHOICES = ("first", "second", "third", "fourth")
+
+
+def _by_rank(nodes: Sequence[Mapping[str, int]]) -> dict[str, tuple[int, int]]:
+    """Of candidates that branch, how many were judged and accepted, by choice of the draft."""
+    found = {}
+    for rank, choice in enumerate(CHOICES):
+        own = [node for node in nodes if node["rank"] == rank]
+        if judged := sum(node["judged"] for node in own):
+            found[choice] = judged, sum(node["accepted"] for node in own)
+    return found
 
 
 def _states(seconds: Mapping[str, float], cost: Mapping[str, Any] | None) -> Table:

@@ -81,6 +81,13 @@ class Proposal:
         """How far behind a row's tokens each of its candidates comes, from 1."""
         return range(1, self.lengths[row] + 1)
 
+    def behind(self, owner: Tensor) -> Tensor:
+        """int64 [n, k]: candidates up to each place of all rows, whose rows are `owner` int64 [n].
+
+        There may be others behind them.
+        """
+        return self.candidates[owner]
+
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
@@ -171,9 +178,10 @@ class TreeProposal(Proposal):
             own = [self._q_row[row][node + 1] for node in (-1, *nodes)]
             pruned._q_row[row][: len(own)] = own
             pruned.lengths[row] = len(nodes)
-            index += [*nodes, *[0] * (most - len(nodes))]
-        (at,) = upload(device, index)
-        pruned.candidates = self.candidates.gather(1, at.view(len(kept), most))
+            index += [*(node + 1 for node in nodes), *[0] * (most - len(nodes))]
+        (places,) = upload(device, index)
+        padded = torch.nn.functional.pad(self.candidates, (1, 0))
+        pruned.candidates = padded.gather(1, places.view(len(kept), most))
         pruned._q = self._q
         return pruned
 
@@ -203,3 +211,13 @@ class TreeProposal(Proposal):
 
     def depths(self, row: int) -> Sequence[int]:
         return self._depths[row]
+
+    def behind(self, owner: Tensor, nodes: Sequence[tuple[int, int]] | None = None) -> Tensor:
+        """As `Proposal.behind`; of some `nodes` only: row and number of each, -1 for the root."""
+        if nodes is None:
+            nodes = [(row, i) for row, n in enumerate(self.lengths) for i in range(-1, n)]
+        paths = [self.path(row, node + 1) for row, node in nodes]
+        most = max(map(len, paths))
+        index = [node for path in paths for node in (*path, *[0] * (most - len(path)))]
+        (on_device,) = upload(owner.device, index)
+        return self.candidates[owner].gather(1, on_device.view(len(nodes), most))

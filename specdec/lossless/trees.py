@@ -81,7 +81,7 @@ def reject_tree(
     residual = p.new_zeros(len(first), p.shape[1])
     whole = first >= 0  # rows whose bonus token is drawn from p as it is
     for level in range(nodes.depth):
-        row = _where(going)
+        row = where(going)
         at = place[row]
         here, source = first[row] + at, q_row[row, at]
         children = nodes.children[row, at]
@@ -91,7 +91,7 @@ def reject_tree(
         stands = there[:, 0] & (u[row, level, 0] * q[source, best] < p[here, best])
         rank = stands.long() - 1
         fell = there[:, 0] & ~stands
-        some = _where(fell)
+        some = where(fell)
         rank[some], left = _second_choice(
             p[here[some]],
             q[source[some]],
@@ -108,7 +108,7 @@ def reject_tree(
         child = children.gather(1, rank.clamp(min=0)[:, None])[:, 0]
         place[row] = torch.where(rank >= 0, child, at)
         depth[row] += (rank >= 0).long()
-    own = _where(whole)
+    own = where(whole)
     residual[own] = torch.where(whole[own, None], p[first[own] + place[own]], residual[own])
     return place, depth, residual
 
@@ -155,8 +155,11 @@ def _mass(weights: Tensor) -> Tensor:
     return block_masses(weights).sum(-1, keepdim=True)
 
 
-def _where(flags: Tensor) -> Tensor:
-    """The rows to compute: those with the flag; on an accelerator all, where asking costs more."""
-    if flags.device.type == "cpu":
-        return flags.nonzero()[:, 0]
+def every(flags: Tensor) -> Tensor:
+    """All rows: their indices."""
     return torch.arange(len(flags), device=flags.device)
+
+
+def where(flags: Tensor) -> Tensor:
+    """The rows to compute: those with the flag; on an accelerator all, where asking costs more."""
+    return flags.nonzero()[:, 0] if flags.device.type == "cpu" else every(flags)

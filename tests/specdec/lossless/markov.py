@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from specdec.lossless.proposal import Proposal, TreeProposal
+from specdec.lossless.proposal import Nodes, Proposal
 from specdec.lossless.sampling import Draw, SamplingBatch, uniform
 from specdec.lossless.verification import MODES, Mode
 from specdec.request import SamplingParams
@@ -126,8 +126,33 @@ def decode_two(
     return Outcome(output[:, :2], verified, accepted_total)
 
 
-Prune = Callable[[Tensor], Sequence[Sequence[int]]]
-"""Candidates [n, nodes] -> the nodes that each row submits."""
+class Grown(Proposal):
+    """Trees that are made as tensors, for many rows at once."""
+
+    def __init__(self, nodes: Nodes, q: list[Tensor], q_row: Tensor) -> None:
+        super().__init__(0, 0, CPU)
+        self.candidates, self._made, self._drawn = nodes.tokens[:, 1:], nodes, (q, q_row)
+
+    def nodes(self) -> Nodes:
+        return self._made
+
+    def distributions(self) -> tuple[Tensor, Tensor] | None:
+        q, q_row = self._drawn
+        return (torch.cat(q), q_row) if q else None
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Rows submit all nodes where a condition on their candidates [n, nodes] holds, else some."""
+
+    condition: Callable[[Tensor], Tensor]
+    otherwise: tuple[int, ...]
+
+
+def children_of(parents: Sequence[int], kept: Sequence[int], width: int) -> Tensor:
+    """int64 [nodes + 1, width], as in `Nodes`: the places of the kept children of each place."""
+    own = [[n + 1 for n in kept if parents[n] == at] for at in range(-1, len(parents))]
+    return torch.tensor([[*each, *[0] * (width - len(each))] for each in own])
 
 
 def decode_two_by_trees(
@@ -135,7 +160,7 @@ def decode_two_by_trees(
     params: SamplingParams,
     mode: Mode,
     parents: Sequence[int],
-    rows: int = 30_000,
+    rows: int = 60_000,
     prune: Prune | None = None,
 ) -> Outcome:
     """As `decode_two`, by a tree of one shape.
@@ -143,17 +168,16 @@ def decode_two_by_trees(
     Args:
         parents: of each node the one that it follows, -1 for the root; nodes level by level.
     """
-    nodes = range(len(parents))
+    n_nodes = len(parents)
     depths, paths = [0], list[list[int]]([[]])  # by place
-    for node in nodes:
-        depths.append(depths[parents[node] + 1] + 1)
-        paths.append([*paths[parents[node] + 1], node])
-    width = max(parents.count(parent) for parent in (-1, *nodes))
-    deepest = max(depths)
+    for node, parent in enumerate(parents):
+        depths.append(depths[parent + 1] + 1)
+        paths.append([*paths[parent + 1], node])
+    width, deepest = max(map(parents.count, parents)), max(depths)
     path_of = torch.tensor([[*path, *[0] * (deepest - len(path))] for path in paths])
     depth_of, steps = torch.tensor(depths), torch.arange(deepest)
+    whole = children_of(parents, range(n_nodes), width)
 
-    seed = torch.arange(rows)
     output = torch.zeros(rows, 2 + deepest + 1, dtype=torch.int64)
     generated = torch.zeros(rows, dtype=torch.int64)
     verified = accepted_total = number = 0
@@ -161,51 +185,54 @@ def decode_two_by_trees(
     while len(active := (generated < 2).nonzero().flatten()):
         n = len(active)
         shared = batch.rows(torch.zeros(n, dtype=torch.int64))
-        shared.seed.copy_(seed[active])
+        shared.seed.copy_(active)
         if mode is MODES["rejection"]:
             shared = shared.in_round(torch.full((n,), number))
         number += 1
         start = generated[active]
         contexts = [torch.where(start > 0, output[active, (start - 1).clamp(min=0)], 0)]
-        proposal = TreeProposal(n, len(parents), CPU)
-        for parent in (-1, *nodes):
-            children = parents.count(parent)
+        drawn: list[Tensor] = []
+        q_row = torch.zeros(n, n_nodes + 1, dtype=torch.int64)
+        expanded = dict[int, int]()  # by depth: nodes so far
+        for parent in range(-1, n_nodes):
+            children, depth = parents.count(parent), depths[parent + 1]
             if not children:
                 continue
-            at = start + depths[parent + 1]
             # Numbers of their own for each node of a depth.
-            others = sum(depths[node + 1] == depths[parent + 1] for node in range(max(parent, 0)))
-            branch = width * others + torch.arange(width)
+            branch = width * expanded.get(depth, 0) + torch.arange(width)
+            expanded[depth] = expanded.get(depth, 0) + 1
+            at = start + depth
             u = uniform(shared.seed[:, None], at[:, None], Draw.CANDIDATE, branch)
             drawing = replace(shared, drawn=u[:, 0] if width == 1 else u)
             tokens, q = mode.propose(models.draft[contexts[parent + 1]], drawing, at, width)
-            tokens = tokens.view(n, width)
-            proposal.grow(range(n), [parent] * n, [children] * n, tokens, q)
-            contexts += tokens[:, :children].unbind(1)
-        numbers = [nodes] * n if prune is None else prune(proposal.candidates)
-        submitted = proposal.of(numbers)
-        lengths = torch.tensor(submitted.lengths)
-        packed_row = torch.arange(n).repeat_interleave(lengths + 1)
-        first = (lengths + 1).cumsum(0) - lengths - 1
-        places = torch.tensor([place for each in numbers for place in (0, *(i + 1 for i in each))])
-        context = torch.stack(contexts, 1)[packed_row, places]
+            contexts += tokens.view(n, width)[:, :children].unbind(1)
+            if q is not None:
+                q_row[:, parent + 1] = n * len(drawn) + torch.arange(n)
+                drawn.append(q)
+        tokens = torch.stack(contexts, 1)
+        children, kept = whole.expand(n, -1, -1), torch.full((n,), n_nodes)
+        if prune is not None:
+            stay = prune.condition(tokens[:, 1:])
+            part = children_of(parents, prune.otherwise, width)
+            children = torch.where(stay[:, None, None], children, part)
+            kept = torch.where(stay, kept, len(prune.otherwise))
+        packed_row = torch.arange(n).repeat_interleave(n_nodes + 1)
+        first = torch.arange(n) * (n_nodes + 1)
         place, bonus = mode.verify(
-            models.target[context],
+            models.target[tokens.flatten()],
             shared.rows(packed_row),
-            start[packed_row] + depth_of[places],
+            (start[:, None] + depth_of).flatten(),
             first,
-            lengths,
-            submitted,
+            kept,
+            Grown(Nodes(tokens, children, deepest), drawn, q_row),
         )
-        place = places[first + place]  # among all nodes
         accepted = depth_of[place]
         at = (start[:, None] + steps).clamp(max=output.shape[1] - 1)
         rows_at = active[:, None].expand(-1, deepest)
         stands = steps < accepted[:, None]
-        tokens = proposal.candidates.gather(1, path_of[place])
-        output[rows_at[stands], at[stands]] = tokens[stands]
+        output[rows_at[stands], at[stands]] = tokens[:, 1:].gather(1, path_of[place])[stands]
         output[active, start + accepted] = bonus
         generated[active] = start + accepted + 1
-        verified += int(lengths.sum())
+        verified += int(kept.sum())
         accepted_total += int(accepted.sum())
     return Outcome(output[:, :2], verified, accepted_total)
