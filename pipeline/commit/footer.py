@@ -70,7 +70,6 @@ def to_plain(record: UnitRecord) -> dict[str, Any]:
         "speedup": work.speedup,
         "calibration": results.calibration,
         "outcomes": work.rounds,
-        "nodes": work.nodes,
         "slowest": results.slowest,
         "costs": work.forward_seconds,
         "fell_back": work.fell_back,
@@ -83,6 +82,7 @@ def to_plain(record: UnitRecord) -> dict[str, Any]:
         "worker": actor.worker,
         "files": len(record.inputs),
         "ranges": [(each.name, each.start, each.rows) for each in record.ranges],
+        "nodes": work.nodes,
     }
 
 
