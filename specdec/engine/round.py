@@ -112,7 +112,7 @@ class Round:
 
     def tree(self, row: int) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
         """A row's candidates as they were drafted: parents, those submitted, and those accepted."""
-        path = self.drafted_paths[row] if self.accepted[row] else ()
+        path = self.drafted_paths[row] if self.committed[row][-1:] != [NO_TOKEN] else ()
         if self.trees is None:
             return range(-1, self.drafted[row] - 1), range(self.submitted[row]), path
         return self.trees.proposal.parents[row], self.trees.kept[row], path

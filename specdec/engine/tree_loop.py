@@ -108,14 +108,13 @@ class TreeLoop:
         """Keep some of the children as nodes; return those that are expanded next."""
         assert this.trees is not None
         proposal, n, width = this.trees.proposal, len(frontier), drawn.tokens.shape[1]
-        rows, parents = np.array(frontier).T
+        rows, parents = [row for row, _ in frontier], [node for _, node in frontier]
         # What stands in front of a row's own text would have to be told for each branch.
         alone = np.array([this.rows[row].grammar is not None for row in rows])
         asked = (np.arange(width) == 0) | ~alone[:, None]
         place, rank = np.nonzero(asked)
-        step = DraftStep(
-            rows[place], depth, np.zeros((len(place), len(Signal))), parents[place], rank
-        )
+        signals = np.zeros((len(place), len(Signal)))
+        step = DraftStep(np.array(rows)[place], depth, signals, np.array(parents)[place], rank)
         step = self._look(step, drawn, None if asked.all() else place * width + rank, unseen)
         with self._clock.phase({"decide": 1.0}):
             kept, going = np.zeros((2, n, width), dtype=bool)
@@ -123,12 +122,12 @@ class TreeLoop:
             kept = np.logical_and.accumulate(kept, 1)
             going[asked] = self._policy.go_on(step)
         counts = self._within(kept, rows, this)
-        first = {row: proposal.lengths[row] for row in rows.tolist()}
+        first = {row: proposal.lengths[row] for row in rows}
         proposal.grow(rows, parents, counts, drawn.tokens, drawn.q)
         if this.asked.masks is not None:
             chosen = [i for i in range(n) if counts[i] and (not i or rows[i] != rows[i - 1])]
             (at,) = upload(drawn.tokens.device, chosen)
-            this.asked.masks.follow([int(rows[i]) for i in chosen], drawn.tokens[at, 0])
+            this.asked.masks.follow([rows[i] for i in chosen], drawn.tokens[at, 0])
         following: Frontier = []
         for (row, _), count, on in zip(frontier, counts, going, strict=True):
             room = budget[row] > depth and proposal.lengths[row] < this.start.nodes[row]
@@ -157,13 +156,13 @@ class TreeLoop:
         return step
 
     @staticmethod
-    def _within(kept: Flags, rows: np.ndarray, this: Round) -> list[int]:
+    def _within(kept: Flags, rows: Sequence[int], this: Round) -> list[int]:
         """How many children of each node are kept, as far as the rows' trees have room."""
         assert this.trees is not None
         lengths = this.trees.proposal.lengths
-        left = {row: this.start.nodes[row] - lengths[row] for row in rows.tolist()}
+        left = {row: this.start.nodes[row] - lengths[row] for row in rows}
         counts: list[int] = []
-        for row, wanted in zip(rows.tolist(), kept.sum(1).tolist(), strict=True):
+        for row, wanted in zip(rows, kept.sum(1).tolist(), strict=True):
             counts.append(min(wanted, left[row]))
             left[row] -= counts[-1]
         return counts
