@@ -105,9 +105,10 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
         if verified := summary.get(f"verified_in_{source}"):
             rate = summary[f"accepted_in_{source}"] / verified
             totals.add_row(f"  of those found in {name}", f"{rate:.1%} of {verified:,}")
-    for choice, (judged, accepted) in _by_rank(summary.get("nodes") or ()).items():
-        rate = accepted / judged
-        totals.add_row(f"  of the draft's {choice} choices", f"{rate:.1%} of {judged:,}")
+    for choice, nodes in by_choice(summary.get("nodes") or ()).items():
+        if judged := sum(node["judged"] for node in nodes):
+            rate = sum(node["accepted"] for node in nodes) / judged
+            totals.add_row(f"  of the draft's {choice}", f"{rate:.1%} of {judged:,}")
     totals.add_row("speedup", _speedup(summary))
 
     if said := sampling_said(summary):
@@ -131,16 +132,17 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-CHOICES = ("first", "second", "third", "fourth")
+def by_choice(nodes: Sequence[Mapping[str, int]]) -> dict[str, list[dict[str, int]]]:
+    """Candidates that branch as positions, by which choice of the draft they were.
 
-
-def _by_rank(nodes: Sequence[Mapping[str, int]]) -> dict[str, tuple[int, int]]:
-    """Of candidates that branch, how many were judged and accepted, by choice of the draft."""
-    found = {}
-    for rank, choice in enumerate(CHOICES):
-        own = [node for node in nodes if node["rank"] == rank]
-        if judged := sum(node["judged"] for node in own):
-            found[choice] = judged, sum(node["accepted"] for node in own)
+    Args:
+        nodes: as in `summarise`.
+    """
+    found: dict[str, list[dict[str, int]]] = {}
+    for rank, choice in enumerate(("first", "second", "third", "fourth")):
+        own = [{**node, "position": node["depth"]} for node in nodes if node["rank"] == rank]
+        if own:
+            found[f"{choice} choices"] = own
     return found
 
 
