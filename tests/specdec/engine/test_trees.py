@@ -324,7 +324,7 @@ def test_models_whose_state_runs_on_get_chains() -> None:
 
 
 @settings(
-    max_examples=20,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -371,20 +371,20 @@ def test_counts_and_outcomes_obey_their_laws(
             assert [*round_.path] == sorted(round_.path)
     stats = engine.stats
     assert stats.counts == total
-    for drafted, verified, accepted in stats.nodes.values():
-        assert 0 <= accepted <= verified <= drafted
-    sums = [sum(each) for each in zip(*stats.nodes.values(), strict=True)] or [0, 0, 0]
+    for drafted, verified, judged, accepted in stats.nodes.values():
+        assert 0 <= accepted <= judged <= verified <= drafted
+    sums = [sum(each) for each in zip(*stats.nodes.values(), strict=True)] or [0] * 4
     assert sums[:2] == [total.drafted, total.verified]
-    assert sums[2] >= total.accepted
+    assert sums[3] >= total.accepted
     fed = sum(map(len, many))
     assert stats.target_tokens == fed + total.verified + total.rounds - len(requests)
-    for outcome in policy.outcomes:
+    for outcome in (each for each in policy.outcomes if each.parents):
         rows = zip(outcome.parents, outcome.kept, outcome.path, outcome.start.nodes, strict=True)
         for parents, kept, path, limit in rows:
             assert len(parents) <= min(limit, most, MOST_CANDIDATES)
             assert {*path} <= {*kept}
             assert [parents[node] for node in path] == [-1, *path][:-1]
-        assert outcome.submitted == [*map(len, outcome.kept)] or not outcome.parents
+        assert outcome.submitted == [*map(len, outcome.kept)]
 
 
 @pytest.mark.parametrize("mode", ["rejection", "coupled"])
