@@ -302,8 +302,8 @@ class Round:
         branches = MOST_WIDTH * np.array(before)[:, None] + np.arange(width)
         seeds = [signed64(self.rows[row].sampling.seed) for row in rows]
         rounds = [self.rows[row].counts.rounds for row in rows]
-        columns = (np.array(each)[:, None] for each in (seeds, rounds, positions))
-        return candidate_numbers(*columns, branches)
+        seed, number, at = (np.array(each)[:, None] for each in (seeds, rounds, positions))
+        return candidate_numbers(seed, number, at, branches)
 
     def outcome(self) -> RoundOutcome:
         """What the policy learns from."""

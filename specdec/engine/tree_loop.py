@@ -24,7 +24,7 @@ from specdec.measure.clock import PhaseClock
 from specdec.model.rows import upload
 from specdec.model.sharing import SharedCaches
 from specdec.model.trees import Tree
-from specdec.policies.base import DraftStep, Signal, StopPolicy
+from specdec.policies.base import DraftStep, Indices, Signal, StopPolicy
 
 
 class TreeLoop:
@@ -139,7 +139,7 @@ class TreeLoop:
         self,
         step: DraftStep,
         drawn: Candidates,
-        chosen: Flags | None,
+        chosen: Indices | None,
         unseen: list[tuple[DraftStep, Tensor]],
     ) -> DraftStep:
         """The step with its signals, if the policy looks at them now."""
