@@ -10,7 +10,7 @@ from specdec.drafters.suffix import SuffixIndex
 from specdec.engine.ending import Ending
 from specdec.engine.round import Round
 from specdec.engine.scheduler import LiveRow
-from specdec.lossless.verification import Proposal
+from specdec.lossless.proposal import Proposal
 from specdec.measure.clock import PhaseClock
 from specdec.model.sharing import SharedCaches
 from specdec.policies.base import StopPolicy

@@ -43,9 +43,20 @@ class Tree:
             if not -1 <= parent < node:
                 raise ValueError(f"node {node} follows {parent}; parents come before children")
 
+    @property
+    def branches(self) -> bool:
+        """Whether any node follows another than the one before it."""
+        return any(parent != node - 1 for node, parent in enumerate(self.parents))
+
 
 Trees = Sequence[Tree | None] | None
 """Of each row of a forward, if it ends in one; None: none does."""
+
+
+def in_trees(trees: Sequence[Tree | None]) -> Trees:
+    """Those that branch; of a chain each token follows the one before it, as without a tree."""
+    branching = [tree if tree is not None and tree.branches else None for tree in trees]
+    return branching if any(branching) else None
 
 
 def longest(rows: Sequence[Row], trees: Trees) -> int:

@@ -305,13 +305,15 @@ class VirtualEngine(Engine):
         self._seated: list[LiveRow] = []
 
     def _new_drafter(self) -> Drafter:
-        return _Drafter(
+        drafter = _Drafter(
             self._decoders[1],
             vocab_size=VOCABULARY,
             context_length=self.pair.draft_context_length,
             chunk=self.prefill_chunk,
             clock=self.clock,
         )
+        drafter.branches = False  # a script has one candidate for each place
+        return drafter
 
     def _begin(self, rows: list[LiveRow], timer: RoundTimer) -> Round:
         with self.clock.aside(MADE_UP):
