@@ -48,7 +48,7 @@ class Wild(StopPolicy):
     width: int = 3
     most: int = 20
     wanted = frozenset({Signal.LOG_TOP})
-    chance: np.random.Generator = field(init=False)
+    chance: np.random.Generator = field(init=False, repr=False)
     outcomes: list[RoundOutcome] = field(default_factory=list)
 
     def __post_init__(self) -> None:
