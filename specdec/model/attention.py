@@ -2,8 +2,8 @@
 
 transformers calls `packed_attention` in place of its own. There are three ways to compute it:
 
-- Rows of at most GRID_TOKENS tokens (decoding, verifying) go to compiled kernels where there are
-  any (specdec/kernels), token by token.
+- Rows of at most GRID_TOKENS tokens (decoding, verifying) and trees go to compiled kernels where
+  there are any (specdec/kernels), token by token.
 - Elsewhere they are computed together as a grid (specdec/model/grid.py).
 - Layers with soft caps, sinks or a bias have no kernels and are computed the second or third way.
 - Longer rows (prefill) are computed one by one, so that a row's shapes depend on that row alone.
@@ -95,6 +95,8 @@ def attend_stored(packing: Packing, layer: int, query: Tensor, scoring: Scoring)
     layout = cache.layout[layer]
     keys, values = cache.keys[layer], cache.values[layer]
     kernels = packing.kernels if query.dtype == keys.dtype and layout.plain else None
+    if packing.paths is not None:
+        kernels = None
     if kernels is None and not packing.long:
         return packing.grid.attend(query, cache, layer, scoring)
     out = query.new_empty(*query.shape[:2], values.shape[3])

@@ -29,6 +29,7 @@ from specdec.model.packing import GRID_TOKENS, Packing
 from specdec.model.recurrent import RecurrentStates
 from specdec.model.rows import Row
 from specdec.model.stock import StockModel, UnsupportedModel
+from specdec.model.trees import Trees
 
 STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 """Kinds of layers, as configs name them, whose state runs on."""
@@ -102,25 +103,34 @@ class PackedDecoder:
             states=states,
         )
 
-    def forward(self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor) -> Tensor:
+    def forward(
+        self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor, trees: Trees = None
+    ) -> Tensor:
         """Append tokens to slots and return their last hidden states.
 
         Args:
             cache: changed in place: keys, values and lengths of the rows' slots.
             rows: (slot, number of tokens) with distinct slots and at least one token each.
             tokens: int64 [N], the rows' tokens end to end.
+            trees: of each row; in one that has none, each token follows the one before it.
 
         Raises:
             OutOfPages: the cache has too few for them.
+            ValueError: a tree does not end where its row does, or the model is `recurrent`.
 
         Returns:
             [N, hidden], good until the next call; give the rows that need logits to `logits`.
         """
-        return self.forward_into(cache, rows, tokens, HIDDEN)
+        return self.forward_into(cache, rows, tokens, HIDDEN, trees)
 
     @torch.inference_mode()
     def forward_into(
-        self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor, tail: Tail[Out]
+        self,
+        cache: SlotCache,
+        rows: Sequence[Row],
+        tokens: Tensor,
+        tail: Tail[Out],
+        trees: Trees = None,
     ) -> Out:
         """As `forward`, but return what `tail` makes of the hidden states [N, hidden].
 
@@ -128,9 +138,9 @@ class PackedDecoder:
         call of this size.
         """
         cache.extend(rows)
-        out = self._recorded(cache, rows, tokens, tail)
+        out = self._recorded(cache, rows, tokens, tail) if trees is None else None
         if out is None:
-            packing = Packing.plan(cache, rows, self.invariant)
+            packing = Packing.plan(cache, rows, self.invariant, trees)
             out = tail(self._run(tokens, packing.positions, packing), *tail.inputs)
             if packing.replay is not None:
                 packing.replay.finish()
@@ -146,14 +156,17 @@ class PackedDecoder:
         tokens: Tensor,
         clock: PhaseClock,
         tail: Tail[Any] = HIDDEN,
+        trees: Trees = None,
     ) -> None:
         """Record the forward that is to come, if its size is new, in time that is set aside.
 
         Args:
-            cache, rows, tokens, tail: as for `forward_into`; the cache stays as it is.
+            cache, rows, tokens, tail, trees: as for `forward_into`; the cache stays as it is.
             clock: books it as `warmup`, and leaves it out of what rounds are measured to cost.
         """
         recorded = tail if self._records(tail) else HIDDEN
+        if trees is not None:
+            return
         if self.recordings is not None and self.recordings.lacks(cache, rows, recorded):
             with clock.aside("warmup"):
                 cache.extend(rows)
