@@ -30,14 +30,12 @@ class LayerLayout:
         heads, key_dim, value_dim: `heads` times key_dim and value_dim numbers per position.
         window: positions that a token looks back, itself included; None: all.
         chunked: whether it looks back no further than the last multiple of `window` (Llama 4).
-        plain: whether this is all, and weights are the softmax of scores: what kernels compute.
     """
 
     heads: int
     key_dim: int
     value_dim: int
     window: int | None = None
-    plain: bool = True
     chunked: bool = False
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:

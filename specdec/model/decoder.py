@@ -138,7 +138,8 @@ class PackedDecoder:
         call of this size.
         """
         cache.extend(rows)
-        out = self._recorded(cache, rows, tokens, tail) if trees is None else None
+        trees = trees if any(trees or ()) else None
+        out = self._recorded(cache, rows, tokens, trees, tail)
         if out is None:
             packing = Packing.plan(cache, rows, self.invariant, trees)
             out = tail(self._run(tokens, packing.positions, packing), *tail.inputs)
@@ -165,12 +166,11 @@ class PackedDecoder:
             clock: books it as `warmup`, and leaves it out of what rounds are measured to cost.
         """
         recorded = tail if self._records(tail) else HIDDEN
-        if trees is not None:
-            return
-        if self.recordings is not None and self.recordings.lacks(cache, rows, recorded):
+        trees = trees if any(trees or ()) else None
+        if self.recordings is not None and self.recordings.lacks(cache, rows, trees, recorded):
             with clock.aside("warmup"):
                 cache.extend(rows)
-                self._recorded(cache, rows, tokens, recorded)
+                self._recorded(cache, rows, tokens, trees, recorded)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -182,27 +182,33 @@ class PackedDecoder:
         return tail is HIDDEN or (tail.recordable and self._records_tails)
 
     def _recorded(
-        self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor, tail: Tail[Out]
+        self,
+        cache: SlotCache,
+        rows: Sequence[Row],
+        tokens: Tensor,
+        trees: Trees,
+        tail: Tail[Out],
     ) -> Out | None:
         """What `forward_into` returns, if it can be recorded; a new size is recorded first."""
         if self.recordings is None:
             return None
+        given = cache, rows, tokens, trees
         try:
             if self._records(tail):
-                return self.recordings.forward(self._run_places, cache, rows, tokens, tail)
-            hidden = self.recordings.forward(self._run_places, cache, rows, tokens, HIDDEN)
+                return self.recordings.forward(self._run_places, *given, tail)
+            hidden = self.recordings.forward(self._run_places, *given, HIDDEN)
             return None if hidden is None else tail(hidden, *tail.inputs)
         except RecordingFailed as error:
             if tail is not HIDDEN and self._records(tail):
                 log.warning("draft steps are recorded without their sampling: %s", error)
                 self._records_tails = False
-                return self._recorded(cache, rows, tokens, tail)
+                return self._recorded(*given, tail)
             log.warning("forwards are not recorded, which is slower: %s", error)
             self.recordings = None
             return None
 
     def _run_places(self, cache: SlotCache, tokens: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-        """Hidden states of tokens [N] at places [2, N] in rows [R, 4]."""
+        """Hidden states of tokens [N] at places [2 or 5, N] in rows [R, 4]."""
         return self._run(tokens, places[1], Packing.of_places(cache, places, rows))
 
     def _run(self, tokens: Tensor, positions: Tensor, packing: Packing) -> Tensor:
@@ -218,7 +224,7 @@ class PackedDecoder:
         """
         with self._mixers.noting():
             layout = layer_layouts(self._stock, self.recurrent)
-        self.use_kernels = bool(layout) and all(layer.plain for layer in layout)
+        self.use_kernels = bool(layout)
         with short_windows(self.model.config):
             windows = any(layer.window for layer in layout)
             self.layout = layer_layouts(self._stock, self.recurrent) if windows else layout

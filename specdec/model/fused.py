@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from specdec.kernels.base import LayerKernels
+from specdec.kernels.scoring import Scoring
 from specdec.model.attention import attend, attend_stored
 from specdec.model.packing import Packing
-from specdec.model.scoring import Scoring
 
 FUSIBLE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 """transformers' layers that compute what `FusedLayer` does."""

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec.kernels.scoring import Scoring
 from specdec.model.cache import KEY_BLOCK, LayerLayout, SlotCache
 from specdec.model.rows import PackedRow, upload
-from specdec.model.scoring import Scoring
 from specdec.model.trees import positions_of
 
 MANY_ROWS = 16

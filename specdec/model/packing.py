@@ -66,6 +66,8 @@ class Packing:
         Raises:
             ValueError: see `trees.lay_out`, or the cache has states, which no tree can branch.
         """
+        if trees is not None and cache.states is not None:
+            raise ValueError("trees: states that run on cannot branch; give such a model chains")
         slots: list[int] = []
         stored: list[int] = []
         short: list[PackedRow] = []
@@ -79,15 +81,14 @@ class Packing:
         most = cache.kernels.row_tokens if cache.kernels is not None else None
         cut = cut_rows(np.array(short), most).tolist() if short and most else short
         flat = [number for row in cut for number in row]
-        if trees is None or not any(trees):
+        paths: Tensor | None = None
+        if trees is None:
             slots_, stored_, short_rows = upload(cache.device, slots, stored, flat)
-            positions, paths = stored_, None
-        elif cache.states is not None:
-            raise ValueError("trees: the model has states that run on; its rows have none")
+            positions = stored_
         else:
-            placed, bases, masks = lay_out(packed, trees)
+            places, bases, masks = lay_out(packed, trees)
             slots_, stored_, positions, both, short_rows = upload(
-                cache.device, slots, stored, placed, bases + masks, flat
+                cache.device, slots, stored, places, bases + masks, flat
             )
             paths = both.view(2, -1)
         return cls(
@@ -106,9 +107,14 @@ class Packing:
 
     @classmethod
     def of_places(cls, cache: SlotCache, places: Tensor, rows: Tensor) -> Packing:
-        """That of tokens at places (slot, position) [2, N] in rows [R, 4], which no host reads."""
-        slots, positions = places
-        return cls(cache, False, slots, positions, positions, None, [], [], rows, cache.kernels)
+        """That of tokens at some places in rows [R, 4], which no host reads.
+
+        `places`, int64 [2 or 5, N], are slots and positions; with trees also where the tokens are
+        stored, and their paths.
+        """
+        slots, positions = places[:2]
+        stored, paths = (positions, None) if len(places) == 2 else (places[2], places[3:])
+        return cls(cache, False, slots, positions, stored, paths, [], [], rows, cache.kernels)
 
     def layer_of(self, attention: Any) -> int:
         """Which layer attends now; those that share one module (Zamba) are told by their turns."""

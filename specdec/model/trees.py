@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.model.rows import PackedRow
+from specdec.model.rows import PackedRow, Row
 
 MOST_NODES = 64
 """Nodes of a tree: bits of a mask."""
@@ -46,6 +46,14 @@ class Tree:
 
 Trees = Sequence[Tree | None] | None
 """Of each row of a forward, if it ends in one; None: none does."""
+
+
+def longest(rows: Sequence[Row], trees: Trees) -> int:
+    """Tokens of the longest row that is no tree; 0 if there is none."""
+    counts = (count for _, count in rows)
+    if trees is None:
+        return max(counts)
+    return max((n for n, tree in zip(counts, trees, strict=True) if tree is None), default=0)
 
 
 def lay_out(

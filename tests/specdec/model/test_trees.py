@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import BloomConfig, BloomForCausalLM
 
-from specdec.model.cache import SlotCache
 from specdec.model.decoder import PackedDecoder
 from specdec.model.packing import GRID_TOKENS
 from specdec.model.rows import PackedRow
 from specdec.model.trees import MOST_NODES, Tree, lay_out, positions_of
-from tests.specdec.tiny_models import VOCAB, make_pair, tiny_model
+from tests.specdec.recurrent_models import RECURRENT
+from tests.specdec.tiny_models import VOCAB, make_pair, seeded, tiny_model
 
 WINDOW = 5
 """Less than trees are deep: it ends within them."""
@@ -26,8 +26,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": WINDOW},
     "gemma2": {"sliding_window": WINDOW, "layer_types": LAYERS, "attn_logit_softcapping": 1.0},
     "gpt_oss": {
-        **{"sliding_window": WINDOW, "layer_types": LAYERS},
-        **{"num_local_experts": 2, "num_experts_per_tok": 1},
+        "sliding_window": WINDOW,
+        "layer_types": LAYERS,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
     },
 }
 
@@ -152,10 +154,6 @@ def test_a_trees_nodes_are_what_their_paths_give_alone(
 
 
 def test_a_bias_of_positions_is_that_of_a_nodes_depth() -> None:
-    from transformers import BloomConfig, BloomForCausalLM
-
-    from tests.specdec.tiny_models import seeded
-
     config = BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, seq_length=512)
     bench = TreeBench(PackedDecoder(seeded(BloomForCausalLM, config).eval()))
     bench.check(some_trees(bench.draw), bits=False)
@@ -169,8 +167,14 @@ def test_as_many_nodes_as_a_mask_has_bits() -> None:
 
 @pytest.mark.parametrize("parents", [[-1, 1], [0], [-2], [-1] * (MOST_NODES + 1)])
 def test_a_tree_that_is_none_is_refused(parents: list[int]) -> None:
-    with pytest.raises(ValueError, match="children|at most"):
+    with pytest.raises(ValueError, match=r"children|at most"):
         Tree(3, parents)
+
+
+def test_states_that_run_on_do_not_branch() -> None:
+    decoder = PackedDecoder(tiny_model("qwen3_5_text", **RECURRENT["qwen3_5_text"]))
+    with pytest.raises(ValueError, match="chains"):
+        decoder.forward(decoder.new_cache(1, 8), [(0, 2)], torch.arange(2), [Tree(1, [-1])])
 
 
 def test_tokens_lie_at_their_depths() -> None:
