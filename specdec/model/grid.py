@@ -137,7 +137,7 @@ class Grid:
         assert self.seen_position is not None
         outs = []
         for t, positions in enumerate(self.seen_position.unbind(1)):
-            order = positions.argsort(-1, stable=True)[:, None, :, None]
+            order = positions.argsort(dim=-1, stable=True)[:, None, :, None]
             own = [x.take_along_dim(order, 2) for x in (keys, values)]
             one = slice(t, t + 1)
             outs.append(invariant_attention(q[:, :, :, one], *own, mask[:, :, one], scoring))
