@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from specdec.measure.clock import PhaseClock
 from specdec.model.attention import ATTENTION, packed_attention
 from specdec.model.cache import LayerLayout, SlotCache
-from specdec.model.check import Reference
+from specdec.model.check import CPU_CHECK, GPU_CHECK, GRID_CHECK, Reference
 from specdec.model.fused import fuse_layers
 from specdec.model.graphs import HIDDEN, Out, RecordingFailed, Recordings, Tail, record
 from specdec.model.masks import layer_layouts, short_windows
@@ -228,11 +228,17 @@ class PackedDecoder:
         with short_windows(self.model.config):
             windows = any(layer.window for layer in layout)
             self.layout = layer_layouts(self._stock, self.recurrent) if windows else layout
-            reference = Reference.of(self._stock, self.vocab_size, self.context_length)
+            on_gpu = self.device.type == "cuda"
+            lengths = CPU_CHECK if self.new_cache(0, 0).kernels is not None else GRID_CHECK
+            reference = Reference.of(
+                self._stock,
+                self.vocab_size,
+                self.context_length,
+                GPU_CHECK if on_gpu else lengths,
+            )
             self._stock.set_attention(ATTENTION)
             if fuse:
                 fuse_layers(self._stock.decoder)
-            on_gpu = self.device.type == "cuda"
             if on_gpu:
                 one_device = len({parameter.device for parameter in self.model.parameters()}) == 1
                 self.use_kernels = (
