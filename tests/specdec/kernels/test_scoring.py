@@ -14,7 +14,7 @@ LAYERS = ["sliding_attention", "full_attention"]
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         "num_local_experts": 2,
-        "num_experts_per_tok": 1,
+        "num_experts_per_tok": 2,  # all, so that rounding cannot choose others
         "sliding_window": 12,
         "layer_types": LAYERS,
     },
