@@ -36,6 +36,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from common import (
     DRAFT,
@@ -64,16 +65,9 @@ from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.registry import make_policy
 from specdec.request import Request, SamplingParams
 from specdec.simulate.bound import least_seconds
-from specdec.simulate.record import MOST, Text, measure_costs, record, write_texts
-from specdec.simulate.replay import (
-    Ratio,
-    Replay,
-    Transcript,
-    faster,
-    load_transcripts,
-    replay,
-    save_transcripts,
-)
+from specdec.simulate.record import MOST, WIDTH, Text, measure_costs, record, write_texts
+from specdec.simulate.replay import Ratio, Replay, faster, replay
+from specdec.simulate.transcripts import Transcript, load_transcripts, save_transcripts
 
 
 class Costs(StrEnum):
@@ -122,7 +116,7 @@ def record_command(
         )
     }
     texts = [Text(request, done[request.id]) for request in requests]
-    traced = record(pair, texts, verification=mode, head=trained, most=MOST)
+    traced = record(pair, texts, verification=mode, head=trained, most=MOST, width=WIDTH)
     traces = list(track(traced, "tracing", len(texts), console=console))
     about = {
         "pair": pair.describe(),
@@ -132,9 +126,10 @@ def record_command(
         "head": str(head) if head else None,
     }
     save_transcripts(out, traces, about)
-    accepted = sum(int(trace.accepted.sum()) for trace in traces)
-    n = sum(len(trace.accepted) for trace in traces)
-    console.print(f"{out}: {len(traces)} rows, {n} positions, {accepted / n:.1%} accepted")
+    ranks = np.concatenate([trace.ranks for trace in traces])
+    among = ", ".join(f"{(ranks < width).mean():.1%}" for width in range(1, traces[0].width + 1))
+    console.print(f"{out}: {len(traces)} rows, {len(ranks)} positions")
+    console.print(f"accepted among the draft's first 1, 2, .. choices: {among}")
 
 
 # ------------------------------------------------------------------------- costs

@@ -9,7 +9,7 @@ import numpy as np
 
 from specdec.measure.calibration import Array
 from specdec.policies.costs import CostModel, CostTable
-from specdec.simulate.replay import Transcript
+from specdec.simulate.transcripts import Transcript
 
 
 def least_seconds(transcripts: Sequence[Transcript], costs: CostModel, live: int = 1) -> Array:

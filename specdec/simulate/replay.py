@@ -12,24 +12,18 @@ specdec/simulate/bound.py says what is the least that any policy could take.
 
 from __future__ import annotations
 
-import json
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from specdec.atomic import atomic_file
-from specdec.measure.calibration import Array, Flags
+from specdec.measure.calibration import Array
 from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, RowMemory, StopPolicy
 from specdec.policies.costs import CostModel
 from specdec.request import Counts
+from specdec.simulate.transcripts import Signals, Transcript
 
 LAPS = 4
 """Rows per slot that a steady replay runs at least.
@@ -39,106 +33,6 @@ Raised, replays take longer and depend less on which rows come first.
 
 RESAMPLES = 4000
 """Bootstrap samples behind an interval. More make its ends repeat more closely."""
-
-Signals = NDArray[np.float32]
-Whole = NDArray[np.int64]
-
-
-# ------------------------------------------------------------------ transcripts
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Transcript:
-    """What speculation would meet along one row's output of n tokens.
-
-    Attributes:
-        id, group: of the row; results are reported by group.
-        prompt_tokens: length of the prompt.
-        limit: no candidate has an output position of `limit` or more.
-        free_trimming: as in `RoundStart`.
-        accepted: bool [n], whether the candidate drawn after the first t output tokens is the next
-            one.
-        signals: float32 [n, len(Signal)], what a policy may see of it.
-        branch_of: int64 [n], where drafting goes on after a candidate that is not accepted, as an
-            index into branches; -1 where it is accepted and the text goes on.
-        branches: float32 [m, depth, len(Signal)], signals of up to `depth` further candidates.
-        runs: int64 [n + 1], how many candidates from t on are accepted.
-    """
-
-    id: str
-    group: str
-    prompt_tokens: int
-    limit: int
-    free_trimming: bool
-    accepted: Flags
-    signals: Signals
-    branch_of: Whole
-    branches: Signals
-    runs: Whole = field(init=False)
-
-    def __post_init__(self) -> None:
-        n = len(self.accepted)
-        stops = np.append(np.flatnonzero(~self.accepted), n)
-        places = np.arange(n + 1)
-        object.__setattr__(self, "runs", stops[np.searchsorted(stops, places)] - places)
-
-    @property
-    def most(self) -> int:
-        """The most candidates that a round may draft."""
-        return 1 + int(self.branches.shape[1])
-
-    @property
-    def first(self) -> int:
-        """Output tokens that there are before the first round that may draft."""
-        return 1 if self.prompt_tokens > 1 else 0
-
-    def seen(self, start: int, index: int) -> Signals:
-        """Signals of candidate `index` (from 0) of a round that begins after `start` tokens."""
-        at = start + index
-        last = min(start + int(self.runs[start]), len(self.accepted) - 1)
-        if at <= last:
-            row: Signals = self.signals[at]
-        else:
-            row = self.branches[self.branch_of[last], at - last - 1]
-        return row
-
-
-def save_transcripts(
-    path: Path, transcripts: Sequence[Transcript], about: Mapping[str, Any]
-) -> None:
-    """Write transcripts as safetensors, in one step.
-
-    Args:
-        transcripts: at least one, of equal depth.
-        about: how they were made, JSON-able.
-    """
-    plain = ("id", "group", "prompt_tokens", "limit", "free_trimming")
-    rows = [
-        {name: getattr(transcript, name) for name in plain}
-        | {"n": len(transcript.accepted), "m": len(transcript.branches)}
-        for transcript in transcripts
-    ]
-    arrays = {
-        name: np.concatenate([getattr(transcript, name) for transcript in transcripts])
-        for name in ("accepted", "signals", "branch_of", "branches")
-    }
-    with atomic_file(path) as fresh:
-        save_file(arrays, fresh, {"rows": json.dumps(rows), "about": json.dumps(dict(about))})
-
-
-def load_transcripts(path: Path) -> tuple[list[Transcript], dict[str, Any]]:
-    """The transcripts that `save_transcripts` wrote, and how they were made."""
-    opened: Any = safe_open(path, framework="np")
-    metadata = opened.metadata()
-    arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    transcripts: list[Transcript] = []
-    n = m = 0
-    for row in json.loads(metadata["rows"]):
-        ends = n + row.pop("n"), m + row.pop("m")
-        parts = {name: arrays[name][n : ends[0]] for name in ("accepted", "signals", "branch_of")}
-        transcripts.append(Transcript(**row, **parts, branches=arrays["branches"][m : ends[1]]))
-        n, m = ends
-    return transcripts, json.loads(metadata["about"])
 
 
 # ----------------------------------------------------------------------- replay
@@ -301,12 +195,18 @@ def _draft(
             drafted[i] = depth
         going = np.array([budget[i] > depth for i in active])
         if policy.wanted:
-            signals = [rows[i].transcript.seen(rows[i].at, depth - 1) for i in active]
+            signals = [_seen(rows[i], depth - 1) for i in active]
             step = DraftStep(np.array(active), depth, np.stack(signals).astype(np.float64))
             going &= policy.go_on(step)
         active = [i for i, on in zip(active, going, strict=True) if on]
         packed = len(active)
     return drafted, spent
+
+
+def _seen(row: _Row, index: int) -> Signals:
+    """Signals of candidate `index` (from 0) of the round that begins now."""
+    last = min(row.at + int(row.transcript.runs[row.at]), len(row.transcript.accepted) - 1)
+    return row.transcript.choices(row.at + index, last)[0]
 
 
 # -------------------------------------------------------------------- statistics

@@ -18,8 +18,10 @@ from specdec.policies.costs import CostModel
 from specdec.policies.registry import make_policy
 from specdec.policies.signals import read_signals
 from specdec.request import Completion, Counts, Request, SamplingParams
-from specdec.simulate.record import Text, measure_costs, record, reversed_coupling
-from specdec.simulate.replay import Transcript, replay
+from specdec.simulate.coupling import reversed_coupling
+from specdec.simulate.record import Text, measure_costs, record
+from specdec.simulate.replay import replay
+from specdec.simulate.transcripts import Transcript
 from tests.specdec.goodness import FALSE_ALARM, chi_square_excess, counted
 from tests.specdec.tiny_models import TinyPair, make_pair
 from tests.specdec.workloads import linear, prompts, random_head
@@ -113,7 +115,7 @@ def test_transcripts_are_what_the_plain_models_say(
         y = logits.argmax(-1)
         assert transcript.accepted[t] == (int(y) == x)
         expected = read_signals(logits, y, hidden, wanted, head)[0]
-        assert torch.tensor(transcript.signals[t]) == pytest.approx(expected, abs=2e-3)
+        assert torch.tensor(transcript.signals[t, 0]) == pytest.approx(expected, abs=2e-3)
         if transcript.accepted[t] and t < len(text.output_ids) - 1:
             assert transcript.branch_of[t] == -1
             continue
@@ -126,7 +128,7 @@ def test_transcripts_are_what_the_plain_models_say(
             logits, hidden = signals_after(pair, draft_model, context)
             y = logits.argmax(-1)
             expected = read_signals(logits, y, hidden, wanted, head)[0]
-            assert torch.tensor(branch[step]) == pytest.approx(expected, abs=2e-3)
+            assert torch.tensor(branch[step, 0]) == pytest.approx(expected, abs=2e-3)
 
 
 def test_coupled_candidates_share_the_noise_of_the_row(
@@ -136,7 +138,7 @@ def test_coupled_candidates_share_the_noise_of_the_row(
     (text,) = texts_of(pair, [request], "coupled")
     (transcript,) = record(pair, [text], verification="coupled", most=3)
     assert transcript.free_trimming
-    assert not transcript.signals[:, [Signal.HEAD_BEFORE, Signal.HEAD_AFTER]].any()
+    assert not transcript.signals[..., [Signal.HEAD_BEFORE, Signal.HEAD_AFTER]].any()
     params = SamplingBatch.of([request.sampling], torch.device("cpu"))
     for t, x in enumerate(text.output_ids):
         context = [*request.prompt_ids, *text.output_ids[:t]]
