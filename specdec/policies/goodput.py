@@ -37,7 +37,6 @@ from specdec.policies.base import (
     DraftStep,
     RoundOutcome,
     RoundStart,
-    setting,
 )
 from specdec.policies.catch_up import owed, shared
 from specdec.policies.costs import CostModel
@@ -45,6 +44,7 @@ from specdec.policies.estimating import EstimatingPolicy
 from specdec.policies.estimators import lookup_estimator
 from specdec.policies.looking import Looking
 from specdec.policies.objective import best_constant, best_prefixes, further_seconds, leading_rows
+from specdec.policies.settings import setting
 from specdec.policies.switch import IN_A_ROW, Switch
 
 if TYPE_CHECKING:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from specdec.policies.base import MOST_CANDIDATES, Chain, RoundStart, setting
+from specdec.policies.base import MOST_CANDIDATES, Chain, RoundStart
 from specdec.policies.estimating import EstimatingPolicy
 from specdec.policies.estimators import Estimator, lookup_estimator
+from specdec.policies.settings import setting
 
 
 @dataclass(eq=False)
