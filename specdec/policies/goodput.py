@@ -4,9 +4,10 @@ With a live batch, one row that stops early saves no draft step; what it saves i
 verification, and what everything costs depends on the batch. So `goodput` asks of each step what it
 is expected to bring and what it costs (specdec/policies/objective.py), for all rows together:
 
-    budget   is speculation worth it at all, and for which rows?
-    go_on    which rows draft another candidate?
-    submit   which candidates are worth verifying?
+    budget   is speculation worth it at all, and for which rows? as chains or as trees?
+    keep     which children of a tree's nodes are worth verifying?
+    go_on    which rows draft another candidate, which nodes are expanded?
+    submit   which candidates are worth verifying? prune: the same of trees
     choose   the same of candidates that were looked up, in a pair without a draft
     observe  learn: acceptance (Estimator), costs (CostModel), the goodput reached, the switch
 
@@ -23,7 +24,7 @@ drawn: after the draft step that made its distribution, by the estimate that doe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ import numpy as np
 from specdec.measure.calibration import Array, Flags
 from specdec.policies.base import (
     MOST_CANDIDATES,
+    MOST_WIDTH,
     Chain,
     DraftStep,
     RoundOutcome,
@@ -40,18 +42,26 @@ from specdec.policies.base import (
 )
 from specdec.policies.catch_up import owed, shared
 from specdec.policies.costs import CostModel
-from specdec.policies.estimating import EstimatingPolicy
 from specdec.policies.estimators import lookup_estimator
+from specdec.policies.growing import GrowingPolicy
 from specdec.policies.looking import Looking
-from specdec.policies.objective import best_constant, best_prefixes, further_seconds, leading_rows
+from specdec.policies.measuring import Measurements
+from specdec.policies.objective import (
+    best_constant,
+    best_number,
+    best_prefixes,
+    further_seconds,
+    leading_rows,
+)
 from specdec.policies.settings import setting
 from specdec.policies.switch import IN_A_ROW, Switch
+from specdec.policies.trimming import Trimming, likeliest
 
 if TYPE_CHECKING:
     from specdec.model.decoder import PackedDecoder
 
 MEMORY = 0.98
-"""Weight that is left of a round's goodput, and of what was trimmed, after one more round.
+"""Weight that is left of a round's goodput after one more round.
 
 50 rounds are remembered. Raised, the price of a second follows a change later. Set by hand.
 """
@@ -62,17 +72,17 @@ PAUSE = 20.0
 What is longer is a pause of the machine, not what speculation costs. Set by hand.
 """
 
-TOGETHER = 16
-"""Measurements that are collected before the cost tables learn from them.
-
-Each update takes array operations of some 20 µs, and the tables of `further_seconds` anew. Raised,
-costs follow a change of the machine later.
-"""
-
 FIRST_ROWS = 16
 """Rows that draft before any candidate was judged.
 
 Raised, a useless draft reads more prompts before it is found out; lowered, a good one starts later.
+"""
+
+SLACK = 0.5
+"""Part of what a place in the verification is worth that a node must be worth to be kept at first.
+
+Where nodes may be dropped later. Raised, what turns out to be worth verifying is missing now and
+then; lowered, a row's tree is full sooner.
 """
 
 LEARNT = 250
@@ -82,15 +92,9 @@ A promise that was made on a first guess of the acceptance rate is no longer mad
 known. Raised, what promises really leave out is seen later.
 """
 
-SHARES = 16
-"""Steps in which the share of first candidates that are submitted is known.
-
-The seconds of further candidates are kept for each share that occurs. Raised, fewer are met again.
-"""
-
 
 @dataclass(eq=False)
-class Goodput(EstimatingPolicy):
+class Goodput(GrowingPolicy):
     """Maximises committed tokens per second; K = 0 where speculation does not pay.
 
     Attributes:
@@ -104,20 +108,20 @@ class Goodput(EstimatingPolicy):
 
     costs: CostModel | None = None
     k_max: int = setting(20, 1, MOST_CANDIDATES, "most candidates of a round")
+    width: int = setting(1, 1, MOST_WIDTH, "most children of a node; 1: no trees")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # `width` is the round's own from here on.
+        self._widest, self.widening = self.width, Looking()
         self.switch, self.looking = Switch(), Looking()
+        self.measured, self.trimming = Measurements(), Trimming()
         self._looks, self._looking_up = True, False
         # Tokens per row lately, and what the best constant length would have made of the time.
         self.price, self._constant = 0.0, 0.0
         self._tokens, self._hoped = 5.0, 5.0
-        # First candidates of rows lately: all and those worth verifying; expected tokens of both.
-        self._firsts = [8.0, 8.0, 4.0, 4.0]
-        # Seconds since the cost tables learnt last, by what learns them and by tokens.
-        self._measured: dict[tuple[Callable[..., None], int], list[float]] = {}
         # `further_seconds` of the tables as they are, by its arguments.
-        self._furthers: dict[tuple[int, int, float], Sequence[Sequence[float]] | Array] = {}
+        self._furthers: dict[tuple[int, int, float, float], Sequence[Sequence[float]] | Array] = {}
 
     def prepare(self, target: PackedDecoder, draft: PackedDecoder | None, slots: int) -> None:
         if draft is None:
@@ -156,9 +160,13 @@ class Goodput(EstimatingPolicy):
         first = [step + more for step, more in zip(steps, owing, strict=True)]
         looks = not start.beside or self.looking.choose(len(start.rows))
         # Who does not look submits all that is drawn.
-        share, yielding = self._first_ones if looks else (1.0, 1.0)
+        share, yielding = self.trimming.first_ones if looks else (1.0, 1.0)
+        wide = self._widest > 1 and looks and self.widening.choose(len(start.rows))
+        if wide:
+            rates, share, yielding = self.passing, self.trimming.spread, 1.0
         expected = [yielding * rates[row] for row in rows]
-        number, length, promised = self._leading(rows, expected, first, self.k_max, share)
+        each = [rates[row] for row in rows]
+        number, length, promised = self._leading(each, expected, first, self.k_max, share)
         most = self.k_max
         if self.switch.pays(promised / len(rows)):
             chosen = rows[:number]
@@ -168,9 +176,12 @@ class Goodput(EstimatingPolicy):
                 self._looks, most = False, length
         else:
             chosen = self.switch.probe(start, sorted(rows), self.costs)
-            self._probing = True
+            self._probing, wide = True, False
         start.notes["promised"] = None if self._probing else promised / len(rows)
         start.notes["looked"] = self._looks
+        if wide:
+            self._plant(start)
+        self.width = self._widest if wide else 1
         for row in chosen:
             budget[row] = most
             start.rows[row].catch_up = debts[row]
@@ -181,7 +192,7 @@ class Goodput(EstimatingPolicy):
         assert self.costs is not None
         if self.costs.at(len(start.rows), sum(start.contexts) / len(start.rows)):
             self._furthers = {}
-        self._free_trimming = start.free_trimming
+        self._free_trimming, self._places = start.free_trimming, np.array(start.nodes)
         self._kept = [0] * len(start.rows)
         self._tokens_bare = self._tokens_fed = start.target_tokens
         # What a second is worth: what the best constant length would make of it, corrected by how
@@ -193,20 +204,12 @@ class Goodput(EstimatingPolicy):
         )
         self.price = max(plain, self._constant * self._tokens / self._hoped)
 
-    @property
-    def _first_ones(self) -> tuple[float, float]:
-        """How much of rows' first candidates was worth verifying lately, and of what they yield.
-
-        Those that are dropped are the unlikely ones: a row takes less of the verification than its
-        candidates would, and yields hardly less than they do.
-        """
-        drawn, kept, hoped, left = self._firsts
-        return round(kept / drawn * SHARES) / SHARES, left / hoped
-
     # ----------------------------------------------------------- after each candidate
 
     def go_on(self, step: DraftStep) -> Flags:
         assert self.costs is not None
+        if self.width > 1:
+            return self._expand(step.depth)
         alive = [] if self._free_trimming else [*self.survival]
         judged = self._judge(step)
         rows = judged.rows
@@ -229,24 +232,89 @@ class Goodput(EstimatingPolicy):
     def _best(self, expected: dict[int, float], first: Sequence[float], left: int) -> list[int]:
         """Which rows to take one step further, by what that is expected to yield of each."""
         rows = sorted(expected, key=lambda row: -expected[row])
-        n, _, gain = self._leading(rows, [expected[row] for row in rows], first, left)
+        rates = [self.typical[row] for row in rows]
+        n, _, gain = self._leading(rates, [expected[row] for row in rows], first, left)
         return rows[:n] if gain > 0 else []
 
     def _leading(
         self,
-        rows: Sequence[int],
+        rates: Sequence[float],
         expected: Sequence[float],
         first: Sequence[float],
         left: int,
         share: float = 1.0,
+        floor: float = 0.0,
     ) -> tuple[int, int, float]:
-        """`leading_rows` of these rows, at the round's price and the costs as they are."""
+        """`leading_rows` of these, at the round's price and the costs as they are."""
         assert self.costs is not None
-        key = self._tokens_fed, len(rows), share
+        key = self._tokens_fed, len(rates), share, floor
         if key not in self._furthers:
             self._furthers[key] = further_seconds(self.costs, *key)
-        rates = [self.typical[row] for row in rows]
         return leading_rows(rates, expected, first, self._furthers[key], self.price, left)
+
+    # -------------------------------------------------------------------- trees
+
+    def keep(self, step: DraftStep) -> Flags:
+        assert self.costs is not None and self.forest is not None
+        forest, floor = self.forest, self.trimming.floor
+        children = forest.judge(step, self.estimator, self.siblings)
+        worth = children.survival if self._free_trimming else children.reached
+        order = likeliest(worth, children.rows, self._places - forest.sizes)
+        if self._free_trimming:  # `prune` chooses, when all are drawn
+            number = int((worth[order] >= SLACK * floor).sum())
+        else:
+            fed = self._tokens_fed
+            seconds = self.costs.verify.curve(fed, fed + len(order))
+            number = best_number(worth[order], seconds, self.price, floor)
+        kept = np.zeros(len(worth), dtype=bool)
+        kept[order[:number]] = True
+        forest.keep(kept)
+        self._tokens_fed += number
+        return kept
+
+    def _expand(self, depth: int) -> Flags:
+        """Which of the children just drawn are expanded."""
+        assert self.costs is not None and self.forest is not None
+        children = self.forest.steps[-1]
+        going, left = np.zeros(len(children.rows), dtype=bool), self.k_max - depth
+        # The first child of each must be worth a place.
+        worth = children.survival * children.typical >= self.trimming.floor
+        nodes = np.flatnonzero(worth & (children.nodes >= 0))
+        if not left or not len(nodes):
+            return going
+        nodes = nodes[np.argsort(-children.survival[nodes], kind="stable")]
+        rates = np.array(self.passing)[children.rows[nodes]]
+        expected = children.survival[nodes] * rates
+        next_step = self.costs.draft.curve(1, len(nodes)).tolist()
+        floor = self.trimming.floor / self.price
+        n, _, gain = self._leading(
+            rates.tolist(), expected.tolist(), next_step, left, self.trimming.spread, floor
+        )
+        if gain > 0:
+            going[nodes[:n]] = True
+        return going
+
+    def prune(self, parents: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        assert self.costs is not None and self.forest is not None
+        steps, bare = self.forest.steps, self._tokens_bare
+        rows, nodes = (
+            np.concatenate([getattr(step, name) for step in steps]) for name in ("rows", "nodes")
+        )
+        survival, reached = (
+            np.concatenate([getattr(step, name) for step in steps])
+            for name in ("survival", "reached")
+        )
+        worth = survival if self._free_trimming else reached
+        order = likeliest(worth, rows, self._places)
+        seconds = self.costs.verify.curve(bare, bare + len(order))
+        number = best_number(worth[order], seconds, self.price)
+        expanded = sum(int((step.ranks == 0).sum()) for step in steps)
+        self.trimming.note_trees(expanded, worth, order, number)
+        if not self._free_trimming:
+            return [range(len(each)) for each in parents]
+        best = order[:number]
+        best = best[nodes[best] >= 0]
+        return [sorted(nodes[best[rows[best] == row]].tolist()) for row in range(len(parents))]
 
     # -------------------------------------------------- where candidates are looked up
 
@@ -274,7 +342,8 @@ class Goodput(EstimatingPolicy):
         # Where it may be trimmed freely, the set is chosen now that all are drawn.
         free = self._free_trimming
         counts = _by_row(self._best_set()[0], len(drafted)) if free else self._kept
-        self._note_trimming(counts)
+        first = self._steps[0]
+        self.trimming.note(first.rows, first.after, counts)
         return drafted if free and self._probing else counts
 
     def _best_set(self) -> tuple[Sequence[tuple[float, int]], float]:
@@ -290,13 +359,6 @@ class Goodput(EstimatingPolicy):
         best = best_prefixes(every, seconds, self.price)
         gain = sum(p for p, _ in best) - self.price * (seconds[len(best)] - seconds[0])
         return best, gain
-
-    def _note_trimming(self, counts: Sequence[int]) -> None:
-        """Take in which first candidates were worth verifying, by each row's count of them."""
-        first = self._steps[0]
-        kept = [p for row, p in zip(first.rows, first.after, strict=True) if counts[row]]
-        noted = (len(first.after), len(kept), sum(first.after), sum(kept))
-        self._firsts = [MEMORY * a + b for a, b in zip(self._firsts, noted, strict=True)]
 
     # ---------------------------------------------------------------- after the round
 
@@ -315,41 +377,22 @@ class Goodput(EstimatingPolicy):
         committed = sum(outcome.accepted) + rows
         spent = outcome.verify_cost[1] + sum(spent for _, spent in outcome.draft_costs)
         looked: bool | None = outcome.start.notes.get("looked")
+        if speculated and promised is not None and looked and self._widest > 1:
+            wide = bool(outcome.path)
+            self.widening.ended(rows, wide, rows + _expected(outcome), spent)
         if outcome.start.beside and speculated and promised is not None and looked is not None:
             self.looking.ended(rows, looked, rows + _expected(outcome), spent)
             if looked == self.looking.pays(rows):  # else a round has other costs than most
-                self._measure(outcome, None if looked else spent)
+                self.measured.note(self.costs, outcome, None if looked else spent)
         else:
-            self._measure(outcome)
+            self.measured.note(self.costs, outcome)
         self._tokens = MEMORY * self._tokens + committed / rows
         plain = float(self.costs.verify(rows))
         spent = min(spent, PAUSE * plain)
         self._hoped = MEMORY * self._hoped + self._constant * spent / rows
         self.switch.ended(speculated, spent / plain)
-        if sum(map(len, self._measured.values())) >= TOGETHER:
-            for (learn, tokens), measured in self._measured.items():
-                learn(tokens, *measured)
-            self._measured, self._furthers = {}, {}
-
-    def _measure(self, outcome: RoundOutcome, whole: float | None = None) -> None:
-        """Note what a round's forwards took.
-
-        Args:
-            outcome: of the round.
-            whole: seconds of the round, where it is not known which part of it took how long: the
-                host launched all of them and then waited. Each has its expected share.
-        """
-        assert self.costs is not None
-        draft, verify = self.costs.observe_draft, self.costs.observe_verify
-        parts = [(draft, *step) for step in outcome.draft_costs] + [(verify, *outcome.verify_cost)]
-        if whole is not None:
-            steps = [(draft, n, float(self.costs.draft(n))) for _, n, _ in parts[:-1]]
-            tokens = outcome.verify_cost[0]
-            parts = [*steps, (verify, tokens, float(self.costs.verify(tokens)))]
-            slower = whole / sum(seconds for *_, seconds in parts)
-            parts = [(learn, n, slower * seconds) for learn, n, seconds in parts]
-        for learn, tokens, seconds in parts:
-            self._measured.setdefault((learn, tokens), []).append(seconds)
+        if self.measured.teach():
+            self._furthers = {}
 
     def _yield(self, outcome: RoundOutcome, decoding: bool) -> float:
         """Tokens per row that a round with candidates yielded beyond its cost."""
@@ -388,6 +431,8 @@ def _by_row(best: Sequence[tuple[float, int]], rows: int) -> list[int]:
 
 def _expected(outcome: RoundOutcome) -> float:
     """Tokens that a round's submitted candidates were expected to yield, once they were drawn."""
+    if outcome.path:
+        return float(outcome.start.notes["forest"].expected(outcome.kept))
     steps, _ = outcome.start.notes["judged"]
     expected: float = sum(
         survival

@@ -56,11 +56,8 @@ class Transcript:
     runs: Whole = field(init=False)
 
     def __post_init__(self) -> None:
-        n = len(self.ranks)
         object.__setattr__(self, "accepted", self.ranks == 0)
-        stops = np.append(np.flatnonzero(self.ranks), n)
-        places = np.arange(n + 1)
-        object.__setattr__(self, "runs", stops[np.searchsorted(stops, places)] - places)
+        object.__setattr__(self, "runs", self.runs_within(1))
 
     @property
     def width(self) -> int:
@@ -76,6 +73,13 @@ class Transcript:
     def first(self) -> int:
         """Output tokens that there are before the first round that may draft."""
         return 1 if self.prompt_tokens > 1 else 0
+
+    def runs_within(self, width: int) -> Whole:
+        """int64 [n + 1]: how many places from t on have their next token among `width` choices."""
+        stops = np.append(np.flatnonzero(self.ranks >= width), len(self.ranks))
+        places = np.arange(len(self.ranks) + 1)
+        runs: Whole = stops[np.searchsorted(stops, places)] - places
+        return runs
 
     def choices(self, at: int, last: int) -> Signals:
         """Signals of the choices after `at` tokens, of which those from `last` on are wrong.

@@ -1,0 +1,83 @@
+"""How likely further children of a node are accepted, given that its better ones were rejected.
+
+A node's children are the draft's choices behind it. The first is judged as a chain's candidate is
+(specdec/policies/estimators.py). The others count only where it fell: what they are worth depends
+on how much of the draft's probability it left, and how much of this they hold themselves.
+"""
+
+from __future__ import annotations
+
+import operator
+from enum import IntEnum
+
+import numpy as np
+
+from specdec.measure.calibration import Array
+from specdec.policies.base import Indices, Signal
+from specdec.policies.estimators import Feature, OnlineEstimator, log_odds
+
+LEAST_LEFT = 1e-4
+"""The least probability that better children are taken to leave. Lowered, rounding shows."""
+
+
+class Sibling(IntEnum):
+    """Columns of what is known of a child behind better ones; logarithms in nats."""
+
+    LOG_SHARE = 0  # its part of the probability that the better ones left
+    LOG_TOP = 1  # as the `Signal`s
+    ENTROPY = 2
+    RANK = 3  # 0 for a second child
+
+
+def sibling_estimator() -> OnlineEstimator:
+    """An online estimator of children behind better ones: it judges by `Sibling`.
+
+    Its first weights are about those of two pairs: 0.5B and 1.5B of one family, and a distilled
+    draft of two layers.
+    """
+    features = (
+        Feature((Sibling.LOG_SHARE,), log_odds, (None, 0.4)),
+        Feature((Sibling.LOG_TOP,), log_odds, (0.0, 0.0)),
+        Feature((Sibling.ENTROPY,), operator.pos, (-0.3, 0.0)),
+        Feature((Sibling.RANK,), operator.pos, (-0.4, -0.3)),
+    )
+    return OnlineEstimator(features, one=(0.0, 0.0), rate=(0.3, 0.3))
+
+
+def sibling_evidence(signals: Array, ranks: Indices) -> Array:
+    """What is known of children, float64 [n, len(Sibling)].
+
+    Args:
+        signals: float [n, len(Signal)]; children of a node stand next to each other, best first.
+        ranks: int [n].
+    """
+    q = np.exp(signals[:, Signal.LOG_Q])
+    left = np.log(np.maximum(1 - _before(q, ranks), LEAST_LEFT))
+    share = np.minimum(signals[:, Signal.LOG_Q] - left, 0.0)
+    return np.stack(
+        [share, signals[:, Signal.LOG_TOP], signals[:, Signal.ENTROPY], ranks - 1.0], axis=1
+    )
+
+
+def given_parent(chances: Array, ranks: Indices) -> Array:
+    """P(a child is accepted | its parent is).
+
+    No child is taken for likelier than a better one, so that the likeliest are the best ones.
+
+    Args:
+        chances: float [n], given that the better ones were rejected as well; order as above.
+        ranks: int [n].
+    """
+    reached = np.exp(_before(np.log1p(-chances), ranks))
+    found = chances * reached
+    for rank in range(1, int(ranks.max(initial=0)) + 1):
+        at = np.flatnonzero(ranks == rank)
+        found[at] = np.minimum(found[at], found[at - 1])
+    return found
+
+
+def _before(each: Array, ranks: Indices) -> Array:
+    """The sum over each child's better siblings."""
+    before = np.cumsum(each) - each
+    first = np.flatnonzero(ranks == 0)
+    return before - before[first][np.cumsum(ranks == 0) - 1]
