@@ -5,9 +5,8 @@ verification, and what everything costs depends on the batch. So `goodput` asks 
 is expected to bring and what it costs (specdec/policies/objective.py), for all rows together:
 
     budget   is speculation worth it at all, and for which rows? as chains or as trees?
-    keep     which children of a tree's nodes are worth verifying?
-    go_on    which rows draft another candidate, which nodes are expanded?
-    submit   which candidates are worth verifying? prune: the same of trees
+    go_on    which rows draft another candidate?
+    submit   which candidates are worth verifying?
     choose   the same of candidates that were looked up, in a pair without a draft
     observe  learn: acceptance (Estimator), costs (CostModel), the goodput reached, the switch
 
@@ -16,6 +15,9 @@ to its promises (specdec/policies/switch.py). What the draft must read of a row 
 propose is a debt that the row's rounds share (specdec/policies/catch_up.py). And beside a device
 that is faster than the host's decisions, as many candidates as pay on average may be better than
 the best choice that the device has to wait for (specdec/policies/looking.py).
+
+The same for trees is in specdec/policies/growing.py. Whether these are faster than chains is
+measured for each size of batch, as is whether to look.
 
 What may be trimmed. In matching modes any candidate may be dropped, so the verified set is chosen
 when all are drawn. Under rejection sampling y_k may be dropped by what was known before it was
@@ -46,22 +48,15 @@ from specdec.policies.estimators import lookup_estimator
 from specdec.policies.growing import GrowingPolicy
 from specdec.policies.looking import Looking
 from specdec.policies.measuring import Measurements
-from specdec.policies.objective import (
-    best_constant,
-    best_number,
-    best_prefixes,
-    further_seconds,
-    leading_rows,
-)
+from specdec.policies.objective import best_constant, best_prefixes, further_seconds, leading_rows
 from specdec.policies.settings import setting
 from specdec.policies.switch import IN_A_ROW, Switch
-from specdec.policies.trimming import Trimming, likeliest
 
 if TYPE_CHECKING:
     from specdec.model.decoder import PackedDecoder
 
 MEMORY = 0.98
-"""Weight that is left of a round's goodput after one more round.
+"""Weight that is left of a round's goodput, and of what was trimmed, after one more round.
 
 50 rounds are remembered. Raised, the price of a second follows a change later. Set by hand.
 """
@@ -78,18 +73,17 @@ FIRST_ROWS = 16
 Raised, a useless draft reads more prompts before it is found out; lowered, a good one starts later.
 """
 
-SLACK = 0.5
-"""Part of what a place in the verification is worth that a node must be worth to be kept at first.
-
-Where nodes may be dropped later. Raised, what turns out to be worth verifying is missing now and
-then; lowered, a row's tree is full sooner.
-"""
-
 LEARNT = 250
 """Judged candidates before promises are held against what rounds yield.
 
 A promise that was made on a first guess of the acceptance rate is no longer made when that is
 known. Raised, what promises really leave out is seen later.
+"""
+
+SHARES = 16
+"""Steps in which the share of first candidates that are submitted is known.
+
+The seconds of further candidates are kept for each share that occurs. Raised, fewer are met again.
 """
 
 
@@ -112,14 +106,14 @@ class Goodput(GrowingPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # `width` is the round's own from here on.
-        self._widest, self.widening = self.width, Looking()
-        self.switch, self.looking = Switch(), Looking()
-        self.measured, self.trimming = Measurements(), Trimming()
+        self._widest, self.widening = self.width, Looking()  # `width` is the round's from here on
+        self.switch, self.looking, self._measured = Switch(), Looking(), Measurements()
         self._looks, self._looking_up = True, False
         # Tokens per row lately, and what the best constant length would have made of the time.
         self.price, self._constant = 0.0, 0.0
         self._tokens, self._hoped = 5.0, 5.0
+        # First candidates of rows lately: all and those worth verifying; expected tokens of both.
+        self._firsts = [8.0, 8.0, 4.0, 4.0]
         # `further_seconds` of the tables as they are, by its arguments.
         self._furthers: dict[tuple[int, int, float, float], Sequence[Sequence[float]] | Array] = {}
 
@@ -160,12 +154,12 @@ class Goodput(GrowingPolicy):
         first = [step + more for step, more in zip(steps, owing, strict=True)]
         looks = not start.beside or self.looking.choose(len(start.rows))
         # Who does not look submits all that is drawn.
-        share, yielding = self.trimming.first_ones if looks else (1.0, 1.0)
-        wide = self._widest > 1 and looks and self.widening.choose(len(start.rows))
+        share, yielding = self._first_ones if looks else (1.0, 1.0)
+        wide = looks and self._widest > 1 and self.widening.choose(len(start.rows))
         if wide:
-            rates, share, yielding = self.passing, self.trimming.spread, 1.0
-        expected = [yielding * rates[row] for row in rows]
+            rates, share, yielding = self.passing, 1.0, 1.0
         each = [rates[row] for row in rows]
+        expected = [yielding * rate for rate in each]
         number, length, promised = self._leading(each, expected, first, self.k_max, share)
         most = self.k_max
         if self.switch.pays(promised / len(rows)):
@@ -177,11 +171,11 @@ class Goodput(GrowingPolicy):
         else:
             chosen = self.switch.probe(start, sorted(rows), self.costs)
             self._probing, wide = True, False
-        start.notes["promised"] = None if self._probing else promised / len(rows)
-        start.notes["looked"] = self._looks
+        self.width = self._widest if wide else 1
         if wide:
             self._plant(start)
-        self.width = self._widest if wide else 1
+        start.notes["promised"] = None if self._probing else promised / len(rows)
+        start.notes["looked"] = self._looks
         for row in chosen:
             budget[row] = most
             start.rows[row].catch_up = debts[row]
@@ -192,7 +186,7 @@ class Goodput(GrowingPolicy):
         assert self.costs is not None
         if self.costs.at(len(start.rows), sum(start.contexts) / len(start.rows)):
             self._furthers = {}
-        self._free_trimming, self._places = start.free_trimming, np.array(start.nodes)
+        self._free_trimming = start.free_trimming
         self._kept = [0] * len(start.rows)
         self._tokens_bare = self._tokens_fed = start.target_tokens
         # What a second is worth: what the best constant length would make of it, corrected by how
@@ -203,6 +197,16 @@ class Goodput(GrowingPolicy):
             plain if self._looking_up else best_constant(self.costs, rows, rate, self.k_max)
         )
         self.price = max(plain, self._constant * self._tokens / self._hoped)
+
+    @property
+    def _first_ones(self) -> tuple[float, float]:
+        """How much of rows' first candidates was worth verifying lately, and of what they yield.
+
+        Those that are dropped are the unlikely ones: a row takes less of the verification than its
+        candidates would, and yields hardly less than they do.
+        """
+        drawn, kept, hoped, left = self._firsts
+        return round(kept / drawn * SHARES) / SHARES, left / hoped
 
     # ----------------------------------------------------------- after each candidate
 
@@ -238,83 +242,18 @@ class Goodput(GrowingPolicy):
 
     def _leading(
         self,
-        rates: Sequence[float],
-        expected: Sequence[float],
-        first: Sequence[float],
+        rates: Sequence[float] | Array,
+        expected: Sequence[float] | Array,
+        first: Sequence[float] | Array,
         left: int,
         share: float = 1.0,
         floor: float = 0.0,
     ) -> tuple[int, int, float]:
-        """`leading_rows` of these, at the round's price and the costs as they are."""
         assert self.costs is not None
         key = self._tokens_fed, len(rates), share, floor
         if key not in self._furthers:
             self._furthers[key] = further_seconds(self.costs, *key)
         return leading_rows(rates, expected, first, self._furthers[key], self.price, left)
-
-    # -------------------------------------------------------------------- trees
-
-    def keep(self, step: DraftStep) -> Flags:
-        assert self.costs is not None and self.forest is not None
-        forest, floor = self.forest, self.trimming.floor
-        children = forest.judge(step, self.estimator, self.siblings)
-        worth = children.survival if self._free_trimming else children.reached
-        order = likeliest(worth, children.rows, self._places - forest.sizes)
-        if self._free_trimming:  # `prune` chooses, when all are drawn
-            number = int((worth[order] >= SLACK * floor).sum())
-        else:
-            fed = self._tokens_fed
-            seconds = self.costs.verify.curve(fed, fed + len(order))
-            number = best_number(worth[order], seconds, self.price, floor)
-        kept = np.zeros(len(worth), dtype=bool)
-        kept[order[:number]] = True
-        forest.keep(kept)
-        self._tokens_fed += number
-        return kept
-
-    def _expand(self, depth: int) -> Flags:
-        """Which of the children just drawn are expanded."""
-        assert self.costs is not None and self.forest is not None
-        children = self.forest.steps[-1]
-        going, left = np.zeros(len(children.rows), dtype=bool), self.k_max - depth
-        # The first child of each must be worth a place.
-        worth = children.survival * children.typical >= self.trimming.floor
-        nodes = np.flatnonzero(worth & (children.nodes >= 0))
-        if not left or not len(nodes):
-            return going
-        nodes = nodes[np.argsort(-children.survival[nodes], kind="stable")]
-        rates = np.array(self.passing)[children.rows[nodes]]
-        expected = children.survival[nodes] * rates
-        next_step = self.costs.draft.curve(1, len(nodes)).tolist()
-        floor = self.trimming.floor / self.price
-        n, _, gain = self._leading(
-            rates.tolist(), expected.tolist(), next_step, left, self.trimming.spread, floor
-        )
-        if gain > 0:
-            going[nodes[:n]] = True
-        return going
-
-    def prune(self, parents: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        assert self.costs is not None and self.forest is not None
-        steps, bare = self.forest.steps, self._tokens_bare
-        rows, nodes = (
-            np.concatenate([getattr(step, name) for step in steps]) for name in ("rows", "nodes")
-        )
-        survival, reached = (
-            np.concatenate([getattr(step, name) for step in steps])
-            for name in ("survival", "reached")
-        )
-        worth = survival if self._free_trimming else reached
-        order = likeliest(worth, rows, self._places)
-        seconds = self.costs.verify.curve(bare, bare + len(order))
-        number = best_number(worth[order], seconds, self.price)
-        expanded = sum(int((step.ranks == 0).sum()) for step in steps)
-        self.trimming.note_trees(expanded, worth, order, number)
-        if not self._free_trimming:
-            return [range(len(each)) for each in parents]
-        best = order[:number]
-        best = best[nodes[best] >= 0]
-        return [sorted(nodes[best[rows[best] == row]].tolist()) for row in range(len(parents))]
 
     # -------------------------------------------------- where candidates are looked up
 
@@ -342,8 +281,7 @@ class Goodput(GrowingPolicy):
         # Where it may be trimmed freely, the set is chosen now that all are drawn.
         free = self._free_trimming
         counts = _by_row(self._best_set()[0], len(drafted)) if free else self._kept
-        first = self._steps[0]
-        self.trimming.note(first.rows, first.after, counts)
+        self._note_trimming(counts)
         return drafted if free and self._probing else counts
 
     def _best_set(self) -> tuple[Sequence[tuple[float, int]], float]:
@@ -359,6 +297,13 @@ class Goodput(GrowingPolicy):
         best = best_prefixes(every, seconds, self.price)
         gain = sum(p for p, _ in best) - self.price * (seconds[len(best)] - seconds[0])
         return best, gain
+
+    def _note_trimming(self, counts: Sequence[int]) -> None:
+        """Take in which first candidates were worth verifying, by each row's count of them."""
+        first = self._steps[0]
+        kept = [p for row, p in zip(first.rows, first.after, strict=True) if counts[row]]
+        noted = (len(first.after), len(kept), sum(first.after), sum(kept))
+        self._firsts = [MEMORY * a + b for a, b in zip(self._firsts, noted, strict=True)]
 
     # ---------------------------------------------------------------- after the round
 
@@ -377,21 +322,20 @@ class Goodput(GrowingPolicy):
         committed = sum(outcome.accepted) + rows
         spent = outcome.verify_cost[1] + sum(spent for _, spent in outcome.draft_costs)
         looked: bool | None = outcome.start.notes.get("looked")
-        if speculated and promised is not None and looked and self._widest > 1:
-            wide = bool(outcome.path)
-            self.widening.ended(rows, wide, rows + _expected(outcome), spent)
+        if self._widest > 1 and speculated and promised is not None and looked:
+            self.widening.ended(rows, bool(outcome.path), rows + _expected(outcome), spent)
         if outcome.start.beside and speculated and promised is not None and looked is not None:
             self.looking.ended(rows, looked, rows + _expected(outcome), spent)
             if looked == self.looking.pays(rows):  # else a round has other costs than most
-                self.measured.note(self.costs, outcome, None if looked else spent)
+                self._measured.note(self.costs, outcome, None if looked else spent)
         else:
-            self.measured.note(self.costs, outcome)
+            self._measured.note(self.costs, outcome)
         self._tokens = MEMORY * self._tokens + committed / rows
         plain = float(self.costs.verify(rows))
         spent = min(spent, PAUSE * plain)
         self._hoped = MEMORY * self._hoped + self._constant * spent / rows
         self.switch.ended(speculated, spent / plain)
-        if self.measured.teach():
+        if self._measured.teach():
             self._furthers = {}
 
     def _yield(self, outcome: RoundOutcome, decoding: bool) -> float:

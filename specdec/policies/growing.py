@@ -1,140 +1,157 @@
-"""What policies that grow trees know of a round's nodes, and learn from what became of them."""
+"""Trees under measured costs: which children are kept, expanded and verified, and what is learnt.
+
+The objective is that of chains (specdec/policies/objective.py): expected tokens, less what the time
+is worth. A node's expected tokens are its survival, the product of the estimates along its path.
+It falls from a parent to its children and from a child to its worse siblings. So the likeliest nodes
+of all rows, however many, are trees again.
+
+    keep    a child takes a place of the verification if it is worth one
+    expand  another level takes a draft step, which all nodes that are expanded share
+    prune   where nodes may be dropped by what they are, the best set of all
+
+One thing is new. A draft step later there are likelier nodes perhaps, and a verification has room
+for so many tokens before it takes longer. What a place is worth in the end, the `floor`, is learnt
+from what was worth verifying in the last rounds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from specdec.measure.calibration import Array, Flags
 from specdec.policies.base import DraftStep, Indices, RoundOutcome, RoundStart
+from specdec.policies.costs import CostModel
 from specdec.policies.estimating import EstimatingPolicy
-from specdec.policies.estimators import Estimator, OnlineEstimator
-from specdec.policies.siblings import given_parent, sibling_estimator, sibling_evidence
+from specdec.policies.forest import NONE, Children, Forest
+from specdec.policies.objective import best_number
+from specdec.policies.siblings import sibling_estimator
 
-NONE = -1
-"""The number of a child that did not become a node."""
+SLACK = 0.5
+"""Part of the floor that a node must be worth to be kept at first, where it may be dropped later.
 
+Raised, what turns out to be worth verifying is missing now and then; lowered, a row's tree is full
+sooner.
+"""
 
-@dataclass(slots=True, eq=False)
-class Children:
-    """Children drawn in one draft step, as estimators saw them: arrays over n children.
+FOLLOW = 0.9
+"""Weight that is left of the floor after one more round of trees.
 
-    Attributes:
-        rows, parents, ranks: as in `DraftStep`.
-        typical: how often first children of each one's row are accepted.
-        signals: of the step; evidence: float [n, len(Sibling)].
-        chances: P(accepted | its parent is, and its better siblings are not), once it is drawn.
-        reached: P(accepted), by what was known before it was drawn.
-        survival: P(accepted), once it is drawn.
-        nodes: the number of each as a node, or NONE.
-    """
+Raised, the floor is steadier and follows the batch later. Set by hand.
+"""
 
-    rows: Indices
-    parents: Indices
-    ranks: Indices
-    typical: Array
-    signals: Array
-    evidence: Array
-    chances: Array
-    reached: Array
-    survival: Array
-    nodes: Indices
+SECOND_RATE = 0.4
+"""How often one of the others stands where a first child fell, before anything was judged.
 
-
-class Forest:
-    """The trees of a round's rows: all children that were drawn, and which of them are nodes.
-
-    Attributes:
-        steps: by depth.
-        sizes: nodes of each row.
-    """
-
-    def __init__(self, typical: Sequence[float]) -> None:
-        self.typical = np.array(typical)
-        self.steps: list[Children] = []
-        self.sizes = np.zeros(len(typical), dtype=np.int64)
-        self._survival = np.ones((len(typical), 1))  # by row and node; the root last
-
-    def judge(self, step: DraftStep, first: Estimator, others: OnlineEstimator) -> Children:
-        """Estimate the children just drawn; none is a node yet."""
-        assert step.parents is not None and step.ranks is not None, "a step of trees"
-        rows, ranks = step.rows, step.ranks
-        typical, evidence = self.typical[rows], sibling_evidence(step.signals, ranks)
-        best = ranks == 0
-        chances = np.empty((2, len(rows)))
-        chances[:, best] = first.predict(step.signals[best], typical[best])
-        if not best.all():
-            chances[:, ~best] = others.predict(evidence[~best], typical[~best])
-        behind = self._survival[rows, step.parents]
-        before, after = chances
-        children = Children(
-            rows,
-            step.parents,
-            ranks,
-            typical,
-            step.signals,
-            evidence,
-            chances=after,
-            reached=behind * given_parent(before, ranks),
-            survival=behind * given_parent(after, ranks),
-            nodes=np.full(len(rows), NONE),
-        )
-        self.steps.append(children)
-        return children
-
-    def keep(self, kept: Flags) -> None:
-        """Make some of the children just drawn nodes, numbered in their order."""
-        children = self.steps[-1]
-        rows = children.rows[kept]
-        # Rows come in blocks of one: the number within a block, behind the row's earlier nodes.
-        counts = np.bincount(rows, minlength=len(self.sizes))
-        first = np.cumsum(counts) - counts
-        order = np.argsort(rows, kind="stable")
-        within = np.empty(len(rows), dtype=np.int64)
-        within[order] = np.arange(len(rows)) - first[rows[order]]
-        numbers = self.sizes[rows] + within
-        children.nodes[kept] = numbers
-        self.sizes += counts
-        most = int(self.sizes.max(initial=0))
-        if (lacking := most + 1 - self._survival.shape[1]) > 0:
-            # Whatever is not set yet, the root among it, stands at 1.
-            self._survival = np.pad(self._survival, ((0, 0), (0, lacking)), constant_values=1.0)
-        self._survival[rows, numbers] = children.survival[kept]
-
-    def expected(self, kept: Sequence[Sequence[int]]) -> float:
-        """How many of some nodes, by row, are expected to be accepted."""
-        return sum(float(self._survival[row, [*nodes]].sum()) for row, nodes in enumerate(kept))
+Raised, the first trees are deeper. It soon fades.
+"""
 
 
 class GrowingPolicy(EstimatingPolicy):
     """An estimating policy whose candidates may be trees.
 
     Attributes:
+        costs, price, k_max: as of `Goodput`, whose part this is.
         siblings: judges children behind better ones.
         forest: the trees of the round, where it grows any.
+        floor: tokens that a place of the verification is worth, at least.
     """
 
-    SECOND_RATE = 0.4
-    """How often one of the others stands where a first child fell, before anything was judged."""
+    costs: CostModel | None
+    k_max: int
+    price: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.siblings = sibling_estimator()
-        self.forest: Forest | None = None
+        self.siblings, self.forest = sibling_estimator(), None
+        self.floor, self._rounds = 0.0, 0.0
         # First children that fell lately, and of how many of them a sibling stood.
-        self._fallen, self._caught = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * self.SECOND_RATE
+        self._fallen, self._caught = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * SECOND_RATE
+        # Packed tokens of the verification: without any candidate, and as it is now.
+        self._tokens_bare = self._tokens_fed = 0
 
     def _plant(self, start: RoundStart) -> None:
         """Begin the trees of a round."""
-        self.forest = start.notes["forest"] = Forest(self.typical)
+        self.forest: Forest | None = Forest(self.typical, start.nodes, start.free_trimming)
+        start.notes["forest"] = self.forest
 
     @property
     def passing(self) -> list[float]:
         """How often some child of an accepted node is accepted, by row."""
         caught = self._caught / self._fallen
         return [rate + (1 - rate) * caught for rate in self.typical]
+
+    def _leading(
+        self,
+        rates: Sequence[float] | Array,
+        expected: Sequence[float] | Array,
+        first: Sequence[float] | Array,
+        left: int,
+        share: float = 1.0,
+        floor: float = 0.0,
+    ) -> tuple[int, int, float]:
+        """`leading_rows`, or nodes, at the round's price and the costs as they are."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- decisions
+
+    def keep(self, step: DraftStep) -> Flags:
+        assert self.costs is not None and self.forest is not None
+        forest = self.forest
+        children = forest.judge(step, self.estimator, self.siblings)
+        if forest.free:  # `prune` chooses, when all are drawn
+            order = forest.fitting(np.flatnonzero(children.worth >= SLACK * self.floor))
+            return forest.keep(order)
+        # Rank by rank: whether a child is kept may depend on its better siblings only.
+        kept = np.zeros(0, dtype=np.int64)
+        for rank in range(int(children.ranks.max()) + 1):
+            candidates = children.ranks == rank
+            if rank:  # behind a better sibling that is kept
+                candidates &= np.isin(np.arange(len(candidates)) - 1, kept)
+            order = forest.fitting(np.flatnonzero(candidates), kept)
+            fed = self._tokens_fed + len(kept)
+            seconds = self.costs.verify.curve(fed, fed + len(order))
+            number = best_number(children.worth[order], seconds, self.price, self.floor)
+            kept = np.concatenate([kept, order[:number]])
+        self._tokens_fed += len(kept)
+        return forest.keep(kept)
+
+    def _expand(self, depth: int) -> Flags:
+        """Which of the children just drawn are expanded."""
+        assert self.costs is not None and self.forest is not None
+        children, floor = self.forest.steps[-1], self.floor
+        going, left = np.zeros(len(children.rows), dtype=bool), self.k_max - depth
+        # A place for its first child must be worth it. The others count, and pay for themselves.
+        worth = children.survival * children.typical >= floor
+        nodes = np.flatnonzero(worth & (children.nodes != NONE))
+        if not left or not len(nodes):
+            return going
+        nodes = nodes[np.argsort(-children.survival[nodes], kind="stable")]
+        rates = np.array(self.passing)[children.rows[nodes]]
+        expected = children.survival[nodes] * rates
+        next_step = self.costs.draft.curve(1, len(nodes))
+        n, _, gain = self._leading(rates, expected, next_step, left, floor=floor / self.price)
+        if gain > 0:
+            going[nodes[:n]] = True
+        return going
+
+    def prune(self, parents: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        assert self.costs is not None and self.forest is not None
+        rows, nodes, worth = self.forest.drawn()
+        bare = self._tokens_bare
+        seconds = self.costs.verify.curve(bare, bare + len(worth))
+        number = best_number(worth, seconds, self.price)
+        least = float(worth[number - 1]) if 0 < number < len(worth) else 0.0
+        self._rounds = FOLLOW * self._rounds + 1
+        self.floor += (least - self.floor) / self._rounds
+        if not self.forest.free:
+            return [range(len(each)) for each in parents]
+        best = nodes[:number] != NONE
+        rows, nodes = rows[:number][best], nodes[:number][best]
+        return [sorted(nodes[rows == row].tolist()) for row in range(len(parents))]
+
+    # ---------------------------------------------------------------- learning
 
     def observe(self, outcome: RoundOutcome) -> None:
         forest: Forest | None = outcome.start.notes.get("forest")

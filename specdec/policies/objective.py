@@ -53,9 +53,9 @@ def best_constant(costs: CostModel, rows: int, rate: float, most: int) -> float:
 
 
 def leading_rows(
-    rates: Sequence[float],
-    expected: Sequence[float],
-    first: Sequence[float],
+    rates: Sequence[float] | Array,
+    expected: Sequence[float] | Array,
+    first: Sequence[float] | Array,
     further: Sequence[Sequence[float]] | Array,
     price: float,
     steps: int,
@@ -109,7 +109,7 @@ def further_seconds(
         costs: of both models.
         fed: packed tokens of the verification as it is.
         n: rows.
-        share: how much of the candidates will be submitted; of trees, nodes for each expanded one.
+        share: how much of the candidates will be submitted.
         floor: the least seconds that each of them takes.
 
     Returns:

@@ -24,9 +24,10 @@ class Sibling(IntEnum):
     """Columns of what is known of a child behind better ones; logarithms in nats."""
 
     LOG_SHARE = 0  # its part of the probability that the better ones left
-    LOG_TOP = 1  # as the `Signal`s
-    ENTROPY = 2
-    RANK = 3  # 0 for a second child
+    LOG_LEFT = 1  # what they left
+    LOG_TOP = 2  # as the `Signal`s
+    ENTROPY = 3
+    RANK = 4  # 0 for a second child
 
 
 def sibling_estimator() -> OnlineEstimator:
@@ -37,6 +38,7 @@ def sibling_estimator() -> OnlineEstimator:
     """
     features = (
         Feature((Sibling.LOG_SHARE,), log_odds, (None, 0.4)),
+        Feature((Sibling.LOG_LEFT,), log_odds, (0.0, 0.0)),
         Feature((Sibling.LOG_TOP,), log_odds, (0.0, 0.0)),
         Feature((Sibling.ENTROPY,), operator.pos, (-0.3, 0.0)),
         Feature((Sibling.RANK,), operator.pos, (-0.4, -0.3)),
@@ -54,9 +56,8 @@ def sibling_evidence(signals: Array, ranks: Indices) -> Array:
     q = np.exp(signals[:, Signal.LOG_Q])
     left = np.log(np.maximum(1 - _before(q, ranks), LEAST_LEFT))
     share = np.minimum(signals[:, Signal.LOG_Q] - left, 0.0)
-    return np.stack(
-        [share, signals[:, Signal.LOG_TOP], signals[:, Signal.ENTROPY], ranks - 1.0], axis=1
-    )
+    others = signals[:, Signal.LOG_TOP], signals[:, Signal.ENTROPY]
+    return np.stack([share, left, *others, ranks - 1.0], axis=1)
 
 
 def given_parent(chances: Array, ranks: Indices) -> Array:
