@@ -114,13 +114,14 @@ class Forest:
         self._survival[rows, numbers] = children.survival[kept]
         return kept
 
-    def drawn(self) -> tuple[Indices, Indices, Array]:
-        """Rows, numbers as nodes and worth of all children, likeliest first, that have places."""
+    def drawn(self, *, nodes_only: bool = False) -> tuple[Indices, Indices, Array]:
+        """Rows, numbers as nodes and worth of the likeliest children that rows have places for."""
         rows, nodes, worth = (
             np.concatenate([getattr(step, name) for step in self.steps])
             for name in ("rows", "nodes", "worth")
         )
-        order = _likeliest(worth, rows, self._most, np.arange(len(rows)))
+        some = np.flatnonzero(nodes != NONE) if nodes_only else np.arange(len(rows))
+        order = _likeliest(worth[some], rows[some], self._most, some)
         return rows[order], nodes[order], worth[order]
 
     def expected(self, kept: Sequence[Sequence[int]]) -> float:

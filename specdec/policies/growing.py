@@ -2,8 +2,8 @@
 
 The objective is that of chains (specdec/policies/objective.py): expected tokens, less what the time
 is worth. A node's expected tokens are its survival, the product of the estimates along its path.
-It falls from a parent to its children and from a child to its worse siblings. So the likeliest nodes
-of all rows, however many, are trees again.
+It falls from a parent to its children and from a child to its worse siblings. So the likeliest
+nodes of all rows, however many, are trees again.
 
     keep    a child takes a place of the verification if it is worth one
     expand  another level takes a draft step, which all nodes that are expanded share
@@ -138,18 +138,23 @@ class GrowingPolicy(EstimatingPolicy):
 
     def prune(self, parents: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         assert self.costs is not None and self.forest is not None
-        rows, nodes, worth = self.forest.drawn()
-        bare = self._tokens_bare
-        seconds = self.costs.verify.curve(bare, bare + len(worth))
-        number = best_number(worth, seconds, self.price)
+        _, _, worth = self.forest.drawn()
+        number = self._worth_verifying(worth)
         least = float(worth[number - 1]) if 0 < number < len(worth) else 0.0
         self._rounds = FOLLOW * self._rounds + 1
         self.floor += (least - self.floor) / self._rounds
         if not self.forest.free:
             return [range(len(each)) for each in parents]
-        best = nodes[:number] != NONE
-        rows, nodes = rows[:number][best], nodes[:number][best]
+        rows, nodes, worth = self.forest.drawn(nodes_only=True)
+        number = self._worth_verifying(worth)
+        rows, nodes = rows[:number], nodes[:number]
         return [sorted(nodes[rows == row].tolist()) for row in range(len(parents))]
+
+    def _worth_verifying(self, worth: Array) -> int:
+        """How many of the likeliest nodes, of such worth, are worth verifying."""
+        assert self.costs is not None
+        bare = self._tokens_bare
+        return best_number(worth, self.costs.verify.curve(bare, bare + len(worth)), self.price)
 
     # ---------------------------------------------------------------- learning
 
