@@ -31,9 +31,9 @@ numbers are keyed by the row's round, too. `choose` is free: what is looked up i
 
 In a tree the same holds of each node. Whether it is kept, and submitted, may depend on what is
 known before it is drawn: its better siblings, its parent and other branches. It may never depend on
-itself, on worse siblings, which lack it, or on what it leads to. For once y_1..y_{r-1} are rejected,
-both y_r and a bonus token in its place have the law of what these rejections left of the target's
-distribution; so any choice between the two that is made without y_r is right.
+itself, on worse siblings, which lack it, or on what it leads to. For once y_1..y_{r-1} are
+rejected, both y_r and a bonus token in its place have the law of what these rejections left of the
+target's distribution. So any choice between the two that is made without y_r is right.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ on how much of the draft's probability it left, and how much of this they hold t
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from enum import IntEnum
 
 import numpy as np
@@ -53,8 +54,10 @@ def sibling_evidence(signals: Array, ranks: Indices) -> Array:
         signals: float [n, len(Signal)]; children of a node stand next to each other, best first.
         ranks: int [n].
     """
-    q = np.exp(signals[:, Signal.LOG_Q])
-    left = np.log(np.maximum(1 - _before(q, ranks), LEAST_LEFT))
+    q, left = np.exp(signals[:, Signal.LOG_Q]), np.ones(len(ranks))
+    for at in _worse(ranks):
+        left[at] = left[at - 1] - q[at - 1]
+    left = np.log(np.maximum(left, LEAST_LEFT))
     share = np.minimum(signals[:, Signal.LOG_Q] - left, 0.0)
     others = signals[:, Signal.LOG_TOP], signals[:, Signal.ENTROPY]
     return np.stack([share, left, *others, ranks - 1.0], axis=1)
@@ -69,16 +72,14 @@ def given_parent(chances: Array, ranks: Indices) -> Array:
         chances: float [n], given that the better ones were rejected as well; order as above.
         ranks: int [n].
     """
-    reached = np.exp(_before(np.log1p(-chances), ranks))
-    found = chances * reached
-    for rank in range(1, int(ranks.max(initial=0)) + 1):
-        at = np.flatnonzero(ranks == rank)
-        found[at] = np.minimum(found[at], found[at - 1])
+    reached, found = np.ones(len(chances)), chances.copy()
+    for at in _worse(ranks):
+        reached[at] = reached[at - 1] * (1 - chances[at - 1])
+        found[at] = np.minimum(chances[at] * reached[at], found[at - 1])
     return found
 
 
-def _before(each: Array, ranks: Indices) -> Array:
-    """The sum over each child's better siblings."""
-    before = np.cumsum(each) - each
-    first = np.flatnonzero(ranks == 0)
-    return before - before[first][np.cumsum(ranks == 0) - 1]
+def _worse(ranks: Indices) -> Iterator[Indices]:
+    """Children of rank 1, then of rank 2, and so on; the next better sibling stands before each."""
+    for rank in range(1, int(ranks.max(initial=0)) + 1):
+        yield np.flatnonzero(ranks == rank)

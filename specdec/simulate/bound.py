@@ -43,8 +43,8 @@ def least_seconds(
         verify, draft = _rising(costs.verify, most + 1), _rising(costs.draft, most)
         choices = (k * draft[1] + verify[k + 1])[None]
     else:
-        verifying = _lines(costs.verify, live * (most + 1))
-        drafting = _lines(costs.draft, live)
+        verifying = lower_lines(costs.verify, live * (most + 1))
+        drafting = lower_lines(costs.draft, live)
         choices = np.array(
             [a / live + b * (k + 1) + k * (c / live + d) for a, b in verifying for c, d in drafting]
         )
@@ -72,7 +72,7 @@ def _rising(table: CostTable, tokens: int) -> Array:
     return np.minimum.accumulate(seconds[::-1])[::-1][: tokens + 1]
 
 
-def _lines(table: CostTable, tokens: int) -> list[tuple[float, float]]:
+def lower_lines(table: CostTable, tokens: int) -> list[tuple[float, float]]:
     """(a, b), both >= 0, of lines a + b n below the table for n in 1..tokens, along its hull."""
     seconds = _rising(table, tokens)
     hull: list[int] = []

@@ -38,11 +38,15 @@ class Growth:
             return 0, len(self.transcript.ranks) - 1, True
         return self._depths[node], self._wrong[node], self._right[node]
 
+    def place(self, node: int) -> tuple[int, int]:
+        """Output tokens before a node's children, and the place of the first wrong choice."""
+        depth, wrong, _ = self._state(node)
+        return self.at + depth, wrong
+
     def expand(self, node: int, width: int) -> Signals:
         """float32 [width, len(Signal)], of children drawn of a node."""
         self.expanded.add(node)
-        depth, wrong, _ = self._state(node)
-        return self.transcript.choices(self.at + depth, wrong)[:width]
+        return self.transcript.choices(*self.place(node))[:width]
 
     def add(self, parent: int, rank: int) -> int:
         """Make a child a node: its number."""

@@ -135,7 +135,7 @@ STAIRS = CostModel(linear(0.02, 0.0), staircase(7, 0.1))
 
 
 def depends(policy: type[Goodput], rank: int, depth: int) -> bool:
-    """Whether what is kept of a rank, of better ones, or before, depends on children of the rank."""
+    """Whether what is kept of a rank, of better ones, or before, depends on the rank's children."""
     for seed in range(24):
         first, second = (
             grown(growing(STAIRS, policy), seed, free=False, redrawn=redrawn)

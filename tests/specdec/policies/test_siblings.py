@@ -30,21 +30,22 @@ def test_its_share_is_of_what_the_better_ones_left() -> None:
     assert share == pytest.approx([0.5, 0.6, 0.5, 0.9, 0.25, 1.0])
 
 
-def test_before_it_is_drawn_nothing_drawn_beside_it_says_anything() -> None:
-    """The estimate that rejection sampling may keep by, whatever the draft gave the children."""
+def test_before_it_is_drawn_only_better_siblings_tell() -> None:
+    """The estimate that rejection sampling may keep by knows no LOG_Q of it or of worse ones."""
     chance = np.random.default_rng(1)
-    signals = np.zeros((40, len(Signal)))
-    ranks = np.tile(np.arange(4), 10)
+    signals, ranks = np.zeros((40, len(Signal))), np.tile(np.arange(4), 10)
     signals[:, [Signal.LOG_TOP, Signal.ENTROPY]] = chance.normal(-1, 1, (10, 2)).repeat(4, 0)
     typical, estimator = np.full(40, 0.7), sibling_estimator()
-    found = []
-    for _ in range(2):
-        signals[:, Signal.LOG_Q] = -chance.exponential(2, 40)
-        estimator.learn(sibling_evidence(signals, ranks), typical, chance.random(40) < 0.4)
-        found.append(signals.copy())
-    first, second = (estimator.predict(sibling_evidence(s, ranks), typical) for s in found)
-    assert np.array_equal(first[0], second[0])
-    assert not np.allclose(first[1], second[1])
+    signals[:, Signal.LOG_Q] = -1 - chance.exponential(2, 40)
+    estimator.learn(sibling_evidence(signals, ranks), typical, chance.random(40) < 0.4)
+    first = estimator.predict(sibling_evidence(signals, ranks), typical)
+    for rank in range(4):
+        others = signals.copy()
+        others[ranks >= rank, Signal.LOG_Q] -= 0.5
+        second = estimator.predict(sibling_evidence(others, ranks), typical)
+        same = ranks <= rank
+        assert np.array_equal(first[0][same], second[0][same])
+        assert not np.allclose(first[1][ranks == rank], second[1][ranks == rank])
 
 
 def test_it_learns_what_second_children_are_worth() -> None:
