@@ -60,10 +60,11 @@ def choices_given(
     for rank in range(width):
         seed = params.in_round(torch.full_like(at, rank)).seed if rank else params.seed
         u, v = (uniform(seed, at, draw) for draw in (Draw.ACCEPT, Draw.BONUS))
-        y = torch.where(met, sample(q, v), reversed_coupling(p, q, x, u, v))
         left = q.sum(-1) > 0
-        found.append(torch.where(left, y, -1))
-        met |= left & (y == x)
+        y = torch.where(met, sample(q, v), reversed_coupling(p, q, x, u, v))
+        y = torch.where(left, y, -1)
+        found.append(y)
+        met |= y == x
         rest = (p - q).clamp_(min=0)
         rest /= rest.sum(-1, keepdim=True)
         p = torch.where((left & ~met)[:, None] & rest.isfinite().all(-1, keepdim=True), rest, p)
