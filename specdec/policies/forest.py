@@ -41,6 +41,13 @@ class Children:
     worth: Array
     nodes: Indices
 
+    def behind(self, better: Indices) -> Indices:
+        """The next best siblings of some children, where there are any: indices."""
+        after = better + 1
+        after = after[after < len(self.ranks)]
+        following: Indices = after[self.ranks[after] > 0]
+        return following
+
 
 class Forest:
     """The trees of a round's rows: all children that were drawn, and which of them are nodes.
@@ -55,8 +62,8 @@ class Forest:
         self.steps: list[Children] = []
         self.places = np.array(places)
         self._most, self._typical, self.free = self.places.copy(), np.array(typical), free
-        # By row and node; what is not set stands at 1, the root, which is the last, among it.
-        self._survival = np.ones((len(typical), 1))
+        # By row and node; the root is the last.
+        self._survival = np.ones((len(typical), max(places, default=0) + 1))
 
     def judge(self, step: DraftStep, first: Estimator, others: OnlineEstimator) -> Children:
         """Estimate the children just drawn; none is a node yet."""
@@ -108,9 +115,6 @@ class Forest:
         numbers = (self._most - self.places)[rows] + _place(rows, len(self.places))
         children.nodes[kept] = numbers
         self.places -= np.bincount(rows, minlength=len(self.places))
-        most = int(numbers.max(initial=-1)) + 2
-        if (lacking := most - self._survival.shape[1]) > 0:
-            self._survival = np.pad(self._survival, ((0, 0), (0, lacking)), constant_values=1.0)
         self._survival[rows, numbers] = children.survival[kept]
         return kept
 
@@ -132,8 +136,9 @@ class Forest:
 def _likeliest(worth: Array, rows: Indices, places: Indices, indices: Indices) -> Indices:
     """Of some children those by falling worth that their rows have places for."""
     order = np.argsort(-worth, kind="stable")
-    fits = _place(rows[order], len(places)) < places[rows[order]]
-    found: Indices = indices[order[fits]]
+    if len(order) > places.min():  # else all fit
+        order = order[_place(rows[order], len(places)) < places[rows[order]]]
+    found: Indices = indices[order]
     return found
 
 

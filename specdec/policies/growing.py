@@ -104,16 +104,14 @@ class GrowingPolicy(EstimatingPolicy):
             order = forest.fitting(np.flatnonzero(children.worth >= SLACK * self.floor))
             return forest.keep(order)
         # Rank by rank: whether a child is kept may depend on its better siblings only.
-        kept = np.zeros(0, dtype=np.int64)
-        for rank in range(int(children.ranks.max()) + 1):
-            candidates = children.ranks == rank
-            if rank:  # behind a better sibling that is kept
-                candidates &= np.isin(np.arange(len(candidates)) - 1, kept)
-            order = forest.fitting(np.flatnonzero(candidates), kept)
+        kept, next_best = children.ranks[:0], np.flatnonzero(children.ranks == 0)
+        while len(next_best):
+            order = forest.fitting(next_best, kept)
             fed = self._tokens_fed + len(kept)
             seconds = self.costs.verify.curve(fed, fed + len(order))
             number = best_number(children.worth[order], seconds, self.price, self.floor)
             kept = np.concatenate([kept, order[:number]])
+            next_best = children.behind(order[:number])
         self._tokens_fed += len(kept)
         return forest.keep(kept)
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +231,25 @@ def test_all_accepted_and_free_is_reached() -> None:
 
 
 # -------------------------------------------------------------------------- goodput, in short
+
+
+@pytest.mark.parametrize(
+    ("live", "free", "counts"),
+    [
+        (1, False, (395, 1709, 1709, 530)),
+        (4, False, (439, 1246, 1236, 485)),
+        (4, True, (440, 1237, 1237, 484)),
+    ],
+)
+def test_chains_are_what_they_were_before_there_were_trees(
+    live: int, free: bool, counts: tuple[int, ...]
+) -> None:
+    """Rounds, and candidates drafted, verified and accepted, of the version before."""
+    transcripts = [replace(each, free_trimming=free) for each in random_transcripts(20)]
+    costs = CostModel(linear(0.05, 0.001), staircase(8, 0.2))
+    policy = make_policy("goodput", costs=copy.deepcopy(costs), width=1)
+    done = replay(transcripts, policy, costs, live).counts
+    assert (done.rounds, done.drafted, done.verified, done.accepted) == counts
 
 
 @pytest.mark.parametrize("live", [1, 4])
