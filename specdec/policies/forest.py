@@ -128,6 +128,14 @@ class Forest:
         order = _likeliest(worth[some], rows[some], self._most, some)
         return rows[order], nodes[order], worth[order]
 
+    def flags(self, nodes: Sequence[Sequence[int]]) -> Flags:
+        """bool by row and node: some nodes of each row, and the root, which is the last."""
+        found = np.zeros(self._survival.shape, dtype=bool)
+        found[:, -1] = True
+        for row, each in enumerate(nodes):
+            found[row, each] = True
+        return found
+
     def expected(self, kept: Sequence[Sequence[int]]) -> float:
         """How many of some nodes, by row, are expected to be accepted."""
         return sum(float(self._survival[row, [*nodes]].sum()) for row, nodes in enumerate(kept))

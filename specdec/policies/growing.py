@@ -171,22 +171,18 @@ class GrowingPolicy(EstimatingPolicy):
         memories, contexts = outcome.start.rows, outcome.start.contexts
         stood = [set(path) for path in outcome.path]
         submitted = [set(kept) for kept in outcome.kept]
+        accepted_nodes = forest.flags(outcome.path)
         judged, accepted = [0.0] * len(stood), [0.0] * len(stood)
         firsts = dropped = 0.0
         for children in forest.steps:
             known, stands = list[int](), list[bool]()
-            each = zip(
-                children.rows.tolist(),
-                children.parents.tolist(),
-                children.ranks.tolist(),
-                children.nodes.tolist(),
-                children.chances.tolist(),
-                strict=True,
-            )
-            decided = False  # whether a better sibling stands
-            for at, (row, parent, rank, node, chance) in enumerate(each):
+            places = np.flatnonzero(accepted_nodes[children.rows, children.parents])
+            columns = ("rows", "parents", "ranks", "nodes", "chances")
+            each = (getattr(children, name)[places].tolist() for name in columns)
+            decided = False  # by a better sibling, which stands or was not submitted
+            for at, row, parent, rank, node, chance in zip(places.tolist(), *each, strict=True):
                 decided = decided and rank > 0
-                if decided or not (parent < 0 or parent in stood[row]):
+                if decided:
                     continue
                 if node not in submitted[row]:
                     # Those dropped are the unlikely ones: they count as what they were taken for.
