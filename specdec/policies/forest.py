@@ -128,6 +128,13 @@ class Forest:
         order = _likeliest(worth[some], rows[some], self._most, some)
         return rows[order], nodes[order], worth[order]
 
+    def chances(self, row: int) -> list[float]:
+        """Of each node of a row how likely it is accepted where its turn comes."""
+        own = [(step.rows == row) & (step.nodes != NONE) for step in self.steps]
+        return [
+            p for step, at in zip(self.steps, own, strict=True) for p in step.chances[at].tolist()
+        ]
+
     def flags(self, nodes: Sequence[Sequence[int]]) -> Flags:
         """bool by row and node: some nodes of each row, and the root, which is the last."""
         found = np.zeros(self._survival.shape, dtype=bool)

@@ -106,7 +106,6 @@ class Goodput(GrowingPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._widest, self.widening = self.width, Looking()  # `width` is the round's from here on
         self.switch, self.looking, self._measured = Switch(), Looking(), Measurements()
         self._looks, self._looking_up = True, False
         # Tokens per row lately, and what the best constant length would have made of the time.
@@ -155,7 +154,7 @@ class Goodput(GrowingPolicy):
         looks = not start.beside or self.looking.choose(len(start.rows))
         # Who does not look submits all that is drawn.
         share, yielding = self._first_ones if looks else (1.0, 1.0)
-        wide = looks and self._widest > 1 and self.widening.choose(len(start.rows))
+        wide = looks and self._branching(len(start.rows))
         if wide:
             rates, share, yielding = self.passing, 1.0, 1.0
         each = [rates[row] for row in rows]

@@ -21,10 +21,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from specdec.measure.calibration import Array, Flags
-from specdec.policies.base import DraftStep, Indices, RoundOutcome, RoundStart
+from specdec.policies.base import DraftStep, Explanation, Indices, RoundOutcome, RoundStart
 from specdec.policies.costs import CostModel
 from specdec.policies.estimating import EstimatingPolicy
 from specdec.policies.forest import NONE, Children, Forest
+from specdec.policies.looking import Looking
 from specdec.policies.objective import best_number
 from specdec.policies.siblings import sibling_estimator
 
@@ -33,6 +34,16 @@ SLACK = 0.5
 
 Raised, what turns out to be worth verifying is missing now and then; lowered, a row's tree is full
 sooner.
+"""
+
+FIRST_FLOOR = 0.02
+"""The floor before any tree was verified. Between what one row and 64 had; it lasts one round."""
+
+MOST_OF_SECOND = 0.3
+"""Tokens that a place in the verification may cost where trees are tried.
+
+A second child, which is no likelier than the first, is worth half a token at most, and seldom more
+than this. Raised, trees are tried in batches too large for them.
 """
 
 FOLLOW = 0.9
@@ -55,6 +66,7 @@ class GrowingPolicy(EstimatingPolicy):
         costs, price, k_max: as of `Goodput`, whose part this is.
         siblings: judges children behind better ones.
         forest: the trees of the round, where it grows any.
+        widening: whether trees or chains are faster, as measured.
         floor: tokens that a place of the verification is worth, at least.
     """
 
@@ -65,7 +77,8 @@ class GrowingPolicy(EstimatingPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.siblings, self.forest = sibling_estimator(), None
-        self.floor, self._rounds = 0.0, 0.0
+        self._widest, self.widening = self.width, Looking()  # `width` is the round's from here on
+        self.floor, self._rounds = FIRST_FLOOR, 0.0
         # First children that fell lately, and of how many of them a sibling stood.
         self._fallen, self._caught = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * SECOND_RATE
         # Packed tokens of the verification: without any candidate, and as it is now.
@@ -75,6 +88,15 @@ class GrowingPolicy(EstimatingPolicy):
         """Begin the trees of a round."""
         self.forest: Forest | None = Forest(self.typical, start.nodes, start.free_trimming)
         start.notes["forest"] = self.forest
+
+    def _branching(self, rows: int) -> bool:
+        """Whether the next round of so many rows grows trees."""
+        assert self.costs is not None
+        if self._widest == 1:
+            return False
+        bare, one_each = self._tokens_bare, self._tokens_bare + rows
+        seconds = float(self.costs.verify(one_each) - self.costs.verify(bare)) / rows
+        return self.price * seconds < MOST_OF_SECOND and self.widening.choose(rows)
 
     @property
     def passing(self) -> list[float]:
@@ -153,6 +175,16 @@ class GrowingPolicy(EstimatingPolicy):
         assert self.costs is not None
         bare = self._tokens_bare
         return best_number(worth, self.costs.verify.curve(bare, bare + len(worth)), self.price)
+
+    def explain(self, row: int) -> Explanation:
+        if self.width == 1 or self.forest is None:
+            return super().explain(row)
+        chances = self.forest.chances(row)
+        reason = (
+            f"{len(chances)} nodes: no other is worth {self.floor:.3f} tokens and its part of a "
+            f"draft step, at {self.price:.0f} tokens/s"
+        )
+        return Explanation(tuple(chances), reason)
 
     # ---------------------------------------------------------------- learning
 

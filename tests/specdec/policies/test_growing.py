@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from specdec.measure.calibration import Array, Flags
+from specdec.policies import growing as growing_
 from specdec.policies.base import DraftStep, RoundOutcome, Signal
 from specdec.policies.costs import CostModel
 from specdec.policies.estimators import online_estimator
@@ -33,7 +34,7 @@ def growing(costs: CostModel | None = None, policy: type[Goodput] = Goodput) -> 
     """A policy that has tried speculation, and grows trees."""
     costs = costs or CostModel(linear(0.02, 0.0), linear(1.0, 0.045))
     made = policy(online_estimator("confidence"), None, costs, k_max=DEPTH, width=WIDTH)
-    made.widening = Always()
+    made.widening, made.floor = Always(), 0.0
     # What better siblings left of the draft's probability tells much, and so does a child's share.
     made.siblings._weights = [[1.0, 0.0, 1.0, 0.0, 0.0, -0.5, 0.0], [0.5, 1.0, 0.5, 0, 0, -0.3, 0]]
     made._judged, made._accepted = 500.0, 350.0
@@ -192,8 +193,11 @@ def test_better_siblings_do_tell() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_where_nodes_may_be_dropped_the_best_set_is_verified(seed: int) -> None:
+def test_where_nodes_may_be_dropped_the_best_set_is_verified(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against all sets that are trees, by brute force."""
+    monkeypatch.setattr(growing_, "MOST_OF_SECOND", 9.0)  # trees, although places cost much
     policy = growing(CostModel(linear(0.3, 0.0), staircase(4, 0.5)))
     parents = parents_of(grown(policy, seed, free=True))
     forest, costs = policy.forest, policy.costs
@@ -238,6 +242,22 @@ def test_the_floor_is_what_the_last_place_was_worth() -> None:
     assert forest is not None
     worth = forest.drawn()[2]
     assert policy.floor == pytest.approx(worth[12 - ROWS - 1], abs=0.15)
+
+
+def test_it_explains_each_node() -> None:
+    policy = growing()
+    parents = parents_of(grown(policy, 1, free=True))
+    for row in range(ROWS):
+        why = policy.explain(row)
+        assert len(why.predicted) == len(parents[row])
+        assert why.reason.startswith(f"{len(parents[row])} nodes: no other is worth")
+
+
+def test_where_places_cost_too_much_no_tree_is_tried() -> None:
+    for token, width in ((0.01, WIDTH), (1.0, 1)):
+        policy = growing(CostModel(linear(0.02, 0.0), linear(1.0, token)))
+        policy.budget(replace(round_start(memories(ROWS)), nodes=[20] * ROWS))
+        assert policy.width == width
 
 
 # ----------------------------------------------------------------------------------- learning
