@@ -128,6 +128,14 @@ class Forest:
         order = _likeliest(worth[some], rows[some], self._most, some)
         return rows[order], nodes[order], worth[order]
 
+    def crowding(self) -> float:
+        """What the last place of a row was worth in the mean; nothing where rows have others."""
+        rows, _, worth = self.drawn()
+        drawn = sum(np.bincount(step.rows, minlength=len(self.places)) for step in self.steps)
+        least = np.full(len(self.places), np.inf)
+        np.minimum.at(least, rows, worth)
+        return float(np.where(drawn > self._most, least, 0.0).mean())
+
     def chances(self, row: int) -> list[float]:
         """Of each node of a row how likely it is accepted where its turn comes."""
         own = [(step.rows == row) & (step.nodes != NONE) for step in self.steps]

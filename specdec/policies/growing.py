@@ -161,6 +161,7 @@ class GrowingPolicy(EstimatingPolicy):
         _, _, worth = self.forest.drawn()
         number = self._worth_verifying(worth)
         least = float(worth[number - 1]) if 0 < number < len(worth) else 0.0
+        least = max(least, self.forest.crowding())
         self._rounds = FOLLOW * self._rounds + 1
         self.floor += (least - self.floor) / self._rounds
         if not self.forest.free:
