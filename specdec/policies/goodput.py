@@ -140,6 +140,7 @@ class Goodput(GrowingPolicy):
         assert self.costs is not None, "prepare() comes before the first round"
         budget = [0] * len(start.rows)
         self._probing, self._looks = False, True
+        self.width, self.forest = 1, None
         rows = [row for row, room in enumerate(start.room) if room > 0]
         if not rows or self.switch.stands(start):
             self._steps = []
@@ -154,7 +155,7 @@ class Goodput(GrowingPolicy):
         looks = not start.beside or self.looking.choose(len(start.rows))
         # Who does not look submits all that is drawn.
         share, yielding = self._first_ones if looks else (1.0, 1.0)
-        wide = looks and self._branching(len(start.rows))
+        wide = looks and self._branching(start)
         if wide:
             rates, share, yielding = self.passing, 1.0, 1.0
         each = [rates[row] for row in rows]
@@ -170,7 +171,6 @@ class Goodput(GrowingPolicy):
         else:
             chosen = self.switch.probe(start, sorted(rows), self.costs)
             self._probing, wide = True, False
-        self.width = self._widest if wide else 1
         if wide:
             self._plant(start)
         start.notes["promised"] = None if self._probing else promised / len(rows)
@@ -211,7 +211,7 @@ class Goodput(GrowingPolicy):
 
     def go_on(self, step: DraftStep) -> Flags:
         assert self.costs is not None
-        if self.width > 1:
+        if step.parents is not None:
             return self._expand(step.depth)
         alive = [] if self._free_trimming else [*self.survival]
         judged = self._judge(step)

@@ -21,7 +21,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from specdec.measure.calibration import Array, Flags
-from specdec.policies.base import DraftStep, Explanation, Indices, RoundOutcome, RoundStart
+from specdec.policies.base import (
+    MOST_CANDIDATES,
+    DraftStep,
+    Explanation,
+    Indices,
+    RoundOutcome,
+    RoundStart,
+)
 from specdec.policies.costs import CostModel
 from specdec.policies.estimating import EstimatingPolicy
 from specdec.policies.forest import NONE, Children, Forest
@@ -76,7 +83,8 @@ class GrowingPolicy(EstimatingPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.siblings, self.forest = sibling_estimator(), None
+        self.siblings = sibling_estimator()
+        self.forest: Forest | None = None
         self._widest, self.widening = self.width, Looking()  # `width` is the round's from here on
         self.floor, self._rounds = FIRST_FLOOR, 0.0
         # First children that fell lately, and of how many of them a sibling stood.
@@ -84,15 +92,20 @@ class GrowingPolicy(EstimatingPolicy):
         # Packed tokens of the verification: without any candidate, and as it is now.
         self._tokens_bare = self._tokens_fed = 0
 
+    @property
+    def most(self) -> int:
+        return super().most if self._widest == 1 else MOST_CANDIDATES
+
     def _plant(self, start: RoundStart) -> None:
         """Begin the trees of a round."""
-        self.forest: Forest | None = Forest(self.typical, start.nodes, start.free_trimming)
-        start.notes["forest"] = self.forest
+        self.width = self._widest
+        self.forest = start.notes["forest"] = Forest(self.typical, start.nodes, start.free_trimming)
 
-    def _branching(self, rows: int) -> bool:
-        """Whether the next round of so many rows grows trees."""
+    def _branching(self, start: RoundStart) -> bool:
+        """Whether a round grows trees."""
         assert self.costs is not None
-        if self._widest == 1:
+        rows = len(start.rows)
+        if self._widest == 1 or not start.nodes:
             return False
         bare, one_each = self._tokens_bare, self._tokens_bare + rows
         seconds = float(self.costs.verify(one_each) - self.costs.verify(bare)) / rows
@@ -178,7 +191,7 @@ class GrowingPolicy(EstimatingPolicy):
         return best_number(worth, self.costs.verify.curve(bare, bare + len(worth)), self.price)
 
     def explain(self, row: int) -> Explanation:
-        if self.width == 1 or self.forest is None:
+        if self.forest is None or not self.forest.steps:
             return super().explain(row)
         chances = self.forest.chances(row)
         reason = (
@@ -190,11 +203,10 @@ class GrowingPolicy(EstimatingPolicy):
     # ---------------------------------------------------------------- learning
 
     def observe(self, outcome: RoundOutcome) -> None:
-        forest: Forest | None = outcome.start.notes.get("forest")
-        if forest is None:
+        if outcome.path:
+            self._learn(outcome.start.notes["forest"], outcome)
+        else:
             super().observe(outcome)
-        elif outcome.path:
-            self._learn(forest, outcome)
 
     def _learn(self, forest: Forest, outcome: RoundOutcome) -> None:
         """Take in what became of a round's trees.
