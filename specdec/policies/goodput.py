@@ -321,8 +321,9 @@ class Goodput(GrowingPolicy):
         committed = sum(outcome.accepted) + rows
         spent = outcome.verify_cost[1] + sum(spent for _, spent in outcome.draft_costs)
         looked: bool | None = outcome.start.notes.get("looked")
-        if self._widest > 1 and speculated and promised is not None and looked:
-            self.widening.ended(rows, bool(outcome.path), rows + _expected(outcome), spent)
+        if speculated and promised is not None and looked:
+            taken = shared(spent, outcome, self.costs.draft)
+            self._compare(outcome, rows + _expected(outcome), taken)
         if outcome.start.beside and speculated and promised is not None and looked is not None:
             self.looking.ended(rows, looked, rows + _expected(outcome), spent)
             if looked == self.looking.pays(rows):  # else a round has other costs than most

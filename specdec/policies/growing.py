@@ -59,6 +59,12 @@ FOLLOW = 0.9
 Raised, the floor is steadier and follows the batch later. Set by hand.
 """
 
+SETTLED = 4.0
+"""Rounds of trees, less what is forgotten, before they are compared with chains.
+
+The floor has to be found first. Raised, trees that do not pay are grown for longer at first.
+"""
+
 SECOND_RATE = 0.4
 """How often one of the others stands where a first child fell, before anything was judged.
 
@@ -128,6 +134,12 @@ class GrowingPolicy(EstimatingPolicy):
     ) -> tuple[int, int, float]:
         """`leading_rows`, or nodes, at the round's price and the costs as they are."""
         raise NotImplementedError
+
+    def _compare(self, outcome: RoundOutcome, tokens: float, seconds: float) -> None:
+        """Note what a round was expected to yield, and took, for the choice of trees or chains."""
+        trees = bool(outcome.path)
+        if self._widest > 1 and (not trees or self._rounds > SETTLED):
+            self.widening.ended(len(outcome.start.rows), trees, tokens, seconds)
 
     # ---------------------------------------------------------------- decisions
 
