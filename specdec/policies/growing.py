@@ -149,6 +149,7 @@ class GrowingPolicy(EstimatingPolicy):
         children = forest.judge(step, self.estimator, self.siblings)
         if forest.free:  # `prune` chooses, when all are drawn
             order = forest.fitting(np.flatnonzero(children.worth >= SLACK * self.floor))
+            self._tokens_fed += int((children.worth[order] >= self.floor).sum())
             return forest.keep(order)
         # Rank by rank: whether a child is kept may depend on its better siblings only.
         kept, next_best = children.ranks[:0], np.flatnonzero(children.ranks == 0)
