@@ -19,7 +19,7 @@ from specdec.policies.estimators import online_estimator
 from specdec.policies.siblings import given_parent, sibling_estimator, sibling_evidence
 from specdec.simulate.bound import lower_lines
 from specdec.simulate.growth import ROOT, Growth
-from specdec.simulate.transcripts import Transcript
+from specdec.simulate.transcripts import Signals, Transcript
 
 HALVINGS = 40
 """Steps of the search for the rate. More find it more exactly than anybody reads it."""
@@ -78,7 +78,7 @@ def _acceptance(transcripts: Sequence[Transcript], width: int) -> list[tuple[Arr
         stood = of == ranks.repeat(signals.shape[1])
         others.learn(evidence[judged], rates.repeat(signals.shape[1])[judged], stood[judged])
 
-    def given(signals: Array, rate: float) -> Array:
+    def given(signals: Signals, rate: float) -> Array:
         *shape, columns = signals.shape
         flat = signals.astype(np.float64).reshape(-1, columns)
         ranks: Indices = np.tile(np.arange(shape[-1]), len(flat) // shape[-1])

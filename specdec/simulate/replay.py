@@ -315,7 +315,8 @@ def _grown(
 def _seen(row: _Row, index: int) -> Signals:
     """Signals of candidate `index` (from 0) of the round that begins now."""
     last = min(row.at + int(row.transcript.runs[row.at]), len(row.transcript.accepted) - 1)
-    return row.transcript.choices(row.at + index, last)[0]
+    first: Signals = row.transcript.choices(row.at + index, last)[0]
+    return first
 
 
 # -------------------------------------------------------------------- statistics
