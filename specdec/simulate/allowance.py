@@ -48,12 +48,14 @@ def allowed_rate(
     ]
     survival, depth = (np.stack(each) for each in zip(*nodes, strict=True))
     levels = np.arange(max(transcript.most for transcript in transcripts) + 1)
+    shape = len(survival), len(levels)
+    at = (np.arange(shape[0])[:, None] * shape[1] + depth).astype(np.int64).ravel()
 
     def gain(price: float, fixed: float, token: float, step: float) -> float:
         """Mean gain of a round, with seconds of a row's part of it, of a node and of a level."""
         worth = np.maximum(survival - price * token, 0.0)
-        by_level = np.stack([(worth * (depth <= level)).sum(1) for level in levels], 1)
-        best = (by_level - price * step * levels).max(1)
+        of_level = np.bincount(at, worth.ravel(), shape[0] * shape[1]).reshape(shape)
+        best = (of_level.cumsum(1) - price * step * levels).max(1)
         return float(best.mean()) + 1 - price * (fixed + token)
 
     places = live * (MOST_CANDIDATES + 1)
