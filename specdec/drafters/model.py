@@ -84,6 +84,14 @@ class ModelDrafter:
         self.vocab_size, self.context_length = vocab_size, context_length
         self.chunk, self.clock = chunk, clock
 
+    def room(self, row: TokenRow) -> int:
+        """See `Drafter`."""
+        return max(0, self.context_length - len(row.tokens))
+
+    def pending(self, row: TokenRow, slot: int) -> int:
+        """See `Drafter`."""
+        return len(row.tokens) - self.cache.lengths[slot]
+
     def begin(
         self, rows: Sequence[TokenRow], slots: Sequence[int], shared: SharedCaches
     ) -> ModelDrafting:

@@ -107,7 +107,7 @@ class DraftLoop:
         else:
             if early is not None:  # it has read what these rows' next first step must read
                 for slot in early[1].slots:
-                    self._drafter.cache.rollback(slot, len(this.rows[slot].tokens) - 1)
+                    shared.rollback(slot, len(this.rows[slot].tokens) - 1)
             drafting = self._drafter.begin(this.rows, active, shared)
             (index,) = upload(device, active)
         for depth in range(1, max(budget) + 1):

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from specdec.drafters.base import Drafter
-from specdec.drafters.model import ModelDrafter
+from specdec.drafters.making import drafter_of
 from specdec.drafters.suffix import SuffixIndex
 from specdec.engine.admission import Pair, divide, free_memory, row_of
 from specdec.engine.asked import AskedFor
@@ -120,16 +120,8 @@ class Engine:
         self._prepared = False
 
     def _new_drafter(self) -> Drafter | None:
-        pair = self.pair
-        if pair.draft is None or not self.policy.drafts:
-            return None
-        return ModelDrafter(
-            pair.draft,
-            vocab_size=pair.vocab_size,
-            context_length=pair.draft_context_length,
-            chunk=self.prefill_chunk,
-            clock=self.clock,
-        )
+        draft = self.pair.draft if self.policy.drafts else None
+        return drafter_of(draft, self.target_cache, self.pair, self.prefill_chunk, self.clock)
 
     # ---------------------------------------------------------------- requests
 
@@ -275,15 +267,14 @@ class Engine:
         left = row.sampling.max_new_tokens - row.generated - 1  # the bonus token takes one
         most = min(left, most, self.scheduler.ahead)  # it has pages for no more
         if self.drafter is not None:
-            most = min(most, self.drafter.context_length - len(row.tokens))
+            most = min(most, self.drafter.room(row))
         return max(0, most)
 
     def _draft_pending(self, rows: list[LiveRow]) -> list[int]:
         """Tokens that the drafter has not read, of each row."""
         if self.drafter is None:
             return [0] * len(rows)
-        lengths = self.drafter.cache.lengths
-        return [len(row.tokens) - lengths[slot] for slot, row in enumerate(rows)]
+        return [self.drafter.pending(row, slot) for slot, row in enumerate(rows)]
 
     def _draft(self, this: Round) -> None:
         """Draw candidates, as many as the policy wants."""
