@@ -162,7 +162,8 @@ def _assembled(
     if not hasattr(parts, "embed_tokens"):
         parts.embed_tokens = target.model.get_input_embeddings()
     if head is None and config.tied:
-        parts.lm_head = nn.Linear(*parts.embed_tokens.weight.shape[::-1], bias=False, device="meta")
+        outputs, inputs = parts.embed_tokens.weight.shape
+        parts.lm_head = nn.Linear(inputs, outputs, bias=False, device="meta")
         parts.lm_head.weight = parts.embed_tokens.weight
     elif head is None:
         parts.lm_head = target.model.get_output_embeddings()
@@ -203,7 +204,7 @@ def _layer_config(config: EagleConfig, weights: dict[str, Tensor]) -> Any:
     return text
 
 
-def _skeleton(config: EagleConfig, text: Any, states: int, weights: dict[str, Tensor]) -> nn.Module:
+def _skeleton(config: EagleConfig, text: Any, states: int, weights: dict[str, Tensor]) -> Any:
     """Modules by the names that weights have, without any."""
     if text.model_type == "llama":
         from transformers.models.llama.modeling_llama import LlamaDecoderLayer as Layer
@@ -229,7 +230,7 @@ def _skeleton(config: EagleConfig, text: Any, states: int, weights: dict[str, Te
         parts.embed_tokens = nn.Embedding(len(embedding), width)
     if (head := weights.get("lm_head.weight")) is not None:
         parts.lm_head = nn.Linear(width, len(head), bias=False)
-    return parts  # type: ignore[no-any-return]
+    return parts
 
 
 def _known(config: EagleConfig, weights: dict[str, Tensor], rows: int) -> Tensor | None:
@@ -261,7 +262,7 @@ def _known(config: EagleConfig, weights: dict[str, Tensor], rows: int) -> Tensor
     else:
         known = torch.arange(min(outputs, rows))
         return None if outputs >= rows else known
-    fits = len(known) == outputs and len(known.unique()) == outputs
+    fits = len(known) == outputs and len(set(known.tolist())) == outputs
     if not fits or int(known.min()) < 0 or int(known.max()) >= rows:
         raise PairError(
             f"draft {name}: its d2t does not name {outputs:,} different tokens out of the target's "

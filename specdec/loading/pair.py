@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from specdec.loading.eagle import eagle_config, load_eagle
+from specdec.loading.eagle_config import EagleConfig
 from specdec.loading.heap import keep_freed_memory
 from specdec.loading.loader import DType, Loader, load_tokenizer, stored_weights_dtype
 from specdec.loading.sources import ModelSource, PairError, find_model, model_digest
@@ -111,7 +112,8 @@ class ModelPair:
         if missing:
             raise PairError(f"target {target}: its weights lack {' and '.join(sorted(missing))}")
         tokenizer = load_tokenizer(target_source, trust_remote_code)
-        draft_model = eagle = None
+        draft_model: Any = None
+        eagle: EagleConfig | None = None
         if draft is not None:
             draft_source = find_model(draft)
             eagle = eagle_config(draft_source)
