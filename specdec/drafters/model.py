@@ -86,6 +86,14 @@ class ModelDrafter:
         self.chunk, self.clock = chunk, clock
         self.branches = not decoder.recurrent
 
+    def room(self, row: TokenRow) -> int:
+        """See `Drafter`."""
+        return max(0, self.context_length - len(row.tokens))
+
+    def pending(self, row: TokenRow, slot: int) -> int:
+        """See `Drafter`."""
+        return len(row.tokens) - self.cache.lengths[slot]
+
     def begin(
         self, rows: Sequence[TokenRow], slots: Sequence[int], shared: SharedCaches
     ) -> ModelDrafting:

@@ -91,7 +91,7 @@ class DraftLoop:
         wanted = zip(self._policy.budget(this.start), this.start.room, strict=True)
         budget = [min(k, room) for k, room in wanted]
         if self._policy.width > 1 and this.start.nodes:
-            self._abandon(this, early)
+            self._abandon(this, shared, early)
             self._last = [], []
             self._trees.run(this, shared, budget)
             return
@@ -110,7 +110,7 @@ class DraftLoop:
             step = first.of(places)
             index, asked = step.index, this.timer.since(began)
         else:
-            self._abandon(this, early)
+            self._abandon(this, shared, early)
             drafting = self._drafter.begin(this.rows, active, shared)
             (index,) = upload(device, active)
         for depth in range(1, max(budget) + 1):
@@ -146,10 +146,12 @@ class DraftLoop:
         (index,) = upload(self._drafter.cache.device, slots)
         return drafting, self._launch(this, drafting, slots, index, 1)
 
-    def _abandon(self, this: Round, early: tuple[Drafting, _Step] | None) -> None:
+    def _abandon(
+        self, this: Round, shared: SharedCaches, early: tuple[Drafting, _Step] | None
+    ) -> None:
         """Take an early step back: it has read what its rows' next first step must read."""
         for slot in early[1].slots if early is not None else ():
-            self._drafter.cache.rollback(slot, len(this.rows[slot].tokens) - 1)
+            shared.rollback(slot, len(this.rows[slot].tokens) - 1)
 
     def _launch(
         self, this: Round, drafting: Drafting, slots: list[int], index: Tensor, depth: int
