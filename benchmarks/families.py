@@ -90,7 +90,6 @@ _STATE = {"layer_types": ["linear_attention", "full_attention"] * 2}
 OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _EXPERTS | _STATE | {"n_group": 1, "topk_group": 1},
     "blenderbot": {"max_position_embeddings": 512},
-    "bloom": {"seq_length": 512},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     },
@@ -301,14 +300,22 @@ NOTE = """\
 
 def summary(found: dict[str, Any], verdict: str) -> dict[str, Any]:
     """What the table of families says of one: a `Family` of pipeline/config/model_family.py."""
-    results = [each for variant in found.values() for each in variant.values()]
-    right = [each for each in results if each["verdict"] == "right"]
+    results = {
+        f"{name} in {dtype}": each
+        for name, variant in found.items()
+        for dtype, each in variant.items()
+    }
+    right = [each for each in results.values() if each["verdict"] == "right"]
     layers = None
     if right:
         kernels = "kernels" if all(each["kernels"] for each in right) else "torch"
         layers = "fused" if all(each["fused"] for each in right) else kernels
-    whys = {each["why"].partition(": ")[2] for each in results if "why" in each}
-    why = sorted(whys)[0].replace("|", "/")[:160] if whys else ""
+    whys = [
+        (f"{where}: " if right else "") + each["why"].partition(": ")[2]
+        for where, each in results.items()
+        if each["verdict"] == "refused"
+    ]
+    why = min(whys, default="").replace("|", "/")[:160]
     return {"runs": verdict == "right", "layers": layers, "why": why}
 
 

@@ -266,8 +266,7 @@ def models_page() -> str:
     """The table of families, those that run first."""
     table = sorted(families().items(), key=lambda item: (not item[1].runs, item[0]))
     rows = [
-        f"| `{kind}` | {'yes' if family.runs else 'refused'} | {family.layers or ''} | "
-        f"{family.why} |"
+        f"| `{kind}` | {family.verdict} | {family.layers or ''} | {family.why} |"
         for kind, family in table
     ]
     return _joined(

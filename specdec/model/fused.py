@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from specdec.kernels.base import LayerKernels
 from specdec.model.attention import attend, attend_stored
+from specdec.model.linear import is_plain
 from specdec.model.packing import Packing
 from specdec.model.scoring import Scoring
 
@@ -147,11 +148,12 @@ def _fusible(layer: Any) -> bool:
     attention, mlp = layer.self_attn, layer.mlp
     linears = [
         attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj,
+        attention.o_proj, mlp.down_proj,
     ]  # fmt: skip
     return (
-        all(type(linear) is nn.Linear for linear in linears)
+        all(is_plain(linear) for linear in linears)
         and len({(linear.bias is None) for linear in linears[:3]}) == 1
-        and len({(linear.bias is None) for linear in linears[3:]}) == 1
+        and len({(linear.bias is None) for linear in linears[3:5]}) == 1
         and len({parameter.device for parameter in layer.parameters()}) == 1
         and not hasattr(layer, "_hf_hook")
     )
