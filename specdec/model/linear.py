@@ -164,7 +164,9 @@ def is_plain(module: object) -> bool:
 
     Quantisers replace or wrap layers, or keep their class and pack the weight.
     """
-    if type(module) is not nn.Linear or "forward" in vars(module):
+    if type(module) is not nn.Linear:
+        return False
+    if getattr(module.forward, "__func__", None) is not nn.Linear.forward:
         return False
     weight = module._parameters.get("weight")
     return type(weight) is nn.Parameter and weight.dtype in PLAIN
@@ -172,6 +174,17 @@ def is_plain(module: object) -> bool:
 
 PLAIN = {torch.float32, torch.bfloat16, torch.float16}
 """Dtypes of weights that are numbers as they stand."""
+
+
+def stays_quantised(model: nn.Module) -> bool:
+    """Whether a loaded model has linear layers that its quantiser replaced, wrapped or packed."""
+    layers = [module for module in model.modules() if hasattr(module, "in_features")]
+    return getattr(model, "hf_quantizer", None) is not None and not all(map(is_plain, layers))
+
+
+def outputs_of(head: Any) -> int:
+    """How many numbers a linear layer gives, quantised ones and those of here included."""
+    return int(getattr(head, "out_features", None) or head.weight.shape[0])
 
 
 READ_ELSEWHERE = {"dt_proj"}

@@ -177,7 +177,9 @@ class StockModel:
         Args:
             hidden: [M, hidden], some that the decoder gave.
         """
-        weight: Tensor = self.head.weight
+        weight = getattr(self.head, "weight", None)
+        if not isinstance(weight, Tensor):  # but numbers that a quantiser packed
+            return
         if weight.is_floating_point() and weight.dtype != hidden.dtype:
             return  # between them is a conversion (Mamba's float32 states)
         if weight.shape[-1] != hidden.shape[-1]:  # or a product

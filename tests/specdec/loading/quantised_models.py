@@ -65,7 +65,7 @@ def fp8_tensors(folder: Path) -> Path:
 
 
 def _four_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers 0 to 15 [in, out], 8 being zero, and scales [in / GROUP, out] of a weight [out, in]."""
+    """Numbers 0 to 15 [in, out], 8 being zero, and scales [in / GROUP, out] of [out, in]."""
     grouped = weight.T.unflatten(0, (-1, GROUP))
     scales = (grouped.abs().amax(1) / 7).half()
     numbers = (grouped / scales[:, None].float()).round().clamp(-8, 7) + 8
@@ -240,7 +240,7 @@ FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
 def _mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes [..., in / 32, 16] of two numbers each, the first lower, and exponents [..., in / 32]."""
+    """Bytes [..., in / 32, 16] of two numbers each, the first lower, and exponents."""
     blocks = weight.unflatten(-1, (-1, 32))
     exponents = (blocks.abs().amax(-1) / 6).clamp(min=1e-30).log2().ceil()
     scaled = blocks / exponents.exp2()[..., None]
