@@ -108,15 +108,15 @@ family of a model from its config, before it is loaded.
 
 ## Weights that are stored quantised
 
-transformers loads them, by the package of their makers where it needs one. Each is an extra: `pip
-install 'specbatch[gptq]'`. A package that is missing is named before anything is loaded.
+transformers loads them, by the package of their makers where it needs one. Each is an extra:
+`pip install 'specbatch[gptq]'`. A package that is missing is named before anything is loaded.
 
 | checkpoint | extra | on a CPU, as tests of tiny models run it | `deterministic`, int8 |
 |---|---|---|---|
 | FP8, by block or tensor | `fp8`, on GPUs | expanded as they are loaded | yes |
 | MXFP4 (gpt-oss) | `mxfp4`, on GPUs | expanded as they are loaded | int8 alone |
-| compressed-tensors, weights alone (W4A16) | `compressed-tensors` | expanded as they are loaded | yes |
-| compressed-tensors, activations too (W8A8, FP8) | `compressed-tensors` | expanded; activations rounded as stored | refused |
+| W4A16 of compressed-tensors | `compressed-tensors` | expanded as they are loaded | yes |
+| W8A8 and FP8 of the same | `compressed-tensors` | expanded, activations rounded | refused |
 | bitsandbytes, 8 bits and NF4 | `bitsandbytes` | stay quantised | refused |
 | torchao, int8 with and without activations | `torchao` | stay quantised | refused |
 | GPTQ, 4 bits | `gptq` | stay quantised | refused |
@@ -130,8 +130,8 @@ install 'specbatch[gptq]'`. A package that is missing is named before anything i
   precision; on a CPU `float32` where that is faster. On GPUs, FP8, GPTQ and AWQ refuse `float32`.
 - **GPUs.** None of these was run on one yet. Without the package `kernels` transformers expands
   MXFP4, and refuses FP8.
-- **GPTQ and AWQ.** `gptqmodel` is built from source and needs torch when it is built: `pip install
-  pypcre; pip install --no-build-isolation 'specbatch[gptq]'`. Version 7.7 asks for torch 2.14.1;
+- **GPTQ and AWQ.** `gptqmodel` is built from source, for which torch and `pypcre` must be installed
+  before: `pip install --no-build-isolation 'specbatch[gptq]'`. Version 7.7 asks for torch 2.14.1;
   the tests ran it with torch 2.13.
 
 ## Families
