@@ -90,7 +90,6 @@ _STATE = {"layer_types": ["linear_attention", "full_attention"] * 2}
 OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _EXPERTS | _STATE | {"n_group": 1, "topk_group": 1},
     "blenderbot": {"max_position_embeddings": 512},
-    "bloom": {"seq_length": 512},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     },
@@ -105,7 +104,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "kimi_linear": _EXPERTS | _STATE | {"num_local_experts": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
-    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
@@ -240,7 +239,7 @@ def check_one(exact_model: Any) -> dict[str, Any]:
         tv, noise = distance(packed, expected[at]), distance(expected[at], exact[at])
         right = tv < 1e-3 + 3 * noise
         fused = any(isinstance(module, FusedLayer) for module in decoder.model.modules())
-        kernels = decoder.use_kernels
+        kernels = decoder.use_kernels if decoder.layout else None  # nothing attends
         verdict = "right" if right else "wrong"
         result[name] = {
             "verdict": verdict, "tv": tv, "noise": noise, "fused": fused, "kernels": kernels,
@@ -301,14 +300,23 @@ NOTE = """\
 
 def summary(found: dict[str, Any], verdict: str) -> dict[str, Any]:
     """What the table of families says of one: a `Family` of pipeline/config/model_family.py."""
-    results = [each for variant in found.values() for each in variant.values()]
-    right = [each for each in results if each["verdict"] == "right"]
+    results = {
+        f"{name} in {dtype}": each
+        for name, variant in found.items()
+        for dtype, each in variant.items()
+    }
+    right = [each for each in results.values() if each["verdict"] == "right"]
     layers = None
     if right:
-        kernels = "kernels" if all(each["kernels"] for each in right) else "torch"
+        attending = [each["kernels"] for each in right if each["kernels"] is not None]
+        kernels = "kernels" if attending and all(attending) else "torch"
         layers = "fused" if all(each["fused"] for each in right) else kernels
-    whys = {each["why"].partition(": ")[2] for each in results if "why" in each}
-    why = sorted(whys)[0].replace("|", "/")[:160] if whys else ""
+    whys = [
+        (f"{where}: " if right else "") + each["why"].partition(": ")[2]
+        for where, each in results.items()
+        if each["verdict"] == "refused"
+    ]
+    why = min(whys, default="").replace("|", "/")[:160]
     return {"runs": verdict == "right", "layers": layers, "why": why}
 
 

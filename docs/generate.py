@@ -97,10 +97,44 @@ family of a model from its config, before it is loaded.
 - **Attention of their own.** BLOOM, Falcon, MPT, GPT-J and others compute their softmax themselves,
   not by transformers' `AttentionInterface`. They run by an adapter, their layers as they are.
 - **Rotary embeddings of kind `longrope`.** Beyond the context that a model was first trained for,
-  all tokens of a row have other angles. So rows end there: Phi-4-mini has 4,096 positions here, not
-  131,072. A warning says so when such a model is loaded.
+  all tokens of a row have other angles, and a row that grows past it is computed anew. So rows end
+  there: Phi-4-mini has 4,096 positions here, not 131,072. A warning says so when such a model is
+  loaded.
+- **BLOOM.** Its config need not say how many positions it has. It has the 2,048 of its training.
+- **Layers that run more than once** in a forward (HRM-Text) have keys of their own each time, for
+  which there is no place here: such models are refused.
 - **Padding in a text.** RoBERTa and its kin do not count padding tokens as they number positions.
   Here each token of a row counts.
+
+## Weights that are stored quantised
+
+transformers loads them, by the package of their makers where it needs one. Each is an extra:
+`pip install 'specbatch[gptq]'`. A package that is missing is named before anything is loaded.
+
+| checkpoint | extra | on a CPU, as tests of tiny models run it | `deterministic`, int8 |
+|---|---|---|---|
+| FP8, by block or tensor | `fp8`, on GPUs | expanded as they are loaded | yes |
+| MXFP4 (gpt-oss) | `mxfp4`, on GPUs | expanded as they are loaded | int8 alone |
+| W4A16 of compressed-tensors | `compressed-tensors` | expanded as they are loaded | yes |
+| W8A8 and FP8 of the same | `compressed-tensors` | expanded, activations rounded | refused |
+| bitsandbytes, 8 bits and NF4 | `bitsandbytes` | stay quantised | refused |
+| torchao, int8 with and without activations | `torchao` | stay quantised | refused |
+| GPTQ, 4 bits | `gptq` | stay quantised | refused |
+| AWQ, 4 bits | `awq` | stay quantised | refused |
+
+- **Expanded weights** are plain layers: packed, fused, and made int8 or deterministic as others
+  are. They take the memory of `dtype`, not of the checkpoint.
+- **Layers that stay quantised** run as their package runs them, and nothing here replaces them. The
+  output is that of transformers with the same layers.
+- **`dtype: auto`** is what the checkpoint's config says, `bfloat16` if it says nothing of half
+  precision; on a CPU `float32` where that is faster. On GPUs, FP8, GPTQ and AWQ refuse `float32`.
+- **GPUs.** None of these was run on one yet. Without the package `kernels` transformers expands
+  MXFP4, and refuses FP8.
+- **GPTQ and AWQ.** `gptqmodel` is built from source, for which torch and `pypcre` must be installed
+  before: `pip install --no-build-isolation 'specbatch[gptq]'`. Version 7.7 asks for torch 2.14.1;
+  the tests ran it with torch 2.13.
+
+## Families
 
 | layers | what runs |
 |---|---|
@@ -266,8 +300,7 @@ def models_page() -> str:
     """The table of families, those that run first."""
     table = sorted(families().items(), key=lambda item: (not item[1].runs, item[0]))
     rows = [
-        f"| `{kind}` | {'yes' if family.runs else 'refused'} | {family.layers or ''} | "
-        f"{family.why} |"
+        f"| `{kind}` | {family.verdict} | {family.layers or ''} | {family.why} |"
         for kind, family in table
     ]
     return _joined(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from pipeline.config.job import JobConfig, SamplingConfig
+from pipeline.config.model_files import HubError, read_model_file
 from pipeline.errors import UserError
 
 RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -73,7 +72,10 @@ def with_model_defaults(job: JobConfig, *, ask_hub: bool = True) -> tuple[JobCon
     wanted = job.sampling.defaults or ("none" if "temperature" in given else "model")
     if wanted == "none":
         return job, []
-    recommended = _recommended(job.models.target, ask_hub)
+    try:
+        recommended = read_model_file(job.models.target, _FILE, ask_hub=ask_hub)
+    except HubError as error:
+        raise UserError(f"{error}; sampling.defaults: none does without it") from None
     taken = {key: recommended[key] for key in RECOMMENDED if recommended.get(key) is not None}
     taken = {key: value for key, value in taken.items() if key not in given}
     if not taken:
@@ -88,42 +90,3 @@ def with_model_defaults(job: JobConfig, *, ask_hub: bool = True) -> tuple[JobCon
             f"used ({first['msg']}); set sampling.defaults to none"
         ) from None
     return job.model_copy(update={"sampling": sampling}), list(taken)
-
-
-def _recommended(target: str, ask_hub: bool) -> dict[str, Any]:
-    """What is in the target's `generation_config.json`, if it has one."""
-    from specdec.loading.sources import PairError, find_model
-
-    try:
-        source = find_model(target)
-    except PairError as error:
-        raise UserError(str(error)) from None
-    if source.path is not None:
-        path = source.path / _FILE
-        return _read(path) if path.is_file() else {}
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    cached = try_to_load_from_cache(source.name, _FILE, revision=source.revision)
-    if isinstance(cached, str):
-        return _read(Path(cached))
-    if cached is not None or not ask_hub:  # known not to be there
-        return {}
-    try:
-        return _read(Path(hf_hub_download(source.name, _FILE, revision=source.revision)))
-    except Exception as error:  # network, HTTP and validation errors have no common class
-        # What is not in the cache of a machine without network may well be on the hub.
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return {}
-        raise UserError(
-            f"model {target}: the hub did not give its {_FILE} ({type(error).__name__}); check the "
-            "name, the network, or give a folder; sampling.defaults: none does without it"
-        ) from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"models.target: {path} cannot be read: {error}") from None
-    return found if isinstance(found, dict) else {}

@@ -6,15 +6,13 @@ its own plain forward when it is loaded, whatever is said here.
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from pipeline.errors import UserError
+from pipeline.config.model_files import read_model_file
 
 LAYERS = {
     "fused": "layers with a third of the operators, hand-written attention",
@@ -28,14 +26,21 @@ class Family(NamedTuple):
     """What became of tiny random models of an architecture.
 
     Attributes:
-        runs: whether the output is what it should be.
+        runs: whether the output is what it should be, or is where it is not refused.
         layers: which of LAYERS ran, if any did.
-        why: why not, or not in each variant; otherwise empty.
+        why: why not; of one that runs in part, what was refused and why; otherwise empty.
     """
 
     runs: bool
     layers: Literal["fused", "kernels", "torch"] | None
     why: str
+
+    @property
+    def verdict(self) -> str:
+        """In a word or two: a variant or dtype of a family may be refused while others run."""
+        if not self.runs:
+            return "refused"
+        return "in part" if self.why else "yes"
 
 
 @cache
@@ -54,7 +59,7 @@ def expected(name: str) -> tuple[str, bool]:
     Raises:
         UserError: there is no such folder, or its config cannot be read.
     """
-    config = _config(name)
+    config = read_model_file(name, "config.json")
     if line := _eagle(name, config):
         return line, True
     kinds = _model_types(config)
@@ -65,7 +70,10 @@ def expected(name: str) -> tuple[str, bool]:
         return f"{kinds[0]} is no family that was tried; it is checked when it is loaded", False
     family = families()[kind]
     if family.runs:
-        return f"{kind} runs: {LAYERS[family.layers or 'torch']}", True
+        layers = LAYERS[family.layers or "torch"]
+        if family.why:
+            return f"{kind} runs in part ({layers}); refused was {family.why}", False
+        return f"{kind} runs: {layers}", True
     return f"{kind} was refused when it was tried: {family.why}", False
 
 
@@ -75,7 +83,7 @@ def eagle(name: str) -> str:
     Raises:
         UserError: there is no such folder, or its config is of a draft that cannot run.
     """
-    return _eagle(name, _config(name))
+    return _eagle(name, read_model_file(name, "config.json"))
 
 
 def refuse_eagle(name: str | None, why: str) -> None:
@@ -104,27 +112,3 @@ def _model_types(config: dict[str, Any]) -> list[str]:
     parts = config, config.get("text_config")
     kinds = [part.get("model_type") for part in parts if isinstance(part, dict)]
     return [kind for kind in kinds if isinstance(kind, str)]
-
-
-def _config(name: str) -> dict[str, Any]:
-    """A model's `config.json`, if it is on this machine."""
-    from huggingface_hub import try_to_load_from_cache
-
-    from specdec.loading.sources import PairError, find_model
-
-    try:
-        source = find_model(name)
-    except PairError as error:
-        raise UserError(str(error)) from None
-    if source.path is None:
-        cached = try_to_load_from_cache(source.name, "config.json", revision=source.revision)
-        path = Path(cached) if isinstance(cached, str) else None
-    else:
-        path = source.path / "config.json" if source.path.is_dir() else None
-    if path is None:
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {name}: {path} cannot be read: {error}") from None
-    return config if isinstance(config, dict) else {}

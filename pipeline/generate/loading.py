@@ -90,7 +90,7 @@ def make_engine(job: JobConfig, pair: Any, head: Any) -> Any:
         head: its acceptance head, if it has one.
     """
     from pipeline.texts import Texts
-    from specdec.engine.admission import free_memory
+    from specdec.engine.admission import memory_by_default
     from specdec.engine.engine import Engine
     from specdec.loading.grammars import ModelGrammars
     from specdec.policies.registry import make_policy
@@ -100,7 +100,7 @@ def make_engine(job: JobConfig, pair: Any, head: Any) -> Any:
         memory = int(actors.kv_memory_gb * 1e9)
     else:
         share = actors.memory_share(os.cpu_count() or 1)
-        memory = int(share * free_memory(pair.target.device)) // 2
+        memory = memory_by_default(pair.target.device, share)
     return Engine(
         pair,
         policy=make_policy(

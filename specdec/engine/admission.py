@@ -32,11 +32,18 @@ class Pair(Protocol):
     eos_token_ids: frozenset[int]
 
 
-def free_memory(device: torch.device) -> int:
-    """Free bytes on a device."""
+def memory_by_default(device: torch.device, share: float = 1.0) -> int:
+    """Bytes for keys and values where nobody says: half of an engine's share of what is free.
+
+    Args:
+        device: where the models are.
+        share: of the device, that this engine may take; others may run beside it.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    return int(share * free) // 2
 
 
 def divide(caches: Sequence[SlotCache], slots: int, memory: int) -> tuple[int, int]:

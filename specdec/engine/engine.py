@@ -20,7 +20,7 @@ import torch
 from specdec.drafters.base import Drafter
 from specdec.drafters.making import drafter_of
 from specdec.drafters.suffix import SuffixIndex
-from specdec.engine.admission import Pair, divide, free_memory, row_of
+from specdec.engine.admission import Pair, divide, memory_by_default, row_of
 from specdec.engine.asked import AskedFor
 from specdec.engine.draft_loop import DraftLoop
 from specdec.engine.ending import Decode, Ending, failure, find_ending
@@ -102,7 +102,7 @@ class Engine:
         # A longer row would leave the grid, whose kernels are what makes bits repeat; and states
         # could not be taken back to before it.
         short = invariant or any(cache.states is not None for cache in caches)
-        slots, pages = divide(caches, slots, kv_memory_bytes or free_memory(self.device) // 2)
+        slots, pages = divide(caches, slots, kv_memory_bytes or memory_by_default(self.device))
         self.suffix = None
         self.drafting: DraftLoop | SuffixLoop | None = None
         if self.drafter is not None:

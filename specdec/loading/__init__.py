@@ -3,6 +3,7 @@
 sources        what a model's name means: a folder, a GGUF file, a name on a hub
 conversion     the folder that transformers loads; GGUF files are converted to one
 gguf_header    what a GGUF file's weights are stored in
+quantised      checkpoints that are stored quantised: their packages, what goes with them
 loader         transformers' loading of one model, with its errors in one line
 eagle_config   what an EAGLE-3 draft is, seen from its config
 eagle          its weights, in either format

@@ -14,7 +14,15 @@ from torch import nn
 
 from specdec.loading.conversion import model_folder, tokenizer_folder
 from specdec.loading.gguf_header import stored_dtype
+from specdec.loading.quantised import (
+    check_dtype,
+    check_packages,
+    decompress,
+    how_to_load,
+    quantised_by,
+)
 from specdec.loading.sources import ModelSource, PairError
+from specdec.model.linear import PLAIN
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -30,7 +38,7 @@ LONGEST_REASON = 400
 """Characters of an error's text that are shown; raised, a whole report of weights may be."""
 
 QUANTISED_AS = torch.bfloat16
-"""The dtype in which weights of a quantised GGUF file count as stored.
+"""The dtype in which quantised weights count as stored where the checkpoint does not say.
 
 Quantised numbers have a scale and at most 8 bits each, so bfloat16's 8 bits lose little. float32
 would double the file on disk and the time to stream its weights.
@@ -51,8 +59,16 @@ class Loader:
         """The model, in evaluation mode, and which of SHARED_MODULES its checkpoint lacks."""
         dtype = getattr(torch, self.dtype)
         folder = model_folder(source, dtype)
+        config = _config(folder, source, self.trust_remote_code)
+        options: dict[str, Any] = {}
+        if method := quantised_by(config):
+            check_packages(source.name, method)
+            check_dtype(source.name, method, dtype, self.device)
+            # Its kernels are chosen for the device that the weights are loaded to.
+            device_map = device_map or {"": self.device}
+            options = how_to_load(config, method)
         try:
-            loaded: Any = self._auto_class(folder, source).from_pretrained(
+            loaded: Any = _auto_class(config).from_pretrained(
                 folder,
                 revision=source.revision,
                 dtype=dtype,
@@ -61,7 +77,10 @@ class Loader:
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
+                **options,
             )
+            if method:
+                decompress(loaded[0])
         except Exception as error:  # of transformers or a package for quantised weights
             raise PairError(f"model {source.name} cannot be loaded: {reason(error)}") from error
         model, info = loaded
@@ -78,34 +97,42 @@ class Loader:
                 f"model {source.name}: weights do not have the shapes of its config.json: {key}"
             )
         _drop_other_parts(model)
-        if getattr(model, "hf_quantizer", None) is not None:
+        if method:
             _convert_plain_weights(model, dtype)
         if device_map is None:
             model = model.to(self.device)
         return model.eval().requires_grad_(False), shared
 
-    def _auto_class(self, folder: str, source: ModelSource) -> Any:
-        """What loads the model: AutoModelForCausalLM, or the one for models with images as well."""
-        from transformers import (
-            MODEL_FOR_CAUSAL_LM_MAPPING,
-            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-            AutoModelForCausalLM,
-            AutoModelForImageTextToText,
-        )
 
-        kind = type(_config(folder, source.revision, self.trust_remote_code))
-        for_text = kind in MODEL_FOR_CAUSAL_LM_MAPPING
-        if not for_text and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            return AutoModelForImageTextToText
-        return AutoModelForCausalLM
+def _auto_class(config: Any) -> Any:
+    """What loads a model: AutoModelForCausalLM, or the one for models with images as well."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    kind = type(config)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
-def _config(folder: str, revision: str | None, trust_remote_code: bool) -> Any:
+def _config(folder: str, source: ModelSource, trust_remote_code: bool) -> Any:
+    """A model's config (transformers).
+
+    Raises:
+        PairError: it has none, or one that cannot be used.
+    """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(
-        folder, revision=revision, trust_remote_code=trust_remote_code
-    )
+    try:
+        return AutoConfig.from_pretrained(
+            folder, revision=source.revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # of transformers, or of Python code that comes with the model
+        raise PairError(f"model {source.name} cannot be loaded: {reason(error)}") from error
 
 
 def stored_weights_dtype(source: ModelSource, trust_remote_code: bool) -> torch.dtype | None:
@@ -115,13 +142,15 @@ def stored_weights_dtype(source: ModelSource, trust_remote_code: bool) -> torch.
         PairError: neither can be read.
     """
     path = source.path
-    try:
-        if path is not None and path.is_file():
+    if path is not None and path.is_file():
+        try:
             return stored_dtype(path) or QUANTISED_AS
-        config = _config(str(path or source.name), source.revision, trust_remote_code)
-    except Exception as error:  # as above
-        raise PairError(f"model {source.name} cannot be loaded: {reason(error)}") from error
+        except (OSError, ValueError) as error:
+            raise PairError(f"model {source.name} cannot be loaded: {reason(error)}") from error
+    config = _config(str(path or source.name), source, trust_remote_code)
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if quantised_by(config) and stored not in (torch.bfloat16, torch.float16):
+        return QUANTISED_AS
     return stored if isinstance(stored, torch.dtype) else None
 
 
@@ -133,10 +162,16 @@ def _drop_other_parts(model: nn.Module) -> None:
                 delattr(module, name)
 
 
-def _convert_plain_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Bring weights that a quantizer left in half precision to the dtype that was asked for."""
-    for weight in model.parameters():
-        if weight.dtype in (torch.bfloat16, torch.float16) and weight.dtype != dtype:
+def _convert_plain_weights(model: Any, dtype: torch.dtype) -> None:
+    """Bring weights that a quantiser left in another precision to the dtype that was asked for.
+
+    What it expands may have the dtype of its scales. Numbers that it packed stay as they are, and
+    so does what an architecture keeps in float32.
+    """
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for name, weight in model.named_parameters():
+        exact = weight.dtype == torch.float32 and any(part in name for part in kept)
+        if type(weight) is nn.Parameter and weight.dtype in PLAIN and not exact:
             weight.data = weight.data.to(dtype)
 
 

@@ -14,9 +14,17 @@ from specdec.loading.eagle import eagle_config, load_eagle
 from specdec.loading.eagle_config import EagleConfig
 from specdec.loading.heap import keep_freed_memory
 from specdec.loading.loader import DType, Loader, load_tokenizer, stored_weights_dtype
+from specdec.loading.quantised import quantised_by
 from specdec.loading.sources import ModelSource, PairError, find_model, model_digest
 from specdec.model.decoder import PackedDecoder
-from specdec.model.linear import Quantization, is_invariant, pack_linears, packable
+from specdec.model.linear import (
+    Quantization,
+    is_invariant,
+    outputs_of,
+    pack_linears,
+    packable,
+    stays_quantised,
+)
 from specdec.model.stock import UnsupportedModel
 
 log = logging.getLogger(__name__)
@@ -85,6 +93,7 @@ class ModelPair:
             place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except RuntimeError:
             raise PairError(f"device {device}: torch knows no such device") from None
+        asked = {"quantization": quantization, "draft_quantization": draft_quantization}
         if draft_quantization is None:
             draft_quantization = "int8" if place.type == "cpu" else "none"
         for kind in (quantization, draft_quantization):
@@ -119,6 +128,9 @@ class ModelPair:
             eagle = eagle_config(draft_source)
             if eagle is None:
                 draft_model = _load_draft(loader, draft_source, target_model, tokenizer, target)
+        _refuse_if_quantised(target_model, target, asked["quantization"], deterministic)
+        if draft_model is not None and draft is not None:
+            _refuse_if_quantised(draft_model, draft, asked["draft_quantization"])
         models = [model for model in (target_model, draft_model) if model is not None]
         vocab_size = _shared_vocabulary(models, tokenizer)
         try:
@@ -222,6 +234,29 @@ def _load_draft(
     return model
 
 
+def _refuse_if_quantised(
+    model: Any, name: str, quantization: str | None, deterministic: bool = False
+) -> None:
+    """Refuse what would change layers that stay as another quantised them.
+
+    Raises:
+        PairError: they cannot be quantised again, or made deterministic.
+    """
+    asked = quantization not in (None, "none")
+    if not (asked or deterministic) or not stays_quantised(model):
+        return
+    method = quantised_by(model.config)
+    if asked:
+        raise PairError(
+            f"quantization {quantization}: the weights of {name} are quantised already, by "
+            f"{method}; leave it out"
+        )
+    raise PairError(
+        f"deterministic: layers of {name} stay quantised by {method}, whose kernels give a token "
+        "different bits in different batches; take a checkpoint that is not quantised"
+    )
+
+
 def _has_tokenizer(source: ModelSource) -> bool:
     """Whether a local source brings a tokenizer of its own."""
     path = source.path
@@ -248,7 +283,7 @@ def _shared_vocabulary(models: list[Any], tokenizer: Any) -> int:
     Raises:
         PairError: the draft lacks tokens that the target can sample.
     """
-    sizes: list[int] = [model.get_output_embeddings().weight.shape[0] for model in models]
+    sizes: list[int] = [outputs_of(model.get_output_embeddings()) for model in models]
     vocab_size = min(sizes)
     if min(len(tokenizer), sizes[0]) > vocab_size:
         raise PairError(

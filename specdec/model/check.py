@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specdec.model.linear import stays_quantised
 from specdec.model.stock import StockModel
 
 CPU_CHECK = (70, 30)
@@ -65,7 +66,10 @@ Raised, a forward that is wrong for single tokens may pass in half precision.
 """
 
 USUAL_NOISE = 0.02
-"""Total variation that half precision costs where it cannot be measured, as in quantised models."""
+"""Total variation that half precision costs where it cannot be measured, as in quantised models.
+
+Raised, a forward that is wrong may pass in them.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +101,12 @@ class Reference:
             )
             for n in lengths
         )
+        rows = first, second
         stock.set_attention("sdpa" if decoder._supports_sdpa else "eager")
         logits = _tail(model, first), _tail(model, second)
-        return cls((first, second), logits, _noise(model, (first, second), torch.cat(logits)))
+        if stays_quantised(model):
+            return cls(rows, logits, _noise_of_attention(stock, rows, torch.cat(logits)))
+        return cls(rows, logits, _noise(model, rows, torch.cat(logits)))
 
     def has(self, row: int, place: int) -> bool:
         """Whether the token at a place of a row is one of those that are compared."""
@@ -166,6 +173,20 @@ def _noise(
         except RuntimeError:  # a module that multiplies with another one's weights
             pass
     return USUAL_NOISE, 4 * USUAL_NOISE
+
+
+def _noise_of_attention(
+    stock: StockModel, rows: tuple[Tensor, Tensor], logits: Tensor
+) -> tuple[float, float]:
+    """What `logits` differ by from those with attention that rounds otherwise.
+
+    Quantised layers cannot be widened. Some round their inputs to steps, which float32 crosses too.
+    """
+    stock.set_attention("eager")
+    mean, most = distance(torch.cat([_tail(stock.model, row) for row in rows]), logits)
+    if stock.model.dtype == torch.float32:
+        return mean, most
+    return max(mean, USUAL_NOISE), max(most, 4 * USUAL_NOISE)
 
 
 @contextmanager

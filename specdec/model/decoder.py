@@ -24,6 +24,7 @@ from specdec.model.check import CPU_CHECK, GPU_CHECK, GRID_CHECK, Reference
 from specdec.model.features import collecting, readable_layers
 from specdec.model.fused import fuse_layers
 from specdec.model.graphs import HIDDEN, Out, RecordingFailed, Recordings, Tail, record
+from specdec.model.linear import outputs_of
 from specdec.model.masks import layer_layouts, short_windows
 from specdec.model.mixers import Mixers
 from specdec.model.packing import GRID_TOKENS, Packing
@@ -83,7 +84,7 @@ class PackedDecoder:
             self.context_length = self._stock.context_length
             embedding: Any = model.get_input_embeddings()
             self.device: torch.device = embedding.weight.device
-            self.vocab_size: int = self._stock.head.weight.shape[0]
+            self.vocab_size = outputs_of(self._stock.head)
             self._pack_and_check(fuse)
         except UnsupportedModel as error:
             raise UnsupportedModel(f"{name} cannot run packed: {error}") from error

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from specdec.kernels.base import LayerKernels
 from specdec.kernels.scoring import Scoring
 from specdec.model.attention import attend, attend_stored
+from specdec.model.linear import is_plain
 from specdec.model.packing import Packing
 
 FUSIBLE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
@@ -158,11 +159,12 @@ def _fusible(layer: Any) -> bool:
     attention, mlp = layer.self_attn, layer.mlp
     linears = [
         attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj,
+        attention.o_proj, mlp.down_proj,
     ]  # fmt: skip
     return (
-        all(type(linear) is nn.Linear for linear in linears)
+        all(is_plain(linear) for linear in linears)
         and len({(linear.bias is None) for linear in linears[:3]}) == 1
-        and len({(linear.bias is None) for linear in linears[3:]}) == 1
+        and len({(linear.bias is None) for linear in linears[3:5]}) == 1
         and len({parameter.device for parameter in layer.parameters()}) == 1
         and not hasattr(layer, "_hf_hook")
     )

@@ -159,16 +159,44 @@ def packable(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+def is_plain(module: object) -> bool:
+    """Whether a module is a linear layer that multiplies by its weight and does nothing else.
+
+    Quantisers replace or wrap layers, or keep their class and pack the weight.
+    """
+    if type(module) is not nn.Linear:
+        return False
+    if getattr(module.forward, "__func__", None) is not nn.Linear.forward:
+        return False
+    weight = module._parameters.get("weight")
+    return type(weight) is nn.Parameter and weight.dtype in PLAIN
+
+
+PLAIN = {torch.float32, torch.bfloat16, torch.float16}
+"""Dtypes of weights that are numbers as they stand."""
+
+
+def stays_quantised(model: nn.Module) -> bool:
+    """Whether a loaded model has linear layers that its quantiser replaced, wrapped or packed."""
+    layers = [module for module in model.modules() if hasattr(module, "in_features")]
+    return getattr(model, "hf_quantizer", None) is not None and not all(map(is_plain, layers))
+
+
+def outputs_of(head: Any) -> int:
+    """How many numbers a linear layer gives, quantised ones and those of here included."""
+    return int(getattr(head, "out_features", None) or head.weight.shape[0])
+
+
 READ_ELSEWHERE = {"dt_proj"}
 """Linear layers whose weights the module that they belong to multiplies with itself (Mamba)."""
 
 
 def pack_linears(model: nn.Module, quantization: Quantization | None) -> None:
-    """Replace the linear layers of a `packable` model in place, the LM head included."""
+    """Replace the plain linear layers of a `packable` model in place, the LM head included."""
     layers = {"int8wo": Int8WeightOnlyLinear, "int8": Int8Linear, None: PackedLinear}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and name not in READ_ELSEWHERE:
+            if is_plain(child) and name not in READ_ELSEWHERE:
                 setattr(parent, name, layers[quantization](child))
 
 
@@ -185,6 +213,8 @@ def is_invariant(model: nn.Module) -> bool:
         matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1]
         if matrices and not isinstance(module, nn.Embedding):
             return False  # a product whose kernels are not known here: convolutions, experts, ...
+        if hasattr(module, "in_features"):
+            return False  # a quantised layer, whose weights may be buffers
         if isinstance(module, RowwiseLinear):
             if (shape := module.weight.shape) in seen:
                 continue

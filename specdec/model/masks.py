@@ -142,6 +142,10 @@ def _probe_attention(
     chunked = attention_mask is not None and attention_mask.chunked
     number: Any = module.layer_idx
     layer: int = len(packing) if number is None or number < 0 else number  # as `Packing.layer_of`
+    if layer in packing:
+        raise UnsupportedModel(
+            "a forward runs its layers more than once; specbatch keeps one key of a token a layer"
+        )
     sizes = key.shape[1], key.shape[3], value.shape[3]
     packing[layer] = LayerLayout(*sizes, window, chunked)
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None

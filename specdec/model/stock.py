@@ -38,6 +38,12 @@ CONTEXT = (
 )  # fmt: skip
 """Where configs say how many positions a model has."""
 
+UNSAID = {"bloom": 2048}
+"""Positions that models of a type were trained with, where their config does not say.
+
+BLOOM's scores fall with distance (ALiBi), so that nothing in it has a length.
+"""
+
 BOUNDLESS = 1 << 20
 """Most positions of a model that has no positions, since its state runs on.
 
@@ -46,7 +52,7 @@ Raised, the page table is wider: 8 bytes a slot for each 32 positions.
 
 
 def context_length(config: Any, bounded: bool = True) -> int:
-    """Most positions of a model, by its config; BOUNDLESS if it has none and is not `bounded`.
+    """Most positions of a model, by its config or UNSAID; BOUNDLESS if it is not `bounded`.
 
     Raises:
         UnsupportedModel: the config does not say.
@@ -58,6 +64,8 @@ def context_length(config: Any, bounded: bool = True) -> int:
             return length
     if not bounded:
         return BOUNDLESS
+    if text.model_type in UNSAID:
+        return UNSAID[text.model_type]
     raise UnsupportedModel(
         "its config.json does not say how many positions it has; add max_position_embeddings"
     )
@@ -169,7 +177,9 @@ class StockModel:
         Args:
             hidden: [M, hidden], some that the decoder gave.
         """
-        weight: Tensor = self.head.weight
+        weight = getattr(self.head, "weight", None)
+        if not isinstance(weight, Tensor):  # but numbers that a quantiser packed
+            return
         if weight.is_floating_point() and weight.dtype != hidden.dtype:
             return  # between them is a conversion (Mamba's float32 states)
         if weight.shape[-1] != hidden.shape[-1]:  # or a product

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from specdec.atomic import atomic_file, write_bytes
 from specdec.loading.pair import ModelPair, load_draft
+from specdec.model.linear import outputs_of
 from specdec.training.examples import Example
 from specdec.training.scores import lengths_of, output_positions
 
@@ -113,7 +114,7 @@ class Student:
     @property
     def vocab_size(self) -> int:
         """Rows of the LM head."""
-        return int(self.model.get_output_embeddings().weight.shape[0])
+        return outputs_of(self.model.get_output_embeddings())
 
     @property
     def context_length(self) -> int:

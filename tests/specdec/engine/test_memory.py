@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
 from transformers import PreTrainedModel
 
+from specdec.engine.admission import memory_by_default
 from specdec.engine.engine import Engine
 from specdec.model.cache import KEY_BLOCK
 from specdec.model.eagle import EagleDecoder
@@ -38,6 +42,12 @@ def held(engine: Engine) -> int:
     """Bytes of keys and values that an engine holds now."""
     caches = {id(cache): cache for cache in (engine.target_cache, engine.drafter.cache)}
     return sum(t.nbytes for cache in caches.values() for t in (*cache.keys, *cache.values))
+
+
+def test_an_engine_takes_half_of_its_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    cpu = torch.device("cpu")
+    assert (memory_by_default(cpu), memory_by_default(cpu, 0.25)) == (500, 125)
 
 
 @pytest.mark.parametrize("blocks", [2, 3, 5])

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from specdec.loading.sources import PairError
 from tests.specdec.engine.references import generate
-from tests.specdec.loading.saved_models import EOS, complete, load, saved, set_config
+from tests.specdec.loading.saved_models import EOS, complete, load, saved
 from tests.specdec.recurrent_models import recurrent_model
 from tests.specdec.tiny_models import VOCAB, noisy_copy, seeded, tiny_model
 
@@ -115,40 +115,6 @@ def test_layers_whose_state_runs_on_complete_with_packed_weights(
     assert complete(pair) == generate(model, (5, 17, 3, 3), 20)
     with pytest.raises(PairError, match="cannot be deterministic"):
         load(tmp_path / family, deterministic=True)
-
-
-@pytest.mark.parametrize(
-    ("quantization", "package"),
-    [
-        ({"quant_method": "compressed-tensors", "format": "dense"}, "compressed-tensors"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, "optimum"),
-        ({"quant_method": "awq", "bits": 4}, "gptqmodel"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_missing_package_is_named_with_the_way_to_install_it(
-    target: Path, quantization: dict[str, Any], package: str
-) -> None:
-    set_config(target, quantization_config=quantization)
-    with pytest.raises(PairError, match=rf"{target}.*pip install.*{package}"):
-        load(target)
-
-
-def test_fp8_weights_run_in_float32(target: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(target / "model.safetensors")
-    for name in [name for name in weights if name.endswith("proj.weight")]:
-        scale = weights[name].abs().max() / 448
-        weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
-        weights[f"{name}_scale_inv"] = scale.reshape(1, 1)
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    set_config(target, quantization_config=quantised)
-    pair = load(target, dtype="float32")
-    assert {parameter.dtype for parameter in pair.target.model.parameters()} == {torch.float32}
-    assert len(complete(pair)) == 20
 
 
 def test_tokens_that_have_no_logits_are_a_warning(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -19,6 +20,7 @@ from specdec.model.linear import (
     PackedLinear,
     Quantization,
     is_invariant,
+    is_plain,
     pack_linears,
     packable,
 )
@@ -145,6 +147,29 @@ def test_every_linear_layer_is_replaced_and_nothing_else(kind: Kind) -> None:
     assert all(type(after[name]) is KINDS[kind] for name in linears)
     assert all(type(after[name]) is its for name, its in others.items())
     assert model.get_output_embeddings().weight.shape == (VOCAB, 64)
+
+
+def test_layers_that_a_quantiser_made_are_left_alone() -> None:
+    """It may replace a layer, wrap its forward, or store other numbers as its weight."""
+
+    class Replaced(nn.Linear):
+        pass
+
+    wrapped, stored = linear(8, 8), linear(8, 8)
+    wrapped.forward = functools.partial(wrapped.forward)  # type: ignore[method-assign]
+    stored.weight = nn.Parameter(stored.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    model = nn.Sequential(linear(8, 8), Replaced(8, 8), wrapped, stored)
+    before = list(model)
+    pack_linears(model, "int8")
+    assert [is_plain(layer) for layer in before] == [True, False, False, False]
+    assert [type(layer) for layer in model] == [Int8Linear, Replaced, nn.Linear, nn.Linear]
+    assert list(model)[1:] == before[1:]
+
+
+def test_a_quantised_layer_whose_weights_are_buffers_is_not_taken_for_invariant() -> None:
+    layer = nn.Module()
+    layer.in_features, layer.qweight = 64, nn.Buffer(torch.zeros(8, 64, dtype=torch.int32))  # type: ignore[assignment]
+    assert not is_invariant(nn.Sequential(layer))
 
 
 def test_quantizing_leaves_torchs_quantization_engine_as_it_was() -> None:

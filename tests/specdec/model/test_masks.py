@@ -57,6 +57,12 @@ def test_a_mask_that_is_neither_a_window_nor_chunks_is_refused() -> None:
         PackedDecoder(model)
 
 
+def test_layers_that_run_more_than_once_are_refused() -> None:
+    """In half precision the check of logits takes their difference for rounding."""
+    with pytest.raises(UnsupportedModel, match="more than once"):
+        PackedDecoder(tiny_model("hrm_text").to(torch.bfloat16))
+
+
 @pytest.mark.parametrize("fuse", [False, True], ids=["stock", "fused"])
 def test_a_window_that_no_layer_uses_is_ignored(fuse: bool) -> None:
     """Some checkpoints of Llama carry a `sliding_window` that transformers' Llama never reads."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MambaConfig, PreTrainedModel
+from transformers import BloomConfig, MambaConfig, PreTrainedModel
 
 from specdec.model.decoder import PackedDecoder
 from specdec.model.linear import pack_linears
@@ -91,6 +91,7 @@ def test_another_distribution_is_refused_though_its_argmax_is_right(dtype: torch
 
 def test_a_config_that_does_not_say_its_context_is_refused_by_name() -> None:
     assert context_length(tiny_model("llama", context=77).config) == 77
+    assert context_length(BloomConfig()) == 2048
     config = MambaConfig()
     with pytest.raises(UnsupportedModel, match="max_position_embeddings"):
         context_length(config)
