@@ -1,26 +1,27 @@
 """What it costs when rows ask something of their logits: seconds of a round, side by side.
 
-    python benchmarks/adjustments.py --rows 64 --tokens 48 --repeats 5
+    python benchmarks/adjustments.py --rows 64 --tokens 96
 
-Three sides generate the same numbers of tokens from the same prompts, in turns in one run: `none`
-of the rows asks for anything; `all` ask for the three penalties; `all, everything` ask for every
-penalty and ban. The policy is `none`, whose rounds are the shortest, or another one. On a CPU the
-seconds are those of the process, so that other work on the machine does not count.
+Three sides generate the same numbers of tokens from the same prompts, round by round in turns:
+`none` of the rows asks for anything; `all` ask for the three penalties; `all, everything` ask for
+every penalty and ban. The policy is `none`, whose rounds are the shortest, or another one.
 
 Beside them stands what a round without any of it pays, in percent of that round: the seconds that
 the step between logits and probabilities takes when no row asks, measured by themselves.
 
-Prints seconds per round of each side and the ratio to `none`: median, smallest, largest. Some 5
-minutes on two cores with the defaults.
+Prints the median milliseconds of a round of each side, and the ratio to the round of `none` beside
+it: its median over all rounds, and that median's 95% interval by the bootstrap. Some 2 minutes on
+two cores with the defaults.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from common import (
@@ -30,7 +31,6 @@ from common import (
     Draft,
     Precision,
     Prompts,
-    Repeats,
     Rows,
     Target,
     Threads,
@@ -41,8 +41,8 @@ from common import (
     read_prompts,
     requests_of,
     run,
-    spread,
 )
+from numpy.typing import NDArray
 from rich.table import Table
 
 from specdec.engine.engine import Engine
@@ -66,20 +66,30 @@ SIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def round_seconds(pair: ModelPair, policy: str, k: int, requests: list[Request]) -> float:
-    """Mean seconds of a round, prompts and the rounds in which rows have ended left out."""
+def begun(pair: ModelPair, policy: str, k: int, requests: list[Request]) -> Engine:
+    """An engine in which all rows have their first token: from here on rounds are alike."""
     engine = Engine(pair, policy=make_policy(policy, k=k), slots=len(requests))
     for request in requests:
         engine.submit(request)
-    engine.step()
-    while any(row.generated == 0 for row in engine.scheduler.rows):
+    while not engine.live or any(row.generated == 0 for row in engine.scheduler.rows):
         engine.step()
-    clock = time.process_time if engine.device.type == "cpu" else time.perf_counter
-    began, rounds = clock(), 0
-    while engine.live == len(requests):
-        engine.step()
-        rounds += 1
-    return (clock() - began) / rounds
+    return engine
+
+
+def rounds(engines: dict[str, Engine], rows: int) -> Iterator[dict[str, float]]:
+    """Seconds of a round of each side, one side after the other, until a row ends.
+
+    The machine's speed drifts over seconds; rounds that are neighbours are compared instead.
+    """
+    names = [*engines]
+    while all(engine.live == rows for engine in engines.values()):
+        seconds = {}
+        for name in names:
+            began = time.perf_counter()
+            engines[name].step()
+            seconds[name] = time.perf_counter() - began
+        yield seconds
+        names = [*names[1:], names[0]]  # no side is always behind the same one
 
 
 def unused_seconds(pair: ModelPair, requests: list[Request]) -> float:
@@ -93,16 +103,22 @@ def unused_seconds(pair: ModelPair, requests: list[Request]) -> float:
     return (time.perf_counter() - began) / repeats
 
 
+def _median(ratios: NDArray[np.float64]) -> tuple[float, float, float]:
+    """The median, and its 95% interval."""
+    drawn = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+    return float(np.median(ratios)), float(low), float(high)
+
+
 def main(
     target: Target = TARGET,
     draft: Draft = DRAFT,
     precision: Precision = "int8",
     prompts: Prompts = PROMPTS,
     rows: Rows = 64,
-    tokens: Tokens = 32,
+    tokens: Tokens = 96,
     policy: Annotated[str, typer.Option(help="stop policy")] = "none",
     k: Annotated[int, typer.Option(help="candidates of `fixed`")] = 4,
-    repeats: Repeats = 5,
     threads: Threads = 0,
 ) -> None:
     """Run the sides in turns and print what a round of each takes."""
@@ -115,22 +131,23 @@ def main(
         name: [replace(r, sampling=replace(r.sampling, **asked)) for r in plain]
         for name, asked in SIDES.items()
     }
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(repeats):
-        for name, requests in sides.items():
-            found[name].append(round_seconds(pair, policy, k, requests))
-        console.log(f"{repeat + 1}/{repeats}")
+    engines = {name: begun(pair, policy, k, requests) for name, requests in sides.items()}
+    found = list(rounds(engines, rows))
     shown = Table(
-        title=f"{rows} rows, policy {policy}, {precision}, {torch.get_num_threads()} threads"
+        title=f"{rows} rows, policy {policy}, {precision}, {torch.get_num_threads()} threads, "
+        f"{len(found)} rounds"
     )
     for column in ("rows that ask", "ms a round", "against none"):
         shown.add_column(column, justify="right")
-    for name, seconds in found.items():
-        by_none = [a / b for a, b in zip(seconds, found["none"], strict=True)]
-        shown.add_row(name, f"{1e3 * statistics.median(seconds):.2f}", spread(by_none, digits=3))
+    plain_seconds = np.array([each["none"] for each in found])
+    for name in sides:
+        seconds = np.array([each[name] for each in found])
+        median, low, high = _median(seconds / plain_seconds)
+        against = f"{median:.3f} ({low:.3f}–{high:.3f})"
+        shown.add_row(name, f"{1e3 * np.median(seconds):.2f}", against)
     console.print(shown)
     unused = unused_seconds(pair, plain)
-    share = unused / statistics.median(found["none"])
+    share = unused / float(np.median(plain_seconds))
     console.print(f"when none asks: {1e6 * unused:.1f} µs a round, {share:.4%} of it")
 
 

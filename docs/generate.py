@@ -3,8 +3,9 @@
     python docs/generate.py
 
 `job-file.md`, `recipe-file.md` and the two JSON Schemas come from the descriptions of keys in
-pipeline/config and jobs/nightly, `cli.md` from the help of the commands, `models.md` from the table
-of families that benchmarks/families.py writes.
+pipeline/config and jobs/nightly, `cli.md` from the help of the commands, `openai-parameters.md`
+from what is known of requests, `models.md` from the table of families that benchmarks/families.py
+writes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typer.core import TyperGroup
 from jobs.cli import app
 from jobs.schema import job_schema, recipe_schema, schema_text
 from pipeline.config.model_family import LAYERS, families
+from pipeline.inputs.openai_parameters import Parameters, short
+from pipeline.inputs.openai_requests import PARAMETERS
 
 DOCS = Path(__file__).parent
 NOTE = "<!-- Written by `python docs/generate.py`, from the code. -->"
@@ -147,6 +150,33 @@ transformers loads them, by the package of their makers where it needs one. Each
 {families}
 """
 
+OPENAI = """\
+# Parameters of OpenAI requests
+
+What becomes of each parameter of OpenAI's API and of vLLM's requests in a line of a
+[batch file](openai-batch.md).
+
+- **served**: what it asks for is done. A value that is none of its own is that line's error.
+- **ignored**: it has no influence on what is generated here, whatever its value.
+- **refused**: it is not supported. Only the values that stand there are taken, since they ask for
+  nothing; so is `null`. Any other is the line's error, `UnsupportedParameter`, which names it.
+- **unknown**: the endpoint has no such parameter. It is the line's error, too.
+
+| parameter | {endpoints} |
+|---|---|---|---|
+{rows}
+"""
+
+OF_JOB_FILES = {
+    "JobConfig": "job-file.md",
+    "ModelsConfig": "job-file.md#models",
+    "SamplingConfig": "job-file.md#sampling",
+    "StructuredOutputs": "job-file.md#samplingstructured_outputs",
+    "SpeculationConfig": "job-file.md#speculation",
+    "ActorsConfig": "job-file.md#actors",
+}
+"""Sections of recipes that the page of job files describes."""
+
 Schema = Mapping[str, Any]
 
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -157,8 +187,9 @@ def pages() -> dict[str, str]:
     job, recipe = job_schema(), recipe_schema()
     return {
         "job-file.md": Reference(job, {}).page(JOB_FILE),
-        "recipe-file.md": Reference(recipe, {"JobConfig": "job-file.md"}).page(RECIPE_FILE),
+        "recipe-file.md": Reference(recipe, OF_JOB_FILES).page(RECIPE_FILE),
         "cli.md": cli_page(),
+        "openai-parameters.md": openai_page(),
         "models.md": models_page(),
         "job.schema.json": schema_text(job),
         "recipe.schema.json": schema_text(recipe),
@@ -294,6 +325,32 @@ def cli_page() -> str:
         # Lists of sub-commands cut their help short; it follows whole, right below.
         parts.append(re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", page))
     return _joined(parts)
+
+
+def openai_page() -> str:
+    """What becomes of each parameter, by endpoint."""
+    names = {
+        name
+        for known in PARAMETERS.values()
+        for name in (*known.served, *known.ignored, *known.neutral)
+    }
+    rows = (
+        f"| `{name}` | {' | '.join(_fate(known, name) for known in PARAMETERS.values())} |"
+        for name in sorted(names)
+    )
+    endpoints = " | ".join(f"`{url}`" for url in PARAMETERS)
+    return _joined([OPENAI.format(endpoints=endpoints, rows="\n".join(rows))])
+
+
+def _fate(known: Parameters, name: str) -> str:
+    if name in known.served:
+        return "served"
+    if name in known.ignored:
+        return "ignored"
+    if name not in known.neutral:
+        return "unknown"
+    fine = " or ".join(f"`{short(value)}`" for value in known.neutral[name])
+    return f"refused, but {fine}" if fine else "refused"
 
 
 def models_page() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.texts import Texts
@@ -35,11 +35,13 @@ class Message:
         content: the answer, without what stands in the others.
         reasoning: what the model marked as such; None if it did not.
         tool_calls: in order. A call that cannot be read is part of the content.
+        reasoning_tokens: output tokens up to the end of the reasoning, its marks among them.
     """
 
     content: str
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    reasoning_tokens: int = field(default=0, compare=False)  # no part of what it says
 
 
 @dataclass(frozen=True)
@@ -185,19 +187,31 @@ class Conventions:
             found = self._as_family(text, request, tools)
         if found is None:
             return Message(self._texts.completion(request, done))
-        parts = [found.content, found.reasoning or ""]
+        message, thought = found
+        parts = [message.content, message.reasoning or ""]
         if request.sampling.skip_special_tokens:
             parts = [*map(self._texts.visible, parts)]
         content, said = (part.strip() for part in parts)
-        return replace(found, content=content, reasoning=None if found.reasoning is None else said)
+        return replace(
+            message,
+            content=content,
+            reasoning=None if message.reasoning is None else said,
+            reasoning_tokens=self._texts.covering(request, done, thought),
+        )
 
-    def _as_family(self, text: str, request: Request, tools: Tools | None) -> Message | None:
-        """As the chat template's family writes; None: nothing is marked."""
+    def _as_family(
+        self, text: str, request: Request, tools: Tools | None
+    ) -> tuple[Message, int] | None:
+        """As the chat template's family writes, and the characters up to the end of reasoning.
+
+        None: nothing is marked.
+        """
         reasoning, content = self._split(text, self._begun(request))
+        thought = len(text) - len(content)
         content, calls = self._without_calls(content, tools) if tools else (content, [])
         if reasoning is None and not calls:
             return None
-        return Message(_AROUND.sub("", content), reasoning, tuple(calls))
+        return Message(_AROUND.sub("", content), reasoning, tuple(calls)), thought
 
     def _begun(self, request: Request) -> bool:
         """Whether the prompt ends within reasoning, which many templates begin."""
@@ -234,8 +248,13 @@ class Conventions:
             at = max(end, at + 1)
         return rest + text[at:], calls
 
-    def _as_declared(self, text: str, request: Request, tools: Tools | None) -> Message | None:
-        """As transformers reads it by the tokenizer's own declaration; None: it cannot."""
+    def _as_declared(
+        self, text: str, request: Request, tools: Tools | None
+    ) -> tuple[Message, int] | None:
+        """As transformers reads it by the tokenizer's own declaration; otherwise as `_as_family`.
+
+        None: it cannot.
+        """
         prompt = self._texts.decode(request.prompt_ids)
         try:
             said = self._tokenizer.parse_response(text, prefix=prompt, tools=tools)
@@ -247,7 +266,8 @@ class Conventions:
         reasoning = next((said[name] for name in _REASONING if said.get(name)), None)
         if len(made) < len(calls) or (reasoning is None and not made):
             return None
-        return Message(said.get("content") or "", reasoning, made)
+        thought = text.find(reasoning) + len(reasoning) if reasoning else 0
+        return Message(said.get("content") or "", reasoning, made), thought
 
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")

@@ -79,13 +79,17 @@ in a job on another job's output, `input.prefix` renames them. Types: `commit.sc
 
 LOGPROBS, PROMPT_LOGPROBS = "logprobs", "prompt_logprobs"
 OUTPUT_TOKEN_IDS = "output_token_ids"
-CONTENT, REASONING, TOOL_CALLS = MESSAGE = "content", "reasoning", "tool_calls"
+CONTENT, REASONING, TOOL_CALLS, REASONING_TOKENS = MESSAGE = (
+    *("content", "reasoning", "tool_calls", "reasoning_tokens"),
+)
 PARSED = "parsed"
 LOGPROB_SUM, PERPLEXITY, SCORED_TOKENS = SCORE = "logprob_sum", "perplexity", "scored_tokens"
-OPTIONAL_COLUMNS = frozenset(
-    {LOGPROBS, PROMPT_LOGPROBS, OUTPUT_TOKEN_IDS, *MESSAGE, PARSED, *SCORE}
+OPTIONAL_COLUMNS = (
+    *(LOGPROBS, PROMPT_LOGPROBS, OUTPUT_TOKEN_IDS),
+    *(*MESSAGE, PARSED, *SCORE),
 )
-"""Columns of `completions/` in jobs that ask for them; only there are their names taken."""
+"""Columns of `completions/` in jobs that ask for them, in order; only there are their names taken.
+"""
 
 _TABLE = ".parquet"
 

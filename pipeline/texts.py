@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -86,6 +87,21 @@ class Texts:
         ids = done.output_ids[:-1] if ended else done.output_ids
         sampling = replace(request.sampling, skip_special_tokens=False)
         return self.completion(replace(request, sampling=sampling), replace(done, output_ids=ids))
+
+    def covering(self, request: Request, done: Completion, characters: int) -> int:
+        """How many output tokens the first characters of a completion are of.
+
+        Args:
+            request: what was asked for.
+            done: what the engine returned.
+            characters: of its text with special tokens (`marked`).
+        """
+        prompt_ids, ids = request.prompt_ids, done.output_ids
+
+        def shown(count: int) -> int:
+            return len(_behind(prompt_ids, ids[:count], self.decode))
+
+        return min(len(ids), bisect_left(range(len(ids) + 1), characters, key=shown))
 
     def visible(self, text: str) -> str:
         """A text without special tokens."""

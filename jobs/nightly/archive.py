@@ -5,7 +5,7 @@ data/date=DATE/SPLIT-N.parquet    a night's partition
 _nightly/nights/DATE.json         the night's manifest, written last: the night is published
 _nightly/used/DATE.parquet        which seeds it used
 _nightly/index/DATE.parquet       what later nights compare with to find duplicates
-_nightly/work/DATE-MARK/          what it was made of: the plan, and a job's output for each turn
+_nightly/work/DATE-MARK/          what it was made of: the plan, the outputs of turns and judge
 _nightly/reports/DATE.md          the night's report
 _nightly/improve/DATE.json        what became of the models that it taught
 _nightly/status.json              how the last run went
@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import date as Date
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,6 +40,10 @@ NIGHTS = f"{ROOT}/nights"
 
 _THREADS = 16
 """Manifests that are read at a time. S3 answers each in tens of milliseconds."""
+
+
+Step = int | Literal["judge"]
+"""What a job of a night is for: a turn, counted from 1, or the judge."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Night:
         sampling: as in the job file.
         examples: a few published rows.
         seeds_skipped: why seeds could not be used, with how many.
+        judge: what it did, if there is one: judged, output_tokens, mean_score, target.
     """
 
     date: str
@@ -83,6 +88,7 @@ class Night:
     sampling: dict[str, Any]
     examples: list[dict[str, Any]]
     seeds_skipped: dict[str, int] = field(default_factory=dict)
+    judge: dict[str, Any] = field(default_factory=dict)
 
     @property
     def total_rows(self) -> int:
@@ -164,7 +170,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """Where a night is made: its plan, and for each turn a job's input and output.
+    """Where a night is made: its plan, and for each step a job's input and output.
 
     A recipe that has changed since a night was begun begins anew, in another folder.
 
@@ -191,10 +197,14 @@ class WorkFolder:
             data = self.folder.read(name) or data
         return pq.read_table(pa.BufferReader(data))
 
-    def input(self, turn: int) -> str:
-        """Name of the input file of a turn, counted from 1."""
-        return f"turn-{turn}.parquet"
+    def input(self, step: Step) -> str:
+        """Name of the input file of a step's job."""
+        return f"{_name(step)}.parquet"
 
-    def output(self, turn: int) -> Folder:
-        """Output folder of a turn's job."""
-        return self.folder.subfolder(f"turn-{turn}")
+    def output(self, step: Step) -> Folder:
+        """Output folder of a step's job."""
+        return self.folder.subfolder(_name(step))
+
+
+def _name(step: Step) -> str:
+    return f"turn-{step}" if isinstance(step, int) else step

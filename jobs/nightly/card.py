@@ -29,8 +29,11 @@ _MEANING = {
     "regex": "lacks a required pattern, or has a forbidden one",
     "language": "in another language, or in none that is recognised",
     "refusal": "the model declines",
+    "schema": "a structured turn is not what it must be, or no column can hold it",
+    "judge": "the judge's score is below the threshold",
     "exact duplicate": "the same conversation was kept before, in this night or another",
     "near duplicate": "nearly the same completion was kept before, in this night or another",
+    "select": "other samples of its prompt are better",
 }
 
 
@@ -91,7 +94,7 @@ def _sections(recipe: Recipe, nights: Sequence[Night]) -> Iterator[str]:
     yield "## Nights\n\n" + nights_table(nights)
     yield "## What the filters did\n\n" + filters_table(nights)
     yield "## How it was made\n\n" + _making(recipe, nights[-1])
-    yield "## Columns\n\n" + _columns(nights[-1])
+    yield "## Columns\n\n" + _columns(recipe, nights[-1])
     examples = [example for night in reversed(nights) for example in night.examples][:2]
     if examples:
         shown = "\n\n".join(_fenced(_conversation(example)) for example in examples)
@@ -179,10 +182,28 @@ def _making(recipe: Recipe, night: Night) -> str:
     ]
     for template in recipe.templates:
         texts = [] if template.system is None else [f"system: {template.system}"]
-        texts += [f"turn {n}: {text}" for n, text in enumerate(template.turns, start=1)]
+        for number, turn in enumerate(template.turns, start=1):
+            asked = recipe.asked(template.name, number)
+            kind = f" ({asked.kind})" if asked is not None else ""
+            texts.append(f"turn {number}{kind}: {turn.text}")
         lines.append(f"- Template `{template.name}`:\n\n" + _fenced("\n".join(texts), indent=2))
+    lines += _choosing(recipe, night)
     lines.append(f"- Split: a hash of the seed, {recipe.split.validation:.0%} for validation")
     return "\n".join(lines)
+
+
+def _choosing(recipe: Recipe, night: Night) -> Iterator[str]:
+    """How conversations were scored and selected."""
+    if recipe.judge is not None:
+        target = night.judge.get("target", "none yet")
+        least = recipe.judge.threshold
+        kept = "" if least is None else f"; conversations with {least:g} and more are kept"
+        texts = [] if recipe.judge.system is None else [f"system: {recipe.judge.system}"]
+        rubric = _fenced("\n".join([*texts, recipe.judge.rubric]), indent=2)
+        yield f"- Judge: `{target}`, score `{recipe.judge.score}`{kept}:\n\n{rubric}"
+    if recipe.select is not None:
+        samples, best = night.sampling.get("n"), recipe.select
+        yield f"- Of {samples} samples of a prompt, the best {best.keep} by `{best.by}` are kept"
 
 
 def _public(path: str) -> str:
@@ -194,8 +215,12 @@ def _licence(licences: Mapping[str, str], what: str) -> str:
     return f" (licence: {licences[what]})" if what in licences else ""
 
 
-def _columns(night: Night) -> str:
+def _columns(recipe: Recipe, night: Night) -> str:
     about = {
+        **dict.fromkeys(recipe.fields(), "of a structured turn"),
+        "logprob": "mean log-probability of the output tokens",
+        "score": "the judge's",
+        "judgement": "what the judge answered",
         "id": "night, seed, template and sample; unique over all nights",
         "night": "the date",
         "messages": "the conversation: a list of role and content",

@@ -178,6 +178,37 @@ def _show(recipe: Recipe, status: Status) -> None:
 
 
 @nightly.command()
+def validate(
+    file: RecipeFile,
+    overrides: Overrides = None,
+    date: Annotated[
+        str | None, typer.Option(help="The night, YYYY-MM-DD.", show_default="tonight")
+    ] = None,
+) -> None:
+    """Check a recipe, its seeds, templates and models, and say what a night would be.
+
+    Prints what each turn and the judge would be asked, and the columns of the dataset, or what is
+    wrong. Templates are tried on a few seeds. No model is loaded, and nothing is written.
+
+    For example:
+
+        specbatch nightly validate recipe.yaml
+    """
+    with explained():
+        from jobs.nightly.dates import parse_date, today
+        from jobs.nightly.recipe import load_recipe
+
+        recipe = load_recipe(file, overrides or [])
+        night = parse_date(date) if date is not None else today(recipe.schedule)
+        from jobs.nightly.check import check_night
+
+        lines = list(check_night(recipe, night))
+        out.print(f"[green]valid[/]: {escape(str(file))}", highlight=False, soft_wrap=True)
+        for line in lines:
+            out.print(escape(line), highlight=False, soft_wrap=True)
+
+
+@nightly.command()
 def trend(
     file: RecipeFile,
     overrides: Overrides = None,

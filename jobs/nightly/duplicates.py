@@ -67,6 +67,11 @@ class DuplicateIndex:
         self._mine: list[tuple[bytes, Any | None]] = []
 
     @property
+    def matched(self) -> Counter[str]:
+        """As `removed`."""
+        return self.removed
+
+    @property
     def names(self) -> list[str]:
         """The kinds that are looked for."""
         return [*([EXACT] if self.config.exact else []), *([NEAR] if self.config.near else [])]

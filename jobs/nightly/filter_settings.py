@@ -100,7 +100,11 @@ class DuplicatesFilter(Section):
 
 
 class FiltersConfig(Section):
-    """What is not published. Each completion must pass all; null turns a filter off."""
+    """What is not published. Each completion must pass all; null turns a filter off.
+
+    Completions of structured turns are no prose: of these filters, `finish_reason` and `duplicates`
+    alone judge them, and they must be what their turn asks for.
+    """
 
     model_config = example(
         {

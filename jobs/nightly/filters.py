@@ -21,7 +21,9 @@ from pipeline.errors import UserError
 
 FINISH_REASON, LENGTH, NGRAMS, COMPRESSION = "finish reason", "length", "n-grams", "compression"
 REGEX, LANGUAGE, REFUSAL = "regex", "language", "refusal"
+SCHEMA, JUDGE = "schema", "judge"
 EXACT, NEAR = "exact duplicate", "near duplicate"
+SELECT = "select"
 ORDER = (
     FINISH_REASON,
     LENGTH,
@@ -30,8 +32,11 @@ ORDER = (
     REGEX,
     LANGUAGE,
     REFUSAL,
+    SCHEMA,
+    JUDGE,
     EXACT,
     NEAR,
+    SELECT,
 )
 """All filters, in the order in which they are asked."""
 
@@ -86,6 +91,7 @@ class TextFilters:
 
     Args:
         config: the recipe's filters.
+        structured: whether there are completions that must be something.
 
     Attributes:
         matched: completions that each filter would stop by itself.
@@ -95,19 +101,31 @@ class TextFilters:
         UserError: a language that cannot be recognised.
     """
 
-    def __init__(self, config: FiltersConfig) -> None:
+    def __init__(self, config: FiltersConfig, *, structured: bool = False) -> None:
         self.matched: Counter[str] = Counter()
         self.removed: Counter[str] = Counter()
         self._judges = dict(_judges(config))
+        self._structured = structured
 
     @property
     def names(self) -> list[str]:
         """The filters that are on."""
-        return list(self._judges)
+        return [*self._judges, *([SCHEMA] if self._structured else [])]
 
-    def keep(self, text: str, finish_reason: str) -> bool:
-        """Whether no filter stops this completion."""
-        stops = [name for name, stops in self._judges.items() if stops(text, finish_reason)]
+    def keep(self, text: str, finish_reason: str, fits: bool | None = None) -> bool:
+        """Whether no filter stops this completion.
+
+        Args:
+            text: the completion.
+            finish_reason: why it ended.
+            fits: whether it is what it must be. Then it is no prose, which filters of texts are
+                for. None: it may be anything.
+        """
+        judges = self._judges
+        if fits is not None:
+            judges = {name: judges[name] for name in (FINISH_REASON,) if name in judges}
+            judges[SCHEMA] = lambda text, reason: not fits
+        stops = [name for name, stops in judges.items() if stops(text, finish_reason)]
         self.matched.update(stops)
         self.removed.update(stops[:1])
         return not stops

@@ -168,6 +168,8 @@ def _lesson(recipe: Recipe, archive: Archive, night: Night, pair: ModelPair) -> 
     texts: list[tuple[str, Text]] = []
     for turn, job in enumerate(jobs, start=1):
         for example in read_examples(job, pair.tokenizer, by=CONVERSATION):
+            if example.sampling is not None and example.sampling.grammar is not None:
+                continue  # what a grammar forces says nothing of the draft
             # From the second turn on a row's name ends with the sample.
             stem = example.group if turn == 1 else example.group.rpartition("/")[0]
             if _draw(stem) < settings.held_out:

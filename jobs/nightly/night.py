@@ -7,6 +7,7 @@ import threading
 from dataclasses import asdict
 from datetime import date as Date
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jobs.nightly.archive import CARD, ROOT, Archive, Night, WorkFolder
@@ -14,6 +15,7 @@ from jobs.nightly.card import card
 from jobs.nightly.conversations import Generated, OnTurn, generate, keep_plan, kept_plan
 from jobs.nightly.duplicates import DuplicateIndex
 from jobs.nightly.filters import TextFilters
+from jobs.nightly.judge import Judge
 from jobs.nightly.lock import Lock
 from jobs.nightly.publish import (
     Partition,
@@ -26,6 +28,7 @@ from jobs.nightly.publish import (
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.report import night_report
 from jobs.nightly.seeds import pick
+from jobs.nightly.selection import Selection
 from jobs.nightly.status import now
 from jobs.nightly.versions import Version, read_versions
 from pipeline.commit.manifest import mark_of
@@ -67,7 +70,7 @@ def make_night(
         return there, False
     nights = archive.nights()
     work = WorkFolder(archive, date, recipe.mark)
-    filters = TextFilters(recipe.filters)
+    filters = TextFilters(recipe.filters, structured=recipe.structured)
     used = archive.used_seeds() if recipe.seeds.only_new else {}
     if (picked := kept_plan(work)) is None:
         new = pick(recipe, date, used)
@@ -80,12 +83,15 @@ def make_night(
     job = _kept_version(recipe, work).apply(recipe.job)
     made = generate(recipe, job, work, picked.prompts, filters, on_turn=on_turn, stop=stop)
 
-    duplicates = None
-    kept = made.conversations
+    kept, judge, duplicates = made.conversations, None, None
+    if recipe.judge is not None:
+        judge = Judge(recipe.judge)
+        kept = judge.judge(recipe, job, work, made, on_turn, stop)
     if recipe.filters.duplicates is not None:
         duplicates = DuplicateIndex(recipe.filters.duplicates)
         duplicates.load(archive, nights)
-        kept = [each for each in kept if duplicates.keep(each.messages, each.text)]
+    selection = Selection(recipe.select, duplicates)
+    kept = selection.keep(made, kept)
     models = _models(job)
     partition = make_partition(recipe, date.isoformat(), schema, kept, models["target"])
     night = Night(
@@ -95,11 +101,12 @@ def make_night(
         seeds=picked.seeds,
         conversations=made.begun,
         lost=dict(made.lost),
-        filters=_filters(filters, duplicates),
+        filters=_filters(filters, judge, duplicates, selection),
         columns=described(schema),
         models=models,
         sampling=mark_of(with_model_defaults(job)[0].sampling),
         seeds_skipped=dict(picked.skipped),
+        judge=_judge(recipe, job, judge, made),
         **_contents(partition),
         **_figures(made),
     )
@@ -123,18 +130,28 @@ def _contents(partition: Partition) -> dict[str, Any]:
     }
 
 
-def _filters(texts: TextFilters, duplicates: DuplicateIndex | None) -> list[dict[str, Any]]:
-    counts = [
-        {"name": name, "matched": texts.matched[name], "removed": texts.removed[name]}
-        for name in texts.names
+def _filters(
+    *filters: TextFilters | Judge | DuplicateIndex | Selection | None,
+) -> list[dict[str, Any]]:
+    """What each filter stopped, in the order in which they were asked."""
+    return [
+        {"name": name, "matched": each.matched[name], "removed": each.removed[name]}
+        for each in filters
+        if each is not None
+        for name in each.names
     ]
-    if duplicates is not None:
-        found = duplicates.removed
-        counts += [
-            {"name": name, "matched": found[name], "removed": found[name]}
-            for name in duplicates.names
-        ]
-    return counts
+
+
+def _judge(recipe: Recipe, job: JobConfig, judge: Judge | None, made: Generated) -> dict[str, Any]:
+    """What the judge did, in numbers."""
+    if judge is None or recipe.judge is None:
+        return {}
+    return {
+        "judged": len(judge.scores),
+        "mean_score": fmean(judge.scores) if judge.scores else None,
+        "output_tokens": summarise(made.judged)["output_tokens"] if made.judged else 0,
+        "target": _short(recipe.judge.job(job).models.target),
+    }
 
 
 def _figures(made: Generated) -> dict[str, Any]:
@@ -157,8 +174,7 @@ def _models(job: JobConfig) -> dict[str, Any]:
     if head is not None:
         pins["head"] = {"digest": head_identity(head)}
     return {
-        # A local path means nothing elsewhere; its last part may.
-        **{r: Path(n).name if n and Path(n).is_absolute() else n for r, n in names.items()},
+        **{role: name and _short(name) for role, name in names.items()},
         "head": Path(head).name if head is not None else None,
         "policy": job.speculation.policy,
         "verification": job.speculation.verification,
@@ -166,6 +182,11 @@ def _models(job: JobConfig) -> dict[str, Any]:
         "quantization": models.quantization,
         "pins": pins,
     }
+
+
+def _short(model: str) -> str:
+    """A model's name for people. A local path means nothing elsewhere; its last part may."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def refresh(recipe: Recipe, archive: Archive) -> list[Night]:

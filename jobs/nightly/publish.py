@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.nightly.archive import NIGHTS, ROOT, Archive, Night
-from jobs.nightly.conversations import MESSAGE, Conversation
+from jobs.nightly.columns import CHOSEN_COLUMNS, OWN_COLUMNS, column_type
+from jobs.nightly.conversations import Conversation
 from jobs.nightly.duplicates import DuplicateIndex, index_name
 from jobs.nightly.recipe import Recipe, SplitConfig
 from jobs.nightly.seeds import Prompt
@@ -27,17 +28,6 @@ SPLITS = ("train", "validation")
 
 _FILE_ROWS = 50_000
 """Most rows of a file of a partition. Fewer make more files; all are made in memory."""
-
-_COLUMNS = {
-    "id": pa.string(),
-    "night": pa.string(),
-    "seed_id": pa.string(),
-    "template": pa.string(),
-    "sample": pa.int64(),
-    "messages": pa.list_(MESSAGE),
-    "model": pa.string(),
-    "output_tokens": pa.int64(),
-}
 
 
 def split_of(seed_id: str, config: SplitConfig) -> str:
@@ -54,13 +44,15 @@ def partition_schema(recipe: Recipe, seed: pa.Schema) -> pa.Schema:
     """The columns of the dataset.
 
     Args:
-        recipe: says which of the seeds' columns are kept.
+        recipe: says what its turns bring, and which of the seeds' columns are kept.
         seed: their types.
 
     Raises:
         UserError: a kept column has the name of one of the dataset's own.
     """
-    fields = dict(_COLUMNS)
+    fields = dict(OWN_COLUMNS)
+    fields |= {name: column_type(kind) for name, kind in recipe.fields().items()}
+    fields |= {name: CHOSEN_COLUMNS[name] for name in recipe.chosen}
     for column in recipe.seeds.keep_columns:
         if column in fields:
             raise UserError(
@@ -69,6 +61,10 @@ def partition_schema(recipe: Recipe, seed: pa.Schema) -> pa.Schema:
             )
         fields[column] = seed.field(column).type
     return pa.schema(fields)
+
+
+_BRINGS = "seeds.keep_columns, a turn's schema or judge and select"
+"""What makes columns."""
 
 
 def check_columns(schema: pa.Schema, nights: Sequence[Night]) -> None:
@@ -83,7 +79,7 @@ def check_columns(schema: pa.Schema, nights: Sequence[Night]) -> None:
     for name in [*there, *here]:
         if there.get(name) != here.get(name):
             raise UserError(
-                f"seeds.keep_columns: column {name!r} is {there.get(name, 'not there')} in the "
+                f"{_BRINGS}: column {name!r} is {there.get(name, 'not there')} in the "
                 f"night of {nights[-1].date} and {here.get(name, 'not there')} now; readers need "
                 "the same columns in all nights: restore it, or choose another output"
             )
@@ -134,9 +130,15 @@ def make_partition(
 ) -> Partition:
     """Rows and files of what is kept."""
     by_split: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    chosen, brought = recipe.chosen, dict.fromkeys(recipe.fields())
     for each in kept:
         by_split[split_of(each.prompt.seed_id, recipe.split)].append(
-            _row(each, date, model, recipe)
+            {
+                **_row(each, date, model, recipe),
+                **brought,
+                **each.fields,
+                **{name: getattr(each, name) for name in chosen},
+            }
         )
     files = []
     for split, rows in by_split.items():

@@ -8,28 +8,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo
 
-import jinja2
-import jinja2.meta
 from cronsim import CronSim, CronSimError
-from jinja2.sandbox import SandboxedEnvironment
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from jobs.job_file import load_settings, resolve_job_paths
+from jobs.nightly.columns import JUDGEMENT, LOGPROB, OWN_COLUMNS, SCORE, Fields, Kind, example_of
+from jobs.nightly.expressions import Expression, TurnError
 from jobs.nightly.filter_settings import FiltersConfig
+from jobs.nightly.improve_settings import ImproveConfig
+from jobs.nightly.judge_settings import JudgeConfig, SelectConfig
+from jobs.nightly.template_settings import NAME, TemplateConfig
 from pipeline.config.job import JobConfig
 from pipeline.config.locations import Location, Locations
 from pipeline.config.model_identity import digest
 from pipeline.config.section import Section, StringList, example
+from pipeline.config.structured_outputs import StructuredOutputs
 from specdec.policies.registry import POLICIES
-
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-"""What the dataset and its templates may be called: part of a path in any storage."""
 
 MADE_EACH_NIGHT = ("name", "input", "output")
 """Keys of a job file that a recipe's `job` does not have: the recipe makes them."""
-
-TEMPLATE_VARIABLES = ("completions", "date")
-"""What a template may use besides the columns of its seed."""
 
 
 class SeedsConfig(Section):
@@ -64,54 +61,6 @@ class SeedsConfig(Section):
     )
 
 
-class TemplateConfig(Section):
-    """A conversation: the user's turns, each one jinja2 over the seed and earlier completions."""
-
-    model_config = example(
-        {
-            "name": "follow-up",
-            "system": "You answer briefly.",
-            "turns": [
-                "Explain {{ topic }} to {{ audience }}.",
-                "You said: {{ completions[0] }} Give one example.",
-            ],
-        }
-    )
-
-    name: str = Field(
-        pattern=_NAME,
-        max_length=60,
-        description="The template's name. It is a column of the dataset.",
-    )
-    system: str | None = Field(
-        default=None,
-        description="The system message, a jinja2 template over the seed's columns. `null`: none.",
-    )
-    turns: StringList = Field(
-        min_length=1,
-        description="The user's turns, each a jinja2 template over the seed's columns, "
-        "`completions` (what the model said so far) and `date`.",
-    )
-
-    @field_validator("system", "turns")
-    @classmethod
-    def _compiles(cls, value: Any) -> Any:
-        for text in [value] if isinstance(value, str) else value or ():
-            try:
-                SandboxedEnvironment().from_string(text)
-            except jinja2.TemplateSyntaxError as error:
-                raise ValueError(f"is not a valid jinja2 template: {error}") from None
-        return value
-
-    @property
-    def columns(self) -> list[str]:
-        """The seed's columns that the templates use."""
-        parse = SandboxedEnvironment().parse
-        texts = [*self.turns, *filter(None, [self.system])]
-        used = {n for text in texts for n in jinja2.meta.find_undeclared_variables(parse(text))}
-        return sorted(used - {*TEMPLATE_VARIABLES})
-
-
 class SplitConfig(Section):
     """Which conversations are for validation: a hash of the seed decides, for ever."""
 
@@ -122,56 +71,6 @@ class SplitConfig(Section):
         description="Share of the seeds whose conversations are for validation.",
     )
     salt: str = Field(default="", description="Another text gives another split.")
-
-
-class ImproveConfig(Section):
-    """After a night its outputs teach the pair; what is not surely better is not adopted."""
-
-    model_config = example({"head": True, "held_out": 0.2})
-
-    head: bool = Field(default=False, description="Train the next acceptance head.")
-    draft: bool = Field(default=False, description="Distil the draft further.")
-    folder: Location | None = Field(
-        default=None,
-        description="Local folder of the versions, on a disk that all workers see. `null`: "
-        "`models/` beside the dataset's own files, which must then be local.",
-    )
-    held_out: float = Field(
-        default=0.2,
-        gt=0,
-        lt=1,
-        description="Share of prompts that teach nothing: candidates are compared on them.",
-    )
-    rows: int = Field(default=400, ge=4, description="Completions to learn from, at most.")
-    compare_rows: int = Field(default=64, ge=2, description="Held-out rows to compare on, at most.")
-    least_gain: float = Field(
-        default=0.0,
-        ge=0,
-        description="Adopt a candidate only if the lower 95% bound of its gain exceeds 1 by more "
-        "than this.",
-    )
-    control_share: float = Field(
-        default=0.25,
-        gt=0,
-        le=0.5,
-        description="Share of control rounds when candidate and present pair are run side by side.",
-    )
-    head_depth: int = Field(default=3, ge=0, description="Residual blocks of the head.")
-    head_epochs: int = Field(
-        default=20, ge=1, description="Times that the head's training goes through its rows."
-    )
-    draft_minutes: float = Field(
-        default=10.0, gt=0, description="Most minutes of the draft's training."
-    )
-    draft_epochs: int = Field(
-        default=2,
-        ge=1,
-        description="Times that the draft's training goes through its rows, at most.",
-    )
-    draft_lr: float = Field(
-        default=2e-4, gt=0, description="Learning rate of the draft's training."
-    )
-    seed: int = Field(default=0, description="Seed of training and of the choice of rows.")
 
 
 class ScheduleConfig(Section):
@@ -237,7 +136,7 @@ class Recipe(Section):
         }
     )
 
-    name: str = Field(pattern=_NAME, max_length=60, description="The dataset's name.")
+    name: str = Field(pattern=NAME, max_length=60, description="The dataset's name.")
     output: Location = Field(min_length=1, description="The dataset's folder, local or `s3://`.")
     seeds: SeedsConfig = Field(description="What conversations are made from.")
     templates: tuple[TemplateConfig, ...] = Field(
@@ -249,6 +148,13 @@ class Recipe(Section):
     )
     filters: FiltersConfig = Field(
         default_factory=FiltersConfig, description="What is not published."
+    )
+    judge: JudgeConfig | None = Field(
+        default=None, description="Who scores conversations that pass the filters. `null`: nobody."
+    )
+    select: SelectConfig | None = Field(
+        default=None,
+        description="Which of a prompt's samples are published. `null`: all that pass.",
     )
     split: SplitConfig = Field(
         default_factory=SplitConfig, description="Which conversations are for validation."
@@ -307,12 +213,83 @@ class Recipe(Section):
             raise ValueError("improve.folder: give a local folder, since the output is not local")
         return self
 
+    @model_validator(mode="after")
+    def _turns_fit(self) -> Recipe:
+        self.fields()
+        if self.judge is not None:
+            _check_judge(self.judge, self.job)
+        if self.select is not None:
+            self._check_selection(self.select)
+        return self
+
+    def _check_selection(self, select: SelectConfig) -> None:
+        if select.keep >= self.job.sampling.n:
+            raise ValueError(
+                f"select.keep: {select.keep} of {self.job.sampling.n} samples leaves none out; "
+                "raise job.sampling.n, or lower it"
+            )
+        by = Expression(select.by)
+        if self.judge is None and (asked := sorted(by.names & {SCORE, JUDGEMENT})):
+            raise ValueError(f"select.by: {asked[0]} is a judge's; add the section judge")
+        for template in self.templates:
+            turns = range(1, len(template.turns) + 1)
+            values = {
+                "logprob": -1.0,
+                "score": 1.0,
+                "judgement": self.judge and example_of(self.judge.sampling.structured_outputs),
+                "completions": ["(a completion)" for _ in turns],
+                "parsed": [example_of(self.asked(template.name, turn)) for turn in turns],
+                "output_tokens": 1,
+            }
+            try:
+                by(values)
+            except TurnError as error:
+                raise ValueError(f"select.by: of template {template.name}: {error}") from None
+
+    def template(self, name: str) -> TemplateConfig:
+        """The template of this name."""
+        return next(template for template in self.templates if template.name == name)
+
+    def asked(self, template: str, turn: int) -> StructuredOutputs | None:
+        """What completions of a template's turn, counted from 1, must be; None: anything."""
+        own = self.template(template).turns[turn - 1].structured_outputs
+        return own or self.job.sampling.structured_outputs
+
+    def fields(self) -> dict[str, Kind]:
+        """The columns that turns bring, in order.
+
+        Raises:
+            ValueError: two turns bring one, or its name is taken.
+        """
+        found = Fields((*OWN_COLUMNS, *self.chosen))
+        for template in self.templates:
+            for number, turn in enumerate(template.turns, start=1):
+                found.add(template.name, number, self.asked(template.name, number), turn.column)
+        return found.kinds
+
+    @property
+    def structured(self) -> bool:
+        """Whether a turn's completions must be something."""
+        turns = ((t.name, turn) for t in self.templates for turn in range(1, len(t.turns) + 1))
+        return any(self.asked(*each) is not None for each in turns)
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Columns of what conversations are chosen by."""
+        by_logprob = self.select is not None and LOGPROB in Expression(self.select.by).names
+        by_judge = (SCORE, JUDGEMENT) if self.judge is not None else ()
+        return (*([LOGPROB] if by_logprob else []), *by_judge)
+
     @property
     def mark(self) -> str:
         """A short digest of what changes the conversations and what is made of them."""
         plain = self.model_dump(
             mode="json", include={"seeds", "templates", "job", "filters", "split"}
         )
+        plain["templates"] = [template.mark() for template in self.templates]
+        for name in ("judge", "select"):
+            if (section := getattr(self, name)) is not None:
+                plain[name] = section.model_dump(mode="json")
         for free in ("actors", "s3", "output_s3", "budget", "prices", "max_error_share"):
             plain["job"].pop(free)
         plain["job"]["input"].pop("s3")
@@ -322,6 +299,24 @@ class Recipe(Section):
     def most_turns(self) -> int:
         """Turns of the longest template."""
         return max(len(template.turns) for template in self.templates)
+
+
+def _check_judge(judge: JudgeConfig, night: JobConfig) -> None:
+    """Make sure that a judge's job is one.
+
+    Raises:
+        ValueError: it is none; the message says why.
+    """
+    if judge.models is not None and judge.speculation is None and night.speculation.head:
+        raise ValueError(
+            "judge.speculation: give it, since job.speculation.head knows another pair than "
+            "judge.models"
+        )
+    try:
+        JobConfig.model_validate(judge.job(night).model_dump())
+    except ValidationError as error:
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ValueError(f"judge: {said}") from None
 
 
 def load_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -342,8 +337,9 @@ def _resolve_paths(recipe: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             continue
         moved = _moved(value, folder)
         result[section] = moved if path is None else {**result[section], path: moved}
-    if isinstance(job := result.get("job"), Mapping):
-        result["job"] = resolve_job_paths(job, folder)
+    for section in ("job", "judge"):
+        if isinstance(job := result.get(section), Mapping):
+            result[section] = resolve_job_paths(job, folder)
     return result
 
 

@@ -32,6 +32,8 @@ def night_report(recipe: Recipe, night: Night, improvement: Mapping[str, Any] | 
         "## Filters",
         filters_table([night]),
     ]
+    if night.judge:
+        parts += ["## Judge", _judge(night.judge)]
     if night.seeds_skipped:
         rows = [(reason, f"{count:,}") for reason, count in night.seeds_skipped.items()]
         parts += ["## Seeds left out", table(("why", "seeds"), rows)]
@@ -39,6 +41,12 @@ def night_report(recipe: Recipe, night: Night, improvement: Mapping[str, Any] | 
     if improvement is not None:
         parts += ["## What the night taught", _improvement(improvement)]
     return "\n\n".join(parts) + "\n"
+
+
+def _judge(judge: Mapping[str, Any]) -> str:
+    mean = _number(judge["mean_score"], ".2f")
+    counts = (f"{judge['judged']:,}", mean, f"{judge['output_tokens']:,}")
+    return table(("model", "judged", "mean score", "output tokens"), [(judge["target"], *counts)])
 
 
 def _improvement(record: Mapping[str, Any]) -> str:

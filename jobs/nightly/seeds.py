@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date as Date
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import jinja2
 import pyarrow as pa
-from jinja2.sandbox import SandboxedEnvironment
 
-from jobs.nightly.recipe import TEMPLATE_VARIABLES, Recipe
+from jobs.nightly.columns import example_of
+from jobs.nightly.expressions import TurnError, environment
+from jobs.nightly.judge_settings import RUBRIC_VARIABLES
+from jobs.nightly.recipe import Recipe
+from jobs.nightly.template_settings import TEMPLATE_VARIABLES
 from pipeline.errors import UserError, nearest
 from pipeline.inputs.jsonl import BadLine
 from pipeline.inputs.listing import list_inputs
@@ -117,6 +121,8 @@ def _schema(recipe: Recipe, plans: list[FilePlan]) -> pa.Schema:
             "templates: none uses a column of the seeds, so that all conversations would begin "
             "alike; use one, such as {{ question }}"
         )
+    if recipe.judge is not None:
+        needed = dict.fromkeys(recipe.judge.columns, "judge.rubric") | needed
     needed |= dict.fromkeys(settings.keep_columns, "seeds.keep_columns")
     if settings.id_column is not None:
         needed[settings.id_column] = "seeds.id_column"
@@ -125,7 +131,8 @@ def _schema(recipe: Recipe, plans: list[FilePlan]) -> pa.Schema:
             continue
         for column, where in needed.items():
             if column not in plan.schema.names:
-                hint = nearest(column, [*plan.schema.names, *TEMPLATE_VARIABLES])
+                known = RUBRIC_VARIABLES if where == "judge.rubric" else TEMPLATE_VARIABLES
+                hint = nearest(column, [*plan.schema.names, *known])
                 raise UserError(f"{where}: {plan.file.url} has no column {column!r}; {hint}")
     if not any(plan.rows for plan in plans):
         raise UserError("seeds.paths: the files have no rows")
@@ -190,12 +197,8 @@ def _draw(date: Date, seed_id: str) -> bytes:
 # --------------------------------------------------------------------- templates
 
 
-class TurnError(Exception):
-    """A template that cannot be rendered for a seed; the message says why."""
-
-
 class Templates:
-    """Renders the user's turns, in jinja2's sandbox.
+    """Renders the user's turns, and what a judge is asked, in jinja2's sandbox.
 
     Args:
         recipe: with the templates.
@@ -203,18 +206,25 @@ class Templates:
     """
 
     def __init__(self, recipe: Recipe, date: Date) -> None:
-        environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined)
-        make = environment.from_string
+        make = environment().from_string
         self._date = date.isoformat()
-        self._turns = {t.name: [make(text) for text in t.turns] for t in recipe.templates}
+        self._turns = {t.name: [make(turn.text) for turn in t.turns] for t in recipe.templates}
         self._systems = {t.name: make(t.system) for t in recipe.templates if t.system is not None}
+        self._judge: dict[str, jinja2.Template] = {}
+        if (judge := recipe.judge) is not None:
+            texts = {"system": judge.system, "user": judge.rubric}
+            self._judge = {role: make(text) for role, text in texts.items() if text is not None}
 
     def turns(self, template: str) -> int:
         """How many turns of the user a template has."""
         return len(self._turns[template])
 
     def messages(
-        self, template: str, seed: Mapping[str, Any], completions: list[str]
+        self,
+        template: str,
+        seed: Mapping[str, Any],
+        completions: Sequence[str],
+        parsed: Sequence[Any] = (),
     ) -> list[dict[str, str]]:
         """The conversation up to the user's next turn.
 
@@ -222,25 +232,39 @@ class Templates:
             template: its name.
             seed: the seed's columns.
             completions: of the turns so far.
+            parsed: the same of structured turns, as data; None of free ones.
 
         Raises:
             TurnError: jinja2 refuses, or the turn is empty.
         """
         messages = []
         if (system := self._systems.get(template)) is not None:
-            messages.append(_message("system", self._render(system, seed, [])))
+            messages.append(_message("system", self._render(system, seed)))
         for number in range(len(completions) + 1):
-            text = self._render(self._turns[template][number], seed, completions[:number])
+            said = {"completions": [*completions[:number]], "parsed": [*parsed[:number]]}
+            text = self._render(self._turns[template][number], seed, **said)
             messages.append(_message("user", text))
             if number < len(completions):
                 messages.append(_message("assistant", completions[number]))
         return messages
 
-    def _render(
-        self, template: jinja2.Template, seed: Mapping[str, Any], completions: list[str]
-    ) -> str:
+    def to_judge(self, seed: Mapping[str, Any], **said: Any) -> list[dict[str, str]]:
+        """What the judge is asked of a conversation.
+
+        Args:
+            seed: the seed's columns.
+            said: the conversation, by the names of RUBRIC_VARIABLES, without `date`.
+
+        Raises:
+            TurnError: jinja2 refuses, or the rubric is empty.
+        """
+        rendered = ((role, self._render(text, seed, **said)) for role, text in self._judge.items())
+        return [_message(role, text) for role, text in rendered]
+
+    def _render(self, template: jinja2.Template, seed: Mapping[str, Any], **said: Any) -> str:
+        said = {"completions": [], "parsed": [], **said, "date": self._date}
         try:
-            text = template.render({**seed, "completions": completions, "date": self._date})
+            text = template.render({**seed, **said})
         except Exception as error:  # a template may run into anything a seed holds
             raise TurnError(f"{type(error).__name__}: {error}") from None
         if not text.strip():
@@ -253,23 +277,35 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def _try_templates(recipe: Recipe, prompts: list[Prompt], date: Date) -> None:
-    """Render every turn of every template for a few seeds: a wrong one should show at once.
+    """Render all that is asked, for a few seeds: what is wrong in it should show at once.
 
     Raises:
-        UserError: a turn fails for all of them.
+        UserError: a turn, or the judge's rubric, fails for all of them.
     """
     templates = Templates(recipe, date)
     for template in recipe.templates:
-        tried = list(islice((p.seed for p in prompts if p.template == template.name), _TRIED))
-        for turn in range(len(template.turns)):
-            reasons = [_failure(templates, template.name, seed, turn) for seed in tried]
-            if tried and all(reasons):
-                raise UserError(f"templates.{template.name}: turn {turn + 1}: {reasons[0]}")
+        name, count = template.name, len(template.turns)
+        tried = list(islice((p.seed for p in prompts if p.template == name), _TRIED))
+        parsed = [example_of(recipe.asked(name, turn)) for turn in range(1, count + 1)]
+        for turn in range(count):
+            said = ["(a completion)"] * turn
+            made = partial(templates.messages, name, completions=said, parsed=parsed)
+            _try(f"templates.{name}: turn {turn + 1}", made, tried)
+        if recipe.judge is not None:
+            said = ["(a completion)"] * count
+            messages = [_message(role, "(a text)") for _ in said for role in ("user", "assistant")]
+            if template.system is not None:
+                messages.insert(0, _message("system", "(a text)"))
+            made = partial(templates.to_judge, completions=said, parsed=parsed, messages=messages)
+            _try(f"judge.rubric: of template {name}", made, tried)
 
 
-def _failure(templates: Templates, name: str, seed: Mapping[str, Any], turn: int) -> str | None:
-    try:
-        templates.messages(name, seed, ["(a completion)"] * turn)
-    except TurnError as error:
-        return str(error)
-    return None
+def _try(where: str, made: Callable[..., object], seeds: Sequence[Mapping[str, Any]]) -> None:
+    reasons = []
+    for seed in seeds:
+        try:
+            made(seed=seed)
+        except TurnError as error:
+            reasons.append(str(error))
+    if seeds and len(reasons) == len(seeds):
+        raise UserError(f"{where}: {reasons[0]}")

@@ -12,6 +12,7 @@ from itertools import zip_longest
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline import layout
 from pipeline.commit import planned_inputs
@@ -63,6 +64,9 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
 
 SAMPLING_FROM = "sampling_from"
 """What the job record says of the sources of its sampling's values."""
+
+OPTIONAL = "optional_columns"
+"""What the job record says of the columns that not every job has."""
 
 _LATER = {
     SamplingConfig: LATER_SAMPLING,
@@ -161,10 +165,38 @@ def claim(
     table = recorded_table(record) or table_of(plans)
     if added:
         check_added(added, table, job.s3_of_input)
-        _record(output, job, plans, mark, table, _extended(record, added))
+        optional = optional_columns(output, record, job.optional_columns)
+        more = {**_extended(record, added), OPTIONAL: optional}
+        _record(output, job, plans, mark, table, more)
     elif same_content or not planned:
         output.put(layout.INPUTS, planned_inputs.to_bytes(plans))
     return table
+
+
+def optional_columns(
+    output: Folder, record: Mapping[str, Any], usual: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The optional columns that a job's files have: what it was begun with, it ends with.
+
+    Args:
+        output: the job's folder.
+        record: what it says of the job.
+        usual: those that this version gives such a job.
+    """
+    if OPTIONAL in record:
+        return tuple(record[OPTIONAL])
+    # A version that did not note them had fewer, perhaps; its files tell.
+    begun = min(committed_ids(output), default=None)
+    if begun is None:
+        return usual
+    try:
+        with output.open(layout.completions(begun)) as file:
+            names = {*pq.read_schema(file).names}
+    except (pa.ArrowException, OSError):
+        return usual
+    table = recorded_table(record)
+    given = () if table is None else table.names
+    return tuple(name for name in layout.OPTIONAL_COLUMNS if name in names and name not in given)
 
 
 def recorded_table(record: Mapping[str, Any]) -> pa.Schema | None:
@@ -191,6 +223,7 @@ def _record(
     record = {
         "name": job.name,
         "versions": versions(),
+        OPTIONAL: job.optional_columns,
         **more,
         "fingerprint": mark,
         "table": _table_record(table),

@@ -30,6 +30,7 @@ from pipeline.layout import (
     PERPLEXITY,
     PROMPT_LOGPROBS,
     REASONING,
+    REASONING_TOKENS,
     SCORED_TOKENS,
     TOOL_CALLS,
     is_added,
@@ -62,6 +63,7 @@ OPTIONAL_COLUMNS: dict[str, pa.DataType] = {
     TOOL_CALLS: pa.list_(
         pa.struct({"id": pa.string(), "type": pa.string(), "function": _FUNCTION})
     ),
+    REASONING_TOKENS: pa.int64(),
     PARSED: pa.string(),
     LOGPROB_SUM: pa.float64(),
     PERPLEXITY: pa.float64(),
@@ -178,6 +180,8 @@ def completions_table(
         values[PROMPT_LOGPROBS] = [_logprobs(prompt, token_text) for prompt in prompts]
     if OUTPUT_TOKEN_IDS in optional:
         values[OUTPUT_TOKEN_IDS] = [f.completion.output_ids for f in finished]
+    if REASONING_TOKENS in optional:
+        values[REASONING_TOKENS] = [f.message and f.message.reasoning_tokens for f in finished]
     if CONTENT in optional:
         messages = [f.message for f in finished]
         values[CONTENT] = [m and m.content for m in messages]

@@ -53,6 +53,11 @@ class StructuredOutputs(Section):
         return self
 
     @property
+    def kind(self) -> str:
+        """The key that is given."""
+        return next(name for name in type(self).model_fields if getattr(self, name))
+
+    @property
     def schema_of_json(self) -> dict[str, Any] | None:
         """The JSON Schema of what completions are; None: they need not be JSON."""
         return {"type": "object"} if self.json_object else self.json_schema

@@ -45,6 +45,7 @@ class GenerateActor:
 
     Args:
         job: the job; paths in it are valid on this machine.
+        optional: the optional columns of its outputs.
         digest: of the job's fingerprint, for the record.
         monitor: actor handle of the job's `Monitor`.
         run: the run of the job, for the ledger.
@@ -54,7 +55,9 @@ class GenerateActor:
             since Ray wraps what an actor's constructor raises.
     """
 
-    def __init__(self, job: JobConfig, digest: str, monitor: Any, run: Run) -> None:
+    def __init__(
+        self, job: JobConfig, optional: tuple[str, ...], digest: str, monitor: Any, run: Run
+    ) -> None:
         self._timesheet = Timesheet(
             run, open_folder(job.output, job.s3_of_output), monitor.book.remote
         )
@@ -66,7 +69,7 @@ class GenerateActor:
         self._turns = Turns()
         self._group = group_of(context.get_actor_name())
         job = job.in_group(self._group)
-        self._job, self._digest = job, digest
+        self._job, self._optional, self._digest = job, optional, digest
         self._actor, self._node = context.get_actor_id() or "local", context.get_node_id()
         try:
             # In a thread that ends: with OpenMP's threads of two others in one process, more than
@@ -256,7 +259,7 @@ class GenerateActor:
             own_n=bool(self._job.input.format) or SAMPLING_COLUMN in rows.table.column_names,
             actor=Actor(self._actor, self._node, self._group or None, self._timesheet.worker),
             work=work,
-            optional=self._job.optional_columns,
+            optional=self._optional,
             token_text=cache(self._reader.token_text),
             trace=self._job.speculation.trace,
         )

@@ -68,7 +68,7 @@ class Reader:
         schema = self._requests.schema(row) if self._parses else None
         if schema is None:
             return Finished(text, done, message)
-        if fault := _fault(text, schema):
+        if fault := fault_of(text, schema):
             cut = f"cut off after {len(done.output_ids)} tokens, " * (
                 done.finish_reason == "length"
             )
@@ -81,7 +81,7 @@ _SHOWN = 80
 """Characters of a completion in an error's message: a line of a terminal."""
 
 
-def _fault(text: str, schema: Mapping[str, Any]) -> str | None:
+def fault_of(text: str, schema: Mapping[str, Any]) -> str | None:
     """Why a text is not JSON of a schema; None if it is."""
     try:
         value = json.loads(text, parse_constant=_no_json)

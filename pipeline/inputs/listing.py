@@ -73,7 +73,7 @@ def read_as(name: str, prefix: str) -> str:
         name: in the file.
         prefix: what comes before the names of columns that an earlier job added; empty: nothing.
     """
-    return prefix + name if is_added(name, ADDED_COLUMNS | OPTIONAL_COLUMNS) else name
+    return prefix + name if is_added(name, ADDED_COLUMNS.union(OPTIONAL_COLUMNS)) else name
 
 
 def list_inputs(

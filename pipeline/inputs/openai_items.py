@@ -5,12 +5,19 @@ The two endpoints ask for the same in other words. A parameter that both have go
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.errors import RowError, nearest
-from pipeline.inputs.openai_parameters import IGNORED, NEUTRAL, OF_CHAT, OF_RESPONSE, SAMPLING
+from pipeline.errors import RowError
+from pipeline.inputs.openai_parameters import (
+    IGNORED,
+    NEUTRAL,
+    OF_CHAT,
+    OF_RESPONSE,
+    SAMPLING,
+    TOP,
+    Parameters,
+)
 
 _LOGPROBS = "message.output_text.logprobs"
 _INCLUDED = {_LOGPROBS: True, "reasoning.encrypted_content": False}
@@ -19,9 +26,7 @@ _INCLUDED = {_LOGPROBS: True, "reasoning.encrypted_content": False}
 _OWN = ("input", "instructions", "max_output_tokens", "text", "reasoning", "include", "tools")
 """Parameters that chat has in other words, or not at all."""
 
-_IGNORED = ("max_tool_calls", "prompt_cache_options", "moderation", "background_options")
-
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "truncation": ("disabled",),
     "previous_response_id": (),
@@ -30,11 +35,23 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "context_management": ([],),
     "access_programs": (),
     "image": (),
+    # that vLLM added to the API
+    "previous_input_messages": ([],),
+    "previous_response": (),
+    "enable_response_messages": (False,),
 }
 """What is not supported, and the values that ask for nothing."""
 
-_OF_BOTH = {*SAMPLING, *OF_CHAT, *OF_RESPONSE, *IGNORED, *NEUTRAL, "top_logprobs"}
-_OF_BOTH -= {"n", "logprobs", "tools", "prompt_logprobs", "return_token_ids"}
+_AS_CHAT = {*SAMPLING, *OF_CHAT, *OF_RESPONSE, TOP, "structured_outputs"}
+_AS_CHAT -= {"n", "logprobs", "tools", "prompt_logprobs", "return_token_ids"}
+"""Parameters that chat has by the same names."""
+
+PARAMETERS = Parameters(
+    frozenset({*_OWN, *_AS_CHAT}),
+    IGNORED | {"max_tool_calls", "background_options"},
+    {name: fine for name, fine in NEUTRAL.items() if name not in ("tools", *_AS_CHAT)} | _NEUTRAL,
+)
+"""All of the endpoint."""
 
 
 def as_chat(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,15 +63,8 @@ def as_chat(body: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RowError: names what is wrong, or not supported.
     """
-    for name, value in body.items():
-        if name in _NEUTRAL and value not in _NEUTRAL[name]:
-            fine = " and ".join(map(json.dumps, _NEUTRAL[name]))
-            only = f"; only {fine} is taken" if fine else ""
-            raise RowError("UnsupportedParameter", f"{name} is not supported{only}")
-        if name not in (*_OWN, *_IGNORED, *_NEUTRAL) and name not in _OF_BOTH:
-            hint = nearest(name, (*_OWN, *_OF_BOTH))
-            raise RowError("UnsupportedParameter", f"{name}: unknown parameter; {hint}")
-    chat = {name: value for name, value in body.items() if name in _OF_BOTH}
+    PARAMETERS.check(body)
+    chat = {name: value for name, value in body.items() if name in _AS_CHAT}
     chat["n"] = 1  # one response has one output, whatever the job says
     chat["messages"] = [*_instructions(body), *_messages(body.get("input"))]
     if "max_output_tokens" in body:

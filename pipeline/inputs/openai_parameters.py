@@ -6,7 +6,12 @@ no reason to refuse a request; any other that is not supported is.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from pipeline.errors import RowError, nearest
 
 SAMPLING = (
     "temperature",
@@ -66,9 +71,11 @@ IGNORED = frozenset(
         "priority",
         "request_id",
         "session_id",
+        "moderation",  # of a service that judges beside the model
         # ---- caches: they make nothing else of it
         "prompt_cache_key",
         "prompt_cache_retention",
+        "prompt_cache_options",
         "cache_salt",
         "skip_reading_prefix_cache",
         # ---- ways to do what is refused below by its own parameter
@@ -131,3 +138,50 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 SPECIAL_TOKENS = "add_special_tokens"
 """One more, which asks for nothing when true of a plain prompt and when false of a chat."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What becomes of each parameter of an endpoint.
+
+    Attributes:
+        served: what they ask for is done, or refused for its value.
+        ignored: they have no influence here.
+        neutral: those that are not supported, with the values that ask for nothing.
+    """
+
+    served: frozenset[str]
+    ignored: frozenset[str]
+    neutral: Mapping[str, tuple[Any, ...]]
+
+    def check(self, body: Mapping[str, Any]) -> None:
+        """Refuse the first parameter that is unknown, or not supported and not neutral.
+
+        Args:
+            body: of a request, without nulls.
+
+        Raises:
+            RowError: names it, and what is taken instead.
+        """
+        for name, value in body.items():
+            if name in self.served or name in self.ignored:
+                continue
+            if name not in self.neutral:
+                hint = nearest(name, sorted(self.served))
+                raise RowError("UnsupportedParameter", f"{name}: unknown parameter; {hint}")
+            if not any(_same(value, each) for each in self.neutral[name]):
+                fine = " and ".join(map(short, self.neutral[name]))
+                said = f"{name} {short(value)} is not supported"
+                raise RowError(
+                    "UnsupportedParameter", said + f"; only {fine} is taken" * bool(fine)
+                )
+
+
+def short(value: Any) -> str:
+    """A value as JSON, as far as a message has room."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _same(a: Any, b: Any) -> bool:
+    return isinstance(a, bool) == isinstance(b, bool) and a == b

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from pipeline.errors import RowError, nearest
-from pipeline.inputs.openai_items import as_chat
+from pipeline.errors import RowError
+from pipeline.inputs import openai_items
 from pipeline.inputs.openai_parameters import (
     EFFORT,
     IGNORED,
@@ -26,6 +26,8 @@ from pipeline.inputs.openai_parameters import (
     SAMPLING,
     SPECIAL_TOKENS,
     TOP,
+    Parameters,
+    short,
 )
 from pipeline.inputs.openai_structured import GUIDED, STRUCTURED, structured_outputs
 from pipeline.inputs.tools import CHOICE, TOOLS
@@ -45,7 +47,25 @@ COMPLETION_TOKENS = 16
 """`max_tokens` of a /v1/completions request that gives none, as the API documents it."""
 
 _LENGTHS = {CHAT: ("max_completion_tokens", "max_tokens"), COMPLETIONS: ("max_tokens",)}
-_PROMPT = {CHAT: "messages", COMPLETIONS: "prompt"}
+
+_BOTH = {*SAMPLING, *OF_PROMPT, *OF_RESPONSE, *STRUCTURED, *GUIDED}
+_SERVED = {
+    CHAT: frozenset({"messages", *_LENGTHS[CHAT], *_BOTH, *OF_CHAT, EFFORT, TOP}),
+    COMPLETIONS: frozenset({"prompt", *_LENGTHS[COMPLETIONS], *_BOTH}),
+}
+PARAMETERS = {
+    url: Parameters(
+        served,
+        IGNORED,
+        {
+            name: fine
+            for name, fine in {**NEUTRAL, SPECIAL_TOKENS: (url == COMPLETIONS,)}.items()
+            if name not in served
+        },
+    )
+    for url, served in _SERVED.items()
+} | {RESPONSES: openai_items.PARAMETERS}
+"""What becomes of each parameter, by endpoint."""
 
 
 def request_cells(line: str | None) -> dict[str, Any]:
@@ -61,14 +81,14 @@ def request_cells(line: str | None) -> dict[str, Any]:
     custom_id_of(request)
     method, body = request.get("method"), request.get("body")
     if method not in (None, "POST"):
-        raise RowError("InvalidRequest", f"method must be POST, got {_short(method)}")
+        raise RowError("InvalidRequest", f"method must be POST, got {short(method)}")
     url = endpoint_of(request)
     if not isinstance(body, dict):
         raise RowError("InvalidRequest", "body must be an object")
     body = {key: value for key, value in body.items() if value is not None}
     if url == RESPONSES:
-        body, url = as_chat(body), CHAT
-    _refuse(body, url)
+        body, url = openai_items.as_chat(body), CHAT
+    PARAMETERS[url].check(body)
     cells = _chat(body) if url == CHAT else _completion(body)
     sampling = {key: body[key] for key in SAMPLING if key in body}
     if sampling.get("top_k") == -1:
@@ -83,7 +103,7 @@ def request_cells(line: str | None) -> dict[str, Any]:
     given = [name for name in _LENGTHS[url] if name in body]
     for name in given:
         if type(body[name]) is not int or body[name] < 1:
-            got = _short(body[name])
+            got = short(body[name])
             raise RowError("InvalidSampling", f"{name} must be an integer of at least 1, got {got}")
     if given:
         sampling["max_new_tokens"] = body[given[0]]
@@ -99,7 +119,7 @@ def _object(line: str | None) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RowError("MalformedLine", f"the line is not JSON: {error}") from None
     if not isinstance(request, dict):
-        raise RowError("MalformedLine", f"the line is not a JSON object but {_short(request)}")
+        raise RowError("MalformedLine", f"the line is not a JSON object but {short(request)}")
     return request
 
 
@@ -136,7 +156,7 @@ def endpoint_of(request: Mapping[str, Any]) -> str:
     if parts == ["responses"] or parts[-2:] == ["v1", "responses"]:
         return RESPONSES
     known = f"{CHAT}, {COMPLETIONS} and {RESPONSES}"
-    raise RowError("UnknownEndpoint", f"url {_short(url)} is not served; known: {known}")
+    raise RowError("UnknownEndpoint", f"url {short(url)} is not served; known: {known}")
 
 
 def parsed(line: str | None) -> dict[str, Any]:
@@ -147,44 +167,22 @@ def parsed(line: str | None) -> dict[str, Any]:
         return {}
 
 
-def _refuse(body: Mapping[str, Any], url: str) -> None:
-    """Raise for the first parameter that is unknown, or not supported and not neutral."""
-    known = {_PROMPT[url], *_LENGTHS[url], *SAMPLING, *OF_PROMPT, *OF_RESPONSE}
-    known |= {*STRUCTURED, *GUIDED}
-    known |= {*OF_CHAT, EFFORT, TOP} if url == CHAT else set()
-    neutral = {**NEUTRAL, SPECIAL_TOKENS: (url == COMPLETIONS,)}
-    for name, value in body.items():
-        if name in known or name in IGNORED:
-            continue
-        if name not in neutral:
-            hint = nearest(name, known)
-            raise RowError("UnsupportedParameter", f"{name}: unknown parameter; {hint}")
-        if not any(_same(value, each) for each in neutral[name]):
-            fine = " and ".join(map(_short, neutral[name]))
-            only = f"; only {fine} is taken" if fine else ""
-            raise RowError("UnsupportedParameter", f"{name} {_short(value)} is not supported{only}")
-
-
 def _logprobs(body: Mapping[str, Any], url: str) -> Any:
     """How many of the likeliest tokens a response tells; None: it tells no log-probabilities."""
     asked, top = body.get("logprobs"), body.get(TOP)
     if url == COMPLETIONS:
         return None if asked is False else asked
     if asked not in (None, True, False):
-        raise RowError("InvalidSampling", f"logprobs must be true or false, got {_short(asked)}")
+        raise RowError("InvalidSampling", f"logprobs must be true or false, got {short(asked)}")
     if top and not asked:
         raise RowError("InvalidSampling", f"{TOP} needs logprobs: true")
     return (top or 0) if asked else None
 
 
-def _same(a: Any, b: Any) -> bool:
-    return isinstance(a, bool) == isinstance(b, bool) and a == b
-
-
 def _chat(body: Mapping[str, Any]) -> dict[str, Any]:
     messages = body.get("messages")
     if not isinstance(messages, list):
-        raise RowError("MalformedMessages", f"messages must be a list, got {_short(messages)}")
+        raise RowError("MalformedMessages", f"messages must be a list, got {short(messages)}")
     told = {key: body[key] for key in OF_CHAT if key in body}
     choice = told.pop(CHOICE, "auto")
     if choice == "none":
@@ -230,9 +228,4 @@ def _completion(body: Mapping[str, Any]) -> dict[str, Any]:
         return {"prompt_ids": prompt}
     if isinstance(prompt, list):
         raise RowError("MalformedPrompt", "prompt is a list; give each prompt a line of its own")
-    raise RowError("MalformedPrompt", f"prompt must be text or token ids, got {_short(prompt)}")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    raise RowError("MalformedPrompt", f"prompt must be text or token ids, got {short(prompt)}")

@@ -46,7 +46,7 @@ def response_object(
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
             "output_tokens": output,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": sample.get(layout.REASONING_TOKENS) or 0},
             "total_tokens": prompt + output,
         },
     }

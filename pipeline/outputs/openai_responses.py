@@ -144,11 +144,13 @@ def _body(
         choice = {"index": index, **text, "finish_reason": reason}
         choice["logprobs"] = _logprobs(told, chat) if told is not None else None
         if asked.get("return_token_ids"):
-            choice["token_ids"] = sample[layout.OUTPUT_TOKEN_IDS]
+            choice["token_ids"] = sample.get(layout.OUTPUT_TOKEN_IDS)
         choices.append(choice)
     prompt, told = samples[0]["prompt_tokens"], samples[0].get(layout.PROMPT_LOGPROBS)
     whole = {layout.PROMPT_LOGPROBS: [each and _by_token(each) for each in told]} if told else {}
     output = sum(sample["output_tokens"] for sample in samples)
+    thought = sum(sample.get(layout.REASONING_TOKENS) or 0 for sample in samples)
+    details = {"completion_tokens_details": {"reasoning_tokens": thought}} if chat else {}
     return {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
         "object": "chat.completion" if chat else "text_completion",
@@ -160,6 +162,7 @@ def _body(
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
+            **details,
         },
     }
 

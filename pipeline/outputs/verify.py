@@ -55,7 +55,8 @@ def verify(
     sampling, source = mark.get("sampling", {}), mark.get("input", {})
     samples = sampling.get("n", 1)
     table = manifest.recorded_table(job)
-    columns = None if table is None else columns_of(table, optional_columns(sampling, source))
+    optional = manifest.optional_columns(output, job, optional_columns(sampling, source))
+    columns = None if table is None else columns_of(table, optional)
     check = UnitCheck(output, manifest.accepted_digests(job), samples, listed, columns)
 
     units = sorted(filter(None, map(layout.unit_of, there[layout.COMPLETIONS])))

@@ -75,7 +75,7 @@ def generate(
     sink = (RetrySink if retry else CommitSink)(plan.output, monitor)
     try:
         with data_context(), watch.following(monitor):
-            _write(plan, pending, sink, (job, digest, monitor, run))
+            _write(plan, pending, sink, (job, plan.optional, digest, monitor, run))
     except BaseException as error:
         give_back(error)
         if lost := watch.lost():

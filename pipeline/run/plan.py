@@ -31,6 +31,7 @@ class JobPlan:
         units: all of them, in input order.
         table: the columns of all of them together.
         left_out: input files that are new since the output was begun, and not part of the job.
+        optional: the optional columns of its outputs.
         sampling_from: where the values of `sampling` are from, by key.
     """
 
@@ -40,6 +41,7 @@ class JobPlan:
     units: tuple[Unit, ...]
     table: pa.Schema
     left_out: tuple[InputFile, ...] = ()
+    optional: tuple[str, ...] = ()
     sampling_from: Mapping[str, Source] = field(default_factory=dict)
 
     @property
@@ -99,6 +101,7 @@ def plan_job(job: JobConfig, *, extend: bool = False, ask_hub: bool = True) -> J
         units=tuple(plan_units(files, job.unit_rows)),
         table=table_of(files),
         left_out=tuple(sorted(left_out, key=lambda file: file.name)),
+        optional=job.optional_columns,
         sampling_from={} if given else sources(job.sampling, recommended),
     )
 

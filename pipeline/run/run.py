@@ -119,7 +119,9 @@ def run_job(
         same_content=mode.same_content,
         forked_from=open_folder(mode.forked_from, job.s3_of_output) if mode.forked_from else None,
     )
-    plan = replace(plan, table=table)
+    record = json.loads(output.read(layout.JOB) or b"{}")
+    optional = manifest.optional_columns(output, record, plan.optional)
+    plan = replace(plan, table=table, optional=optional)
     if plan.left_out:
         note(_left_out(plan.left_out))
     if plan.takes_recommendations:

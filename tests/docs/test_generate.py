@@ -14,6 +14,7 @@ GENERATED = (
     "job-file.md",
     "recipe-file.md",
     "cli.md",
+    "openai-parameters.md",
     "models.md",
     "job.schema.json",
     "recipe.schema.json",

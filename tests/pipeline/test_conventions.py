@@ -214,6 +214,23 @@ def test_nothing_that_a_model_writes_is_an_error_or_is_lost(pieces: list[str]) -
 
 
 @pytest.mark.parametrize(
+    ("family", "prompt", "thought", "rest"),
+    [
+        ("Hermes", "", "<think>Hm, hm.</think>", "\n\nParis.<|im_end|>"),
+        ("Hermes", "assistant\n<think>", "Hm.</think>", "Paris.<|im_end|>"),
+        ("Hermes", "assistant\n<think>", "Hm, and no end", ""),
+        ("Mistral", "", "[THINK]Hm.[/THINK]", "So.<|im_end|>"),
+        ("Hermes", "", "", "Paris.<|im_end|>"),
+    ],
+)
+def test_tokens_of_reasoning_end_with_its_mark(
+    family: str, prompt: str, thought: str, rest: str
+) -> None:
+    said = read(family, thought + rest, prompt)
+    assert said.reasoning_tokens == len(ids_of(tokenizer_of(family), thought))
+
+
+@pytest.mark.parametrize(
     ("choice", "text", "expected"),
     [
         ("required", f"[{ASKED}, {ASKED}]", Message("", None, (PARIS, PARIS))),
@@ -256,6 +273,8 @@ def test_a_declaration_of_the_tokenizer_goes_before() -> None:
 
     called = f"<c>{ASKED}</c>"
     assert conventions.known
-    assert said(f"Hm.</r>{called}<|im_end|>") == Message("", "Hm.", (PARIS,))
+    thought = said(f"Hm.</r>{called}<|im_end|>")
+    assert thought == Message("", "Hm.", (PARIS,))
+    assert thought.reasoning_tokens == len(ids_of(tokenizer, "Hm."))
     assert said("Hm.</r><c>{bad</c><|im_end|>") == Message("Hm.</r><c>{bad</c>")
     assert json.loads(PARIS.arguments)["days"] == 2

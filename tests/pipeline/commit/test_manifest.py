@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import layout
 from pipeline.commit import manifest
+from pipeline.commit.files import parquet_bytes
 from pipeline.commit.schema import check_reserved
 from pipeline.config import model_identity
 from pipeline.config.job import Estimator, JobConfig, Policy, S3Config
@@ -244,6 +245,24 @@ def test_the_table_that_a_job_writes_stays(tiny_models: TinyModels, tmp_path: Pa
     record["fingerprint"] = manifest.fingerprint(config, fitting)
     output.put(layout.JOB, json.dumps(record).encode())
     assert claim([*planned_as(later), fitting[1]]).equals(later)
+
+
+def test_a_job_keeps_the_optional_columns_that_it_was_begun_with(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    output = open_folder(str(tmp_path), S3Config())
+    config = job(tiny_models, sampling__logprobs=1)
+    manifest.claim(output, config, planned_as(pa.schema({"parsed": pa.string()})), {})
+    record = json.loads((tmp_path / layout.JOB).read_text())
+    usual = ("logprobs", "reasoning_tokens")
+    assert manifest.optional_columns(output, record, usual) == ("logprobs",)
+
+    # A version that noted none had others; what is the input's own is none of them.
+    del record["optional_columns"]
+    assert manifest.optional_columns(output, record, usual) == usual
+    there = pa.table({name: ["x"] for name in ("row_id", "parsed", "content", "logprobs")})
+    output.put("completions/u.parquet", parquet_bytes(there))
+    assert manifest.optional_columns(output, record, usual) == ("logprobs", "content")
 
 
 def test_a_job_that_committed_nothing_can_be_corrected(

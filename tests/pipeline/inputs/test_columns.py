@@ -81,7 +81,7 @@ def test_optional_columns_stand_last_and_only_where_they_are_asked_for(tmp_path:
         ],
         [Finished("y", Completion("b", 1, (3, 4), "stop"))],
     ]
-    assert not OPTIONAL_COLUMNS & set(completions_table(rows, done).column_names)
+    assert not set(OPTIONAL_COLUMNS) & set(completions_table(rows, done).column_names)
     names = (LOGPROBS, PROMPT_LOGPROBS, OUTPUT_TOKEN_IDS)
     table = read_back(
         parquet_bytes(completions_table(rows, done, names, lambda token: f"t{token}"))
@@ -104,7 +104,7 @@ def test_what_a_completion_says_in_columns(tmp_path: Path) -> None:
     completion = Completion("a", 1, (7,), "stop")
     done = [[Finished("", completion, m, parsed="{}" if m else None)] for m in messages]
     table = read_back(parquet_bytes(completions_table(rows, done, (*MESSAGE, PARSED))))
-    assert tuple(table.column_names[-4:]) == (*MESSAGE, PARSED)
+    assert tuple(table.column_names[-5:]) == (*MESSAGE, PARSED)
     assert table[CONTENT].to_pylist() == ["x", "y", None]
     assert table[REASONING].to_pylist() == ["why", None, None]
     assert table[PARSED].to_pylist() == ["{}", "{}", None]

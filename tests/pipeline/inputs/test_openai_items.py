@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pytest
-from openai.types.responses.response_create_params import ResponseCreateParamsBase
 
 from pipeline.errors import RowError
 from pipeline.inputs.openai_requests import request_cells
@@ -124,12 +123,3 @@ def test_what_is_wrong_is_named(body: dict[str, Any], error_class: str, message:
         cells(**body)
     assert raised.value.error_class == error_class
     assert message in raised.value.message
-
-
-@pytest.mark.parametrize("name", ResponseCreateParamsBase.__annotations__)
-def test_every_parameter_of_the_api_is_known(name: str) -> None:
-    """Served, ignored or refused by its name."""
-    try:
-        cells(**{"input": "x", name: "odd"})
-    except RowError as error:
-        assert "unknown parameter" not in error.message

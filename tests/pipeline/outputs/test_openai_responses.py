@@ -77,7 +77,7 @@ def test_messages_with_tool_calls_and_reasoning(tmp_path: Path) -> None:
         ({"tools": TOOLS, "parallel_tool_calls": False}, finished(both)),
         ({"include_reasoning": False}, finished(Message("So.", "why"))),
         ({}, finished(Message("So.", None, (CALL,)), "length")),
-        ({}, finished(Message("", "why"))),
+        ({}, finished(Message("", "why", reasoning_tokens=1))),
         ({}, finished(None)),
     ]
     bodies = answered(tmp_path, [body for body, _ in asked], [done for _, done in asked])
@@ -99,11 +99,13 @@ def test_messages_with_tool_calls_and_reasoning(tmp_path: Path) -> None:
     assert (thought.message.content, thought.message.reasoning_content) == ("", "why")
     assert (plain.finish_reason, plain.message.content) == ("stop", "<whole>")
     assert plain.message.tool_calls is None
+    spent = [body["usage"]["completion_tokens_details"]["reasoning_tokens"] for body in bodies]
+    assert spent == [0, 0, 0, 0, 1, 0]
 
 
 def test_response_objects_have_an_item_for_each_part(tmp_path: Path) -> None:
     tool = {"type": "function", "name": "f"}
-    both = Message("So.", "why", (CALL, CALL))
+    both = Message("So.", "why", (CALL, CALL), reasoning_tokens=1)
     asked: list[tuple[dict[str, Any], Finished]] = [
         ({"input": "hi", "tools": [tool], "temperature": 0.5}, finished(both)),
         ({"input": "hi", "instructions": "be", "max_output_tokens": 3}, finished(None, "length")),
@@ -123,5 +125,7 @@ def test_response_objects_have_an_item_for_each_part(tmp_path: Path) -> None:
     assert cut.incomplete_details is not None
     assert cut.incomplete_details.reason == "max_output_tokens"
     assert [item.type for item in called.output] == ["function_call"]
+    assert first.usage is not None
+    assert first.usage.output_tokens_details.reasoning_tokens == 1
     assert cut.usage is not None
     assert (cut.usage.input_tokens, cut.usage.output_tokens) == (1, 1)
