@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from pipeline.config.model_files import read_model_file
+from pipeline.errors import UserError
 
 LAYERS = {
     "fused": "layers with a third of the operators, hand-written attention",

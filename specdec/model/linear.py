@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +159,7 @@ def packable(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def is_plain(module: object) -> bool:
+def is_plain(module: object) -> TypeGuard[nn.Linear]:
     """Whether a module is a linear layer that multiplies by its weight and does nothing else.
 
     Quantisers replace or wrap layers, or keep their class and pack the weight.
