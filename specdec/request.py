@@ -287,6 +287,8 @@ class RoundTrace:
         predicted: estimated probability of acceptance of each candidate, if the policy has one.
         submitted, accepted: how many of the candidates.
         reason: why there were not more candidates.
+        sources: where the first candidates come from, those that no draft proposed: "forced",
+            "prompt", "rows" or "corpus" each.
     """
 
     context: int
@@ -296,6 +298,7 @@ class RoundTrace:
     submitted: int
     accepted: int
     reason: str
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ TRACE_SCHEMA = pa.schema(
         "submitted": pa.int64(),
         "accepted": pa.int64(),
         "reason": pa.string(),
+        "sources": pa.list_(pa.string()),
     }
 )
 """Columns of `trace/`: one row per round of a completed row."""

@@ -1,8 +1,8 @@
 """A small language model as the drafter.
 
 The first forward of a round reads all that the model lacks of the rows: a prompt in a row's first
-round, two tokens after all candidates were accepted, one otherwise. Every other forward reads the
-candidates just drawn.
+round, two tokens after all candidates were accepted, one otherwise; and the candidates that a row
+has already. Every other forward reads the candidates just drawn.
 """
 
 from __future__ import annotations
@@ -85,9 +85,13 @@ class ModelDrafter:
         self.chunk, self.clock = chunk, clock
 
     def begin(
-        self, rows: Sequence[TokenRow], slots: Sequence[int], shared: SharedCaches
+        self,
+        rows: Sequence[TokenRow],
+        slots: Sequence[int],
+        known: Sequence[Sequence[int]],
+        shared: SharedCaches,
     ) -> ModelDrafting:
-        return ModelDrafting(self, rows, slots, shared)
+        return ModelDrafting(self, rows, slots, known, shared)
 
 
 class ModelDrafting:
@@ -98,9 +102,11 @@ class ModelDrafting:
         drafter: ModelDrafter,
         rows: Sequence[TokenRow],
         slots: Sequence[int],
+        known: Sequence[Sequence[int]],
         shared: SharedCaches,
     ) -> None:
         self._drafter, self._rows, self._slots, self._shared = drafter, rows, slots, shared
+        self._known = known
         self._drawn: Tensor | None = None  # the active rows' last candidates [n]
 
     def step(self, choose: Choose) -> Candidates:
@@ -108,7 +114,10 @@ class ModelDrafting:
         by, fed, last = self._drafter, list[int](), None
         if self._drawn is None:
             fed = self._read_ahead()
-            texts = [row.tokens for row in self._rows]
+            texts = [
+                [*row.tokens, *known] if known else row.tokens
+                for row, known in zip(self._rows, self._known, strict=True)
+            ]
             first = DraftLayout.of(texts, by.cache.lengths, self._slots)
             rows, (tokens, last) = first.rows, upload(by.cache.device, first.tokens, first.last)
         else:

@@ -20,7 +20,6 @@ from specdec.drafters.base import Candidates, Drafter, Drafting
 from specdec.engine.round import Round
 from specdec.engine.scheduler import LiveRow
 from specdec.engine.stats import EngineStats
-from specdec.lossless.verification import Proposal
 from specdec.measure.calibration import Array
 from specdec.measure.clock import PhaseClock
 from specdec.model.rows import upload
@@ -80,7 +79,7 @@ class DraftLoop:
         self._last: tuple[list[LiveRow], list[int]] = [], []  # rows of the last round, and active
 
     def run(self, this: Round, shared: SharedCaches) -> None:
-        """Fill the round's proposal with as many candidates as the policy wants.
+        """Add as many candidates to the round's proposal as the policy wants.
 
         Args:
             this: the round.
@@ -88,14 +87,16 @@ class DraftLoop:
         """
         began = self._clock.now()
         early = self._early(this, shared)
-        wanted = zip(self._policy.budget(this.start), this.start.room, strict=True)
-        budget = [min(k, room) for k, room in wanted]
+        known = this.proposal.known
+        wanted = zip(self._policy.budget(this.start), this.start.room, known, strict=True)
+        budget = [min(k, room - n) for k, room, n in wanted]
         active = [slot for slot, most in enumerate(budget) if most > 0]
         self._last = this.rows, active
         if not active:
             return
         device = self._drafter.cache.device
-        proposal = this.proposal = Proposal(len(this.rows), max(budget), device)
+        longest = max(k + n for k, n in zip(budget, known, strict=True))
+        proposal = this.proposal = this.begun(longest)
         asked, step = 0.0, None
         unseen: list[tuple[Indices, int, Tensor]] = []
         if early is not None and set(active) <= set(early[1].slots):
@@ -108,7 +109,7 @@ class DraftLoop:
             if early is not None:  # it has read what these rows' next first step must read
                 for slot in early[1].slots:
                     self._drafter.cache.rollback(slot, len(this.rows[slot].tokens) - 1)
-            drafting = self._drafter.begin(this.rows, active, shared)
+            drafting = self._drafter.begin(this.rows, active, this.known, shared)
             (index,) = upload(device, active)
         for depth in range(1, max(budget) + 1):
             with this.timer.apart() as lap:
@@ -136,9 +137,10 @@ class DraftLoop:
         """
         rows, slots = self._last
         ready = this.rows == rows and all(this.start.room[slot] for slot in slots)
+        ready = ready and not any(this.known[slot] for slot in slots)  # most would go on elsewhere
         if not (self._clock.asynchronous and slots and ready):
             return None
-        drafting = self._drafter.begin(this.rows, slots, shared)
+        drafting = self._drafter.begin(this.rows, slots, this.known, shared)
         (index,) = upload(self._drafter.cache.device, slots)
         return drafting, self._launch(this, drafting, slots, index, 1)
 

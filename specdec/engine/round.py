@@ -56,7 +56,8 @@ class Round:
         kept: how many of these each row's output grew by: fewer where it ended.
         draft_costs: packed tokens and seconds of each draft step.
         unseen: the draft steps at which the policy did not look, once the device has them.
-        chains: the candidates that were looked up, if that is how they come.
+        chains: candidates that are known without a draft, by row, if there may be any.
+        known: those of them that are taken, by row.
         number: of the round in the engine, if rows learn from each other what to propose.
     """
 
@@ -74,11 +75,12 @@ class Round:
     draft_costs: list[tuple[int, float]] = field(default_factory=list)
     unseen: Callable[[], Sequence[DraftStep]] = tuple
     chains: Sequence[Chain] = ()
+    known: Sequence[Sequence[int]] = field(init=False)
     number: int | None = None
     _numbers: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.kept = [0] * len(self.rows)
+        self.kept, self.known = [0] * len(self.rows), [()] * len(self.rows)
 
     @property
     def accepted(self) -> list[int]:
@@ -113,6 +115,26 @@ class Round:
         if self.asked.masks is not None:
             self.asked.masks.follow(active, drawn.tokens)
 
+    def lead(self, counts: Sequence[int]) -> None:
+        """Take so many candidates of each row's chain, in front of all that will be drawn."""
+        taken = [chain.tokens[:n] for chain, n in zip(self.chains, counts, strict=True)]
+        self.proposal = Proposal.certain(taken, self.proposal.candidates.device)
+        self.known, self.submitted = taken, counts
+        if self.asked.masks is not None:
+            self.asked.masks.lead(taken)
+
+    def taken(self, slot: int) -> Chain:
+        """The known candidates of a row."""
+        if not (n := self.proposal.known[slot]):
+            return Chain((), ())
+        chain = self.chains[slot]
+        forced = min(chain.forced, n)
+        return Chain(chain.tokens[:n], chain.evidence[: n - forced], forced)
+
+    def begun(self, most: int) -> Proposal:
+        """The round's proposal as it is, with room for so many candidates of each row."""
+        return Proposal.certain(self.known, self.proposal.candidates.device, most)
+
     def read(
         self, raw: Tensor, adjusted: Tensor, parameters: SamplingBatch, first: Sequence[int]
     ) -> None:
@@ -135,26 +157,38 @@ class Round:
         """
         if self.mode is not MODES["rejection"]:
             return self.sampling
-        # Each row counts its own rounds: what it draws must not depend on its neighbours. But if
-        # candidates come from what others have drawn, nobody may draw by the same numbers again,
-        # not even a row of the same seed: then all count the engine's.
-        rounds = [row.counts.rounds if self.number is None else self.number for row in self.rows]
-        (numbers,) = upload(self.sampling.seed.device, rounds)
+        (numbers,) = upload(self.sampling.seed.device, self._rounds)
         return self.sampling.in_round(numbers)
 
+    @property
+    def _rounds(self) -> list[int]:
+        """The number of each row's round.
+
+        Each row counts its own: what it draws must not depend on its neighbours. But if candidates
+        come from what others have drawn, nobody may draw by the same numbers again, not even a row
+        of the same seed: then all count the engine's.
+        """
+        return [row.counts.rounds if self.number is None else self.number for row in self.rows]
+
     def numbers(self, depth: int) -> Tensor:
-        """float64 [rows]: what candidates number `depth` are drawn by, under `rejection`."""
+        """float64 [rows]: what drawn candidates number `depth` are drawn by, under `rejection`."""
         block, place = divmod(depth - 1, BLOCK)
         if block not in self._numbers:
             numbers = candidate_numbers(
                 [signed64(row.sampling.seed) for row in self.rows],
-                [row.counts.rounds for row in self.rows],
-                [row.generated + block * BLOCK for row in self.rows],
+                self._rounds,
+                [at + block * BLOCK for at in self._drawn_from],
                 BLOCK,
             )
             device = self.sampling.temperature.device
             self._numbers[block] = torch.from_numpy(numbers).to(device, non_blocking=True)
         return self._numbers[block][place]
+
+    @property
+    def _drawn_from(self) -> list[int]:
+        """The output position of each row's first candidate that is drawn."""
+        known = self.proposal.known
+        return [row.generated + n for row, n in zip(self.rows, known, strict=True)]
 
     def choosing(
         self, slots: Sequence[int], index: Tensor, depth: int, policy: StopPolicy
@@ -167,7 +201,8 @@ class Round:
             policy: what it wants to know of them.
         """
         params, at, adjust = self.sampling, None, None
-        positions = [self.rows[slot].generated + depth - 1 for slot in slots]
+        first = self._drawn_from
+        positions = [first[slot] + depth - 1 for slot in slots]
         if self.asked.of_logits:
             (place,) = upload(index.device, positions)
             adjust = functools.partial(self.adjusted, owner=index, at=place)
@@ -189,6 +224,7 @@ class Round:
             draft_costs=self.draft_costs,
             verify_cost=(self.target_tokens, self.timer.rest),
             unseen=self.unseen,
+            known=self.proposal.known,
             looked_up=[*map(self._judged, self.chains, self.committed)],
         )
 
@@ -230,14 +266,19 @@ class Round:
                 why = Explanation((), "no room for a candidate")
             else:
                 why = policy.explain(slot)
+            n, known = self.proposal.lengths[slot], self.proposal.known[slot]
+            predicted = why.predicted
+            if known and (predicted or why.known):  # what nobody doubts is certain
+                predicted = (*why.known[:known], *[1.0] * (known - len(why.known)), *predicted)
             row.trace.append(
                 RoundTrace(
                     context=self.start.contexts[slot],
                     live=live,
-                    candidates=tuple(candidates[slot][: self.proposal.lengths[slot]]),
-                    predicted=why.predicted[: self.proposal.lengths[slot]],
+                    candidates=tuple(candidates[slot][:n]),
+                    predicted=predicted[:n],
                     submitted=self.submitted[slot],
                     accepted=self.accepted[slot],
                     reason=why.reason,
+                    sources=tuple(each.removeprefix("in_") for each in self.taken(slot).sources),
                 )
             )

@@ -25,6 +25,7 @@ from specdec.lossless.sampling import (
     sample,
     uniform,
 )
+from specdec.model.rows import upload
 
 
 def accepted_prefix(ok: Tensor, lengths: Tensor) -> Tensor:
@@ -75,11 +76,13 @@ def reject(
     candidates: Tensor,
     lengths: Tensor,
     u: Tensor,
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rejection sampling: accept y with probability min(1, p(y) / q(y)).
 
     Leviathan et al. (arXiv 2211.17192), algorithm 1; Chen et al. (arXiv 2302.01318), theorem 1. A
-    greedy row is its one-hot case: accepted iff y is the target's argmax.
+    greedy row is its one-hot case: accepted iff y is the target's argmax. So is a candidate that
+    nobody drew, which is its q's only mass (`reject_certain`).
 
     Args:
         p: float32 [M, V], the target's distributions at the packed positions.
@@ -88,7 +91,9 @@ def reject(
         q_row: int64 [B, K], which row of q candidate (b, k) was drawn from; anything valid beyond
             lengths.
         candidates: int64 [B, K]; lengths: int64 [B].
-        u: float64 [B, K] uniform numbers in [0, 1), independent of the candidates.
+        u: float64 [B, K] uniform numbers in [0, 1), independent of the candidates; of those that
+            nobody drew, independent of all that they depend on.
+        known: int64 [B], how many candidates of each row nobody drew: its first. None: none at all.
 
     Returns:
         accepted int64 [B], and residual float32 [B, V], what the bonus token is drawn from (not
@@ -96,12 +101,18 @@ def reject(
         NaN falls, and its residual is p.
     """
     at = candidate_positions(first, lengths, candidates.shape[1])
-    ok = u * q[q_row, candidates] < p[at, candidates]
-    accepted = accepted_prefix(ok, lengths)
+    likely = q[q_row, candidates]
+    if known is not None:
+        certain = torch.arange(candidates.shape[1], device=at.device) < known[:, None]
+        likely = torch.where(certain, 1.0, likely)
+    accepted = accepted_prefix(u * likely < p[at, candidates], lengths)
 
     target = p[first + accepted]
     fallen = accepted.clamp(max=candidates.shape[1] - 1)  # the rejected candidate, if there is one
     draft = q[q_row.gather(1, fallen[:, None]).squeeze(1)]
+    if known is not None:
+        one_hot = torch.zeros_like(draft).scatter_(1, candidates.gather(1, fallen[:, None]), 1.0)
+        draft = torch.where((fallen < known)[:, None], one_hot, draft)
     rejected = ((accepted < lengths) & ~draft[:, 0].isnan())[:, None]
     residual = torch.where(rejected, (target - draft).clamp_(min=0), target)
     # p == q up to rounding can be rejected by a hair, with nothing left: p is the right answer.
@@ -133,45 +144,56 @@ def reject_certain(
 
 
 class Proposal:
-    """The candidates of one round, collected as they are drawn.
+    """The candidates of one round: what is known without a draft, and behind it what one draws.
 
     Attributes:
-        lengths: candidates of each of B rows (host numbers).
+        known: how many candidates of each of B rows nobody drew, its first (host numbers).
+        lengths: candidates of each row (host numbers).
         candidates: int64 [B, K]; beyond a row's length, zeros.
     """
 
     def __init__(self, rows: int, most: int, device: torch.device) -> None:
-        self.lengths = [0] * rows
+        self.known, self.lengths = [0] * rows, [0] * rows
         self.candidates = torch.zeros(rows, most, dtype=torch.int64, device=device)
         self._q: list[Tensor] = []
         self._q_row = [[0] * most for _ in range(rows)]
 
     @classmethod
-    def certain(cls, chains: Sequence[Sequence[int]], device: torch.device) -> Proposal:
-        """Candidates of B rows that nobody drew: they are given by what was known before."""
-        most = max(map(len, chains))
+    def certain(
+        cls, chains: Sequence[Sequence[int]], device: torch.device, most: int = 0
+    ) -> Proposal:
+        """Candidates of B rows that nobody drew: they are given by what was known before.
+
+        Args:
+            chains: those of each row.
+            most: how many a row will have when others are drawn behind them.
+        """
+        most = max(most, *map(len, chains))
         proposal = cls(len(chains), most, device)
-        padded = [[*chain, *[0] * (most - len(chain))] for chain in chains]
-        proposal.candidates = torch.tensor(padded).to(device, non_blocking=True)
-        proposal.lengths = [*map(len, chains)]
+        if any(chains):
+            padded = [[*chain, *[0] * (most - len(chain))] for chain in chains]
+            proposal.candidates = torch.tensor(padded).to(device, non_blocking=True)
+            proposal.known = [*map(len, chains)]
+            proposal.lengths = [*proposal.known]
         return proposal
 
     def add(self, rows: Sequence[int], index: Tensor, tokens: Tensor, q: Tensor | None) -> None:
-        """Append one candidate to each of n rows, all of which have the same number so far.
+        """Append one candidate to each of n rows.
 
         Args:
             rows: the rows, and `index` int64 [n], the same on the device.
             tokens: int64 [n].
             q: float32 [n, V], the distributions drawn from, if verification needs them.
         """
-        depth = self.lengths[rows[0]]
-        self.candidates[index, depth] = tokens
-        for row in rows:
+        depths = [self.lengths[row] for row in rows]
+        same = depths.count(depths[0]) == len(rows)
+        column = depths[0] if same else upload(index.device, depths)[0]
+        self.candidates[index, column] = tokens
+        drawn = sum(map(len, self._q))
+        for offset, (row, depth) in enumerate(zip(rows, depths, strict=True)):
             self.lengths[row] += 1
+            self._q_row[row][depth] = drawn + offset
         if q is not None:
-            drawn = sum(map(len, self._q))
-            for offset, row in enumerate(rows):
-                self._q_row[row][depth] = drawn + offset
             self._q.append(q)
 
     def distributions(self) -> tuple[Tensor, Tensor] | None:
@@ -183,6 +205,10 @@ class Proposal:
             return None
         q_row = torch.tensor(self._q_row).to(self.candidates.device, non_blocking=True)
         return torch.cat(self._q), q_row
+
+    def known_lengths(self) -> Tensor | None:
+        """`known` as a tensor; None if everything was drawn."""
+        return upload(self.candidates.device, self.known)[0] if any(self.known) else None
 
 
 class Matching:
@@ -261,7 +287,9 @@ class RejectionSampling:
         if drawn is None:
             accepted, residual = reject_certain(p, first, candidates, lengths, u)
         else:
-            accepted, residual = reject(p, first, *drawn, candidates, lengths, u)
+            accepted, residual = reject(
+                p, first, *drawn, candidates, lengths, u, proposal.known_lengths()
+            )
         return accepted, sample(residual, uniform(seed, start + accepted, Draw.BONUS))
 
 

@@ -273,6 +273,7 @@ def lookup_estimator() -> OnlineEstimator:
         Feature((Evidence.LENGTH,), np.log2, (0.6, 0.6)),
         Feature((Evidence.FOLLOWED, Evidence.SEEN), _often, (1.5, 1.5)),
         Feature((Evidence.OWN,), operator.pos, (1.0, 1.0)),
+        Feature((Evidence.CORPUS,), operator.pos, (0.0, 0.0)),
     )
     return OnlineEstimator(features, one=(-3.1, -3.1), rate=(0.3, 0.3))
 

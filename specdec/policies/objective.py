@@ -145,3 +145,11 @@ def best_prefixes(
         if gain > most:
             most, best = gain, n
     return likeliest[:best]
+
+
+def by_row(best: Sequence[tuple[float, int]], rows: int) -> list[int]:
+    """How many of the best candidates, (survival, row) each, are of each row."""
+    counts = [0] * rows
+    for _, row in best:
+        counts[row] += 1
+    return counts

@@ -12,7 +12,9 @@ from pipeline.inputs.units import Piece, Unit
 from specdec.request import Completion, RoundTrace
 
 ROUNDS = (
-    RoundTrace(20, 4, (5, 6, 7), (0.9, 0.5, 0.2), 2, 1, "after 3: too little for its cost"),
+    RoundTrace(
+        20, 4, (5, 6, 7), (0.9, 0.5, 0.2), 2, 1, "after 3: too little for its cost", ("prompt",)
+    ),
     RoundTrace(22, 3, (), (), 0, 0, "control round"),
 )
 
@@ -50,5 +52,6 @@ def test_one_row_per_round_of_completed_rows() -> None:
         "submitted": 2,
         "accepted": 1,
         "reason": "after 3: too little for its cost",
+        "sources": ["prompt"],
     }
     assert (second["round"], second["candidates"], second["reason"]) == (1, [], "control round")
