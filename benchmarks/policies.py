@@ -70,6 +70,12 @@ def race(
     return {name: taken[name] / e.stats.counts.committed for name, e in engines.items()}, engines
 
 
+def fixed(size: str) -> StopPolicy:
+    """The policy `fixed` of a size such as 4, or 4x2 for trees of width 2."""
+    k, _, width = size.partition("x")
+    return make_policy("fixed", k=int(k), width=int(width or 1))
+
+
 def policies(
     target: Target = TARGET,
     draft: Draft = DRAFT,
@@ -77,7 +83,7 @@ def policies(
     tokens: MeanTokens = 48,
     batches: Batches = "1,2,4,8,16",
     precisions: Annotated[str, typer.Option(help="fp32, int8wo, int8; +det")] = "fp32,int8",
-    lengths: Annotated[str, typer.Option(help="candidates of fixed")] = "1,2,3,4,6,8",
+    lengths: Annotated[str, typer.Option(help="candidates of fixed; 4x2: width 2")] = "1,2,3,4,6,8",
     head: Annotated[Path | None, typer.Option(help="a trained acceptance head")] = None,
     rounds: Annotated[int, typer.Option(help="prompts per slot")] = 2,
     repeats: Repeats = 4,
@@ -104,7 +110,7 @@ def policies(
             ids = read_prompts(pair.tokenizer, prompts, max(4, batch * rounds))
             requests = requests_of(ids, ragged_lengths(len(ids), tokens))
             instances = {
-                name: make_policy(name.split()[0], k=int(name.split()[-1]), k_max=16)
+                name: fixed(name.split()[-1])
                 if name.startswith("fixed")
                 else make_policy(name, head=trained if name == "goodput" else None, k_max=16)
                 for name in names
@@ -113,15 +119,15 @@ def policies(
             race(pair, few, batch, requests)  # the first run of a pair is slower than the rest
             once, _ = race(pair, instances, batch, requests)
             every.add_row(precision, str(batch), *(f"{once['none'] / once[n]:.2f}" for n in names))
-            fixed = min((n for n in names if n.startswith("fixed")), key=lambda n: once[n])
-            few = {name: instances[name] for name in ("none", fixed, "goodput")}
+            first = min((n for n in names if n.startswith("fixed")), key=lambda n: once[n])
+            few = {name: instances[name] for name in ("none", first, "goodput")}
             again: dict[str, list[float]] = {name: [] for name in few}
             for turn in range(repeats):
                 taken, engines = race(pair, few, batch, requests)
                 for name in few:
                     again[name].append(taken[name])
                 console.log(f"{precision}, batch {batch}, {turn + 1}/{repeats}: {taken}")
-            best = min(("none", fixed), key=lambda n: sum(again[n]))
+            best = min(("none", first), key=lambda n: sum(again[n]))
             duel.add_row(
                 precision,
                 str(batch),

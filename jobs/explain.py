@@ -7,8 +7,10 @@ from itertools import groupby
 from typing import Annotated, Any
 
 import typer
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 
 from jobs.job_file import s3_options
 from jobs.terminal.console import explained, out
@@ -27,7 +29,8 @@ def explain(
     """Show one row round by round: what was drafted, predicted, decided and accepted.
 
     Accepted candidates are green, the rejected one is red, those that no verdict was given on are
-    dim. The job must have run with `speculation.trace: true`.
+    dim. Candidates that branch are drawn as a tree. The job must have run with
+    `speculation.trace: true`.
 
     For example:
 
@@ -47,17 +50,12 @@ def explain(
 
 
 def render(rounds: Sequence[Mapping[str, Any]]) -> Table:
-    """One line per round: accepted candidates green, the rejected one red, others dim."""
+    """One entry per round: accepted candidates green, rejected ones red, others dim."""
     table = Table("round", "context", "live", "candidates", "from")
     for column in ("accepted", "predicted", "why no more"):
         table.add_column(column)
     for each in rounds:
-        candidates = Text()
-        for i, text in enumerate(each["texts"]):
-            rejected = i == each["accepted"] < each["submitted"]
-            style = "green" if i < each["accepted"] else "red" if rejected else "dim"
-            # repr shows control characters as escapes: no token may drive the terminal.
-            candidates.append("|" if i else "").append(repr(text)[1:-1], style=style)
+        candidates = _tree(each) if each.get("parents") else _chain(each)
         predicted = " ".join(f"{p:.2f}" for p in each["predicted"])
         numbers = (str(each[name]) for name in ("round", "context", "live"))
         # Text, so that nothing in it is taken for markup.
@@ -72,3 +70,31 @@ def _from(one: Mapping[str, Any]) -> str:
     places = [*known, *["draft"] * (len(one["texts"]) - len(known))]
     runs = ((place, len([*same])) for place, same in groupby(places))
     return ", ".join(f"{n} {place}" for place, n in runs)
+
+
+def _chain(each: Mapping[str, Any]) -> Text:
+    candidates = Text()
+    for i, text in enumerate(each["texts"]):
+        rejected = i == each["accepted"] < each["submitted"]
+        style = "green" if i < each["accepted"] else "red" if rejected else "dim"
+        candidates.append("|" if i else "").append(_shown(text), style=style)
+    return candidates
+
+
+def _tree(each: Mapping[str, Any]) -> RenderableType:
+    """A node for each candidate, below what it follows; siblings in their order."""
+    path, kept = {-1, *each["path"]}, {*each["kept"]}
+    drawn = {-1: Tree("", hide_root=True)}
+    settled = set[int]()  # what the walk has left for a child
+    for node, (text, parent) in enumerate(zip(each["texts"], each["parents"], strict=True)):
+        judged = parent in path and parent not in settled and node in kept
+        style = "green" if node in path else "red" if judged else "dim"
+        if node in path:
+            settled.add(parent)
+        drawn[node] = drawn[parent].add(Text(_shown(text), style=style))
+    return drawn[-1]
+
+
+def _shown(text: str) -> str:
+    """A token with control characters as escapes: none may drive the terminal."""
+    return repr(text)[1:-1]

@@ -287,6 +287,9 @@ class RoundTrace:
         predicted: estimated probability of acceptance of each candidate, if the policy has one.
         submitted, accepted: how many of the candidates.
         reason: why there were not more candidates.
+        parents: if the candidates are a tree, which of them each follows; -1: none. Else empty,
+            and each follows the one before it.
+        kept, path: of a tree, which candidates were submitted, and which were accepted.
         sources: where the first candidates come from, those that no draft proposed: "forced",
             "prompt", "rows" or "corpus" each.
     """
@@ -298,6 +301,9 @@ class RoundTrace:
     submitted: int
     accepted: int
     reason: str
+    parents: tuple[int, ...] = ()
+    kept: tuple[int, ...] = ()
+    path: tuple[int, ...] = ()
     sources: tuple[str, ...] = ()
 
 

@@ -199,11 +199,13 @@ def acceptance_by_position(positions: Sequence[Mapping[str, Any]]) -> Chart:
         return drawing.chart("Acceptance by position", note)
 
 
-def acceptance_lines(jobs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Chart:
-    """Acceptance by position of several jobs, as lines."""
+def acceptance_lines(
+    sides: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "Acceptance by position"
+) -> Chart:
+    """Acceptance by position of several jobs, or choices of the draft, as lines."""
     with _Drawing() as drawing:
         axes = drawing.axes
-        for (name, positions), colour in zip(jobs.items(), _COLOURS, strict=False):
+        for (name, positions), colour in zip(sides.items(), _COLOURS, strict=False):
             known = [row for row in positions if row["judged"] >= _FEW]
             at = [row["position"] for row in known]
             rate = [row["accepted"] / row["judged"] for row in known]
@@ -212,7 +214,7 @@ def acceptance_lines(jobs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Chart:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         drawing.figure.legend(loc="outside upper left", ncols=4)
         note = f"Positions at which at least {_FEW} candidates were judged."
-        return drawing.chart("Acceptance by position", note)
+        return drawing.chart(title, note)
 
 
 def candidates(rounds: Mapping[int, int]) -> Chart:

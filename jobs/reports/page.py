@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jobs.reports import charts
 from jobs.reports.charts import Chart
 from jobs.reports.findings import Findings, gather
-from jobs.reports.summary import sampling_said
+from jobs.reports.summary import by_choice, sampling_said
 from jobs.terminal.amounts import amount, moment, money, number, percent, short
 from pipeline import layout
 from pipeline.commit import manifest
@@ -226,6 +226,8 @@ def _speculation_charts(findings: Findings) -> list[Chart]:
     result: list[Chart] = []
     if positions := findings.summary["positions"]:
         result.append(charts.acceptance_by_position(positions))
+    if nodes := findings.summary.get("nodes"):
+        result.append(charts.acceptance_lines(by_choice(nodes), "Acceptance by the draft's choice"))
     if findings.actors:
         result += [
             charts.over_time(title, ylabel, figure, line, names, least)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -110,6 +110,10 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
         if verified := summary.get(f"verified_{source}"):
             rate = summary[f"accepted_{source}"] / verified
             totals.add_row(f"  of those {name}", f"{rate:.1%} of {verified:,}")
+    for choice, nodes in by_choice(summary.get("nodes") or ()).items():
+        if judged := sum(node["judged"] for node in nodes):
+            rate = sum(node["accepted"] for node in nodes) / judged
+            totals.add_row(f"  of the draft's {choice}", f"{rate:.1%} of {judged:,}")
     totals.add_row("speedup", _speedup(summary))
 
     if said := sampling_said(summary):
@@ -131,6 +135,20 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
             "went on with an online estimator; train it again on text like this.[/]",
         ]
     return Group(*parts)
+
+
+def by_choice(nodes: Sequence[Mapping[str, int]]) -> dict[str, list[dict[str, int]]]:
+    """Candidates that branch as positions, by which choice of the draft they were.
+
+    Args:
+        nodes: as in `summarise`.
+    """
+    found: dict[str, list[dict[str, int]]] = {}
+    for rank, choice in enumerate(("first", "second", "third", "fourth")):
+        own = [{**node, "position": node["depth"]} for node in nodes if node["rank"] == rank]
+        if own:
+            found[f"{choice} choices"] = own
+    return found
 
 
 def _states(seconds: Mapping[str, float], cost: Mapping[str, Any] | None) -> Table:

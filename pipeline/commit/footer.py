@@ -82,6 +82,7 @@ def to_plain(record: UnitRecord) -> dict[str, Any]:
         "worker": actor.worker,
         "files": len(record.inputs),
         "ranges": [(each.name, each.start, each.rows) for each in record.ranges],
+        "nodes": work.nodes,
     }
 
 
@@ -120,6 +121,7 @@ def from_plain(values: Mapping[str, Any]) -> UnitRecord:
             peak_live=values["peak_live"],
             speedup=get("speedup"),
             rounds=[(verified, accepted, n) for verified, accepted, n in get("outcomes", ())],
+            nodes=[tuple(each) for each in get("nodes", ())],
             forward_seconds={
                 kind: [(tokens, seconds) for tokens, seconds in points]
                 for kind, points in get("costs", {}).items()

@@ -153,6 +153,8 @@ class Work:
         speedup: rounds with speculation and control rounds (`SpeedupMeter.to_json`).
         rounds: candidates verified, how many of them were accepted, and how many rounds of a row
             ended so.
+        nodes: of candidates that branch, depth and rank among siblings, and how many there were
+            drafted, verified, judged and accepted.
         forward_seconds: the policy's cost tables when the unit ended: (tokens, seconds) by model.
         fell_back: whether the policy had given up its acceptance head by then.
     """
@@ -164,6 +166,7 @@ class Work:
     peak_live: int
     speedup: Mapping[str, Any] | None = None
     rounds: Sequence[tuple[int, int, int]] = ()
+    nodes: Sequence[tuple[int, ...]] = ()
     forward_seconds: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     fell_back: bool = False
 

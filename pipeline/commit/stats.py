@@ -21,6 +21,9 @@ COSTS_SCHEMA = pa.schema(
     {"actor": pa.string(), "kind": pa.string(), "tokens": pa.int64(), "seconds": pa.float64()}
 )
 POSITIONS_SCHEMA = pa.schema({"position": pa.int64(), "judged": pa.int64(), "accepted": pa.int64()})
+NODES_SCHEMA = pa.schema(
+    {name: pa.int64() for name in ("depth", "rank", "drafted", "verified", "judged", "accepted")}
+)
 CALIBRATION_SCHEMA = pa.schema(
     {
         "by": pa.string(),
@@ -115,11 +118,33 @@ def position_rows(records: Iterable[UnitRecord]) -> list[dict[str, Any]]:
     """
     judged, accepted = Counter[int](), Counter[int]()
     for record in records:
-        for verified, taken, rounds in record.work.rounds:
+        for depth, rank, _, _, asked, taken in record.work.nodes:
+            judged[depth] += asked if not rank else 0
+            accepted[depth] += taken
+        for verified, taken, rounds in record.work.rounds if not record.work.nodes else ():
             judged.update(dict.fromkeys(range(1, min(verified, taken + 1) + 1), rounds))
             accepted.update(dict.fromkeys(range(1, taken + 1), rounds))
     return [
         {"position": at, "judged": judged[at], "accepted": accepted[at]} for at in sorted(judged)
+    ]
+
+
+def node_rows(records: Iterable[UnitRecord]) -> list[dict[str, int]]:
+    """Candidates that branch, by depth in the round (from 1) and rank among siblings (from 0).
+
+    Returns:
+        Rows of: depth, rank, and how many were drafted, verified, judged and accepted. Judged are
+        those whose parent stands and no better sibling does.
+    """
+    sums: dict[tuple[int, int], Counter[str]] = {}
+    for record in records:
+        for depth, rank, *counts in record.work.nodes:
+            known = sums.setdefault((depth, rank), Counter())
+            known.update(dict(zip(NODES_SCHEMA.names[2:], counts, strict=True)))
+    names = NODES_SCHEMA.names
+    return [
+        {names[0]: depth, names[1]: rank, **{name: sums[depth, rank][name] for name in names[2:]}}
+        for depth, rank in sorted(sums)
     ]
 
 
@@ -154,6 +179,7 @@ def summarise(records: Sequence[UnitRecord]) -> dict[str, Any]:
         **measured_speedup(records),
         "calibration": calibration_rows(records),
         "positions": position_rows(records),
+        "nodes": node_rows(records),
         "actors_fell_back": len({r.actor.id for r in records if r.work.fell_back}),
         "cost": None,
         **dict(engine),
@@ -163,8 +189,8 @@ def summarise(records: Sequence[UnitRecord]) -> dict[str, Any]:
 
 
 def stats_tables(records: Sequence[UnitRecord]) -> dict[str, pa.Table]:
-    """The tables of `stats/`: units (by generation), actors, phases, costs, calibration and
-    positions.
+    """The tables of `stats/`: units (by generation), actors, phases, costs, calibration, positions
+    and nodes.
     """
     records = [part for record in records for part in parts(record)]
     by_actor: dict[str, list[UnitRecord]] = {}
@@ -179,6 +205,7 @@ def stats_tables(records: Sequence[UnitRecord]) -> dict[str, pa.Table]:
             "speedup_ci",
             "calibration",
             "positions",
+            "nodes",
             "cost",
             "errors_by_class",
             "actors_fell_back",
@@ -199,6 +226,7 @@ def stats_tables(records: Sequence[UnitRecord]) -> dict[str, pa.Table]:
         "costs": pa.Table.from_pylist(costs, schema=COSTS_SCHEMA),
         "calibration": pa.Table.from_pylist(calibration_rows(records), schema=CALIBRATION_SCHEMA),
         "positions": pa.Table.from_pylist(position_rows(records), schema=POSITIONS_SCHEMA),
+        "nodes": pa.Table.from_pylist(node_rows(records), schema=NODES_SCHEMA),
     }
 
 
@@ -248,6 +276,7 @@ _NESTED = {
     "speedup",
     "calibration",
     "outcomes",
+    "nodes",
     "slowest",
     "costs",
     "earlier",

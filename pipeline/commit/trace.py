@@ -23,6 +23,9 @@ TRACE_SCHEMA = pa.schema(
         "submitted": pa.int64(),
         "accepted": pa.int64(),
         "reason": pa.string(),
+        "parents": pa.list_(pa.int64()),
+        "kept": pa.list_(pa.int64()),
+        "path": pa.list_(pa.int64()),
         "sources": pa.list_(pa.string()),
     }
 )

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config.locations import Location, Locations
 from pipeline.config.section import Section, example
+from specdec.policies.base import MOST_WIDTH
 from specdec.policies.estimators import ESTIMATORS
 from specdec.policies.registry import POLICIES, meaning, takers
 
@@ -56,6 +57,13 @@ class SpeculationConfig(Section):
     k: int = _length("k")
     k_min: int = _length("k_min")
     k_max: int = _length("k_max")
+    width: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_WIDTH,
+        description=f"Alternatives that candidates branch into. {meaning('width')} 1: candidates "
+        "follow each other. `null`: the policy's own.",
+    )
     threshold: float | None = Field(
         default=None,
         gt=0,
@@ -113,11 +121,12 @@ class SpeculationConfig(Section):
         if self.k_min > self.k_max:
             raise ValueError(f"k_min ({self.k_min}) is more than k_max ({self.k_max})")
         policy = POLICIES[self.policy]
-        for name in ("threshold", "head", "estimator"):
-            owners = [*takers(name)] if name == "threshold" else _ESTIMATING
+        for name in ("width", "threshold", "head", "estimator"):
+            owners = _ESTIMATING if name in ("head", "estimator") else [*takers(name)]
             if getattr(self, name) is not None and self.policy not in owners:
+                kind = "policies" if len(owners) > 1 else "policy"
                 raise ValueError(
-                    f"{name} belongs to the policies {_names(owners)}, not to {self.policy}"
+                    f"{name} belongs to the {kind} {_names(owners)}, not to {self.policy}"
                 )
         if self.lookup and not policy.looks_up:
             raise ValueError(
@@ -163,5 +172,10 @@ class SpeculationConfig(Section):
         Their order is part of fingerprints.
         """
         policy = POLICIES[self.policy]
-        names = [*policy.settings(), *(["estimator"] if policy.estimates else [])]
-        return {name: getattr(self, name) for name in names if name in type(self).model_fields}
+        own = policy.settings()
+        names = [*own, *(["estimator"] if policy.estimates else [])]
+        given = {name: getattr(self, name) for name in names if name in type(self).model_fields}
+        # A later key than the others: a job that says nothing by it is the same job as before.
+        if "width" in given and given["width"] in (None, own["width"].default):
+            del given["width"]
+        return given

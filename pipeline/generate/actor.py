@@ -245,6 +245,7 @@ class GenerateActor:
             peak_live=usage.peak_live,
             speedup=usage.speedup.to_json(),
             rounds=[(*outcome, n) for outcome, n in sorted(usage.outcomes.items())],
+            nodes=[(*place, *counts) for place, counts in sorted(usage.nodes.items())],
             forward_seconds=usage.costs,
             fell_back=usage.fell_back,
         )

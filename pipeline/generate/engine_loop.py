@@ -56,6 +56,7 @@ class Usage:
         peak_live: most rows in slots at once.
         speedup: rounds with speculation and control rounds.
         outcomes: rounds of rows by (candidates verified, accepted).
+        nodes: candidates that branch by (depth, rank): drafted, verified, judged, accepted.
         costs: the policy's cost tables as they are now, if it has any.
         fell_back: whether the policy has given up its acceptance head for an online estimator.
     """
@@ -65,6 +66,7 @@ class Usage:
     peak_live: int = 0
     speedup: SpeedupMeter = field(default_factory=SpeedupMeter)
     outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    nodes: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     costs: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     fell_back: bool = False
 
@@ -76,6 +78,10 @@ class Usage:
             self.peak_live,
             self.speedup.minus(other.speedup),
             self.outcomes - other.outcomes,
+            {
+                place: [a - b for a, b in zip(now, other.nodes.get(place, [0] * 4), strict=True)]
+                for place, now in self.nodes.items()
+            },
             self.costs,
             self.fell_back,
         )
@@ -319,6 +325,7 @@ def _spending(engine: Engine) -> Usage:
         {name: getattr(stats, name) for name in _ENGINE_COUNTS},
         speedup=stats.speedup.copy(),
         outcomes=stats.outcomes.copy(),
+        nodes={place: counts.copy() for place, counts in stats.nodes.items()},
         costs=engine.policy.costs_table(),
         fell_back=engine.policy.fell_back,
     )

@@ -109,6 +109,7 @@ def make_engine(job: JobConfig, pair: Any, head: Any) -> Any:
             k=speculation.k,
             k_min=speculation.k_min,
             k_max=speculation.k_max,
+            width=speculation.width,
             threshold=speculation.threshold,
             estimator=speculation.estimator,
             head=head,

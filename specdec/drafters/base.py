@@ -8,6 +8,10 @@ for one `step` after another. A step gives one more candidate of each row that s
         step = drafting.step(choose)          # one more candidate a row
         drafting.go_on(indices)             # which of the rows draft another
 
+Where candidates branch, all but the first step are
+
+        step = drafting.branch(rows, tokens, trees, choose)     # some children of each node
+
 A drafter may keep state of each row in a `SlotCache`. The engine moves and rolls it back with the
 rows, so that between rounds it holds a prefix of a row's tokens and never a rejected candidate.
 """
@@ -21,11 +25,14 @@ from typing import Protocol
 from torch import Tensor
 
 from specdec.model.cache import SlotCache
+from specdec.model.rows import Row
 from specdec.model.sharing import SharedCaches, TokenRow
+from specdec.model.trees import Tree
 
 Drawn = tuple[Tensor, Tensor | None, Tensor | None]
 """Candidates int64 [n]; the distributions float32 [n, V] that they were drawn from, if verification
-needs them; their signals float32 [n, len(Signal)], if a policy wants them."""
+needs them; their signals float32 [n, len(Signal)], if a policy wants them. Of siblings tokens are
+[n, width] and signals [n, width, len(Signal)]."""
 
 
 class Choose(Protocol):
@@ -81,6 +88,18 @@ class Drafting(Protocol):
     def go_on(self, indices: Sequence[int]) -> None:
         """Keep those of the active rows that draft another candidate: indices into them."""
 
+    def branch(
+        self, rows: Sequence[Row], tokens: Tensor, trees: Sequence[Tree], choose: Choose
+    ) -> Candidates:
+        """Read nodes of the rows' trees and draw children of each.
+
+        Args:
+            rows: slot and number of nodes.
+            tokens: int64 [n], the nodes', which are drawn candidates.
+            trees: of each row, what was read of it and these nodes.
+            choose: draws of each node.
+        """
+
 
 class Drafter(Protocol):
     """Proposes candidates.
@@ -88,10 +107,12 @@ class Drafter(Protocol):
     Attributes:
         cache: what it keeps of each row.
         context_length: most tokens of a row that it can read.
+        branches: whether it can draft trees.
     """
 
     cache: SlotCache
     context_length: int
+    branches: bool
 
     def begin(
         self,

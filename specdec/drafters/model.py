@@ -8,7 +8,7 @@ has already. Every other forward reads the candidates just drawn.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from specdec.model.decoder import PackedDecoder
 from specdec.model.prefill import feed, feed_shared
 from specdec.model.rows import Row, upload
 from specdec.model.sharing import SharedCaches, TokenRow
+from specdec.model.trees import Tree, Trees, in_trees
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class ModelDrafter:
         self.decoder, self.cache = decoder, decoder.new_cache(0, 0)
         self.vocab_size, self.context_length = vocab_size, context_length
         self.chunk, self.clock = chunk, clock
+        self.branches = not decoder.recurrent
 
     def begin(
         self,
@@ -122,13 +124,32 @@ class ModelDrafting:
             rows, (tokens, last) = first.rows, upload(by.cache.device, first.tokens, first.last)
         else:
             rows, tokens = [(slot, 1) for slot in self._slots], self._drawn
+        drawn = self._draw(rows, tokens, choose, last)
+        self._drawn = drawn.tokens
+        return replace(drawn, fed=[*fed, *drawn.fed])
+
+    def branch(
+        self, rows: Sequence[Row], tokens: Tensor, trees: Sequence[Tree], choose: Choose
+    ) -> Candidates:
+        """One forward for all nodes."""
+        return self._draw(rows, tokens, choose, None, in_trees(trees))
+
+    def _draw(
+        self,
+        rows: Sequence[Row],
+        tokens: Tensor,
+        choose: Choose,
+        last: Tensor | None,
+        trees: Trees = None,
+    ) -> Candidates:
+        by = self._drafter
         drawing = _Drawing(by.decoder, by.vocab_size, choose, last)
-        by.decoder.warm_up(by.cache, rows, tokens, by.clock, drawing)
+        by.decoder.warm_up(by.cache, rows, tokens, by.clock, drawing, trees)
         with by.clock.phase({"draft": 1.0}):
-            self._drawn, q, signals = by.decoder.forward_into(by.cache, rows, tokens, drawing)
+            drawn, q, signals = by.decoder.forward_into(by.cache, rows, tokens, drawing, trees)
             if q is not None and by.decoder.recordings is not None:
                 q = q.clone()  # verification needs it when later steps have been repeated
-        return Candidates(self._drawn, q, signals, [*fed, len(tokens)])
+        return Candidates(drawn, q, signals, [len(tokens)])
 
     def go_on(self, indices: Sequence[int]) -> None:
         assert self._drawn is not None, "a step comes first"

@@ -10,13 +10,13 @@ from torch import Tensor
 from specdec.drafters.base import Drawn
 from specdec.lossless.sampling import SamplingBatch
 from specdec.lossless.verification import Mode
-from specdec.policies.base import Head, Signal
-from specdec.policies.signals import read_signals
+from specdec.policies.base import HEAD_SIGNALS, TOKEN_SIGNALS, Head, Signal
+from specdec.policies.signals import LEAST_LOG, read_signals
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choosing:
-    """Draws one candidate of each of n rows; see `specdec.drafters.base.Choose`.
+    """Draws one candidate of each of n rows, or some siblings; see `specdec.drafters.base.Choose`.
 
     Attributes:
         mode: how they are verified.
@@ -24,6 +24,7 @@ class Choosing:
         at: int64 [n], their output positions, where the mode draws by them: `coupled` rows.
         wanted: what a policy wants to know of them, and `head`, what it needs for that.
         adjust: makes of logits [n, V] what the rows ask for, if they ask for anything.
+        width: siblings, if more than 1. What it returns then has them as second dimension.
     """
 
     mode: Mode
@@ -32,6 +33,7 @@ class Choosing:
     wanted: frozenset[Signal]
     head: Head | None
     adjust: Callable[[Tensor], Tensor] | None = None
+    width: int = 1
 
     @property
     def recordable(self) -> bool:
@@ -41,7 +43,7 @@ class Choosing:
     def key(self) -> Hashable:
         params = self.params
         flags = params.all_greedy, params.any_greedy, params.any_top_p, params.any_min_p
-        return type(self.mode), flags, params.max_top_k, self.wanted, id(self.head)
+        return type(self.mode), flags, params.max_top_k, self.wanted, id(self.head), self.width
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -53,11 +55,33 @@ class Choosing:
         if self.adjust is not None:
             logits = self.adjust(logits)
         params = self.params.of_tensors(inputs) if inputs else self.params
-        tokens, q = self.mode.propose(logits, params, None if self.at is None else inputs[-1])
+        at = None if self.at is None else inputs[-1]
+        tokens, q = self.mode.propose(logits, params, at, self.width)
         return tokens, q, self.look(logits, tokens, hidden)
 
     def look(self, logits: Tensor, tokens: Tensor, hidden: Tensor) -> Tensor | None:
         """The signals of some candidates, if they are wanted: float32 [n, len(Signal)]."""
         if not self.wanted:
             return None
-        return read_signals(logits, tokens, hidden, self.wanted, self.head)
+        if self.width == 1:
+            return read_signals(logits, tokens, hidden, self.wanted, self.head)
+        best = read_signals(logits, tokens[:, 0], hidden, self.wanted, self.head)
+        return self._siblings(best, logits, tokens, hidden)
+
+    def _siblings(self, best: Tensor, logits: Tensor, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Signals float32 [n, width, len(Signal)] of siblings; those of the `best` are known.
+
+        They differ in what the draft gives to each, and in what a head makes of that.
+        """
+        signals = best[:, None].repeat(1, self.width, 1)
+        judging = self.head is not None and bool(self.wanted & HEAD_SIGNALS)
+        if judging or Signal.LOG_Q in self.wanted:
+            own = logits.gather(1, tokens).float()
+            log_q = signals[..., Signal.LOG_Q] + own - own[:, :1]
+            signals[..., Signal.LOG_Q] = log_q.clamp(min=LEAST_LOG)
+        if self.head is not None and judging:
+            known = len(TOKEN_SIGNALS)
+            states = hidden.float().repeat_interleave(self.width, 0)
+            judged = self.head.debiased(states, signals[..., :known].flatten(0, 1))
+            signals[..., known:] = judged.view(*tokens.shape, -1)
+        return signals

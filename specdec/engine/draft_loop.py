@@ -9,23 +9,22 @@ decision. Rows that turn out to have had enough drop its candidate, at which nob
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from specdec.drafters.base import Candidates, Drafter, Drafting
 from specdec.engine.round import Round
 from specdec.engine.scheduler import LiveRow
+from specdec.engine.seen import later, on_host
 from specdec.engine.stats import EngineStats
-from specdec.measure.calibration import Array
+from specdec.engine.tree_loop import TreeLoop
 from specdec.measure.clock import PhaseClock
 from specdec.model.rows import upload
 from specdec.model.sharing import SharedCaches
-from specdec.policies.base import DraftStep, Indices, StopPolicy
-from specdec.policies.signals import readable
+from specdec.policies.base import DraftStep, Signal, StopPolicy
 
 LIKELY = 0.75
 """How often another step must have followed lately for the next one to run ahead.
@@ -75,6 +74,7 @@ class DraftLoop:
         self, drafter: Drafter, policy: StopPolicy, clock: PhaseClock, stats: EngineStats
     ) -> None:
         self._drafter, self._policy, self._clock, self._stats = drafter, policy, clock, stats
+        self._trees = TreeLoop(drafter, policy, clock, stats)
         self._followed = defaultdict[int, float](float)  # by depth: how often another step did
         self._last: tuple[list[LiveRow], list[int]] = [], []  # rows of the last round, and active
 
@@ -90,6 +90,11 @@ class DraftLoop:
         known = this.proposal.known
         wanted = zip(self._policy.budget(this.start), this.start.room, known, strict=True)
         budget = [min(k, room - n) for k, room, n in wanted]
+        if self._policy.width > 1 and this.start.nodes and not any(known):
+            self._abandon(this, early)
+            self._last = [], []
+            self._trees.run(this, shared, budget)
+            return
         active = [slot for slot, most in enumerate(budget) if most > 0]
         self._last = this.rows, active
         if not active:
@@ -98,7 +103,7 @@ class DraftLoop:
         longest = max(k + n for k, n in zip(budget, known, strict=True))
         proposal = this.proposal = this.begun(longest)
         asked, step = 0.0, None
-        unseen: list[tuple[Indices, int, Tensor]] = []
+        unseen: list[tuple[DraftStep, Tensor]] = []
         if early is not None and set(active) <= set(early[1].slots):
             drafting, first = early
             places = [*map(first.slots.index, active)]
@@ -106,9 +111,7 @@ class DraftLoop:
             step = first.of(places)
             index, asked = step.index, this.timer.since(began)
         else:
-            if early is not None:  # it has read what these rows' next first step must read
-                for slot in early[1].slots:
-                    self._drafter.cache.rollback(slot, len(this.rows[slot].tokens) - 1)
+            self._abandon(this, early)
             drafting = self._drafter.begin(this.rows, active, this.known, shared)
             (index,) = upload(device, active)
         for depth in range(1, max(budget) + 1):
@@ -118,7 +121,8 @@ class DraftLoop:
                 this.add(active, step.index, drawn)
                 if drawn.signals is not None and not self._policy.looks:
                     # A copy: later steps of this size overwrite what was recorded.
-                    unseen.append((np.array(step.slots), depth, drawn.signals.clone()))
+                    blind = DraftStep(np.array(step.slots), depth, np.zeros((0, len(Signal))))
+                    unseen.append((blind, drawn.signals.clone()))
                 within = [i for i, slot in enumerate(active) if budget[slot] > depth]
                 last, (step, going) = step, self._next(this, drafting, step, depth, within)
             this.draft_costs.append((sum(drawn.fed), lap.seconds + asked))
@@ -127,7 +131,7 @@ class DraftLoop:
                 break
             active, index = last.rows(going)
         if unseen:
-            this.unseen = self._later(unseen)
+            this.unseen = later(self._clock, unseen)
         this.submitted = self._policy.submit(proposal.lengths)
 
     def _early(self, this: Round, shared: SharedCaches) -> tuple[Drafting, _Step] | None:
@@ -143,6 +147,11 @@ class DraftLoop:
         drafting = self._drafter.begin(this.rows, slots, this.known, shared)
         (index,) = upload(self._drafter.cache.device, slots)
         return drafting, self._launch(this, drafting, slots, index, 1)
+
+    def _abandon(self, this: Round, early: tuple[Drafting, _Step] | None) -> None:
+        """Take an early step back: it has read what its rows' next first step must read."""
+        for slot in early[1].slots if early is not None else ():
+            self._drafter.cache.rollback(slot, len(this.rows[slot].tokens) - 1)
 
     def _launch(
         self, this: Round, drafting: Drafting, slots: list[int], index: Tensor, depth: int
@@ -171,7 +180,7 @@ class DraftLoop:
             drafting.go_on(within)
             ahead = self._launch(this, drafting, *last.rows(within), depth + 1)
         with self._clock.phase({"decide": 1.0}):
-            host = _on_host(signals())
+            host = on_host(signals())
             flags = self._policy.go_on(DraftStep(np.array(last.slots), depth, host))
         going = [i for i in within if flags[i]]
         if within:
@@ -183,23 +192,3 @@ class DraftLoop:
         kept = [i for i, each in enumerate(within) if flags[each]]
         drafting.go_on(kept)
         return ahead.of(kept), going
-
-    def _later(
-        self, steps: Sequence[tuple[Indices, int, Tensor]]
-    ) -> Callable[[], Sequence[DraftStep]]:
-        """Queue the way of draft steps (rows, depth, signals) to the host; read when asked."""
-        arriving = self._clock.fetch(torch.cat([signals for *_, signals in steps]))
-
-        def read() -> Sequence[DraftStep]:
-            ends = np.cumsum([len(rows) for rows, *_ in steps])
-            found = np.split(_on_host(arriving()), ends[:-1])
-            return [
-                DraftStep(rows, depth, signals)
-                for (rows, depth, _), signals in zip(steps, found, strict=True)
-            ]
-
-        return read
-
-
-def _on_host(signals: Tensor) -> Array:
-    return readable(signals.numpy().astype(np.float64))

@@ -27,16 +27,18 @@ from specdec.engine.draft_loop import DraftLoop
 from specdec.engine.ending import Decode, Ending, failure, find_ending
 from specdec.engine.known_loop import MOST_FORCED, KnownLoop
 from specdec.engine.layout import VerifyLayout
+from specdec.engine.room import Room
 from specdec.engine.round import Round
 from specdec.engine.scheduler import LiveRow, Scheduler
 from specdec.engine.scoring import score
 from specdec.engine.stats import EngineStats
+from specdec.engine.traced import trace
 from specdec.lossless.grammars import Grammars
+from specdec.lossless.proposal import Proposal
 from specdec.lossless.sampling import NO_TOKEN
-from specdec.lossless.verification import MODES, Proposal
+from specdec.lossless.verification import MODES
 from specdec.measure.clock import PhaseClock, RoundTimer
 from specdec.measure.speedup import ControlSchedule
-from specdec.model.packing import GRID_TOKENS
 from specdec.model.prefill import feed_again, feed_shared
 from specdec.model.rows import upload
 from specdec.model.sharing import LEAST_SHARED, SharedCaches
@@ -102,7 +104,7 @@ class Engine:
         self.shared = SharedCaches(caches, self.prefill_chunk if invariant else 1, least_shared)
         # A longer row would leave the grid, whose kernels are what makes bits repeat; and states
         # could not be taken back to before it.
-        self._short_rows = invariant or any(cache.states is not None for cache in caches)
+        short = invariant or any(cache.states is not None for cache in caches)
         slots, pages = divide(caches, slots, kv_memory_bytes or free_memory(self.device) // 2)
         self.drafting = self.known = None
         if self.drafter is not None:
@@ -111,6 +113,10 @@ class Engine:
             index = SuffixIndex(corpus) if policy.looks_up and lookup else None
             self.known = KnownLoop(index, policy, self.clock)
         ahead = policy.most + (MOST_FORCED if grammars else 0) if self.known else 0
+        self._room = Room(ahead, pair.context_length, short, self.drafter)
+        # States that run on have one past; candidates that are looked up do not branch.
+        branches = self.drafter is not None and self.drafter.branches
+        self._branches = branches and not pair.target.recurrent
         self.scheduler = Scheduler(self.shared, slots, pages, pair.context_length, ahead)
         # What waits for a moment in which nothing else does: see `_catch_up`.
         self._outcome: tuple[RoundOutcome, list[LiveRow], list[Ending | None]] | None = None
@@ -251,15 +257,17 @@ class Engine:
         asked = self._asked.by(rows)
         mode = MODES["coupled"] if asked.sampling.all_greedy else self.mode
         pending = [len(row.tokens) - self.target_cache.lengths[s] for s, row in enumerate(rows)]
+        room = self._room
         start = RoundStart(
             rows=[row.memory for row in rows],
-            room=[self._room(row) if n == 1 else 0 for row, n in zip(rows, pending, strict=True)],
+            room=[room.depth(row) if n == 1 else 0 for row, n in zip(rows, pending, strict=True)],
             decoding=[n == 1 for n in pending],
             contexts=[len(row.tokens) for row in rows],
-            draft_pending=self._draft_pending(rows),
+            draft_pending=[room.pending(slot, row) for slot, row in enumerate(rows)],
             target_tokens=sum(min(n, self.prefill_chunk) for n in pending),
             free_trimming=mode is MODES["coupled"],
             beside=self.clock.asynchronous and not self.trace,  # who is traced is looked at
+            nodes=[room.nodes(row) for row in rows] if self._branches else (),
         )
         control = any(start.room) and self._controls.next()
         nothing = Proposal(len(rows), 0, self.device)
@@ -267,24 +275,6 @@ class Engine:
         return Round(
             rows, timer, asked, mode, start, control, nothing, nothing.lengths, number=number
         )
-
-    def _room(self, row: LiveRow) -> int:
-        """Most candidates that a decoding row may have."""
-        if self.known is None or row.doubtful:
-            return 0
-        most = GRID_TOKENS - 1 if self._short_rows else self.pair.context_length
-        left = row.sampling.max_new_tokens - row.generated - 1  # the bonus token takes one
-        most = min(left, most, self.scheduler.ahead)  # it has pages for no more
-        if self.drafter is not None:
-            most = min(most, self.drafter.context_length - len(row.tokens))
-        return max(0, most)
-
-    def _draft_pending(self, rows: list[LiveRow]) -> list[int]:
-        """Tokens that the drafter has not read, of each row."""
-        if self.drafter is None:
-            return [0] * len(rows)
-        lengths = self.drafter.cache.lengths
-        return [len(row.tokens) - lengths[slot] for slot, row in enumerate(rows)]
 
     def _draft(self, this: Round) -> None:
         """Collect candidates, as many as the policy wants: first those that need no draft."""
@@ -296,8 +286,14 @@ class Engine:
     def _verify(self, this: Round) -> None:
         """Feed every row's pending tokens and submitted candidates to the target in one forward."""
         target, cache, drafted = self.pair.target, self.target_cache, this.proposal.candidates
-        width, chunk = drafted.shape[1], self.prefill_chunk
-        layout = VerifyLayout.of(this.rows, cache.lengths, this.submitted, width, chunk)
+        layout = VerifyLayout.of(
+            this.rows,
+            cache.lengths,
+            this.submitted,
+            drafted.shape[1],
+            self.prefill_chunk,
+            this.proposal.depths,
+        )
         pending, order, scored, first, lengths, owner, at = upload(
             self.device,
             layout.pending,
@@ -311,9 +307,9 @@ class Engine:
         verifying = len(layout.scored) / len(layout.order)
         phase = "control" if this.control else "verify"
         tokens = torch.cat([drafted.flatten(), pending])[order]
-        target.warm_up(cache, layout.rows, tokens, self.clock)
+        target.warm_up(cache, layout.rows, tokens, self.clock, trees=this.branches)
         with self.clock.phase({phase: verifying, "prefill": 1 - verifying}):
-            hidden = target.forward(cache, layout.rows, tokens)
+            hidden = target.forward(cache, layout.rows, tokens, this.branches)
             hidden = hidden[scored]
             logits = target.logits(hidden)[:, : self.pair.vocab_size]
         self.stats.count_target([len(layout.order)])
@@ -330,11 +326,7 @@ class Engine:
             self._catch_up()
         with self.clock.phase({"sample": 1.0}):
             result: list[list[int]] = arriving().tolist()  # the round's one transfer to the host
-        this.infected = [slot for slot, (_, _, odd, *_) in enumerate(result) if odd]
-        this.committed = [
-            [*candidates[:n], extra] if complete else []
-            for complete, (n, extra, _, *candidates) in zip(layout.complete, result, strict=True)
-        ]
+        this.take(result, layout.complete)
         this.read(logits, adjusted, parameters, layout.first)
         self.clock.settle()
 
@@ -342,7 +334,8 @@ class Engine:
         """Append what was committed, roll the caches back to it; return the slots that ended."""
         with self.clock.phase({"host": 1.0}):
             if self.trace:
-                this.trace(self.policy)
+                trace(this, self.policy)
+            this.keep_paths(self.target_cache, self.drafter)
             endings = [self._grow(this, slot) for slot in range(len(this.rows))]
         self.stats.rounds += 1
         self.stats.live_rows += len(this.rows)
@@ -369,12 +362,14 @@ class Engine:
         if over:
             ending = failure(len(output), row.adjusts or row.grammar is not None)
         kept = this.kept[slot] = (ending.length if ending else len(output)) - known
-        drafted, verified = this.proposal.lengths[slot], this.submitted[slot]
+        drafted, verified = this.drafted[slot], this.submitted[slot]
         accepted = 0 if failed else len(tokens) - 1
         # An output that ends inside the accepted prefix drops the rest and the bonus token.
         counts = Counts(1, drafted, verified, min(accepted, kept), kept)
         row.counts.add(counts)
         self.stats.count_row(counts, accepted, this.taken(slot))
+        if this.trees is not None or self.stats.nodes:
+            self.stats.count_nodes(*this.tree(slot))  # chains count beside trees
         # What is not finite may lie in the prompt: a row that failed leaves nothing in its slot.
         length = 0 if over else len(row.tokens) - 1
         if failed or slot in this.infected:

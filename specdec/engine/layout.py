@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +25,7 @@ class VerifyLayout:
 
     Each row feeds its pending tokens, then its submitted candidates. The logits at its last pending
     token judge its first candidate; those at its last candidate give the bonus token. So a row with
-    k candidates needs k + 1 of them.
+    k candidates needs k + 1 of them. Of a tree, those at each node judge its children.
 
     A row of tokens 5 6 7, of which the cache has 2 and the output has one, with 2 candidates; then
     a row whose prompt 1 2 3 4 is fed in chunks of 3:
@@ -72,6 +72,7 @@ class VerifyLayout:
         submitted: Sequence[int],
         width: int,
         chunk: int,
+        depths: Callable[[int], Sequence[int]] | None = None,
     ) -> VerifyLayout:
         """The layout of a round.
 
@@ -82,6 +83,7 @@ class VerifyLayout:
             submitted: how many candidates each submits, at most `width`.
             width: columns of the table of candidates.
             chunk: most pending tokens of a row in one forward. A row that has more submits none.
+            depths: how far behind its tokens each candidate of a row comes; by default 1, 2, ..
         """
         packed: list[Row] = []
         pending: list[int] = []
@@ -100,6 +102,7 @@ class VerifyLayout:
             first.append(len(scored))
             scored += range(len(order) - k - 1, len(order))
             owner += [slot] * (k + 1)
-            at += range(row.generated, row.generated + k + 1)
+            behind = range(1, k + 1) if depths is None else depths(slot)[:k]
+            at += [row.generated, *(row.generated + depth for depth in behind)]
             complete.append(cached[slot] + len(tokens) == len(row.tokens))
         return cls(packed, pending, order, scored, first, owner, at, complete)

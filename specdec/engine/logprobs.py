@@ -37,7 +37,7 @@ class LogprobReader:
         raw: Tensor,
         adjusted: Tensor,
         parameters: SamplingBatch,
-        first: Sequence[int],
+        judged: Sequence[Sequence[int]],
         committed: Sequence[Sequence[int]],
     ) -> dict[int, list[TokenLogprob]]:
         """The log-probabilities of a round's committed tokens, by slot.
@@ -45,14 +45,14 @@ class LogprobReader:
         Args:
             raw, adjusted: the target's logits [M, V] at the scored positions, and as rows ask for.
             parameters: of the M positions.
-            first: where each row's positions begin: the first one judges its first token.
+            judged: of each row, at which of these positions its committed tokens are judged.
             committed: the rows' committed tokens.
         """
         read = [
-            (slot, begin + step, token)
-            for slot, (begin, tokens) in enumerate(zip(first, committed, strict=True))
-            if self._wanted[slot] is not None
-            for step, token in enumerate(tokens)
+            (slot, place, token)
+            for slot, (places, tokens) in enumerate(zip(judged, committed, strict=True))
+            if self._wanted[slot] is not None and tokens
+            for place, token in zip(places, tokens, strict=True)
             if token != NO_TOKEN
         ]
         if not read:

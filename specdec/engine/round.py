@@ -6,28 +6,33 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.drafters.base import Candidates
+from specdec.drafters.base import Candidates, Drafter
 from specdec.engine.asked import Asked
 from specdec.engine.choosing import Choosing
+from specdec.engine.grown import Frontier, GrownTrees
 from specdec.engine.scheduler import LiveRow
+from specdec.lossless.proposal import Proposal
 from specdec.lossless.sampling import NO_TOKEN, SamplingBatch, candidate_numbers, signed64
-from specdec.lossless.verification import MODES, Mode, Proposal
+from specdec.lossless.verification import MODES, Mode
 from specdec.measure.clock import RoundTimer
 from specdec.measure.speedup import SpeedupMeter
+from specdec.model.cache import SlotCache
 from specdec.model.rows import upload
 from specdec.model.sharing import common_prefix
+from specdec.model.trees import Tree, Trees, in_trees
 from specdec.policies.base import (
-    Chain,
+    MOST_WIDTH,
     DraftStep,
-    Explanation,
     RoundOutcome,
     RoundStart,
     StopPolicy,
 )
-from specdec.request import RoundTrace
+from specdec.policies.chains import Chain
 
 BLOCK = 8
 """Candidates of a row whose random numbers are made at once.
@@ -59,6 +64,8 @@ class Round:
         chains: candidates that are known without a draft, by row, if there may be any.
         known: those of them that are taken, by row.
         number: of the round in the engine, if rows learn from each other what to propose.
+        trees: as they were drafted, if candidates branch; `proposal` is then what is submitted.
+        paths: for each row the numbers of the submitted candidates that stand.
     """
 
     rows: list[LiveRow]
@@ -77,10 +84,17 @@ class Round:
     chains: Sequence[Chain] = ()
     known: Sequence[Sequence[int]] = field(init=False)
     number: int | None = None
+    trees: GrownTrees | None = None
+    paths: Sequence[Sequence[int]] = ()
     _numbers: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.kept, self.known = [0] * len(self.rows), [()] * len(self.rows)
+
+    @property
+    def drafted(self) -> Sequence[int]:
+        """Candidates of each row."""
+        return (self.trees.proposal if self.trees is not None else self.proposal).lengths
 
     @property
     def accepted(self) -> list[int]:
@@ -88,6 +102,20 @@ class Round:
         return [
             len(tokens) - 1 if tokens and tokens[-1] != NO_TOKEN else 0 for tokens in self.committed
         ]
+
+    @functools.cached_property
+    def drafted_paths(self) -> list[Sequence[int]]:
+        """As `paths`, in the numbers that candidates had when they were drafted."""
+        if self.trees is None:
+            return [*self.paths]
+        return [self.trees.path(row, path) for row, path in enumerate(self.paths)]
+
+    def tree(self, row: int) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+        """A row's candidates as they were drafted: parents, those submitted, and those accepted."""
+        path = self.drafted_paths[row] if self.committed[row][-1:] != [NO_TOKEN] else ()
+        if self.trees is None:
+            return range(-1, self.drafted[row] - 1), range(self.submitted[row]), path
+        return self.trees.proposal.parents[row], self.trees.kept[row], path
 
     @property
     def target_tokens(self) -> int:
@@ -99,13 +127,18 @@ class Round:
         """The rows' sampling parameters."""
         return self.asked.sampling
 
-    def adjusted(self, logits: Tensor, owner: Tensor, at: Tensor) -> Tensor:
+    def adjusted(
+        self, logits: Tensor, owner: Tensor, at: Tensor, behind: Tensor | None = None
+    ) -> Tensor:
         """Logits [n, V] as the rows in `owner` [n] ask for, at output positions `at` [n].
 
-        The candidates drawn so far count as if they stood.
+        The candidates before each position count as if they stood: `behind` int64 [n, k], or those
+        that were submitted.
         """
         if self.asked.adjuster is not None:
-            logits = self.asked.adjuster(logits, owner, at, self.proposal.candidates)
+            if behind is None:
+                behind = self.proposal.behind(owner)
+            logits = self.asked.adjuster(logits, owner, at, behind)
         masks = self.asked.masks
         return masks.apply(logits, owner, at) if masks is not None else logits
 
@@ -135,13 +168,60 @@ class Round:
         """The round's proposal as it is, with room for so many candidates of each row."""
         return Proposal.certain(self.known, self.proposal.candidates.device, most)
 
+    @functools.cached_property
+    def branches(self) -> Trees:
+        """What is submitted as the target reads it; None: candidates follow each other."""
+        parents = self.proposal.parents
+        if parents is None:
+            return None
+        return in_trees(
+            [Tree(len(row.tokens), own) for row, own in zip(self.rows, parents, strict=True)]
+        )
+
+    def take(self, verdicts: Sequence[Sequence[int]], complete: Sequence[bool]) -> None:
+        """Note what verification gave.
+
+        Args:
+            verdicts: of each row how far its candidates stand (`Mode.verify`), the bonus token,
+                how many of the target's states were not finite, and the candidates.
+            complete: whether a row's tokens are all fed.
+        """
+        self.infected = [row for row, (_, _, odd, *_) in enumerate(verdicts) if odd]
+        self.paths = [self.proposal.path(row, end) for row, (end, *_) in enumerate(verdicts)]
+        self.committed = [
+            [*(candidates[node] for node in path), bonus] if ready else []
+            for ready, path, (_, bonus, _, *candidates) in zip(
+                complete, self.paths, verdicts, strict=True
+            )
+        ]
+
+    def keep_paths(self, target: SlotCache, drafter: Drafter | None) -> None:
+        """Leave the caches what stands of the trees; rows have their tokens of before the round."""
+        if self.trees is None or drafter is None:
+            return
+        rows = [row for row, own in enumerate(self.proposal.lengths) if own]
+        bases = [len(row.tokens) for row in self.rows]
+        target.keep(rows, [bases[row] for row in rows], [self.paths[row] for row in rows])
+        read, paths = [*self.trees.stored], self.drafted_paths
+        stored = [self.trees.stored_path(row, paths[row]) for row in read]
+        drafter.cache.keep(read, [bases[row] for row in read], stored)
+
     def read(
         self, raw: Tensor, adjusted: Tensor, parameters: SamplingBatch, first: Sequence[int]
     ) -> None:
-        """Keep the log-probabilities of committed tokens; arguments as of `LogprobReader.read`."""
+        """Keep the log-probabilities of committed tokens.
+
+        Args:
+            raw, adjusted, parameters: as of `LogprobReader.read`.
+            first: where each row's scored positions begin.
+        """
         if self.asked.reader is None:
             return
-        told = self.asked.reader.read(raw, adjusted, parameters, first, self.committed)
+        judged = [
+            [begin, *(begin + 1 + node for node in path)]
+            for begin, path in zip(first, self.paths, strict=True)
+        ]
+        told = self.asked.reader.read(raw, adjusted, parameters, judged, self.committed)
         for slot, logprobs in told.items():
             self.rows[slot].logprobs += logprobs
 
@@ -174,11 +254,11 @@ class Round:
         """float64 [rows]: what drawn candidates number `depth` are drawn by, under `rejection`."""
         block, place = divmod(depth - 1, BLOCK)
         if block not in self._numbers:
+            begins = np.array(self._drawn_from) + block * BLOCK
             numbers = candidate_numbers(
                 [signed64(row.sampling.seed) for row in self.rows],
                 self._rounds,
-                [at + block * BLOCK for at in self._drawn_from],
-                BLOCK,
+                begins + np.arange(BLOCK)[:, None],
             )
             device = self.sampling.temperature.device
             self._numbers[block] = torch.from_numpy(numbers).to(device, non_blocking=True)
@@ -214,11 +294,56 @@ class Round:
             params = params.rows(index)
         return Choosing(self.mode, params, at, policy.wanted, policy.head, adjust)
 
+    def branching(
+        self, frontier: Frontier, index: Tensor, depth: int, policy: StopPolicy
+    ) -> Choosing:
+        """How the children of some nodes, which lie at `depth`, are drawn and looked at.
+
+        Args:
+            frontier: the nodes, and `index` int64 [n], their rows on the device.
+            depth: from 1.
+            policy: what it wants to know of them, and how many it wants.
+        """
+        assert self.trees is not None, "chains are drawn by `choosing`"
+        params, at, adjust = self.sampling, None, None
+        rows = [row for row, _ in frontier]
+        positions = [self.rows[row].generated + depth - 1 for row in rows]
+        if self.asked.of_logits:
+            (place,) = upload(index.device, positions)
+            behind = self.trees.proposal.behind(index, frontier)
+            adjust = functools.partial(self.adjusted, owner=index, at=place, behind=behind)
+        if not params.all_greedy:
+            params = params.rows(index)
+        if self.mode is MODES["rejection"]:
+            numbers = self._numbers_of(rows, positions, policy.width)
+            drawn = torch.from_numpy(numbers).to(index.device, non_blocking=True)
+            params = replace(params, drawn=drawn)
+        elif not params.all_greedy:
+            (at,) = upload(index.device, positions)
+        return Choosing(self.mode, params, at, policy.wanted, policy.head, adjust, policy.width)
+
+    def _numbers_of(
+        self, rows: Sequence[int], positions: Sequence[int], width: int
+    ) -> NDArray[np.float64]:
+        """float64 [n, width]: what children of nodes of some rows are drawn by.
+
+        Nodes at one position are told apart by how many their row has before them.
+        """
+        before = [0] * len(rows)
+        for i in range(1, len(rows)):
+            before[i] = before[i - 1] + 1 if rows[i] == rows[i - 1] else 0
+        branches = MOST_WIDTH * np.array(before)[:, None] + np.arange(width)
+        seeds = [signed64(self.rows[row].sampling.seed) for row in rows]
+        rounds = [self._rounds[row] for row in rows]
+        seed, number, at = (np.array(each)[:, None] for each in (seeds, rounds, positions))
+        return candidate_numbers(seed, number, at, branches)
+
     def outcome(self) -> RoundOutcome:
         """What the policy learns from."""
+        trees = self.trees
         return RoundOutcome(
             start=self.start,
-            drafted=self.proposal.lengths,
+            drafted=self.drafted,
             submitted=self.submitted,
             accepted=self.accepted,
             draft_costs=self.draft_costs,
@@ -226,6 +351,9 @@ class Round:
             unseen=self.unseen,
             known=self.proposal.known,
             looked_up=[*map(self._judged, self.chains, self.committed)],
+            parents=trees.proposal.parents if trees is not None else (),
+            kept=trees.kept if trees is not None else (),
+            path=self.drafted_paths if trees is not None else (),
         )
 
     @staticmethod
@@ -252,33 +380,3 @@ class Round:
         else:
             without = rest * self.start.target_tokens / self.target_tokens
             meter.book_mixed(whole, without, tokens - live)
-
-    def trace(self, policy: StopPolicy) -> None:
-        """Note for each decoding row what the round predicted, decided and met."""
-        candidates = self.proposal.candidates.tolist()
-        live = sum(self.start.decoding)
-        for slot, row in enumerate(self.rows):
-            if not self.start.decoding[slot]:
-                continue
-            if self.control:
-                why = Explanation((), "control round")
-            elif not self.start.room[slot]:
-                why = Explanation((), "no room for a candidate")
-            else:
-                why = policy.explain(slot)
-            n, known = self.proposal.lengths[slot], self.proposal.known[slot]
-            predicted = why.predicted
-            if known and (predicted or why.known):  # what nobody doubts is certain
-                predicted = (*why.known[:known], *[1.0] * (known - len(why.known)), *predicted)
-            row.trace.append(
-                RoundTrace(
-                    context=self.start.contexts[slot],
-                    live=live,
-                    candidates=tuple(candidates[slot][:n]),
-                    predicted=predicted[:n],
-                    submitted=self.submitted[slot],
-                    accepted=self.accepted[slot],
-                    reason=why.reason,
-                    sources=tuple(each.removeprefix("in_") for each in self.taken(slot).sources),
-                )
-            )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from specdec.measure.speedup import SpeedupMeter
-from specdec.policies.base import Chain
+from specdec.policies.chains import Chain
 from specdec.request import Counts
 
 
@@ -33,6 +33,8 @@ class EngineStats:
             forwards of new sizes on a GPU.
         speedup: rounds with speculation and control rounds.
         outcomes: rounds of rows by (candidates verified, candidates that verification accepted).
+        nodes: candidates by (depth, rank among siblings), since any have branched: how many were
+            drafted, verified, judged, and accepted by verification.
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -55,6 +57,7 @@ class EngineStats:
     seconds: dict[str, float] = field(default_factory=dict)
     speedup: SpeedupMeter = field(default_factory=SpeedupMeter)
     outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    nodes: dict[tuple[int, int], list[int]] = field(default_factory=dict)
 
     def count_target(self, forwards: Sequence[int]) -> None:
         """Add forwards of the target: tokens of each."""
@@ -85,3 +88,22 @@ class EngineStats:
         """Add forwards of the draft: tokens of each."""
         self.draft_forwards += len(forwards)
         self.draft_tokens += sum(forwards)
+
+    def count_nodes(self, parents: Sequence[int], kept: Sequence[int], path: Sequence[int]) -> None:
+        """Add a row's tree: the parents of its nodes, those verified and those accepted."""
+        places: list[tuple[int, int]] = []
+        children = Counter[int]()
+        for parent in parents:
+            depth = 1 if parent < 0 else places[parent][0] + 1
+            places.append((depth, children[parent]))
+            children[parent] += 1
+        reached, stands = {-1, *path}, {*path}
+        judged: list[int] = []
+        for node in kept:
+            if parents[node] in reached:
+                judged.append(node)
+                if node in stands:  # its later siblings are not asked
+                    reached.remove(parents[node])
+        for i, nodes in enumerate((range(len(parents)), kept, judged, path)):
+            for node in nodes:
+                self.nodes.setdefault(places[node], [0, 0, 0, 0])[i] += 1

@@ -16,8 +16,79 @@
 #include "pages.h"
 
 struct Row {
-    i64 begin, count, slot, start;  // packed tokens [begin, begin + count), from position start
+    i64 begin, count, slot, start;  // packed tokens [begin, begin + count), stored from start on
 };
+
+// Which positions a token sees: up to itself, and back to the first of its window or chunk.
+//
+// A token in a tree is at position base + bits of its mask - 1. Positions from its base on are stored
+// where the bits are set, in this order (specdec/model/trees.py); others are stored at their places.
+struct Span {
+    i64 window;  // 0: all
+    bool chunked;
+    const i64 *bases, *masks;  // of packed tokens; null without trees
+
+    // The end of what is seen by a packed token that is stored at `place`.
+    i64 end(i64 token, i64 place) const {
+        return masks ? bases[token] + __builtin_popcountll(masks[token]) : place + 1;
+    }
+
+    i64 begin(i64 end) const {
+        if (!window) return 0;
+        return chunked ? end - 1 - (end - 1) % window : std::max<i64>(0, end - window);
+    }
+};
+
+// How products become weights: specdec/kernels/scoring.py.
+struct Scoring {
+    float scale, softcap;      // 0: no cap
+    const float *sinks, *bias;  // [heads], [heads, bias_width]; null: none
+    i64 bias_width;
+};
+
+// Numbers of nodes, one each, become those of the nodes whose bits are set.
+static inline void gather(float* nodes, uint64_t mask) {
+    for (float* to = nodes; mask; mask &= mask - 1) *to++ = nodes[__builtin_ctzll(mask)];
+}
+
+// The same back, with zeros for all others.
+static inline void scatter(float* nodes, uint64_t mask) {
+    for (i64 i = __builtin_popcountll(mask); i-- > 0;) {
+        const int bit = 63 - __builtin_clzll(mask);
+        const float number = nodes[i];
+        nodes[i] = 0;
+        nodes[bit] = number;
+        mask ^= uint64_t{1} << bit;
+    }
+}
+
+// Scores of n positions from `begin` on become their weights.
+static inline void weigh(float* score, i64 n, i64 begin, i64 head, const Scoring& scoring) {
+    if (const float cap = scoring.softcap) {
+        const float twice = 2.0f / cap;
+#pragma omp simd
+        for (i64 l = 0; l < n; l++) {  // cap * tanh(score / cap)
+            const float e = exp_(score[l] * twice);
+            score[l] = cap * ((e - 1.0f) / (e + 1.0f));
+        }
+    }
+    if (scoring.bias) {
+        const float* bias = scoring.bias + head * scoring.bias_width + begin;
+#pragma omp simd
+        for (i64 l = 0; l < n; l++) score[l] += bias[l];
+    }
+    const float* sink = scoring.sinks ? scoring.sinks + head : nullptr;
+    float most = sink ? std::max(score[0], *sink) : score[0];
+#pragma omp simd reduction(max : most)
+    for (i64 l = 0; l < n; l++) most = score[l] > most ? score[l] : most;
+#pragma omp simd
+    for (i64 l = 0; l < n; l++) score[l] = exp_(score[l] - most);
+    float total = sum(score, n);
+    if (sink) total += exp_(*sink - most);
+    const float inverse = 1.0f / total;
+#pragma omp simd
+    for (i64 l = 0; l < n; l++) score[l] *= inverse;
+}
 
 // Queries first..last of a row and a key/value head. Query i is token i / group and, of the query
 // heads that share the key/value head, number i % group.
@@ -87,7 +158,8 @@ static inline void by_queries(i64 n, F f) {
 template <typename T>
 static void attend(const T* query, i64 token_stride, i64 head_stride, const T* keys,
                    const T* values, Pages pages, const Row* rows, i64 n_rows, i64 kv_heads,
-                   i64 group, i64 key_dim, i64 value_dim, i64 window, float scale, T* out) {
+                   i64 group, i64 key_dim, i64 value_dim, const Span span,
+                   const Scoring scoring, T* out) {
     i64 queries = 0, work = 0;
     for (i64 r = 0; r < n_rows; r++) {
         queries += rows[r].count * group * kv_heads;
@@ -109,17 +181,22 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
             const Item& item = items[at];
             const Row& row = *item.row;
             const i64 n = item.last - item.first;
-            // The queries attend from where the first may look back to, up to the last.
-            const i64 earliest = row.start + item.first / group + 1;
-            const i64 low = window ? std::max<i64>(0, earliest - window) : 0;
-            const i64 high = row.start + (item.last - 1) / group + 1, stride = high - low;
+            // The queries attend from where one may look back to, or a tree begins, up to the last.
+            const i64 first = item.first / group, last = (item.last - 1) / group;
+            i64 low = span.begin(row.start + first + 1);
+            if (span.masks)
+                for (i64 t = first; t <= last; t++) {
+                    const i64 token = row.begin + t, end = span.end(token, row.start + t);
+                    low = std::min({low, span.begin(end), span.bases[token]});
+                }
+            const i64 high = row.start + last + 1, stride = high - low;
             scores.resize(std::max<i64>(scores.size(), n * stride));
 
             for (i64 j = 0; j < n; j++) {
                 const i64 token = row.begin + (item.first + j) / group;
                 const i64 head = item.kv_head * group + (item.first + j) % group;
                 const T* from = query + token * token_stride + head * head_stride;
-                for (i64 d = 0; d < key_dim; d++) q[j * key_dim + d] = get(from[d]) * scale;
+                for (i64 d = 0; d < key_dim; d++) q[j * key_dim + d] = get(from[d]) * scoring.scale;
             }
             by_queries(n, [&](auto count, i64 j) {
                 constexpr int J = count, P = 4;
@@ -142,19 +219,15 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
                 });
             });
             for (i64 j = 0; j < n; j++) {
-                const i64 to = row.start + (item.first + j) / group + 1;
-                const i64 from = window ? std::max<i64>(0, to - window) : 0, m = to - from;
-                float *begin = &scores[j * stride], *score = begin + from - low;
-                std::fill(begin, score, 0.0f);
-                std::fill(score + m, begin + stride, 0.0f);
-                float most = score[0];
-#pragma omp simd reduction(max : most)
-                for (i64 l = 0; l < m; l++) most = score[l] > most ? score[l] : most;
-#pragma omp simd
-                for (i64 l = 0; l < m; l++) score[l] = exp_(score[l] - most);
-                const float inverse = 1.0f / sum(score, m);
-#pragma omp simd
-                for (i64 l = 0; l < m; l++) score[l] *= inverse;
+                const i64 t = (item.first + j) / group, token = row.begin + t;
+                const i64 head = item.kv_head * group + (item.first + j) % group;
+                const i64 end = span.end(token, row.start + t), begin = span.begin(end);
+                float *line = &scores[j * stride], *score = line + begin - low;
+                if (span.masks) gather(line + span.bases[token] - low, span.masks[token]);
+                std::fill(line, score, 0.0f);
+                std::fill(score + (end - begin), line + stride, 0.0f);
+                weigh(score, end - begin, begin, head, scoring);
+                if (span.masks) scatter(line + span.bases[token] - low, span.masks[token]);
             }
             by_queries(n, [&](auto count, i64 j) {
                 constexpr int J = count, C = 4;

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from specdec.kernels.scoring import Scoring
+
 HEAD_STEP = 16
 """Sizes of attention heads must be multiples of this: the kernels read a head in whole vectors.
 
@@ -30,21 +32,29 @@ class LayerKernels(Protocol):
         values: Tensor,
         table: Tensor,
         rows: Tensor,
-        scale: float,
+        scoring: Scoring,
         window: int | None,
         out: Tensor,
+        *,
+        chunked: bool = False,
+        paths: Tensor | None = None,
     ) -> None:
         """Attention of the tokens of some rows, each to its own slot up to itself.
+
+        A token in a tree attends to what is before its base and to its path, in this order, as if
+        its path were stored right behind what is before the base (specdec/model/trees.py).
 
         Args:
             query: [N, H, D] with D contiguous.
             keys: [pages, Hkv, PAGE, D]; values: [pages, Hkv, PAGE, Dv].
             table: int64 [slots, width], the pages of each slot.
-            rows: int64 [R, 4]: first packed token, number of tokens, slot, position of the first.
-                A row may have no tokens.
-            scale: of the scores.
+            rows: int64 [R, 4]: first packed token, number of tokens, slot, where the first is
+                stored. A row may have no tokens.
+            scoring: how products become weights.
             window: positions a token may look back, itself included; None: all.
             out: [N, H, Dv]; the rows' tokens are written.
+            chunked: whether a token looks back to the last multiple of `window` instead.
+            paths: int64 [2, N], bases and masks of all packed tokens, if there are trees.
         """
 
     def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_bool, c_float, c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec.kernels.base import LayerKernels
+from specdec.kernels.scoring import Scoring
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What cpu.cpp exports each function for."""
@@ -19,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 _ATTEND = [
     *[c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p],
     *[c_int64] * 6,
-    *[c_float, c_void_p],
+    *[c_bool, c_void_p, c_void_p, c_float, c_float, c_void_p, c_void_p, c_int64, c_void_p],
 ]
 _ADD_NORM = [*[c_void_p] * 4, c_int64, c_int64, c_float]
 _GATE = [c_void_p, c_void_p, c_int64, c_int64]
@@ -63,16 +64,25 @@ class CpuKernels(LayerKernels):
         values: Tensor,
         table: Tensor,
         rows: Tensor,
-        scale: float,
+        scoring: Scoring,
         window: int | None,
         out: Tensor,
+        *,
+        chunked: bool = False,
+        paths: Tensor | None = None,
     ) -> None:
         _, kv_heads, _, dim = keys.shape
+        bases, masks = (None, None) if paths is None else (x.data_ptr() for x in paths)
+        scale, softcap, sinks, bias = scoring
+        sinks = sinks.float() if sinks is not None else None
         self._attend(
             query.data_ptr(), query.stride(0), query.stride(1),
             keys.data_ptr(), values.data_ptr(), table.data_ptr(), table.shape[1],
             rows.data_ptr(), len(rows), kv_heads, query.shape[1] // kv_heads, dim, values.shape[3],
-            window or 0, scale, out.data_ptr(),
+            window or 0, chunked, bases, masks, scale, softcap or 0.0,
+            sinks.data_ptr() if sinks is not None else None,
+            bias.data_ptr() if bias is not None else None,
+            bias.stride(0) if bias is not None else 0, out.data_ptr(),
         )  # fmt: skip
 
     def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:

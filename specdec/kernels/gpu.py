@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec.kernels.base import LayerKernels
+from specdec.kernels.scoring import Scoring
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of activations and caches."""
@@ -67,9 +68,12 @@ class GpuKernels(LayerKernels):
         values: Tensor,
         table: Tensor,
         rows: Tensor,
-        scale: float,
+        scoring: Scoring,
         window: int | None,
         out: Tensor,
+        *,
+        chunked: bool = False,
+        paths: Tensor | None = None,
     ) -> None:
         # What comes out for a token depends on R, but not on the other tokens.
         _, kv_heads, page, dim = keys.shape
@@ -81,17 +85,23 @@ class GpuKernels(LayerKernels):
         # Of each split, what it found and by which maximum and total it is weighted.
         mixed = query.new_empty(n, heads, splits, value_dim, dtype=torch.float32)
         sums = query.new_empty(n, heads, splits, 2, dtype=torch.float32)
+        scale, softcap, sinks, bias = scoring
         _attend[(len(rows), kv_heads, splits)](
             query, query.stride(0), query.stride(1), keys, values, table, table.shape[1], rows,
-            scale, window or 1 << 30, mixed, sums, PAGE=page,
+            scale, softcap or 0.0, rows if bias is None else bias,
+            0 if bias is None else bias.stride(0), window or 1 << 30,
+            rows if paths is None else paths, n, mixed, sums, PAGE=page,
+            SOFTCAP=softcap is not None, BIAS=bias is not None, WINDOW=window is not None,
+            CHUNKED=chunked, TREES=paths is not None,
             HEADS=heads, KV_HEADS=kv_heads, GROUP=group, DIM=dim, VALUE_DIM=value_dim,
             BLOCK=max(LEAST_DOT, triton.next_power_of_2(ROW_TOKENS * group)),
             DIM_BLOCK=triton.next_power_of_2(dim), VALUE_BLOCK=triton.next_power_of_2(value_dim),
             KEYS=KEYS, SPLITS=splits,
         )  # fmt: skip
         _combine[(len(rows), heads)](
-            mixed, sums, rows, out, HEADS=heads, VALUE_DIM=value_dim,
-            VALUE_BLOCK=triton.next_power_of_2(value_dim), SPLITS=splits,
+            mixed, sums, rows, sums if sinks is None else sinks, out, SINKS=sinks is not None,
+            HEADS=heads, VALUE_DIM=value_dim, VALUE_BLOCK=triton.next_power_of_2(value_dim),
+            SPLITS=splits,
         )  # fmt: skip
 
     def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -140,7 +150,9 @@ def _processors(device: torch.device) -> int:
 @triton.jit
 def _attend(
     query, token_stride, head_stride, keys, values, table, width, rows,
-    scale, window, mixed, sums, PAGE: tl.constexpr,
+    scale, softcap, bias, bias_width, window, paths, tokens, mixed, sums, PAGE: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
+    CHUNKED: tl.constexpr, TREES: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
@@ -150,6 +162,9 @@ def _attend(
 
     Splits take blocks of positions in turn, so that a token's sums have the same order whatever
     other tokens its row has.
+
+    With TREES, positions are looked at where they are stored: a token's mask says which of those
+    from its base on are its own, and how many of these are before one.
     """
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     token, count = tl.load(rows + 4 * row), tl.load(rows + 4 * row + 1)
@@ -157,13 +172,21 @@ def _attend(
     if count == 0:
         return
     end = position + count
-    block = tl.maximum(position + 1 - window, 0) // KEYS
-    block += (split + SPLITS - block % SPLITS) % SPLITS
 
     each, dims = tl.arange(0, BLOCK), tl.arange(0, DIM_BLOCK)
     value_dims, steps = tl.arange(0, VALUE_BLOCK), tl.arange(0, KEYS)
     within, heads = each // GROUP, kv_head * GROUP + each % GROUP
-    ours, last = within < count, (position + within)[:, None]
+    ours, last = within < count, position + within
+    if TREES:
+        base = tl.load(paths + token + within, mask=ours, other=0)
+        path = tl.load(paths + tokens + token + within, mask=ours, other=0)
+        last = base + _bits(path) - 1
+    first = tl.zeros_like(last)
+    if WINDOW:
+        first = last - last % window if CHUNKED else last + 1 - window
+    earliest = tl.minimum(first, base) if TREES else first
+    block = tl.maximum(tl.min(tl.where(ours, earliest, end), 0), 0) // KEYS
+    block += (split + SPLITS - block % SPLITS) % SPLITS
     q = tl.load(
         query + (token + within)[:, None] * token_stride + heads[:, None] * head_stride
         + dims[None, :],
@@ -180,8 +203,22 @@ def _attend(
             keys + place[None, :] * DIM + dims[:, None],
             mask=(at < end)[None, :] & (dims < DIM)[:, None], other=0.0,
         )  # fmt: skip
-        seen = (at[None, :] <= last) & (at[None, :] > last - window)
+        known = at[None, :]  # their positions
+        if TREES:
+            node = at[None, :] - base[:, None]
+            bit = tl.minimum(tl.maximum(node, 0), 63)
+            before = 0
+            if WINDOW or BIAS:  # else no one asks how many
+                before = _bits(path[:, None] & (((bit * 0 + 1) << bit) - 1))
+            behind = tl.where((path[:, None] >> bit) & 1 == 1, base[:, None] + before, end)
+            known = tl.where(node < 0, known, behind)
+        seen = (known <= last[:, None]) & (known >= first[:, None])
         scores = tl.dot(q, k, input_precision="ieee") * scale
+        if SOFTCAP:
+            scores = softcap * (1 - 2 / (1 + tl.exp(2 * scores / softcap)))
+        if BIAS:
+            to = bias + heads[:, None] * bias_width + known
+            scores += tl.load(to, mask=seen, other=0.0)
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp(scores - higher[:, None])
@@ -203,25 +240,42 @@ def _attend(
 
 
 @triton.jit
+def _bits(x):
+    """How many bits of 64-bit numbers are set."""
+    x = x - ((x >> 1) & 0x5555555555555555)
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return (x * 0x0101010101010101) >> 56
+
+
+@triton.jit
 def _combine(
-    mixed, sums, rows, out,
+    mixed, sums, rows, sinks, out, SINKS: tl.constexpr,
     HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """What the splits of one row and head found, put together; an empty split weighs nothing."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = tl.load(rows + 4 * row)
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, VALUE_BLOCK)
+    if SINKS:
+        sink = tl.load(sinks + head).to(tl.float32)
     for token in range(first, first + tl.load(rows + 4 * row + 1)):
         each = (token * HEADS + head) * SPLITS + splits
         top, total = tl.load(sums + 2 * each), tl.load(sums + 2 * each + 1)
-        weights = tl.exp(top - tl.max(top, 0))
+        highest = tl.max(top, 0)
+        if SINKS:
+            highest = tl.maximum(highest, sink)
+        weights = tl.exp(top - highest)
+        whole = tl.sum(total * weights, 0)
+        if SINKS:
+            whole += tl.exp(sink - highest)
         found = tl.load(
             mixed + each[:, None] * VALUE_DIM + dims[None, :], mask=(dims < VALUE_DIM)[None, :],
             other=0.0,
         )  # fmt: skip
-        whole = tl.sum(found * weights[:, None], 0) / tl.sum(total * weights, 0)
+        mean = tl.sum(found * weights[:, None], 0) / whole
         tl.store(
-            out + (token * HEADS + head) * VALUE_DIM + dims, whole.to(out.dtype.element_ty),
+            out + (token * HEADS + head) * VALUE_DIM + dims, mean.to(out.dtype.element_ty),
             mask=dims < VALUE_DIM,
         )  # fmt: skip
 

@@ -90,14 +90,14 @@ class Adjuster:
         if self._prefixes is not None:
             self._prefixes.follow()
 
-    def __call__(self, logits: Tensor, owner: Tensor, at: Tensor, candidates: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, owner: Tensor, at: Tensor, behind: Tensor) -> Tensor:
         """Adjusted logits float32 [n, V].
 
         Args:
             logits: float [n, V], which stay as they are.
             owner: int64 [n], the slots they belong to.
             at: int64 [n], the output positions they predict.
-            candidates: int64 [B, K], drafted behind the rows' tokens, as far as `at` reaches.
+            behind: int64 [n, k], candidates behind the rows' tokens; up to `at` they count.
         """
         nowhere = self._vocab  # one more column, for what lists of different lengths do not have
         out = logits.new_empty(len(logits), nowhere + 1, dtype=torch.float32)
@@ -111,9 +111,7 @@ class Adjuster:
         if self._least is not None:
             early = (at < self._least[owner])[:, None]
             bans.append(torch.where(early, self._ends[owner], nowhere))
-        prefix = (
-            self._prefixes.before(owner, at, candidates) if self._prefixes is not None else None
-        )
+        prefix = self._prefixes.before(owner, at, behind) if self._prefixes is not None else None
         if prefix is not None and self._words is not None:
             ends = ends_of_words(prefix, self._beginnings[owner])
             bans.append(torch.where(ends, self._words[owner], nowhere))

@@ -91,19 +91,19 @@ class Prefixes:
         at, values, self._length = upload(self._device, places, tokens, self._known)
         self._table.view(-1)[at] = values
 
-    def before(self, owner: Tensor, at: Tensor, candidates: Tensor) -> Prefix:
+    def before(self, owner: Tensor, at: Tensor, behind: Tensor) -> Prefix:
         """The tokens before output positions `at` int64 [n] of the slots in `owner` int64 [n].
 
         Args:
-            candidates: int64 [B, K], drafted behind the rows' tokens.
+            behind: int64 [n, k], candidates behind the rows' tokens; up to the position they count.
         """
-        most = candidates.shape[1]
-        table = F.pad(self._table[:, : self._longest], (0, most))
+        most = behind.shape[1]
+        table = F.pad(self._table[:, : self._longest], (0, most))[owner]
         steps = torch.arange(most, device=self._device)
-        table.scatter_(1, self._length[:, None] + steps, candidates)
+        table.scatter_(1, self._length[owner, None] + steps, behind)
         length = torch.where(self._reads[owner], self._start[owner] + at, 0)
         inside = torch.arange(table.shape[1], device=self._device) < length[:, None]
-        tokens = torch.where(inside, table[owner], self._vocab)
+        tokens = torch.where(inside, table, self._vocab)
         return Prefix(tokens, length, self._start[owner], self._vocab)
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from specdec.kernels.choose import kernels_over
@@ -214,6 +214,27 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
     return torch.where(probs[:, 0].isnan(), NO_TOKEN, block * BLOCK + place)
 
 
+def sample_distinct(probs: Tensor, u: Tensor, spare: Tensor) -> Tensor:
+    """Draw W tokens a row, each from what those before it leave: without replacement.
+
+    Args:
+        probs: float32 [n, V], as for `sample`.
+        u: float64 [n, W] in [0, 1).
+        spare: int64 [n, W], taken in place of a token where those before it leave nothing.
+
+    Returns:
+        int64 [n, W]; NO_TOKEN where a row has NaN.
+    """
+    left, drawn = probs, list[Tensor]()
+    for rank in range(u.shape[1]):
+        token = sample(left, u[:, rank])
+        if rank:
+            token = torch.where(left.amax(-1) > 0, token, spare[:, rank])
+        drawn.append(token)
+        left = left.scatter(1, token.clamp(0, probs.shape[1] - 1)[:, None], 0.0)
+    return torch.where(probs[:, :1].isnan(), NO_TOKEN, torch.stack(drawn, 1))
+
+
 def block_masses(probs: Tensor) -> Tensor:
     """float64 [n, V // BLOCK + 1]: probs [n, V] summed over blocks of tokens, and the rest."""
     blocks = probs.shape[1] // BLOCK
@@ -258,32 +279,34 @@ def coupled_choice(probs: Tensor, seed: Tensor, position: Tensor) -> Tensor:
     Returns:
         int64 [n]; NO_TOKEN where a row has NaN.
     """
-    noise = exponential_noise(seed, position, probs.shape[-1])
-    choice = torch.div(probs, noise, out=noise).argmax(-1)
+    choice = coupled_scores(probs, seed, position).argmax(-1)
     return torch.where(probs[:, 0].isnan(), NO_TOKEN, choice)
 
 
-def uniform(seed: Tensor, position: Tensor, draw: Draw) -> Tensor:
-    """float64 in [0, 1) of 53 bits, a function of (seed, position, draw); shapes broadcast."""
-    return _shift_right(_key(seed, position, draw), 11).double() * 2.0**-53
+def coupled_scores(probs: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    """float32 [n, V]: p / E, of which `coupled_choice` takes the highest."""
+    noise = exponential_noise(seed, position, probs.shape[-1])
+    return torch.div(probs, noise, out=noise)
+
+
+def uniform(seed: Tensor, position: Tensor, draw: Draw, branch: Tensor | int = 0) -> Tensor:
+    """float64 in [0, 1) of 53 bits, a function of its arguments, whose shapes broadcast.
+
+    `branch` tells numbers apart that are drawn for the same thing at one position of a tree.
+    """
+    return _shift_right(_key(seed, position, draw, branch), 11).double() * 2.0**-53
 
 
 def candidate_numbers(
-    seeds: Sequence[int], rounds: Sequence[int], begin: Sequence[int], most: int
+    seeds: ArrayLike, rounds: ArrayLike, positions: ArrayLike, branches: ArrayLike = 0
 ) -> NDArray[np.float64]:
-    """What `uniform` says of Draw.CANDIDATE, for `most` positions of each row in a round.
+    """What `uniform` says of Draw.CANDIDATE in a round of each row; shapes broadcast.
 
-    On the host, and all at once: so a device has nothing to do for it before it can draft.
-
-    Args:
-        seeds, rounds, begin: of n rows: seed, number of the round, first position.
-
-    Returns:
-        float64 [most, n].
+    On the host, and many at once: so a device has nothing to do for it before it can draft.
     """
-    seed, number, first = (np.array(each, dtype=np.int64) for each in (seeds, rounds, begin))
-    at = first + np.arange(most)[:, None]
-    key = _key(_round_seed(seed, number), at, Draw.CANDIDATE)
+    each = (np.array(given, dtype=np.int64) for given in (seeds, rounds, positions, branches))
+    seed, number, at, branch = each
+    key = _key(_round_seed(seed, number), at, Draw.CANDIDATE, branch)
     return _shift_right(key, 11).astype(np.float64) * 2.0**-53
 
 
@@ -339,9 +362,10 @@ def _round_seed(seed: Int64, number: Int64) -> Int64:
     return _mix64(_mix64(seed) + (number + 1) * _ROUND)
 
 
-def _key(seed: Int64, position: Int64, draw: Draw) -> Int64:
-    """A 64-bit hash of (seed, position, draw): two rounds of the splitmix64 finaliser."""
-    return _mix64(_mix64(seed) + position * _GOLDEN + signed64(draw * _STREAM))
+def _key(seed: Int64, position: Int64, draw: Draw, branch: Int64 | int = 0) -> Int64:
+    """A 64-bit hash of (seed, position, draw, branch): two rounds of the splitmix64 finaliser."""
+    stream = signed64(draw * _STREAM) + branch * signed64(_BRANCH * _STREAM)
+    return _mix64(_mix64(seed) + position * _GOLDEN + stream)
 
 
 def _mix64(x: Int64) -> Int64:
@@ -363,3 +387,4 @@ def signed64(value: int) -> int:
 _GOLDEN = signed64(0x9E3779B97F4A7C15)
 _ROUND = signed64(0xDA942042E4DD58B5)
 _STREAM = signed64(0xD1342543DE82EF95)
+_BRANCH = 8  # more than there are purposes

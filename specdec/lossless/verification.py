@@ -7,25 +7,28 @@ begin.
 Where the target's logits have no softmax, no candidate stands and the bonus token is NO_TOKEN: that
 row has failed. A draft without a softmax fails nobody: its candidate is token 0, and is judged as
 if it had not been submitted.
+
+Candidates that branch are judged in specdec/lossless/trees.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from specdec.lossless.proposal import Nodes, Proposal
 from specdec.lossless.sampling import (
     Draw,
     SamplingBatch,
     coupled_choice,
+    coupled_scores,
     greedy_choice,
     probabilities,
     sample,
+    sample_distinct,
     uniform,
 )
-from specdec.model.rows import upload
+from specdec.lossless.trees import match_tree, reject_tree
 
 
 def accepted_prefix(ok: Tensor, lengths: Tensor) -> Tensor:
@@ -143,85 +146,27 @@ def reject_certain(
     return accepted, torch.where(left[:, None], without, target)
 
 
-class Proposal:
-    """The candidates of one round: what is known without a draft, and behind it what one draws.
-
-    Attributes:
-        known: how many candidates of each of B rows nobody drew, its first (host numbers).
-        lengths: candidates of each row (host numbers).
-        candidates: int64 [B, K]; beyond a row's length, zeros.
-    """
-
-    def __init__(self, rows: int, most: int, device: torch.device) -> None:
-        self.known, self.lengths = [0] * rows, [0] * rows
-        self.candidates = torch.zeros(rows, most, dtype=torch.int64, device=device)
-        self._q: list[Tensor] = []
-        self._q_row = [[0] * most for _ in range(rows)]
-
-    @classmethod
-    def certain(
-        cls, chains: Sequence[Sequence[int]], device: torch.device, most: int = 0
-    ) -> Proposal:
-        """Candidates of B rows that nobody drew: they are given by what was known before.
-
-        Args:
-            chains: those of each row.
-            most: how many a row will have when others are drawn behind them.
-        """
-        most = max(most, *map(len, chains))
-        proposal = cls(len(chains), most, device)
-        if any(chains):
-            padded = [[*chain, *[0] * (most - len(chain))] for chain in chains]
-            proposal.candidates = torch.tensor(padded).to(device, non_blocking=True)
-            proposal.known = [*map(len, chains)]
-            proposal.lengths = [*proposal.known]
-        return proposal
-
-    def add(self, rows: Sequence[int], index: Tensor, tokens: Tensor, q: Tensor | None) -> None:
-        """Append one candidate to each of n rows.
-
-        Args:
-            rows: the rows, and `index` int64 [n], the same on the device.
-            tokens: int64 [n].
-            q: float32 [n, V], the distributions drawn from, if verification needs them.
-        """
-        depths = [self.lengths[row] for row in rows]
-        same = depths.count(depths[0]) == len(rows)
-        column = depths[0] if same else upload(index.device, depths)[0]
-        self.candidates[index, column] = tokens
-        drawn = sum(map(len, self._q))
-        for offset, (row, depth) in enumerate(zip(rows, depths, strict=True)):
-            self.lengths[row] += 1
-            self._q_row[row][depth] = drawn + offset
-        if q is not None:
-            self._q.append(q)
-
-    def distributions(self) -> tuple[Tensor, Tensor] | None:
-        """q float32 [D, V] and q_row int64 [B, K]; candidate (b, k) came from q[q_row[b, k]].
-
-        None if no candidate was drawn.
-        """
-        if not self._q:
-            return None
-        q_row = torch.tensor(self._q_row).to(self.candidates.device, non_blocking=True)
-        return torch.cat(self._q), q_row
-
-    def known_lengths(self) -> Tensor | None:
-        """`known` as a tensor; None if everything was drawn."""
-        return upload(self.candidates.device, self.known)[0] if any(self.known) else None
-
-
 class Matching:
     """`coupled` verification; greedy rows need no noise and take the same path in both modes."""
 
     def propose(
-        self, logits: Tensor, params: SamplingBatch, at: Tensor | None
+        self, logits: Tensor, params: SamplingBatch, at: Tensor | None, width: int = 1
     ) -> tuple[Tensor, None]:
         """Draw one candidate a row from draft logits [n, V] at output positions `at` int64 [n].
 
-        Where all rows are greedy, positions have no say.
+        Where all rows are greedy, positions have no say. With a `width` above 1 it is the best of
+        so many siblings, int64 [n, width].
         """
-        return _some_token(self._choose(logits, params, at)), None
+        if width == 1:
+            return _some_token(self._choose(logits, params, at)), None
+        if params.all_greedy:
+            return logits.topk(width).indices, None
+        assert at is not None, "noise is drawn by positions"
+        scores = coupled_scores(probabilities(logits, params), params.seed, at)
+        best = scores.topk(width).indices
+        if params.any_greedy:
+            best = torch.where(params.greedy[:, None], logits.topk(width).indices, best)
+        return best, None
 
     def verify(
         self,
@@ -234,13 +179,17 @@ class Matching:
     ) -> tuple[Tensor, Tensor]:
         """Accepted counts and bonus tokens, int64 [B] each, from packed target logits [M, V].
 
-        A bonus token is NO_TOKEN where the target's logits that it is drawn from have no softmax.
+        Of a tree, the place of the last node that stands comes instead of a count (`Nodes`). A
+        bonus token is NO_TOKEN where the target's logits that it is drawn from have no softmax.
 
         Args:
             params, at: sampling parameters and output positions of the M packed positions.
             first, lengths: where each row's positions begin, and how many candidates it submitted.
         """
-        return match(self._choose(logits, params, at), first, proposal.candidates, lengths)
+        choices = self._choose(logits, params, at)
+        if (nodes := proposal.nodes()) is not None:
+            return match_tree(choices, first, nodes)
+        return match(choices, first, proposal.candidates, lengths)
 
     def _choose(self, logits: Tensor, params: SamplingBatch, at: Tensor | None) -> Tensor:
         if params.all_greedy:
@@ -253,18 +202,21 @@ class RejectionSampling:
     """`rejection` verification; its parameters have the seeds of the round, see `in_round`."""
 
     def propose(
-        self, logits: Tensor, params: SamplingBatch, at: Tensor | None
+        self, logits: Tensor, params: SamplingBatch, at: Tensor | None, width: int = 1
     ) -> tuple[Tensor, Tensor]:
         """As `Matching.propose`; also returns the distributions [n, V] drawn from.
 
-        Positions have no say where `params` has the numbers to draw by.
+        Positions have no say where `params` has the numbers to draw by: [n, width] for siblings,
+        which are drawn without replacement.
         """
         q = probabilities(logits, params)
         u = params.drawn
         if u is None:
             assert at is not None, "nothing to draw by"
             u = uniform(params.seed, at, Draw.CANDIDATE)
-        return _some_token(sample(q, u)), q
+        if width == 1:
+            return _some_token(sample(q, u)), q
+        return _some_token(sample_distinct(q, u, logits.topk(width).indices)), q
 
     def verify(
         self,
@@ -278,6 +230,9 @@ class RejectionSampling:
         """As `Matching.verify`."""
         p = probabilities(logits, params)
         seed, start = params.seed[first], at[first]
+        if (nodes := proposal.nodes()) is not None:
+            place, depth, residual = self._reject_tree(p, first, seed, start, proposal, nodes)
+            return place, sample(residual, uniform(seed, start + depth, Draw.BONUS))
         candidates = proposal.candidates
         if not candidates.shape[1]:
             return torch.zeros_like(first), sample(p[first], uniform(seed, start, Draw.BONUS))
@@ -291,6 +246,18 @@ class RejectionSampling:
                 p, first, *drawn, candidates, lengths, u, proposal.known_lengths()
             )
         return accepted, sample(residual, uniform(seed, start + accepted, Draw.BONUS))
+
+    @staticmethod
+    def _reject_tree(
+        p: Tensor, first: Tensor, seed: Tensor, start: Tensor, proposal: Proposal, nodes: Nodes
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`reject_tree` with the round's numbers; see there."""
+        depths, ranks = (torch.arange(n, device=p.device) for n in (nodes.depth, nodes.width))
+        at = start[:, None, None] + depths[:, None]
+        u = uniform(seed[:, None, None], at, Draw.ACCEPT, ranks)
+        drawn = proposal.distributions()
+        assert drawn is not None, "nodes were drawn"
+        return reject_tree(p, first, *drawn, nodes, u)
 
 
 def _some_token(candidates: Tensor) -> Tensor:

@@ -251,8 +251,9 @@ def _place(hidden_states: Tensor) -> tuple[int, torch.device]:
     return round_to_blocks(_running().context), hidden_states.device
 
 
-# Layers share these, so that masks with them are made once a forward.
-@functools.lru_cache(maxsize=8)
+# Layers share these, so that masks with them are made once a forward. Recorded forwards hold their
+# addresses: none may go.
+@functools.cache
 def _alibi(build: Any, heads: int, scale: float, positions: int, device: torch.device) -> Tensor:
     """What BLOOM and Falcon add to scores [H, P]: as they round it, which Falcon does."""
     ones = torch.ones(1, positions, dtype=torch.int64, device=device)
@@ -260,7 +261,7 @@ def _alibi(build: Any, heads: int, scale: float, positions: int, device: torch.d
     return bias
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def _mpt_alibi(build: Any, heads: int, positions: int, device: torch.device) -> Tensor:
     bias: Tensor = build(heads, positions, device=device)[:, 0]
     return bias

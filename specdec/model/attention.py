@@ -2,10 +2,9 @@
 
 transformers calls `packed_attention` in place of its own. There are three ways to compute it:
 
-- Rows of at most GRID_TOKENS tokens (decoding, verifying) go to compiled kernels where there are
-  any (specdec/kernels), token by token.
+- Rows of at most GRID_TOKENS tokens (decoding, verifying) and trees go to compiled kernels where
+  there are any (specdec/kernels), token by token.
 - Elsewhere they are computed together as a grid (specdec/model/grid.py).
-- Layers with soft caps, sinks or a bias have no kernels and are computed the second or third way.
 - Longer rows (prefill) are computed one by one, so that a row's shapes depend on that row alone.
 
 Batch invariance. The compiled CPU kernel computes each token by itself, in an order that depends on
@@ -23,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from specdec.kernels.scoring import Scoring
 from specdec.model.grid import product_attention
 from specdec.model.packing import Packing
 from specdec.model.rows import PackedRow
-from specdec.model.scoring import Scoring
 
 ATTENTION = "specbatch_packed"
 """The name under which transformers knows `packed_attention`."""
@@ -94,15 +93,16 @@ def attend_stored(packing: Packing, layer: int, query: Tensor, scoring: Scoring)
     cache = packing.cache
     layout = cache.layout[layer]
     keys, values = cache.keys[layer], cache.values[layer]
-    kernels = packing.kernels if query.dtype == keys.dtype and layout.plain else None
+    kernels = packing.kernels if query.dtype == keys.dtype else None
     if kernels is None and not packing.long:
         return packing.grid.attend(query, cache, layer, scoring)
     out = query.new_empty(*query.shape[:2], values.shape[3])
     if kernels is not None and len(packing.short_rows):
         query = query if query.stride(-1) == 1 else query.contiguous()
         kernels.attend(
-            query, keys, values, cache.table, packing.short_rows, scoring.scale, layout.window, out
-        )
+            query, keys, values, cache.table, packing.short_rows, scoring, layout.window, out,
+            chunked=layout.chunked, paths=packing.paths,
+        )  # fmt: skip
     elif packing.short:
         grid = packing.grid
         out[grid.short_tokens] = grid.attend(query, cache, layer, scoring)

@@ -30,14 +30,12 @@ class LayerLayout:
         heads, key_dim, value_dim: `heads` times key_dim and value_dim numbers per position.
         window: positions that a token looks back, itself included; None: all.
         chunked: whether it looks back no further than the last multiple of `window` (Llama 4).
-        plain: whether this is all, and weights are the softmax of scores: what kernels compute.
     """
 
     heads: int
     key_dim: int
     value_dim: int
     window: int | None = None
-    plain: bool = True
     chunked: bool = False
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
@@ -198,6 +196,33 @@ class SlotCache:
         if self.states is not None and not self.states.rollback(slot, left):
             left = self.pages.own(slot, 0)
         self.lengths[slot] = left
+
+    @torch.inference_mode()
+    def keep(
+        self, slots: Sequence[int], bases: Sequence[int], paths: Sequence[Sequence[int]]
+    ) -> None:
+        """Leave each of some slots one path of its tree (specdec/model/trees.py) and no other node.
+
+        Keys and values stored at base + path[i] move to base + i, and the slot ends behind them.
+
+        Args:
+            slots: distinct.
+            bases: where each slot's node 0 is stored.
+            paths: numbers of each slot's nodes, ascending; one may be empty.
+        """
+        moves = [
+            (slot, base + node, base + i)
+            for slot, base, path in zip(slots, bases, paths, strict=True)
+            for i, node in enumerate(path)
+            if node != i
+        ]
+        if moves:
+            who, sources, targets = upload(self.device, *zip(*moves, strict=True))
+            (page, at), (to_page, to) = (self.places(who, where) for where in (sources, targets))
+            for tensor in (*self.keys, *self.values):
+                tensor[to_page, :, to] = tensor[page, :, at]
+        for slot, base, path in zip(slots, bases, paths, strict=True):
+            self.rollback(slot, base + len(path))
 
     def holds(self, slot: int, length: int) -> bool:
         """Whether another slot can take over the first `length` tokens of a slot."""

@@ -29,6 +29,7 @@ from specdec.model.packing import GRID_TOKENS, Packing
 from specdec.model.recurrent import RecurrentStates
 from specdec.model.rows import Row
 from specdec.model.stock import StockModel, UnsupportedModel
+from specdec.model.trees import Trees
 
 STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 """Kinds of layers, as configs name them, whose state runs on."""
@@ -102,25 +103,34 @@ class PackedDecoder:
             states=states,
         )
 
-    def forward(self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor) -> Tensor:
+    def forward(
+        self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor, trees: Trees = None
+    ) -> Tensor:
         """Append tokens to slots and return their last hidden states.
 
         Args:
             cache: changed in place: keys, values and lengths of the rows' slots.
             rows: (slot, number of tokens) with distinct slots and at least one token each.
             tokens: int64 [N], the rows' tokens end to end.
+            trees: of each row; in one that has none, each token follows the one before it.
 
         Raises:
             OutOfPages: the cache has too few for them.
+            ValueError: a tree does not end where its row does, or the model is `recurrent`.
 
         Returns:
             [N, hidden], good until the next call; give the rows that need logits to `logits`.
         """
-        return self.forward_into(cache, rows, tokens, HIDDEN)
+        return self.forward_into(cache, rows, tokens, HIDDEN, trees)
 
     @torch.inference_mode()
     def forward_into(
-        self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor, tail: Tail[Out]
+        self,
+        cache: SlotCache,
+        rows: Sequence[Row],
+        tokens: Tensor,
+        tail: Tail[Out],
+        trees: Trees = None,
     ) -> Out:
         """As `forward`, but return what `tail` makes of the hidden states [N, hidden].
 
@@ -128,9 +138,10 @@ class PackedDecoder:
         call of this size.
         """
         cache.extend(rows)
-        out = self._recorded(cache, rows, tokens, tail)
+        trees = trees if any(trees or ()) else None
+        out = self._recorded(cache, rows, tokens, trees, tail)
         if out is None:
-            packing = Packing.plan(cache, rows, self.invariant)
+            packing = Packing.plan(cache, rows, self.invariant, trees)
             out = tail(self._run(tokens, packing.positions, packing), *tail.inputs)
             if packing.replay is not None:
                 packing.replay.finish()
@@ -146,18 +157,20 @@ class PackedDecoder:
         tokens: Tensor,
         clock: PhaseClock,
         tail: Tail[Any] = HIDDEN,
+        trees: Trees = None,
     ) -> None:
         """Record the forward that is to come, if its size is new, in time that is set aside.
 
         Args:
-            cache, rows, tokens, tail: as for `forward_into`; the cache stays as it is.
+            cache, rows, tokens, tail, trees: as for `forward_into`; the cache stays as it is.
             clock: books it as `warmup`, and leaves it out of what rounds are measured to cost.
         """
         recorded = tail if self._records(tail) else HIDDEN
-        if self.recordings is not None and self.recordings.lacks(cache, rows, recorded):
+        trees = trees if any(trees or ()) else None
+        if self.recordings is not None and self.recordings.lacks(cache, rows, trees, recorded):
             with clock.aside("warmup"):
                 cache.extend(rows)
-                self._recorded(cache, rows, tokens, recorded)
+                self._recorded(cache, rows, tokens, trees, recorded)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -169,27 +182,33 @@ class PackedDecoder:
         return tail is HIDDEN or (tail.recordable and self._records_tails)
 
     def _recorded(
-        self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor, tail: Tail[Out]
+        self,
+        cache: SlotCache,
+        rows: Sequence[Row],
+        tokens: Tensor,
+        trees: Trees,
+        tail: Tail[Out],
     ) -> Out | None:
         """What `forward_into` returns, if it can be recorded; a new size is recorded first."""
         if self.recordings is None:
             return None
+        given = cache, rows, tokens, trees
         try:
             if self._records(tail):
-                return self.recordings.forward(self._run_places, cache, rows, tokens, tail)
-            hidden = self.recordings.forward(self._run_places, cache, rows, tokens, HIDDEN)
+                return self.recordings.forward(self._run_places, *given, tail)
+            hidden = self.recordings.forward(self._run_places, *given, HIDDEN)
             return None if hidden is None else tail(hidden, *tail.inputs)
         except RecordingFailed as error:
             if tail is not HIDDEN and self._records(tail):
                 log.warning("draft steps are recorded without their sampling: %s", error)
                 self._records_tails = False
-                return self._recorded(cache, rows, tokens, tail)
+                return self._recorded(*given, tail)
             log.warning("forwards are not recorded, which is slower: %s", error)
             self.recordings = None
             return None
 
     def _run_places(self, cache: SlotCache, tokens: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-        """Hidden states of tokens [N] at places [2, N] in rows [R, 4]."""
+        """Hidden states of tokens [N] at places [2 or 5, N] in rows [R, 4]."""
         return self._run(tokens, places[1], Packing.of_places(cache, places, rows))
 
     def _run(self, tokens: Tensor, positions: Tensor, packing: Packing) -> Tensor:
@@ -205,7 +224,7 @@ class PackedDecoder:
         """
         with self._mixers.noting():
             layout = layer_layouts(self._stock, self.recurrent)
-        self.use_kernels = bool(layout) and all(layer.plain for layer in layout)
+        self.use_kernels = bool(layout)
         with short_windows(self.model.config):
             windows = any(layer.window for layer in layout)
             self.layout = layer_layouts(self._stock, self.recurrent) if windows else layout

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from specdec.kernels.base import LayerKernels
+from specdec.kernels.scoring import Scoring
 from specdec.model.attention import attend, attend_stored
 from specdec.model.packing import Packing
-from specdec.model.scoring import Scoring
 
 FUSIBLE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 """transformers' layers that compute what `FusedLayer` does."""
@@ -99,7 +99,7 @@ class FusedLayer(nn.Module):
             norms = self.query_norm.weight, self.key_norm.weight, self.epsilon
         kernels.rotate_and_store(
             heads, angles[0][0], angles[1][0], norms,
-            cache.keys[layer], cache.values[layer], cache.table, packing.slots, packing.positions,
+            cache.keys[layer], cache.values[layer], cache.table, packing.slots, packing.stored,
         )  # fmt: skip
         mixed = attend_stored(packing, layer, heads[:, : self.query_heads], self.scoring)
         more = self.output.forward(mixed.view(len(flat), -1))

@@ -16,6 +16,7 @@ import functools
 import gc
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from specdec.model.cache import SlotCache
 from specdec.model.packing import GRID_TOKENS
 from specdec.model.rows import PackedRow, Row, packed_rows
+from specdec.model.trees import Trees, lay_out, longest
 
 LARGEST = 512
 """Most tokens of a forward that is recorded; more keep a GPU busy for longer than their launches.
@@ -138,17 +140,25 @@ class RecordedForward:
         row_tokens: most tokens of a row, as kernels take them.
         recorder: records it.
         device: of the tensors.
+        branches: whether rows may end in trees.
     """
 
     def __init__(
-        self, size: int, row_tokens: int, recorder: Recorder, device: torch.device
+        self,
+        size: int,
+        row_tokens: int,
+        recorder: Recorder,
+        device: torch.device,
+        *,
+        branches: bool = False,
     ) -> None:
         self._size, self._row_tokens, self._recorder = size, row_tokens, recorder
-        # What a replay reads: tokens, their slots and positions, and the table of rows.
-        inputs = torch.zeros(7 * size, dtype=torch.int64, device=device)
+        # What a replay reads: tokens, where they belong as `Packing.of_places` takes it, and rows.
+        width = 5 if branches else 2
+        inputs = torch.zeros((5 + width) * size, dtype=torch.int64, device=device)
         self._ids, self._layout = inputs[:size], inputs[size:]
-        self._places = inputs[size : 3 * size].view(2, size)
-        self._rows = inputs[3 * size :].view(size, 4)
+        self._places = self._layout[: width * size].view(width, size)
+        self._rows = self._layout[width * size :].view(size, 4)
         self._more: list[Tensor] = []  # and what the tail does
         self._replay: Run | None = None
 
@@ -157,16 +167,18 @@ class RecordedForward:
         run: Callable[[Tensor, Tensor, Tensor], Tensor],
         tokens: Tensor,
         rows: Sequence[PackedRow],
+        trees: Trees,
         tail: Tail[Out],
     ) -> Out:
         """What the tail makes of the hidden states of N <= size tokens of some rows.
 
         Args:
-            run: computes hidden states [size, hidden] of tokens int64 [size] at places (slot,
-                position) int64 [2, size] in rows int64 [size, 4], where some have no tokens; the
-                first time it is recorded.
+            run: computes hidden states [size, hidden] of tokens int64 [size] at places int64
+                [2, size] or, of `branches`, [5, size] (`Packing.of_places`) in rows int64
+                [size, 4], where some have no tokens; the first time it is recorded.
             tokens: int64 [N], on the device.
             rows: where they belong.
+            trees: of each row, if it `branches`.
             tail: each time of the same key.
 
         Raises:
@@ -176,7 +188,7 @@ class RecordedForward:
         if n < size:
             self._ids[n:] = tokens[-1:]
         _first(self._ids, n).copy_(tokens)
-        self._layout.copy_(torch.tensor(self._lay_out(rows, n)), non_blocking=True)
+        self._layout.copy_(torch.tensor(self._lay_out(rows, trees, n)), non_blocking=True)
         if self._replay is None:
             self._more = [each[:1].expand(size, *each.shape[1:]).clone() for each in tail.inputs]
         for into, given in zip(self._more, tail.inputs, strict=True):
@@ -202,26 +214,29 @@ class RecordedForward:
         first: Out = _leading(out, wanted)
         return first
 
-    def _lay_out(self, rows: Sequence[PackedRow], n: int) -> list[int]:
-        """Slots, positions and rows of `size` tokens, with those of the padding: 6 * size numbers.
+    def _lay_out(self, rows: Sequence[PackedRow], trees: Trees, n: int) -> list[int]:
+        """Places and rows of `size` tokens, with those of the padding.
 
         In plain Python, which is as fast for a hundred rows, and for a few much faster than arrays.
         """
         size, most = self._size, self._row_tokens
         slots: list[int] = []
-        positions: list[int] = []
+        stored: list[int] = []
         table: list[int] = []
         for begin, tokens, slot, start in rows:
             slots += [slot] * tokens
-            positions += range(start, start + tokens)
+            stored += range(start, start + tokens)
             for done in range(0, tokens, most):
                 table += (begin + done, min(tokens - done, most), slot, start + done)
-        slot, position = slots[-1], positions[-1]
         for at in range(n, size):
-            table += (at, 1, slot, position)
-        slots += [slot] * (size - n)
-        positions += [position] * (size - n)
-        return [*slots, *positions, *table, *[0] * (4 * size - len(table))]
+            table += (at, 1, slots[-1], stored[-1])
+        places = [slots, stored]
+        if trees is not None:
+            positions, bases, masks = lay_out(rows, trees)
+            places = [slots, positions, stored, bases, masks]
+        for numbers in places:
+            numbers += numbers[-1:] * (size - n)
+        return [*chain.from_iterable(places), *table, *[0] * (4 * size - len(table))]
 
 
 def _first(tensor: Tensor, n: int) -> Tensor:
@@ -236,8 +251,8 @@ def _leading(out: Any, n: int) -> Any:
     return tuple(None if each is None else _first(each, n) for each in out)
 
 
-_Key = tuple[int, Hashable]
-"""Size and tail."""
+_Key = tuple[int, Hashable, bool]
+"""Size, tail, and whether rows may end in trees."""
 
 
 class _OverCache(NamedTuple):
@@ -248,7 +263,7 @@ class _OverCache(NamedTuple):
 
 
 class Recordings:
-    """A decoder's recorded forwards: one for each cache, size and tail.
+    """A decoder's recorded forwards: one for each cache, size and tail, with trees or without.
 
     They go with the cache, and when the cache takes other tensors. Nothing refers to a cache from
     here, and no cache refers to its recordings: they are gigabytes, and may not wait for the
@@ -269,16 +284,15 @@ class Recordings:
             found = self._by_cache[cache] = _OverCache(cache.generation, {})
         return found.by_key
 
-    def lacks(self, cache: SlotCache, rows: Sequence[Row], tail: Tail[Any]) -> bool:
+    def lacks(self, cache: SlotCache, rows: Sequence[Row], trees: Trees, tail: Tail[Any]) -> bool:
         """Whether the next forward of such rows, (slot, number of tokens), would be recorded."""
-        size = self._size(cache, rows)
-        return size is not None and (size, tail.key) not in self.over(cache)
+        size = self._size(cache, rows, trees)
+        return size is not None and (size, tail.key, trees is not None) not in self.over(cache)
 
-    def _size(self, cache: SlotCache, rows: Sequence[Row]) -> int | None:
+    def _size(self, cache: SlotCache, rows: Sequence[Row], trees: Trees) -> int | None:
         """The size that a forward of rows has, or None if such a forward is not recorded."""
-        counts = [count for _, count in rows]
-        tokens = sum(counts)
-        if cache.kernels is None or tokens > LARGEST or max(counts) > GRID_TOKENS:
+        tokens = sum(count for _, count in rows)
+        if cache.kernels is None or tokens > LARGEST or longest(rows, trees) > GRID_TOKENS:
             return None
         return padded(tokens)
 
@@ -288,6 +302,7 @@ class Recordings:
         cache: SlotCache,
         rows: Sequence[Row],
         tokens: Tensor,
+        trees: Trees,
         tail: Tail[Out],
     ) -> Out | None:
         """What the tail makes of the rows' tokens, or None if such a forward is not recorded.
@@ -297,17 +312,20 @@ class Recordings:
             cache: where the rows' tokens go; its lengths stay as they are.
             rows: (slot, number of tokens).
             tokens: int64 [N], on the device.
+            trees: of each row; None: there are none.
             tail: a single tensor that it returns is good until the next call.
 
         Raises:
             RecordingFailed: see `RecordedForward`.
         """
-        kernels, size, recorded = cache.kernels, self._size(cache, rows), self.over(cache)
+        kernels, size = cache.kernels, self._size(cache, rows, trees)
         if kernels is None or size is None:
             return None
-        key = size, tail.key
+        key, recorded = (size, tail.key, trees is not None), self.over(cache)
         if key not in recorded:
             most = kernels.row_tokens or GRID_TOKENS
-            recorded[key] = RecordedForward(size, most, self._recorder, cache.device)
-        places = packed_rows(cache.lengths, rows)
-        return recorded[key](functools.partial(run, cache), tokens, places, tail)
+            recorded[key] = RecordedForward(
+                size, most, self._recorder, cache.device, branches=trees is not None
+            )
+        packed = packed_rows(cache.lengths, rows)
+        return recorded[key](functools.partial(run, cache), tokens, packed, trees, tail)

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec.kernels.scoring import Scoring
 from specdec.model.cache import KEY_BLOCK, LayerLayout, SlotCache
 from specdec.model.rows import PackedRow, upload
-from specdec.model.scoring import Scoring
+from specdec.model.trees import positions_of
 
 MANY_ROWS = 16
 """From so many rows on, batched products are faster than torch's fused kernel on a CPU.
@@ -46,7 +47,8 @@ class Grid:
         tokens: T, tokens per grid row.
         keys: L, positions attended: a multiple of KEY_STEP; if invariant, of KEY_BLOCK.
         cell_token: int64 [B * T], the packed token in each cell (any token in an unused cell).
-        cell_position: int64 [B, T], that token's position (0 in an unused cell).
+        cell_position: int64 [B, T], that token's position.
+        seen_position: int64 [B, T, L], in trees, the positions that stored keys have for a cell.
         short_tokens, short_cells: int64 [n], packed tokens of the grid and their cells.
         aligned: the packed tokens are exactly the cells in order.
     """
@@ -57,6 +59,7 @@ class Grid:
     keys: int
     cell_token: Tensor
     cell_position: Tensor
+    seen_position: Tensor | None
     short_tokens: Tensor
     short_cells: Tensor
     aligned: bool
@@ -64,32 +67,40 @@ class Grid:
 
     @classmethod
     def lay_out(
-        cls, rows: Sequence[PackedRow], tokens: int, invariant: bool, device: torch.device
+        cls,
+        rows: Sequence[PackedRow],
+        positions: Tensor,
+        paths: Tensor | None,
+        *,
+        invariant: bool,
     ) -> Grid:
-        """The grid of some rows out of `tokens` packed tokens."""
+        """The grid of some rows out of packed tokens with `positions` [N] and `paths` [2, N]."""
         low, high = min(row.slot for row in rows), max(row.slot for row in rows) + 1
         width = max(row.tokens for row in rows)
         step = KEY_BLOCK if invariant else KEY_STEP
-        cell_token, cell_position = ([0] * ((high - low) * width) for _ in range(2))
+        keys = -(-max(row.start + row.tokens for row in rows) // step) * step
+        cell_token = [0] * ((high - low) * width)
         short_tokens: list[int] = []
         short_cells: list[int] = []
-        for begin, count, slot, start in rows:
+        for begin, count, slot, _ in rows:
             cell = (slot - low) * width
             cell_token[cell : cell + count] = range(begin, begin + count)
-            cell_position[cell : cell + count] = range(start, start + count)
             short_tokens += range(begin, begin + count)
             short_cells += range(cell, cell + count)
-        on_device = upload(device, cell_token, cell_position, short_tokens, short_cells)
+        on_device = upload(positions.device, cell_token, short_tokens, short_cells)
+        cells, shape = on_device[0], (high - low, width)
+        seen = None if paths is None else positions_of(paths[:, cells].view(2, *shape), keys)
         return cls(
             invariant,
             (low, high),
             width,
-            -(-max(row.start + row.tokens for row in rows) // step) * step,
-            cell_token=on_device[0],
-            cell_position=on_device[1].view(high - low, width),
-            short_tokens=on_device[2],
-            short_cells=on_device[3],
-            aligned=cell_token == list(range(tokens)),
+            keys,
+            cell_token=cells,
+            cell_position=positions[cells].view(shape),
+            seen_position=seen,
+            short_tokens=on_device[1],
+            short_cells=on_device[2],
+            aligned=cell_token == list(range(len(positions))),
         )
 
     def attend(self, query: Tensor, cache: SlotCache, layer: int, scoring: Scoring) -> Tensor:
@@ -111,10 +122,26 @@ class Grid:
         q = query if self.aligned else query.index_select(0, self.cell_token)
         # [B, T, Hkv, G, D] -> [B, Hkv, G, T, D]: the G query heads of a key/value head share keys.
         q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4)
-        product, mask = self._product(q, scoring), self._mask(cache.layout[layer], scoring)
-        out = product(q, keys, values, mask, scoring)  # [B, Hkv, G, T, Dv]
+        mask = self._mask(cache.layout[layer], scoring)
+        if self.invariant and self.seen_position is not None:
+            out = self._in_order(q, keys, values, mask, scoring)
+        else:
+            out = self._product(q, scoring)(q, keys, values, mask, scoring)  # [B, Hkv, G, T, Dv]
         out = out.permute(0, 3, 1, 2, 4).reshape(batch * tokens, heads, -1)
         return out if self.aligned else out.index_select(0, self.short_cells)
+
+    def _in_order(
+        self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scoring: Scoring
+    ) -> Tensor:
+        """As `invariant_attention`, each cell over keys and values in the order of its path."""
+        assert self.seen_position is not None
+        outs = []
+        for t, positions in enumerate(self.seen_position.unbind(1)):
+            order = positions.argsort(-1, stable=True)[:, None, :, None]
+            own = [x.take_along_dim(order, 2) for x in (keys, values)]
+            one = slice(t, t + 1)
+            outs.append(invariant_attention(q[:, :, :, one], *own, mask[:, :, one], scoring))
+        return torch.cat(outs, 3)
 
     def _product(self, q: Tensor, scoring: Scoring) -> Product:
         if self.invariant:
@@ -130,10 +157,12 @@ class Grid:
         """
         span = layout.window, layout.chunked, id(scoring.key_bias)
         if span not in self._masks:
-            key = torch.arange(self.keys, device=self.cell_position.device)
+            key, at = torch.arange(self.keys, device=self.cell_position.device), None
+            if not self.invariant and self.seen_position is not None:
+                key = at = self.seen_position
             zero = torch.zeros((), device=key.device)
             allowed = layout.sees(self.cell_position[..., None], key)
-            self._masks[span] = scoring.biased(torch.where(allowed, zero, float("-inf")))
+            self._masks[span] = scoring.biased(torch.where(allowed, zero, float("-inf")), at)
         return self._masks[span]
 
 

@@ -26,10 +26,6 @@ SHORT = 16
 WINDOWS = ("sliding_window", "attention_chunk_size")
 """Where configs have the numbers from which transformers builds masks."""
 
-SPECIAL = ("softcap", "s_aux", "key_bias")
-"""What an attention is given where its weights are not just the softmax of its scores."""
-
-
 NOTHING = LayerLayout(0, 0, 0)
 """That of a layer that attends to nothing."""
 
@@ -146,9 +142,8 @@ def _probe_attention(
     chunked = attention_mask is not None and attention_mask.chunked
     number: Any = module.layer_idx
     layer: int = len(packing) if number is None or number < 0 else number  # as `Packing.layer_of`
-    plain = not chunked and all(kwargs.get(name) is None for name in SPECIAL)
     sizes = key.shape[1], key.shape[3], value.shape[3]
-    packing[layer] = LayerLayout(*sizes, window, plain, chunked)
+    packing[layer] = LayerLayout(*sizes, window, chunked)
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 

@@ -14,6 +14,7 @@ from specdec.model.cache import SlotCache
 from specdec.model.grid import Grid
 from specdec.model.recurrent import Replay
 from specdec.model.rows import PackedRow, Row, cut_rows, packed_rows, upload
+from specdec.model.trees import Trees, lay_out
 
 GRID_TOKENS = 24
 """Rows with more tokens than this in one forward attend one by one.
@@ -32,7 +33,10 @@ class Packing:
         cache: the slots.
         invariant: whether reductions must not depend on the batch.
         slots, positions: int64 [N] on the device.
-        short, long: rows of at most GRID_TOKENS tokens, and those that attend one by one.
+        stored: int64 [N], the places in their slots; other than positions in trees only.
+        paths: int64 [2, N], bases and masks of the tokens if there are trees (`trees.lay_out`).
+        short, long: rows that are trees or have at most GRID_TOKENS tokens, and those that attend
+            one by one.
         short_rows: int64 [R, 4] on the device, the short ones as kernels take them.
         kernels: what computes short rows and fused layers besides torch, if there is anything.
         replay: how states that run on go on from what the slots have, if the model has such.
@@ -42,6 +46,8 @@ class Packing:
     invariant: bool
     slots: Tensor
     positions: Tensor
+    stored: Tensor
+    paths: Tensor | None
     short: list[PackedRow]
     long: list[PackedRow]
     short_rows: Tensor
@@ -52,25 +58,46 @@ class Packing:
     _places: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def plan(cls, cache: SlotCache, rows: Sequence[Row], invariant: bool) -> Packing:
-        """Lay out `rows` (distinct slots, at least one token each) behind what their slots have."""
+    def plan(
+        cls, cache: SlotCache, rows: Sequence[Row], invariant: bool, trees: Trees = None
+    ) -> Packing:
+        """Lay out `rows` (distinct slots, at least one token each) behind what their slots have.
+
+        Raises:
+            ValueError: see `trees.lay_out`, or the cache has states, which no tree can branch.
+        """
+        if trees is not None and cache.states is not None:
+            raise ValueError("trees: states that run on cannot branch; give such a model chains")
         slots: list[int] = []
-        positions: list[int] = []
+        stored: list[int] = []
         short: list[PackedRow] = []
         long: list[PackedRow] = []
-        for row in packed_rows(cache.lengths, rows):
-            (short if row.tokens <= GRID_TOKENS else long).append(row)
+        packed = packed_rows(cache.lengths, rows)
+        for i, row in enumerate(packed):
+            is_short = row.tokens <= GRID_TOKENS or (trees is not None and trees[i] is not None)
+            (short if is_short else long).append(row)
             slots += [row.slot] * row.tokens
-            positions += range(row.start, row.start + row.tokens)
+            stored += range(row.start, row.start + row.tokens)
         most = cache.kernels.row_tokens if cache.kernels is not None else None
         cut = cut_rows(np.array(short), most).tolist() if short and most else short
         flat = [number for row in cut for number in row]
-        slots_, positions_, short_rows = upload(cache.device, slots, positions, flat)
+        paths: Tensor | None = None
+        if trees is None:
+            slots_, stored_, short_rows = upload(cache.device, slots, stored, flat)
+            positions = stored_
+        else:
+            places, bases, masks = lay_out(packed, trees)
+            slots_, stored_, positions, both, short_rows = upload(
+                cache.device, slots, stored, places, bases + masks, flat
+            )
+            paths = both.view(2, -1)
         return cls(
             cache,
             invariant,
             slots_,
-            positions_,
+            positions,
+            stored_,
+            paths,
             short,
             long,
             short_rows.view(-1, 4),
@@ -80,8 +107,14 @@ class Packing:
 
     @classmethod
     def of_places(cls, cache: SlotCache, places: Tensor, rows: Tensor) -> Packing:
-        """That of tokens at places (slot, position) [2, N] in rows [R, 4], which no host reads."""
-        return cls(cache, False, places[0], places[1], [], [], rows, cache.kernels)
+        """That of tokens at some places in rows [R, 4], which no host reads.
+
+        `places`, int64 [2 or 5, N], are slots and positions; with trees also where the tokens are
+        stored, and their paths.
+        """
+        slots, positions = places[:2]
+        stored, paths = (positions, None) if len(places) == 2 else (places[2], places[3:])
+        return cls(cache, False, slots, positions, stored, paths, [], [], rows, cache.kernels)
 
     def layer_of(self, attention: Any) -> int:
         """Which layer attends now; those that share one module (Zamba) are told by their turns."""
@@ -94,7 +127,7 @@ class Packing:
     def places(self) -> tuple[Tensor, Tensor]:
         """Where the tokens are stored, looked up when the first layer asks for it."""
         if self._places is None:
-            self._places = self.cache.places(self.slots, self.positions)
+            self._places = self.cache.places(self.slots, self.stored)
         return self._places
 
     @property
@@ -102,6 +135,6 @@ class Packing:
         """The short rows as a grid, laid out when the first layer asks for it."""
         if self._grid is None:
             self._grid = Grid.lay_out(
-                self.short, len(self.slots), self.invariant, self.cache.device
+                self.short, self.positions, self.paths, invariant=self.invariant
             )
         return self._grid

@@ -11,6 +11,13 @@ A policy decides per row, in these places of a round:
     submit   before verification: how many of each row's candidates to submit
     observe  after the round, or during the next: what was accepted, and what it cost
 
+A policy with a `width` above 1 grows a tree: each draft step draws `width` children of every node
+that is expanded, the draft's best ones. It then decides in other places:
+
+    keep     after each draft step: which children become nodes
+    go_on    and which of these are expanded by the next step
+    prune    before verification, in place of `submit`: which nodes to submit
+
 All of it happens on the host, on arrays over rows. What a policy wants to know of the device comes
 as `Signal`s, one transfer per draft step; a policy that wants none never makes the host wait, nor
 does one that `looks` at none in this round: it finds them in the outcome.
@@ -21,6 +28,11 @@ everything of earlier rounds, candidates that were discarded there included. It 
 y_k itself. `go_on` is safe by construction, since it sees y_k and decides about y_{k+1}. `submit`
 must keep to it by itself. Earlier rounds may be remembered because no random number is drawn twice:
 numbers are keyed by the row's round, too. `choose` is free: what is known was not drawn.
+
+In a tree the same holds of each node. Whether it is kept, and submitted, may depend on what is
+known before it is drawn, its parent and other branches among it, and never on itself or on what it
+leads to. All children of a node are drawn at once. So how many of them `keep` and `prune` leave may
+depend on none of them: on neither their tokens nor their LOG_Q.
 """
 
 from __future__ import annotations
@@ -28,12 +40,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from specdec.measure.calibration import Array, Calibration, Flags
+from specdec.policies.chains import Chain
+from specdec.policies.settings import Setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +61,13 @@ MOST_CANDIDATES = 64
 
 Verification packs all candidates of all rows: raised, a wrong setting takes much memory before
 anybody notices. Acceptance makes more than about 20 useless with the drafts there are.
+"""
+
+MOST_WIDTH = 4
+"""Most children of a node that a policy can be told.
+
+Raised, each costs a pass over the vocabulary when it is drawn and when it is judged. The fourth
+stands in one or two positions of a hundred.
 """
 
 FEW = 8
@@ -68,16 +89,6 @@ class Signal(IntEnum):
     ENTROPY = 2
     HEAD_BEFORE = 3
     HEAD_AFTER = 4
-
-
-class Evidence(IntEnum):
-    """Columns of what speaks for a candidate that was looked up."""
-
-    LENGTH = 0  # tokens of the context that it follows
-    FOLLOWED = 1  # how often it followed them so far
-    SEEN = 2  # how often anything did
-    OWN = 3  # 1 if in the row's own prompt or outputs of the prompt's samples, else 0
-    CORPUS = 4  # 1 if in what earlier jobs wrote, else 0
 
 
 HEAD_SIGNALS = frozenset({Signal.HEAD_BEFORE, Signal.HEAD_AFTER})
@@ -168,6 +179,7 @@ class RoundStart:
         target_tokens: packed tokens of the verification without any candidate.
         free_trimming: whether a candidate may be trimmed by its own score: matching modes only.
         beside: whether the device works beside the host, and waits where candidates are looked at.
+        nodes: most nodes that each row's tree may have; what is kept beyond is dropped.
         notes: what the policy wants to know again when it observes the round. The next round may
             have begun by then.
     """
@@ -180,44 +192,29 @@ class RoundStart:
     target_tokens: int
     free_trimming: bool
     beside: bool = False
+    nodes: Sequence[int] = ()
     notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
-    """Candidates of a row that are known without a draft, one after another.
-
-    Attributes:
-        tokens: the candidates.
-        evidence: what speaks for each of those that were looked up, by `Evidence`.
-        forced: how many of the candidates a grammar forces: the first.
-    """
-
-    tokens: Sequence[int]
-    evidence: Sequence[Sequence[float]]
-    forced: int = 0
-
-    @property
-    def sources(self) -> list[str]:
-        """Where each candidate comes from, as counts of them are called."""
-        found = ("in_rows", "in_corpus", "in_prompt")
-        places = (each[Evidence.CORPUS] + 2 * each[Evidence.OWN] for each in self.evidence)
-        return [*["forced"] * self.forced, *(found[int(place)] for place in places)]
-
-
-@dataclass(frozen=True, slots=True)
 class DraftStep:
-    """The candidates just drawn, one for each of n rows.
+    """The candidates just drawn, one for each of n rows; of trees, several for a row.
 
     Attributes:
         rows: int [n], index of each row among the round's rows.
-        depth: how many candidates were drawn for these rows by now.
+        depth: how many candidates were drawn for these rows by now; of trees, that these are deep.
         signals: float [n, len(Signal)]; columns that the policy does not want are 0.
+        parents: int [n], of trees: the number of the node that each follows, -1 for the root. Nodes
+            are numbered by row, in the order in which they were kept.
+        ranks: int [n], of trees: which of its parent's children each is, from 0. Children of a node
+            stand next to each other in this order.
     """
 
     rows: Indices
     depth: int
     signals: Array
+    parents: Indices | None = None
+    ranks: Indices | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +230,9 @@ class RoundOutcome:
         known: how many of each row's candidates were taken without a draft: its first.
         looked_up: of the `Chain` of each row, how many candidates the committed tokens judge, and
             how many of these stand, submitted or not; empty where there are no chains.
+        parents: of trees: of each node that was drafted the number of its parent, by row.
+        kept: of trees: the numbers of the nodes that were submitted, by row.
+        path: of trees: the numbers of the nodes that stand, from the root on, by row.
     """
 
     start: RoundStart
@@ -244,6 +244,9 @@ class RoundOutcome:
     unseen: Callable[[], Sequence[DraftStep]] = tuple
     known: Sequence[int] = ()
     looked_up: Sequence[tuple[int, int]] = ()
+    parents: Sequence[Sequence[int]] = ()
+    kept: Sequence[Sequence[int]] = ()
+    path: Sequence[Sequence[int]] = ()
 
     @property
     def drawn(self) -> Sequence[int]:
@@ -268,32 +271,6 @@ class Explanation:
     known: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A number that a policy takes.
-
-    Attributes:
-        default: the policy's own.
-        least, most: its bounds, both allowed.
-        meaning: what it does, for help texts.
-    """
-
-    default: float
-    least: float
-    most: float
-    meaning: str
-
-
-Number = TypeVar("Number", int, float)
-
-
-def setting(default: Number, least: float, most: float, meaning: str) -> Number:
-    """A field of a policy's dataclass that is one of its settings; the arguments of `Setting`."""
-    declared = Setting(default, least, most, meaning)
-    number: Number = field(default=default, metadata={"setting": declared})
-    return number
-
-
 class StopPolicy:
     """The base of policies: drafts nothing and remembers nothing.
 
@@ -312,6 +289,8 @@ class StopPolicy:
         needs_head: whether a job must name a trained head, or another estimator.
         wanted: signals to compute of candidates; if there are none, `go_on` is not asked.
         head: the acceptance head behind the head's signals.
+        width: children drawn of each node that is expanded in the round whose budget it gave; 1:
+            candidates follow each other, and `keep` and `prune` are not asked.
     """
 
     name: ClassVar[str] = "unnamed"
@@ -324,6 +303,7 @@ class StopPolicy:
 
     wanted: frozenset[Signal] = frozenset()
     head: Head | None = None
+    width: int = 1
 
     @classmethod
     def settings(cls) -> dict[str, Setting]:
@@ -352,6 +332,21 @@ class StopPolicy:
     def go_on(self, step: DraftStep) -> Flags:
         """bool [n]: which rows draft on."""
         return np.ones(len(step.rows), dtype=bool)
+
+    def keep(self, step: DraftStep) -> Flags:
+        """bool [n]: which children become nodes: of each parent the first few, or none."""
+        return np.ones(len(step.rows), dtype=bool)
+
+    def prune(self, parents: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        """Which nodes of each row's tree to submit; mind the invariant above.
+
+        Args:
+            parents: of all nodes of each row.
+
+        Returns:
+            Numbers of nodes, ascending. With a node go its parent and its better siblings.
+        """
+        return [range(len(each)) for each in parents]
 
     def submit(self, drafted: Sequence[int]) -> Sequence[int]:
         """How many of each row's candidates to submit, with the known; mind the invariant above."""

@@ -17,9 +17,9 @@ from specdec.policies.base import (
     RoundStart,
     Signal,
     StopPolicy,
-    setting,
 )
 from specdec.policies.estimators import Estimator, HeadEstimator
+from specdec.policies.settings import setting
 
 
 @dataclass

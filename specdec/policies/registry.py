@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from specdec.policies.base import Head, Setting, StopPolicy
+from specdec.policies.base import Head, StopPolicy
 from specdec.policies.costs import CostModel
 from specdec.policies.estimating import Confidence, Entropy, HeadPolicy
 from specdec.policies.estimators import make_estimator
 from specdec.policies.goodput import Goodput
+from specdec.policies.settings import Setting
 from specdec.policies.simple import Fixed, Heuristic, NoDrafting
 from specdec.policies.suffix import Suffix
 

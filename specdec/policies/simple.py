@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from specdec.measure.calibration import Flags
 from specdec.policies.base import (
     MOST_CANDIDATES,
+    MOST_WIDTH,
+    DraftStep,
     RoundOutcome,
     RoundStart,
     RowMemory,
     StopPolicy,
-    setting,
 )
+from specdec.policies.settings import setting
 
 
 @dataclass
@@ -26,15 +31,36 @@ class NoDrafting(StopPolicy):
 
 @dataclass
 class Fixed(StopPolicy):
-    """Always k candidates."""
+    """Always k candidates, or a tree that is k deep.
+
+    The tree has every path that leaves the draft's first choices at most once: along these each
+    node has `width` children, and every other node has one. If a child stands with probability a,
+    its next best sibling with b, and so on, a node at depth d that leaves them once is worth
+    b a^(d-1). That falls no faster than the first choices' own a^d. Whatever leaves them twice is
+    worth b/a times less. So this shape has what is worth most for its number of nodes, unless the
+    draft is poor.
+    """
 
     name = "fixed"
-    summary = "drafts `k` candidates in every round"
+    summary = "drafts `k` candidates in every round, or a tree `k` deep if `width` is above 1"
 
     k: int = setting(4, 0, MOST_CANDIDATES, "candidates of a round")
+    width: int = setting(1, 1, MOST_WIDTH, "children of the nodes that the draft likes best")
+
+    @property
+    def most(self) -> int:
+        aside = (self.width - 1) * self.k * (self.k + 1) // 2
+        return min(self.k + aside, MOST_CANDIDATES)
 
     def budget(self, start: RoundStart) -> Sequence[int]:
         return [self.k] * len(start.rows)
+
+    def keep(self, step: DraftStep) -> Flags:
+        assert step.parents is not None and step.ranks is not None, "asked of trees"
+        # A row's first node at each depth is the one of first choices alone.
+        _, first, row = np.unique(step.rows, return_index=True, return_inverse=True)
+        kept: Flags = (step.ranks == 0) | (step.parents == step.parents[first][row])
+        return kept
 
 
 @dataclass

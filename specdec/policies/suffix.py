@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from specdec.policies.base import (
-    MOST_CANDIDATES,
-    Chain,
-    Explanation,
-    RoundOutcome,
-    RoundStart,
-    StopPolicy,
-    setting,
-)
+from specdec.policies.base import MOST_CANDIDATES, Explanation, RoundOutcome, RoundStart, StopPolicy
+from specdec.policies.chains import Chain
 from specdec.policies.known import KnownChains, survivals
+from specdec.policies.settings import setting
 
 
 @dataclass(eq=False)

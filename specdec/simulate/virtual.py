@@ -31,6 +31,7 @@ from specdec.model.graphs import Out, Recordings, Run, Tail
 from specdec.model.packing import Packing
 from specdec.model.rows import Row
 from specdec.model.sharing import SharedCaches, TokenRow
+from specdec.model.trees import Trees
 from specdec.policies.base import StopPolicy
 from specdec.policies.costs import CostTable
 from specdec.request import Request
@@ -136,11 +137,16 @@ class VirtualDecoder(PackedDecoder):
         return SlotCache((LayerLayout(1, 16, 16),), slots, capacity, self.dtype, self.device)
 
     def forward_into(
-        self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor, tail: Tail[Out]
+        self,
+        cache: SlotCache,
+        rows: Sequence[Row],
+        tokens: Tensor,
+        tail: Tail[Out],
+        trees: Trees = None,
     ) -> Out:
         context = sum(cache.lengths[slot] for slot, _ in rows)
         self._seconds = self._costs(len(tokens), context)
-        return super().forward_into(cache, rows, tokens, tail)
+        return super().forward_into(cache, rows, tokens, tail, trees)
 
     def logits(self, hidden: Tensor) -> Tensor:
         with self._stream.aside(MADE_UP):
@@ -304,13 +310,15 @@ class VirtualEngine(Engine):
         self._seated: list[LiveRow] = []
 
     def _new_drafter(self) -> Drafter:
-        return _Drafter(
+        drafter = _Drafter(
             self._decoders[1],
             vocab_size=VOCABULARY,
             context_length=self.pair.draft_context_length,
             chunk=self.prefill_chunk,
             clock=self.clock,
         )
+        drafter.branches = False  # a script has one candidate for each place
+        return drafter
 
     def _begin(self, rows: list[LiveRow], timer: RoundTimer) -> Round:
         with self.clock.aside(MADE_UP):

@@ -63,6 +63,7 @@ def test_over_time(name: str, figure: str, least: float) -> None:
         lambda: charts.acceptance_by_position([]),
         lambda: charts.acceptance_by_position([{"position": 1, "judged": 1, "accepted": 0}]),
         lambda: charts.acceptance_lines({"A": [], "B": []}),
+        lambda: charts.acceptance_lines({"first choices": []}, "Acceptance by choice"),
         lambda: charts.candidates({}),
         lambda: charts.candidates({0: 5}),
         lambda: charts.speed_by_batch([(1, None, 3.0), (2, None, None)]),

@@ -50,6 +50,15 @@ def test_speedup_that_was_not_measured() -> None:
     assert "control rounds" not in printed(render(summary(drafted=0)))
 
 
+def test_choices_of_the_draft_are_told_where_candidates_branch() -> None:
+    node = {"depth": 1, "rank": 0, "drafted": 9, "verified": 9, "judged": 8, "accepted": 6}
+    nodes = [node, node | {"depth": 2}, node | {"rank": 1, "judged": 4, "accepted": 1}]
+    text = printed(render(summary(nodes=nodes)))
+    assert "first choices" in text and "75.0% of 16" in text
+    assert "second choices" in text and "25.0% of 4" in text
+    assert "choices" not in printed(render(summary()))
+
+
 def test_candidates_that_were_looked_up_are_told_by_where_they_were_found() -> None:
     found = {"verified_in_prompt": 1000, "accepted_in_prompt": 700, "verified_in_rows": 0}
     text = printed(render(summary(**found)))
@@ -131,6 +140,18 @@ def test_accepted_rejected_and_others_are_told_apart() -> None:
     plain = printed(explain.render([a_round()]))
     for part in (" a|b|c|d", "1 of 3", "0.90 0.50 0.20 0.10", "enough"):
         assert part in plain
+
+
+def test_a_tree_is_drawn_with_its_path_green_and_what_fell_red() -> None:
+    """Of a b after the root b stands, and of c d after b none; d was not submitted."""
+    tree = {"parents": [-1, -1, 1, 1, 0], "kept": [0, 1, 2], "path": [1], "texts": [*"abcde"]}
+    plain = printed(explain.render([a_round(**tree)]))
+    for part in ("├── a", "└── b", "    ├── c"):
+        assert part in plain
+    text = printed(explain.render([a_round(**tree)]), color=True)
+    for style, tokens in {32: "b", 31: "ac", 2: "de"}.items():
+        for token in tokens:
+            assert f"\x1b[{style}m{token}\x1b[0m" in text
 
 
 @pytest.mark.parametrize("accepted", [0, 1])

@@ -46,6 +46,7 @@ def test_a_record_survives_its_footer() -> None:
         outcomes=[(3, 1, 2)],
         slowest=[("a.parquet:0:0", 1.5)],
         costs={"draft": [(1, 0.25)]},
+        nodes=[(1, 0, 4, 4, 4, 3), (1, 1, 4, 2, 1, 1)],
     )
     assert from_footer(to_footer(retried)) == retried
     assert retried.files.trace == UnitFile("trace/t", 7, "1")
@@ -58,9 +59,10 @@ def test_a_flat_record_is_read_and_stored_as_it_was() -> None:
     stored = json.loads(to_footer(read)[FOOTER_KEY])
     for kept in (stored, *stored["earlier"]):  # a unit was of one file
         assert kept.pop("files") == 1
+        assert kept.pop("nodes") == []  # and nothing branched
         assert kept.pop("ranges") == [[values["input"], values["start"], values["rows"]]]
     assert stored == values
-    assert list(to_plain(read))[:-2] == list(values)
+    assert list(to_plain(read))[:-3] == list(values)
     assert read.results.completions == values["completions"]
     assert read.results.counts.verified == values["counts"]["verified"]
     assert read.actor.id == values["actor"]

@@ -127,6 +127,15 @@ def test_fingerprints_name_settings_in_the_order_of_earlier_jobs(
     assert {name: found[name] for name in released} == released
 
 
+def test_a_width_is_part_of_a_job_if_it_makes_trees(tiny_models: TinyModels) -> None:
+    marks = [
+        manifest.fingerprint(job(tiny_models, speculation={"policy": "fixed", **width}), plans())
+        for width in ({}, {"width": None}, {"width": 1}, {"width": 2})
+    ]
+    assert marks[0] == marks[1] == marks[2]
+    assert marks[3]["speculation"] == {**marks[0]["speculation"], "width": 2}
+
+
 @pytest.mark.parametrize("policy", get_args(Policy))
 def test_every_policy_has_a_fingerprint_that_coupled_leaves_out(
     tiny_models: TinyModels, tiny_head: str, policy: str

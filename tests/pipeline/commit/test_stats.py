@@ -90,6 +90,21 @@ def test_acceptance_by_position() -> None:
     assert stats_tables(records)["positions"].to_pylist() == rows
 
 
+def test_candidates_that_branch_by_depth_and_rank() -> None:
+    """Positions count a place once, whichever of its children stands."""
+    records = [
+        record("u", outcomes=[(4, 2, 9)], nodes=[(1, 0, 9, 9, 9, 6), (1, 1, 9, 5, 2, 1)]),
+        record("v", nodes=[(1, 0, 1, 1, 1, 0), (2, 0, 1, 0, 0, 0)]),
+        record("w", outcomes=[(1, 1, 5)]),
+    ]
+    found = summarise(records)
+    assert found["positions"][0] == {"position": 1, "judged": 15, "accepted": 12}
+    names = ("depth", "rank", "drafted", "verified", "judged", "accepted")
+    rows = [(1, 0, 10, 10, 10, 6), (1, 1, 9, 5, 2, 1), (2, 0, 1, 0, 0, 0)]
+    assert found["nodes"] == [dict(zip(names, row, strict=True)) for row in rows]
+    assert stats_tables(records)["nodes"].to_pylist() == found["nodes"]
+
+
 def test_costs_are_an_actors_latest_and_fallen_heads_are_counted() -> None:
     records = [
         record("u", "a", finished=5.0, costs={"draft": [(1, 0.1)]}),

@@ -13,9 +13,11 @@ from specdec.request import Completion, RoundTrace
 
 ROUNDS = (
     RoundTrace(
-        20, 4, (5, 6, 7), (0.9, 0.5, 0.2), 2, 1, "after 3: too little for its cost", ("prompt",)
+        *(20, 4, (5, 6, 7), (0.9, 0.5, 0.2), 2, 1, "after 3: too little for its cost"),
+        sources=("prompt",),
     ),
-    RoundTrace(22, 3, (), (), 0, 0, "control round"),
+    RoundTrace(22, 3, (5, 6, 7), (), 2, 1, "a tree", (-1, -1, 1), (0, 1), (1,)),
+    RoundTrace(24, 3, (), (), 0, 0, "control round"),
 )
 
 
@@ -40,7 +42,7 @@ def text(token: int) -> str:
 def test_one_row_per_round_of_completed_rows() -> None:
     table = trace_table(UnitRows(unit(start=3), pa.table({"p": ["x"] * 3}), {}), outcomes(), text)
     assert table.schema.equals(TRACE_SCHEMA)
-    first, second = table.to_pylist()
+    first, tree, last = table.to_pylist()
     assert first == {
         "row_id": "a.parquet:3:0",
         "round": 0,
@@ -52,6 +54,10 @@ def test_one_row_per_round_of_completed_rows() -> None:
         "submitted": 2,
         "accepted": 1,
         "reason": "after 3: too little for its cost",
+        "parents": [],
+        "kept": [],
+        "path": [],
         "sources": ["prompt"],
     }
-    assert (second["round"], second["candidates"], second["reason"]) == (1, [], "control round")
+    assert (tree["parents"], tree["kept"], tree["path"]) == ([-1, -1, 1], [0, 1], [1])
+    assert (last["round"], last["candidates"], last["reason"]) == (2, [], "control round")

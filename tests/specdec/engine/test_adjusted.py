@@ -90,9 +90,9 @@ def test_the_outputs_have_the_distribution_that_was_asked_for(
 class BlindToCandidates(Adjuster):
     """An adjuster with a bug: it sees what is committed, and no drafted token."""
 
-    def __call__(self, logits: Tensor, owner: Tensor, at: Tensor, candidates: Tensor) -> Tensor:
-        first = torch.full((len(candidates),), 10**6).scatter_reduce(0, owner, at, "amin")
-        return super().__call__(logits, owner, first[owner], candidates)
+    def __call__(self, logits: Tensor, owner: Tensor, at: Tensor, behind: Tensor) -> Tensor:
+        first = torch.full((1 + int(owner.max()),), 10**6).scatter_reduce(0, owner, at, "amin")
+        return super().__call__(logits, owner, first[owner], behind)
 
 
 @pytest.mark.statistical

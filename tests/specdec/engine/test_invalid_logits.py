@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
+from specdec.lossless.proposal import Proposal
 from specdec.lossless.sampling import NO_TOKEN, SamplingBatch, probabilities
-from specdec.lossless.verification import MODES, Proposal, reject
+from specdec.lossless.verification import MODES, reject
 from specdec.request import INVALID_LOGITS, Completion, Request, SamplingParams
 from tests.specdec import workloads
 from tests.specdec.lossless.markov import CPU

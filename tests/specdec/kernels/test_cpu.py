@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +12,10 @@ from torch import Tensor
 from specdec.kernels.base import LayerKernels
 from specdec.kernels.choose import cpu_kernels
 from specdec.kernels.cpu import DTYPES, CpuKernels
+from specdec.kernels.scoring import Scoring
 from specdec.model.pages import PAGE
+from specdec.model.rows import PackedRow, cut_rows
+from specdec.model.trees import Tree, lay_out
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 0.005}
@@ -55,21 +59,42 @@ def in_pages(*tensors: Tensor) -> list[Tensor]:
 
 
 def attention(
-    query: Tensor, keys: Tensor, values: Tensor, rows: list[list[int]], window: int | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: list[list[int]],
+    window: int | None,
+    scoring: Scoring = Scoring(0.3),  # noqa: B008
+    *,
+    chunked: bool = False,
+    paths: Tensor | None = None,
 ) -> dict[int, Tensor]:
     """By packed token, what it attends to, one token at a time in float64."""
     group = query.shape[1] // keys.shape[1]
     found = {}
     for begin, count, slot, start in rows:
         for t in range(count):
-            end = start + t + 1
-            low = max(0, end - window) if window else 0
+            places = places_of(start + t, None if paths is None else paths[:, begin + t].tolist())
+            last, low = len(places) - 1, 0
+            if window:
+                low = last - last % window if chunked else max(0, last + 1 - window)
             k, v = (
-                x[slot, :, low:end].double().repeat_interleave(group, 0) for x in (keys, values)
+                x[slot, :, places[low:]].double().repeat_interleave(group, 0)
+                for x in (keys, values)
             )
-            scores = torch.einsum("hd,hld->hl", query[begin + t].double(), k) * 0.3
-            found[begin + t] = torch.einsum("hl,hld->hd", scores.softmax(-1), v)
+            scores = torch.einsum("hd,hld->hl", query[begin + t].double(), k) * scoring.scale
+            scores = scoring.capped(scores)
+            if scoring.key_bias is not None:
+                scores = scores + scoring.key_bias[:, low : last + 1]
+            weights = scoring.weights(scores[:, None])[:, 0]
+            found[begin + t] = torch.einsum("hl,hld->hd", weights, v)
     return found
+
+
+def places_of(stored: int, path: list[int] | None) -> list[int]:
+    """Where the positions that a token sees are stored, in order; `path`: its base and mask."""
+    base, mask = path or (stored + 1, 0)
+    return [*range(base), *(base + bit for bit in range(64) if mask >> bit & 1)]
 
 
 @needs_compiler
@@ -89,7 +114,7 @@ def test_attention_is_what_its_definition_says(
     rows = [[0, 1, 3, 0], [1, 5, 0, 131], [6, 24, 1, 70], [31, 2, 2, 8]]  # token 30 is not theirs
     query = random(33, heads + 1, dims[0], dtype=dtype)[:, :heads]  # strided, as out of a product
     out = torch.full((33, heads, dims[1]), 7.0, dtype=dtype)
-    kernels.attend(query, *in_pages(keys, values), torch.tensor(rows), 0.3, window, out)
+    kernels.attend(query, *in_pages(keys, values), torch.tensor(rows), Scoring(0.3), window, out)
     expected = attention(query, keys, values, rows, window)
     for token in range(33):
         close(out[token], expected.get(token, torch.full((), 7.0)).expand_as(out[token]))
@@ -104,7 +129,7 @@ def test_attention_gives_a_token_the_same_bits_in_any_batch_and_any_pages(
     query = random(9 * 5, 9, 64, dtype=dtype)
     every = torch.tensor([[5 * slot, 5, slot, 20 * slot + 3] for slot in range(9)])
     together = torch.empty_like(query)
-    kernels.attend(query, *in_pages(keys, values), every, 0.1, window, together)
+    kernels.attend(query, *in_pages(keys, values), every, Scoring(0.1), window, together)
     for threads in (1, torch.get_num_threads()):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -114,9 +139,82 @@ def test_attention_gives_a_token_the_same_bits_in_any_batch_and_any_pages(
                 alone = torch.empty(1, 9, 64, dtype=dtype)
                 row = torch.tensor([[0, 1, slot, start + t]])
                 token = query[begin + t : begin + t + 1]
-                kernels.attend(token, *elsewhere, row, 0.1, window, alone)
+                kernels.attend(token, *elsewhere, row, Scoring(0.1), window, alone)
                 assert torch.equal(alone[0], together[begin + t])
         torch.set_num_threads(before)
+
+
+SCORINGS = ("plain", "soft cap", "sinks", "bias", "all")
+
+
+def scoring_of(kind: str, heads: int, dtype: torch.dtype) -> Scoring:
+    sinks, bias = random(heads, dtype=dtype, seed=5), random(heads, 300, dtype=torch.float32)
+    every = kind == "all"
+    return Scoring(
+        0.3,
+        3.0 if every or kind == "soft cap" else None,
+        sinks if every or kind == "sinks" else None,
+        bias[:, :256] if every or kind == "bias" else None,  # strided
+    )
+
+
+TREES = [(70, [-1, -1, 0, 1, 0, 2, 5, 6, 3]), (131, [*range(-1, 62), 3])]
+"""Bases and parents. The second one's last node has the last bit of a mask and a short path."""
+
+
+def check_trees_and_scorings(
+    kernels: LayerKernels,
+    kind: str,
+    window: int | None,
+    chunked: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    bits: bool,
+) -> None:
+    """Rows that end in trees, beside one without, against the definition and each token alone."""
+    keys = random(3, 2, 224, 48, dtype=dtype, seed=1)
+    values = random(3, 2, 224, 32, dtype=dtype, seed=2)
+    packed = [PackedRow(0, 3, 2, 97), PackedRow(3, 11, 0, 68), PackedRow(14, 5, 1, 190)]
+    trees = [None, *(Tree(*tree) for tree in TREES)]
+    positions, *numbers = lay_out(packed, trees)
+    paths, scoring = torch.tensor(numbers), scoring_of(kind, 6, dtype)
+    rows = cut_rows(np.array(packed), kernels.row_tokens or 99).tolist()
+    query = random(19, 6, 48, dtype=dtype)
+
+    def attend(
+        query: Tensor, keys: Tensor, values: Tensor, rows: list[list[int]], paths: Tensor | None
+    ) -> Tensor:
+        out = torch.empty(*query.shape[:2], 32, dtype=dtype, device=device)
+        places = (x.to(device) for x in (query, *in_pages(keys, values), torch.tensor(rows)))
+        there = [x.to(device) if isinstance(x, Tensor) else x for x in scoring]
+        kernels.attend(
+            *places, Scoring(*there), window, out, chunked=chunked,
+            paths=paths.to(device) if paths is not None else None,
+        )  # fmt: skip
+        return out.cpu()
+
+    out = attend(query, keys, values, rows, paths)
+    expected = attention(query, keys, values, rows, window, scoring, chunked=chunked, paths=paths)
+    for token, right in expected.items():
+        close(out[token], right)
+    for begin, count, slot, start in packed if bits else []:
+        for t in range(begin, begin + count):
+            places = places_of(start + t - begin, paths[:, t].tolist())
+            own = [x.new_zeros(1, *x.shape[1:]) for x in (keys, values)]
+            for mine, theirs in zip(own, (keys, values), strict=True):
+                mine[0, :, : len(places)] = theirs[slot, :, places]
+            alone = attend(query[t : t + 1], *own, [[0, 1, 0, positions[t]]], None)
+            assert torch.equal(alone[0], out[t])
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", SCORINGS)
+@pytest.mark.parametrize(("window", "chunked"), [(None, False), (7, False), (7, True), (90, True)])
+def test_trees_and_every_scoring_are_what_their_definitions_say(
+    kernels: CpuKernels, dtype: torch.dtype, kind: str, window: int | None, chunked: bool
+) -> None:
+    check_trees_and_scorings(kernels, kind, window, chunked, dtype, CPU, bits=True)
 
 
 @needs_compiler
@@ -161,7 +259,7 @@ def test_extreme_scores_are_no_problem(kernels: CpuKernels, dtype: torch.dtype) 
     query = 1000 * random(1, 1, 16, dtype=dtype)
     out = torch.empty(1, 1, 16, dtype=dtype)
     row = torch.tensor([[0, 1, 0, 99]])
-    kernels.attend(query, *in_pages(keys, values), row, 1.0, None, out)
+    kernels.attend(query, *in_pages(keys, values), row, Scoring(1.0), None, out)
     best = (query[0, 0].double() @ keys[0, 0, :100].double().T).argmax()
     close(out[0, 0], values[0, 0, best])
 

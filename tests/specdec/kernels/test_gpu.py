@@ -11,10 +11,13 @@ import os
 import pytest
 import torch
 
+from specdec.kernels.scoring import Scoring
 from tests.specdec.kernels.test_cpu import (
+    SCORINGS,
     attention,
     check_rotation,
     check_small_operators,
+    check_trees_and_scorings,
     close,
     in_pages,
     random,
@@ -66,7 +69,7 @@ def test_attention_is_what_its_definition_says(
     def attend(rows: list[list[int]]) -> torch.Tensor:
         out = torch.full((37, heads, dims[1]), 7.0, dtype=dtype, device=DEVICE)
         places = [x.to(DEVICE) for x in (query, *in_pages(keys, values))]
-        kernels.attend(*places, torch.tensor(rows, device=DEVICE), 0.3, window, out)
+        kernels.attend(*places, torch.tensor(rows, device=DEVICE), Scoring(0.3), window, out)
         return out.cpu()
 
     out, expected = attend(rows), attention(query, keys, values, rows, window)
@@ -85,9 +88,17 @@ def test_extreme_scores_are_no_problem(kernels: GpuKernels, dtype: torch.dtype) 
     out = torch.empty(1, 1, 16, dtype=dtype, device=DEVICE)
     row = torch.tensor([[0, 1, 0, 99]], device=DEVICE)
     stored = [x.to(DEVICE) for x in in_pages(keys.cpu(), values.cpu())]
-    kernels.attend(query, *stored, row, 10.0, None, out)
+    kernels.attend(query, *stored, row, Scoring(10.0), None, out)
     best = (query[0, 0].double() @ keys[0, 0, :100].double().T).argmax()
     close(out[0, 0], values[0, 0, best])
+
+
+@pytest.mark.parametrize("kind", SCORINGS)
+@pytest.mark.parametrize(("window", "chunked"), [(None, False), (7, False), (7, True), (90, True)])
+def test_trees_and_every_scoring_are_what_their_definitions_say(
+    kernels: GpuKernels, dtype: torch.dtype, kind: str, window: int | None, chunked: bool
+) -> None:
+    check_trees_and_scorings(kernels, kind, window, chunked, dtype, DEVICE, bits=False)
 
 
 @pytest.mark.parametrize("width", [24, 576, 1500])

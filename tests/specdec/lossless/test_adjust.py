@@ -44,7 +44,7 @@ def adjust(
     at = [
         len(rows[o].tokens) - rows[o].output_start + k for o, k in zip(owner, drafted, strict=True)
     ]
-    return adjuster(logits, torch.tensor(owner), torch.tensor(at), candidates)
+    return adjuster(logits, torch.tensor(owner), torch.tensor(at), candidates[owner])
 
 
 @pytest.mark.parametrize("seed", range(4))

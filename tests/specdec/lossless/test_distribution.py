@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from specdec.lossless import verification
+from specdec.lossless.proposal import Proposal
 from specdec.lossless.sampling import SamplingBatch
-from specdec.lossless.verification import MODES, Proposal, accepted_prefix
+from specdec.lossless.verification import MODES, accepted_prefix
 from specdec.request import SamplingParams
 from tests.specdec.goodness import chi_square_excess, counted, reference_distribution
 from tests.specdec.lossless.markov import CPU, Markov, Trim, decode_two

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from specdec.lossless.proposal import Proposal
 from specdec.lossless.sampling import SamplingBatch
 from specdec.lossless.verification import (
     MODES,
-    Proposal,
     accepted_prefix,
     match,
     reject,

@@ -25,6 +25,7 @@ from specdec.model.graphs import (
     record,
 )
 from specdec.model.stock import StockModel
+from specdec.model.trees import Tree
 from specdec.policies.registry import make_policy
 from specdec.request import Request, SamplingParams
 from tests.specdec.tiny_models import DEVICE, make_pair, noisy_copy, tiny_model
@@ -48,7 +49,7 @@ def decoder(recorder: Recorder | None) -> PackedDecoder:
 def sizes(decoder: PackedDecoder, cache: SlotCache) -> list[int]:
     """Of what a decoder recorded over a cache."""
     assert decoder.recordings is not None
-    return sorted({size for size, _ in decoder.recordings.over(cache)})
+    return sorted({size for size, *_ in decoder.recordings.over(cache)})
 
 
 def test_sizes_are_few_and_hardly_larger() -> None:
@@ -86,6 +87,36 @@ def test_a_recorded_forward_gives_what_a_plain_one_does(
                 assert not a[0, :, length:].any()  # padding goes nowhere else
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("row_tokens", [None, 4])
+def test_a_recorded_forward_of_trees_gives_what_a_plain_one_does(
+    row_tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuKernels, "row_tokens", row_tokens)
+    recording, plain = decoder(RECORDER), decoder(None)
+    caches = [each.new_cache(3, 128) for each in (recording, plain)]
+    generator = torch.Generator().manual_seed(0)
+    wide, deep = [-1, -1, 0, 0, 2], [-1, 0, 1, 1, 2, 4]
+    for trees in ([wide, deep, []], [deep, [], wide], [[-1] * 30, wide, deep]) * 2:
+        rows = [(slot, 1 + len(parents)) for slot, parents in enumerate(trees)]
+        tokens = torch.randint(90, (sum(n for _, n in rows),), generator=generator).to(DEVICE)
+        bases = [caches[0].lengths[slot] + 1 for slot in range(3)]
+        asked = [
+            Tree(base, parents) if parents else None
+            for base, parents in zip(bases, trees, strict=True)
+        ]
+        outs = [
+            each.forward(cache, rows, tokens, asked)
+            for each, cache in zip((recording, plain), caches, strict=True)
+        ]
+        torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
+        for cache in caches:
+            cache.keep([0, 1, 2], bases, [[1], [0][: len(trees[1])], []])
+        assert caches[0].lengths == caches[1].lengths
+    assert recording.recordings is not None
+    assert {key[::2] for key in recording.recordings.over(caches[0])} == {(16, True), (48, True)}
+
+
 def record_once(run: Run) -> Run:
     """Keeps what a graph keeps: the tensors that it wrote, and not what made them."""
     written = run()
@@ -109,7 +140,7 @@ def test_a_cache_and_its_recordings_go_when_nobody_needs_them(first: str) -> Non
     for each in (cache, other):
         recording.forward(each, [(0, 3)], torch.arange(3, device=DEVICE))
     assert recording.recordings is not None
-    recorded = weakref.ref(recording.recordings.over(cache)[4, None])
+    recorded = weakref.ref(recording.recordings.over(cache)[4, None, False])
     gone = weakref.ref(cache)
     if first == "the decoder":
         del recording
@@ -137,7 +168,7 @@ def test_recordings_over_tensors_that_were_replaced_are_not_repeated() -> None:
 
     forward()
     assert recording.recordings is not None
-    first = weakref.ref(recording.recordings.over(caches[0])[4, None])
+    first = weakref.ref(recording.recordings.over(caches[0])[4, None, False])
     for cache in caches:
         cache.grow(3, 256)
     assert not sizes(recording, caches[0])

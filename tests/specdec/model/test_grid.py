@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from specdec.kernels.scoring import Scoring
 from specdec.model.grid import MANY_ROWS, fused_attention, product_attention
-from specdec.model.scoring import Scoring
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from specdec.model.scoring import Scoring
+from specdec.kernels.scoring import Scoring
 from tests.specdec.model.test_decoder import bench_of
 from tests.specdec.tiny_models import tiny_model
 

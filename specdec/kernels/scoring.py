@@ -29,10 +29,18 @@ class Scoring(NamedTuple):
         """Whether weights are the softmax of scaled products: what fused kernels compute."""
         return self.softcap is None and self.sinks is None and self.key_bias is None
 
-    def biased(self, mask: Tensor) -> Tensor:
-        """An additive mask [..., T, L] for each head, or for all: [..., H or 1, T, L]."""
-        mask = mask[..., None, :, :]
-        return mask if self.key_bias is None else mask + self.key_bias[:, None, : mask.shape[-1]]
+    def biased(self, mask: Tensor, at: Tensor | None = None) -> Tensor:
+        """An additive mask [..., T, L] for each head, or for all: [..., H or 1, T, L].
+
+        `at`, int64 [..., T, L], are the positions of the keys if they are not 0 to L - 1.
+        """
+        masks = mask[..., None, :, :]
+        if self.key_bias is None:
+            return masks
+        if at is None:
+            return masks + self.key_bias[:, None, : mask.shape[-1]]
+        last = self.key_bias.shape[1] - 1
+        return masks + self.key_bias[:, at.clamp(max=last)].movedim(0, -3)
 
     def capped(self, scores: Tensor) -> Tensor:
         """Scores, softly bounded."""

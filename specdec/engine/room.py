@@ -1,0 +1,47 @@
+"""How many candidates each row has room for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specdec.drafters.base import Drafter
+from specdec.engine.scheduler import LiveRow
+from specdec.model.packing import GRID_TOKENS
+from specdec.model.pages import PAGE, pages_of
+from specdec.policies.base import MOST_CANDIDATES
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What bounds the candidates of a round's rows.
+
+    Attributes:
+        ahead: most candidates of a row; 0: nobody proposes any.
+        context: most tokens of a row that the target can read.
+        short: whether rows must stay in the grid (specdec/model/packing.py).
+        drafter: proposes, if candidates are drafted.
+    """
+
+    ahead: int
+    context: int
+    short: bool
+    drafter: Drafter | None
+
+    def depth(self, row: LiveRow) -> int:
+        """Most candidates that a decoding row may have behind each other."""
+        if row.doubtful:
+            return 0
+        left = row.sampling.max_new_tokens - row.generated - 1  # the bonus token takes one
+        # It has pages for no more than `ahead`.
+        most = min(left, GRID_TOKENS - 1 if self.short else self.context, self.ahead)
+        if self.drafter is not None:
+            most = min(most, self.drafter.context_length - len(row.tokens))
+        return max(0, most)
+
+    def nodes(self, row: LiveRow) -> int:
+        """Most nodes that its tree may have; they lie side by side in its last pages."""
+        return min(MOST_CANDIDATES, self.ahead, pages_of(row.need) * PAGE - len(row.tokens))
+
+    def pending(self, slot: int, row: LiveRow) -> int:
+        """Tokens that the drafter has not read."""
+        return 0 if self.drafter is None else len(row.tokens) - self.drafter.cache.lengths[slot]
