@@ -9,6 +9,8 @@ The axes are those of SpecDec++ (arXiv 2405.19715, figure 1): verification rate,
 output token; discard rate, candidates drafted in vain per output token; tokens per second. The
 bound is a clairvoyant policy's, which drafts what will be accepted and nothing else
 (specdec/simulate/bound.py); with more than one live row it ignores that rows wait for each other.
+Where traces know a draft's further choices, trees are replayed as well: `tree 4x2` is the policy
+`fixed` with k 4 and width 2, and the bound is one with trees. "/ fixed" compares with chains.
 Intervals are 95%, over prompts, paired (specdec/simulate/replay.py). The best fixed length is
 chosen on the same prompts, which is in its favour.
 
@@ -33,9 +35,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from enum import StrEnum
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from common import (
     DRAFT,
@@ -64,16 +68,9 @@ from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.registry import make_policy
 from specdec.request import Request, SamplingParams
 from specdec.simulate.bound import least_seconds
-from specdec.simulate.record import MOST, Text, measure_costs, record, write_texts
-from specdec.simulate.replay import (
-    Ratio,
-    Replay,
-    Transcript,
-    faster,
-    load_transcripts,
-    replay,
-    save_transcripts,
-)
+from specdec.simulate.record import MOST, WIDTH, Text, measure_costs, record, write_texts
+from specdec.simulate.replay import Ratio, Replay, faster, replay
+from specdec.simulate.transcripts import Transcript, load_transcripts, save_transcripts
 
 
 class Costs(StrEnum):
@@ -122,7 +119,7 @@ def record_command(
         )
     }
     texts = [Text(request, done[request.id]) for request in requests]
-    traced = record(pair, texts, verification=mode, head=trained, most=MOST)
+    traced = record(pair, texts, verification=mode, head=trained, most=MOST, width=WIDTH)
     traces = list(track(traced, "tracing", len(texts), console=console))
     about = {
         "pair": pair.describe(),
@@ -132,9 +129,10 @@ def record_command(
         "head": str(head) if head else None,
     }
     save_transcripts(out, traces, about)
-    accepted = sum(int(trace.accepted.sum()) for trace in traces)
-    n = sum(len(trace.accepted) for trace in traces)
-    console.print(f"{out}: {len(traces)} rows, {n} positions, {accepted / n:.1%} accepted")
+    ranks = np.concatenate([trace.ranks for trace in traces])
+    among = ", ".join(f"{(ranks < width).mean():.1%}" for width in range(1, traces[0].width + 1))
+    console.print(f"{out}: {len(traces)} rows, {len(ranks)} positions")
+    console.print(f"accepted among the draft's first 1, 2, .. choices: {among}")
 
 
 # ------------------------------------------------------------------------- costs
@@ -179,13 +177,17 @@ def costs_maker(
 # ------------------------------------------------------------------------ replay
 
 
-def contenders(trained: bool, make: Callable[[], CostModel]) -> dict[str, Callable[[], StopPolicy]]:
-    """Every policy to try, by name."""
+def contenders(
+    trained: bool, width: int, make: Callable[[], CostModel]
+) -> dict[str, Callable[[], StopPolicy]]:
+    """Every policy to try, by name; trees where the traces know `width` choices at a place."""
     # Weights are not needed: what a head says of each candidate is in the traces.
     head: Any = object() if trained else None
     named: dict[str, Callable[[], StopPolicy]] = {"none": lambda: make_policy("none")}
     for k in range(1, 15):
         named[f"fixed {k}"] = lambda k=k: make_policy("fixed", k=k)
+    for k, w in product(range(2, 11), range(2, width + 1)):
+        named[f"tree {k}x{w}"] = lambda k=k, w=w: make_policy("fixed", k=k, width=w)
     named["heuristic"] = lambda: make_policy("heuristic")
     for t in (0.2, 0.4, 0.6):
         named[f"confidence {t}"] = lambda t=t: make_policy("confidence", threshold=t)
@@ -197,9 +199,11 @@ def contenders(trained: bool, make: Callable[[], CostModel]) -> dict[str, Callab
                 "head", k_min=1, threshold=h, estimator=e, head=head
             )
     for estimator in ("confidence", "entropy", *(["head"] if trained else [])):
-        named[f"goodput, {estimator}"] = lambda e=estimator: make_policy(
-            "goodput", estimator=e, head=head, costs=make()
-        )
+        for w in sorted({1, width}):
+            trees = ", trees" * (w > 1)
+            named[f"goodput, {estimator}{trees}"] = lambda e=estimator, w=w: make_policy(
+                "goodput", estimator=e, head=head, costs=make(), width=w
+            )
     return named
 
 
@@ -243,9 +247,14 @@ def replay_command(
     make = costs_maker(costs, live, prompt, target, draft, precision)
     trained = bool(about["head"])
     warming = load_transcripts(warm)[0] if warm else []
-    results = replayed(loaded, warming, contenders(trained, make), make(), live)
+    named = contenders(trained, loaded[0].width, make)
+    results = replayed(loaded, warming, named, make(), live)
     tokens = sum(len(trace.accepted) - trace.first for trace in loaded)
-    bound = tokens / float(least_seconds(loaded, make(), live).sum())
+    bounds = {
+        w: tokens / float(least_seconds(loaded, make(), live, w).sum())
+        for w in sorted({1, loaded[0].width})
+    }
+    bound = max(bounds.values())
     fixed = max(
         (name for name in results if name.startswith("fixed")),
         key=lambda name: results[name].tokens_per_second,
@@ -276,9 +285,13 @@ def replay_command(
             interval(against.value, against.low, against.high, digits=3),
             f"{figures[name]['share_of_bound']:.1%}",
         )
-    speedup = bound / results["none"].tokens_per_second
     note = "" if live == 1 else " (ignores that rows wait for each other)"
-    console.print(table, f"clairvoyant bound: {bound:.2f} tokens/s, {speedup:.3f} / none{note}")
+    console.print(table)
+    for w, reached in bounds.items():
+        speedup = reached / results["none"].tokens_per_second
+        console.print(
+            f"clairvoyant bound, width {w}: {reached:.2f} tokens/s, {speedup:.3f} / none{note}"
+        )
     if as_json:
         as_json.write_text(json.dumps({"about": about, "bound": bound, "policies": figures}))
     if plot:

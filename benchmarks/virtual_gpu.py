@@ -39,8 +39,9 @@ from rich.table import Table
 from specdec.policies.base import StopPolicy
 from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.registry import make_policy
-from specdec.simulate.replay import Transcript, load_transcripts, replay
+from specdec.simulate.replay import replay
 from specdec.simulate.script import Script
+from specdec.simulate.transcripts import Transcript, load_transcripts
 from specdec.simulate.virtual import ForwardCosts, Steady, VirtualEngine
 
 SIZES = sorted({round(1.15**i) for i in range(56)} | set(range(1, 65)))

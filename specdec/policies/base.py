@@ -30,9 +30,10 @@ must keep to it by itself. Earlier rounds may be remembered because no random nu
 numbers are keyed by the row's round, too. `choose` is free: what is known was not drawn.
 
 In a tree the same holds of each node. Whether it is kept, and submitted, may depend on what is
-known before it is drawn, its parent and other branches among it, and never on itself or on what it
-leads to. All children of a node are drawn at once. So how many of them `keep` and `prune` leave may
-depend on none of them: on neither their tokens nor their LOG_Q.
+known before it is drawn: its better siblings, its parent and other branches. It may never depend on
+itself, on worse siblings, which lack it, or on what it leads to. For once y_1..y_{r-1} are
+rejected, both y_r and a bonus token in its place have the law of what these rejections left of the
+target's distribution. So any choice between the two that is made without y_r is right.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ verification, and what everything costs depends on the batch. So `goodput` asks 
 is expected to bring and what it costs (specdec/policies/objective.py), for all rows together:
 
     choose   which of the candidates that are known without a draft to take?
-    budget   is speculation worth it at all, and for which rows?
+    budget   is speculation worth it at all, and for which rows? as chains or as trees?
     go_on    which rows draft another candidate?
     submit   which candidates are worth verifying?
     observe  learn: acceptance (Estimator), costs (CostModel), the goodput reached, the switch
@@ -16,6 +16,9 @@ propose is a debt that the row's rounds share (specdec/policies/catch_up.py). An
 that is faster than the host's decisions, as many candidates as pay on average may be better than
 the best choice that the device has to wait for (specdec/policies/looking.py).
 
+The same for trees is in specdec/policies/growing.py. Whether these are faster than chains is
+measured for each size of batch, as is whether to look.
+
 What may be trimmed. In matching modes any candidate may be dropped, so the verified set is chosen
 when all are drawn. Under rejection sampling y_k may be dropped by what was known before it was
 drawn: after the draft step that made its distribution, by the estimate that does not know it.
@@ -23,7 +26,7 @@ drawn: after the draft step that made its distribution, by the estimate that doe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -31,13 +34,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from specdec.measure.calibration import Array, Flags
-from specdec.policies.base import MOST_CANDIDATES, DraftStep, RoundOutcome, RoundStart
+from specdec.policies.base import MOST_CANDIDATES, MOST_WIDTH, DraftStep, RoundOutcome, RoundStart
 from specdec.policies.catch_up import owed, shared
 from specdec.policies.chains import Chain
 from specdec.policies.costs import CostModel
-from specdec.policies.estimating import EstimatingPolicy
+from specdec.policies.growing import GrowingPolicy
 from specdec.policies.known import KnownChains, in_front, survivals
 from specdec.policies.looking import Looking, expected
+from specdec.policies.measuring import Measurements
 from specdec.policies.objective import (
     best_constant,
     best_prefixes,
@@ -63,13 +67,6 @@ PAUSE = 20.0
 What is longer is a pause of the machine, not what speculation costs. Set by hand.
 """
 
-TOGETHER = 16
-"""Measurements that are collected before the cost tables learn from them.
-
-Each update takes array operations of some 20 µs, and the tables of `further_seconds` anew. Raised,
-costs follow a change of the machine later.
-"""
-
 FIRST_ROWS = 16
 """Rows that draft before any candidate was judged.
 
@@ -91,7 +88,7 @@ The seconds of further candidates are kept for each share that occurs. Raised, f
 
 
 @dataclass(eq=False)
-class Goodput(EstimatingPolicy):
+class Goodput(GrowingPolicy):
     """Maximises committed tokens per second; K = 0 where speculation does not pay.
 
     Attributes:
@@ -105,10 +102,11 @@ class Goodput(EstimatingPolicy):
 
     costs: CostModel | None = None
     k_max: int = setting(20, 1, MOST_CANDIDATES, "most candidates of a round")
+    width: int = setting(1, 1, MOST_WIDTH, "most children of a node; 1: no trees")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.switch, self.looking = Switch(), Looking()
+        self.switch, self.looking, self._measured = Switch(), Looking(), Measurements()
         self.found, self.found_switch = KnownChains(), Switch()
         self._begun: RoundStart | None = None
         self._known: list[list[float]] = []  # survival of the known candidates taken, by row
@@ -118,10 +116,8 @@ class Goodput(EstimatingPolicy):
         self._tokens, self._hoped = 5.0, 5.0
         # First candidates of rows lately: all and those worth verifying; expected tokens of both.
         self._firsts = [8.0, 8.0, 4.0, 4.0]
-        # Seconds since the cost tables learnt last, by what learns them and by tokens.
-        self._measured: dict[tuple[Callable[..., None], int], list[float]] = {}
         # `further_seconds` of the tables as they are, by its arguments.
-        self._furthers: dict[tuple[int, int, float], Sequence[Sequence[float]] | Array] = {}
+        self._furthers: dict[tuple[int, int, float, float], Sequence[Sequence[float]] | Array] = {}
 
     def prepare(self, target: PackedDecoder, draft: PackedDecoder | None, slots: int) -> None:
         if draft is None:
@@ -169,6 +165,7 @@ class Goodput(EstimatingPolicy):
         assert self.costs is not None, "prepare() comes before the first round"
         budget = [0] * len(start.rows)
         self._probing, self._looks = False, True
+        self.width, self.forest = 1, None
         known = [*map(len, self._known)] if self._begun is start else budget
         rows = [row for row, room in enumerate(start.room) if room > known[row]]
         if not rows or self.switch.stands(start):
@@ -185,8 +182,12 @@ class Goodput(EstimatingPolicy):
         first = [step + more for step, more in zip(steps, owing, strict=False)]
         looks = not start.beside or self.looking.choose(len(start.rows))  # else all is submitted
         share, yielding = self._first_ones if looks else (1.0, 1.0)
-        expected = [yielding * rates[row] for row in rows]
-        number, length, promised = self._leading(rows, expected, first, self.k_max, share)
+        wide = looks and not any(known) and self._branching(start)
+        if wide:
+            rates, share, yielding = self.passing, 1.0, 1.0
+        each = [rates[row] for row in rows]
+        expected = [yielding * rate for rate in each]
+        number, length, promised = self._leading(each, expected, first, self.k_max, share)
         most = self.k_max
         if self.switch.pays(promised / len(rows)):
             chosen = rows[:number]
@@ -196,7 +197,9 @@ class Goodput(EstimatingPolicy):
                 self._looks, most = False, length
         else:
             chosen = self.switch.probe(start, sorted(rows), self.costs)
-            self._probing = True
+            self._probing, wide = True, False
+        if wide:
+            self._plant(start)
         hope = None if self._probing else promised / len(rows)
         start.notes.update(promised=hope, looked=self._looks)
         for row in chosen:
@@ -237,6 +240,8 @@ class Goodput(EstimatingPolicy):
 
     def go_on(self, step: DraftStep) -> Flags:
         assert self.costs is not None
+        if step.parents is not None:
+            return self._expand(step.depth)
         alive = [] if self._free_trimming else [*self.survival]
         judged = self._judge(step)
         rows = judged.rows
@@ -259,23 +264,23 @@ class Goodput(EstimatingPolicy):
     def _best(self, expected: dict[int, float], first: Sequence[float], left: int) -> list[int]:
         """Which rows to take one step further, by what that is expected to yield of each."""
         rows = sorted(expected, key=lambda row: -expected[row])
-        n, _, gain = self._leading(rows, [expected[row] for row in rows], first, left)
+        rates = [self.typical[row] for row in rows]
+        n, _, gain = self._leading(rates, [expected[row] for row in rows], first, left)
         return rows[:n] if gain > 0 else []
 
     def _leading(
         self,
-        rows: Sequence[int],
-        expected: Sequence[float],
-        first: Sequence[float],
+        rates: Sequence[float] | Array,
+        expected: Sequence[float] | Array,
+        first: Sequence[float] | Array,
         left: int,
         share: float = 1.0,
+        floor: float = 0.0,
     ) -> tuple[int, int, float]:
-        """`leading_rows` of these rows, at the round's price and the costs as they are."""
         assert self.costs is not None
-        key = self._tokens_fed, len(rows), share
+        key = self._tokens_fed, len(rates), share, floor
         if key not in self._furthers:
             self._furthers[key] = further_seconds(self.costs, *key)
-        rates = [self.typical[row] for row in rows]
         return leading_rows(rates, expected, first, self._furthers[key], self.price, left)
 
     # ------------------------------------------------------------ before verification
@@ -332,12 +337,15 @@ class Goodput(EstimatingPolicy):
             return
         rows = len(outcome.start.rows)
         spent = outcome.verify_cost[1] + sum(spent for _, spent in outcome.draft_costs)
+        if speculated and promised is not None and looked:
+            taken = shared(spent, outcome, self.costs.draft)
+            self._compare(outcome, rows + expected(outcome), taken)
         if outcome.start.beside and speculated and promised is not None and looked is not None:
             self.looking.ended(rows, looked, rows + expected(outcome), spent)
             if looked == self.looking.pays(rows):  # else a round has other costs than most
-                self._measure(outcome, None if looked else spent)
+                self._measured.note(self.costs, outcome, None if looked else spent)
         else:
-            self._measure(outcome)
+            self._measured.note(self.costs, outcome)
         self._tokens = MEMORY * self._tokens + sum(outcome.accepted) / rows + 1
         plain = float(self.costs.verify(rows))
         spent = min(spent, PAUSE * plain)
@@ -345,30 +353,8 @@ class Goodput(EstimatingPolicy):
         switches = {self.switch: speculated, self.found_switch: any(outcome.submitted)}
         for each, used in switches.items():
             each.ended(used, spent / plain)
-        if sum(map(len, self._measured.values())) >= TOGETHER:
-            for (learn, tokens), measured in self._measured.items():
-                learn(tokens, *measured)
-            self._measured, self._furthers = {}, {}
-
-    def _measure(self, outcome: RoundOutcome, whole: float | None = None) -> None:
-        """Note what a round's forwards took.
-
-        Args:
-            outcome: of the round.
-            whole: seconds of the round, where it is not known which part of it took how long: the
-                host launched all of them and then waited. Each has its expected share.
-        """
-        assert self.costs is not None
-        draft, verify = self.costs.observe_draft, self.costs.observe_verify
-        parts = [(draft, *step) for step in outcome.draft_costs] + [(verify, *outcome.verify_cost)]
-        if whole is not None:
-            steps = [(draft, n, float(self.costs.draft(n))) for _, n, _ in parts[:-1]]
-            tokens = outcome.verify_cost[0]
-            parts = [*steps, (verify, tokens, float(self.costs.verify(tokens)))]
-            slower = whole / sum(seconds for *_, seconds in parts)
-            parts = [(learn, n, slower * seconds) for learn, n, seconds in parts]
-        for learn, tokens, seconds in parts:
-            self._measured.setdefault((learn, tokens), []).append(seconds)
+        if self._measured.teach():
+            self._furthers = {}
 
     def _yield(self, outcome: RoundOutcome, decoding: bool) -> float:
         """Tokens per row that a round with candidates yielded beyond its cost."""

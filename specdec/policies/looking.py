@@ -93,6 +93,8 @@ class Looking:
 def expected(outcome: RoundOutcome) -> float:
     """Tokens that a round's submitted candidates were expected to yield, once they were drawn."""
     notes, submitted = outcome.start.notes, outcome.submitted
+    if outcome.path:
+        return float(notes["forest"].expected(outcome.kept))
     steps, _ = notes["judged"]
     taken = notes.get("taken") or [()] * len(submitted)
     tokens = sum(sum(each[:n]) for each, n in zip(taken, submitted, strict=True))

@@ -53,9 +53,9 @@ def best_constant(costs: CostModel, rows: int, rate: float, most: int) -> float:
 
 
 def leading_rows(
-    rates: Sequence[float],
-    expected: Sequence[float],
-    first: Sequence[float],
+    rates: Sequence[float] | Array,
+    expected: Sequence[float] | Array,
+    first: Sequence[float] | Array,
     further: Sequence[Sequence[float]] | Array,
     price: float,
     steps: int,
@@ -101,7 +101,7 @@ def leading_rows(
 
 
 def further_seconds(
-    costs: CostModel, fed: int, n: int, share: float
+    costs: CostModel, fed: int, n: int, share: float, floor: float = 0.0
 ) -> Sequence[Sequence[float]] | Array:
     """Seconds of 1..AHEAD more candidates of each of 1..n rows, less the first draft step.
 
@@ -110,15 +110,16 @@ def further_seconds(
         fed: packed tokens of the verification as it is.
         n: rows.
         share: how much of the candidates will be submitted.
+        floor: the least seconds that each of them takes.
 
     Returns:
         [n, AHEAD], as lists where they are few.
     """
     j = np.arange(1, n + 1)[:, None]
-    verify = costs.verify.curve(fed, fed + n * AHEAD)
     submitted = np.rint(share * j * _STEPS).astype(int)
+    verify = costs.verify.curve(fed, fed + int(submitted[-1, -1]))
     drafting = costs.draft.curve(1, n)[:, None] * (_STEPS - 1)
-    further: Array = verify[submitted] - verify[0] + drafting
+    further: Array = np.maximum(verify[submitted] - verify[0], floor * submitted) + drafting
     return further if n > FEW else further.tolist()
 
 
@@ -153,3 +154,17 @@ def by_row(best: Sequence[tuple[float, int]], rows: int) -> list[int]:
     for _, row in best:
         counts[row] += 1
     return counts
+
+
+def best_number(worth: Array, verify: Array, price: float, floor: float = 0.0) -> int:
+    """How many nodes of trees are worth verifying: `best_prefixes` for those in order already.
+
+    Args:
+        worth: float [n], survival, falling.
+        verify: seconds of a verification with 0, 1, ... n of them.
+        price: tokens that a second is worth.
+        floor: tokens that each place of the verification is worth, at least.
+    """
+    costs = np.maximum(price * (verify - verify[0]), floor * np.arange(len(verify)))
+    gains = np.append(0.0, np.cumsum(worth)) - costs
+    return int(gains.argmax())

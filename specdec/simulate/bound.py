@@ -9,10 +9,12 @@ import numpy as np
 
 from specdec.measure.calibration import Array
 from specdec.policies.costs import CostModel, CostTable
-from specdec.simulate.replay import Transcript
+from specdec.simulate.transcripts import Transcript
 
 
-def least_seconds(transcripts: Sequence[Transcript], costs: CostModel, live: int = 1) -> Array:
+def least_seconds(
+    transcripts: Sequence[Transcript], costs: CostModel, live: int = 1, width: int = 1
+) -> Array:
     """Seconds that each transcript takes at least: a bound for every policy.
 
     Who knows which candidates are accepted drafts no other. With one live row, the best lengths are
@@ -26,6 +28,12 @@ def least_seconds(transcripts: Sequence[Transcript], costs: CostModel, live: int
     a / live + b (k + 1) + k (c / live + d). Of the lines along the curves' lower convex hulls,
     those that give the most seconds are taken.
 
+    With trees the same holds of longer runs: who knows which of the draft's choices is accepted
+    drafts that one, and no sibling of it.
+
+    Args:
+        width: choices that there are at each place.
+
     Returns:
         float [rows]; their sum is the bound.
     """
@@ -35,23 +43,23 @@ def least_seconds(transcripts: Sequence[Transcript], costs: CostModel, live: int
         verify, draft = _rising(costs.verify, most + 1), _rising(costs.draft, most)
         choices = (k * draft[1] + verify[k + 1])[None]
     else:
-        verifying = _lines(costs.verify, live * (most + 1))
-        drafting = _lines(costs.draft, live)
+        verifying = lower_lines(costs.verify, live * (most + 1))
+        drafting = lower_lines(costs.draft, live)
         choices = np.array(
             [a / live + b * (k + 1) + k * (c / live + d) for a, b in verifying for c, d in drafting]
         )
-    seconds = np.stack([_least(transcript, choices) for transcript in transcripts], 1)
+    seconds = np.stack([_least(transcript, choices, width) for transcript in transcripts], 1)
     best: Array = seconds[np.argmax(seconds.sum(1))]
     return best
 
 
-def _least(transcript: Transcript, choices: Array) -> Array:
+def _least(transcript: Transcript, choices: Array, width: int) -> Array:
     """float [c]: the least cost of the transcript, if k candidates cost choices[c, k]."""
-    n = len(transcript.accepted)
+    n, runs = len(transcript.ranks), transcript.runs_within(width)
     best = np.zeros((len(choices), n + 1))
     first = min(transcript.first, n)
     for t in range(n - 1, first - 1, -1):
-        most = max(min(int(transcript.runs[t]), transcript.most, transcript.limit - t), 0)
+        most = max(min(int(runs[t]), transcript.most, transcript.limit - t), 0)
         after = np.minimum(np.arange(t + 1, t + most + 2), n)
         best[:, t] = (choices[:, : most + 1] + best[:, after]).min(1)
     cost: Array = best[:, first]
@@ -64,7 +72,7 @@ def _rising(table: CostTable, tokens: int) -> Array:
     return np.minimum.accumulate(seconds[::-1])[::-1][: tokens + 1]
 
 
-def _lines(table: CostTable, tokens: int) -> list[tuple[float, float]]:
+def lower_lines(table: CostTable, tokens: int) -> list[tuple[float, float]]:
     """(a, b), both >= 0, of lines a + b n below the table for n in 1..tokens, along its hull."""
     seconds = _rising(table, tokens)
     hull: list[int] = []

@@ -1,25 +1,19 @@
 """Recording `Transcript`s: what speculation would meet along texts that the target wrote itself.
 
-Both models read a text x once (teacher forcing). At each output position t, after the true prefix
-x_<t, a candidate y_t is drawn *given* x_t, so that the two have the joint law that they have in
-speculative sampling:
-
-    x_t was drawn from p. Let y_t = x_t with probability min(1, q(x_t) / p(x_t)), otherwise draw y_t
-    from (q - p)+, normalised.
-
-Proof: speculative sampling draws y ~ q, lets x = y with probability min(1, p(y) / q(y)), otherwise
-x ~ (p - q)+ / TV. Both ways P(x = y = v) = min(p(v), q(v)), and for v /= w, P(x = v, y = w) =
-(p - q)+(v) (q - p)+(w) / TV. It is the maximal coupling of p and q, read from either end. []
-
-So one pass over the text gives, for every position at once, whether a candidate there would be
-accepted, whatever policy is asked later. In matching modes the candidate is the draft's own choice,
-and accepted iff it is x_t.
+Both models read a text x once (teacher forcing). At each output position the draft's choices are
+drawn *given* what the target wrote there, so that the two have the joint law that they have in
+speculative sampling (specdec/simulate/coupling.py). So one pass over the text gives, for every
+position at once, which of the draft's choices would be accepted, whatever policy is asked later. In
+matching modes the choices are the draft's own best, and x_t is accepted among them or not.
 
 A policy drafts on behind a candidate that will be rejected, since it cannot know. What it would see
-there is recorded too: from every such candidate the draft is rolled out by its own sampling.
+there is recorded too: at every place the draft is rolled out by its own sampling behind its best
+wrong choice. Where its first choice is right this takes ASIDE steps, the last of which stands for
+those behind it.
 
-Numbers are keyed by a seed of the recording's own, the position and what they are for; those of a
-rollout also by the candidate that it starts from, as if that were its round. None is drawn twice.
+Numbers are keyed by a seed of the recording's own, the position, the rank and what they are for;
+those of a rollout also by the candidate that it starts from, as if that were its round. None is
+drawn twice.
 """
 
 from __future__ import annotations
@@ -37,15 +31,23 @@ from torch import Tensor
 
 from specdec.engine.admission import Pair
 from specdec.engine.engine import Engine
-from specdec.lossless.sampling import Draw, SamplingBatch, probabilities, sample, uniform
+from specdec.lossless.sampling import (
+    Draw,
+    SamplingBatch,
+    exponential_noise,
+    probabilities,
+    sample,
+    uniform,
+)
 from specdec.lossless.verification import MODES
 from specdec.model.decoder import PackedDecoder
 from specdec.policies.base import HEAD_SIGNALS, Signal
 from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.profiling import profile_costs
-from specdec.policies.signals import AcceptanceHead, read_signals
+from specdec.policies.signals import LEAST_LOG, AcceptanceHead, read_signals
 from specdec.request import Completion, Request
-from specdec.simulate.replay import Transcript
+from specdec.simulate.coupling import choices_given, without
+from specdec.simulate.transcripts import Transcript
 from specdec.training.examples import Example
 from specdec.training.scores import target_states
 
@@ -53,6 +55,15 @@ MOST = 20
 """Most candidates of a round that the transcripts can answer for.
 
 Recording takes a draft forward for each, and files grow with it. 20 is the usual `k_max`.
+"""
+
+WIDTH = 4
+"""Choices of the draft at each place that transcripts know. Files grow with it."""
+
+ASIDE = 6
+"""Steps that the draft is rolled out behind a second choice where the first one is right.
+
+Raised, recording takes longer: most places are such.
 """
 
 _LOGIT_ROWS = 256
@@ -85,25 +96,6 @@ def write_texts(engine: Engine, requests: Sequence[Request]) -> Iterator[Complet
         yield from engine.step()
 
 
-def reversed_coupling(p: Tensor, q: Tensor, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Candidates given what the target drew: the maximal coupling from its other end.
-
-    Args:
-        p, q: float32 [n, V], the target's and the draft's distributions.
-        x: int64 [n], drawn from p.
-        u, v: float64 [n], independent uniform numbers in [0, 1).
-
-    Returns:
-        int64 [n], distributed as q, and equal to x as often as rejection sampling accepts.
-    """
-    at = x[:, None]
-    same = u[:, None] * p.gather(1, at) < q.gather(1, at)
-    residual = (q - p).clamp_(min=0)
-    # p == q up to rounding may fail the test by a hair, with nothing left: q is the right answer.
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, q)
-    return torch.where(same[:, 0], x, sample(residual, v).clamp(min=0))
-
-
 def record(
     pair: Pair,
     texts: Sequence[Text],
@@ -111,6 +103,7 @@ def record(
     verification: Literal["rejection", "coupled"] = "rejection",
     head: AcceptanceHead | None = None,
     most: int = MOST,
+    width: int = 1,
 ) -> Iterator[Transcript]:
     """Record texts one by one.
 
@@ -120,7 +113,8 @@ def record(
             outgrows the draft's context is cut there.
         verification: as in the Engine that is to be simulated. Greedy rows match in both.
         head: fills the head's signals, if there is one.
-        most: most candidates of a round.
+        most: most candidates of a round, one behind another.
+        width: choices of the draft at each place.
 
     Raises:
         ValueError: the pair has no draft, or one that cannot go on from anywhere in a text.
@@ -132,7 +126,7 @@ def record(
             "transcripts need a draft that can go on from anywhere in a text; this one has layers "
             "whose state runs on, so compare policies in jobs"
         )
-    recorder = _Recorder(pair, pair.draft, verification, head, most)
+    recorder = _Recorder(pair, pair.draft, verification, head, most, width)
     for text in texts:
         room = pair.draft_context_length - len(text.request.prompt_ids) + 1
         output = text.output_ids[: max(room, 0)]
@@ -150,8 +144,10 @@ class _Recorder:
         verification: Literal["rejection", "coupled"],
         head: AcceptanceHead | None,
         most: int,
+        width: int,
     ) -> None:
-        self.pair, self.draft, self.head, self.most = pair, draft, head, most
+        self.pair, self.draft, self.head = pair, draft, head
+        self.most, self.width = most, width
         self.verification = verification
         self.wanted = frozenset(Signal) if head else frozenset(Signal) - HEAD_SIGNALS
         self.cache = draft.new_cache(1 + _BRANCHES, 0)
@@ -168,29 +164,38 @@ class _Recorder:
         seed = request.sampling.seed if matching else _own_seed(request)
         sampling = SamplingBatch.of([replace(request.sampling, seed=seed)], self.draft.device)
 
-        candidates, signals = self._candidates(text, sampling, matching)
-        accepted = (candidates.cpu() == torch.tensor(output)).numpy()
+        choices, signals = self._choices(text, sampling, matching)
+        right = (choices.cpu() == torch.tensor(output)[:, None]).numpy()
+        ranks = np.where(right.any(1), right.argmax(1), self.width)
+        branches = torch.zeros(n, self.most - 1, *signals.shape[1:], device=signals.device)
         # An accepted end of the text is drafted past as well: the draft does not know of it.
-        starts = [t for t in range(n) if not accepted[t] or t == n - 1]
-        branches = self._branches(starts, candidates[starts], prompt, limit, sampling)
+        wrong = [t for t in range(n) if ranks[t] or t == n - 1]
+        aside = [t for t in range(n - 1) if not ranks[t]] if self.width > 1 else []
+        for starts, rank, steps in ((wrong, 0, self.most - 1), (aside, 1, ASIDE)):
+            if starts:
+                from_ = choices[starts, rank].clamp(min=0)
+                rolled = self._branches(starts, from_, prompt, limit, steps, sampling)
+                branches[starts, :steps] = rolled
+                branches[starts, steps:] = rolled[:, -1:]
+        known = sorted([*wrong, *aside])
         branch_of = np.full(n, -1, dtype=np.int64)
-        branch_of[starts] = np.arange(len(starts))
+        branch_of[known] = np.arange(len(known))
         return Transcript(
             id=request.id,
             group=text.group,
             prompt_tokens=prompt,
             limit=limit,
             free_trimming=matching,
-            accepted=accepted,
+            ranks=ranks,
             signals=signals.cpu().numpy(),
             branch_of=branch_of,
-            branches=branches.cpu().numpy(),
+            branches=branches[known].cpu().numpy(),
         )
 
-    def _candidates(
+    def _choices(
         self, text: Text, sampling: SamplingBatch, matching: bool
     ) -> tuple[Tensor, Tensor]:
-        """Candidates int64 [n] along the text and their signals; slot 0 then holds the text."""
+        """Choices int64 [n, width] along the text and their signals; slot 0 then holds the text."""
         pair, draft, request = self.pair, self.draft, text.request
         example = Example(request.id, request.prompt_ids, text.output_ids)
         tokens = torch.tensor(example.input_ids, device=draft.device)
@@ -206,16 +211,45 @@ class _Recorder:
             logits = draft.logits(states[at])[:, : pair.vocab_size]
             rows = sampling.rows(torch.zeros_like(at))
             if matching:
-                y, _ = self.mode.propose(logits, rows, at)
+                y = self._drawn(logits, rows, at)
             else:
                 judged = target_states_[at.to(target_states_.device)]
                 target_logits = pair.target.logits(judged)[:, : pair.vocab_size]
                 p = probabilities(target_logits.to(draft.device), rows)
-                u, v = (uniform(rows.seed, at, draw) for draw in (Draw.ACCEPT, Draw.BONUS))
-                y = reversed_coupling(p, probabilities(logits, rows), x[at], u, v)
-            found.append((y, read_signals(logits, y, states[at], self.wanted, self.head)))
-        candidates, signals = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return candidates, signals
+                y = choices_given(p, probabilities(logits, rows), x[at], self.width, rows, at)
+            found.append((y, self._signals(logits, y, states[at])))
+        choices, signals = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return choices, signals
+
+    def _drawn(self, logits: Tensor, params: SamplingBatch, at: Tensor) -> Tensor:
+        """The draft's own choices int64 [n, width] from logits [n, V]; -1 where there are none."""
+        y, q = self.mode.propose(logits, params, at)
+        if self.width == 1:
+            return y[:, None]
+        if q is None:
+            if params.all_greedy:
+                scores = logits
+            else:
+                scores = probabilities(logits, params)
+                scores = scores / exponential_noise(params.seed, at, scores.shape[1])
+            best = scores.topk(min(self.width, scores.shape[1]))
+            return torch.where(best.values == 0, -1, best.indices)
+        found = [y]
+        for rank in range(1, self.width):
+            q = without(q, found[-1])
+            u = uniform(params.in_round(torch.full_like(at, rank)).seed, at, Draw.CANDIDATE)
+            found.append(torch.where(q.sum(-1) > 0, sample(q, u), -1))
+        return torch.stack(found, 1)
+
+    def _signals(self, logits: Tensor, choices: Tensor, hidden: Tensor) -> Tensor:
+        """float32 [n, width, len(Signal)]; choices that are none look hopeless."""
+        each = [
+            read_signals(logits, y.clamp(min=0), hidden, self.wanted, self.head)
+            for y in choices.unbind(1)
+        ]
+        signals = torch.stack(each, 1)
+        signals[..., Signal.LOG_Q].masked_fill_(choices < 0, LEAST_LOG)
+        return signals
 
     def _branches(
         self,
@@ -223,15 +257,16 @@ class _Recorder:
         candidates: Tensor,
         prompt: int,
         limit: int,
+        depth: int,
         sampling: SamplingBatch,
     ) -> Tensor:
         """Signals of what the draft proposes behind candidates at `starts` (rising).
 
         Returns:
-            float32 [len(starts), most - 1, len(Signal)]; zeros from position `limit` on.
+            float32 [len(starts), depth, width, len(Signal)]; zeros from position `limit` on.
         """
-        device, depth = self.draft.device, self.most - 1
-        result = torch.zeros(len(starts), depth, len(Signal), device=device)
+        device = self.draft.device
+        result = torch.zeros(len(starts), depth, self.width, len(Signal), device=device)
         for begin in range(0, len(starts), _BRANCHES):
             part = starts[begin : begin + _BRANCHES]
             slots = range(1, 1 + len(part))
@@ -249,10 +284,9 @@ class _Recorder:
                 same = sampling.rows(torch.zeros_like(places))
                 if self.mode is MODES["rejection"]:
                     same = same.in_round(places - step)  # rollouts meet at a position
-                tokens, _ = self.mode.propose(logits, same, places)
-                result[begin : begin + len(at), step] = read_signals(
-                    logits, tokens, hidden, self.wanted, self.head
-                )
+                choices = self._drawn(logits, same, places)
+                result[begin : begin + len(at), step] = self._signals(logits, choices, hidden)
+                tokens = choices[:, 0]
         return result
 
 

@@ -12,24 +12,26 @@ specdec/simulate/bound.py says what is the least that any policy could take.
 
 from __future__ import annotations
 
-import json
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from specdec.atomic import atomic_file
-from specdec.measure.calibration import Array, Flags
-from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, RowMemory, StopPolicy
+from specdec.measure.calibration import Array
+from specdec.policies.base import (
+    MOST_CANDIDATES,
+    DraftStep,
+    RoundOutcome,
+    RoundStart,
+    RowMemory,
+    StopPolicy,
+)
 from specdec.policies.costs import CostModel
 from specdec.request import Counts
+from specdec.simulate.growth import ROOT, Growth
+from specdec.simulate.transcripts import Signals, Transcript
 
 LAPS = 4
 """Rows per slot that a steady replay runs at least.
@@ -39,106 +41,6 @@ Raised, replays take longer and depend less on which rows come first.
 
 RESAMPLES = 4000
 """Bootstrap samples behind an interval. More make its ends repeat more closely."""
-
-Signals = NDArray[np.float32]
-Whole = NDArray[np.int64]
-
-
-# ------------------------------------------------------------------ transcripts
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Transcript:
-    """What speculation would meet along one row's output of n tokens.
-
-    Attributes:
-        id, group: of the row; results are reported by group.
-        prompt_tokens: length of the prompt.
-        limit: no candidate has an output position of `limit` or more.
-        free_trimming: as in `RoundStart`.
-        accepted: bool [n], whether the candidate drawn after the first t output tokens is the next
-            one.
-        signals: float32 [n, len(Signal)], what a policy may see of it.
-        branch_of: int64 [n], where drafting goes on after a candidate that is not accepted, as an
-            index into branches; -1 where it is accepted and the text goes on.
-        branches: float32 [m, depth, len(Signal)], signals of up to `depth` further candidates.
-        runs: int64 [n + 1], how many candidates from t on are accepted.
-    """
-
-    id: str
-    group: str
-    prompt_tokens: int
-    limit: int
-    free_trimming: bool
-    accepted: Flags
-    signals: Signals
-    branch_of: Whole
-    branches: Signals
-    runs: Whole = field(init=False)
-
-    def __post_init__(self) -> None:
-        n = len(self.accepted)
-        stops = np.append(np.flatnonzero(~self.accepted), n)
-        places = np.arange(n + 1)
-        object.__setattr__(self, "runs", stops[np.searchsorted(stops, places)] - places)
-
-    @property
-    def most(self) -> int:
-        """The most candidates that a round may draft."""
-        return 1 + int(self.branches.shape[1])
-
-    @property
-    def first(self) -> int:
-        """Output tokens that there are before the first round that may draft."""
-        return 1 if self.prompt_tokens > 1 else 0
-
-    def seen(self, start: int, index: int) -> Signals:
-        """Signals of candidate `index` (from 0) of a round that begins after `start` tokens."""
-        at = start + index
-        last = min(start + int(self.runs[start]), len(self.accepted) - 1)
-        if at <= last:
-            row: Signals = self.signals[at]
-        else:
-            row = self.branches[self.branch_of[last], at - last - 1]
-        return row
-
-
-def save_transcripts(
-    path: Path, transcripts: Sequence[Transcript], about: Mapping[str, Any]
-) -> None:
-    """Write transcripts as safetensors, in one step.
-
-    Args:
-        transcripts: at least one, of equal depth.
-        about: how they were made, JSON-able.
-    """
-    plain = ("id", "group", "prompt_tokens", "limit", "free_trimming")
-    rows = [
-        {name: getattr(transcript, name) for name in plain}
-        | {"n": len(transcript.accepted), "m": len(transcript.branches)}
-        for transcript in transcripts
-    ]
-    arrays = {
-        name: np.concatenate([getattr(transcript, name) for transcript in transcripts])
-        for name in ("accepted", "signals", "branch_of", "branches")
-    }
-    with atomic_file(path) as fresh:
-        save_file(arrays, fresh, {"rows": json.dumps(rows), "about": json.dumps(dict(about))})
-
-
-def load_transcripts(path: Path) -> tuple[list[Transcript], dict[str, Any]]:
-    """The transcripts that `save_transcripts` wrote, and how they were made."""
-    opened: Any = safe_open(path, framework="np")
-    metadata = opened.metadata()
-    arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    transcripts: list[Transcript] = []
-    n = m = 0
-    for row in json.loads(metadata["rows"]):
-        ends = n + row.pop("n"), m + row.pop("m")
-        parts = {name: arrays[name][n : ends[0]] for name in ("accepted", "signals", "branch_of")}
-        transcripts.append(Transcript(**row, **parts, branches=arrays["branches"][m : ends[1]]))
-        n, m = ends
-    return transcripts, json.loads(metadata["about"])
 
 
 # ----------------------------------------------------------------------- replay
@@ -217,7 +119,7 @@ def replay(
     A policy that learns goes on from what it knows; give it other transcripts first to warm it up.
 
     Args:
-        policy: asked for more than a transcript's `most` candidates, it gets these.
+        policy: asked for more than a transcript's `most` candidates or its `width`, it gets these.
         costs: the virtual clock; a policy that refines costs needs a copy of its own.
         live: rows are refilled from the transcripts in order.
         steady: count only rounds in which all `live` rows are there, and go round the transcripts
@@ -260,36 +162,83 @@ def _round(rows: Sequence[_Row], policy: StopPolicy, costs: CostModel, result: R
         draft_pending=[row.pending for row in rows],
         target_tokens=len(rows),
         free_trimming=all(row.transcript.free_trimming for row in rows),
+        nodes=[MOST_CANDIDATES] * len(rows),
     )
-    drafted, draft_costs = _draft(rows, start, policy, costs)
-    submitted = policy.submit(drafted) if draft_costs else drafted
-    packed = len(rows) + sum(submitted)
-    verify_cost = (packed, float(costs.verify(packed)))
-    share = (verify_cost[1] + sum(spent for _, spent in draft_costs)) / len(rows)
-
-    accepted, judged = [], []
-    for row, d, k in zip(rows, drafted, submitted, strict=True):
-        left, run = len(row.transcript.accepted) - row.at, int(row.transcript.runs[row.at])
-        a = min(k, run)
-        # Past the end of the text nothing is known of candidates, and nothing can be learned.
-        accepted.append(a)
-        judged.append(a if run == left else k)
-        kept = min(a + 1, left)
-        result.rows[row.number].add(Counts(1, d, k, min(a, kept), kept))
-        result.row_seconds[row.number] += share
-        row.at += kept
-        # The draft's cache holds all candidates but the last, as far as they stand.
-        row.pending = max(a - d + 2, 1) if d else row.pending + 1
-    policy.observe(RoundOutcome(start, drafted, judged, accepted, draft_costs, verify_cost))
-
-
-def _draft(
-    rows: Sequence[_Row], start: RoundStart, policy: StopPolicy, costs: CostModel
-) -> tuple[list[int], list[tuple[int, float]]]:
-    """How many candidates each row gets, and packed tokens and seconds of each draft step."""
     wanted = policy.budget(start)
     limits = zip(wanted, start.room, rows, strict=True)
     budget = [min(k, room, row.transcript.most) for k, room, row in limits]
+    if policy.width > 1:
+        _end(rows, start, policy, costs, result, _grown(rows, start, budget, policy, costs))
+    else:
+        _end(rows, start, policy, costs, result, _drafted(rows, start, budget, policy, costs))
+
+
+@dataclass(slots=True)
+class _Proposed:
+    """What was drafted for the rows of a round, and what became of it.
+
+    Attributes:
+        drafted, submitted, accepted: candidates per row.
+        known: candidates per row of which the transcript knows, up to the first that falls.
+        read: how many accepted candidates the draft has read, per row.
+        costs: packed tokens and seconds of each draft step.
+        parents, kept, path: as in `RoundOutcome`.
+    """
+
+    drafted: Sequence[int]
+    submitted: Sequence[int]
+    accepted: Sequence[int]
+    known: Sequence[int]
+    read: Sequence[int]
+    costs: list[tuple[int, float]]
+    parents: Sequence[Sequence[int]] = ()
+    kept: Sequence[Sequence[int]] = ()
+    path: Sequence[Sequence[int]] = ()
+
+
+def _end(
+    rows: Sequence[_Row],
+    start: RoundStart,
+    policy: StopPolicy,
+    costs: CostModel,
+    result: Replay,
+    made: _Proposed,
+) -> None:
+    """Verify, commit, and tell the policy."""
+    packed = len(rows) + sum(made.submitted)
+    verify_cost = (packed, float(costs.verify(packed)))
+    share = (verify_cost[1] + sum(spent for _, spent in made.costs)) / len(rows)
+    each = zip(rows, made.drafted, made.submitted, made.accepted, made.read, strict=True)
+    for row, drafted, submitted, accepted, read in each:
+        left = len(row.transcript.ranks) - row.at
+        kept = min(accepted + 1, left)
+        result.rows[row.number].add(Counts(1, drafted, submitted, min(accepted, kept), kept))
+        result.row_seconds[row.number] += share
+        row.at += kept
+        row.pending = accepted + 1 - read if drafted else row.pending + 1
+    policy.observe(
+        RoundOutcome(
+            start,
+            made.drafted,
+            made.known,
+            made.accepted,
+            made.costs,
+            verify_cost,
+            parents=made.parents,
+            kept=made.kept,
+            path=made.path,
+        )
+    )
+
+
+def _drafted(
+    rows: Sequence[_Row],
+    start: RoundStart,
+    budget: Sequence[int],
+    policy: StopPolicy,
+    costs: CostModel,
+) -> _Proposed:
+    """Candidates that follow each other."""
     drafted = [0] * len(rows)
     spent: list[tuple[int, float]] = []
     active = [i for i, k in enumerate(budget) if k > 0]
@@ -301,12 +250,72 @@ def _draft(
             drafted[i] = depth
         going = np.array([budget[i] > depth for i in active])
         if policy.wanted:
-            signals = [rows[i].transcript.seen(rows[i].at, depth - 1) for i in active]
+            signals = [_seen(rows[i], depth - 1) for i in active]
             step = DraftStep(np.array(active), depth, np.stack(signals).astype(np.float64))
             going &= policy.go_on(step)
         active = [i for i, on in zip(active, going, strict=True) if on]
         packed = len(active)
-    return drafted, spent
+    submitted = policy.submit(drafted) if spent else drafted
+    runs = [int(row.transcript.runs[row.at]) for row in rows]
+    accepted = [min(k, run) for k, run in zip(submitted, runs, strict=True)]
+    # Past the end of the text nothing is known of candidates, and nothing can be learned.
+    left = [len(row.transcript.ranks) - row.at for row in rows]
+    ends = zip(submitted, accepted, runs, left, strict=True)
+    known = [a if run == most else k for k, a, run, most in ends]
+    # The draft's cache holds all candidates but the last, as far as they stand.
+    read = [max(min(a, d - 1), 0) for a, d in zip(accepted, drafted, strict=True)]
+    return _Proposed(drafted, submitted, accepted, known, read, spent)
+
+
+def _grown(
+    rows: Sequence[_Row],
+    start: RoundStart,
+    budget: Sequence[int],
+    policy: StopPolicy,
+    costs: CostModel,
+) -> _Proposed:
+    """Trees of candidates."""
+    trees = [Growth(row.transcript, row.at) for row in rows]
+    width = min(policy.width, *(row.transcript.width for row in rows))
+    spent: list[tuple[int, float]] = []
+    frontier = [(i, ROOT) for i, k in enumerate(budget) if k > 0]
+    packed = sum(start.draft_pending[i] for i, _ in frontier)
+    while frontier:
+        spent.append((packed, float(costs.draft(packed))))
+        children = [(*each, rank) for each in frontier for rank in range(width)]
+        of, parents, ranks = (np.array(each) for each in zip(*children, strict=True))
+        signals = [trees[i].expand(node, width) for i, node in frontier]
+        step = DraftStep(of, len(spent), np.concatenate(signals).astype(np.float64), parents, ranks)
+        kept = policy.keep(step)
+        going = kept & policy.go_on(step) if policy.wanted else kept
+        frontier = []
+        for (i, parent, rank), keep, on in zip(children, kept, going, strict=True):
+            if keep and len(trees[i].parents) < start.nodes[i]:
+                node = trees[i].add(parent, rank)
+                if on and budget[i] > len(spent):
+                    frontier.append((i, node))
+        packed = len(frontier)
+    parents_ = [tree.parents for tree in trees]
+    kept_ = policy.prune(parents_) if spent else parents_
+    path = [tree.path(set(nodes)) for tree, nodes in zip(trees, kept_, strict=True)]
+    known_ = [tree.judged(nodes) for tree, nodes in zip(trees, kept_, strict=True)]
+    return _Proposed(
+        drafted=[*map(len, parents_)],
+        submitted=[*map(len, kept_)],
+        accepted=[*map(len, path)],
+        known=[*map(len, known_)],
+        read=[len(tree.expanded.intersection(p)) for tree, p in zip(trees, path, strict=True)],
+        costs=spent,
+        parents=parents_,
+        kept=known_,
+        path=path,
+    )
+
+
+def _seen(row: _Row, index: int) -> Signals:
+    """Signals of candidate `index` (from 0) of the round that begins now."""
+    last = min(row.at + int(row.transcript.runs[row.at]), len(row.transcript.accepted) - 1)
+    return row.transcript.choices(row.at + index, last)[0]
 
 
 # -------------------------------------------------------------------- statistics

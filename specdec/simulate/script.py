@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specdec.policies.base import Signal
 from specdec.request import Request, SamplingParams
-from specdec.simulate.replay import Transcript
+from specdec.simulate.transcripts import Transcript
 
 VOCABULARY = 128
 """Tokens of the made-up vocabulary: enough for a distribution's tail, few enough to be quick."""
@@ -38,9 +38,9 @@ class Script:
         self.first = torch.from_numpy(ends - [n + 1 for n in self.lengths])
         states = int(ends[-1])
         self.truth = torch.arange(states) * 37 % WRONG
-        none = np.zeros((1, transcripts[0].signals.shape[1]), dtype=np.float32)
+        none = np.zeros((1, transcripts[0].signals.shape[2]), dtype=np.float32)
         right = torch.from_numpy(np.concatenate([np.append(t.accepted, True) for t in transcripts]))
-        signals = np.concatenate([part for t in transcripts for part in (t.signals, none)])
+        signals = np.concatenate([part for t in transcripts for part in (t.signals[:, 0], none)])
         # Where drafting goes on behind each state's candidate, if that is wrong.
         self.depth = transcripts[0].branches.shape[1]
         branches = np.cumsum([0, *[len(t.branches) for t in transcripts]])
@@ -49,7 +49,8 @@ class Script:
             for t, start in zip(transcripts, branches, strict=False)
         ]
         self.branch = states + torch.from_numpy(np.concatenate(behind)) * self.depth
-        rolled = np.concatenate([t.branches.reshape(-1, none.shape[1]) for t in transcripts])
+        chains = [t.branches[:, :, 0] for t in transcripts]
+        rolled = np.concatenate([chain.reshape(-1, none.shape[1]) for chain in chains])
         off = torch.full((len(rolled),), WRONG)
         self.candidates = torch.cat([torch.where(right, self.truth, WRONG), off])
         self.draft_logits = _logits(np.concatenate([signals, rolled]), self.candidates)

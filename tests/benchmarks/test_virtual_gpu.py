@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from specdec.simulate.replay import save_transcripts
+from specdec.simulate.transcripts import save_transcripts
 from tests.specdec.simulate.test_virtual import transcripts
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/virtual_gpu.py"

@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
 from specdec.lossless.sampling import SamplingBatch, coupled_choice, probabilities
-from specdec.policies.base import Signal, StopPolicy
+from specdec.policies.base import TOKEN_SIGNALS, Signal, StopPolicy
 from specdec.policies.costs import CostModel
 from specdec.policies.registry import make_policy
 from specdec.policies.signals import read_signals
 from specdec.request import Completion, Counts, Request, SamplingParams
-from specdec.simulate.record import Text, measure_costs, record, reversed_coupling
-from specdec.simulate.replay import Transcript, replay
-from tests.specdec.goodness import FALSE_ALARM, chi_square_excess, counted
+from specdec.simulate.record import Text, measure_costs, record
+from specdec.simulate.replay import replay
+from specdec.simulate.transcripts import Transcript
+from tests.specdec.goodness import FALSE_ALARM
 from tests.specdec.tiny_models import TinyPair, make_pair
 from tests.specdec.workloads import linear, prompts, random_head
 
@@ -55,35 +56,6 @@ def texts_of(
     return [Text(r, c.output_ids, "g") for r, c in zip(requests, done, strict=True)]
 
 
-# -------------------------------------------------------------------------------- the coupling
-
-
-def test_the_reversed_coupling_has_the_law_of_rejection_sampling() -> None:
-    vocab, n = 6, 200_000
-    generator = torch.Generator().manual_seed(3)
-    p, q = (torch.rand(vocab, generator=generator) ** 3 for _ in range(2))
-    p[4] = q[5] = 0.0  # tokens that only one of the two can draw
-    p, q = p / p.sum(), q / q.sum()
-    x = torch.multinomial(p.expand(n, -1), 1, generator=generator)[:, 0]
-    u, v = (torch.rand(n, generator=generator) for _ in range(2))
-    y = reversed_coupling(p.expand(n, -1), q.expand(n, -1), x, u, v)
-    # The joint law of (committed, candidate): Leviathan et al., algorithm 1, written out.
-    rejected = (q - p).clamp(min=0)
-    joint = torch.diag(torch.minimum(p, q))
-    joint += (p - q).clamp(min=0)[:, None] * rejected[None] / rejected.sum()
-    assert joint.sum(0) == pytest.approx(q, abs=1e-6)
-    assert joint.sum(1) == pytest.approx(p, abs=1e-6)
-    # Fails by chance with probability FALSE_ALARM.
-    assert chi_square_excess(counted(torch.stack([x, y], 1), vocab), joint) < 1
-
-
-def test_equal_distributions_always_couple() -> None:
-    p = torch.softmax(torch.randn(50, 9, generator=torch.Generator().manual_seed(0)), -1)
-    x = p.argmin(-1)
-    ones = torch.full((50,), 1 - 2.0**-24)
-    assert torch.equal(reversed_coupling(p, p.clone(), x, ones, ones), x)
-
-
 # ------------------------------------------------------------------------- against the models
 
 
@@ -113,7 +85,7 @@ def test_transcripts_are_what_the_plain_models_say(
         y = logits.argmax(-1)
         assert transcript.accepted[t] == (int(y) == x)
         expected = read_signals(logits, y, hidden, wanted, head)[0]
-        assert torch.tensor(transcript.signals[t]) == pytest.approx(expected, abs=2e-3)
+        assert torch.tensor(transcript.signals[t, 0]) == pytest.approx(expected, abs=2e-3)
         if transcript.accepted[t] and t < len(text.output_ids) - 1:
             assert transcript.branch_of[t] == -1
             continue
@@ -126,7 +98,7 @@ def test_transcripts_are_what_the_plain_models_say(
             logits, hidden = signals_after(pair, draft_model, context)
             y = logits.argmax(-1)
             expected = read_signals(logits, y, hidden, wanted, head)[0]
-            assert torch.tensor(branch[step]) == pytest.approx(expected, abs=2e-3)
+            assert torch.tensor(branch[step, 0]) == pytest.approx(expected, abs=2e-3)
 
 
 def test_coupled_candidates_share_the_noise_of_the_row(
@@ -136,13 +108,36 @@ def test_coupled_candidates_share_the_noise_of_the_row(
     (text,) = texts_of(pair, [request], "coupled")
     (transcript,) = record(pair, [text], verification="coupled", most=3)
     assert transcript.free_trimming
-    assert not transcript.signals[:, [Signal.HEAD_BEFORE, Signal.HEAD_AFTER]].any()
+    assert not transcript.signals[..., [Signal.HEAD_BEFORE, Signal.HEAD_AFTER]].any()
     params = SamplingBatch.of([request.sampling], torch.device("cpu"))
     for t, x in enumerate(text.output_ids):
         context = [*request.prompt_ids, *text.output_ids[:t]]
         logits, _ = signals_after(pair, draft_model, context)
         y = coupled_choice(probabilities(logits, params), params.seed, torch.tensor([t]))
         assert transcript.accepted[t] == (int(y) == x)
+
+
+def test_siblings_are_the_draft_s_next_best(pair: TinyPair, draft_model: PreTrainedModel) -> None:
+    """Greedy: its likeliest tokens in order, and branches behind its best wrong one."""
+    (text,) = texts_of(pair, [Request("a", prompts([11])[0], replace(GREEDY, max_new_tokens=12))])
+    (transcript,) = record(pair, [text], most=4, width=3)
+    (chain,) = record(pair, [text], most=4)
+    assert np.array_equal(transcript.signals[:, :1], chain.signals)
+    assert (transcript.branch_of == np.arange(12)).all()
+    for t, x in enumerate(text.output_ids):
+        context = [*text.request.prompt_ids, *text.output_ids[:t]]
+        logits, hidden = signals_after(pair, draft_model, context)
+        best = logits[0].topk(3).indices
+        assert transcript.ranks[t] == [*best.tolist()[:3], x].index(x)
+        for rank, y in enumerate(best):
+            expected = read_signals(logits, y[None], hidden, frozenset(TOKEN_SIGNALS))[0]
+            assert torch.tensor(transcript.signals[t, rank]) == pytest.approx(expected, abs=2e-3)
+        wrong = best[0 if transcript.ranks[t] or t == 11 else 1]
+        if t + 1 < transcript.limit:
+            logits, hidden = signals_after(pair, draft_model, [*context, int(wrong)])
+            expected = read_signals(logits, logits.argmax(-1), hidden, frozenset(TOKEN_SIGNALS))
+            behind = transcript.branches[t, 0, 0]
+            assert torch.tensor(behind) == pytest.approx(expected[0], abs=2e-3)
 
 
 def test_a_text_is_cut_where_the_draft_ends(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,8 @@ from specdec.policies.registry import make_policy
 from specdec.policies.simple import Fixed
 from specdec.request import Counts
 from specdec.simulate.bound import least_seconds
-from specdec.simulate.replay import (
-    Transcript,
-    acceptance,
-    acceptance_by_position,
-    faster,
-    load_transcripts,
-    replay,
-    save_transcripts,
-)
+from specdec.simulate.replay import acceptance, acceptance_by_position, faster, replay
+from specdec.simulate.transcripts import Transcript, load_transcripts, save_transcripts
 from tests.specdec.workloads import linear, staircase
 
 DEPTH = 7
@@ -38,11 +32,12 @@ def transcript_of(
     starts = [t for t in range(n) if not flags[t] or t == n - 1]
     branch_of = np.full(n, -1, dtype=np.int64)
     branch_of[starts] = np.arange(len(starts))
-    signals = chance.normal(-1, 1, (n, len(Signal))).astype(np.float32)
-    branches = chance.normal(-1, 1, (len(starts), DEPTH, len(Signal))).astype(np.float32)
+    signals = chance.normal(-1, 1, (n, 1, len(Signal))).astype(np.float32)
+    branches = chance.normal(-1, 1, (len(starts), DEPTH, 1, len(Signal))).astype(np.float32)
     for array in (signals, branches):
         array[..., Signal.ENTROPY] = abs(array[..., Signal.ENTROPY])
-    return Transcript(f"r{seed}", group, prompt, limit, False, flags, signals, branch_of, branches)
+    ranks = 1 - flags.astype(np.int64)
+    return Transcript(f"r{seed}", group, prompt, limit, False, ranks, signals, branch_of, branches)
 
 
 def random_transcripts(rows: int = 12, rate: float = 0.6, tokens: int = 60) -> list[Transcript]:
@@ -53,7 +48,7 @@ def random_transcripts(rows: int = 12, rate: float = 0.6, tokens: int = 60) -> l
         n = int(chance.integers(tokens // 2, tokens))
         chances = chance.beta(4 * rate, 4 * (1 - rate), n)
         transcript = transcript_of(chance.random(n) < chances, seed=i, group="ab"[i % 2])
-        transcript.signals[:, [Signal.LOG_Q, Signal.LOG_TOP]] = np.log(chances)[:, None]
+        transcript.signals[..., [Signal.LOG_Q, Signal.LOG_TOP]] = np.log(chances)[:, None, None]
         transcript.branches[..., [Signal.LOG_Q, Signal.LOG_TOP]] = np.log(rate)
         transcripts.append(transcript)
     return transcripts
@@ -154,19 +149,19 @@ def test_behind_a_wrong_candidate_a_policy_sees_the_branch() -> None:
     replay([transcript], policy, COSTS)
     seen = np.concatenate([step.signals for step in policy.steps[:4]])
     expected = [
-        transcript.signals[1],
-        transcript.signals[2],
-        transcript.branches[1, 0],
-        transcript.branches[1, 1],
+        transcript.signals[1, 0],
+        transcript.signals[2, 0],
+        transcript.branches[1, 0, 0],
+        transcript.branches[1, 1, 0],
     ]
     assert np.array_equal(seen, np.array(expected, dtype=np.float64))
     # From 3 the text is accepted to its end; what is drafted past it has signals and no verdict.
     seen = np.concatenate([step.signals for step in policy.steps[4:]])
     expected = [
-        transcript.signals[3],
-        transcript.signals[4],
-        transcript.branches[2, 0],
-        transcript.branches[2, 1],
+        transcript.signals[3, 0],
+        transcript.signals[4, 0],
+        transcript.branches[2, 0, 0],
+        transcript.branches[2, 1, 0],
     ]
     assert np.array_equal(seen, np.array(expected, dtype=np.float64))
     last = policy.outcomes[-1]
@@ -238,6 +233,25 @@ def test_all_accepted_and_free_is_reached() -> None:
 # -------------------------------------------------------------------------- goodput, in short
 
 
+@pytest.mark.parametrize(
+    ("live", "free", "counts"),
+    [
+        (1, False, (395, 1709, 1709, 530)),
+        (4, False, (439, 1246, 1236, 485)),
+        (4, True, (440, 1237, 1237, 484)),
+    ],
+)
+def test_chains_are_what_they_were_before_there_were_trees(
+    live: int, free: bool, counts: tuple[int, ...]
+) -> None:
+    """Rounds, and candidates drafted, verified and accepted, of the version before."""
+    transcripts = [replace(each, free_trimming=free) for each in random_transcripts(20)]
+    costs = CostModel(linear(0.05, 0.001), staircase(8, 0.2))
+    policy = make_policy("goodput", costs=copy.deepcopy(costs), width=1)
+    done = replay(transcripts, policy, costs, live).counts
+    assert (done.rounds, done.drafted, done.verified, done.accepted) == counts
+
+
 @pytest.mark.parametrize("live", [1, 4])
 def test_goodput_once_warm_is_near_the_best_fixed(live: int) -> None:
     transcripts = random_transcripts(30)
@@ -290,7 +304,7 @@ def test_transcripts_survive_a_file(tmp_path: Path) -> None:
     for before, after in zip(transcripts, loaded, strict=True):
         for name in ("id", "group", "prompt_tokens", "limit", "free_trimming"):
             assert getattr(before, name) == getattr(after, name)
-        for name in ("accepted", "signals", "branch_of", "branches", "runs"):
+        for name in ("ranks", "signals", "branch_of", "branches", "runs"):
             assert np.array_equal(getattr(before, name), getattr(after, name))
     policies = [make_policy("head", estimator="confidence") for _ in range(2)]
     results = [replay(t, p, COSTS) for t, p in zip((transcripts, loaded), policies, strict=True)]
@@ -298,5 +312,5 @@ def test_transcripts_survive_a_file(tmp_path: Path) -> None:
 
 
 def replace_group(transcript: Transcript, group: str) -> Transcript:
-    names = [n for n in Transcript.__dataclass_fields__ if n != "runs"]
+    names = [field.name for field in fields(Transcript) if field.init]
     return Transcript(**{**{n: getattr(transcript, n) for n in names}, "group": group})

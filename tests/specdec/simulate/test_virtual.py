@@ -16,8 +16,9 @@ from specdec.policies.base import Signal, StopPolicy
 from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.registry import make_policy
 from specdec.request import Completion
-from specdec.simulate.replay import Transcript, replay
+from specdec.simulate.replay import replay
 from specdec.simulate.script import VOCABULARY, Script
+from specdec.simulate.transcripts import Transcript
 from specdec.simulate.virtual import (
     MADE_UP,
     TRANSFER,
@@ -37,14 +38,22 @@ def transcripts(rows: int, tokens: int = 40, rate: float = 0.8) -> list[Transcri
         starts = np.flatnonzero(~accepted | (np.arange(tokens) == tokens - 1))
         branch_of = np.full(tokens, -1)
         branch_of[starts] = np.arange(len(starts))
-        signals = np.zeros((tokens, len(Signal)), dtype=np.float32)
-        signals[:, Signal.LOG_TOP] = np.log(random.uniform(0.4, 0.75, tokens))
-        signals[:, Signal.LOG_Q] = signals[:, Signal.LOG_TOP] - np.where(accepted, 0, 1.2)
-        branches = np.zeros((len(starts), DEPTH, len(Signal)), dtype=np.float32)
+        signals = np.zeros((tokens, 1, len(Signal)), dtype=np.float32)
+        signals[:, 0, Signal.LOG_TOP] = np.log(random.uniform(0.4, 0.75, tokens))
+        signals[:, 0, Signal.LOG_Q] = signals[:, 0, Signal.LOG_TOP] - np.where(accepted, 0, 1.2)
+        branches = np.zeros((len(starts), DEPTH, 1, len(Signal)), dtype=np.float32)
         branches[..., : Signal.ENTROPY] = -1.5
         made.append(
             Transcript(
-                str(row), "", 20 + row, tokens - 1, False, accepted, signals, branch_of, branches
+                str(row),
+                "",
+                20 + row,
+                tokens - 1,
+                False,
+                1 - accepted.astype(np.int64),
+                signals,
+                branch_of,
+                branches,
             )
         )
     return made
@@ -111,7 +120,7 @@ def test_a_policy_sees_the_signals_of_its_script() -> None:
     script = Script(rows)
     log_q = torch.log_softmax(script.draft_logits, -1)
     drawn = log_q.gather(1, script.candidates[:, None])[:-1, 0][: script.lengths[0]]
-    np.testing.assert_allclose(drawn, rows[0].signals[:, Signal.LOG_Q], atol=0.02)
+    np.testing.assert_allclose(drawn, rows[0].signals[:, 0, Signal.LOG_Q], atol=0.02)
     assert script.draft_logits.shape[1] == VOCABULARY
 
 

@@ -1,0 +1,285 @@
+"""Trees under measured costs: which children are kept, expanded and verified, and what is learnt.
+
+The objective is that of chains (specdec/policies/objective.py): expected tokens, less what the time
+is worth. A node's expected tokens are its survival, the product of the estimates along its path.
+It falls from a parent to its children and from a child to its worse siblings. So the likeliest
+nodes of all rows, however many, are trees again.
+
+    keep    a child takes a place of the verification if it is worth one
+    expand  another level takes a draft step, which all nodes that are expanded share
+    prune   where nodes may be dropped by what they are, the best set of all
+
+One thing is new. A draft step later there are likelier nodes perhaps, and a verification has room
+for so many tokens before it takes longer. What a place is worth in the end, the `floor`, is learnt
+from what was worth verifying in the last rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from specdec.measure.calibration import Array, Flags
+from specdec.policies.base import (
+    MOST_CANDIDATES,
+    DraftStep,
+    Explanation,
+    Indices,
+    RoundOutcome,
+    RoundStart,
+)
+from specdec.policies.costs import CostModel
+from specdec.policies.estimating import EstimatingPolicy
+from specdec.policies.forest import NONE, Children, Forest
+from specdec.policies.looking import Looking
+from specdec.policies.objective import best_number
+from specdec.policies.siblings import sibling_estimator
+
+SLACK = 0.5
+"""Part of the floor that a node must be worth to be kept at first, where it may be dropped later.
+
+Raised, what turns out to be worth verifying is missing now and then; lowered, a row's tree is full
+sooner.
+"""
+
+FIRST_FLOOR = 0.02
+"""The floor before any tree was verified. Between what one row and 64 had; it lasts one round."""
+
+MOST_OF_SECOND = 0.3
+"""Tokens that a place in the verification may cost where trees are tried.
+
+A second child, which is no likelier than the first, is worth half a token at most, and seldom more
+than this. Raised, trees are tried in batches too large for them.
+"""
+
+FOLLOW = 0.9
+"""Weight that is left of the floor after one more round of trees.
+
+Raised, the floor is steadier and follows the batch later. Set by hand.
+"""
+
+SETTLED = 4.0
+"""Rounds of trees, less what is forgotten, before they are compared with chains.
+
+The floor has to be found first. Raised, trees that do not pay are grown for longer at first.
+"""
+
+SECOND_RATE = 0.4
+"""How often one of the others stands where a first child fell, before anything was judged.
+
+Raised, the first trees are deeper. It soon fades.
+"""
+
+
+class GrowingPolicy(EstimatingPolicy):
+    """An estimating policy whose candidates may be trees.
+
+    Attributes:
+        costs, price, k_max: as of `Goodput`, whose part this is.
+        siblings: judges children behind better ones.
+        forest: the trees of the round, where it grows any.
+        widening: whether trees or chains are faster, as measured.
+        floor: tokens that a place of the verification is worth, at least.
+    """
+
+    costs: CostModel | None
+    k_max: int
+    price: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.siblings = sibling_estimator()
+        self.forest: Forest | None = None
+        self._widest, self.widening = self.width, Looking()  # `width` is the round's from here on
+        self.floor, self._rounds = FIRST_FLOOR, 0.0
+        # First children that fell lately, and of how many of them a sibling stood.
+        self._fallen, self._caught = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * SECOND_RATE
+        # Packed tokens of the verification: without any candidate, and as it is now.
+        self._tokens_bare = self._tokens_fed = 0
+
+    @property
+    def most(self) -> int:
+        return super().most if self._widest == 1 else MOST_CANDIDATES
+
+    def _plant(self, start: RoundStart) -> None:
+        """Begin the trees of a round."""
+        self.width = self._widest
+        self.forest = start.notes["forest"] = Forest(self.typical, start.nodes, start.free_trimming)
+
+    def _branching(self, start: RoundStart) -> bool:
+        """Whether a round grows trees."""
+        assert self.costs is not None
+        rows = len(start.rows)
+        if self._widest == 1 or not start.nodes:
+            return False
+        bare, one_each = self._tokens_bare, self._tokens_bare + rows
+        seconds = float(self.costs.verify(one_each) - self.costs.verify(bare)) / rows
+        return self.price * seconds < MOST_OF_SECOND and self.widening.choose(rows)
+
+    @property
+    def passing(self) -> list[float]:
+        """How often some child of an accepted node is accepted, by row."""
+        caught = self._caught / self._fallen
+        return [rate + (1 - rate) * caught for rate in self.typical]
+
+    def _leading(
+        self,
+        rates: Sequence[float] | Array,
+        expected: Sequence[float] | Array,
+        first: Sequence[float] | Array,
+        left: int,
+        share: float = 1.0,
+        floor: float = 0.0,
+    ) -> tuple[int, int, float]:
+        """`leading_rows`, or nodes, at the round's price and the costs as they are."""
+        raise NotImplementedError
+
+    def _compare(self, outcome: RoundOutcome, tokens: float, seconds: float) -> None:
+        """Note what a round was expected to yield, and took, for the choice of trees or chains."""
+        trees = bool(outcome.path)
+        if self._widest > 1 and (not trees or self._rounds > SETTLED):
+            self.widening.ended(len(outcome.start.rows), trees, tokens, seconds)
+
+    # ---------------------------------------------------------------- decisions
+
+    def keep(self, step: DraftStep) -> Flags:
+        assert self.costs is not None and self.forest is not None
+        forest = self.forest
+        children = forest.judge(step, self.estimator, self.siblings)
+        if forest.free:  # `prune` chooses, when all are drawn
+            order = forest.fitting(np.flatnonzero(children.worth >= SLACK * self.floor))
+            self._tokens_fed += int((children.worth[order] >= self.floor).sum())
+            return forest.keep(order)
+        # Rank by rank: whether a child is kept may depend on its better siblings only.
+        kept, next_best = children.ranks[:0], np.flatnonzero(children.ranks == 0)
+        while len(next_best):
+            order = forest.fitting(next_best, kept)
+            fed = self._tokens_fed + len(kept)
+            seconds = self.costs.verify.curve(fed, fed + len(order))
+            number = best_number(children.worth[order], seconds, self.price, self.floor)
+            kept = np.concatenate([kept, order[:number]])
+            next_best = children.behind(order[:number])
+        self._tokens_fed += len(kept)
+        return forest.keep(kept)
+
+    def _expand(self, depth: int) -> Flags:
+        """Which of the children just drawn are expanded."""
+        assert self.costs is not None and self.forest is not None
+        children, floor = self.forest.steps[-1], self.floor
+        going, left = np.zeros(len(children.rows), dtype=bool), self.k_max - depth
+        # A place for its first child must be worth it. The others count, and pay for themselves.
+        worth = children.survival * children.typical >= floor
+        nodes = np.flatnonzero(worth & (children.nodes != NONE))
+        if not left or not len(nodes):
+            return going
+        nodes = nodes[np.argsort(-children.survival[nodes], kind="stable")]
+        rates = np.array(self.passing)[children.rows[nodes]]
+        expected = children.survival[nodes] * rates
+        next_step = self.costs.draft.curve(1, len(nodes))
+        n, _, gain = self._leading(rates, expected, next_step, left, floor=floor / self.price)
+        if gain > 0:
+            going[nodes[:n]] = True
+        return going
+
+    def prune(self, parents: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        assert self.costs is not None and self.forest is not None
+        _, _, worth = self.forest.drawn()
+        number = self._worth_verifying(worth)
+        least = float(worth[number - 1]) if 0 < number < len(worth) else 0.0
+        least = max(least, self.forest.crowding())
+        self._rounds = FOLLOW * self._rounds + 1
+        self.floor += (least - self.floor) / self._rounds
+        if not self.forest.free:
+            return [range(len(each)) for each in parents]
+        rows, nodes, worth = self.forest.drawn(nodes_only=True)
+        number = self._worth_verifying(worth)
+        rows, nodes = rows[:number], nodes[:number]
+        return [sorted(nodes[rows == row].tolist()) for row in range(len(parents))]
+
+    def _worth_verifying(self, worth: Array) -> int:
+        """How many of the likeliest nodes, of such worth, are worth verifying."""
+        assert self.costs is not None
+        bare = self._tokens_bare
+        return best_number(worth, self.costs.verify.curve(bare, bare + len(worth)), self.price)
+
+    def explain(self, row: int) -> Explanation:
+        if self.forest is None or not self.forest.steps:
+            return super().explain(row)
+        chances = self.forest.chances(row)
+        reason = (
+            f"{len(chances)} nodes: no other is worth {self.floor:.3f} tokens and its part of a "
+            f"draft step, at {self.price:.0f} tokens/s"
+        )
+        return Explanation(tuple(chances), reason)
+
+    # ---------------------------------------------------------------- learning
+
+    def observe(self, outcome: RoundOutcome) -> None:
+        if outcome.path:
+            self._learn(outcome.start.notes["forest"], outcome)
+        else:
+            super().observe(outcome)
+
+    def _learn(self, forest: Forest, outcome: RoundOutcome) -> None:
+        """Take in what became of a round's trees.
+
+        Judged are the submitted children of accepted nodes, up to the one of each that stands.
+        """
+        memories, contexts = outcome.start.rows, outcome.start.contexts
+        stood = [set(path) for path in outcome.path]
+        submitted = [set(kept) for kept in outcome.kept]
+        accepted_nodes = forest.flags(outcome.path)
+        judged, accepted = [0.0] * len(stood), [0.0] * len(stood)
+        firsts = dropped = 0.0
+        for children in forest.steps:
+            known, stands = list[int](), list[bool]()
+            places = np.flatnonzero(accepted_nodes[children.rows, children.parents])
+            columns = ("rows", "parents", "ranks", "nodes", "chances")
+            each = (getattr(children, name)[places].tolist() for name in columns)
+            decided = False  # by a better sibling, which stands or was not submitted
+            for at, row, parent, rank, node, chance in zip(places.tolist(), *each, strict=True):
+                decided = decided and rank > 0
+                if decided:
+                    continue
+                if node not in submitted[row]:
+                    # Those dropped are the unlikely ones: they count as what they were taken for.
+                    if rank == 0 and parent == (outcome.path[row] or [NONE])[-1]:
+                        judged[row], accepted[row] = judged[row] + 1, accepted[row] + chance
+                        dropped += chance
+                    decided = True
+                    continue
+                decided = node in stood[row]
+                known.append(at)
+                stands.append(decided)
+                memories[row].judged.append((contexts[row], chance, decided))
+                if rank == 0:
+                    judged[row], accepted[row] = judged[row] + 1, accepted[row] + decided
+                    firsts += decided
+                    self._count_fallen(not decided)
+                elif decided:
+                    self._caught += 1
+            if known:
+                self._teach(children, np.array(known), np.array(stands))
+        for memory, tried, hits in zip(memories, judged, accepted, strict=True):
+            if tried:
+                memory.history.add(tried, hits)
+        reached = sum(judged)
+        kept = self.FORGET**reached
+        self._judged = self._judged * kept + reached
+        self._accepted = self._accepted * kept + firsts + dropped
+
+    def _count_fallen(self, fell: bool) -> None:
+        if fell:
+            self._fallen = self.FORGET * self._fallen + 1
+            self._caught *= self.FORGET
+
+    def _teach(self, children: Children, known: Indices, stands: Flags) -> None:
+        first = children.ranks[known] == 0
+        for best, estimator, seen in (
+            (first, self.estimator, children.signals),
+            (~first, self.siblings, children.evidence),
+        ):
+            if best.any():
+                at = known[best]
+                estimator.learn(seen[at], children.typical[at], stands[best])

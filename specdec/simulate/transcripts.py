@@ -1,0 +1,143 @@
+"""What speculation would meet along a row's text, and the file that holds it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from specdec.atomic import atomic_file
+from specdec.measure.calibration import Flags
+
+Signals = NDArray[np.float32]
+Whole = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Transcript:
+    """What speculation would meet along one row's output of n tokens.
+
+    After each prefix of the text the draft has `width` choices, best first; the first is the
+    candidate of a chain, the others are its siblings in a tree.
+
+    Attributes:
+        id, group: of the row; results are reported by group.
+        prompt_tokens: length of the prompt.
+        limit: no candidate has an output position of `limit` or more.
+        free_trimming: as in `RoundStart`.
+        ranks: int64 [n], which choice after the first t output tokens is accepted; `width` where
+            none is.
+        signals: float32 [n, width, len(Signal)], what a policy may see of the choices.
+        branch_of: int64 [n], where drafting goes on behind choices that are not accepted, as an
+            index into branches; -1 where nobody recorded it.
+        branches: float32 [m, depth, width, len(Signal)], signals of up to `depth` further draft
+            steps. Each follows the first choice of the one before.
+        accepted: bool [n], whether the first choice is.
+        runs: int64 [n + 1], how many first choices from t on are accepted.
+    """
+
+    id: str
+    group: str
+    prompt_tokens: int
+    limit: int
+    free_trimming: bool
+    ranks: Whole
+    signals: Signals
+    branch_of: Whole
+    branches: Signals
+    accepted: Flags = field(init=False)
+    runs: Whole = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "accepted", self.ranks == 0)
+        object.__setattr__(self, "runs", self.runs_within(1))
+
+    @property
+    def width(self) -> int:
+        """How many choices are known at each place."""
+        return int(self.signals.shape[1])
+
+    @property
+    def most(self) -> int:
+        """The most candidates, one behind another, that a round may draft."""
+        return 1 + int(self.branches.shape[1])
+
+    @property
+    def first(self) -> int:
+        """Output tokens that there are before the first round that may draft."""
+        return 1 if self.prompt_tokens > 1 else 0
+
+    def runs_within(self, width: int) -> Whole:
+        """int64 [n + 1]: how many places from t on have their next token among `width` choices."""
+        stops = np.append(np.flatnonzero(self.ranks >= width), len(self.ranks))
+        places = np.arange(len(self.ranks) + 1)
+        runs: Whole = stops[np.searchsorted(stops, places)] - places
+        return runs
+
+    def choices(self, at: int, last: int) -> Signals:
+        """Signals of the choices after `at` tokens, of which those from `last` on are wrong.
+
+        Args:
+            at: output tokens before the choices, drafted ones included.
+            last: the place of the first that is not the text's; at least `at` if all are.
+
+        Returns:
+            float32 [width, len(Signal)].
+        """
+        row: Signals = (
+            self.signals[at] if at <= last else self.branches[self.branch_of[last], at - last - 1]
+        )
+        return row
+
+
+_SCALARS = ("id", "group", "prompt_tokens", "limit", "free_trimming")
+
+
+def save_transcripts(
+    path: Path, transcripts: Sequence[Transcript], about: Mapping[str, Any]
+) -> None:
+    """Write transcripts as safetensors, in one step.
+
+    Args:
+        transcripts: at least one, of equal depth and width.
+        about: how they were made, JSON-able.
+    """
+    rows = [
+        {name: getattr(transcript, name) for name in _SCALARS}
+        | {"n": len(transcript.ranks), "m": len(transcript.branches)}
+        for transcript in transcripts
+    ]
+    arrays = {
+        name: np.concatenate([getattr(transcript, name) for transcript in transcripts])
+        for name in ("ranks", "signals", "branch_of", "branches")
+    }
+    with atomic_file(path) as fresh:
+        save_file(arrays, fresh, {"rows": json.dumps(rows), "about": json.dumps(dict(about))})
+
+
+def load_transcripts(path: Path) -> tuple[list[Transcript], dict[str, Any]]:
+    """The transcripts that `save_transcripts` wrote, and how they were made.
+
+    Files of chains, written before there were trees, hold one choice at each place.
+    """
+    opened: Any = safe_open(path, framework="np")
+    metadata = opened.metadata()
+    arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    if "accepted" in arrays:
+        arrays["ranks"] = 1 - arrays.pop("accepted").astype(np.int64)
+        arrays |= {name: arrays[name][..., None, :] for name in ("signals", "branches")}
+    transcripts: list[Transcript] = []
+    n = m = 0
+    for row in json.loads(metadata["rows"]):
+        ends = n + row.pop("n"), m + row.pop("m")
+        parts = {name: arrays[name][n : ends[0]] for name in ("ranks", "signals", "branch_of")}
+        transcripts.append(Transcript(**row, **parts, branches=arrays["branches"][m : ends[1]]))
+        n, m = ends
+    return transcripts, json.loads(metadata["about"])
