@@ -189,8 +189,8 @@ class Corpus:
             raise CorpusError(f"the corpus {path} is not whole; build it again")
         whole = np.memmap(path, dtype="<u4", mode="r", offset=HEADER)
         # Through a memoryview a single number is read in a tenth of the time that numpy takes.
-        parts: Any = (memoryview(part) for part in np.split(whole, np.cumsum(sizes)[:2]))
-        self._starts, self._keys, self._values = parts
+        parts: Any = np.split(whole, np.cumsum(sizes)[:2])
+        self._starts, self._keys, self._values = (memoryview(part) for part in parts)
         self.tokens, self._shift = int(header["tokens"]), HASH_BITS - bits
 
     def after(self, context: Sequence[int]) -> tuple[int, int, int] | None:

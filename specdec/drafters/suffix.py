@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from specdec.drafters.corpus import LENGTHS, Corpus
-from specdec.policies.base import Chain
+from specdec.policies.chains import Chain
 
 DOUBTS = dict(zip(LENGTHS, (0.1, 0.5, 1.0), strict=True))
 """For each length of a context, how often something else is taken to have followed than was seen,

@@ -14,7 +14,8 @@ from specdec.engine.round import Round
 from specdec.engine.scheduler import LiveRow
 from specdec.lossless.grammars import Masks
 from specdec.measure.clock import PhaseClock
-from specdec.policies.base import Chain, StopPolicy
+from specdec.policies.base import StopPolicy
+from specdec.policies.chains import Chain
 
 MOST_FORCED = 16
 """Most tokens of a grammar's that a row takes in a round, besides what its policy asks for.

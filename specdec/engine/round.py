@@ -19,14 +19,8 @@ from specdec.measure.clock import RoundTimer
 from specdec.measure.speedup import SpeedupMeter
 from specdec.model.rows import upload
 from specdec.model.sharing import common_prefix
-from specdec.policies.base import (
-    Chain,
-    DraftStep,
-    Explanation,
-    RoundOutcome,
-    RoundStart,
-    StopPolicy,
-)
+from specdec.policies.base import DraftStep, Explanation, RoundOutcome, RoundStart, StopPolicy
+from specdec.policies.chains import Chain
 from specdec.request import RoundTrace
 
 BLOCK = 8

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from specdec.measure.speedup import SpeedupMeter
-from specdec.policies.base import Chain
+from specdec.policies.chains import Chain
 from specdec.request import Counts
 
 

@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specdec.measure.calibration import Array, Calibration, Flags
+from specdec.policies.chains import Chain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,16 +69,6 @@ class Signal(IntEnum):
     ENTROPY = 2
     HEAD_BEFORE = 3
     HEAD_AFTER = 4
-
-
-class Evidence(IntEnum):
-    """Columns of what speaks for a candidate that was looked up."""
-
-    LENGTH = 0  # tokens of the context that it follows
-    FOLLOWED = 1  # how often it followed them so far
-    SEEN = 2  # how often anything did
-    OWN = 3  # 1 if in the row's own prompt or outputs of the prompt's samples, else 0
-    CORPUS = 4  # 1 if in what earlier jobs wrote, else 0
 
 
 HEAD_SIGNALS = frozenset({Signal.HEAD_BEFORE, Signal.HEAD_AFTER})
@@ -181,28 +172,6 @@ class RoundStart:
     free_trimming: bool
     beside: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """Candidates of a row that are known without a draft, one after another.
-
-    Attributes:
-        tokens: the candidates.
-        evidence: what speaks for each of those that were looked up, by `Evidence`.
-        forced: how many of the candidates a grammar forces: the first.
-    """
-
-    tokens: Sequence[int]
-    evidence: Sequence[Sequence[float]]
-    forced: int = 0
-
-    @property
-    def sources(self) -> list[str]:
-        """Where each candidate comes from, as counts of them are called."""
-        found = ("in_rows", "in_corpus", "in_prompt")
-        places = (each[Evidence.CORPUS] + 2 * each[Evidence.OWN] for each in self.evidence)
-        return [*["forced"] * self.forced, *(found[int(place)] for place in places)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from specdec.measure.calibration import Array, Calibration, Flags
-from specdec.policies.base import FEW, HEAD_SIGNALS, Evidence, Head, Signal
+from specdec.policies.base import FEW, HEAD_SIGNALS, Head, Signal
+from specdec.policies.chains import Evidence
 
 BOUND = 10.0
 """What signals are kept within, in nats: one odd candidate must not carry the fit. Set by hand."""

@@ -31,15 +31,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from specdec.measure.calibration import Array, Flags
-from specdec.policies.base import (
-    MOST_CANDIDATES,
-    Chain,
-    DraftStep,
-    RoundOutcome,
-    RoundStart,
-    setting,
-)
+from specdec.policies.base import MOST_CANDIDATES, DraftStep, RoundOutcome, RoundStart, setting
 from specdec.policies.catch_up import owed, shared
+from specdec.policies.chains import Chain
 from specdec.policies.costs import CostModel
 from specdec.policies.estimating import EstimatingPolicy
 from specdec.policies.known import KnownChains, in_front, survivals

@@ -12,7 +12,8 @@ from operator import mul
 
 import numpy as np
 
-from specdec.policies.base import Chain, RoundOutcome, RoundStart, RowHistory
+from specdec.policies.base import RoundOutcome, RoundStart, RowHistory
+from specdec.policies.chains import Chain
 from specdec.policies.estimators import lookup_estimator
 
 FORCED = RowHistory(judged=20.0, accepted=19.0)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from specdec.policies.base import (
     MOST_CANDIDATES,
-    Chain,
     Explanation,
     RoundOutcome,
     RoundStart,
     StopPolicy,
     setting,
 )
+from specdec.policies.chains import Chain
 from specdec.policies.known import KnownChains, survivals
 
 

@@ -9,15 +9,8 @@ import numpy as np
 import torch
 
 from specdec.measure.calibration import Array, Flags
-from specdec.policies.base import (
-    Chain,
-    DraftStep,
-    RoundOutcome,
-    RoundStart,
-    RowMemory,
-    Signal,
-    StopPolicy,
-)
+from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, RowMemory, Signal, StopPolicy
+from specdec.policies.chains import Chain
 from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.estimators import online_estimator
 from specdec.policies.goodput import Goodput

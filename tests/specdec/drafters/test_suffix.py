@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from specdec.drafters.suffix import LENGTHS, MOST_COUNT, SuffixIndex
-from specdec.policies.base import Evidence
+from specdec.policies.chains import Evidence
 
 
 @dataclass

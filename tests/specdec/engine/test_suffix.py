@@ -9,7 +9,8 @@ import pytest
 from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
-from specdec.policies.base import Chain, RoundOutcome, RoundStart, StopPolicy
+from specdec.policies.base import RoundOutcome, RoundStart, StopPolicy
+from specdec.policies.chains import Chain
 from specdec.policies.suffix import Suffix
 from specdec.request import Completion, Request, SamplingParams
 from tests.specdec.engine.references import letters
