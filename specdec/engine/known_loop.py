@@ -51,7 +51,6 @@ class KnownLoop:
         with self._clock.phase({"decide": 1.0}):
             each = enumerate(zip(this.rows, this.start.room, strict=True))
             this.chains = [self._chain(slot, row, room, masks) for slot, (row, room) in each]
-        with self._clock.phase({"decide": 1.0}):
             counts = self._policy.choose(this.start, this.chains)
         if any(counts):
             this.lead(counts)
@@ -69,7 +68,7 @@ class KnownLoop:
         most = min(room - len(forced), self._policy.most)
         found = self._index.chain(row, most, forced)
         tokens = [*forced, *found.tokens]
-        fitting = masks.fitting(slot, tokens)
+        fitting = max(masks.fitting(slot, tokens), len(forced))
         evidence = found.evidence[: fitting - len(forced)]
         return Chain(tokens[:fitting], evidence, len(forced))
 
