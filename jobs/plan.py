@@ -25,6 +25,7 @@ from jobs.terminal.console import explained, note, out
 from jobs.terminal.display import duration, progress_bar
 from jobs.terminal.options import AsJson, JobFile, Overrides
 from pipeline.config.job import JobConfig
+from pipeline.config.model_family import eagle
 from pipeline.config.prices import Hardware, Priced, Prices, default_prices, price
 from pipeline.errors import UserError
 
@@ -213,6 +214,8 @@ def _done(planned: JobPlan, units: set[str], prices: Prices) -> Done:
 
 
 def _notes(job: JobConfig, tried: Rehearsal, priced: Priced) -> Iterable[str]:
+    if job.drafts and job.models.draft is not None and (line := eagle(job.models.draft)):
+        yield f"models.draft: {line}."
     if len(tried.output_tokens) < _FEW_ROWS:
         yield f"Only {len(tried.output_tokens)} rows were generated: these figures are rough."
     if tried.left_out:

@@ -26,6 +26,7 @@ from jobs.nightly.versions import Version, models_folder, read_versions, write_v
 from jobs.tuning.common import user_errors
 from pipeline.commit import manifest
 from pipeline.config.job import JobConfig, SamplingConfig
+from pipeline.config.model_family import refuse_eagle
 from pipeline.config.model_identity import digest
 from pipeline.generate.loading import load_acceptance_head, load_pair
 from pipeline.inputs.row_sampling import row_sampling
@@ -134,6 +135,7 @@ def _candidates(
 ) -> Iterator[tuple[Outcome, Version]]:
     """A draft first, with a head of its own where one is needed; if it is not adopted, a head."""
     job = _job(recipe, before)
+    refuse_eagle(job.models.draft, "improve trains from what a draft says by itself")
     torch.set_num_threads(max(1, int(job.actors.num_cpus or os.cpu_count() or 1)))
     show("loading models")
     pair = load_pair(job)

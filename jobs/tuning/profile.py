@@ -17,6 +17,7 @@ from jobs.terminal.display import Show, progress_bar
 from jobs.terminal.options import AsJson, JobFile, Overrides
 from jobs.tuning.common import complete, silence_transformers, told
 from pipeline.config.job import JobConfig
+from pipeline.config.model_family import refuse_eagle
 from pipeline.errors import UserError, nearest
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
@@ -68,6 +69,7 @@ def profile(
         job = load_job(file, overrides or [])
         if job.models.draft is None:
             raise UserError("models.draft: none is given; a profile tells what a draft is worth")
+        refuse_eagle(job.models.draft, "a profile replays what a draft says by itself")
         from pipeline.inputs.sample import sample_rows
         from pipeline.run.plan import plan_job
 

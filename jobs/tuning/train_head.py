@@ -23,6 +23,7 @@ from jobs.tuning.common import (
     user_errors,
 )
 from pipeline.config.job import JobConfig, S3Config
+from pipeline.config.model_family import refuse_eagle
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
@@ -183,6 +184,7 @@ def train_head(
             torch.set_num_threads(threads)
         silence_transformers()
         with progress_bar() as show, user_errors():
+            refuse_eagle(config.models.draft, "a head learns from what a draft says by itself")
             show("loading models")
             pair = load_models(config.models, config.models.device)
             source = HeadRows(pair, config, s3, mine, outputs or [], others, rows, max_positions)

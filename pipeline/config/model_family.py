@@ -54,7 +54,10 @@ def expected(name: str) -> tuple[str, bool]:
     Raises:
         UserError: there is no such folder, or its config cannot be read.
     """
-    kinds = _model_types(_config(name))
+    config = _config(name)
+    if line := _eagle(name, config):
+        return line, True
+    kinds = _model_types(config)
     if not kinds:
         return "", True
     kind = next((each for each in kinds if each in families()), None)
@@ -64,6 +67,36 @@ def expected(name: str) -> tuple[str, bool]:
     if family.runs:
         return f"{kind} runs: {LAYERS[family.layers or 'torch']}", True
     return f"{kind} was refused when it was tried: {family.why}", False
+
+
+def eagle(name: str) -> str:
+    """What an EAGLE-3 draft is, in a line; "" for another model, or one that is not here.
+
+    Raises:
+        UserError: there is no such folder, or its config is of a draft that cannot run.
+    """
+    return _eagle(name, _config(name))
+
+
+def refuse_eagle(name: str | None, why: str) -> None:
+    """Refuse an EAGLE-3 draft where a language model is needed, and say why.
+
+    Raises:
+        UserError: the draft of that name is EAGLE-3.
+    """
+    if name is not None and eagle(name):
+        raise UserError(f"models.draft: {name} is EAGLE-3, and {why}; give a language model")
+
+
+def _eagle(name: str, config: dict[str, Any]) -> str:
+    from specdec.loading.eagle_config import EagleConfig
+    from specdec.loading.sources import PairError
+
+    try:
+        found = EagleConfig.of(name, config)
+    except PairError as error:
+        raise UserError(f"models.draft: {error}") from None
+    return found.described() if found is not None else ""
 
 
 def _model_types(config: dict[str, Any]) -> list[str]:

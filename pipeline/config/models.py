@@ -31,8 +31,8 @@ class ModelsConfig(Section):
         default=None,
         min_length=1,
         description="The small model that proposes tokens, in the same forms. It must have the "
-        "target's tokenizer. `null`: candidates are looked up in what was written before, by the "
-        "policies `goodput` and `suffix`.",
+        "target's tokenizer. It may be an EAGLE-3 draft for the target. `null`: candidates are "
+        "looked up in what was written before, by the policies `goodput` and `suffix`.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",

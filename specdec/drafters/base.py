@@ -106,13 +106,22 @@ class Drafter(Protocol):
 
     Attributes:
         cache: what it keeps of each row.
-        context_length: most tokens of a row that it can read.
         branches: whether it can draft trees.
+        reads_known: whether it goes on behind candidates that rows have already.
     """
 
     cache: SlotCache
-    context_length: int
     branches: bool
+    reads_known: bool
+
+    def room(self, row: TokenRow) -> int:
+        """Most candidates that it can propose for a row."""
+
+    def pending(self, row: TokenRow, slot: int) -> int:
+        """Tokens of the row in a slot that it must read before it can propose, as policies count.
+
+        What it reads again in each round is not among them.
+        """
 
     def begin(
         self,

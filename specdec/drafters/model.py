@@ -84,7 +84,15 @@ class ModelDrafter:
         self.decoder, self.cache = decoder, decoder.new_cache(0, 0)
         self.vocab_size, self.context_length = vocab_size, context_length
         self.chunk, self.clock = chunk, clock
-        self.branches = not decoder.recurrent
+        self.branches, self.reads_known = not decoder.recurrent, True
+
+    def room(self, row: TokenRow) -> int:
+        """See `Drafter`."""
+        return max(0, self.context_length - len(row.tokens))
+
+    def pending(self, row: TokenRow, slot: int) -> int:
+        """See `Drafter`."""
+        return len(row.tokens) - self.cache.lengths[slot]
 
     def begin(
         self,

@@ -89,9 +89,10 @@ class DraftLoop:
         early = self._early(this, shared)
         known = this.proposal.known
         wanted = zip(self._policy.budget(this.start), this.start.room, known, strict=True)
-        budget = [min(k, room - n) for k, room, n in wanted]
+        goes_on = self._drafter.reads_known
+        budget = [min(k, room - n) if goes_on or not n else 0 for k, room, n in wanted]
         if self._policy.width > 1 and this.start.nodes and not any(known):
-            self._abandon(this, early)
+            self._abandon(this, shared, early)
             self._last = [], []
             self._trees.run(this, shared, budget)
             return
@@ -111,7 +112,7 @@ class DraftLoop:
             step = first.of(places)
             index, asked = step.index, this.timer.since(began)
         else:
-            self._abandon(this, early)
+            self._abandon(this, shared, early)
             drafting = self._drafter.begin(this.rows, active, this.known, shared)
             (index,) = upload(device, active)
         for depth in range(1, max(budget) + 1):
@@ -148,10 +149,12 @@ class DraftLoop:
         (index,) = upload(self._drafter.cache.device, slots)
         return drafting, self._launch(this, drafting, slots, index, 1)
 
-    def _abandon(self, this: Round, early: tuple[Drafting, _Step] | None) -> None:
+    def _abandon(
+        self, this: Round, shared: SharedCaches, early: tuple[Drafting, _Step] | None
+    ) -> None:
         """Take an early step back: it has read what its rows' next first step must read."""
         for slot in early[1].slots if early is not None else ():
-            self._drafter.cache.rollback(slot, len(this.rows[slot].tokens) - 1)
+            shared.rollback(slot, len(this.rows[slot].tokens) - 1)
 
     def _launch(
         self, this: Round, drafting: Drafting, slots: list[int], index: Tensor, depth: int

@@ -19,7 +19,7 @@ import torch
 
 from specdec.drafters.base import Drafter
 from specdec.drafters.corpus import Corpus
-from specdec.drafters.model import ModelDrafter
+from specdec.drafters.making import drafter_of
 from specdec.drafters.suffix import SuffixIndex
 from specdec.engine.admission import Pair, divide, free_memory, row_of
 from specdec.engine.asked import AskedFor
@@ -127,16 +127,8 @@ class Engine:
         self._prepared = False
 
     def _new_drafter(self) -> Drafter | None:
-        pair = self.pair
-        if pair.draft is None or not self.policy.drafts:
-            return None
-        return ModelDrafter(
-            pair.draft,
-            vocab_size=pair.vocab_size,
-            context_length=pair.draft_context_length,
-            chunk=self.prefill_chunk,
-            clock=self.clock,
-        )
+        draft = self.pair.draft if self.policy.drafts else None
+        return drafter_of(draft, self.target_cache, self.pair, self.prefill_chunk, self.clock)
 
     # ---------------------------------------------------------------- requests
 

@@ -35,7 +35,7 @@ class Room:
         # It has pages for no more than `ahead`.
         most = min(left, GRID_TOKENS - 1 if self.short else self.context, self.ahead)
         if self.drafter is not None:
-            most = min(most, self.drafter.context_length - len(row.tokens))
+            most = min(most, self.drafter.room(row))
         return max(0, most)
 
     def nodes(self, row: LiveRow) -> int:
@@ -44,4 +44,4 @@ class Room:
 
     def pending(self, slot: int, row: LiveRow) -> int:
         """Tokens that the drafter has not read."""
-        return 0 if self.drafter is None else len(row.tokens) - self.drafter.cache.lengths[slot]
+        return 0 if self.drafter is None else self.drafter.pending(row, slot)

@@ -19,14 +19,22 @@ struct Row {
     i64 begin, count, slot, start;  // packed tokens [begin, begin + count), stored from start on
 };
 
+// What most forwards have not, as cpu.py has it; null or 0 where a forward lacks it.
+struct Extras {
+    i64 chunked;               // whether `window` is one of chunks
+    const i64 *bases, *masks;  // of packed tokens in trees: specdec/model/trees.py
+    const float *sinks, *bias;  // [heads], [heads, bias_width]: specdec/kernels/scoring.py
+    i64 bias_width;
+    float softcap;
+};
+
 // Which positions a token sees: up to itself, and back to the first of its window or chunk.
 //
 // A token in a tree is at position base + bits of its mask - 1. Positions from its base on are stored
-// where the bits are set, in this order (specdec/model/trees.py); others are stored at their places.
+// where the bits are set, in this order; others are stored at their places.
 struct Span {
-    i64 window;  // 0: all
-    bool chunked;
-    const i64 *bases, *masks;  // of packed tokens; null without trees
+    i64 window, chunked;
+    const i64 *bases, *masks;
 
     // The end of what is seen by a packed token that is stored at `place`.
     i64 end(i64 token, i64 place) const {
@@ -37,13 +45,6 @@ struct Span {
         if (!window) return 0;
         return chunked ? end - 1 - (end - 1) % window : std::max<i64>(0, end - window);
     }
-};
-
-// How products become weights: specdec/kernels/scoring.py.
-struct Scoring {
-    float scale, softcap;      // 0: no cap
-    const float *sinks, *bias;  // [heads], [heads, bias_width]; null: none
-    i64 bias_width;
 };
 
 // Numbers of nodes, one each, become those of the nodes whose bits are set.
@@ -63,8 +64,8 @@ static inline void scatter(float* nodes, uint64_t mask) {
 }
 
 // Scores of n positions from `begin` on become their weights.
-static inline void weigh(float* score, i64 n, i64 begin, i64 head, const Scoring& scoring) {
-    if (const float cap = scoring.softcap) {
+static inline void weigh(float* score, i64 n, i64 begin, i64 head, const Extras& extras) {
+    if (const float cap = extras.softcap) {
         const float twice = 2.0f / cap;
 #pragma omp simd
         for (i64 l = 0; l < n; l++) {  // cap * tanh(score / cap)
@@ -72,12 +73,12 @@ static inline void weigh(float* score, i64 n, i64 begin, i64 head, const Scoring
             score[l] = cap * ((e - 1.0f) / (e + 1.0f));
         }
     }
-    if (scoring.bias) {
-        const float* bias = scoring.bias + head * scoring.bias_width + begin;
+    if (extras.bias) {
+        const float* bias = extras.bias + head * extras.bias_width + begin;
 #pragma omp simd
         for (i64 l = 0; l < n; l++) score[l] += bias[l];
     }
-    const float* sink = scoring.sinks ? scoring.sinks + head : nullptr;
+    const float* sink = extras.sinks ? extras.sinks + head : nullptr;
     float most = sink ? std::max(score[0], *sink) : score[0];
 #pragma omp simd reduction(max : most)
     for (i64 l = 0; l < n; l++) most = score[l] > most ? score[l] : most;
@@ -158,8 +159,9 @@ static inline void by_queries(i64 n, F f) {
 template <typename T>
 static void attend(const T* query, i64 token_stride, i64 head_stride, const T* keys,
                    const T* values, Pages pages, const Row* rows, i64 n_rows, i64 kv_heads,
-                   i64 group, i64 key_dim, i64 value_dim, const Span span,
-                   const Scoring scoring, T* out) {
+                   i64 group, i64 key_dim, i64 value_dim, i64 window, float scale,
+                   const Extras extras, T* out) {
+    const Span span = {window, extras.chunked, extras.bases, extras.masks};
     i64 queries = 0, work = 0;
     for (i64 r = 0; r < n_rows; r++) {
         queries += rows[r].count * group * kv_heads;
@@ -196,7 +198,7 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
                 const i64 token = row.begin + (item.first + j) / group;
                 const i64 head = item.kv_head * group + (item.first + j) % group;
                 const T* from = query + token * token_stride + head * head_stride;
-                for (i64 d = 0; d < key_dim; d++) q[j * key_dim + d] = get(from[d]) * scoring.scale;
+                for (i64 d = 0; d < key_dim; d++) q[j * key_dim + d] = get(from[d]) * scale;
             }
             by_queries(n, [&](auto count, i64 j) {
                 constexpr int J = count, P = 4;
@@ -226,7 +228,7 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
                 if (span.masks) gather(line + span.bases[token] - low, span.masks[token]);
                 std::fill(line, score, 0.0f);
                 std::fill(score + (end - begin), line + stride, 0.0f);
-                weigh(score, end - begin, begin, head, scoring);
+                weigh(score, end - begin, begin, head, extras);
                 if (span.masks) scatter(line + span.bases[token] - low, span.masks[token]);
             }
             by_queries(n, [&](auto count, i64 j) {

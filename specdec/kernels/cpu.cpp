@@ -13,12 +13,10 @@
 #define EXPORT(T, NAME)                                                                           \
     extern "C" void attend_##NAME(const T* q, i64 ts, i64 hs, const T* k, const T* v,             \
                                   const i64* table, i64 table_width, const Row* rows, i64 n,      \
-                                  i64 kv, i64 group, i64 kd, i64 vd, i64 window, bool chunked,    \
-                                  const i64* bases, const i64* masks, float scale, float cap,     \
-                                  const float* sinks, const float* bias, i64 bias_width,          \
-                                  T* out) {                                                       \
-        attend<T>(q, ts, hs, k, v, {table, table_width}, rows, n, kv, group, kd, vd,              \
-                  {window, chunked, bases, masks}, {scale, cap, sinks, bias, bias_width}, out);   \
+                                  i64 kv, i64 group, i64 kd, i64 vd, i64 window, float scale,     \
+                                  const Extras* extras, T* out) {                                 \
+        attend<T>(q, ts, hs, k, v, {table, table_width}, rows, n, kv, group, kd, vd, window,      \
+                  scale, extras ? *extras : Extras{}, out);                                       \
     }                                                                                             \
     extern "C" void add_norm_##NAME(T* x, const T* y, const T* w, T* out, i64 n, i64 width,       \
                                     float eps) {                                                  \

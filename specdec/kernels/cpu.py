@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from ctypes import c_bool, c_float, c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 _ATTEND = [
     *[c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p],
     *[c_int64] * 6,
-    *[c_bool, c_void_p, c_void_p, c_float, c_float, c_void_p, c_void_p, c_int64, c_void_p],
+    *[c_float, c_void_p, c_void_p],
 ]
 _ADD_NORM = [*[c_void_p] * 4, c_int64, c_int64, c_float]
 _GATE = [c_void_p, c_void_p, c_int64, c_int64]
@@ -28,6 +28,31 @@ _ROTATE = [*[c_void_p] * 5, c_float, *[c_void_p] * 3, c_int64, *[c_void_p] * 2, 
 _SCALE = [*[c_void_p] * 3, c_int64, c_int64]
 _ARGMAX = [c_void_p, c_int64, c_void_p, *[c_int64] * 2]
 _TOKEN_SIGNALS = [c_void_p, c_int64, *[c_void_p] * 2, *[c_int64] * 4]
+
+
+class _Extras(ctypes.Structure):
+    """attention.h's struct of this name. Most forwards have none, and each argument takes time."""
+
+    _fields_ = [
+        ("chunked", c_int64),
+        *((name, c_void_p) for name in ("bases", "masks", "sinks", "bias")),
+        ("bias_width", c_int64),
+        ("softcap", c_float),
+    ]
+
+    @classmethod
+    def of(cls, scoring: Scoring, chunked: bool, paths: Tensor | None) -> _Extras:
+        """It holds addresses only; it keeps the tensor that is made here."""
+        _, softcap, sinks, bias = scoring
+        extras = cls(chunked=chunked, softcap=softcap or 0.0)
+        if paths is not None:
+            extras.bases, extras.masks = (numbers.data_ptr() for numbers in paths)
+        if sinks is not None:
+            extras.sinks_as_float = sinks.float()
+            extras.sinks = extras.sinks_as_float.data_ptr()
+        if bias is not None:
+            extras.bias, extras.bias_width = bias.data_ptr(), bias.stride(0)
+        return extras
 
 
 class CpuKernels(LayerKernels):
@@ -72,17 +97,15 @@ class CpuKernels(LayerKernels):
         paths: Tensor | None = None,
     ) -> None:
         _, kv_heads, _, dim = keys.shape
-        bases, masks = (None, None) if paths is None else (x.data_ptr() for x in paths)
-        scale, softcap, sinks, bias = scoring
-        sinks = sinks.float() if sinks is not None else None
+        extras = None
+        if paths is not None or chunked or not scoring.plain:
+            extras = _Extras.of(scoring, chunked, paths)
         self._attend(
             query.data_ptr(), query.stride(0), query.stride(1),
             keys.data_ptr(), values.data_ptr(), table.data_ptr(), table.shape[1],
             rows.data_ptr(), len(rows), kv_heads, query.shape[1] // kv_heads, dim, values.shape[3],
-            window or 0, chunked, bases, masks, scale, softcap or 0.0,
-            sinks.data_ptr() if sinks is not None else None,
-            bias.data_ptr() if bias is not None else None,
-            bias.stride(0) if bias is not None else 0, out.data_ptr(),
+            window or 0, scoring.scale, ctypes.byref(extras) if extras is not None else None,
+            out.data_ptr(),
         )  # fmt: skip
 
     def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:

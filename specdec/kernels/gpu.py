@@ -210,7 +210,8 @@ def _attend(
             before = 0
             if WINDOW or BIAS:  # else no one asks how many
                 before = _bits(path[:, None] & (((bit * 0 + 1) << bit) - 1))
-            behind = tl.where((path[:, None] >> bit) & 1 == 1, base[:, None] + before, end)
+            on_path = (node == bit) & (((path[:, None] >> bit) & 1) == 1)
+            behind = tl.where(on_path, base[:, None] + before, end)
             known = tl.where(node < 0, known, behind)
         seen = (known <= last[:, None]) & (known >= first[:, None])
         scores = tl.dot(q, k, input_precision="ieee") * scale

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from specdec.loading.eagle import eagle_config, load_eagle
+from specdec.loading.eagle_config import EagleConfig
 from specdec.loading.heap import keep_freed_memory
 from specdec.loading.loader import DType, Loader, load_tokenizer, stored_weights_dtype
 from specdec.loading.sources import ModelSource, PairError, find_model, model_digest
@@ -62,7 +64,7 @@ class ModelPair:
 
         Args:
             target, draft: see `find_model`. A draft checkpoint without embeddings or LM head uses
-                the target's.
+                the target's. It may be EAGLE-3 (specdec/loading/eagle_config.py).
             dtype: of weights and activations; "auto": see `chosen_dtype`. A GGUF file is converted
                 to it on disk, too.
             quantization: int8 linear layers, on a CPU (specdec/model/linear.py).
@@ -110,10 +112,13 @@ class ModelPair:
         if missing:
             raise PairError(f"target {target}: its weights lack {' and '.join(sorted(missing))}")
         tokenizer = load_tokenizer(target_source, trust_remote_code)
-        draft_model = None
+        draft_model: Any = None
+        eagle: EagleConfig | None = None
         if draft is not None:
             draft_source = find_model(draft)
-            draft_model = _load_draft(loader, draft_source, target_model, tokenizer, target)
+            eagle = eagle_config(draft_source)
+            if eagle is None:
+                draft_model = _load_draft(loader, draft_source, target_model, tokenizer, target)
         models = [model for model in (target_model, draft_model) if model is not None]
         vocab_size = _shared_vocabulary(models, tokenizer)
         try:
@@ -127,11 +132,12 @@ class ModelPair:
             ]
         except UnsupportedModel as error:
             raise PairError(str(error)) from error
-        if place.type == "cpu" and packable(getattr(torch, dtype)) and not trainable:
+        pack = place.type == "cpu" and packable(getattr(torch, dtype)) and not trainable
+        kind = None if draft_quantization == "none" else draft_quantization
+        if pack:
             head = target_model.get_output_embeddings()
             pack_linears(target_model, quantization)
             if draft_model is not None:
-                kind = None if draft_quantization == "none" else draft_quantization
                 # A draft on the target's LM head packs its own copy only in another precision.
                 if draft_model.get_output_embeddings() is head and kind == quantization:
                     draft_model.set_output_embeddings(target_model.get_output_embeddings())
@@ -141,6 +147,14 @@ class ModelPair:
                     "deterministic: on this processor the linear layers of "
                     f"{quantization or dtype} give a token different bits in different batches"
                 )
+        if eagle is not None:
+            tokens = min(len(tokenizer), vocab_size)
+            packed.append(
+                load_eagle(
+                    dtype, draft_source, eagle, packed[0], tokens, pack=pack, quantization=kind
+                )
+            )
+            draft_model, vocab_size = packed[-1].model, min(vocab_size, packed[-1].vocab_size)
         return cls(
             target=packed[0],
             draft=packed[1] if draft_model is not None else None,
@@ -189,6 +203,8 @@ def load_draft(pair: ModelPair, name: str, *, trust_remote_code: bool = False) -
     Raises:
         PairError: the draft is missing or does not fit the target.
     """
+    if eagle_config(find_model(name)) is not None:
+        raise PairError(f"draft {name} is EAGLE-3; give a draft that is a language model")
     loader = Loader(pair.description["dtype"], pair.target.device, trust_remote_code)
     target_name = pair.description["target"]["name"]
     return _load_draft(loader, find_model(name), pair.target.model, pair.tokenizer, target_name)

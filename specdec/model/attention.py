@@ -30,7 +30,7 @@ from specdec.model.rows import PackedRow
 ATTENTION = "specbatch_packed"
 """The name under which transformers knows `packed_attention`."""
 
-QUERY_BLOCK = 128
+QUERY_BLOCK = 64
 """Tokens of a long row whose scores are in memory at once where they are not `Scoring.plain`.
 
 Raised, fewer products and more memory: heads x QUERY_BLOCK x positions numbers.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specdec.kernels.base import LayerKernels
 from specdec.kernels.choose import layer_kernels
+from specdec.model.features import Features
 from specdec.model.pages import PAGE, Pages, pages_of
 from specdec.model.recurrent import RecurrentStates
 from specdec.model.rows import Row, upload
@@ -64,6 +65,9 @@ class SlotCache:
         table: int64 [slots, capacity / PAGE], the same on the device, once `extend` returns.
         keys, values: per layer, [1 + pages, heads, PAGE, dim].
         states: what layers keep whose state runs on, if the model has such.
+        features: what it keeps of each token for a draft that reads it, if it does.
+        ahead: how far the token that a position is computed of is ahead of it; 0 in a language
+            model.
         generation: how often these tensors were replaced by others: what remembers their addresses
             is out of date when this changes.
 
@@ -72,6 +76,7 @@ class SlotCache:
         capacity: most positions of a slot. There are pages for this many in every slot.
         use_kernels: whether hand-written kernels may work on it (specdec/kernels).
         states: without slots; it grows with the cache.
+        ahead: see above.
     """
 
     def __init__(
@@ -84,8 +89,11 @@ class SlotCache:
         *,
         use_kernels: bool = True,
         states: RecurrentStates | None = None,
+        ahead: int = 0,
     ) -> None:
         self.layout, self.dtype, self.device, self.states = layout, dtype, device, states
+        self.features: Features | None = None
+        self.ahead = ahead
         self.capacity, self.lengths = 0, list[int]()
         self.pages = Pages(0, 0, 0)
         self.table = torch.zeros(0, 0, dtype=torch.int64, device=device)
@@ -104,7 +112,7 @@ class SlotCache:
         """The kernels that can read this cache, if there are any and they are wanted."""
         if not self._use_kernels:
             return None
-        attending = [layer for layer in self.layout if layer.heads]
+        attending = [layer for layer in self.layout if layer.value_dim]
         sizes = {size for layer in attending for size in (layer.key_dim, layer.value_dim)}
         return layer_kernels(self.dtype, self.device, sizes) if sizes else None
 
@@ -172,6 +180,26 @@ class SlotCache:
         pages, within = places
         self.keys[layer][pages, :, within] = key.to(self.dtype)
         self.values[layer][pages, :, within] = value.to(self.dtype)
+
+    def keep_features(self, features: Features) -> None:
+        """Keep features of each token from now on, where the keys of one more layer would be."""
+        assert not self.pages.total, "no token is there without them"
+        self.features, self.layout = features, (*self.layout, LayerLayout(1, features.width, 0))
+        self.keys.append(self._zeros(1, features.width))
+        self.values.append(self._zeros(1, 0))
+
+    def write_features(self, states: Sequence[Tensor], places: tuple[Tensor, Tensor]) -> None:
+        """Store the features of n tokens at `places`, made of the states [n, hidden] of layers."""
+        assert self.features is not None, "this cache keeps features"
+        pages, within = places
+        fused = self.features.fuse(torch.cat([*states], -1))
+        self.keys[-1][pages, 0, within] = fused.to(self.dtype)
+
+    def read_features(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """The features [n, width] of positions in slots, int64 [n] each."""
+        assert self.features is not None, "this cache keeps features"
+        pages, within = self.places(slots, positions)
+        return self.keys[-1][pages, 0, within]
 
     def read(self, layer: int, slots: slice, positions: int) -> tuple[Tensor, Tensor]:
         """A copy of a layer's keys and values in the first positions of some slots.

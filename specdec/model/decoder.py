@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from specdec.measure.clock import PhaseClock
 from specdec.model.attention import ATTENTION, packed_attention
 from specdec.model.cache import LayerLayout, SlotCache
-from specdec.model.check import Reference
+from specdec.model.check import CPU_CHECK, GPU_CHECK, GRID_CHECK, Reference
+from specdec.model.features import collecting, readable_layers
 from specdec.model.fused import fuse_layers
 from specdec.model.graphs import HIDDEN, Out, RecordingFailed, Recordings, Tail, record
 from specdec.model.masks import layer_layouts, short_windows
@@ -60,6 +61,10 @@ class PackedDecoder:
             tokens that may be taken back.
     """
 
+    reads_features = False
+    """Whether it is fed a state with each token (specdec/model/eagle.py); language models are not.
+    """
+
     def __init__(
         self, model: PreTrainedModel, *, invariant: bool = False, fuse: bool = False
     ) -> None:
@@ -87,6 +92,11 @@ class PackedDecoder:
             raise UnsupportedModel(f"{name} cannot run packed: {reason}") from error
         if self.device.type == "cuda" and self.use_kernels and not self.recurrent:
             self.recordings = Recordings(record)
+
+    @property
+    def layers(self) -> int:
+        """How many layers have hidden states that can be kept as features; 0: none has."""
+        return readable_layers(self._stock.decoder)
 
     def new_cache(self, slots: int, capacity: int) -> SlotCache:
         """An empty cache for this model, in its dtype."""
@@ -212,8 +222,14 @@ class PackedDecoder:
         return self._run(tokens, places[1], Packing.of_places(cache, places, rows))
 
     def _run(self, tokens: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        features, cache = packing.cache.features, packing.cache
         with self._mixers.over(packing):
-            return self._stock.run(tokens, positions, packed_attention, packing)
+            if features is None:
+                return self._stock.run(tokens, positions, packed_attention, packing)
+            with collecting(self._stock.decoder, features.layers, cache.device) as states:
+                hidden = self._stock.run(tokens, positions, packed_attention, packing)
+        cache.write_features(states, packing.places)
+        return hidden
 
     @torch.inference_mode()
     def _pack_and_check(self, fuse: bool) -> None:
@@ -228,11 +244,17 @@ class PackedDecoder:
         with short_windows(self.model.config):
             windows = any(layer.window for layer in layout)
             self.layout = layer_layouts(self._stock, self.recurrent) if windows else layout
-            reference = Reference.of(self._stock, self.vocab_size, self.context_length)
+            on_gpu = self.device.type == "cuda"
+            lengths = CPU_CHECK if self.new_cache(0, 0).kernels is not None else GRID_CHECK
+            reference = Reference.of(
+                self._stock,
+                self.vocab_size,
+                self.context_length,
+                GPU_CHECK if on_gpu else lengths,
+            )
             self._stock.set_attention(ATTENTION)
             if fuse:
                 fuse_layers(self._stock.decoder)
-            on_gpu = self.device.type == "cuda"
             if on_gpu:
                 one_device = len({parameter.device for parameter in self.model.parameters()}) == 1
                 self.use_kernels = (

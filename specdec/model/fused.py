@@ -66,14 +66,25 @@ class FusedLayer(nn.Module):
         Returns:
             [1, N, hidden].
         """
-        if self.is_silu and packing.kernels is not None:
-            return self._with_kernels(packing.kernels, x, position_embeddings, packing)
-        heads = self.qkv(self.input_norm(x))[0].unflatten(-1, (-1, self.head_dim))
+        if self.is_silu and (kernels := packing.kernels) is not None:
+            normed = kernels.add_norm(x[0], None, self.input_norm.weight, self.epsilon)
+            return self._with_kernels(kernels, normed, x, position_embeddings, packing)
+        return self._on_torch(self.input_norm(x)[0], x, position_embeddings, packing)
+
+    def _on_torch(
+        self,
+        normed: Tensor,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        packing: Packing,
+    ) -> Tensor:
+        """What the layer makes of x [1, N, hidden], its attention reading normed [N, ...]."""
+        heads = self.qkv(normed).unflatten(-1, (-1, self.head_dim))
         turning = heads[:, : self.query_heads + self.key_heads]
         if self.query_norm is not None and self.key_norm is not None:
             query, key = turning[:, : self.query_heads], turning[:, self.query_heads :]
             turning = torch.cat([self.query_norm(query), self.key_norm(key)], 1)
-        turned = _rotated(turning, *position_embeddings)
+        turned = _rotated(turning, *angles)
         query, key = turned[:, : self.query_heads], turned[:, self.query_heads :]
         value = heads[:, self.query_heads + self.key_heads :]
         mixed = attend(packing, self.layer_idx, query, key, value, self.scoring)
@@ -85,13 +96,13 @@ class FusedLayer(nn.Module):
     def _with_kernels(
         self,
         kernels: LayerKernels,
+        normed: Tensor,
         x: Tensor,
         angles: tuple[Tensor, Tensor],
         packing: Packing,
     ) -> Tensor:
         """The same, in fewer passes over memory; changes x in place and returns it."""
         cache, layer, flat = packing.cache, self.layer_idx, x[0]
-        normed = kernels.add_norm(flat, None, self.input_norm.weight, self.epsilon)
         # `forward`, not a call: what torch puts around one takes as long as a small kernel.
         heads = self.qkv.forward(normed).view(len(flat), -1, self.head_dim)
         norms = None

@@ -137,10 +137,10 @@ class Grid:
         assert self.seen_position is not None
         outs = []
         for t, positions in enumerate(self.seen_position.unbind(1)):
-            order = positions.argsort(-1, stable=True)[:, None, :, None]
-            own = [x.take_along_dim(order, 2) for x in (keys, values)]
-            one = slice(t, t + 1)
-            outs.append(invariant_attention(q[:, :, :, one], *own, mask[:, :, one], scoring))
+            order = positions.argsort(dim=-1, stable=True)[:, None, :, None]
+            own_keys, own_values = keys.take_along_dim(order, 2), values.take_along_dim(order, 2)
+            one, own_mask = q[:, :, :, t : t + 1], mask[:, :, t : t + 1]
+            outs.append(invariant_attention(one, own_keys, own_values, own_mask, scoring))
         return torch.cat(outs, 3)
 
     def _product(self, q: Tensor, scoring: Scoring) -> Product:

@@ -7,7 +7,7 @@ long as others are free, so that a later row that begins alike finds it by its t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 PAGE = 32
 """Positions of a page.
@@ -19,7 +19,7 @@ divides KEY_BLOCK, and specdec/kernels/attention.h has the same number.
 EMPTY = 0
 """The page that a table names where a slot has none: never given out, and always finite."""
 
-_Key = tuple[int, tuple[int, ...]]
+_Key = tuple[int, tuple[Hashable, ...]]
 """What a page is found by: the number of the page before it, and its own tokens."""
 
 
@@ -136,7 +136,7 @@ class Pages:
         self.cut(target, len(pages))
         self.cut(source, 0)
 
-    def publish(self, slot: int, tokens: Sequence[int]) -> None:
+    def publish(self, slot: int, tokens: Sequence[Hashable]) -> None:
         """Let others find the pages of a slot that the first tokens of its row fill."""
         number = 0
         for at in range(len(tokens) // PAGE):
@@ -148,7 +148,7 @@ class Pages:
                 self._found[key], self._keys[page] = (page, self._numbers), key
             _, number = self._found[key]
 
-    def find(self, tokens: Sequence[int]) -> list[int]:
+    def find(self, tokens: Sequence[Hashable]) -> list[int]:
         """The pages that are known to hold the beginning of a row, in order."""
         found, number = list[int](), 0
         for at in range(len(tokens) // PAGE):
@@ -160,7 +160,7 @@ class Pages:
         return found
 
     @staticmethod
-    def _key(number: int, tokens: Sequence[int], at: int) -> _Key:
+    def _key(number: int, tokens: Sequence[Hashable], at: int) -> _Key:
         return number, tuple(tokens[at * PAGE : (at + 1) * PAGE])
 
     def used(self, page: int) -> bool:

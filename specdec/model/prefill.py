@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
 
 from specdec.model.cache import SlotCache
-from specdec.model.decoder import PackedDecoder
 from specdec.model.packing import GRID_TOKENS
-from specdec.model.rows import upload
+from specdec.model.rows import Row, upload
 from specdec.model.sharing import SharedCaches, TokenRow
 
 
+class Fed(Protocol):
+    """What is fed: a `PackedDecoder`, or what else reads tokens behind those that a cache holds."""
+
+    invariant: bool
+
+    def forward(self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor) -> Tensor:
+        """Append tokens to slots; see `PackedDecoder.forward`."""
+
+
 def feed(
-    decoder: PackedDecoder, cache: SlotCache, slot: int, row: TokenRow, length: int, chunk: int
+    decoder: Fed, cache: SlotCache, slot: int, row: TokenRow, length: int, chunk: int
 ) -> list[int]:
     """Feed a row's tokens up to `length`, at most `chunk` in a forward.
 
@@ -23,7 +34,7 @@ def feed(
         cache: its cache; `slot` grows.
         slot: where the row is.
         row: whose tokens.
-        length: how many of them the slot shall hold; it may hold more already.
+        length: how many positions the slot shall hold; it may hold more already.
         chunk: most tokens of a forward.
 
     Returns:
@@ -34,14 +45,14 @@ def feed(
         end = min(fed + chunk, length)
         if decoder.invariant:
             end = min(end, row.output_start if fed < row.output_start else fed + GRID_TOKENS)
-        (tokens,) = upload(cache.device, row.tokens[fed:end])
+        (tokens,) = upload(cache.device, row.tokens[fed + cache.ahead : end + cache.ahead])
         decoder.forward(cache, [(slot, len(tokens))], tokens)
         forwards.append(len(tokens))
     return forwards
 
 
 def feed_again(
-    decoder: PackedDecoder,
+    decoder: Fed,
     cache: SlotCache,
     rows: Sequence[TokenRow],
     chunk: int,
@@ -67,7 +78,7 @@ def feed_again(
 
 
 def feed_shared(
-    decoder: PackedDecoder,
+    decoder: Fed,
     cache: SlotCache,
     shared: SharedCaches,
     rows: Sequence[TokenRow],

@@ -6,7 +6,7 @@ another slot holds the same tokens, or in which a row that has left held them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 from specdec.model.cache import SlotCache
@@ -46,6 +46,11 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     while n < most and a[n] == b[n]:
         n += 1
     return min(n, most)
+
+
+def _computed_of(cache: SlotCache, tokens: Sequence[int]) -> Sequence[Hashable]:
+    """What each position of a row in a cache is computed of, besides the positions before it."""
+    return [*zip(tokens, tokens[cache.ahead :], strict=False)] if cache.ahead else tokens
 
 
 class SharedCaches:
@@ -94,7 +99,7 @@ class SharedCaches:
     def _left_behind(self, cache: SlotCache, row: TokenRow) -> tuple[list[int], int]:
         """Pages that are found by a row's first tokens, and how many tokens of them to take."""
         most = self._in_grains(cache, max(0, row.sharable), row)
-        pages = cache.pages.find(row.tokens[:most])
+        pages = cache.pages.find(_computed_of(cache, row.tokens[:most]))
         return pages, self._in_grains(cache, len(pages) * PAGE, row)
 
     def take_over(self, cache: SlotCache, slot: int) -> None:
@@ -127,10 +132,11 @@ class SharedCaches:
         return best, most
 
     def common(self, cache: SlotCache, row: TokenRow, other: TokenRow) -> int:
-        """How many tokens two rows may share in a cache."""
+        """How many positions two rows may share in a cache."""
         most = max(0, min(row.sharable, other.sharable))
         n = min(common_prefix(row.tokens, other.tokens), most) if most else 0
-        return min(self._in_grains(cache, n, row), self._in_grains(cache, n, other))
+        shared = min(self._in_grains(cache, n, row), self._in_grains(cache, n, other))
+        return max(0, shared - cache.ahead)
 
     def _in_grains(self, cache: SlotCache, tokens: int, row: TokenRow) -> int:
         """How many of a row's first tokens others may share."""
@@ -170,14 +176,14 @@ class SharedCaches:
         return self.caches[0].pages.total
 
     def rollback(self, slot: int, length: int) -> None:
-        """Forget the tokens of `slot` from position `length` on, in all caches."""
+        """Forget what is computed of the tokens of `slot` from `length` on, in all caches."""
         for cache in self.caches:
-            cache.rollback(slot, length)
+            cache.rollback(slot, max(0, length - cache.ahead))
 
     def scrub(self, slot: int, length: int) -> None:
-        """Zero what `slot` alone holds from position `length` on, in all caches."""
+        """Zero what `slot` alone has of its tokens from `length` on, in all caches."""
         for cache in self.caches:
-            cache.scrub(slot, length)
+            cache.scrub(slot, max(0, length - cache.ahead))
 
     def release(self, slot: int) -> None:
         """Take a slot from its row. What it holds stays for others until its pages are needed."""
@@ -186,7 +192,7 @@ class SharedCaches:
         for cache in self.caches:
             if cache.states is None:  # pages say nothing of states, which go with the slot
                 n = self._in_grains(cache, cache.lengths[slot], row)
-                cache.pages.publish(slot, row.tokens[:n])
+                cache.pages.publish(slot, _computed_of(cache, row.tokens[: n + cache.ahead]))
             cache.release(slot)
 
     def move(self, source: int, target: int) -> None:

@@ -20,6 +20,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,7 +78,7 @@ class Feature:
             The first is None where the feature knows the candidate.
     """
 
-    signals: tuple[Signal | Evidence, ...]
+    signals: tuple[IntEnum, ...]
     of: Callable[..., Any]
     first: tuple[float | None, float]
 

@@ -19,7 +19,7 @@ from specdec.policies.estimators import online_estimator
 from specdec.policies.siblings import given_parent, sibling_estimator, sibling_evidence
 from specdec.simulate.bound import lower_lines
 from specdec.simulate.growth import ROOT, Growth
-from specdec.simulate.transcripts import Transcript
+from specdec.simulate.transcripts import Signals, Transcript
 
 HALVINGS = 40
 """Steps of the search for the rate. More find it more exactly than anybody reads it."""
@@ -48,12 +48,14 @@ def allowed_rate(
     ]
     survival, depth = (np.stack(each) for each in zip(*nodes, strict=True))
     levels = np.arange(max(transcript.most for transcript in transcripts) + 1)
+    shape = len(survival), len(levels)
+    at = (np.arange(shape[0])[:, None] * shape[1] + depth).astype(np.int64).ravel()
 
     def gain(price: float, fixed: float, token: float, step: float) -> float:
         """Mean gain of a round, with seconds of a row's part of it, of a node and of a level."""
         worth = np.maximum(survival - price * token, 0.0)
-        by_level = np.stack([(worth * (depth <= level)).sum(1) for level in levels], 1)
-        best = (by_level - price * step * levels).max(1)
+        of_level = np.bincount(at, worth.ravel(), shape[0] * shape[1]).reshape(shape)
+        best = (of_level.cumsum(1) - price * step * levels).max(1)
         return float(best.mean()) + 1 - price * (fixed + token)
 
     places = live * (MOST_CANDIDATES + 1)
@@ -78,7 +80,7 @@ def _acceptance(transcripts: Sequence[Transcript], width: int) -> list[tuple[Arr
         stood = of == ranks.repeat(signals.shape[1])
         others.learn(evidence[judged], rates.repeat(signals.shape[1])[judged], stood[judged])
 
-    def given(signals: Array, rate: float) -> Array:
+    def given(signals: Signals, rate: float) -> Array:
         *shape, columns = signals.shape
         flat = signals.astype(np.float64).reshape(-1, columns)
         ranks: Indices = np.tile(np.arange(shape[-1]), len(flat) // shape[-1])

@@ -119,8 +119,8 @@ def record(
     Raises:
         ValueError: the pair has no draft, or one that cannot go on from anywhere in a text.
     """
-    if pair.draft is None:
-        raise ValueError("transcripts need a pair with a draft")
+    if pair.draft is None or pair.draft.reads_features:
+        raise ValueError("transcripts need a pair with a draft that is a language model")
     if pair.draft.recurrent:
         raise ValueError(
             "transcripts need a draft that can go on from anywhere in a text; this one has layers "

@@ -154,6 +154,7 @@ def replay(
 
 def _round(rows: Sequence[_Row], policy: StopPolicy, costs: CostModel, result: Replay) -> None:
     """One round: what `Engine.step` does, without models."""
+    width = min(row.transcript.width for row in rows)
     start = RoundStart(
         rows=[row.memory for row in rows],
         room=[max(row.transcript.limit - row.at, 0) for row in rows],
@@ -162,12 +163,12 @@ def _round(rows: Sequence[_Row], policy: StopPolicy, costs: CostModel, result: R
         draft_pending=[row.pending for row in rows],
         target_tokens=len(rows),
         free_trimming=all(row.transcript.free_trimming for row in rows),
-        nodes=[MOST_CANDIDATES] * len(rows),
+        nodes=[MOST_CANDIDATES] * len(rows) if width > 1 else (),
     )
     wanted = policy.budget(start)
     limits = zip(wanted, start.room, rows, strict=True)
     budget = [min(k, room, row.transcript.most) for k, room, row in limits]
-    if policy.width > 1:
+    if policy.width > 1 and width > 1:
         _end(rows, start, policy, costs, result, _grown(rows, start, budget, policy, costs))
     else:
         _end(rows, start, policy, costs, result, _drafted(rows, start, budget, policy, costs))
@@ -315,7 +316,8 @@ def _grown(
 def _seen(row: _Row, index: int) -> Signals:
     """Signals of candidate `index` (from 0) of the round that begins now."""
     last = min(row.at + int(row.transcript.runs[row.at]), len(row.transcript.accepted) - 1)
-    return row.transcript.choices(row.at + index, last)[0]
+    first: Signals = row.transcript.choices(row.at + index, last)[0]
+    return first
 
 
 # -------------------------------------------------------------------- statistics

@@ -223,8 +223,8 @@ def _label(
     pair: Pair, batch: Sequence[tuple[Example, Part]], settings: LabelSettings, first_row: int
 ) -> Labels:
     draft = pair.draft
-    if draft is None:
-        raise ValueError("labels need a pair with a draft")
+    if draft is None or draft.reads_features:
+        raise ValueError("labels need a pair with a draft that is a language model")
     mixed = _mixed(draft, pair.vocab_size, batch, settings)
     done: list[Labels] = []
     # Both models pack the same lengths the same way, so their positions correspond.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -19,38 +23,52 @@ from tests.jobs.command_line import call, one_error
 JobFile = Callable[..., Path]
 
 
+def write_job(folder: Path, models: TinyModels, **changes: Any) -> Path:
+    """A job file over eight good rows and one null prompt; sections may be replaced."""
+    rows = [*(f"say {i}" for i in range(8)), None]
+    pq.write_table(pa.table({"prompt": rows}), folder / "in.parquet")
+    job: dict[str, Any] = {
+        "input": {"paths": "in.parquet", "prompt_column": "prompt"},
+        "output": "out",
+        "models": {"target": models.target, "draft": models.draft},
+        "sampling": {"max_new_tokens": 8, "temperature": 0},
+        "actors": {"num_cpus": 2},
+    }
+    file = folder / "job.yaml"
+    file.write_text(yaml.safe_dump({**job, **changes}))
+    return file
+
+
 @pytest.fixture
-def job_file(tiny_models: TinyModels, tmp_path: Path, write_rows: Callable[..., str]) -> JobFile:
-    """Writes a job file with eight good rows and one null prompt; sections may be replaced."""
+def job_file(tiny_models: TinyModels, tmp_path: Path) -> JobFile:
+    """Writes a job file, in which sections may be replaced."""
+    return partial(write_job, tmp_path, tiny_models)
 
-    def write(**changes: Any) -> Path:
-        rows: list[dict[str, Any]] = [{"prompt": f"say {i}"} for i in range(8)]
-        write_rows("in.parquet", [*rows, {"prompt": None}])
-        file = tmp_path / "job.yaml"
-        job: dict[str, Any] = {
-            "input": {"paths": "in.parquet", "prompt_column": "prompt"},
-            "output": "out",
-            "models": {"target": tiny_models.target, "draft": tiny_models.draft},
-            "sampling": {"max_new_tokens": 8, "temperature": 0},
-            "actors": {"num_cpus": 2},
-        }
-        file.write_text(yaml.safe_dump({**job, **changes}))
-        return file
 
-    return write
+@pytest.fixture(scope="module")
+def ran(
+    local_ray: None, tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """The folder of a job that has run, and what that printed."""
+    folder = tmp_path_factory.mktemp("ran")
+    speculation = {"policy": "goodput", "control_share": 0.2, "trace": True}
+    first = call("run", write_job(folder, tiny_models, speculation=speculation))
+    assert first.exit_code == 0, first.output
+    return folder, first.stdout
+
+
+@pytest.fixture
+def folder(ran: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of the folder."""
+    return Path(shutil.copytree(ran[0], tmp_path / "ran"))
 
 
 @pytest.mark.ray
-def test_run_report_explain_and_run_again(
-    local_ray: None, job_file: JobFile, tmp_path: Path
-) -> None:
-    speculation = {"policy": "goodput", "control_share": 0.2, "trace": True}
-    file, output = job_file(speculation=speculation), tmp_path / "out"
-    first = call("run", file)
-    assert first.exit_code == 0, first.output
-    assert "rows completed" in first.stdout
-    assert "NullPrompt" in first.stdout
-    assert f"Outputs: {output}" in first.stdout
+def test_run_report_explain_and_run_again(ran: tuple[Path, str], folder: Path) -> None:
+    assert "rows completed" in ran[1]
+    assert "NullPrompt" in ran[1]
+    assert f"Outputs: {ran[0] / 'out'}" in ran[1]
+    file, output = folder / "job.yaml", folder / "out"
 
     numbers = json.loads(call("report", output, "--json").stdout)
     assert numbers["rows"] == 8
@@ -144,38 +162,29 @@ def test_a_second_run_is_told_of_the_first(job_file: JobFile, tmp_path: Path) ->
 
 @pytest.mark.ray
 def test_a_job_of_which_too_many_rows_fail_does_not_succeed(
-    local_ray: None,
-    job_file: JobFile,
-    tmp_path: Path,
-    write_rows: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, output = job_file(unit_rows=2), tmp_path / "out"
-    bad = [{"prompt": "x", "sampling_params": {"max_tokenz": 4, "temperature": None}}] * 5
-    bad[1:1] = [{"prompt": "y", "sampling_params": {"temperature": -1.0, "max_tokenz": None}}]
-    good = {"prompt": "z", "sampling_params": {"temperature": None, "max_tokenz": None}}
-    write_rows("in.parquet", [*bad, good, good])
-
-    first = call("run", file, "--quiet")
+    """Nothing is generated again: not to say so, and not once more is allowed."""
+    monkeypatch.setattr("pipeline.run.run.connected", lambda: pytest.fail("Ray was wanted"))
+    file, output, few = folder / "job.yaml", folder / "out", ("--set", "max_error_share=0.1")
+    first = call("run", file, *few, "--quiet")
     assert first.exit_code == 4, first.output
-    assert "failed: 6 of 8 rows failed, more than max_error_share (0.5). " in first.stderr
-    assert "InvalidSampling (6), as in row in.parquet:0:0: max_tokenz: unknown" in first.stderr
+    assert "failed: 1 of 9 rows failed, more than max_error_share (0.1). " in first.stderr
+    assert "NullPrompt (1), as in row in.parquet:8:0: " in first.stderr
     assert "only-failed" in first.stderr
     # All is there and accounted for, though nobody is told that the job succeeded.
     assert not (output / "_SUCCESS").exists()
     assert "too many rows in errors" in (output / "_specbatch" / "report.html").read_text()
     assert "has ended with too many rows in errors" in call("report", output).stdout
     status = json.loads(call("status", output, "--json").stdout)
-    assert status["state"] == "failed" and status["message"].startswith("6 of 8 rows failed")
+    assert status["state"] == "failed" and status["message"].startswith("1 of 9 rows failed")
 
-    # Nothing is generated again: not to say the same, and not once more is allowed.
-    monkeypatch.setattr("pipeline.run.run.connected", lambda: pytest.fail("Ray was wanted"))
-    assert call("run", file).exit_code == 4
-    accepted = call("run", file, "--set", "max_error_share=0.8", "--quiet")
+    assert call("run", file, *few).exit_code == 4
+    accepted = call("run", file, "--set", "max_error_share=0.2", "--quiet")
     assert (accepted.exit_code, accepted.output) == (0, "")
     assert call("verify", output).exit_code == 0
-    assert call("run", file, "--set", "max_error_share=0.8").exit_code == 0
-    assert call("run", file).exit_code == 4
+    assert call("run", file, "--set", "max_error_share=0.2").exit_code == 0
+    assert call("run", file, *few).exit_code == 4
     assert not (output / "_SUCCESS").exists()
 
 

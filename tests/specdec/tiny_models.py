@@ -46,11 +46,13 @@ def tiny_model(
     context: int = 1024,
     peak: float = 30.0,
     seed: int = 0,
+    tied: bool = False,
     **extra: Any,
 ) -> PreTrainedModel:
     """A random decoder with grouped-query attention.
 
     Args:
+        tied: whether its LM head is its embedding.
         peak: factor on the LM head; random initialisation alone gives logits so flat that rounding
             decides the argmax.
     """
@@ -64,7 +66,7 @@ def tiny_model(
         num_key_value_heads=kv_heads,
         head_dim=hidden // heads,
         max_position_embeddings=context,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,

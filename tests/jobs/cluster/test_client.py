@@ -109,7 +109,7 @@ def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture
 def job_file(tiny_models: TinyModels, tmp_path: Path) -> Path:
-    """A job of 24 rows in 6 units."""
+    """A job of 24 rows in 2 units."""
     from pyarrow import table
 
     pq.write_table(table({"prompt": [f"say {i}" for i in range(24)]}), tmp_path / "in.parquet")
@@ -120,7 +120,7 @@ def job_file(tiny_models: TinyModels, tmp_path: Path) -> Path:
         "models": {"target": tiny_models.target, "draft": tiny_models.draft},
         "sampling": {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True},
         "actors": {"slots": 2},
-        "unit_rows": 4,
+        "unit_rows": 12,
     }
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(job))
@@ -159,7 +159,7 @@ def test_a_job_on_a_cluster(
     }
     assert by_folder.pop("job") is None
     assert by_job == by_folder
-    expected = {"state": "finished", "rows": 24, "rows_total": 24, "units": 6, "units_total": 6}
+    expected = {"state": "finished", "rows": 24, "rows_total": 24, "units": 2, "units_total": 2}
     assert expected.items() <= by_job.items()
     assert by_job["output_tokens"] >= 24 * 8
     assert by_job["spent"] > 0

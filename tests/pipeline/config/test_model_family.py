@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.model_family import LAYERS, expected, families
+from pipeline.config.model_family import LAYERS, eagle, expected, families, refuse_eagle
 from pipeline.errors import UserError
 
 
@@ -53,3 +53,26 @@ def test_a_hub_model_that_is_not_here_says_nothing() -> None:
 def test_a_config_that_cannot_be_read_is_named(model: Any) -> None:
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
         expected(model("{"))
+
+
+EAGLE = {
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "vocab_size": 128_256,
+    "draft_vocab_size": 32_000,
+    "hidden_size": 4096,
+}
+
+
+def test_an_eagle_draft_is_told_as_such(model: Any) -> None:
+    name = model(json.dumps(EAGLE))
+    line, fine = expected(name)
+    assert line.startswith("EAGLE-3 (EAGLE/SGLang format): llama layer") and fine
+    assert "32,000 of 128,256 tokens" in line and eagle(name) == line
+    assert eagle("nobody/such-a-model") == ""
+    with pytest.raises(UserError, match=r"models\.draft: .* is EAGLE-3, and a profile replays"):
+        refuse_eagle(name, "a profile replays")
+
+
+def test_a_language_model_is_not_refused_as_eagle(model: Any) -> None:
+    refuse_eagle(model(json.dumps({"model_type": "llama"})), "a profile replays")
+    refuse_eagle(None, "a profile replays")

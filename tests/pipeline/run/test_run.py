@@ -94,7 +94,7 @@ def finished(
     told: list[JobProgress] = []
     with pytest.MonkeyPatch.context() as patch:
         # Otherwise the first actor may be done before the second has started.
-        patch.setattr(DataContext.get_current(), "wait_for_min_actors_s", 60)
+        patch.setattr(DataContext.get_current(), "wait_for_min_actors_s", 300)
         return values, output, run(values, progress=told.append), told
 
 

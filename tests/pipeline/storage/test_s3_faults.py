@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import zlib
 from collections import Counter
@@ -206,7 +207,7 @@ def test_globbing_does_not_take_a_folder_it_cannot_list_for_an_empty_one(
 def test_a_failure_that_stays_is_told_in_time(
     s3_env: S3Server, bucket: str, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "PATIENCE", 1.0)
+    monkeypatch.setattr(patience, "PATIENCE", 0.4)
     with faulty_s3(s3_env.endpoint, faults=["slow_down"]) as server:
         folder = open_folder(f"s3://{bucket}/out", at(server))
         folder.put("x", b"")  # the first request makes a client, which is not what is timed
@@ -230,7 +231,7 @@ def test_a_failure_that_stays_is_told_in_time(
             message = str(caught.value)
             assert message.startswith(f"s3://{bucket}")
             assert "SlowDown" in message or "503" in message  # HEAD has no code
-            assert "gave up after 1 s and" in message
+            assert re.search(r"gave up after \d+ s and", message)
             assert "the same command resumes" in message
 
 

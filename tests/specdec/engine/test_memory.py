@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
 from specdec.model.cache import KEY_BLOCK
+from specdec.model.eagle import EagleDecoder
 from specdec.model.pages import PAGE
 from specdec.policies.simple import Fixed
 from specdec.request import Request
@@ -28,6 +29,8 @@ from tests.specdec.workloads import (
 def bytes_for(pair: TinyPair, positions: int) -> int:
     """Memory for so many positions and the page that no row gets."""
     caches = [model.new_cache(0, 0) for model in (pair.target, pair.draft) if model is not None]
+    if isinstance(pair.draft, EagleDecoder):
+        caches[0].keep_features(pair.draft.features)
     return (positions + PAGE) * sum(cache.bytes_per_position for cache in caches)
 
 

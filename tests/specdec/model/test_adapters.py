@@ -27,12 +27,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "roberta": DECODER | {"vocab_size": VOCAB + 1, "pad_token_id": VOCAB},  # never in a text
     "bloom": {"seq_length": 512},
     "bloom, six heads": {"seq_length": 512, "hidden_size": 48, "num_attention_heads": 6},
+    "bloom, kernels": {"seq_length": 512, "hidden_size": 96, "num_attention_heads": 6},
     "mpt": {"max_seq_len": 512},
+    "mpt, kernels": {"max_seq_len": 512, "hidden_size": 64},
     "falcon": {},
     "falcon, alibi": {"alibi": True},
+    "falcon, alibi, kernels": {"alibi": True, "hidden_size": 64},
     "falcon, new": {"new_decoder_architecture": True, "num_kv_heads": 2},
 }
-"""One of each kind of adapter, and what sizes they need besides."""
+"""One of each kind of adapter, and what sizes they need besides; `kernels` take these heads."""
 
 
 def model_of(name: str) -> PreTrainedModel:
@@ -69,8 +72,9 @@ def test_a_bias_of_positions_is_the_same_in_any_batch() -> None:
     bench_of(model_of("bloom"), invariant=True).check_rollbacks()
 
 
-def test_half_precision_agrees_to_its_precision() -> None:
-    bench = bench_of(model_of("falcon, alibi").to(torch.bfloat16))
+@pytest.mark.parametrize("name", ["falcon, alibi", "falcon, alibi, kernels"])
+def test_half_precision_agrees_to_its_precision(name: str) -> None:
+    bench = bench_of(model_of(name).to(torch.bfloat16))
     bench.check((0, 40), (1, 17), tolerance=0.3)
     bench.check((0, 3), (1, 1), tolerance=0.3)
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from specdec.model.check import Reference, distance, full_precision
+from specdec.model.check import GRID_CHECK, Reference, distance, full_precision
 from specdec.model.stock import StockModel
 from tests.specdec.tiny_models import VOCAB, tiny_model
 
@@ -36,7 +36,7 @@ def test_weights_are_half_again_after_a_forward_that_failed() -> None:
 
 @torch.inference_mode()
 def test_logits_that_are_no_numbers_differ() -> None:
-    reference = Reference.of(StockModel(tiny_model("llama")), VOCAB, 1024)
+    reference = Reference.of(StockModel(tiny_model("llama")), VOCAB, 1024, GRID_CHECK)
     places = [(0, 130), (1, 20)]
     right = torch.stack(
         [reference.logits[row][at - len(reference.rows[row])] for row, at in places]

@@ -13,7 +13,7 @@ import torch
 from specdec.engine.engine import Engine
 from specdec.kernels.cpu import CpuKernels
 from specdec.model.cache import SlotCache
-from specdec.model.check import Reference
+from specdec.model.check import CPU_CHECK, Reference
 from specdec.model.decoder import PackedDecoder
 from specdec.model.graphs import (
     LARGEST,
@@ -279,14 +279,14 @@ def test_kernels_that_do_not_work_here_are_left_out(
     class Broken:
         row_tokens = 1
 
-        def attend(self, *arguments: Any) -> None:
+        def attend(self, *arguments: Any, **_: Any) -> None:
             if why == "they do not compile":
                 raise RuntimeError("no compiler here")
             arguments[-1].zero_()
 
     found = PackedDecoder(tiny_model().to(DEVICE))
     reference = Reference.of(
-        StockModel(tiny_model().to(DEVICE)), found.vocab_size, found.context_length
+        StockModel(tiny_model().to(DEVICE)), found.vocab_size, found.context_length, CPU_CHECK
     )
     assert found._kernels_agree(reference)
     monkeypatch.setattr("specdec.model.cache.layer_kernels", lambda *_: Broken())

@@ -89,7 +89,7 @@ def test_the_estimator_head_needs_a_head(name: str) -> None:
 def test_an_unknown_setting_is_an_error_that_names_those_of_the_policy() -> None:
     with pytest.raises(ValueError, match=r"'patience'.*heuristic takes k, k_min, k_max$"):
         make_policy("heuristic", patience=3)
-    with pytest.raises(ValueError, match=r"goodput takes k_max, estimator$"):
+    with pytest.raises(ValueError, match=r"goodput takes k_max, width, estimator$"):
         make_policy("goodput", K=3)
     with pytest.raises(ValueError, match=r"none takes none$"):
         make_policy("none", kmax=3)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specdec.measure.calibration import Flags
-from specdec.policies.base import DraftStep, RoundStart, Signal, StopPolicy, setting
+from specdec.policies.base import DraftStep, RoundStart, Signal, StopPolicy
+from specdec.policies.settings import setting
 
 
 @dataclass

@@ -9,6 +9,7 @@ from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, Signal
 from specdec.policies.costs import CostModel
 from specdec.policies.simple import Fixed
 from specdec.request import Counts
+from specdec.simulate.allowance import allowed_rate
 from specdec.simulate.bound import least_seconds
 from specdec.simulate.growth import ROOT, Growth
 from specdec.simulate.replay import replay
@@ -120,3 +121,25 @@ def test_no_tree_beats_the_clairvoyant_with_trees() -> None:
         for width, bound in enumerate(bounds, start=1):
             for k in (1, 2, 4):
                 assert replay(transcripts, Fixed(k, width), COSTS, live).seconds >= bound - 1e-9
+
+
+def test_what_probabilities_allow_lies_between_policies_and_the_clairvoyant() -> None:
+    """Where every place looks alike, so that `fixed` is near what can be had."""
+    chance = np.random.default_rng(6)
+    transcripts = [
+        transcript_of(chance.choice(4, 60, p=[0.6, 0.2, 0.1, 0.1]).tolist(), seed)
+        for seed in range(5)
+    ]
+    costs = CostModel(linear(0.5, 0.0), linear(4.0, 0.01))
+    tokens = sum(len(each.ranks) - each.first for each in transcripts)
+    for each in transcripts:  # every place looks alike
+        each.signals[:] = each.branches[:] = np.log([0.6, 0.2, 0.1])[:, None]
+    rates = [allowed_rate(transcripts, costs, width=width) for width in (1, 3)]
+    fixed = [
+        max(replay(transcripts, Fixed(k, w), costs).tokens_per_second for k in range(1, 6))
+        for w in (1, 3)
+    ]
+    assert rates[0] < rates[1]
+    for width, rate, reached in zip((1, 3), rates, fixed, strict=True):
+        assert 0.9 * reached < rate < 1.3 * reached
+        assert rate < tokens / least_seconds(transcripts, costs, 1, width).sum()
