@@ -1,7 +1,8 @@
-"""Candidates that are looked up, without a draft model, against decoding without speculation.
+"""Candidates that are looked up, with and without a draft model, against plain decoding.
 
     python benchmarks/suffix.py --batch 16 --repeats 3
     python benchmarks/suffix.py --work samples --prompts questions.parquet --rows 64 --batch 64
+    python benchmarks/suffix.py --work samples,free --draft examples/demo/draft
 
 Three kinds of work, each as large as `--rows` says:
 
@@ -10,8 +11,9 @@ Three kinds of work, each as large as `--rows` says:
     free      one sample of each prompt at temperature 1: text that hardly repeats itself
 
 and three sides, in turns in one process, `--repeats` times over: `none`, `suffix` and `goodput`,
-both without a draft. Verification is `coupled`, so that all sides have the same tokens to generate,
-to their natural ends: of candidates that nobody drew it accepts as many as `rejection`.
+both without a draft; with `--draft` also `goodput` with it, once with nothing looked up (`draft`)
+and once with both (`both`). Verification is `coupled`, so that all sides have the same tokens to
+generate, to their natural ends: of candidates that nobody drew it accepts as many as `rejection`.
 
 Prints how many times faster than `none` a side is in tokens per second (the median of the paired
 ratios, with the smallest and largest), how many candidates were verified for each token of output,
@@ -26,6 +28,7 @@ from __future__ import annotations
 import copy
 import random
 import statistics
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -58,7 +61,8 @@ from specdec.policies.profiling import profile_costs
 from specdec.policies.registry import make_policy
 from specdec.request import Request, SamplingParams
 
-SIDES = ("none", "suffix", "goodput")
+WITHOUT_DRAFT = ("none", "suffix", "goodput")
+WITH_DRAFT = ("draft", "both")
 SAMPLES = 4
 TEMPERATURES = {"samples": 0.7, "extract": 0.0, "free": 1.0}
 
@@ -111,15 +115,22 @@ def doubled(costs: CostModel, n: int) -> float:
 
 def race(pair: ModelPair, requests: list[Request], batch: int, repeats: int) -> list[list[str]]:
     """The sides in turns: a line of the table for each."""
-    costs = profile_costs(pair.target, None, batch)
+    lone, draft = replace(pair, draft=None), pair.draft
+    costs = profile_costs(pair.target, draft, batch)
+    sides = (*WITHOUT_DRAFT, *(WITH_DRAFT if draft is not None else ()))
     Engine(pair, policy=make_policy("none"), slots=batch).generate(requests[:batch])  # warm
-    taken: dict[str, list[float]] = {side: [] for side in SIDES}
+    taken: dict[str, list[float]] = {side: [] for side in sides}
     engines: dict[str, Engine] = {}
     for turn in range(repeats):
-        for side in SIDES:
-            policy = make_policy(side, costs=copy.deepcopy(costs))
+        for side in sides:
+            drafts = side in WITH_DRAFT
+            policy = make_policy("goodput" if drafts else side, costs=copy.deepcopy(costs))
             engine = engines[side] = Engine(
-                pair, policy=policy, verification="coupled", slots=batch
+                pair if drafts else lone,
+                policy=policy,
+                verification="coupled",
+                slots=batch,
+                lookup=side != "draft",
             )
             spent = seconds(lambda engine=engine: engine.generate(requests))
             taken[side].append(spent / engine.stats.counts.committed)
@@ -128,7 +139,7 @@ def race(pair: ModelPair, requests: list[Request], batch: int, repeats: int) -> 
     for side, engine in engines.items():
         counts, spent = engine.stats.counts, engine.stats.seconds
         learnt = getattr(engine.policy, "costs", None)
-        host = (spent.get("draft", 0.0) + spent.get("decide", 0.0)) / sum(spent.values())
+        host = spent.get("decide", 0.0) / sum(spent.values())
         lines.append(
             [
                 side,
@@ -146,6 +157,7 @@ def race(pair: ModelPair, requests: list[Request], batch: int, repeats: int) -> 
 def main(
     target: Target = TARGET,
     precision: Precision = "int8",
+    draft: Annotated[str, typer.Option(help="a draft model; none by default")] = "",
     prompts: Prompts = PROMPTS,
     work: Annotated[str, typer.Option(help="kinds, separated by commas")] = "samples,extract,free",
     rows: Rows = 32,
@@ -156,7 +168,7 @@ def main(
 ) -> None:
     """Race the sides on each kind of work and print a table."""
     prepare(threads)
-    pair = load(target, None, precision)
+    pair = load(target, draft or None, precision)
     table = Table(
         title=f"live batch {batch}, {rows} prompts, {precision}, {torch.get_num_threads()} threads"
     )

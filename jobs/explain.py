@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Annotated, Any
 
 import typer
@@ -50,15 +51,25 @@ def explain(
 
 def render(rounds: Sequence[Mapping[str, Any]]) -> Table:
     """One entry per round: accepted candidates green, rejected ones red, others dim."""
-    table = Table("round", "context", "live", "candidates", "accepted", "predicted", "why no more")
+    table = Table("round", "context", "live", "candidates", "from")
+    for column in ("accepted", "predicted", "why no more"):
+        table.add_column(column)
     for each in rounds:
         candidates = _tree(each) if each.get("parents") else _chain(each)
         predicted = " ".join(f"{p:.2f}" for p in each["predicted"])
         numbers = (str(each[name]) for name in ("round", "context", "live"))
         # Text, so that nothing in it is taken for markup.
         accepted = f"{each['accepted']} of {each['submitted']}"
-        table.add_row(*numbers, candidates, accepted, predicted, Text(each["reason"]))
+        table.add_row(*numbers, candidates, _from(each), accepted, predicted, Text(each["reason"]))
     return table
+
+
+def _from(one: Mapping[str, Any]) -> str:
+    """Where a round's candidates come from, in their order."""
+    known = one.get("sources") or []  # jobs of earlier versions have none
+    places = [*known, *["draft"] * (len(one["texts"]) - len(known))]
+    runs = ((place, len([*same])) for place, same in groupby(places))
+    return ", ".join(f"{n} {place}" for place, n in runs)
 
 
 def _chain(each: Mapping[str, Any]) -> Text:

@@ -240,20 +240,23 @@ def resolve_job_paths(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for key in ("output", "prices"):
         if isinstance(path := result.get(key), str):
             result[key] = _absolute(path, folder)
-    if isinstance(given := result.get("input"), dict):
-        paths = given.get("paths")
-        if isinstance(paths, str):
-            result["input"] = {**given, "paths": _absolute(paths, folder)}
-        elif isinstance(paths, list):
-            absolute = [_absolute(p, folder) if isinstance(p, str) else p for p in paths]
-            result["input"] = {**given, "paths": absolute}
+    if isinstance(given := result.get("input"), dict) and "paths" in given:
+        result["input"] = {**given, "paths": _each_absolute(given["paths"], folder)}
     if isinstance(models := result.get("models"), dict):
         names = {k: _model(models[k], folder) for k in ("target", "draft") if models.get(k)}
         result["models"] = {**models, **names}
-    speculation = result.get("speculation")
-    if isinstance(speculation, dict) and isinstance(head := speculation.get("head"), str):
-        result["speculation"] = {**speculation, "head": _absolute(head, folder)}
+    if isinstance(speculation := result.get("speculation"), dict):
+        named = {k: speculation[k] for k in ("head", "corpus") if speculation.get(k)}
+        absolute = {key: _each_absolute(paths, folder) for key, paths in named.items()}
+        result["speculation"] = {**speculation, **absolute}
     return result
+
+
+def _each_absolute(paths: Any, folder: Path) -> Any:
+    """A path, or each of a list, made absolute; anything else as it is."""
+    if isinstance(paths, list):
+        return [_each_absolute(path, folder) for path in paths]
+    return _absolute(paths, folder) if isinstance(paths, str) else paths
 
 
 def _absolute(path: str, folder: Path) -> str:

@@ -290,6 +290,8 @@ class RoundTrace:
         parents: if the candidates are a tree, which of them each follows; -1: none. Else empty,
             and each follows the one before it.
         kept, path: of a tree, which candidates were submitted, and which were accepted.
+        sources: where the first candidates come from, those that no draft proposed: "forced",
+            "prompt", "rows" or "corpus" each.
     """
 
     context: int
@@ -302,6 +304,7 @@ class RoundTrace:
     parents: tuple[int, ...] = ()
     kept: tuple[int, ...] = ()
     path: tuple[int, ...] = ()
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

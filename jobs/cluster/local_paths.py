@@ -58,6 +58,7 @@ def _local_paths(job: JobConfig) -> Iterator[tuple[str, str]]:
     fields = [("input.paths", path) for path in job.input.paths]
     fields += [("models.target", job.models.target), ("models.draft", job.models.draft or "")]
     fields += [("speculation.head", job.speculation.head or ""), ("output", job.output)]
+    fields += [("speculation.corpus", path) for path in job.speculation.corpus]
     for field, path in fields:
         if is_local(path) and Path(path).is_absolute():
             yield field, path

@@ -13,6 +13,7 @@ from typing import Any
 from jobs.nightly.archive import CARD, ROOT, Archive, Night, WorkFolder
 from jobs.nightly.card import card
 from jobs.nightly.conversations import Generated, OnTurn, generate, keep_plan, kept_plan
+from jobs.nightly.corpus import with_last_night
 from jobs.nightly.duplicates import DuplicateIndex
 from jobs.nightly.filters import TextFilters
 from jobs.nightly.judge import Judge
@@ -81,6 +82,7 @@ def make_night(
     schema = partition_schema(recipe, picked.schema)
     check_columns(schema, nights)
     job = _kept_version(recipe, work).apply(recipe.job)
+    job = with_last_night(job, recipe, work, nights)
     made = generate(recipe, job, work, picked.prompts, filters, on_turn=on_turn, stop=stop)
 
     kept, judge, duplicates = made.conversations, None, None

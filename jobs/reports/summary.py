@@ -83,8 +83,13 @@ def has_failed(output: Folder, summary: Mapping[str, Any]) -> bool:
     return too_many(errors, rows, done["config"].get("max_error_share", 1))
 
 
-FOUND = {"its prompt's texts": "prompt", "other rows": "rows"}
-"""Where candidates are looked up, and how counts of them are called."""
+KNOWN = {
+    "forced by a grammar": "forced",
+    "found in its prompt's texts": "in_prompt",
+    "found in other rows": "in_rows",
+    "found in earlier jobs": "in_corpus",
+}
+"""Where candidates come from that no draft proposes, and how counts of them are called."""
 
 
 def render(summary: Mapping[str, Any]) -> RenderableType:
@@ -101,10 +106,10 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     totals.add_row("tokens/s", _number(summary["tokens_per_second"], ",.1f"))
     totals.add_row("block efficiency", _number(summary["block_efficiency"], ".2f"))
     totals.add_row("acceptance rate", _number(summary["acceptance_rate"], ".1%"))
-    for name, source in FOUND.items():
-        if verified := summary.get(f"verified_in_{source}"):
-            rate = summary[f"accepted_in_{source}"] / verified
-            totals.add_row(f"  of those found in {name}", f"{rate:.1%} of {verified:,}")
+    for name, source in KNOWN.items():
+        if verified := summary.get(f"verified_{source}"):
+            rate = summary[f"accepted_{source}"] / verified
+            totals.add_row(f"  of those {name}", f"{rate:.1%} of {verified:,}")
     for choice, nodes in by_choice(summary.get("nodes") or ()).items():
         if judged := sum(node["judged"] for node in nodes):
             rate = sum(node["accepted"] for node in nodes) / judged

@@ -54,6 +54,10 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
     if speculation.verification == "rejection":
         result["speculation"]["policy"] = speculation.policy
         result["speculation"] |= speculation.settings
+        if speculation.lookup is not None:
+            result["speculation"]["lookup"] = speculation.lookup
+        if speculation.corpus:
+            result["speculation"]["corpus"] = [*speculation.corpus]
         if speculation.head is not None:
             result["speculation"]["head"] = head_identity(speculation.head)
         if models.draft is not None and job.drafts:

@@ -26,6 +26,7 @@ TRACE_SCHEMA = pa.schema(
         "parents": pa.list_(pa.int64()),
         "kept": pa.list_(pa.int64()),
         "path": pa.list_(pa.int64()),
+        "sources": pa.list_(pa.string()),
     }
 )
 """Columns of `trace/`: one row per round of a completed row."""

@@ -160,6 +160,11 @@ class JobConfig(Section):
                     f"speculation.policy {policy.name} needs models.draft; give a draft, or set "
                     f"speculation.policy to {', '.join(others)} or {last}"
                 )
+            if self.speculation.lookup is False:
+                raise ValueError(
+                    "speculation.lookup is false and models.draft is null, so that nothing can be "
+                    "proposed; remove lookup, or set speculation.policy to none"
+                )
             for name in ("head", "estimator"):
                 if getattr(self.speculation, name) is not None:
                     raise ValueError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from pipeline.config.locations import Location
+from pipeline.config.locations import Location, Locations
 from pipeline.config.section import Section, example
 from specdec.policies.base import MOST_WIDTH
 from specdec.policies.estimators import ESTIMATORS
@@ -24,6 +24,7 @@ else:  # the registry's names: an unknown one is refused, and the schema lists t
     Policy, Estimator = Literal[(*POLICIES,)], Literal[ESTIMATORS]
 
 _LENGTHS = ("k", "k_min", "k_max")
+_LOOKING_UP = [name for name, policy in POLICIES.items() if policy.looks_up]
 _ESTIMATING = [name for name, policy in POLICIES.items() if policy.estimates]
 
 
@@ -78,6 +79,18 @@ class SpeculationConfig(Section):
         description=f"What {_names(_ESTIMATING, '`')} predict acceptance with. `null`: the "
         "trained head if there is one, else `confidence`.",
     )
+    lookup: bool | None = Field(
+        default=None,
+        description="Whether candidates are also looked up in what was written before: in the "
+        "row's own text, in that of its prompt's other samples and in outputs of other rows. They "
+        "stand in front of what a draft proposes. `null`: by "
+        f"{_names(_LOOKING_UP, '`')}.",
+    )
+    corpus: Locations = Field(
+        default=(),
+        description="Output folders of earlier jobs, local or `s3://`, in whose completions "
+        "candidates are looked up, too. Each machine makes a file of them once.",
+    )
     control_share: float = Field(
         default=0.02,
         ge=0,
@@ -115,6 +128,21 @@ class SpeculationConfig(Section):
                 raise ValueError(
                     f"{name} belongs to the {kind} {_names(owners)}, not to {self.policy}"
                 )
+        if self.lookup and not policy.looks_up:
+            raise ValueError(
+                f"lookup belongs to the policies {_names(_LOOKING_UP)}, not to {self.policy}; "
+                "remove it, or set policy to goodput"
+            )
+        if self.corpus and not self.looks_up:
+            raise ValueError(
+                "corpus is for looking candidates up, which "
+                + ("lookup: false forbids" if policy.looks_up else f"{self.policy} does not")
+                + "; remove one of them"
+            )
+        if self.lookup is False and not policy.drafts:
+            raise ValueError(
+                f"lookup: false leaves the policy {self.policy} nothing to propose; remove it"
+            )
         if self.head is not None and self.estimator not in (None, "head"):
             raise ValueError(
                 f"head is not used with estimator {self.estimator}; remove one of them"
@@ -131,6 +159,11 @@ class SpeculationConfig(Section):
     def drafts(self) -> bool:
         """Whether the policy asks a draft model for candidates, if there is one."""
         return POLICIES[self.policy].drafts
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether candidates are looked up."""
+        return POLICIES[self.policy].looks_up and self.lookup is not False
 
     @property
     def settings(self) -> dict[str, Any]:

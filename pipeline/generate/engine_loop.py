@@ -33,10 +33,14 @@ _ENGINE_COUNTS = (
     "draft_tokens",
     "shared_tokens",
     "preempted",
+    "verified_forced",
+    "accepted_forced",
     "verified_in_prompt",
     "accepted_in_prompt",
     "verified_in_rows",
     "accepted_in_rows",
+    "verified_in_corpus",
+    "accepted_in_corpus",
 )
 """The engine's statistics that are kept with each unit."""
 

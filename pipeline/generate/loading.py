@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.config.job import JobConfig, ModelsConfig
 from pipeline.errors import UserError
+from pipeline.generate.corpus import job_corpus
 
 
 def load_pair(job: JobConfig) -> Any:
@@ -120,6 +121,8 @@ def make_engine(job: JobConfig, pair: Any, head: Any) -> Any:
         grammars=ModelGrammars(pair.tokenizer, pair.vocab_size, pair.eos_token_ids),
         control_share=speculation.control_share,
         trace=speculation.trace,
+        lookup=speculation.looks_up,
+        corpus=job_corpus(job, pair.tokenizer),
     )
 
 

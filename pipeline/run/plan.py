@@ -12,6 +12,7 @@ from pipeline.commit import planned_inputs
 from pipeline.commit.schema import check_reserved
 from pipeline.config.job import JobConfig
 from pipeline.config.model_defaults import Source, in_force, sources, with_model_defaults
+from pipeline.generate.corpus import corpus_folders
 from pipeline.inputs.joining import plan_units
 from pipeline.inputs.listing import InputFile, list_inputs
 from pipeline.inputs.prompts import required_columns
@@ -76,6 +77,7 @@ def plan_job(job: JobConfig, *, extend: bool = False, ask_hub: bool = True) -> J
     job, recommended = with_model_defaults(_reachable(job), ask_hub=ask_hub)
     check_output(job.output, job.input.paths)
     check_access(job.s3_of_output, job.output)
+    corpus_folders(job)
     output = open_folder(job.output, job.s3_of_output)
     listed = list_inputs(job.input.paths, job.s3_of_input, job.input.prefix)
     planned = planned_inputs.read_planned(output)

@@ -3,7 +3,7 @@
 In each round the engine asks a drafter to `begin` and then, as long as the stop policy wants more,
 for one `step` after another. A step gives one more candidate of each row that still drafts.
 
-    drafting = drafter.begin(rows, slots, shared)
+    drafting = drafter.begin(rows, slots, known, shared)
     while the policy wants more:
         step = drafting.step(choose)          # one more candidate a row
         drafting.go_on(indices)             # which of the rows draft another
@@ -107,10 +107,12 @@ class Drafter(Protocol):
     Attributes:
         cache: what it keeps of each row.
         branches: whether it can draft trees.
+        reads_known: whether it goes on behind candidates that rows have already.
     """
 
     cache: SlotCache
     branches: bool
+    reads_known: bool
 
     def room(self, row: TokenRow) -> int:
         """Most candidates that it can propose for a row."""
@@ -122,12 +124,17 @@ class Drafter(Protocol):
         """
 
     def begin(
-        self, rows: Sequence[TokenRow], slots: Sequence[int], shared: SharedCaches
+        self,
+        rows: Sequence[TokenRow],
+        slots: Sequence[int],
+        known: Sequence[Sequence[int]],
+        shared: SharedCaches,
     ) -> Drafting:
         """Start to draft for some of the live rows.
 
         Args:
             rows: the live rows, by slot.
             slots: those that draft.
+            known: of each live row the candidates that it has already, which the first step reads.
             shared: the caches, `cache` among them, whose slots take over each other's beginnings.
         """

@@ -57,7 +57,7 @@ class EagleDrafter:
     ) -> None:
         self.decoder, self.cache, self.target = decoder, decoder.new_cache(0, 0), target
         self.vocab_size, self.chunk, self.clock = vocab_size, chunk, clock
-        self.invariant = self.branches = False
+        self.invariant = self.branches = self.reads_known = False
         target.keep_features(decoder.features)
 
     def room(self, row: TokenRow) -> int:
@@ -75,8 +75,13 @@ class EagleDrafter:
         return len(row.tokens) - self.cache.ahead - self.cache.lengths[slot]
 
     def begin(
-        self, rows: Sequence[TokenRow], slots: Sequence[int], shared: SharedCaches
+        self,
+        rows: Sequence[TokenRow],
+        slots: Sequence[int],
+        known: Sequence[Sequence[int]],
+        shared: SharedCaches,
     ) -> EagleDrafting:
+        assert not any(known[slot] for slot in slots), "the target has not computed their features"
         return EagleDrafting(self, rows, slots, shared)
 
     def forward(self, cache: SlotCache, rows: Sequence[Row], tokens: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """A small language model as the drafter.
 
 The first forward of a round reads all that the model lacks of the rows: a prompt in a row's first
-round, two tokens after all candidates were accepted, one otherwise. Every other forward reads the
-candidates just drawn.
+round, two tokens after all candidates were accepted, one otherwise; and the candidates that a row
+has already. Every other forward reads the candidates just drawn.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class ModelDrafter:
         self.decoder, self.cache = decoder, decoder.new_cache(0, 0)
         self.vocab_size, self.context_length = vocab_size, context_length
         self.chunk, self.clock = chunk, clock
-        self.branches = not decoder.recurrent
+        self.branches, self.reads_known = not decoder.recurrent, True
 
     def room(self, row: TokenRow) -> int:
         """See `Drafter`."""
@@ -95,9 +95,13 @@ class ModelDrafter:
         return len(row.tokens) - self.cache.lengths[slot]
 
     def begin(
-        self, rows: Sequence[TokenRow], slots: Sequence[int], shared: SharedCaches
+        self,
+        rows: Sequence[TokenRow],
+        slots: Sequence[int],
+        known: Sequence[Sequence[int]],
+        shared: SharedCaches,
     ) -> ModelDrafting:
-        return ModelDrafting(self, rows, slots, shared)
+        return ModelDrafting(self, rows, slots, known, shared)
 
 
 class ModelDrafting:
@@ -108,9 +112,11 @@ class ModelDrafting:
         drafter: ModelDrafter,
         rows: Sequence[TokenRow],
         slots: Sequence[int],
+        known: Sequence[Sequence[int]],
         shared: SharedCaches,
     ) -> None:
         self._drafter, self._rows, self._slots, self._shared = drafter, rows, slots, shared
+        self._known = known
         self._drawn: Tensor | None = None  # the active rows' last candidates [n]
 
     def step(self, choose: Choose) -> Candidates:
@@ -118,7 +124,10 @@ class ModelDrafting:
         by, fed, last = self._drafter, list[int](), None
         if self._drawn is None:
             fed = self._read_ahead()
-            texts = [row.tokens for row in self._rows]
+            texts = [
+                [*row.tokens, *known] if known else row.tokens
+                for row, known in zip(self._rows, self._known, strict=True)
+            ]
             first = DraftLayout.of(texts, by.cache.lengths, self._slots)
             rows, (tokens, last) = first.rows, upload(by.cache.device, first.tokens, first.last)
         else:

@@ -1,10 +1,11 @@
 """Candidates from what was written before: which token followed the last few tokens so far?
 
 Batch jobs repeat themselves: samples of one prompt, one template over a thousand rows, quotations
-of the prompt, JSON keys. So each row's next tokens are looked up among those that followed the same
-tokens elsewhere: in its own prompt and in the outputs of that prompt's samples, and in the outputs
-of all other rows of the engine. It takes no model, and nothing is drawn: a candidate is its
-distribution's only mass.
+of the prompt, JSON keys, last night's data. So each row's next tokens are looked up among those
+that followed the same tokens elsewhere: in its own prompt and in the outputs of that prompt's
+samples, in the outputs of all other rows of the engine, and in what earlier jobs wrote, if there is
+a corpus of it. It takes no model, and nothing is drawn: a candidate is its distribution's only
+mass.
 
 The index is a table from a hash of the last n tokens, for each n of `LENGTHS`, to the token that
 mostly followed them and to how often it did. A token of a text costs a few entries, and a candidate
@@ -13,19 +14,16 @@ a few look-ups, however much has been read. Tokens that share a hash propose non
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
-from specdec.policies.base import Chain
+from specdec.drafters.corpus import LENGTHS, Corpus
+from specdec.policies.chains import Chain
 
-DOUBTS = {8: 0.1, 4: 0.5, 2: 1.0}
-"""Tokens of a context, the longest first: what the longest known one says counts. More of them tell
-better how much of a text repeats; each takes two entries a token.
-
-For each, how often something else is taken to have followed than was seen, so that a chain of
-short contexts ends early. About what was seen in outputs of a small model.
+DOUBTS = dict(zip(LENGTHS, (0.1, 0.5, 1.0), strict=True))
+"""For each length of a context, how often something else is taken to have followed than was seen,
+so that a chain of short contexts ends early. About what was seen in outputs of a small model.
 """
-
-LENGTHS = (*DOUBTS,)
 
 MOST_ENTRIES = 1_000_000
 """Contexts that are remembered, at most; the oldest are forgotten.
@@ -70,11 +68,12 @@ class SuffixIndex:
     is met again moves on with its counts.
 
     Args:
+        corpus: what was written before there were rows, if anything.
         most: contexts that it remembers.
     """
 
-    def __init__(self, most: int = MOST_ENTRIES) -> None:
-        self._half = most // 2
+    def __init__(self, corpus: Corpus | None = None, most: int = MOST_ENTRIES) -> None:
+        self._corpus, self._half = corpus, most // 2
         # Token, how often it followed the context, how often anything did: 8 bits each count.
         self._new: dict[int, int] = {}
         self._old: dict[int, int] = {}
@@ -124,31 +123,35 @@ class SuffixIndex:
         else:  # no longer what mostly follows: the latest begins anew
             self._new[key] = token << 16 | 0x0102
 
-    def chain(self, row: ReadRow, most: int) -> Chain:
-        """What may come next in a row: at most so many candidates."""
-        new, old, own = self._new.get, self._old.get, row.own
-        context = row.tokens[-LENGTHS[0] :]
+    def chain(self, row: ReadRow, most: int, known: Sequence[int] = ()) -> Chain:
+        """What may come next in a row: at most so many candidates behind those that are known."""
+        new, old, own, corpus = self._new.get, self._old.get, row.own, self._corpus
+        context = [*row.tokens[-LENGTHS[0] :], *known]
         found: list[int] = []
-        evidence: list[tuple[int, int, int, bool]] = []
+        evidence: list[tuple[int, int, int, bool, int]] = []
         hope = 1.0
         while len(found) < most:
-            entry, mine, length = None, False, 0
+            token, mine, length = None, False, 0
             for length in LENGTHS:
                 if length > len(context):
                     continue
-                key = hash(tuple(context[-length:]))
+                last = context[-length:]
+                key = hash(tuple(last))
                 entry = new(key ^ own) or old(key ^ own)
                 mine = entry is not None
                 entry = entry or new(key) or old(key)
                 if entry is not None:
+                    token, followed, seen, theirs = entry >> 16, entry >> 8 & 255, entry & 255, 0
                     break
-            if entry is None:
+                if corpus is not None and (there := corpus.after(last)) is not None:
+                    (token, followed, seen), theirs = there, 1
+                    break
+            if token is None:
                 break
-            followed, seen = entry >> 8 & 255, entry & 255
             hope *= followed / (seen + DOUBTS[length])
             if hope < LEAST_HOPE:
                 break
-            found.append(entry >> 16)
-            evidence.append((length, followed, seen, mine))
-            context.append(found[-1])
+            found.append(token)
+            evidence.append((length, followed, seen, mine, theirs))
+            context.append(token)
         return Chain(found, evidence)

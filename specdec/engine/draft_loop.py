@@ -21,7 +21,6 @@ from specdec.engine.scheduler import LiveRow
 from specdec.engine.seen import later, on_host
 from specdec.engine.stats import EngineStats
 from specdec.engine.tree_loop import TreeLoop
-from specdec.lossless.proposal import Proposal
 from specdec.measure.clock import PhaseClock
 from specdec.model.rows import upload
 from specdec.model.sharing import SharedCaches
@@ -80,7 +79,7 @@ class DraftLoop:
         self._last: tuple[list[LiveRow], list[int]] = [], []  # rows of the last round, and active
 
     def run(self, this: Round, shared: SharedCaches) -> None:
-        """Fill the round's proposal with as many candidates as the policy wants.
+        """Add as many candidates to the round's proposal as the policy wants.
 
         Args:
             this: the round.
@@ -88,9 +87,11 @@ class DraftLoop:
         """
         began = self._clock.now()
         early = self._early(this, shared)
-        wanted = zip(self._policy.budget(this.start), this.start.room, strict=True)
-        budget = [min(k, room) for k, room in wanted]
-        if self._policy.width > 1 and this.start.nodes:
+        known = this.proposal.known
+        wanted = zip(self._policy.budget(this.start), this.start.room, known, strict=True)
+        goes_on = self._drafter.reads_known
+        budget = [min(k, room - n) if goes_on or not n else 0 for k, room, n in wanted]
+        if self._policy.width > 1 and this.start.nodes and not any(known):
             self._abandon(this, shared, early)
             self._last = [], []
             self._trees.run(this, shared, budget)
@@ -100,7 +101,8 @@ class DraftLoop:
         if not active:
             return
         device = self._drafter.cache.device
-        proposal = this.proposal = Proposal(len(this.rows), max(budget), device)
+        longest = max(k + n for k, n in zip(budget, known, strict=True))
+        proposal = this.proposal = this.begun(longest)
         asked, step = 0.0, None
         unseen: list[tuple[DraftStep, Tensor]] = []
         if early is not None and set(active) <= set(early[1].slots):
@@ -111,7 +113,7 @@ class DraftLoop:
             index, asked = step.index, this.timer.since(began)
         else:
             self._abandon(this, shared, early)
-            drafting = self._drafter.begin(this.rows, active, shared)
+            drafting = self._drafter.begin(this.rows, active, this.known, shared)
             (index,) = upload(device, active)
         for depth in range(1, max(budget) + 1):
             with this.timer.apart() as lap:
@@ -140,9 +142,10 @@ class DraftLoop:
         """
         rows, slots = self._last
         ready = this.rows == rows and all(this.start.room[slot] for slot in slots)
+        ready = ready and not any(this.known[slot] for slot in slots)  # most would go on elsewhere
         if not (self._clock.asynchronous and slots and ready):
             return None
-        drafting = self._drafter.begin(this.rows, slots, shared)
+        drafting = self._drafter.begin(this.rows, slots, this.known, shared)
         (index,) = upload(self._drafter.cache.device, slots)
         return drafting, self._launch(this, drafting, slots, index, 1)
 

@@ -18,19 +18,21 @@ from typing import Literal
 import torch
 
 from specdec.drafters.base import Drafter
+from specdec.drafters.corpus import Corpus
 from specdec.drafters.making import drafter_of
 from specdec.drafters.suffix import SuffixIndex
 from specdec.engine.admission import Pair, divide, memory_by_default, row_of
 from specdec.engine.asked import AskedFor
 from specdec.engine.draft_loop import DraftLoop
 from specdec.engine.ending import Decode, Ending, failure, find_ending
+from specdec.engine.known_loop import MOST_FORCED, KnownLoop
 from specdec.engine.layout import VerifyLayout
 from specdec.engine.room import Room
 from specdec.engine.round import Round
 from specdec.engine.scheduler import LiveRow, Scheduler
 from specdec.engine.scoring import score
 from specdec.engine.stats import EngineStats
-from specdec.engine.suffix_loop import SuffixLoop
+from specdec.engine.traced import trace
 from specdec.lossless.grammars import Grammars
 from specdec.lossless.proposal import Proposal
 from specdec.lossless.sampling import NO_TOKEN
@@ -55,19 +57,18 @@ class Engine:
     """Generates for many requests at once with a target and a draft.
 
     Args:
-        pair: the models; without a draft, decoding is plain, or the policy takes candidates that
-            are looked up in what was written before.
+        pair: the models; without a draft there are candidates only if the policy looks them up.
         policy: when to stop drafting.
         verification: "rejection" or "coupled" (specdec/lossless/verification.py). Greedy rows match
             in both.
         slots: most rows in flight.
         kv_memory_bytes: memory for keys and values of both models; by default half of what is free.
-        prefill_chunk: most prompt tokens of one row in one forward. With batch-invariant models at
-            most INVARIANT_CHUNK.
+        prefill_chunk: most prompt tokens of one row in one forward; see INVARIANT_CHUNK.
         decode: token ids to text with special tokens; only requests with stop strings need it.
         grammars: makes matchers of grammars; only requests with grammars need it.
         control_share: share of rounds without speculation, by which `stats.speedup` is measured.
         trace: keep for each row what was predicted, decided and accepted in each round.
+        lookup, corpus: whether a policy that looks candidates up may do so, and where besides.
         least_shared: rows that begin with this many equal tokens share their prefill.
         clock: times phases and reads results; by default one for the target's device.
     """
@@ -85,6 +86,8 @@ class Engine:
         grammars: Grammars | None = None,
         control_share: float = 0.0,
         trace: bool = False,
+        lookup: bool = True,
+        corpus: Corpus | None = None,
         least_shared: int = LEAST_SHARED,
         clock: PhaseClock | None = None,
     ) -> None:
@@ -103,14 +106,13 @@ class Engine:
         # could not be taken back to before it.
         short = invariant or any(cache.states is not None for cache in caches)
         slots, pages = divide(caches, slots, kv_memory_bytes or memory_by_default(self.device))
-        self.suffix = None
-        self.drafting: DraftLoop | SuffixLoop | None = None
+        self.drafting = self.known = None
         if self.drafter is not None:
             self.drafting = DraftLoop(self.drafter, policy, self.clock, self.stats)
-        elif policy.looks_up:
-            self.suffix = SuffixLoop(SuffixIndex(), policy, self.clock, self.device)
-            self.drafting = self.suffix
-        ahead = policy.most if self.drafting else 0
+        if policy.looks_up or self.drafting:
+            index = SuffixIndex(corpus) if policy.looks_up and lookup else None
+            self.known = KnownLoop(index, policy, self.clock)
+        ahead = policy.most + (MOST_FORCED if grammars else 0) if self.known else 0
         self._room = Room(ahead, pair.context_length, short, self.drafter)
         # States that run on have one past; candidates that are looked up do not branch.
         branches = self.drafter is not None and self.drafter.branches
@@ -121,7 +123,7 @@ class Engine:
         self._ended: list[tuple[LiveRow, Ending, float]] = []
         self.completed: list[Completion] = []
         self._asked = AskedFor(pair, self.target_cache, self.prefill_chunk, self.clock, grammars)
-        self._controls = ControlSchedule(control_share if self.drafting else 0.0)
+        self._controls = ControlSchedule(control_share if self.known else 0.0)
         self._prepared = False
 
     def _new_drafter(self) -> Drafter | None:
@@ -181,8 +183,8 @@ class Engine:
         # 1. Admit: waiting requests take free slots. What prompts have in common is fed once.
         this = self._admit()
         if this is not None:
-            # 2. Draft: candidates for each row, one more of all rows at a time, until the policy
-            #    has had enough. A control round drafts nothing.
+            # 2. Draft: known candidates of each row, then one more of all rows at a time, until the
+            #    policy has had enough. A control round drafts nothing.
             self._draft(this)
 
             # 3. Verify: one target forward over what each row has pending and its candidates. It
@@ -203,7 +205,7 @@ class Engine:
 
     def _prepare(self) -> None:
         """Let the policy look at the models, once and in the thread that will run them."""
-        if not self._prepared and self.drafting is not None:
+        if not self._prepared and self.known is not None:
             draft = self.pair.draft if self.drafter else None
             with self.clock.phase({"profile": 1.0}):
                 self.policy.prepare(self.pair.target, draft, self.scheduler.slots)
@@ -261,15 +263,17 @@ class Engine:
         )
         control = any(start.room) and self._controls.next()
         nothing = Proposal(len(rows), 0, self.device)
-        number = self.stats.rounds if self.suffix else None
+        number = self.stats.rounds if self.known and self.known.learns else None
         return Round(
             rows, timer, asked, mode, start, control, nothing, nothing.lengths, number=number
         )
 
     def _draft(self, this: Round) -> None:
-        """Draw candidates, as many as the policy wants."""
-        if self.drafting is not None and not this.control:
-            self.drafting.run(this, self.shared)
+        """Collect candidates, as many as the policy wants: first those that need no draft."""
+        if self.known is not None and not this.control:
+            self.known.run(this)
+            if self.drafting is not None:
+                self.drafting.run(this, self.shared)
 
     def _verify(self, this: Round) -> None:
         """Feed every row's pending tokens and submitted candidates to the target in one forward."""
@@ -322,7 +326,7 @@ class Engine:
         """Append what was committed, roll the caches back to it; return the slots that ended."""
         with self.clock.phase({"host": 1.0}):
             if self.trace:
-                this.trace(self.policy)
+                trace(this, self.policy)
             this.keep_paths(self.target_cache, self.drafter)
             endings = [self._grow(this, slot) for slot in range(len(this.rows))]
         self.stats.rounds += 1
@@ -355,12 +359,9 @@ class Engine:
         # An output that ends inside the accepted prefix drops the rest and the bonus token.
         counts = Counts(1, drafted, verified, min(accepted, kept), kept)
         row.counts.add(counts)
-        self.stats.counts.add(counts)
-        self.stats.outcomes[verified, accepted] += 1
+        self.stats.count_row(counts, accepted, this.taken(slot))
         if this.trees is not None or self.stats.nodes:
             self.stats.count_nodes(*this.tree(slot))  # chains count beside trees
-        if this.chains and verified:
-            self.stats.count_found(this.chains[slot], verified, counts.accepted)
         # What is not finite may lie in the prompt: a row that failed leaves nothing in its slot.
         length = 0 if over else len(row.tokens) - 1
         if failed or slot in this.infected:
@@ -382,5 +383,5 @@ class Engine:
             return
         outcome, rows, endings = last
         self.policy.observe(outcome)
-        if self.suffix is not None:
-            self.suffix.read(rows, endings)
+        if self.known is not None:
+            self.known.read(rows, endings)

@@ -27,14 +27,12 @@ from specdec.model.sharing import common_prefix
 from specdec.model.trees import Tree, Trees, in_trees
 from specdec.policies.base import (
     MOST_WIDTH,
-    Chain,
     DraftStep,
-    Explanation,
     RoundOutcome,
     RoundStart,
     StopPolicy,
 )
-from specdec.request import RoundTrace
+from specdec.policies.chains import Chain
 
 BLOCK = 8
 """Candidates of a row whose random numbers are made at once.
@@ -63,7 +61,8 @@ class Round:
         kept: how many of these each row's output grew by: fewer where it ended.
         draft_costs: packed tokens and seconds of each draft step.
         unseen: the draft steps at which the policy did not look, once the device has them.
-        chains: the candidates that were looked up, if that is how they come.
+        chains: candidates that are known without a draft, by row, if there may be any.
+        known: those of them that are taken, by row.
         number: of the round in the engine, if rows learn from each other what to propose.
         trees: as they were drafted, if candidates branch; `proposal` is then what is submitted.
         paths: for each row the numbers of the submitted candidates that stand.
@@ -83,13 +82,14 @@ class Round:
     draft_costs: list[tuple[int, float]] = field(default_factory=list)
     unseen: Callable[[], Sequence[DraftStep]] = tuple
     chains: Sequence[Chain] = ()
+    known: Sequence[Sequence[int]] = field(init=False)
     number: int | None = None
     trees: GrownTrees | None = None
     paths: Sequence[Sequence[int]] = ()
     _numbers: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.kept = [0] * len(self.rows)
+        self.kept, self.known = [0] * len(self.rows), [()] * len(self.rows)
 
     @property
     def drafted(self) -> Sequence[int]:
@@ -147,6 +147,26 @@ class Round:
         self.proposal.add(active, index, drawn.tokens, drawn.q)
         if self.asked.masks is not None:
             self.asked.masks.follow(active, drawn.tokens)
+
+    def lead(self, counts: Sequence[int]) -> None:
+        """Take so many candidates of each row's chain, in front of all that will be drawn."""
+        taken = [chain.tokens[:n] for chain, n in zip(self.chains, counts, strict=True)]
+        self.proposal = Proposal.certain(taken, self.proposal.candidates.device)
+        self.known, self.submitted = taken, counts
+        if self.asked.masks is not None:
+            self.asked.masks.lead(taken)
+
+    def taken(self, slot: int) -> Chain:
+        """The known candidates of a row."""
+        if not (n := self.proposal.known[slot]):
+            return Chain((), ())
+        chain = self.chains[slot]
+        forced = min(chain.forced, n)
+        return Chain(chain.tokens[:n], chain.evidence[: n - forced], forced)
+
+    def begun(self, most: int) -> Proposal:
+        """The round's proposal as it is, with room for so many candidates of each row."""
+        return Proposal.certain(self.known, self.proposal.candidates.device, most)
 
     @functools.cached_property
     def branches(self) -> Trees:
@@ -217,26 +237,38 @@ class Round:
         """
         if self.mode is not MODES["rejection"]:
             return self.sampling
-        # Each row counts its own rounds: what it draws must not depend on its neighbours. But if
-        # candidates come from what others have drawn, nobody may draw by the same numbers again,
-        # not even a row of the same seed: then all count the engine's.
-        rounds = [row.counts.rounds if self.number is None else self.number for row in self.rows]
-        (numbers,) = upload(self.sampling.seed.device, rounds)
+        (numbers,) = upload(self.sampling.seed.device, self._rounds)
         return self.sampling.in_round(numbers)
 
+    @property
+    def _rounds(self) -> list[int]:
+        """The number of each row's round.
+
+        Each row counts its own: what it draws must not depend on its neighbours. But if candidates
+        come from what others have drawn, nobody may draw by the same numbers again, not even a row
+        of the same seed: then all count the engine's.
+        """
+        return [row.counts.rounds if self.number is None else self.number for row in self.rows]
+
     def numbers(self, depth: int) -> Tensor:
-        """float64 [rows]: what candidates number `depth` are drawn by, under `rejection`."""
+        """float64 [rows]: what drawn candidates number `depth` are drawn by, under `rejection`."""
         block, place = divmod(depth - 1, BLOCK)
         if block not in self._numbers:
-            begins = np.array([row.generated + block * BLOCK for row in self.rows])
+            begins = np.array(self._drawn_from) + block * BLOCK
             numbers = candidate_numbers(
                 [signed64(row.sampling.seed) for row in self.rows],
-                [row.counts.rounds for row in self.rows],
+                self._rounds,
                 begins + np.arange(BLOCK)[:, None],
             )
             device = self.sampling.temperature.device
             self._numbers[block] = torch.from_numpy(numbers).to(device, non_blocking=True)
         return self._numbers[block][place]
+
+    @property
+    def _drawn_from(self) -> list[int]:
+        """The output position of each row's first candidate that is drawn."""
+        known = self.proposal.known
+        return [row.generated + n for row, n in zip(self.rows, known, strict=True)]
 
     def choosing(
         self, slots: Sequence[int], index: Tensor, depth: int, policy: StopPolicy
@@ -249,7 +281,8 @@ class Round:
             policy: what it wants to know of them.
         """
         params, at, adjust = self.sampling, None, None
-        positions = [self.rows[slot].generated + depth - 1 for slot in slots]
+        first = self._drawn_from
+        positions = [first[slot] + depth - 1 for slot in slots]
         if self.asked.of_logits:
             (place,) = upload(index.device, positions)
             adjust = functools.partial(self.adjusted, owner=index, at=place)
@@ -301,7 +334,7 @@ class Round:
             before[i] = before[i - 1] + 1 if rows[i] == rows[i - 1] else 0
         branches = MOST_WIDTH * np.array(before)[:, None] + np.arange(width)
         seeds = [signed64(self.rows[row].sampling.seed) for row in rows]
-        rounds = [self.rows[row].counts.rounds for row in rows]
+        rounds = [self._rounds[row] for row in rows]
         seed, number, at = (np.array(each)[:, None] for each in (seeds, rounds, positions))
         return candidate_numbers(seed, number, at, branches)
 
@@ -316,6 +349,7 @@ class Round:
             draft_costs=self.draft_costs,
             verify_cost=(self.target_tokens, self.timer.rest),
             unseen=self.unseen,
+            known=self.proposal.known,
             looked_up=[*map(self._judged, self.chains, self.committed)],
             parents=trees.proposal.parents if trees is not None else (),
             kept=trees.kept if trees is not None else (),
@@ -346,37 +380,3 @@ class Round:
         else:
             without = rest * self.start.target_tokens / self.target_tokens
             meter.book_mixed(whole, without, tokens - live)
-
-    def trace(self, policy: StopPolicy) -> None:
-        """Note for each decoding row what the round predicted, decided and met."""
-        trees = self.trees
-        drafted = self.proposal if trees is None else trees.proposal
-        candidates = drafted.candidates.tolist()
-        live = sum(self.start.decoding)
-        for slot, row in enumerate(self.rows):
-            if not self.start.decoding[slot]:
-                continue
-            if self.control:
-                why = Explanation((), "control round")
-            elif not self.start.room[slot]:
-                why = Explanation((), "no room for a candidate")
-            else:
-                why = policy.explain(slot)
-            row.trace.append(
-                RoundTrace(
-                    context=self.start.contexts[slot],
-                    live=live,
-                    candidates=tuple(candidates[slot][: drafted.lengths[slot]]),
-                    predicted=why.predicted[: drafted.lengths[slot]],
-                    submitted=self.submitted[slot],
-                    accepted=self.accepted[slot],
-                    reason=why.reason,
-                    **self._shape(slot),
-                )
-            )
-
-    def _shape(self, row: int) -> dict[str, tuple[int, ...]]:
-        """A row's tree in its trace; nothing of a chain."""
-        if self.trees is None:
-            return {}
-        return dict(zip(("parents", "kept", "path"), map(tuple, self.tree(row)), strict=True))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from specdec.measure.speedup import SpeedupMeter
-from specdec.policies.base import Chain, Evidence
+from specdec.policies.chains import Chain
 from specdec.request import Counts
 
 
@@ -23,10 +23,12 @@ class EngineStats:
             each.
         shared_tokens: prompt tokens that the target did not compute, since another row had.
         preempted: how often a row was sent back to the queue for want of cache pages.
+        verified_forced, accepted_forced: of the candidates, those that a grammar forced.
         verified_in_prompt, accepted_in_prompt: of the candidates that were looked up, those found
             in the row's own prompt and output, and in outputs of the prompt's other samples.
         verified_in_rows, accepted_in_rows: the same of those found in outputs of other rows.
-        seconds: by phase: profile, prefill, draft, decide (the policy, between draft steps),
+        verified_in_corpus, accepted_in_corpus: of those found in what earlier jobs wrote.
+        seconds: by phase: profile, prefill, draft, decide (look-ups, and the policy between steps),
             verify, sample, host; control: target forwards of control rounds; warmup: recording
             forwards of new sizes on a GPU.
         speedup: rounds with speculation and control rounds.
@@ -44,10 +46,14 @@ class EngineStats:
     draft_tokens: int = 0
     shared_tokens: int = 0
     preempted: int = 0
+    verified_forced: int = 0
+    accepted_forced: int = 0
     verified_in_prompt: int = 0
     accepted_in_prompt: int = 0
     verified_in_rows: int = 0
     accepted_in_rows: int = 0
+    verified_in_corpus: int = 0
+    accepted_in_corpus: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     speedup: SpeedupMeter = field(default_factory=SpeedupMeter)
     outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -58,13 +64,25 @@ class EngineStats:
         self.target_forwards += len(forwards)
         self.target_tokens += sum(forwards)
 
-    def count_found(self, chain: Chain, verified: int, accepted: int) -> None:
-        """Add a row's candidates that were looked up, by where they were found."""
-        own = [bool(each[Evidence.OWN]) for each in chain.evidence[:verified]]
-        self.verified_in_prompt += sum(own)
-        self.verified_in_rows += verified - sum(own)
-        self.accepted_in_prompt += sum(own[:accepted])
-        self.accepted_in_rows += accepted - sum(own[:accepted])
+    def count_row(self, counts: Counts, accepted: int, known: Chain) -> None:
+        """Add a row's round.
+
+        Args:
+            counts: of it.
+            accepted: candidates that verification accepted, of which the output may hold fewer.
+            known: the candidates in front that came without a draft.
+        """
+        self.counts.add(counts)
+        self.outcomes[counts.verified, accepted] += 1
+        if not known.tokens:
+            return
+        sources = known.sources
+        verified = min(counts.verified, len(sources))
+        stand = min(counts.accepted, verified)
+        for what, n in (("verified", verified), ("accepted", stand)):
+            for source, number in Counter(sources[:n]).items():
+                name = f"{what}_{source}"
+                setattr(self, name, getattr(self, name) + number)
 
     def count_draft(self, forwards: Sequence[int]) -> None:
         """Add forwards of the draft: tokens of each."""

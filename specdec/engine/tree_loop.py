@@ -59,7 +59,7 @@ class TreeLoop:
             {row: [] for row in active},
         )
         this.trees, this.proposal = grown, grown.proposal
-        drafting = self._drafter.begin(this.rows, active, shared)
+        drafting = self._drafter.begin(this.rows, active, this.known, shared)
         frontier: Frontier = [(row, -1) for row in active]
         unseen: list[tuple[DraftStep, Tensor]] = []
         for depth in range(1, max(budget) + 1):

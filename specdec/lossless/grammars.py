@@ -28,6 +28,12 @@ class Matcher(Protocol):
     def rollback(self, num_tokens: int) -> bool:
         """Forget the last tokens."""
 
+    def validate_tokens(self, tokens: list[int]) -> int:
+        """How many of the tokens could be read."""
+
+    def compute_ff_tokens(self) -> list[int]:
+        """The tokens of the text that alone can follow, as the tokenizer would cut it."""
+
     def is_stopped(self) -> bool:
         """Whether nothing but an end can follow."""
 
@@ -63,6 +69,17 @@ class RowGrammar:
         self._committed: list[int] = []
         self._drafted = 0
         self.open = True  # whether anything can follow what it has read
+
+    def forced(self, most: int) -> list[int]:
+        """Behind what is committed, the tokens of the only text that can follow: at most so many.
+
+        Other tokens may make the same text, so that these are likely, and not all certain.
+        """
+        return self.matcher.compute_ff_tokens()[:most]
+
+    def fitting(self, tokens: list[int]) -> int:
+        """How many of some tokens can follow what is committed."""
+        return self.matcher.validate_tokens(tokens)
 
     def draft(self, token: int) -> None:
         """Read a candidate; one that does not fit cannot stand, and none is read behind it."""
@@ -111,17 +128,39 @@ class Masks:
         places = [place.get(slot, len(self._slots)) for slot in range(len(rows))]
         self._place, self._generated = upload(device, places, generated)
         self._table = torch.zeros(0, device=device)
+        self._drafted = [0] * len(rows)  # candidates of each row
         for slot in self._slots:
             self._grammar(slot).forget()
         self._add(self._slots)
 
+    def forced(self, slot: int, most: int) -> list[int]:
+        """Tokens that the grammar of a row forces next, at most so many; none without a grammar."""
+        grammar = self._rows[slot]
+        return [] if grammar is None else grammar.forced(most)
+
+    def fitting(self, slot: int, tokens: list[int]) -> int:
+        """How many of some tokens a row's grammar allows next; all without a grammar."""
+        grammar = self._rows[slot]
+        return len(tokens) if grammar is None else grammar.fitting(tokens)
+
+    def lead(self, known: Sequence[Sequence[int]]) -> None:
+        """Read the candidates that each row has before any is drawn."""
+        for depth in range(max(map(len, known))):
+            going = [slot for slot, tokens in enumerate(known) if len(tokens) > depth]
+            self._follow(going, [known[slot][depth] for slot in going])
+
     def follow(self, slots: Sequence[int], tokens: Tensor) -> None:
         """Read the candidates just drawn, `tokens` int64 [n] of these slots; the host waits."""
-        drawn = dict(zip(slots, tokens.tolist(), strict=True))
-        going = [slot for slot in self._slots if slot in drawn]
-        for slot in going:
-            self._grammar(slot).draft(drawn[slot])
-        self._add(going)
+        self._follow(slots, tokens.tolist())
+
+    def _follow(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        reading = []
+        for slot, token in zip(slots, tokens, strict=True):
+            self._drafted[slot] += 1
+            if (grammar := self._rows[slot]) is not None:
+                grammar.draft(token)
+                reading.append(slot)
+        self._add(reading)
 
     def apply(self, logits: Tensor, owner: Tensor, at: Tensor) -> Tensor:
         """Logits float32 [n, V] of slots `owner` at output positions `at` int64 [n], masked."""
@@ -131,18 +170,26 @@ class Masks:
         return logits.float().masked_fill(allowed == 0, -math.inf)
 
     def _add(self, slots: Sequence[int]) -> None:
-        """Add a position to the table, uint8 [positions, rows + 1, bytes]: the next of `slots`."""
-        words = np.full((len(self._slots) + 1, -(-self._vocab // 32)), -1, dtype=np.int32)
+        """Put what may come next of `slots` to the table, uint8 [positions, rows + 1, bytes].
+
+        What was never put there allows everything.
+        """
+        if (most := max(self._drafted)) >= len(self._table):
+            size = 1, len(self._slots) + 1, 4 * -(-self._vocab // 32)
+            fresh = torch.full(size, 255, dtype=torch.uint8, device=self._device)
+            self._table = torch.cat([self._table, fresh]) if most else fresh
         going = [slot for slot in slots if self._grammar(slot).open]
-        if going:
-            filled = words[: len(going)].copy()
-            self._grammars.fill([self._grammar(slot).matcher for slot in going], filled)
-            # Where no token fits, llguidance would have the output end as if it were whole.
-            stuck = [self._grammar(slot).matcher.is_error() for slot in going]
-            filled[stuck] = 0
-            words[[self._slots.index(slot) for slot in going]] = filled
-        octets = torch.from_numpy(words.view(np.uint8))[None].to(self._device, non_blocking=True)
-        self._table = torch.cat([self._table, octets]) if len(self._table) else octets
+        if not going:
+            return
+        words = np.empty((len(going), -(-self._vocab // 32)), dtype=np.int32)
+        self._grammars.fill([self._grammar(slot).matcher for slot in going], words)
+        # Where no token fits, llguidance would have the output end as if it were whole.
+        stuck = [self._grammar(slot).matcher.is_error() for slot in going]
+        words[stuck] = 0
+        octets = torch.from_numpy(words.view(np.uint8)).to(self._device, non_blocking=True)
+        places = [self._slots.index(slot) for slot in going]
+        depth, place = upload(self._device, [self._drafted[slot] for slot in going], places)
+        self._table[depth, place] = octets
 
     def _grammar(self, slot: int) -> RowGrammar:
         grammar = self._rows[slot]

@@ -12,45 +12,56 @@ from specdec.model.rows import upload
 
 
 class Proposal:
-    """The candidates of one round, collected as they are drawn, one behind the other.
+    """The candidates of one round: what is known without a draft, and behind it what one draws.
 
     Attributes:
-        lengths: candidates of each of B rows (host numbers).
+        known: how many candidates of each of B rows nobody drew, its first (host numbers).
+        lengths: candidates of each row (host numbers).
         candidates: int64 [B, K]; beyond a row's length, zeros.
     """
 
     def __init__(self, rows: int, most: int, device: torch.device) -> None:
-        self.lengths = [0] * rows
+        self.known, self.lengths = [0] * rows, [0] * rows
         self.candidates = torch.zeros(rows, most, dtype=torch.int64, device=device)
         self._q: list[Tensor] = []
         self._q_row = [[0] * most for _ in range(rows)]
 
     @classmethod
-    def certain(cls, chains: Sequence[Sequence[int]], device: torch.device) -> Proposal:
-        """Candidates of B rows that nobody drew: they are given by what was known before."""
-        most = max(map(len, chains))
+    def certain(
+        cls, chains: Sequence[Sequence[int]], device: torch.device, most: int = 0
+    ) -> Proposal:
+        """Candidates of B rows that nobody drew: they are given by what was known before.
+
+        Args:
+            chains: those of each row.
+            most: how many a row will have when others are drawn behind them.
+        """
+        most = max(most, *map(len, chains))
         proposal = cls(len(chains), most, device)
-        padded = [[*chain, *[0] * (most - len(chain))] for chain in chains]
-        proposal.candidates = torch.tensor(padded).to(device, non_blocking=True)
-        proposal.lengths = [*map(len, chains)]
+        if any(chains):
+            padded = [[*chain, *[0] * (most - len(chain))] for chain in chains]
+            proposal.candidates = torch.tensor(padded).to(device, non_blocking=True)
+            proposal.known = [*map(len, chains)]
+            proposal.lengths = [*proposal.known]
         return proposal
 
     def add(self, rows: Sequence[int], index: Tensor, tokens: Tensor, q: Tensor | None) -> None:
-        """Append one candidate to each of n rows, all of which have the same number so far.
+        """Append one candidate to each of n rows.
 
         Args:
             rows: the rows, and `index` int64 [n], the same on the device.
             tokens: int64 [n].
             q: float32 [n, V], the distributions drawn from, if verification needs them.
         """
-        depth = self.lengths[rows[0]]
-        self.candidates[index, depth] = tokens
-        for row in rows:
+        depths = [self.lengths[row] for row in rows]
+        same = depths.count(depths[0]) == len(rows)
+        column = depths[0] if same else upload(index.device, depths)[0]
+        self.candidates[index, column] = tokens
+        drawn = sum(map(len, self._q))
+        for offset, (row, depth) in enumerate(zip(rows, depths, strict=True)):
             self.lengths[row] += 1
+            self._q_row[row][depth] = drawn + offset
         if q is not None:
-            drawn = sum(map(len, self._q))
-            for offset, row in enumerate(rows):
-                self._q_row[row][depth] = drawn + offset
             self._q.append(q)
 
     def distributions(self) -> tuple[Tensor, Tensor] | None:
@@ -63,6 +74,10 @@ class Proposal:
             return None
         q_row = torch.tensor(self._q_row).to(self.candidates.device, non_blocking=True)
         return torch.cat(self._q), q_row
+
+    def known_lengths(self) -> Tensor | None:
+        """`known` as a tensor; None if everything was drawn."""
+        return upload(self.candidates.device, self.known)[0] if any(self.known) else None
 
     @property
     def parents(self) -> Sequence[Sequence[int]] | None:

@@ -79,11 +79,13 @@ def reject(
     candidates: Tensor,
     lengths: Tensor,
     u: Tensor,
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rejection sampling: accept y with probability min(1, p(y) / q(y)).
 
     Leviathan et al. (arXiv 2211.17192), algorithm 1; Chen et al. (arXiv 2302.01318), theorem 1. A
-    greedy row is its one-hot case: accepted iff y is the target's argmax.
+    greedy row is its one-hot case: accepted iff y is the target's argmax. So is a candidate that
+    nobody drew, which is its q's only mass (`reject_certain`).
 
     Args:
         p: float32 [M, V], the target's distributions at the packed positions.
@@ -92,7 +94,9 @@ def reject(
         q_row: int64 [B, K], which row of q candidate (b, k) was drawn from; anything valid beyond
             lengths.
         candidates: int64 [B, K]; lengths: int64 [B].
-        u: float64 [B, K] uniform numbers in [0, 1), independent of the candidates.
+        u: float64 [B, K] uniform numbers in [0, 1), independent of the candidates; of those that
+            nobody drew, independent of all that they depend on.
+        known: int64 [B], how many candidates of each row nobody drew: its first. None: none at all.
 
     Returns:
         accepted int64 [B], and residual float32 [B, V], what the bonus token is drawn from (not
@@ -100,12 +104,18 @@ def reject(
         NaN falls, and its residual is p.
     """
     at = candidate_positions(first, lengths, candidates.shape[1])
-    ok = u * q[q_row, candidates] < p[at, candidates]
-    accepted = accepted_prefix(ok, lengths)
+    likely = q[q_row, candidates]
+    if known is not None:
+        certain = torch.arange(candidates.shape[1], device=at.device) < known[:, None]
+        likely = torch.where(certain, 1.0, likely)
+    accepted = accepted_prefix(u * likely < p[at, candidates], lengths)
 
     target = p[first + accepted]
     fallen = accepted.clamp(max=candidates.shape[1] - 1)  # the rejected candidate, if there is one
     draft = q[q_row.gather(1, fallen[:, None]).squeeze(1)]
+    if known is not None:
+        one_hot = torch.zeros_like(draft).scatter_(1, candidates.gather(1, fallen[:, None]), 1.0)
+        draft = torch.where((fallen < known)[:, None], one_hot, draft)
     rejected = ((accepted < lengths) & ~draft[:, 0].isnan())[:, None]
     residual = torch.where(rejected, (target - draft).clamp_(min=0), target)
     # p == q up to rounding can be rejected by a hair, with nothing left: p is the right answer.
@@ -232,7 +242,9 @@ class RejectionSampling:
         if drawn is None:
             accepted, residual = reject_certain(p, first, candidates, lengths, u)
         else:
-            accepted, residual = reject(p, first, *drawn, candidates, lengths, u)
+            accepted, residual = reject(
+                p, first, *drawn, candidates, lengths, u, proposal.known_lengths()
+            )
         return accepted, sample(residual, uniform(seed, start + accepted, Draw.BONUS))
 
     @staticmethod

@@ -5,10 +5,10 @@ are accepted. So drafting has to stop somewhere, and where it pays to stop diffe
 
 A policy decides per row, in these places of a round:
 
-    budget   before drafting: at most how many candidates for each row
+    choose   first: how many of the candidates that are known without a draft to take
+    budget   before drafting: at most how many candidates for each row, behind those
     go_on    after each candidate: which rows draft another one
-    submit   before verification: how many of the drafted candidates to submit
-    choose   in place of these three, where candidates are looked up: how many of them to submit
+    submit   before verification: how many of each row's candidates to submit
     observe  after the round, or during the next: what was accepted, and what it cost
 
 A policy with a `width` above 1 grows a tree: each draft step draws `width` children of every node
@@ -27,7 +27,7 @@ known before y_k is drawn: y_1..y_{k-1}, the draft's distributions, other rows, 
 everything of earlier rounds, candidates that were discarded there included. It may never depend on
 y_k itself. `go_on` is safe by construction, since it sees y_k and decides about y_{k+1}. `submit`
 must keep to it by itself. Earlier rounds may be remembered because no random number is drawn twice:
-numbers are keyed by the row's round, too. `choose` is free: what is looked up is not drawn.
+numbers are keyed by the row's round, too. `choose` is free: what is known was not drawn.
 
 In a tree the same holds of each node. Whether it is kept, and submitted, may depend on what is
 known before it is drawn: its better siblings, its parent and other branches. It may never depend on
@@ -47,6 +47,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specdec.measure.calibration import Array, Calibration, Flags
+from specdec.policies.chains import Chain
 from specdec.policies.settings import Setting
 
 if TYPE_CHECKING:
@@ -89,15 +90,6 @@ class Signal(IntEnum):
     ENTROPY = 2
     HEAD_BEFORE = 3
     HEAD_AFTER = 4
-
-
-class Evidence(IntEnum):
-    """Columns of what speaks for a candidate that was looked up."""
-
-    LENGTH = 0  # tokens of the context that it follows
-    FOLLOWED = 1  # how often it followed them so far
-    SEEN = 2  # how often anything did
-    OWN = 3  # 1 if in the row's own prompt or outputs of the prompt's samples, else 0
 
 
 HEAD_SIGNALS = frozenset({Signal.HEAD_BEFORE, Signal.HEAD_AFTER})
@@ -151,6 +143,7 @@ class RowMemory:
         catch_up: seconds that each of its rounds owes for what the draft had to read of it, the
             prompt mostly, before it could propose.
         history: how often its candidates were accepted lately.
+        found: the same of those that were looked up.
         judged: of each judged candidate the row's context length, the predicted acceptance and
             whether it stands.
     """
@@ -158,6 +151,7 @@ class RowMemory:
     k: int = 0
     catch_up: float = 0.0
     history: RowHistory = field(default_factory=RowHistory)
+    found: RowHistory = field(default_factory=RowHistory)
     judged: list[tuple[int, float, bool]] = field(default_factory=list)
 
     def calibration(self) -> dict[int, Calibration]:
@@ -204,25 +198,12 @@ class RoundStart:
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
-    """Candidates that were looked up for a row, one after another.
-
-    Attributes:
-        tokens: the candidates.
-        evidence: what speaks for each, by `Evidence`.
-    """
-
-    tokens: Sequence[int]
-    evidence: Sequence[Sequence[float]]
-
-
-@dataclass(frozen=True, slots=True)
 class DraftStep:
     """The candidates just drawn, one for each of n rows; of trees, several for a row.
 
     Attributes:
         rows: int [n], index of each row among the round's rows.
-        depth: how many candidates these rows have now; of trees, that these are deep.
+        depth: how many candidates were drawn for these rows by now; of trees, that these are deep.
         signals: float [n, len(Signal)]; columns that the policy does not want are 0.
         parents: int [n], of trees: the number of the node that each follows, -1 for the root. Nodes
             are numbered by row, in the order in which they were kept.
@@ -247,8 +228,9 @@ class RoundOutcome:
         draft_costs: (packed tokens, seconds) of each draft step.
         verify_cost: (packed target tokens, seconds of the rest of the round).
         unseen: the draft steps, where the policy did not look at them; they are read when asked.
-        looked_up: of the candidates that were looked up, how many the committed tokens judge, and
-            how many of these stand, submitted or not; empty where none are looked up.
+        known: how many of each row's candidates were taken without a draft: its first.
+        looked_up: of the `Chain` of each row, how many candidates the committed tokens judge, and
+            how many of these stand, submitted or not; empty where there are no chains.
         parents: of trees: of each node that was drafted the number of its parent, by row.
         kept: of trees: the numbers of the nodes that were submitted, by row.
         path: of trees: the numbers of the nodes that stand, from the root on, by row.
@@ -261,10 +243,18 @@ class RoundOutcome:
     draft_costs: Sequence[tuple[int, float]]
     verify_cost: tuple[int, float]
     unseen: Callable[[], Sequence[DraftStep]] = tuple
+    known: Sequence[int] = ()
     looked_up: Sequence[tuple[int, int]] = ()
     parents: Sequence[Sequence[int]] = ()
     kept: Sequence[Sequence[int]] = ()
     path: Sequence[Sequence[int]] = ()
+
+    @property
+    def drawn(self) -> Sequence[int]:
+        """Candidates of each row that a draft proposed."""
+        if not any(self.known):
+            return self.drafted
+        return [n - k for n, k in zip(self.drafted, self.known, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,12 +262,14 @@ class Explanation:
     """Why a row's round went as it did, for `specbatch explain`.
 
     Attributes:
-        predicted: estimated acceptance of each candidate, if the policy estimates it.
+        predicted: estimated acceptance of each drawn candidate, if the policy estimates it.
         reason: one sentence.
+        known: the same of candidates that are known without a draft.
     """
 
     predicted: tuple[float, ...]
     reason: str
+    known: tuple[float, ...] = ()
 
 
 class StopPolicy:
@@ -293,7 +285,7 @@ class StopPolicy:
         summary: what it does, in half a sentence.
         estimates: whether it takes an estimator, and so a trained head.
         drafts: whether it asks a draft model for candidates.
-        looks_up: whether it chooses among candidates that were looked up, where there is no draft.
+        looks_up: whether it chooses among candidates that were looked up.
         learns_late: whether it may observe a round when the next one has been drafted.
         needs_head: whether a job must name a trained head, or another estimator.
         wanted: signals to compute of candidates; if there are none, `go_on` is not asked.
@@ -358,12 +350,12 @@ class StopPolicy:
         return [range(len(each)) for each in parents]
 
     def submit(self, drafted: Sequence[int]) -> Sequence[int]:
-        """How many of each row's drafted candidates to submit; mind the invariant above."""
+        """How many of each row's candidates to submit, with the known; mind the invariant above."""
         return drafted
 
     def choose(self, start: RoundStart, chains: Sequence[Chain]) -> Sequence[int]:
-        """How many of each row's looked-up candidates to submit; asked of who `looks_up`."""
-        return [0] * len(chains)
+        """How many candidates to take of each row's chain; what a grammar forces, if no more."""
+        return [chain.forced for chain in chains]
 
     def observe(self, outcome: RoundOutcome) -> None:
         """Learn from a finished round.

@@ -56,9 +56,9 @@ def owed(
 
 def shared(seconds: float, outcome: RoundOutcome, draft: CostTable) -> float:
     """A round's seconds with what its rows owe in place of what the draft read in it."""
-    rows = zip(outcome.start.rows, outcome.drafted, strict=True)
+    rows = zip(outcome.start.rows, outcome.drawn, strict=True)
     debts = [row.catch_up for row, k in rows if k]
-    read, usual = outcome.draft_costs[0][0], USUAL * len(debts)
+    read, usual = outcome.draft_costs[0][0], USUAL * len(debts) + sum(outcome.known)
     if read > usual:
         seconds -= float(draft(read) - draft(usual))
     return seconds + sum(debts)

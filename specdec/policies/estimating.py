@@ -10,7 +10,6 @@ import numpy as np
 from specdec.measure.calibration import Array, Flags
 from specdec.policies.base import (
     MOST_CANDIDATES,
-    Chain,
     DraftStep,
     Explanation,
     Head,
@@ -123,6 +122,7 @@ class EstimatingPolicy(StopPolicy):
         self.wanted = self.estimator.wanted
         self._judged, self._accepted = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * self.PRIOR_RATE
         self._steps: list[_Judgement] = []
+        self._odds: Sequence[Sequence[float]] = ()  # of known candidates, by row, if it looks
 
     @property
     def fell_back(self) -> bool:
@@ -169,29 +169,18 @@ class EstimatingPolicy(StopPolicy):
             begin += len(each)
         return judged
 
-    def _judge_chains(self, chains: Sequence[Chain]) -> None:
-        """Estimate candidates that were looked up, as if they had been drawn step by step."""
-        steps: list[DraftStep] = []
-        going = [row for row, chain in enumerate(chains) if chain.tokens]
-        while going:
-            evidence = [chains[row].evidence[len(steps)] for row in going]
-            steps.append(
-                DraftStep(np.array(going), len(steps) + 1, np.array(evidence, dtype=float))
-            )
-            going = [row for row in going if len(chains[row].tokens) > len(steps)]
-        if steps:
-            self._steps += self._judged_all(steps, self.typical, self.survival)
-
     def observe(self, outcome: RoundOutcome) -> None:
         start = outcome.start
         steps, rates = start.notes.get("judged", ((), ()))
         if unseen := outcome.unseen():
-            steps += self._judged_all(unseen, rates, [1.0] * len(rates))
+            reached = start.notes.get("reached") or [1.0] * len(rates)
+            steps += self._judged_all(unseen, rates, reached)
         if not steps:
             return
         submitted, accepted = outcome.submitted, outcome.accepted
-        if outcome.looked_up:  # what the target wrote judges these, whether submitted or not
-            submitted, accepted = zip(*outcome.looked_up, strict=True)
+        if any(outcome.known):  # those of the draft come behind; -1: these were not reached
+            submitted = [max(n - k, 0) for n, k in zip(submitted, outcome.known, strict=True)]
+            accepted = [max(n - k, -1) for n, k in zip(accepted, outcome.known, strict=True)]
         # Up to a row's first rejected candidate all were judged; what comes after it was not.
         judged = [min(a + 1, most) for a, most in zip(accepted, submitted, strict=True)]
         # A candidate that was not submitted, behind accepted ones, counts as what it was taken for:
@@ -229,7 +218,8 @@ class EstimatingPolicy(StopPolicy):
             for p, owner in zip(step.after, step.rows, strict=True)
             if owner == row
         )
-        return Explanation(predicted, self._reason(row, len(predicted)))
+        known = tuple(self._odds[row]) if self._odds else ()
+        return Explanation(predicted, self._reason(row, len(predicted)), known)
 
     def _reason(self, row: int, drafted: int) -> str:
         raise NotImplementedError

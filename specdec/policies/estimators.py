@@ -26,7 +26,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from specdec.measure.calibration import Array, Calibration, Flags
-from specdec.policies.base import FEW, HEAD_SIGNALS, Evidence, Head, Signal
+from specdec.policies.base import FEW, HEAD_SIGNALS, Head, Signal
+from specdec.policies.chains import Evidence
 
 BOUND = 10.0
 """What signals are kept within, in nats: one odd candidate must not carry the fit. Set by hand."""
@@ -274,6 +275,7 @@ def lookup_estimator() -> OnlineEstimator:
         Feature((Evidence.LENGTH,), np.log2, (0.6, 0.6)),
         Feature((Evidence.FOLLOWED, Evidence.SEEN), _often, (1.5, 1.5)),
         Feature((Evidence.OWN,), operator.pos, (1.0, 1.0)),
+        Feature((Evidence.CORPUS,), operator.pos, (0.0, 0.0)),
     )
     return OnlineEstimator(features, one=(-3.1, -3.1), rate=(0.3, 0.3))
 

@@ -4,10 +4,10 @@ With a live batch, one row that stops early saves no draft step; what it saves i
 verification, and what everything costs depends on the batch. So `goodput` asks of each step what it
 is expected to bring and what it costs (specdec/policies/objective.py), for all rows together:
 
+    choose   which of the candidates that are known without a draft to take?
     budget   is speculation worth it at all, and for which rows? as chains or as trees?
     go_on    which rows draft another candidate?
     submit   which candidates are worth verifying?
-    choose   the same of candidates that were looked up, in a pair without a draft
     observe  learn: acceptance (Estimator), costs (CostModel), the goodput reached, the switch
 
 Three things go beyond one round. Whether to speculate at all is a `Switch`, which holds speculation
@@ -34,21 +34,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from specdec.measure.calibration import Array, Flags
-from specdec.policies.base import (
-    MOST_CANDIDATES,
-    MOST_WIDTH,
-    Chain,
-    DraftStep,
-    RoundOutcome,
-    RoundStart,
-)
+from specdec.policies.base import MOST_CANDIDATES, MOST_WIDTH, DraftStep, RoundOutcome, RoundStart
 from specdec.policies.catch_up import owed, shared
+from specdec.policies.chains import Chain
 from specdec.policies.costs import CostModel
-from specdec.policies.estimators import lookup_estimator
 from specdec.policies.growing import GrowingPolicy
-from specdec.policies.looking import Looking
+from specdec.policies.known import KnownChains, in_front, survivals
+from specdec.policies.looking import Looking, expected
 from specdec.policies.measuring import Measurements
-from specdec.policies.objective import best_constant, best_prefixes, further_seconds, leading_rows
+from specdec.policies.objective import (
+    best_constant,
+    best_prefixes,
+    by_row,
+    further_seconds,
+    leading_rows,
+)
 from specdec.policies.settings import setting
 from specdec.policies.switch import IN_A_ROW, Switch
 
@@ -107,7 +107,10 @@ class Goodput(GrowingPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.switch, self.looking, self._measured = Switch(), Looking(), Measurements()
-        self._looks, self._looking_up = True, False
+        self.found, self.found_switch = KnownChains(), Switch()
+        self._begun: RoundStart | None = None
+        self._known: list[list[float]] = []  # survival of the known candidates taken, by row
+        self._looks, self._looking_up, self._worth, self._tokens_fed = True, False, 0.0, 0
         # Tokens per row lately, and what the best constant length would have made of the time.
         self.price, self._constant = 0.0, 0.0
         self._tokens, self._hoped = 5.0, 5.0
@@ -118,7 +121,7 @@ class Goodput(GrowingPolicy):
 
     def prepare(self, target: PackedDecoder, draft: PackedDecoder | None, slots: int) -> None:
         if draft is None:
-            self._looking_up, self.estimator = True, lookup_estimator()
+            self._looking_up, self.switch = True, self.found_switch
         if self.costs is None:
             from specdec.policies.profiling import profile_costs  # torch: policies load without
 
@@ -134,6 +137,28 @@ class Goodput(GrowingPolicy):
             tables.pop("draft", None)
         return tables
 
+    # ------------------------------------------------------- what is known without a draft
+
+    def choose(self, start: RoundStart, chains: Sequence[Chain]) -> Sequence[int]:
+        counts = [chain.forced for chain in chains]
+        self._steps, self._known, self._odds = [], [], []
+        if not any(chain.tokens for chain in chains):
+            return counts
+        self._begin(start)
+        self._odds = self.found.predict(start, chains)
+        known = [*map(survivals, self._odds)]
+        self._known = [each[: in_front(each, self._worth)] for each in known]
+        rows, (best, gain) = sum(room > 0 for room in start.room), self._best_set()
+        bare = self._looking_up and self.found_switch.look_again and all(start.decoding)
+        if best and not bare and self.found_switch.pays(gain / rows):
+            start.notes["found"] = gain / rows
+            counts = [*map(max, counts, by_row(best, len(chains)))]
+        self._known = [each[:n] for each, n in zip(known, counts, strict=True)]
+        self.survival = [each[-1] if each else 1.0 for each in self._known]
+        start.notes.update(taken=self._known, reached=[*self.survival])
+        self._kept, self._tokens_fed = [*counts], self._tokens_fed + sum(counts)
+        return counts
+
     # ---------------------------------------------------------------- before drafting
 
     def budget(self, start: RoundStart) -> Sequence[int]:
@@ -141,21 +166,23 @@ class Goodput(GrowingPolicy):
         budget = [0] * len(start.rows)
         self._probing, self._looks = False, True
         self.width, self.forest = 1, None
-        rows = [row for row, room in enumerate(start.room) if room > 0]
+        known = [*map(len, self._known)] if self._begun is start else budget
+        rows = [row for row, room in enumerate(start.room) if room > known[row]]
         if not rows or self.switch.stands(start):
             self._steps = []
             return budget
-        self._begin(start)
-        rates = self.typical
+        if self._begun is not start:
+            self._begin(start)
+        rates = [p * rate for p, rate in zip(self.survival, self.typical, strict=True)]
         debts = owed(start, rows, rates, self.costs.draft)
         rows.sort(key=lambda row: self.price * debts[row] - rates[row])
-        steps = self.costs.draft.curve(1, len(rows)).tolist()
-        owing = accumulate(debts[row] for row in rows)
-        first = [step + more for step, more in zip(steps, owing, strict=True)]
-        looks = not start.beside or self.looking.choose(len(start.rows))
-        # Who does not look submits all that is drawn.
+        steps = self.costs.draft.curve(1, len(rows) + sum(known)).tolist()
+        reading = (steps[-1] - steps[len(rows) - 1]) / max(sum(known), 1)  # of a known token
+        owing = accumulate(debts[row] + known[row] * reading for row in rows)
+        first = [step + more for step, more in zip(steps, owing, strict=False)]
+        looks = not start.beside or self.looking.choose(len(start.rows))  # else all is submitted
         share, yielding = self._first_ones if looks else (1.0, 1.0)
-        wide = looks and self._branching(start)
+        wide = looks and not any(known) and self._branching(start)
         if wide:
             rates, share, yielding = self.passing, 1.0, 1.0
         each = [rates[row] for row in rows]
@@ -173,8 +200,8 @@ class Goodput(GrowingPolicy):
             self._probing, wide = True, False
         if wide:
             self._plant(start)
-        start.notes["promised"] = None if self._probing else promised / len(rows)
-        start.notes["looked"] = self._looks
+        hope = None if self._probing else promised / len(rows)
+        start.notes.update(promised=hope, looked=self._looks)
         for row in chosen:
             budget[row] = most
             start.rows[row].catch_up = debts[row]
@@ -183,19 +210,21 @@ class Goodput(GrowingPolicy):
     def _begin(self, start: RoundStart) -> None:
         super()._begin(start)
         assert self.costs is not None
+        self._begun, self._known = start, [[] for _ in start.rows]
         if self.costs.at(len(start.rows), sum(start.contexts) / len(start.rows)):
             self._furthers = {}
         self._free_trimming = start.free_trimming
-        self._kept = [0] * len(start.rows)
-        self._tokens_bare = self._tokens_fed = start.target_tokens
+        self._kept, self._tokens_bare = [0] * len(start.rows), start.target_tokens
+        self._tokens_fed = start.target_tokens
         # What a second is worth: what the best constant length would make of it, corrected by how
         # that compared with what was reached lately. So a change of rows or costs counts at once.
         rows, rate = sum(room > 0 for room in start.room), sum(self.typical) / len(self.typical)
-        plain = rows / float(self.costs.verify(rows))
-        self._constant = (
-            plain if self._looking_up else best_constant(self.costs, rows, rate, self.k_max)
-        )
+        plain = self._constant = rows / float(self.costs.verify(rows))
+        if not self._looking_up:
+            self._constant = best_constant(self.costs, rows, rate, self.k_max)
         self.price = max(plain, self._constant * self._tokens / self._hoped)
+        # Tokens that a draft brings a row of a round, in the time of one without.
+        self._worth = self._constant / plain - 1 if self.switch.on else 0.0
 
     @property
     def _first_ones(self) -> tuple[float, float]:
@@ -223,7 +252,7 @@ class Goodput(GrowingPolicy):
                 reached = {row: alive[row] * before for row, before in each}
                 kept = self._best(reached, [0.0] * len(kept), left + 1)
             for row in kept:
-                self._kept[row] = step.depth
+                self._kept[row] = len(self._known[row]) + step.depth
         self._tokens_fed += len(kept)
         going = set[int]()
         if left and kept:
@@ -254,24 +283,6 @@ class Goodput(GrowingPolicy):
             self._furthers[key] = further_seconds(self.costs, *key)
         return leading_rows(rates, expected, first, self._furthers[key], self.price, left)
 
-    # -------------------------------------------------- where candidates are looked up
-
-    def choose(self, start: RoundStart, chains: Sequence[Chain]) -> Sequence[int]:
-        nothing = [0] * len(chains)
-        rows = sum(room > 0 for room in start.room)
-        if not rows:
-            self._steps = []
-            return nothing
-        self._begin(start)
-        self._judge_chains(chains)
-        if self.switch.look_again and all(start.decoding):
-            return nothing
-        best, gain = self._best_set()
-        if not (best and self.switch.pays(gain / rows)):
-            return nothing
-        start.notes["promised"] = gain / rows
-        return _by_row(best, len(chains))
-
     # ------------------------------------------------------------ before verification
 
     def submit(self, drafted: Sequence[int]) -> Sequence[int]:
@@ -279,14 +290,15 @@ class Goodput(GrowingPolicy):
             return drafted
         # Where it may be trimmed freely, the set is chosen now that all are drawn.
         free = self._free_trimming
-        counts = _by_row(self._best_set()[0], len(drafted)) if free else self._kept
+        counts = by_row(self._best_set()[0], len(drafted)) if free else self._kept
         self._note_trimming(counts)
         return drafted if free and self._probing else counts
 
     def _best_set(self) -> tuple[Sequence[tuple[float, int]], float]:
         """Survival and row of the candidates worth verifying, and the tokens that they gain."""
         assert self.costs is not None
-        every = [
+        every = [(survival, row) for row, known in enumerate(self._known) for survival in known]
+        every += [
             (survival, row)
             for step in self._steps
             for survival, row in zip(step.survival, step.rows, strict=True)
@@ -298,9 +310,10 @@ class Goodput(GrowingPolicy):
         return best, gain
 
     def _note_trimming(self, counts: Sequence[int]) -> None:
-        """Take in which first candidates were worth verifying, by each row's count of them."""
-        first = self._steps[0]
-        kept = [p for row, p in zip(first.rows, first.after, strict=True) if counts[row]]
+        """Take in which first candidates were worth verifying, by each row's count of all."""
+        first, known = self._steps[0], [*map(len, self._known)]
+        each = zip(first.rows, first.after, strict=True)
+        kept = [p for row, p in each if counts[row] > known[row]]
         noted = (len(first.after), len(kept), sum(first.after), sum(kept))
         self._firsts = [MEMORY * a + b for a, b in zip(self._firsts, noted, strict=True)]
 
@@ -308,33 +321,38 @@ class Goodput(GrowingPolicy):
 
     def observe(self, outcome: RoundOutcome) -> None:
         super().observe(outcome)
+        self.found.observe(outcome)
         if self.costs is None:
             return
-        speculated, decoding = any(outcome.drafted), all(outcome.start.decoding)
-        promised = outcome.start.notes.get("promised")
-        if speculated and promised is not None and self._judged > LEARNT:
-            self.switch.kept(promised, self._yield(outcome, decoding), len(outcome.start.rows))
+        speculated, decoding = bool(outcome.draft_costs), all(outcome.start.decoding)
+        promised, found, looked = map(outcome.start.notes.get, ("promised", "found", "looked"))
+        switch, hope, known, apart = self.switch, promised, self._judged, found or 0.0
+        if not speculated:
+            switch, hope, known, apart = self.found_switch, found, self.found.judged, 0.0
+        if hope is not None and known > LEARNT:
+            gained = self._yield(outcome, decoding) - apart
+            switch.kept(hope, gained, len(outcome.start.rows))
         if not decoding:
             self._furthers = {}  # sizes with a prompt in them hardly come again, and would pile up
             return
         rows = len(outcome.start.rows)
-        committed = sum(outcome.accepted) + rows
         spent = outcome.verify_cost[1] + sum(spent for _, spent in outcome.draft_costs)
-        looked: bool | None = outcome.start.notes.get("looked")
         if speculated and promised is not None and looked:
             taken = shared(spent, outcome, self.costs.draft)
-            self._compare(outcome, rows + _expected(outcome), taken)
+            self._compare(outcome, rows + expected(outcome), taken)
         if outcome.start.beside and speculated and promised is not None and looked is not None:
-            self.looking.ended(rows, looked, rows + _expected(outcome), spent)
+            self.looking.ended(rows, looked, rows + expected(outcome), spent)
             if looked == self.looking.pays(rows):  # else a round has other costs than most
                 self._measured.note(self.costs, outcome, None if looked else spent)
         else:
             self._measured.note(self.costs, outcome)
-        self._tokens = MEMORY * self._tokens + committed / rows
+        self._tokens = MEMORY * self._tokens + sum(outcome.accepted) / rows + 1
         plain = float(self.costs.verify(rows))
         spent = min(spent, PAUSE * plain)
         self._hoped = MEMORY * self._hoped + self._constant * spent / rows
-        self.switch.ended(speculated, spent / plain)
+        switches = {self.switch: speculated, self.found_switch: any(outcome.submitted)}
+        for each, used in switches.items():
+            each.ended(used, spent / plain)
         if self._measured.teach():
             self._furthers = {}
 
@@ -355,33 +373,9 @@ class Goodput(GrowingPolicy):
     def _reason(self, row: int, drafted: int) -> str:
         if self.switch.look_again and not self._steps:
             return f"{IN_A_ROW} rounds had candidates; what one without them costs is to be seen"
-        if self._looking_up:
-            return f"of {drafted} found, no more repay their cost at {self.price:.0f} tokens/s"
         if not drafted:
             return f"no candidate repays its cost at {self.price:.0f} tokens/s"
         return (
             f"after {drafted}: another is reached with probability {self.survival[row]:.2f}, "
             f"at {self.price:.0f} tokens/s too little for its cost"
         )
-
-
-def _by_row(best: Sequence[tuple[float, int]], rows: int) -> list[int]:
-    """How many of the best candidates, (survival, row) each, are of each row."""
-    counts = [0] * rows
-    for _, row in best:
-        counts[row] += 1
-    return counts
-
-
-def _expected(outcome: RoundOutcome) -> float:
-    """Tokens that a round's submitted candidates were expected to yield, once they were drawn."""
-    if outcome.path:
-        return float(outcome.start.notes["forest"].expected(outcome.kept))
-    steps, _ = outcome.start.notes["judged"]
-    expected: float = sum(
-        survival
-        for depth, step in enumerate(steps)
-        for row, survival in zip(step.rows, step.survival, strict=True)
-        if depth < outcome.submitted[row]
-    )
-    return expected

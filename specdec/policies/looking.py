@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from specdec.policies.base import RoundOutcome
+
 FIRST = 48
 """Rows times rounds of each kind before the faster one is chosen, of at least LEAST rounds.
 
@@ -86,3 +88,20 @@ class Looking:
         kind.rows += rows
         kind.tokens = MEMORY * kind.tokens + tokens
         kind.seconds = MEMORY * kind.seconds + seconds
+
+
+def expected(outcome: RoundOutcome) -> float:
+    """Tokens that a round's submitted candidates were expected to yield, once they were drawn."""
+    notes, submitted = outcome.start.notes, outcome.submitted
+    if outcome.path:
+        return float(notes["forest"].expected(outcome.kept))
+    steps, _ = notes["judged"]
+    taken = notes.get("taken") or [()] * len(submitted)
+    tokens = sum(sum(each[:n]) for each, n in zip(taken, submitted, strict=True))
+    tokens += sum(
+        survival
+        for depth, step in enumerate(steps, start=1)
+        for row, survival in zip(step.rows, step.survival, strict=True)
+        if len(taken[row]) + depth <= submitted[row]
+    )
+    return float(tokens)

@@ -148,6 +148,14 @@ def best_prefixes(
     return likeliest[:best]
 
 
+def by_row(best: Sequence[tuple[float, int]], rows: int) -> list[int]:
+    """How many of the best candidates, (survival, row) each, are of each row."""
+    counts = [0] * rows
+    for _, row in best:
+        counts[row] += 1
+    return counts
+
+
 def best_number(worth: Array, verify: Array, price: float, floor: float = 0.0) -> int:
     """How many nodes of trees are worth verifying: `best_prefixes` for those in order already.
 

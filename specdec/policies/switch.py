@@ -113,6 +113,11 @@ class Switch:
         return copysign(max(abs(self._mean) - SURE * error, 0.0), self._mean)
 
     @property
+    def on(self) -> bool:
+        """Whether speculation paid, as far as the last decision knew."""
+        return self._promised > self._missing
+
+    @property
     def look_again(self) -> bool:
         """Whether it is time for a round without candidates."""
         return self._in_a_row >= IN_A_ROW and self._promised - self._missing < CLOSE

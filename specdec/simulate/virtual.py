@@ -196,9 +196,13 @@ class _Drafter(ModelDrafter):
     """Draws what the script says, after all the work of drawing."""
 
     def begin(
-        self, rows: Sequence[TokenRow], slots: Sequence[int], shared: SharedCaches
+        self,
+        rows: Sequence[TokenRow],
+        slots: Sequence[int],
+        known: Sequence[Sequence[int]],
+        shared: SharedCaches,
     ) -> ModelDrafting:
-        return _Drafting(self, rows, slots, shared)
+        return _Drafting(self, rows, slots, known, shared)
 
 
 class _Drafting(ModelDrafting):
@@ -300,6 +304,7 @@ class VirtualEngine(Engine):
             VirtualPair(writing, proposing),
             policy=policy,
             slots=slots,
+            lookup=False,  # scripts come again and again
             clock=self.stream,
         )
         self._seated: list[LiveRow] = []

@@ -12,6 +12,7 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 COMMANDS = {
     "adjustments": [],
+    "corpus": [],
     "duplicates": [],
     "engine": ["peers", "policies", "speedup", "overhead", "prefixes", "quality"],
     "families": [],

@@ -49,6 +49,13 @@ def test_head_folder_beside_the_job_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert load_job(file, ["speculation.head=other"]).speculation.head == "/other"
 
 
+def test_a_corpus_lies_beside_the_job_file(tmp_path: Path) -> None:
+    job = load_job(write(tmp_path, speculation={"corpus": ["out/a", "s3://bucket/b"]}))
+    assert job.speculation.corpus == (f"{tmp_path}/out/a", "s3://bucket/b")
+    job = load_job(write(tmp_path, speculation={"corpus": "out/a", "policy": "suffix"}))
+    assert job.speculation.corpus == (f"{tmp_path}/out/a",)
+
+
 def test_head_policy_may_use_an_estimator_without_training(tmp_path: Path) -> None:
     job = load_job(write(tmp_path, speculation={"policy": "head", "estimator": "entropy"}))
     assert job.speculation.head is None
@@ -104,6 +111,27 @@ def test_defaults_are_those_of_the_design(tmp_path: Path) -> None:
             {"models": {"target": "t", "draft": "d", "quantization": "int8", "dtype": "bfloat16"}},
             "models: quantization int8 goes with dtype float32, not bfloat16",
         ),
+        (
+            {"speculation": {"policy": "fixed", "lookup": True}},
+            "lookup belongs to the policies suffix and goodput, not to fixed",
+        ),
+        (
+            {"speculation": {"policy": "suffix", "lookup": False}},
+            "lookup: false leaves the policy suffix nothing to propose",
+        ),
+        (
+            {"models": {"target": "t"}, "speculation": {"lookup": False}},
+            "speculation.lookup is false and models.draft is null",
+        ),
+        (
+            {"speculation": {"lookup": False, "corpus": "out/a"}},
+            "corpus is for looking candidates up, which lookup: false forbids; remove one of them",
+        ),
+        (
+            {"speculation": {"policy": "fixed", "corpus": ["out/a"]}},
+            "corpus is for looking candidates up, which fixed does not; remove one of them",
+        ),
+        ({"speculation": {"corpus": 7}}, "speculation.corpus: "),
         ({"speculation": {"policy": "head"}}, "head: give the folder of a trained head"),
         ({"speculation": {"estimator": "head"}}, "make one with specbatch train-head"),
         (

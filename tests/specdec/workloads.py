@@ -10,8 +10,9 @@ import torch
 
 from specdec.measure.calibration import Array, Flags
 from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, RowMemory, Signal, StopPolicy
+from specdec.policies.chains import Chain
 from specdec.policies.costs import CostModel, CostTable
-from specdec.policies.estimators import lookup_estimator
+from specdec.policies.estimators import online_estimator
 from specdec.policies.goodput import Goodput
 from specdec.policies.registry import POLICIES as REGISTERED
 from specdec.policies.registry import make_policy
@@ -139,6 +140,20 @@ class Scripted(StopPolicy):
         return [min(n, script[(self.turn + i) % len(script)]) for i, n in enumerate(drafted)]
 
 
+class Leading(Scripted):
+    """Takes as many of what was looked up as a script says, and draws by the other ones."""
+
+    looks_up = True
+    leads: Sequence[int] = (0, 2, 99, 1)
+
+    def choose(self, start: RoundStart, chains: Sequence[Chain]) -> Sequence[int]:
+        script = self.leads
+        return [
+            min(len(chain.tokens), max(script[(self.turn + i) % len(script)], chain.forced))
+            for i, chain in enumerate(chains)
+        ]
+
+
 class Known:
     """An estimator that finds the probabilities in the head's columns."""
 
@@ -215,7 +230,7 @@ POLICIES: dict[str, Make] = {
     "goodput": lambda _: make_policy("goodput"),
     "goodput stated": lambda _: stated_goodput(),
     "goodput head": lambda width: stated_goodput(random_head(width)),
-    "scripted": lambda _: Scripted((0, 3, 1, 5), (9, 1, 0, 2), unlikely_stop=True),
+    "scripted": lambda _: Leading((0, 3, 1, 5), (9, 1, 0, 4), unlikely_stop=True),
 }
 """All policies that there are, some of them several times; `stated` ones do speculate.
 
@@ -241,7 +256,7 @@ def stated_goodput(head: AcceptanceHead | None = None) -> StatedGoodput:
 
 def looking_goodput() -> StatedGoodput:
     """goodput as it is without a draft, at costs that make it trim."""
-    return StatedGoodput(lookup_estimator(), None, trimming_costs(), k_max=8)
+    return StatedGoodput(online_estimator("confidence"), None, trimming_costs(), k_max=8)
 
 
 LOOKING_UP: dict[str, Callable[[], StopPolicy]] = {

@@ -12,7 +12,10 @@ from pipeline.inputs.units import Piece, Unit
 from specdec.request import Completion, RoundTrace
 
 ROUNDS = (
-    RoundTrace(20, 4, (5, 6, 7), (0.9, 0.5, 0.2), 2, 1, "after 3: too little for its cost"),
+    RoundTrace(
+        *(20, 4, (5, 6, 7), (0.9, 0.5, 0.2), 2, 1, "after 3: too little for its cost"),
+        sources=("prompt",),
+    ),
     RoundTrace(22, 3, (5, 6, 7), (), 2, 1, "a tree", (-1, -1, 1), (0, 1), (1,)),
     RoundTrace(24, 3, (), (), 0, 0, "control round"),
 )
@@ -54,6 +57,7 @@ def test_one_row_per_round_of_completed_rows() -> None:
         "parents": [],
         "kept": [],
         "path": [],
+        "sources": ["prompt"],
     }
     assert (tree["parents"], tree["kept"], tree["path"]) == ([-1, -1, 1], [0, 1], [1])
     assert (last["round"], last["candidates"], last["reason"]) == (2, [], "control round")

@@ -36,8 +36,8 @@ def test_a_draft_is_loaded_where_one_is_asked_and_candidates_are_looked_up_witho
     pair = load_pair(job)
     engine = make_engine(job, pair, None)
     assert (pair.draft is not None) == (engine.drafter is not None) == loaded
-    assert (engine.drafting is not None) == speculates
-    assert (engine.suffix is not None) == (speculates and not loaded)
+    assert (engine.drafting is not None) == loaded
+    assert (engine.known is not None) == speculates
     asked = SamplingParams(6, temperature=0.0, ignore_eos=True)
     (done,) = engine.generate([Request("a", (5, 6, 7, 5, 6, 7, 5, 6), asked)])
     assert len(done.output_ids) == 6

@@ -124,7 +124,7 @@ def check(target: PreTrainedModel, shape: Shape, w: Weights, made: Bench) -> Non
         made.feed_target()
         expected = [by_hand(w, shape, target, row.tokens, 3) for row in made.rows]
         seen = Seen()
-        drafting = made.drafter.begin(made.rows, [0, 1, 2], made.shared)
+        drafting = made.drafter.begin(made.rows, [0, 1, 2], [()] * 3, made.shared)
         for step, active in enumerate(([0, 1, 2], [0, 2], [2])):
             if step:
                 before = [0, 1, 2] if step == 1 else [0, 2]
@@ -194,7 +194,7 @@ def test_features_and_what_was_read_of_a_beginning_are_shared(tmp_path: Path, le
     w = random_weights(shape)
     made = bench(target, save(tmp_path / "d", shape, w, "speculators"))
     made.feed_target()
-    drafting = made.drafter.begin(made.rows, [0, 1, 2], made.shared)
+    drafting = made.drafter.begin(made.rows, [0, 1, 2], [()] * 3, made.shared)
     drafting.step(Seen())
     drafting.go_on([])
     text = made.rows[1].tokens
@@ -210,7 +210,7 @@ def test_features_and_what_was_read_of_a_beginning_are_shared(tmp_path: Path, le
     lengths = [cache.lengths[0] for cache in made.shared.caches]
     assert lengths == ([64, 64] if left else [66, 65])
     made.feed_target()
-    drafting, seen = made.drafter.begin(made.rows, [0], made.shared), Seen()
+    drafting, seen = made.drafter.begin(made.rows, [0], [()], made.shared), Seen()
     assert sum(drafting.step(seen).fed) == 68 - lengths[1]
     (wanted,), _ = by_hand(w, shape, target, row.tokens, 1)
     known = ~wanted.isinf()
@@ -226,7 +226,7 @@ def test_no_page_is_shared_whose_last_position_was_computed_of_another_token(
     folder = save(tmp_path / "d", shape, random_weights(shape), "speculators")
     made = bench(tiny_model(layers=3), folder)
     made.feed_target()
-    made.drafter.begin(made.rows, [0, 1, 2], made.shared).step(Seen())
+    made.drafter.begin(made.rows, [0, 1, 2], [()] * 3, made.shared).step(Seen())
     made.shared.release(1)
     made.shared.release(0)
     text = made.rows[1].tokens[:64]

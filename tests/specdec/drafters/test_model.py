@@ -80,7 +80,7 @@ def test_candidates_are_the_models_own_continuation_of_each_row(
         expected = [continued(draft_model, row.tokens, 3) for row in rows]
         lacking = sum(len(row.tokens) - drafter.cache.lengths[s] for s, row in enumerate(rows))
         with torch.inference_mode():
-            drafting = drafter.begin(rows, [0, 1, 2], shared)
+            drafting = drafter.begin(rows, [0, 1, 2], [()] * 3, shared)
             first = drafting.step(GREEDY)
             assert first.tokens.tolist() == [each[0] for each in expected]
             assert sum(first.fed) == lacking and max(first.fed) <= 16 * len(rows)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from specdec.drafters.suffix import LENGTHS, MOST_COUNT, SuffixIndex
-from specdec.policies.base import Evidence
+from specdec.policies.chains import Evidence
 
 
 @dataclass
@@ -40,7 +40,7 @@ def test_a_row_quotes_its_prompt() -> None:
     mine = row(TEXT, [1, 2, *TEXT[:10]])
     chain = index_of(mine).chain(mine, 6)
     assert chain.tokens == TEXT[10:16]
-    assert chain.evidence[0] == (LENGTHS[0], 1, 1, True)
+    assert chain.evidence[0] == (LENGTHS[0], 1, 1, True, 0)
 
 
 def test_prompts_of_others_are_not_quoted_and_their_outputs_are() -> None:
@@ -80,7 +80,7 @@ def test_what_mostly_followed_is_proposed_with_its_counts() -> None:
     index = index_of(*(row([at], [1, 2, 50 if at % 4 else 51]) for at in range(3, 15)))
     chain = index.chain(row([99], [1, 2]), 1)
     assert chain.tokens == [50]
-    ((length, followed, seen, own),) = chain.evidence
+    ((length, followed, seen, own, _),) = chain.evidence
     assert (length, own) == (LENGTHS[-1], False)
     assert 1 < followed < seen <= 12
 
@@ -96,7 +96,7 @@ def test_counts_stay_within_their_bits() -> None:
     index = SuffixIndex()
     for at in range(3 * MOST_COUNT):
         index.read(row([1000 + at], [1, 2, 50]))
-    ((_, followed, seen, _),) = index.chain(row([99], [1, 2]), 1).evidence
+    ((_, followed, seen, *_),) = index.chain(row([99], [1, 2]), 1).evidence
     assert MOST_COUNT // 2 <= followed == seen <= MOST_COUNT
 
 
@@ -116,7 +116,7 @@ def test_no_more_candidates_than_there_is_room_for() -> None:
 
 @pytest.mark.parametrize("most", [50, 1000])
 def test_memory_is_bounded_and_the_latest_is_kept(most: int) -> None:
-    index, generator = SuffixIndex(most), random.Random(0)
+    index, generator = SuffixIndex(most=most), random.Random(0)
     for at in range(200):
         index.read(row([at], [generator.randrange(50_000) for _ in range(40)]))
         assert len(index) <= most
@@ -127,11 +127,11 @@ def test_memory_is_bounded_and_the_latest_is_kept(most: int) -> None:
 
 
 def test_a_text_that_is_met_again_is_not_forgotten() -> None:
-    index, generator = SuffixIndex(2000), random.Random(0)
+    index, generator = SuffixIndex(most=2000), random.Random(0)
     for at in range(100):
         index.read(row([at], TEXT[:12]))
         index.read(row([-1 - at], [generator.randrange(50_000) for _ in range(40)]))
-    ((_, followed, _, _),) = index.chain(row([-9], TEXT[:8]), 1).evidence
+    ((_, followed, *_),) = index.chain(row([-9], TEXT[:8]), 1).evidence
     assert followed > 50
 
 

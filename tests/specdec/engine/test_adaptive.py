@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,7 @@ def run(
     share: float = 0.0,
     trace: bool = False,
     slots: int = 5,
+    lookup: bool = True,
 ) -> tuple[list[Completion], Engine]:
     engine = Engine(
         pair,
@@ -55,6 +57,7 @@ def run(
         prefill_chunk=64,
         control_share=share,
         trace=trace,
+        lookup=lookup,
     )
     return engine.generate(requests_of(SOME, SAMPLED if sampled else GREEDY)), engine
 
@@ -232,7 +235,7 @@ def test_calibration_books_exactly_the_judged_candidates(
     with_end: TinyPair, policy: str, mode: str
 ) -> None:
     """Accepted ones and the first refused one of a round; what was trimmed was not judged."""
-    done, _ = run(with_end, make(policy), mode=mode, share=0.1, trace=True)
+    done, _ = run(with_end, make(policy), mode=mode, share=0.1, trace=True, lookup=False)
     some = 0
     for completion in done:
         judged: dict[int, list[tuple[float, bool]]] = defaultdict(list)
@@ -267,7 +270,8 @@ def test_the_draft_catches_up_after_control_rounds(
     self_pair: TinyPair, policy: str, sampled: bool, mode: str
 ) -> None:
     """A draft that is the target has everything accepted, unless its cache is stale."""
-    done, engine = run(self_pair, make(policy), mode=mode, sampled=sampled, share=0.4, trace=True)
+    options: Any = {"mode": mode, "sampled": sampled, "share": 0.4, "trace": True}
+    done, engine = run(self_pair, make(policy), lookup=False, **options)
     counts = engine.stats.counts
     assert counts.accepted == counts.verified > 0
     after = [

@@ -27,7 +27,7 @@ from specdec.request import Completion, Request, SamplingParams
 from tests.specdec.engine.references import CPU
 from tests.specdec.goodness import chi_square_excess, counted, reference_distribution
 from tests.specdec.tiny_models import TinyPair, make_pair, noisy_copy, tiny_model
-from tests.specdec.workloads import Prompt, make, outputs, prompts
+from tests.specdec.workloads import Prompt, make, outputs, prompts, requests_of
 
 LETTERS = "abcd"
 EOS = len(LETTERS)
@@ -165,10 +165,22 @@ def test_coupled_and_greedy_are_those_of_the_masked_target(
     engine = Engine(pair, policy=Fixed(k), verification="coupled", slots=slots, grammars=grammars)
     done = engine.generate(requests)
     assert outputs(done) == [by_hand(pair.plain, request) for request in requests]
+    # What alone can follow is known without a draft, and stands.
+    assert 0 < engine.stats.accepted_forced == engine.stats.verified_forced
     for each in done:
         assert each.finish_reason == "stop"
         text = "".join(LETTERS[token] for token in each.output_ids if token != EOS)
         assert re.fullmatch(PATTERN, text)
+
+
+def test_forced_tokens_take_no_round_of_their_own(pair: TinyPair, grammars: ModelGrammars) -> None:
+    """Also where the draft proposes nothing: a first letter, five and a choice, the last three."""
+    grammar = LLMatcher.grammar_from_regex("(ab|ba)cdab(c|d)bca")
+    asked = constrained(grammar=grammar, max_new_tokens=11)
+    engine = Engine(pair, policy=Fixed(0), grammars=grammars, slots=4)
+    done = engine.generate(requests_of([(i % VOCAB,) for i in range(6)], asked))
+    assert [len(output) for output in outputs(done)] == [10] * 6
+    assert engine.stats.counts.rounds == 3 * 6
 
 
 def test_a_cut_off_sentence_says_so(pair: TinyPair, grammars: ModelGrammars) -> None:

@@ -9,7 +9,8 @@ import pytest
 from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
-from specdec.policies.base import Chain, RoundOutcome, RoundStart, StopPolicy
+from specdec.policies.base import RoundOutcome, RoundStart, StopPolicy
+from specdec.policies.chains import Chain
 from specdec.policies.suffix import Suffix
 from specdec.request import Completion, Request, SamplingParams
 from tests.specdec.engine.references import letters
@@ -101,6 +102,33 @@ def test_rows_that_were_sent_back_go_on_with_the_same_tokens(
     short, engine = run_short(lone, sampling, 5, make("suffix"), "coupled")
     assert short == plenty and engine.stats.preempted > 0
     assert len(plenty) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("verification", ["coupled", "rejection"])
+@pytest.mark.parametrize("slots", [1, 16])
+@pytest.mark.parametrize("policy", ["goodput stated", "scripted"])
+def test_a_draft_goes_on_behind_what_is_known(
+    pair: TinyPair, policy: str, slots: int, verification: Any
+) -> None:
+    """The target's own tokens, with a full and an empty index; greedy rows in both modes."""
+    sampled = GREEDY if verification == "rejection" else SAMPLED
+    requests = [*four_times(sampled), *four_times(GREEDY)[::5]]
+    requests = [replace(request, id=str(i)) for i, request in enumerate(requests)]
+    plain = Engine(pair, policy=StopPolicy(), verification="coupled").generate(requests)
+    engine = Engine(pair, policy=make(policy), verification=verification, slots=slots)
+    for _ in range(2):
+        assert outputs(engine.generate(requests)) == outputs(plain)
+    counts, stats = engine.stats.counts, engine.stats
+    known = stats.accepted_in_prompt + stats.accepted_in_rows
+    assert 0 < known < counts.accepted < counts.verified
+    assert stats.draft_forwards > 0
+
+
+def test_what_is_known_may_be_left_out(pair: TinyPair) -> None:
+    engine = Engine(pair, policy=make("goodput stated"), lookup=False)
+    engine.generate(four_times(GREEDY))
+    assert engine.stats.verified_in_prompt == engine.stats.verified_in_rows == 0
+    assert engine.stats.counts.accepted > 0
 
 
 def test_stop_strings_end_outputs_where_they_would(lone: TinyPair) -> None:

@@ -62,11 +62,13 @@ def decode_two(
     first_seed: int = 0,
     trim: Trim | None = None,
     certain: Tensor | None = None,
+    known: int | None = None,
 ) -> Outcome:
     """The first two output tokens of `rows` independent requests with seeds of their own.
 
     Args:
         certain: [V], the candidate that follows each token; nothing is drawn then.
+        known: rows have 0, 1, .. so many certain candidates in turn, and draw the others.
     """
     seed = torch.arange(first_seed, first_seed + rows)
     output = torch.zeros(rows, 2 + k + 1, dtype=torch.int64)
@@ -83,28 +85,36 @@ def decode_two(
         number += 1
         start = generated[active]
         last = torch.where(start > 0, output[active, (start - 1).clamp(min=0)], 0)
-        proposal = Proposal(n, k, CPU)
         index = torch.arange(n)
-        contexts, scores = [last], []
+        leads = torch.full((n,), 0 if certain is None else k)
+        if known is not None:
+            leads = active % (known + 1)
+        contexts, scores = torch.zeros(n, k + 1, dtype=torch.int64), torch.ones(n, k)
+        contexts[:, 0] = last
         for depth in range(k):
             if certain is not None:
-                contexts.append(certain[contexts[-1]])
-                scores.append(torch.ones(n, 1))
-                continue
-            logits = models.draft[contexts[-1]]
-            tokens, q = mode.propose(logits, shared, start + depth)
-            proposal.add(range(n), index, tokens, q)
-            scores.append(torch.softmax(logits, -1).gather(1, tokens[:, None]))
-            contexts.append(tokens)
-        if certain is not None:
-            proposal = Proposal.certain(torch.stack(contexts[1:], 1).tolist(), CPU)
+                contexts[:, depth + 1] = certain[contexts[:, depth]]
+        chains = [
+            row[1 : lead + 1] for row, lead in zip(contexts.tolist(), leads.tolist(), strict=True)
+        ]
+        proposal = Proposal.certain(chains, CPU, k)
+        for depth in range(k):
+            going = index[leads + depth < k]
+            if not len(going):
+                break
+            at = leads[going] + depth
+            logits = models.draft[contexts[going, at]]
+            tokens, q = mode.propose(logits, shared.rows(going), start[going] + at)
+            proposal.add(going.tolist(), going, tokens, q)
+            scores[going, at] = torch.softmax(logits, -1).gather(1, tokens[:, None]).squeeze(1)
+            contexts[going, at + 1] = tokens
         lengths = torch.full((n,), k)
         if trim is not None:
-            lengths = trim(proposal.candidates, torch.cat(scores, 1))
+            lengths = trim(proposal.candidates, scores)
         packed_row = index.repeat_interleave(lengths + 1)
         first = (lengths + 1).cumsum(0) - lengths - 1
         offset = torch.arange(len(packed_row)) - first[packed_row]
-        context = torch.stack(contexts, 1)[packed_row, offset]
+        context = contexts[packed_row, offset]
         accepted, bonus = mode.verify(
             models.target[context],
             shared.rows(packed_row),

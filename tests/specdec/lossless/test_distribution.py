@@ -57,6 +57,36 @@ def test_candidates_that_nobody_drew_keep_the_distribution(
 
 
 @pytest.mark.statistical
+@pytest.mark.parametrize("mode", ["rejection", "coupled"])
+@pytest.mark.parametrize("params", SAMPLINGS[::2], ids=str)
+def test_drawn_candidates_behind_certain_ones_keep_the_distribution(
+    mode: str, params: SamplingParams
+) -> None:
+    """Rows with none, one and two certain ones of three, side by side; false alarm 1e-6 each."""
+    models = Markov.random(vocab=6, seed=13)
+    certain = models.target.topk(2).indices[:, 1]
+    outcome = decode_two(models, params, MODES[mode], 3, rows=60_000, certain=certain, known=2)
+    assert 0 < outcome.accepted < outcome.verified
+    joint = models.first_two(params)
+    for rows in (slice(None), slice(1, None, 3), slice(2, None, 3)):
+        tokens = outcome.tokens[rows]
+        assert chi_square_excess(counted(tokens[:, :1], models.vocab), joint.sum(1)) < 1
+        assert chi_square_excess(counted(tokens, models.vocab), joint) < 1
+
+
+@pytest.mark.statistical
+def test_a_certain_candidate_that_is_judged_as_if_it_was_drawn_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its place in q is another candidate's."""
+    monkeypatch.setattr(Proposal, "known_lengths", lambda self: None)
+    models, params = Markov.random(vocab=6, seed=13), SamplingParams()
+    certain = models.target.topk(2).indices[:, 1]
+    tokens = decode_two(models, params, MODES["rejection"], 3, certain=certain, known=2).tokens
+    assert chi_square_excess(counted(tokens, 6), models.first_two(params)) > 1
+
+
+@pytest.mark.statistical
 def test_candidates_that_nobody_drew_may_be_trimmed_by_themselves() -> None:
     models, params = Markov.random(vocab=5, seed=21), SamplingParams()
     tokens = decode_two(
@@ -192,6 +222,7 @@ def reject_with(ratio: Ratio, residual: Callable[[Tensor, Tensor], Tensor]) -> R
         candidates: Tensor,
         lengths: Tensor,
         u: Tensor,
+        _known: None,
     ) -> tuple[Tensor, Tensor]:
         most = candidates.shape[1]
         at = first[:, None] + torch.minimum(torch.arange(most), lengths[:, None])

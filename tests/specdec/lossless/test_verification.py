@@ -98,6 +98,30 @@ def test_what_nobody_drew_is_accepted_with_the_targets_probability_of_it() -> No
     torch.testing.assert_close(residual, torch.tensor([[0.3, 0.0, 0.2], [0.0, 0.5, 0.5]]))
 
 
+def test_a_drawn_candidate_stands_behind_one_that_nobody_drew() -> None:
+    """p of the known ones is 0.5 and 0.4, p/q of the drawn one 0.5; u = 0.49, 0.4, 0.6 and 0.49.
+
+    Row 0: the known one stands, the drawn one falls: (p - q)+. Row 1: the known one falls, and p
+    without it is left. Row 2 has drawn candidates alone, and accepts.
+    """
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.4, 0.4], [1, 0, 0], [0.6, 0.4, 0], [1, 0, 0]])
+    p = torch.cat([p, torch.tensor([[0.2, 0.4, 0.4], [0, 0, 1]])])
+    q = torch.tensor([[0.1, 0.1, 0.8], [0.1, 0.1, 0.8]])
+    accepted, residual = reject(
+        p,
+        ints(0, 3, 5),
+        q,
+        torch.tensor([[0, 0], [0, 0], [1, 0]]),
+        torch.tensor([[0, 2], [1, 0], [2, 0]]),
+        ints(2, 1, 1),
+        torch.tensor([[0.49, 0.6], [0.4, 0.0], [0.49, 0.0]]),
+        ints(1, 1, 0),
+    )
+    assert accepted.tolist() == [1, 0, 1]
+    expected = torch.tensor([[0.1, 0.3, 0.0], [0.6, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    torch.testing.assert_close(residual, expected)
+
+
 def test_a_sure_token_that_rounding_refuses_is_still_what_is_drawn() -> None:
     p = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
     zero = torch.zeros(1, 1, dtype=torch.int64)
@@ -165,6 +189,19 @@ def test_proposal_remembers_which_distribution_a_candidate_came_from() -> None:
     assert drawn is not None
     q, q_row = drawn
     assert q[q_row[0, 0]] == 1 and q[q_row[2, 0]] == 2 and q[q_row[2, 1]] == 3
+
+
+def test_rows_draw_on_from_where_what_is_known_ends() -> None:
+    proposal = Proposal.certain([[4, 5], [], [3]], CPU, 3)
+    assert proposal.known == proposal.lengths == [2, 0, 1]
+    proposal.add([0, 1], ints(0, 1), ints(7, 8), torch.tensor([[1.0], [2.0]]))
+    proposal.add([1], ints(1), ints(9), torch.tensor([[3.0]]))
+    assert proposal.candidates.tolist() == [[4, 5, 7], [8, 9, 0], [3, 0, 0]]
+    assert proposal.lengths == [3, 2, 1]
+    drawn = proposal.distributions()
+    assert drawn is not None
+    q, q_row = drawn
+    assert q[q_row[0, 2]] == 1 and q[q_row[1, 0]] == 2 and q[q_row[1, 1]] == 3
 
 
 @pytest.mark.parametrize("mode", ["rejection", "coupled"])

@@ -1,0 +1,80 @@
+"""Finds the candidates that need no draft, for all rows of a round at once, and keeps their index.
+
+They stand in front of a draft's. A grammar forces the next tokens of a row, and behind these may
+come what followed the same tokens before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from specdec.drafters.suffix import SuffixIndex
+from specdec.engine.ending import Ending
+from specdec.engine.round import Round
+from specdec.engine.scheduler import LiveRow
+from specdec.lossless.grammars import Masks
+from specdec.measure.clock import PhaseClock
+from specdec.policies.base import StopPolicy
+from specdec.policies.chains import Chain
+
+MOST_FORCED = 16
+"""Most tokens of a grammar's that a row takes in a round, besides what its policy asks for.
+
+Raised, long keys of an object take fewer rounds, and each row needs cache pages for so many more.
+"""
+
+NOTHING = Chain((), ())
+
+
+class KnownLoop:
+    """Asks grammars and an index for candidates, and a policy which of them to take.
+
+    Args:
+        index: what was written before; None: nothing is looked up.
+        policy: decides.
+        clock: times it.
+    """
+
+    def __init__(self, index: SuffixIndex | None, policy: StopPolicy, clock: PhaseClock) -> None:
+        self._index, self._policy, self._clock = index, policy, clock
+
+    @property
+    def learns(self) -> bool:
+        """Whether rows find what others have written."""
+        return self._index is not None
+
+    def run(self, this: Round) -> None:
+        """Begin the round's proposal with the known candidates that the policy takes."""
+        masks = this.asked.masks
+        if self._index is None and masks is None:
+            return
+        with self._clock.phase({"decide": 1.0}):
+            each = enumerate(zip(this.rows, this.start.room, strict=True))
+            this.chains = [self._chain(slot, row, room, masks) for slot, (row, room) in each]
+            counts = self._policy.choose(this.start, this.chains)
+        if any(counts):
+            this.lead(counts)
+
+    def _chain(self, slot: int, row: LiveRow, room: int, masks: Masks | None) -> Chain:
+        """What may come next in a row: at most `room` candidates."""
+        if not room:
+            return NOTHING
+        if masks is None:
+            assert self._index is not None
+            return self._index.chain(row, min(room, self._policy.most))
+        forced = masks.forced(slot, min(room, MOST_FORCED))
+        if self._index is None:
+            return Chain(forced, (), len(forced))
+        most = min(room - len(forced), self._policy.most)
+        found = self._index.chain(row, most, forced)
+        tokens = [*forced, *found.tokens]
+        fitting = max(masks.fitting(slot, tokens), len(forced))
+        evidence = found.evidence[: fitting - len(forced)]
+        return Chain(tokens[:fitting], evidence, len(forced))
+
+    def read(self, rows: Sequence[LiveRow], endings: Sequence[Ending | None]) -> None:
+        """Take in what the rows of a round have written, up to their ends if it has ended them."""
+        if self._index is not None:
+            for row, ending in zip(rows, endings, strict=True):
+                end = row.output_start + ending.length if ending else None
+                self._index.read(row, end)
