@@ -171,8 +171,9 @@ class _Recorder:
         # An accepted end of the text is drafted past as well: the draft does not know of it.
         wrong = [t for t in range(n) if ranks[t] or t == n - 1]
         aside = [t for t in range(n - 1) if not ranks[t]] if self.width > 1 else []
-        for starts, rank, steps in ((wrong, 0, self.most - 1), (aside, 1, ASIDE)):
-            if starts:
+        depth = self.most - 1
+        for starts, rank, steps in ((wrong, 0, depth), (aside, 1, min(ASIDE, depth))):
+            if starts and steps:
                 from_ = choices[starts, rank].clamp(min=0)
                 rolled = self._branches(starts, from_, prompt, limit, steps, sampling)
                 branches[starts, :steps] = rolled

@@ -177,15 +177,18 @@ class StatedGoodput(Goodput):
     """
 
     def observe(self, outcome: RoundOutcome) -> None:
-        assert self.costs is not None
-        tokens = outcome.verify_cost[0]
-        super().observe(
-            replace(
-                outcome,
-                draft_costs=[(n, float(self.costs.draft(n))) for n, _ in outcome.draft_costs],
-                verify_cost=(tokens, float(self.costs.verify(tokens))),
-            )
-        )
+        super().observe(stated(outcome, self.costs))
+
+
+def stated(outcome: RoundOutcome, costs: CostModel | None) -> RoundOutcome:
+    """A round whose forwards took what the costs say."""
+    assert costs is not None
+    tokens = outcome.verify_cost[0]
+    return replace(
+        outcome,
+        draft_costs=[(n, float(costs.draft(n))) for n, _ in outcome.draft_costs],
+        verify_cost=(tokens, float(costs.verify(tokens))),
+    )
 
 
 def staircase(step: int, rise: float, most: int = 4096) -> CostTable:

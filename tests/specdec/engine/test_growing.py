@@ -1,0 +1,103 @@
+"""`goodput` with trees: they change when tokens come, and never which."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from specdec.engine.engine import Engine
+from specdec.policies.base import RoundOutcome
+from specdec.policies.costs import CostModel
+from specdec.policies.estimators import online_estimator
+from specdec.policies.goodput import Goodput
+from specdec.policies.looking import Looking
+from specdec.request import SamplingParams
+from tests.specdec.engine.references import Reference
+from tests.specdec.engine.test_rejection import excess_of
+from tests.specdec.tiny_models import TinyPair, make_pair, noisy_copy, tiny_model
+from tests.specdec.workloads import (
+    GREEDY,
+    SAMPLED,
+    SOME,
+    Prompt,
+    linear,
+    outputs,
+    requests_of,
+    staircase,
+    stated,
+)
+
+
+class Always(Looking):
+    """Rounds of trees, whatever they bring."""
+
+    def choose(self, rows: int) -> bool:
+        return True
+
+
+class Growing(Goodput):
+    """`goodput` that grows trees where forwards take what its costs say.
+
+    Attributes:
+        branched: rounds in which a node that has a better sibling was submitted.
+    """
+
+    branched = 0
+
+    def observe(self, outcome: RoundOutcome) -> None:
+        for parents, kept in zip(outcome.parents, outcome.kept, strict=True):
+            of = [parents[node] for node in kept]
+            self.branched += len({*of}) < len(of)
+        super().observe(stated(outcome, self.costs))
+
+
+def growing(width: int = 3) -> Growing:
+    costs = CostModel(linear(0.02, 0.0), staircase(24, 0.3))
+    policy = Growing(online_estimator("confidence"), None, costs, k_max=6, width=width)
+    policy.widening = Always()
+    return policy
+
+
+@pytest.mark.parametrize(("slots", "mode"), [(1, "rejection"), (4, "coupled"), (16, "rejection")])
+def test_greedy_equals_transformers_generate(
+    pair: TinyPair, reference: Reference, slots: int, mode: Any
+) -> None:
+    policy = growing()
+    engine = Engine(
+        replace(pair, eos_token_ids=frozenset({reference.eos})),
+        policy=policy,
+        verification=mode,
+        slots=slots,
+        prefill_chunk=64,
+    )
+    assert outputs(engine.generate(requests_of(reference.prompts, GREEDY))) == reference.outputs
+    assert policy.branched > 5
+
+
+@pytest.mark.parametrize(("slots", "width"), [(1, 2), (16, 4)])
+def test_coupled_sampling_equals_plain_target_sampling(
+    pair: TinyPair, by_hand: list[Prompt], slots: int, width: int
+) -> None:
+    policy = growing(width)
+    engine = Engine(pair, policy=policy, verification="coupled", slots=slots, prefill_chunk=64)
+    assert outputs(engine.generate(requests_of(SOME, SAMPLED))) == by_hand
+    assert policy.branched > 5
+
+
+@pytest.fixture(scope="module")
+def small_pair() -> TinyPair:
+    model = tiny_model(vocab=5, hidden=16, layers=1, heads=2, kv_heads=1, peak=60.0, seed=4)
+    return make_pair(model, noisy_copy(model, 0.4))
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(top_p=0.85)], ids=str)
+def test_outputs_have_the_targets_distribution(
+    small_pair: TinyPair, sampling: SamplingParams
+) -> None:
+    """Chi-square of three tokens jointly, 125 cells, 4,000 requests; false alarm 1e-6."""
+    policy = growing()
+    assert excess_of(small_pair, policy, sampling, "rejection", 4_000, True) < 1
+    assert policy.branched > 5
