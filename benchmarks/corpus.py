@@ -4,7 +4,7 @@
 
 Texts of 500 tokens each, drawn independently by Zipf's law: the worst case, in which hardly a
 context of four tokens or more comes twice. Look-ups are of contexts that are there, and of others.
-All times are of the process, not of the clock on the wall. Takes half a minute.
+Prints times of the process, not of the clock on the wall, in half a minute.
 """
 
 from __future__ import annotations
