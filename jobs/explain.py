@@ -51,8 +51,10 @@ def explain(
 
 def render(rounds: Sequence[Mapping[str, Any]]) -> Table:
     """One entry per round: accepted candidates green, rejected ones red, others dim."""
-    table = Table("round", "context", "live", "candidates", "from")
-    for column in ("accepted", "predicted", "why no more"):
+    table = Table("round", "context", "live")
+    table.add_column("candidates", min_width=len("candidates"))
+    known = any(each.get("sources") for each in rounds)  # else all are a draft's
+    for column in (*["from"][:known], "accepted", "predicted", "why no more"):
         table.add_column(column)
     for each in rounds:
         candidates = _tree(each) if each.get("parents") else _chain(each)
@@ -60,7 +62,8 @@ def render(rounds: Sequence[Mapping[str, Any]]) -> Table:
         numbers = (str(each[name]) for name in ("round", "context", "live"))
         # Text, so that nothing in it is taken for markup.
         accepted = f"{each['accepted']} of {each['submitted']}"
-        table.add_row(*numbers, candidates, _from(each), accepted, predicted, Text(each["reason"]))
+        places = [_from(each)][:known]
+        table.add_row(*numbers, candidates, *places, accepted, predicted, Text(each["reason"]))
     return table
 
 

@@ -196,7 +196,7 @@ def _run(side: Side, texts: Sequence[Text], job: JobConfig, share: float) -> Spe
         kv_memory_bytes=int(memory * 1e9) if memory else None,
         decode=Texts(tokenizer).decode if tokenizer is not None else None,
         control_share=share,
-        lookup=job.speculation.looks_up,
+        lookup=job.speculation.lookup,
     )
     engine.generate([text.request for text in texts])
     return engine.stats.speedup.estimate()

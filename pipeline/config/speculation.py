@@ -83,8 +83,8 @@ class SpeculationConfig(Section):
         default=None,
         description="Whether candidates are also looked up in what was written before: in the "
         "row's own text, in that of its prompt's other samples and in outputs of other rows. They "
-        "stand in front of what a draft proposes. `null`: by "
-        f"{_names(_LOOKING_UP, '`')}.",
+        "stand in front of what a draft proposes, and a round with any has no trees. For "
+        f"{_names(_LOOKING_UP, '`')}. `null`: where there is no draft, or a `corpus`.",
     )
     corpus: Locations = Field(
         default=(),
@@ -162,7 +162,7 @@ class SpeculationConfig(Section):
 
     @property
     def looks_up(self) -> bool:
-        """Whether candidates are looked up."""
+        """Whether candidates may be looked up."""
         return POLICIES[self.policy].looks_up and self.lookup is not False
 
     @property

@@ -121,7 +121,7 @@ def make_engine(job: JobConfig, pair: Any, head: Any) -> Any:
         grammars=ModelGrammars(pair.tokenizer, pair.vocab_size, pair.eos_token_ids),
         control_share=speculation.control_share,
         trace=speculation.trace,
-        lookup=speculation.looks_up,
+        lookup=speculation.lookup,
         corpus=job_corpus(job, pair.tokenizer),
     )
 

@@ -68,7 +68,9 @@ class Engine:
         grammars: makes matchers of grammars; only requests with grammars need it.
         control_share: share of rounds without speculation, by which `stats.speedup` is measured.
         trace: keep for each row what was predicted, decided and accepted in each round.
-        lookup, corpus: whether a policy that looks candidates up may do so, and where besides.
+        lookup: whether a policy that looks candidates up may do so; None: where there is no draft,
+            or a corpus.
+        corpus: where they are looked up besides.
         least_shared: rows that begin with this many equal tokens share their prefill.
         clock: times phases and reads results; by default one for the target's device.
     """
@@ -86,7 +88,7 @@ class Engine:
         grammars: Grammars | None = None,
         control_share: float = 0.0,
         trace: bool = False,
-        lookup: bool = True,
+        lookup: bool | None = None,
         corpus: Corpus | None = None,
         least_shared: int = LEAST_SHARED,
         clock: PhaseClock | None = None,
@@ -110,6 +112,8 @@ class Engine:
         if self.drafter is not None:
             self.drafting = DraftLoop(self.drafter, policy, self.clock, self.stats)
         if policy.looks_up or self.drafting:
+            if lookup is None:
+                lookup = self.drafter is None or corpus is not None
             index = SuffixIndex(corpus) if policy.looks_up and lookup else None
             self.known = KnownLoop(index, policy, self.clock)
         ahead = policy.most + (MOST_FORCED if grammars else 0) if self.known else 0

@@ -121,7 +121,7 @@ class VirtualDecoder(PackedDecoder):
         self, device: VirtualDevice, costs: ForwardCosts, script: Script, *, proposes: bool
     ) -> None:
         self.device, self.dtype, self.invariant = CPU, torch.float32, False
-        self.vocab_size, self._records_tails = VOCABULARY, True
+        self.vocab_size, self._records_tails, self.recurrent = VOCABULARY, True, False
         self.recordings = Recordings(self._record)
         self._stream, self._costs, self.script, self._proposes = device, costs, script, proposes
         self._logits = script.draft_logits if proposes else script.target_logits

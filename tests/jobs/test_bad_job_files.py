@@ -163,7 +163,6 @@ VALUES: list[tuple[str, object, str]] = [
     ("speculation.policy", "Goodput", "speculation.policy: input should be 'none', 'fixed'"),
     ("speculation.k", 99, "speculation.k: input should be less than or equal to 64"),
     ("speculation.threshold", 0.5, "threshold belongs to the policies confidence, entropy, head"),
-    ("speculation.width", 2, "width belongs to the policy fixed, not to goodput"),
     ("speculation.width", 9, "speculation.width: input should be less than or equal to 4"),
     ("actors.min", 0, "actors.min: input should be greater than or equal to 1"),
     ("actors.max", 0, "actors.max: input should be greater than or equal to 1"),

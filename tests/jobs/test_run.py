@@ -23,14 +23,14 @@ from tests.jobs.command_line import call, one_error
 JobFile = Callable[..., Path]
 
 
-def write_job(folder: Path, models: TinyModels, **changes: Any) -> Path:
+def write_job(folder: Path, draft_and_target: TinyModels, /, **changes: Any) -> Path:
     """A job file over eight good rows and one null prompt; sections may be replaced."""
     rows = [*(f"say {i}" for i in range(8)), None]
     pq.write_table(pa.table({"prompt": rows}), folder / "in.parquet")
     job: dict[str, Any] = {
         "input": {"paths": "in.parquet", "prompt_column": "prompt"},
         "output": "out",
-        "models": {"target": models.target, "draft": models.draft},
+        "models": {"target": draft_and_target.target, "draft": draft_and_target.draft},
         "sampling": {"max_new_tokens": 8, "temperature": 0},
         "actors": {"num_cpus": 2},
     }

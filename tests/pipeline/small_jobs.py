@@ -54,7 +54,9 @@ def alone(values: dict[str, Any]) -> dict[str, str]:
     asked = RowRequests(job.input, job.sampling, pair.tokenizer, pair.context_length)
     texts = Texts(pair.tokenizer)
     verification = job.speculation.verification
-    engine = Engine(pair, policy=make_policy("none"), verification=verification)
+    engine = Engine(
+        pair, policy=make_policy("none"), verification=verification, decode=texts.decode
+    )
     requests = [
         request
         for unit in read_units(plan.units, plan.table, job.s3)

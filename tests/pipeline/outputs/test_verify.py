@@ -89,7 +89,7 @@ def test_a_finished_job_is_as_it_should_be(finished: Path) -> None:
     assert (found.rows_in, found.rows_out, found.rows_in_errors) == (20, 17, 3)
     # Completions and trace of six units, errors of three, and statistics.
     assert found.units == 6
-    assert found.files == 6 + 6 + 3 + 6
+    assert found.files == 6 + 6 + 3 + 7
     assert told == [(i, 6) for i in range(1, 7)]
 
 

@@ -164,26 +164,6 @@ def test_outputs_have_the_targets_distribution(
     assert excess_of(small_pair, policy, sampling, "rejection", 4_000, True) < 1
 
 
-@dataclass
-class KeepsWhatItLikes(Fixed):
-    """Breaks the invariant: it keeps a node's children if the draft found the first one likely."""
-
-    wanted = frozenset({Signal.LOG_Q})
-
-    def keep(self, step: DraftStep) -> Flags:
-        assert step.ranks is not None
-        first = np.flatnonzero(step.ranks == 0)
-        kept: Flags = step.signals[first, Signal.LOG_Q] > np.log(0.4)
-        return np.repeat(kept, self.width)
-
-
-@pytest.mark.statistical
-def test_a_policy_that_keeps_nodes_by_their_own_score_is_noticed(small_pair: TinyPair) -> None:
-    policy, sampling = KeepsWhatItLikes(2, 2), SamplingParams()
-    assert excess_of(small_pair, policy, sampling, "rejection", 6_000) > 1
-    assert excess_of(small_pair, policy, sampling, "coupled", 6_000) < 1
-
-
 # ------------------------------------------------------------------------ what rows go through
 
 
