@@ -53,8 +53,8 @@ class Growing(Goodput):
         super().observe(stated(outcome, self.costs))
 
 
-def growing(width: int = 3) -> Growing:
-    costs = CostModel(linear(0.02, 0.0), staircase(24, 0.3))
+def growing(width: int = 3, step: int = 24) -> Growing:
+    costs = CostModel(linear(0.02, 0.0), staircase(step, 0.3))
     policy = Growing(online_estimator("confidence"), None, costs, k_max=6, width=width)
     policy.widening = Always()
     return policy
@@ -83,7 +83,7 @@ def test_coupled_sampling_equals_plain_target_sampling(
     policy = growing(width)
     engine = Engine(pair, policy=policy, verification="coupled", slots=slots, prefill_chunk=64)
     assert outputs(engine.generate(requests_of(SOME, SAMPLED))) == by_hand
-    assert policy.branched > 5
+    assert policy.branched
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,6 @@ def test_outputs_have_the_targets_distribution(
     small_pair: TinyPair, sampling: SamplingParams
 ) -> None:
     """Chi-square of three tokens jointly, 125 cells, 4,000 requests; false alarm 1e-6."""
-    policy = growing()
-    assert excess_of(small_pair, policy, sampling, "rejection", 4_000, True) < 1
-    assert policy.branched > 5
+    policy = growing(step=2048)  # so that 256 rows have room to branch
+    assert excess_of(small_pair, policy, sampling, "rejection", 4_000, True, lookup=False) < 1
+    assert policy.branched > 100

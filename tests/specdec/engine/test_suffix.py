@@ -115,7 +115,8 @@ def test_a_draft_goes_on_behind_what_is_known(
     requests = [*four_times(sampled), *four_times(GREEDY)[::5]]
     requests = [replace(request, id=str(i)) for i, request in enumerate(requests)]
     plain = Engine(pair, policy=StopPolicy(), verification="coupled").generate(requests)
-    engine = Engine(pair, policy=make(policy), verification=verification, slots=slots)
+    options: Any = {"verification": verification, "slots": slots, "lookup": True}
+    engine = Engine(pair, policy=make(policy), **options)
     for _ in range(2):
         assert outputs(engine.generate(requests)) == outputs(plain)
     counts, stats = engine.stats.counts, engine.stats
