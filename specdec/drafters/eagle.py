@@ -13,16 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import ClassVar
 
 from torch import Tensor
 
 from specdec.drafters.base import Candidates, Choose, Drawn
+from specdec.drafters.model import DraftLayout
 from specdec.measure.clock import PhaseClock
 from specdec.model.cache import SlotCache
 from specdec.model.eagle import EagleDecoder
-from specdec.model.prefill import feed, feed_shared
+from specdec.model.prefill import feed_ahead
 from specdec.model.rows import Row, packed_rows, upload
 from specdec.model.sharing import SharedCaches, TokenRow
 from specdec.model.trees import Tree
@@ -117,15 +117,13 @@ class EagleDrafting:
         """One forward for all active rows."""
         by, fed, last = self._drafter, list[int](), None
         if self._drawn is None:
-            fed = self._read_ahead()
-            rows = [(slot, by.lacking(self._rows[slot], slot)) for slot in self._slots]
-            texts = [self._rows[slot].tokens[-count:] for slot, count in rows]
-            ends = accumulate(count for _, count in rows)
-            tokens, last = upload(
-                by.cache.device,
-                [token for text in texts for token in text],
-                [end - 1 for end in ends],
-            )
+            with by.clock.phase({"prefill": 1.0}):
+                given = self._shared, self._rows, self._slots, by.chunk
+                fed = feed_ahead(by, by.cache, *given)
+            texts = [row.tokens for row in self._rows]
+            read = [positions + by.cache.ahead for positions in by.cache.lengths]
+            first = DraftLayout.of(texts, read, self._slots)
+            rows, (tokens, last) = first.rows, upload(by.cache.device, first.tokens, first.last)
             states = by.features(rows)
         else:
             rows, (tokens, states) = [(slot, 1) for slot in self._slots], self._drawn
@@ -153,17 +151,6 @@ class EagleDrafting:
     ) -> Candidates:
         """Not to be called: each node would need the state of the one before it."""
         raise NotImplementedError("EAGLE-3 drafts chains: `branches` says so")
-
-    def _read_ahead(self) -> list[int]:
-        """Read what rows share, and all but the last chunk of what is long: tokens by forward."""
-        by = self._drafter
-        with by.clock.phase({"prefill": 1.0}):
-            fed = feed_shared(by, by.cache, self._shared, self._rows, self._slots, by.chunk)
-            for slot in self._slots:
-                row = self._rows[slot]
-                most = len(row.tokens) - by.cache.ahead - by.chunk
-                fed += feed(by, by.cache, slot, row, most, by.chunk)
-        return fed
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from specdec.drafters.base import Candidates, Choose, Drawn
 from specdec.measure.clock import PhaseClock
 from specdec.model.decoder import PackedDecoder
-from specdec.model.prefill import feed, feed_shared
+from specdec.model.prefill import feed_ahead
 from specdec.model.rows import Row, upload
 from specdec.model.sharing import SharedCaches, TokenRow
 from specdec.model.trees import Tree, Trees, in_trees
@@ -123,7 +123,9 @@ class ModelDrafting:
         """One forward for all active rows."""
         by, fed, last = self._drafter, list[int](), None
         if self._drawn is None:
-            fed = self._read_ahead()
+            with by.clock.phase({"prefill": 1.0}):
+                given = self._shared, self._rows, self._slots, by.chunk
+                fed = feed_ahead(by.decoder, by.cache, *given)
             texts = [
                 [*row.tokens, *known] if known else row.tokens
                 for row, known in zip(self._rows, self._known, strict=True)
@@ -164,17 +166,6 @@ class ModelDrafting:
         if len(indices) < len(self._slots):
             self._slots = [self._slots[i] for i in indices]
             self._drawn = self._drawn[upload(self._drawn.device, indices)[0]]
-
-    def _read_ahead(self) -> list[int]:
-        """Read what rows share, and all but the last chunk of what is long: tokens by forward."""
-        by = self._drafter
-        with by.clock.phase({"prefill": 1.0}):
-            fed = feed_shared(by.decoder, by.cache, self._shared, self._rows, self._slots, by.chunk)
-            for slot in self._slots:
-                row = self._rows[slot]
-                most = len(row.tokens) - by.chunk
-                fed += feed(by.decoder, by.cache, slot, row, most, by.chunk)
-        return fed
 
 
 @dataclass(frozen=True, slots=True, eq=False)

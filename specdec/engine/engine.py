@@ -119,7 +119,7 @@ class Engine:
         ahead = policy.most + (MOST_FORCED if grammars else 0) if self.known else 0
         self._room = Room(ahead, pair.context_length, short, self.drafter)
         # States that run on have one past; candidates that are looked up do not branch.
-        branches = self.drafter is not None and self.drafter.branches
+        branches = self.drafter is not None and self.drafter.branches and policy.grows
         self._branches = branches and not pair.target.recurrent
         self.scheduler = Scheduler(self.shared, slots, pages, pair.context_length, ahead)
         # What waits for a moment in which nothing else does: see `_catch_up`.

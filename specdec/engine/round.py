@@ -334,7 +334,8 @@ class Round:
             before[i] = before[i - 1] + 1 if rows[i] == rows[i - 1] else 0
         branches = MOST_WIDTH * np.array(before)[:, None] + np.arange(width)
         seeds = [signed64(self.rows[row].sampling.seed) for row in rows]
-        rounds = [self._rounds[row] for row in rows]
+        numbers = self._rounds
+        rounds = [numbers[row] for row in rows]
         seed, number, at = (np.array(each)[:, None] for each in (seeds, rounds, positions))
         return candidate_numbers(seed, number, at, branches)
 

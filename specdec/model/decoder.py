@@ -62,7 +62,7 @@ class PackedDecoder:
             tokens that may be taken back.
     """
 
-    reads_features = False
+    reads_features, ahead = False, 0
     """Whether it is fed a state with each token (specdec/model/eagle.py); language models are not.
     """
 
@@ -112,6 +112,7 @@ class PackedDecoder:
             self.device,
             use_kernels=self.use_kernels,
             states=states,
+            ahead=self.ahead,
         )
 
     def forward(

@@ -128,7 +128,7 @@ class EagleDecoder(PackedDecoder):
         features: what the target's cache must keep for it.
     """
 
-    reads_features = True
+    reads_features, ahead = True, 1
 
     def __init__(
         self, model: Eagle3, layers: Sequence[int], context_length: int, *, use_kernels: bool
@@ -149,18 +149,6 @@ class EagleDecoder(PackedDecoder):
     @property
     def layers(self) -> int:
         return 0
-
-    def new_cache(self, slots: int, capacity: int) -> SlotCache:
-        """An empty cache, whose positions are computed of the tokens behind them."""
-        return SlotCache(
-            self.layout,
-            slots,
-            capacity,
-            self.dtype,
-            self.device,
-            use_kernels=self.use_kernels,
-            ahead=1,
-        )
 
     def read(
         self,

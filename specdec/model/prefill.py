@@ -77,6 +77,24 @@ def feed_again(
     return forwards
 
 
+def feed_ahead(
+    decoder: Fed,
+    cache: SlotCache,
+    shared: SharedCaches,
+    rows: Sequence[TokenRow],
+    slots: Sequence[int],
+    chunk: int,
+) -> list[int]:
+    """Feed what rows share, and all but the last chunk of what is long; arguments and result are
+    those of `feed_shared`.
+    """
+    forwards = feed_shared(decoder, cache, shared, rows, slots, chunk)
+    for slot in slots:
+        length = len(rows[slot].tokens) - cache.ahead - chunk
+        forwards += feed(decoder, cache, slot, rows[slot], length, chunk)
+    return forwards
+
+
 def feed_shared(
     decoder: Fed,
     cache: SlotCache,

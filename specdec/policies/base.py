@@ -306,6 +306,11 @@ class StopPolicy:
     head: Head | None = None
     width: int = 1
 
+    @property
+    def grows(self) -> bool:
+        """Whether any of its rounds may have trees: asked when an engine is made."""
+        return self.width > 1
+
     @classmethod
     def settings(cls) -> dict[str, Setting]:
         """What it can be told, by name."""

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from specdec.measure.calibration import Array, Flags
+from specdec.measure.calibration import Flags
 from specdec.policies.base import MOST_CANDIDATES, MOST_WIDTH, DraftStep, RoundOutcome, RoundStart
 from specdec.policies.catch_up import owed, shared
 from specdec.policies.chains import Chain
@@ -46,8 +46,6 @@ from specdec.policies.objective import (
     best_constant,
     best_prefixes,
     by_row,
-    further_seconds,
-    leading_rows,
 )
 from specdec.policies.settings import setting
 from specdec.policies.switch import IN_A_ROW, Switch
@@ -110,14 +108,12 @@ class Goodput(GrowingPolicy):
         self.found, self.found_switch = KnownChains(), Switch()
         self._begun: RoundStart | None = None
         self._known: list[list[float]] = []  # survival of the known candidates taken, by row
-        self._looks, self._looking_up, self._worth, self._tokens_fed = True, False, 0.0, 0
+        self._looks, self._looking_up, self._worth = True, False, 0.0
         # Tokens per row lately, and what the best constant length would have made of the time.
         self.price, self._constant = 0.0, 0.0
         self._tokens, self._hoped = 5.0, 5.0
         # First candidates of rows lately: all and those worth verifying; expected tokens of both.
         self._firsts = [8.0, 8.0, 4.0, 4.0]
-        # `further_seconds` of the tables as they are, by its arguments.
-        self._furthers: dict[tuple[int, int, float, float], Sequence[Sequence[float]] | Array] = {}
 
     def prepare(self, target: PackedDecoder, draft: PackedDecoder | None, slots: int) -> None:
         if draft is None:
@@ -268,21 +264,6 @@ class Goodput(GrowingPolicy):
         n, _, gain = self._leading(rates, [expected[row] for row in rows], first, left)
         return rows[:n] if gain > 0 else []
 
-    def _leading(
-        self,
-        rates: Sequence[float] | Array,
-        expected: Sequence[float] | Array,
-        first: Sequence[float] | Array,
-        left: int,
-        share: float = 1.0,
-        floor: float = 0.0,
-    ) -> tuple[int, int, float]:
-        assert self.costs is not None
-        key = self._tokens_fed, len(rates), share, floor
-        if key not in self._furthers:
-            self._furthers[key] = further_seconds(self.costs, *key)
-        return leading_rows(rates, expected, first, self._furthers[key], self.price, left)
-
     # ------------------------------------------------------------ before verification
 
     def submit(self, drafted: Sequence[int]) -> Sequence[int]:
@@ -325,7 +306,8 @@ class Goodput(GrowingPolicy):
         if self.costs is None:
             return
         speculated, decoding = bool(outcome.draft_costs), all(outcome.start.decoding)
-        promised, found, looked = map(outcome.start.notes.get, ("promised", "found", "looked"))
+        promised, found = map(outcome.start.notes.get, ("promised", "found"))
+        looked = bool(outcome.start.notes.get("looked"))  # it is noted with what was promised
         switch, hope, known, apart = self.switch, promised, self._judged, found or 0.0
         if not speculated:
             switch, hope, known, apart = self.found_switch, found, self.found.judged, 0.0
@@ -337,11 +319,13 @@ class Goodput(GrowingPolicy):
             return
         rows = len(outcome.start.rows)
         spent = outcome.verify_cost[1] + sum(spent for _, spent in outcome.draft_costs)
-        if speculated and promised is not None and looked:
-            taken = shared(spent, outcome, self.costs.draft)
-            self._compare(outcome, rows + expected(outcome), taken)
-        if outcome.start.beside and speculated and promised is not None and looked is not None:
-            self.looking.ended(rows, looked, rows + expected(outcome), spent)
+        told = speculated and promised is not None
+        grows, beside = told and looked and self.grows, told and outcome.start.beside
+        hoped = rows + expected(outcome) if grows or beside else 0.0
+        if grows:
+            self._compare(outcome, hoped, shared(spent, outcome, self.costs.draft))
+        if beside:
+            self.looking.ended(rows, looked, hoped, spent)
             if looked == self.looking.pays(rows):  # else a round has other costs than most
                 self._measured.note(self.costs, outcome, None if looked else spent)
         else:

@@ -33,7 +33,7 @@ from specdec.policies.costs import CostModel
 from specdec.policies.estimating import EstimatingPolicy
 from specdec.policies.forest import NONE, Children, Forest
 from specdec.policies.looking import Looking
-from specdec.policies.objective import best_number
+from specdec.policies.objective import best_number, further_seconds, leading_rows
 from specdec.policies.siblings import sibling_estimator
 
 SLACK = 0.5
@@ -97,10 +97,16 @@ class GrowingPolicy(EstimatingPolicy):
         self._fallen, self._caught = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * SECOND_RATE
         # Packed tokens of the verification: without any candidate, and as it is now.
         self._tokens_bare = self._tokens_fed = 0
+        # `further_seconds` of the cost tables as they are, by its arguments.
+        self._furthers: dict[tuple[int, int, float, float], Sequence[Sequence[float]] | Array] = {}
+
+    @property
+    def grows(self) -> bool:
+        return self._widest > 1
 
     @property
     def most(self) -> int:
-        return super().most if self._widest == 1 else MOST_CANDIDATES
+        return MOST_CANDIDATES if self.grows else super().most
 
     def _plant(self, start: RoundStart) -> None:
         """Begin the trees of a round."""
@@ -111,7 +117,7 @@ class GrowingPolicy(EstimatingPolicy):
         """Whether a round grows trees."""
         assert self.costs is not None
         rows = len(start.rows)
-        if self._widest == 1 or not start.nodes:
+        if not self.grows or not start.nodes:
             return False
         bare, one_each = self._tokens_bare, self._tokens_bare + rows
         seconds = float(self.costs.verify(one_each) - self.costs.verify(bare)) / rows
@@ -133,12 +139,16 @@ class GrowingPolicy(EstimatingPolicy):
         floor: float = 0.0,
     ) -> tuple[int, int, float]:
         """`leading_rows`, or nodes, at the round's price and the costs as they are."""
-        raise NotImplementedError
+        assert self.costs is not None
+        key = self._tokens_fed, len(rates), share, floor
+        if key not in self._furthers:
+            self._furthers[key] = further_seconds(self.costs, *key)
+        return leading_rows(rates, expected, first, self._furthers[key], self.price, left)
 
     def _compare(self, outcome: RoundOutcome, tokens: float, seconds: float) -> None:
         """Note what a round was expected to yield, and took, for the choice of trees or chains."""
         trees = bool(outcome.path)
-        if self._widest > 1 and (not trees or self._rounds > SETTLED):
+        if not trees or self._rounds > SETTLED:
             self.widening.ended(len(outcome.start.rows), trees, tokens, seconds)
 
     # ---------------------------------------------------------------- decisions

@@ -11,6 +11,7 @@ from tests.specdec.engine.references import (
     least_margin,
     sampled_by_hand,
 )
+from tests.specdec.tiny_models import TinyPair, make_pair, noisy_copy, tiny_model
 from tests.specdec.workloads import (
     SAMPLED,
     SOME,
@@ -42,3 +43,10 @@ def reference(target_model: PreTrainedModel) -> Reference:
 @pytest.fixture(scope="session")
 def by_hand(target_model: PreTrainedModel) -> list[Prompt]:
     return [sampled_by_hand(target_model, request) for request in requests_of(SOME, SAMPLED)]
+
+
+@pytest.fixture(scope="session")
+def small_pair() -> TinyPair:
+    """Of five tokens: all that three of them can be is counted."""
+    model = tiny_model(vocab=5, hidden=16, layers=1, heads=2, kv_heads=1, peak=60.0, seed=4)
+    return make_pair(model, noisy_copy(model, 0.4))

@@ -27,7 +27,7 @@ from tests.specdec.eagle_drafts import (
 )
 from tests.specdec.engine.references import generate, sampled_by_hand
 from tests.specdec.engine.test_memory import bytes_for
-from tests.specdec.engine.test_preemption import run
+from tests.specdec.engine.test_preemption import EVERY_LAW, run
 from tests.specdec.engine.test_rejection import TINY_HIDDEN, TINY_VOCAB, Beside, excess_of
 from tests.specdec.recurrent_models import recurrent_model
 from tests.specdec.tiny_models import DEVICE, TinyPair, tiny_model
@@ -204,11 +204,7 @@ def test_a_proposal_that_is_said_to_be_another_one_is_noticed(
     assert excess_of(tiny_pair, Fixed(4), SamplingParams(), "rejection", 6_000) > 1
 
 
-@pytest.mark.parametrize(
-    ("sampling", "mode"),
-    [(GREEDY, "rejection"), (SAMPLED, "coupled"), (SAMPLED, "rejection")],
-    ids=["greedy", "coupled", "rejection"],
-)
+@EVERY_LAW
 def test_rows_that_are_sent_back_draw_the_same_tokens(
     pair: TinyPair, sampling: SamplingParams, mode: Any
 ) -> None:

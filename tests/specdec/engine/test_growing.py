@@ -16,7 +16,7 @@ from specdec.policies.looking import Looking
 from specdec.request import SamplingParams
 from tests.specdec.engine.references import Reference
 from tests.specdec.engine.test_rejection import excess_of
-from tests.specdec.tiny_models import TinyPair, make_pair, noisy_copy, tiny_model
+from tests.specdec.tiny_models import TinyPair
 from tests.specdec.workloads import (
     GREEDY,
     SAMPLED,
@@ -84,12 +84,6 @@ def test_coupled_sampling_equals_plain_target_sampling(
     engine = Engine(pair, policy=policy, verification="coupled", slots=slots, prefill_chunk=64)
     assert outputs(engine.generate(requests_of(SOME, SAMPLED))) == by_hand
     assert policy.branched
-
-
-@pytest.fixture(scope="module")
-def small_pair() -> TinyPair:
-    model = tiny_model(vocab=5, hidden=16, layers=1, heads=2, kv_heads=1, peak=60.0, seed=4)
-    return make_pair(model, noisy_copy(model, 0.4))
 
 
 @pytest.mark.statistical

@@ -23,6 +23,13 @@ PROMPTS = prompts((40, 3, 25, 60, 12, 90), seed=3)
 LONG = 50
 """Output tokens: rows outgrow the pages that they are admitted with."""
 
+EVERY_LAW = pytest.mark.parametrize(
+    ("sampling", "mode"),
+    [(GREEDY, "rejection"), (SAMPLED, "coupled"), (SAMPLED, "rejection")],
+    ids=["greedy", "coupled", "rejection"],
+)
+"""How tokens are chosen: by the target alone, or by numbers in either mode."""
+
 
 def run(
     pair: TinyPair, sampling: Any, pages: int | None, policy: StopPolicy, mode: Any, slots: int = 6
@@ -41,11 +48,7 @@ def run(
     return outputs(engine.generate(requests_of(PROMPTS, sampling))), engine
 
 
-@pytest.mark.parametrize(
-    ("sampling", "mode"),
-    [(GREEDY, "rejection"), (SAMPLED, "coupled"), (SAMPLED, "rejection")],
-    ids=["greedy", "coupled", "rejection"],
-)
+@EVERY_LAW
 @pytest.mark.parametrize("k", [0, 3])
 def test_they_draw_the_same_tokens(pair: TinyPair, sampling: Any, mode: Any, k: int) -> None:
     sampling = replace(sampling, max_new_tokens=LONG)

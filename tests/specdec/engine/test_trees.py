@@ -145,12 +145,6 @@ def test_siblings_bring_tokens(pair: TinyPair) -> None:
     assert tree < 0.9 * chain
 
 
-@pytest.fixture(scope="module")
-def small_pair() -> TinyPair:
-    model = tiny_model(vocab=5, hidden=16, layers=1, heads=2, kv_heads=1, peak=60.0, seed=4)
-    return make_pair(model, noisy_copy(model, 0.4))
-
-
 ACROSS = [SamplingParams(), SamplingParams(temperature=0.7, top_k=3), SamplingParams(top_p=0.85)]
 
 
@@ -167,11 +161,7 @@ def test_outputs_have_the_targets_distribution(
 # ------------------------------------------------------------------------ what rows go through
 
 
-@pytest.mark.parametrize(
-    ("sampling", "mode"),
-    [(GREEDY, "rejection"), (SAMPLED, "coupled"), (SAMPLED, "rejection")],
-    ids=["greedy", "coupled", "rejection"],
-)
+@test_preemption.EVERY_LAW
 def test_rows_that_are_sent_back_draw_the_same_tokens(
     pair: TinyPair, sampling: SamplingParams, mode: Any
 ) -> None:

@@ -107,7 +107,7 @@ def test_a_decision_against_speculation_stands_while_rows_are_the_same(
         asked[0] += 1
         return leading_rows(*arguments)
 
-    monkeypatch.setattr("specdec.policies.goodput.leading_rows", counting)
+    monkeypatch.setattr("specdec.policies.growing.leading_rows", counting)
     rows = memories(4)
     for _ in range(2 * (REST + 1)):
         assert policy.budget(round_start(rows)) == [0] * 4
