@@ -99,8 +99,11 @@ class EstimatingPolicy(StopPolicy):
     Raised, the first rounds draft more. Between what useless and good drafts have; it soon fades.
     """
 
+    PAIR_WEIGHT = 8.0
+    """Candidates that this rate is worth. Raised, a good draft is found out later."""
+
     PRIOR_WEIGHT = 24.0
-    """Candidates that this rate is worth; later the pair's rate is worth as many to a new row.
+    """Candidates that the pair's rate is worth to a new row.
 
     Raised, rows are told apart later; lowered, chance makes rows look different. Rates of
     rows differ by 0.03 and 0.09 (standard deviation) in two recorded pairs, which makes 118 and 22.
@@ -112,6 +115,13 @@ class EstimatingPolicy(StopPolicy):
     Raised, a change of the text is noticed later. Set by hand.
     """
 
+    LEAST_KEPT = 0.98
+    """The least that FORGET leaves after a round, however many rows it has: 50 are remembered.
+
+    Lowered, one round of 256 rows would be all that is remembered, and chance would switch
+    speculation off where it gains little.
+    """
+
     LEAST_RATE, MOST_RATE = 0.02, 0.98
     """What a row's rate is kept within: beyond, its odds would drown all that signals say."""
 
@@ -120,7 +130,7 @@ class EstimatingPolicy(StopPolicy):
 
     def __post_init__(self) -> None:
         self.wanted = self.estimator.wanted
-        self._judged, self._accepted = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * self.PRIOR_RATE
+        self._judged, self._accepted = self.PAIR_WEIGHT, self.PAIR_WEIGHT * self.PRIOR_RATE
         self._steps: list[_Judgement] = []
         self._odds: Sequence[Sequence[float]] = ()  # of known candidates, by row, if it looks
 
@@ -203,7 +213,7 @@ class EstimatingPolicy(StopPolicy):
             if judged[i] or i in dropped:
                 memory.history.add(judged[i] + (i in dropped), accepted[i] + dropped.get(i, 0.0))
         reached = sum(judged) + len(dropped)
-        kept = self.FORGET**reached
+        kept = max(self.FORGET**reached, self.LEAST_KEPT)
         self._judged = self._judged * kept + reached
         self._accepted = self._accepted * kept + sum(stood) + sum(dropped.values())
         if known:

@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import sqrt
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,6 +77,13 @@ LEARNT = 250
 
 A promise that was made on a first guess of the acceptance rate is no longer made when that is
 known. Raised, what promises really leave out is seen later.
+"""
+
+TRIED = 64
+"""Judged candidates until which a draft is tried if it may pay, as far as is known of it.
+
+What is known of it sooner may be chance, and would stand for long: a probe is seldom. Raised, more
+is spent on a draft that is none.
 """
 
 SHARES = 16
@@ -187,12 +195,15 @@ class Goodput(GrowingPolicy):
         most = self.k_max
         if self.switch.pays(promised / len(rows)):
             chosen = rows[:number]
-            if self._judged <= self.PRIOR_WEIGHT:  # nothing is known of the pair yet
+            if self._judged <= self.PAIR_WEIGHT:  # nothing is known of the pair yet
                 chosen = chosen[:FIRST_ROWS]
             if not looks:
                 self._looks, most = False, length
         else:
-            chosen = self.switch.probe(start, sorted(rows), self.costs)
+            # Missing a good draft costs more than finding a bad one out, which is soon done.
+            hopes = [min(rate + self._uncertainty, self.MOST_RATE) for rate in each]
+            may_pay = hopes > each and self._leading(hopes, hopes, first, self.k_max)[2] > 0
+            chosen = self.switch.probe(start, sorted(rows), self.costs, saved_up=not may_pay)
             self._probing, wide = True, False
         if wide:
             self._plant(start)
@@ -221,6 +232,12 @@ class Goodput(GrowingPolicy):
         self.price = max(plain, self._constant * self._tokens / self._hoped)
         # Tokens that a draft brings a row of a round, in the time of one without.
         self._worth = self._constant / plain - 1 if self.switch.on else 0.0
+
+    @property
+    def _uncertainty(self) -> float:
+        """The standard error of the pair's acceptance rate while that is being learnt, else 0."""
+        known, rate = self._judged - self.PAIR_WEIGHT, self._accepted / self._judged
+        return sqrt(rate * (1 - rate) / (known + 1)) if known < TRIED else 0.0
 
     @property
     def _first_ones(self) -> tuple[float, float]:

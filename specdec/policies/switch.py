@@ -73,10 +73,16 @@ Raised, a change is noticed sooner, at that price. At 0.01 twice as much was los
 PROBE_ROWS = 4
 """Rows that a probe drafts for. More tell more about acceptance, and must be saved for longer."""
 
+TRIED_SHARE = 4
+"""Of so many rows one is tried where the time for it need not be saved up.
+
+Lowered, a draft of which little is known is found out sooner, and a useless one reads more prompts.
+"""
+
 PROBE_SAVINGS = 3.0
 """Time that may be saved up for probes, in rounds without speculation.
 
-Also what there is at first. Without a bound, a long time off would be followed by as long a time of
+Without a bound, a long time off would be followed by as long a time of
 probes. With 10, short replays in which speculation is useless lost 3%.
 """
 
@@ -96,7 +102,7 @@ class Switch:
     """
 
     def __init__(self) -> None:
-        self.allowance = PROBE_SAVINGS
+        self.allowance = 0.0
         # Tokens per row and round: of the last decision, and what earlier ones lacked.
         self._promised = 0.0
         # What promises lacked, by row and round: weight, mean and mean square.
@@ -139,17 +145,27 @@ class Switch:
         self._promised = promised
         return promised > self._missing
 
-    def probe(self, start: RoundStart, rows: Sequence[int], costs: CostModel) -> list[int]:
-        """Which rows try speculation although it does not promise to pay: mostly none."""
-        cheapest = sorted(rows, key=start.draft_pending.__getitem__)[:PROBE_ROWS]
+    def probe(
+        self, start: RoundStart, rows: Sequence[int], costs: CostModel, *, saved_up: bool
+    ) -> list[int]:
+        """Which rows try speculation although it does not promise to pay: mostly none.
+
+        Args:
+            start: the round.
+            rows: that may.
+            costs: of both models.
+            saved_up: whether the time for it must have been saved up.
+        """
+        most = PROBE_ROWS if saved_up else max(PROBE_ROWS, len(rows) // TRIED_SHARE)
+        cheapest = sorted(rows, key=start.draft_pending.__getitem__)[:most]
         bare, verify = start.target_tokens, costs.verify
         cost = float(costs.draft(sum(start.draft_pending[row] for row in cheapest)))
         cost += float(verify(bare + len(cheapest)) - verify(bare))
         cost /= float(verify(bare))
-        if self.allowance < cost:
+        if saved_up and self.allowance < cost:
             cheapest = []
         else:
-            self.allowance -= cost
+            self.allowance = max(self.allowance - cost, 0.0)
         final = not cheapest and all(start.decoding)
         self._rested, self._resting = start.rows, REST if final else 0
         return cheapest

@@ -42,6 +42,7 @@ def test_rows_whose_prompts_were_read_still_owe_for_it(owed: float, speculating:
     draft = CostTable([1, 6, 100], [0.001, 0.001, 2.0])
     policy = policy_of(draft, verify, k_max=1)
     policy.switch.allowance = 0.0
+    policy._judged, policy._accepted = 1000.0, 600.0
     start = round_start([*(RowMemory(catch_up=owed) for _ in range(5)), RowMemory()])
     start = replace(start, draft_pending=[1] * 5 + [100])
     assert np.count_nonzero(policy.budget(start)) == speculating

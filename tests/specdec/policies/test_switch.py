@@ -65,6 +65,16 @@ def test_speculation_resumes_when_it_pays_again(free_trimming: bool) -> None:
     assert done.goodput(100) > 2 * 6 / float(FLAT(6))
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_draft_of_which_nothing_is_known_is_tried_until_enough_is(rows: int) -> None:
+    draft, verify = linear(0.6, 0.01), linear(1.0, 0.05)
+    better_than_thought = world([0.9] * rows, draft, verify).run(60)
+    assert better_than_thought.speculating(30) > 0.9
+    as_bad_as_feared = world([0.3] * rows, draft, verify).run(200)
+    assert as_bad_as_feared.speculating(100) < 0.1
+    assert as_bad_as_feared.goodput(200) > 0.9 * rows / float(verify(rows))
+
+
 class Deaf(Goodput):
     """`goodput` whose tables leave `hidden` seconds of each draft step out, and never learn."""
 
@@ -102,6 +112,7 @@ def test_a_decision_against_speculation_stands_while_rows_are_the_same(
 ) -> None:
     policy, asked = policy_of(COSTLY, STEEP), [0]
     policy.switch.allowance = 0.0
+    policy._judged = policy._accepted = 1000.0  # of which enough is known
 
     def counting(*arguments: Any) -> tuple[int, int, float]:
         asked[0] += 1
