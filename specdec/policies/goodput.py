@@ -225,7 +225,7 @@ class Goodput(GrowingPolicy):
         self._tokens_fed = start.target_tokens
         # What a second is worth: what the best constant length would make of it, corrected by how
         # that compared with what was reached lately. So a change of rows or costs counts at once.
-        rows, rate = sum(room > 0 for room in start.room), sum(self.typical) / len(self.typical)
+        rows, rate = len(start.rows), sum(self.typical) / len(self.typical)
         plain = self._constant = rows / float(self.costs.verify(rows))
         if not self._looking_up:
             self._constant = best_constant(self.costs, rows, rate, self.k_max)
