@@ -219,8 +219,10 @@ def check_kv_dtype(kv_dtype: KvDtype, place: torch.device) -> None:
     CPUs compute with all of them, on torch's operators.
 
     Raises:
-        PairError: it is an NVIDIA GPU without fp8, which came with compute capability 8.9.
+        PairError: it is an NVIDIA GPU without fp8.
     """
+    if kv_dtype != "auto" and place.type == "cpu":
+        log.warning("kv_dtype %s: on a CPU layers run on torch's operators, slower", kv_dtype)
     if kv_dtype != "fp8" or place.type != "cuda" or torch.version.cuda is None:
         return
     if (found := torch.cuda.get_device_capability(place)) < FP8_CAPABILITY:

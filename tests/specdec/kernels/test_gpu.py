@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import torch
 from specdec.kernels.scoring import Scoring
 from specdec.kernels.stored import LARGEST, Scales, quantise
 from specdec.model.cache import LayerLayout, SlotCache
+from specdec.model.check import distance
+from specdec.model.decoder import PackedDecoder
 from specdec.model.pages import PAGE
 from tests.specdec.kernels.test_cpu import (
     attention,
@@ -24,6 +27,7 @@ from tests.specdec.kernels.test_cpu import (
     in_pages,
     random,
 )
+from tests.specdec.tiny_models import VOCAB, tiny_model
 
 HAS_GPU = torch.cuda.is_available()
 if importlib.util.find_spec("triton") is None or not (
@@ -197,3 +201,25 @@ def test_rotation_stores_eight_bits_of_what_it_would_store(
         assert same.all()
         assert torch.equal(own[at], expected_scales)
         assert own.count_nonzero() == 5 * 2
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_a_model_gives_what_torch_does_with_its_keys_and_values(
+    kernels: GpuKernels, kv_dtype: Any
+) -> None:
+    """In fused layers, behind a prefill; but for numbers that rounding takes to their next step."""
+    decoder = PackedDecoder(tiny_model("qwen3").to(DEVICE), fuse=True, kv_dtype=kv_dtype)
+    exact = PackedDecoder(tiny_model("qwen3").to(DEVICE))
+    text = torch.randint(VOCAB, (108,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def logits(decoder: PackedDecoder, kernels: GpuKernels | None) -> torch.Tensor:
+        cache = decoder.new_cache(2, 128)
+        cache.kernels = kernels
+        decoder.recordings = None
+        decoder.forward(cache, [(1, 80)], text[:80])
+        hidden = decoder.forward(cache, [(0, 20), (1, 8)], text[80:])
+        return decoder.logits(hidden)
+
+    found, expected = logits(decoder, kernels), logits(decoder, None)
+    assert distance(found, expected)[0] < 0.2 * distance(expected, logits(exact, None))[0]
