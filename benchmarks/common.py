@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from specdec.engine.engine import Engine
+from specdec.kernels.stored import KvDtype
 from specdec.loading.pair import ModelPair
 from specdec.policies.base import StopPolicy
 from specdec.request import Completion, Request, SamplingParams
@@ -78,12 +79,17 @@ def prepare(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def load(target: str, draft: str | None, precision: str) -> ModelPair:
+def load(target: str, draft: str | None, precision: str, kv_dtype: KvDtype = "auto") -> ModelPair:
     """A pair in `fp32`, `int8wo` or `int8`; `+det` behind it for batch-invariant kernels."""
     name, _, det = precision.partition("+")
     quantization: Any = None if name == "fp32" else name
     return ModelPair.load(
-        target, draft, dtype="float32", quantization=quantization, deterministic=bool(det)
+        target,
+        draft,
+        dtype="float32",
+        kv_dtype=kv_dtype,
+        quantization=quantization,
+        deterministic=bool(det),
     )
 
 

@@ -115,6 +115,7 @@ def forwards(
     context: Annotated[int, typer.Option(help="cached positions of a row")] = 512,
     rows: Annotated[int, typer.Option(help="most rows")] = 64,
     sizes: Annotated[str, typer.Option(help="packed tokens")] = "1,2,4,8,16,32,64,128,256,512",
+    kv_dtype: Annotated[str, typer.Option(help="of keys and values: auto, int8 or fp8")] = "auto",
 ) -> None:
     """Milliseconds of a forward with logits, by packed tokens.
 
@@ -125,7 +126,7 @@ def forwards(
     model = random_llama(shape)
     weights = weight_bytes(model)
     with torch.inference_mode():
-        decoder = PackedDecoder(model, fuse=True)
+        decoder = PackedDecoder(model, fuse=True, kv_dtype=kv_dtype)  # type: ignore[arg-type]
         cache = decoder.new_cache(rows, context + 64)
         table = Table(
             "tokens", "rows", "torch, ms", "kernels, ms", "recorded, ms", "limit, ms", "of it"
@@ -149,7 +150,9 @@ def forwards(
                 f"{1000 * limit:.2f}", f"{limit / found[-1]:.0%}",
             )  # fmt: skip
     name = torch.cuda.get_device_name()
-    console.print(f"{name}, {bandwidth / 1e12:.2f} TB/s; {shape}, bfloat16, {context} cached")
+    console.print(
+        f"{name}, {bandwidth / 1e12:.2f} TB/s; {shape}, bfloat16, {context} cached, {kv_dtype}"
+    )
     console.print(table)
 
 

@@ -51,6 +51,8 @@ def fingerprint(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
         "sampling": mark_of(job.sampling),
         "speculation": {"verification": speculation.verification},
     }
+    if models.kv_dtype != "auto":
+        result["models"]["kv_dtype"] = models.kv_dtype
     if speculation.verification == "rejection":
         result["speculation"]["policy"] = speculation.policy
         result["speculation"] |= speculation.settings

@@ -49,6 +49,7 @@ def load_models(models: ModelsConfig, device: str | None, *, draft: bool = True)
             models.target,
             models.draft if draft else None,
             dtype=models.dtype,
+            kv_dtype=models.kv_dtype,
             quantization=models.quantization,
             draft_quantization=models.draft_quantization,
             deterministic=models.deterministic,

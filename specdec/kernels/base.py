@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from specdec.kernels.scoring import Scoring
+from specdec.kernels.stored import Scales
 
 HEAD_STEP = 16
 """Sizes of attention heads must be multiples of this: the kernels read a head in whole vectors.
@@ -36,6 +37,7 @@ class LayerKernels(Protocol):
         window: int | None,
         out: Tensor,
         *,
+        scales: Scales | None = None,
         chunked: bool = False,
         paths: Tensor | None = None,
     ) -> None:
@@ -53,6 +55,7 @@ class LayerKernels(Protocol):
             scoring: how products become weights.
             window: positions a token may look back, itself included; None: all.
             out: [N, H, Dv]; the rows' tokens are written.
+            scales: of keys and values, if these are numbers of eight bits.
             chunked: whether a token looks back to the last multiple of `window` instead.
             paths: int64 [2, N], bases and masks of all packed tokens, if there are trees.
         """
@@ -74,6 +77,7 @@ class LayerKernels(Protocol):
         table: Tensor,
         slots: Tensor,
         positions: Tensor,
+        scales: Scales | None = None,
     ) -> None:
         """Rotate query and key heads; queries stay in place, keys and values go to their slots.
 
@@ -84,4 +88,5 @@ class LayerKernels(Protocol):
             keys, values: a layer's cache, [pages, Hkv, PAGE, D].
             table: int64 [slots, width], the pages of each slot.
             slots, positions: int64 [N].
+            scales: of keys and values, if these are to be numbers of eight bits.
         """

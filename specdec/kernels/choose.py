@@ -40,14 +40,20 @@ def kernels_over(logits: Tensor) -> CpuKernels | None:
 
 
 def layer_kernels(
-    dtype: torch.dtype, device: torch.device, head_sizes: Iterable[int]
+    dtype: torch.dtype,
+    device: torch.device,
+    head_sizes: Iterable[int],
+    stored: torch.dtype | None = None,
 ) -> LayerKernels | None:
-    """The kernels for decoder layers whose attention heads have these sizes, on CPUs and GPUs."""
+    """The kernels for decoder layers whose attention heads have these sizes, on CPUs and GPUs.
+
+    `stored` is the dtype of keys and values if it is another; none read those on a CPU.
+    """
     if any(size % HEAD_STEP for size in head_sizes):
         return None
     if device.type == "cuda":
         return _gpu_kernels(dtype, device) if _wanted() else None
-    return cpu_kernels(dtype, device)
+    return cpu_kernels(dtype, device) if stored in (None, dtype) else None
 
 
 def _wanted() -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specdec.kernels.base import LayerKernels
 from specdec.kernels.scoring import Scoring
+from specdec.kernels.stored import Scales
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What cpu.cpp exports each function for."""
@@ -93,9 +94,11 @@ class CpuKernels(LayerKernels):
         window: int | None,
         out: Tensor,
         *,
+        scales: Scales | None = None,
         chunked: bool = False,
         paths: Tensor | None = None,
     ) -> None:
+        assert scales is None, "no kernels for CPUs read eight bits"
         _, kv_heads, _, dim = keys.shape
         extras = None
         if paths is not None or chunked or not scoring.plain:
@@ -133,7 +136,9 @@ class CpuKernels(LayerKernels):
         table: Tensor,
         slots: Tensor,
         positions: Tensor,
+        scales: Scales | None = None,
     ) -> None:
+        assert scales is None, "no kernels for CPUs store eight bits"
         n, all_heads, dim = heads.shape
         kv_heads = keys.shape[1]
         query_norm, key_norm, eps = norms or (None, None, 0.0)

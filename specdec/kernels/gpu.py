@@ -20,9 +20,10 @@ from torch import Tensor
 
 from specdec.kernels.base import LayerKernels
 from specdec.kernels.scoring import Scoring
+from specdec.kernels.stored import LARGEST, LEAST, Scales
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of activations and caches."""
+"""Of activations, and of caches unless they hold eight bits."""
 
 KEYS = 64
 """Cached positions that a program looks at together: the width of its tile of scores.
@@ -41,6 +42,9 @@ More read a long row's keys fewer times and divide its work among fewer programs
 
 LOWEST = tl.constexpr(-1e30)
 """Less than any score, and unlike infinity equal to itself when it is subtracted."""
+
+SMALLEST = tl.constexpr(LEAST)
+"""What a head of zeros is scaled as if it had."""
 
 MOST_SPLITS = 16
 """A token's positions are divided among at most so many programs, where tokens are few.
@@ -72,6 +76,7 @@ class GpuKernels(LayerKernels):
         window: int | None,
         out: Tensor,
         *,
+        scales: Scales | None = None,
         chunked: bool = False,
         paths: Tensor | None = None,
     ) -> None:
@@ -86,13 +91,14 @@ class GpuKernels(LayerKernels):
         mixed = query.new_empty(n, heads, splits, value_dim, dtype=torch.float32)
         sums = query.new_empty(n, heads, splits, 2, dtype=torch.float32)
         scale, softcap, sinks, bias = scoring
+        key_scales, value_scales = scales or (sums, sums)
         _attend[(len(rows), kv_heads, splits)](
-            query, query.stride(0), query.stride(1), keys, values, table, table.shape[1], rows,
-            scale, softcap or 0.0, rows if bias is None else bias,
+            query, query.stride(0), query.stride(1), keys, values, key_scales, value_scales,
+            table, table.shape[1], rows, scale, softcap or 0.0, rows if bias is None else bias,
             0 if bias is None else bias.stride(0), window or 1 << 30,
             rows if paths is None else paths, n, mixed, sums, PAGE=page,
-            SOFTCAP=softcap is not None, BIAS=bias is not None, WINDOW=window is not None,
-            CHUNKED=chunked, TREES=paths is not None,
+            SCALED=scales is not None, SOFTCAP=softcap is not None, BIAS=bias is not None,
+            WINDOW=window is not None, CHUNKED=chunked, TREES=paths is not None,
             HEADS=heads, KV_HEADS=kv_heads, GROUP=group, DIM=dim, VALUE_DIM=value_dim,
             BLOCK=max(LEAST_DOT, triton.next_power_of_2(ROW_TOKENS * group)),
             DIM_BLOCK=triton.next_power_of_2(dim), VALUE_BLOCK=triton.next_power_of_2(value_dim),
@@ -130,14 +136,18 @@ class GpuKernels(LayerKernels):
         table: Tensor,
         slots: Tensor,
         positions: Tensor,
+        scales: Scales | None = None,
     ) -> None:
         n, all_heads, dim = heads.shape
         kv_heads, page = keys.shape[1], keys.shape[2]
         query_norm, key_norm, eps = norms or (cos, cos, 0.0)
+        key_scales, value_scales = scales or (cos, cos)
         _rotate_and_store[(n, all_heads)](
             heads, cos, sin, query_norm, key_norm, eps,
-            keys, values, table, table.shape[1], slots, positions, PAGE=page,
-            ALL_HEADS=all_heads, KV_HEADS=kv_heads, DIM=dim,
+            keys, values, key_scales, value_scales,
+            table, table.shape[1], slots, positions, PAGE=page,
+            LARGEST=0.0 if scales is None else LARGEST[keys.dtype],
+            WHOLE=not keys.dtype.is_floating_point, ALL_HEADS=all_heads, KV_HEADS=kv_heads, DIM=dim,
             HALF_BLOCK=triton.next_power_of_2(dim // 2), NORMS=norms is not None,
         )  # fmt: skip
 
@@ -149,9 +159,9 @@ def _processors(device: torch.device) -> int:
 
 @triton.jit
 def _attend(
-    query, token_stride, head_stride, keys, values, table, width, rows,
+    query, token_stride, head_stride, keys, values, key_scales, value_scales, table, width, rows,
     scale, softcap, bias, bias_width, window, paths, tokens, mixed, sums, PAGE: tl.constexpr,
-    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
+    SCALED: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
     CHUNKED: tl.constexpr, TREES: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -214,7 +224,9 @@ def _attend(
             behind = tl.where(on_path, base[:, None] + before, end)
             known = tl.where(node < 0, known, behind)
         seen = (known <= last[:, None]) & (known >= first[:, None])
-        scores = tl.dot(q, k, input_precision="ieee") * scale
+        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
+        if SCALED:
+            scores *= tl.load(key_scales + place, mask=at < end, other=0.0)[None, :]
         if SOFTCAP:
             scores = softcap * (1 - 2 / (1 + tl.exp(2 * scores / softcap)))
         if BIAS:
@@ -228,8 +240,11 @@ def _attend(
             values + place[:, None] * VALUE_DIM + value_dims[None, :],
             mask=(at < end)[:, None] & (value_dims < VALUE_DIM)[None, :], other=0.0,
         )  # fmt: skip
-        found = found * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         total = total * fade + tl.sum(weights, 1)
+        if SCALED:
+            weights *= tl.load(value_scales + place, mask=at < end, other=0.0)[None, :]
+        more = tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
+        found = found * fade[:, None] + more
         top = higher
     to = ((token + within) * HEADS + heads) * SPLITS + split
     tl.store(
@@ -313,7 +328,8 @@ def _gate(gate_up, out, width, BLOCK: tl.constexpr):
 @triton.jit
 def _rotate_and_store(
     heads, cos, sin, query_norm, key_norm, eps,
-    keys, values, table, width, slots, positions, PAGE: tl.constexpr,
+    keys, values, key_scales, value_scales, table, width, slots, positions, PAGE: tl.constexpr,
+    LARGEST: tl.constexpr, WHOLE: tl.constexpr,
     ALL_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
     HALF_BLOCK: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
@@ -331,9 +347,8 @@ def _rotate_and_store(
     position = tl.load(positions + token)
     page = tl.load(table + tl.load(slots + token) * width + position // PAGE)
     if head >= FIRST_VALUE:
-        place = ((page * KV_HEADS + head - FIRST_VALUE) * PAGE + position % PAGE) * DIM
-        tl.store(values + place + dims, low, mask=inside)
-        tl.store(values + place + HALF + dims, high, mask=inside)
+        place = (page * KV_HEADS + head - FIRST_VALUE) * PAGE + position % PAGE
+        _store(values, value_scales, place, low, high, dims, inside, HALF, LARGEST, WHOLE)
     else:
         left, right = low.to(tl.float32), high.to(tl.float32)
         if NORMS:
@@ -350,6 +365,25 @@ def _rotate_and_store(
             tl.store(own + dims, turned_low.to(kind), mask=inside)
             tl.store(own + HALF + dims, turned_high.to(kind), mask=inside)
         else:
-            place = ((page * KV_HEADS + head - FIRST_KEY) * PAGE + position % PAGE) * DIM
-            tl.store(keys + place + dims, turned_low.to(kind), mask=inside)
-            tl.store(keys + place + HALF + dims, turned_high.to(kind), mask=inside)
+            place = (page * KV_HEADS + head - FIRST_KEY) * PAGE + position % PAGE
+            low, high = turned_low.to(kind), turned_high.to(kind)
+            _store(keys, key_scales, place, low, high, dims, inside, HALF, LARGEST, WHOLE)
+
+
+@triton.jit
+def _store(
+    numbers, scales, place, low, high, dims, inside,
+    HALF: tl.constexpr, LARGEST: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The halves of a head at its place; with LARGEST as specdec/kernels/stored.py quantises it."""
+    if LARGEST > 0:
+        low, high = low.to(tl.float32), high.to(tl.float32)
+        scale = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 0)
+        scale = tl.maximum(scale, SMALLEST) * (1 / LARGEST)
+        tl.store(scales + place, scale)
+        low, high = tl.div_rn(low, scale), tl.div_rn(high, scale)
+        if WHOLE:
+            low, high = tl.floor(low + 0.5), tl.floor(high + 0.5)
+    kind: tl.constexpr = numbers.dtype.element_ty
+    tl.store(numbers + place * 2 * HALF + dims, low.to(kind), mask=inside)
+    tl.store(numbers + place * 2 * HALF + HALF + dims, high.to(kind), mask=inside)

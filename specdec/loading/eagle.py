@@ -91,7 +91,7 @@ def load_eagle(
     if model.config.rope_parameters.get("rope_type") in ("dynamic", "longrope"):
         context = min(context, steady_context(model.config))
     kernels = target.use_kernels or target.device.type == "cpu"
-    return EagleDecoder(model, layers, context, use_kernels=kernels)
+    return EagleDecoder(model, layers, context, use_kernels=kernels, kv_dtype=target.kv_dtype)
 
 
 def _weights(

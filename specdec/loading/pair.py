@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from specdec.kernels.stored import KvDtype
 from specdec.loading.eagle import eagle_config, load_eagle
 from specdec.loading.eagle_config import EagleConfig
 from specdec.loading.heap import keep_freed_memory
@@ -26,6 +27,9 @@ from specdec.model.linear import (
     stays_quantised,
 )
 from specdec.model.stock import UnsupportedModel
+
+FP8_CAPABILITY = (8, 9)
+"""Of NVIDIA GPUs that compute in fp8: what Triton asks of them."""
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +64,7 @@ class ModelPair:
         draft: str | None = None,
         *,
         dtype: DType = "auto",
+        kv_dtype: KvDtype = "auto",
         quantization: Quantization | None = None,
         draft_quantization: Quantization | Literal["none"] | None = None,
         deterministic: bool = False,
@@ -75,6 +80,7 @@ class ModelPair:
                 the target's. It may be EAGLE-3 (specdec/loading/eagle_config.py).
             dtype: of weights and activations; "auto": see `chosen_dtype`. A GGUF file is converted
                 to it on disk, too.
+            kv_dtype: of the keys and values of both; see `check_kv_dtype`.
             quantization: int8 linear layers, on a CPU (specdec/model/linear.py).
             draft_quantization: the same for the draft alone, or "none". By default int8 on a CPU: a
                 draft only proposes, so that this costs some acceptance and no quality.
@@ -109,6 +115,7 @@ class ModelPair:
                 f"deterministic runs on CPUs only: the kernels of {place.type} give a token "
                 "different bits in different batches"
             )
+        check_kv_dtype(kv_dtype, place)
         if place.type == "cpu":
             keep_freed_memory()
         target_source = find_model(target)
@@ -139,6 +146,7 @@ class ModelPair:
                     model,
                     invariant=deterministic and model is target_model,
                     fuse=not trainable,
+                    kv_dtype=kv_dtype,
                 )
                 for model in models
             ]
@@ -179,6 +187,7 @@ class ModelPair:
                 "target": _describe(target_source, target_model),
                 "draft": _describe(draft_source, draft_model) if draft_model is not None else None,
                 "dtype": dtype,
+                "kv_dtype": kv_dtype,
                 "quantization": quantization,
                 "draft_quantization": draft_quantization if draft_model is not None else None,
                 "deterministic": deterministic,
@@ -202,6 +211,25 @@ def chosen_dtype(stored: torch.dtype | None, place: torch.device) -> DType:
     if stored == torch.bfloat16 and fast:
         return "bfloat16"
     return "float16" if stored == torch.float16 and fast else "float32"
+
+
+def check_kv_dtype(kv_dtype: KvDtype, place: torch.device) -> None:
+    """Check that a device computes with keys and values of this kind.
+
+    CPUs compute with all of them, on torch's operators.
+
+    Raises:
+        PairError: it is an NVIDIA GPU without fp8.
+    """
+    if kv_dtype != "auto" and place.type == "cpu":
+        log.warning("kv_dtype %s: on a CPU layers run on torch's operators, slower", kv_dtype)
+    if kv_dtype != "fp8" or place.type != "cuda" or torch.version.cuda is None:
+        return
+    if (found := torch.cuda.get_device_capability(place)) < FP8_CAPABILITY:
+        raise PairError(
+            f"kv_dtype fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or more; this one "
+            f"has {found[0]}.{found[1]}: set models.kv_dtype to int8"
+        )
 
 
 def load_draft(pair: ModelPair, name: str, *, trust_remote_code: bool = False) -> Any:

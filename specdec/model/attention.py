@@ -93,7 +93,7 @@ def attend_stored(packing: Packing, layer: int, query: Tensor, scoring: Scoring)
     cache = packing.cache
     layout = cache.layout[layer]
     keys, values = cache.keys[layer], cache.values[layer]
-    kernels = packing.kernels if query.dtype == keys.dtype else None
+    kernels = packing.kernels if query.dtype == cache.dtype else None
     if kernels is None and not packing.long:
         return packing.grid.attend(query, cache, layer, scoring)
     out = query.new_empty(*query.shape[:2], values.shape[3])
@@ -101,7 +101,7 @@ def attend_stored(packing: Packing, layer: int, query: Tensor, scoring: Scoring)
         query = query if query.stride(-1) == 1 else query.contiguous()
         kernels.attend(
             query, keys, values, cache.table, packing.short_rows, scoring, layout.window, out,
-            chunked=layout.chunked, paths=packing.paths,
+            scales=cache.scales(layer), chunked=layout.chunked, paths=packing.paths,
         )  # fmt: skip
     elif packing.short:
         grid = packing.grid

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from specdec.kernels.base import LayerKernels
 from specdec.kernels.choose import layer_kernels
+from specdec.kernels.stored import LARGEST, Scales, dequantise, quantise
 from specdec.model.features import Features
 from specdec.model.pages import PAGE, Pages, pages_of
 from specdec.model.recurrent import RecurrentStates
@@ -64,6 +66,8 @@ class SlotCache:
         pages: which pages each slot has.
         table: int64 [slots, capacity / PAGE], the same on the device, once `extend` returns.
         keys, values: per layer, [1 + pages, heads, PAGE, dim].
+        key_scales, value_scales: per layer, float32 [1 + pages, heads, PAGE]; empty lists unless
+            keys and values are numbers of eight bits (specdec/kernels/stored.py).
         states: what layers keep whose state runs on, if the model has such.
         features: what it keeps of each token for a draft that reads it, if it does.
         ahead: how far the token that a position is computed of is ahead of it; 0 in a language
@@ -74,6 +78,8 @@ class SlotCache:
     Args:
         layout: of each layer; one that attends to nothing has no heads.
         capacity: most positions of a slot. There are pages for this many in every slot.
+        dtype: of keys and values as they are read.
+        stored: of them as they are kept, one of LARGEST; by default `dtype`.
         use_kernels: whether hand-written kernels may work on it (specdec/kernels).
         states: without slots; it grows with the cache.
         ahead: see above.
@@ -87,25 +93,45 @@ class SlotCache:
         dtype: torch.dtype,
         device: torch.device,
         *,
+        stored: torch.dtype | None = None,
         use_kernels: bool = True,
         states: RecurrentStates | None = None,
         ahead: int = 0,
     ) -> None:
         self.layout, self.dtype, self.device, self.states = layout, dtype, device, states
+        self.stored = stored or dtype
         self.features: Features | None = None
         self.ahead = ahead
         self.capacity, self.lengths = 0, list[int]()
         self.pages = Pages(0, 0, 0)
         self.table = torch.zeros(0, 0, dtype=torch.int64, device=device)
-        self.keys = [self._zeros(layer.heads, layer.key_dim) for layer in layout]
-        self.values = [self._zeros(layer.heads, layer.value_dim) for layer in layout]
+        self.keys = [self._zeros(self.stored, each.heads, each.key_dim) for each in layout]
+        self.values = [self._zeros(self.stored, each.heads, each.value_dim) for each in layout]
+        scaled = layout if self.stored in LARGEST else ()
+        self.key_scales = [self._zeros(torch.float32, each.heads) for each in scaled]
+        self.value_scales = [self._zeros(torch.float32, each.heads) for each in scaled]
         self._use_kernels = use_kernels
         self.generation = 0
         self.grow(slots, capacity)
 
-    def _zeros(self, heads: int, dim: int) -> Tensor:
-        shape = (1 + self.pages.total, heads, PAGE, dim)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+    def _zeros(self, dtype: torch.dtype, heads: int, *dims: int) -> Tensor:
+        shape = (1 + self.pages.total, heads, PAGE, *dims)
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    @property
+    def _pools(self) -> tuple[list[Tensor], ...]:
+        """All that lies in pages: tensors [1 + pages, heads, PAGE, ..] by layer."""
+        return self.keys, self.values, self.key_scales, self.value_scales
+
+    @property
+    def _tensors(self) -> Iterator[Tensor]:
+        return chain.from_iterable(self._pools)
+
+    def scales(self, layer: int) -> Scales | None:
+        """Those of a layer, if its keys and values have any."""
+        if not self.key_scales:
+            return None
+        return Scales(self.key_scales[layer], self.value_scales[layer])
 
     @functools.cached_property
     def kernels(self) -> LayerKernels | None:
@@ -114,7 +140,7 @@ class SlotCache:
             return None
         attending = [layer for layer in self.layout if layer.value_dim]
         sizes = {size for layer in attending for size in (layer.key_dim, layer.value_dim)}
-        return layer_kernels(self.dtype, self.device, sizes) if sizes else None
+        return layer_kernels(self.dtype, self.device, sizes, self.stored) if sizes else None
 
     @property
     def slots(self) -> int:
@@ -124,8 +150,7 @@ class SlotCache:
     @property
     def bytes_per_position(self) -> int:
         """Memory of one position over all layers, in bytes."""
-        numbers = sum(layer.heads * (layer.key_dim + layer.value_dim) for layer in self.layout)
-        return numbers * self.dtype.itemsize
+        return sum(tensor[0].nbytes for tensor in self._tensors) // PAGE
 
     @property
     def bytes_per_slot(self) -> int:
@@ -151,9 +176,10 @@ class SlotCache:
             table[: self.table.shape[0], : self.table.shape[1]] = self.table
             self.table = table
         if self.pages.total > old:
-            for tensors in (self.keys, self.values):
+            for tensors in self._pools:
                 for layer, tensor in enumerate(tensors):  # one by one: both are there meanwhile
-                    tensors[layer] = self._zeros(tensor.shape[1], tensor.shape[3])
+                    _, heads, _, *dims = tensor.shape
+                    tensors[layer] = self._zeros(tensor.dtype, heads, *dims)
                     tensors[layer][: 1 + old] = tensor
 
     def extend(self, rows: Sequence[Row]) -> None:
@@ -178,15 +204,19 @@ class SlotCache:
     def write(self, layer: int, key: Tensor, value: Tensor, places: tuple[Tensor, Tensor]) -> None:
         """Store a layer's key and value [n, heads, dim] at `places`."""
         pages, within = places
-        self.keys[layer][pages, :, within] = key.to(self.dtype)
-        self.values[layer][pages, :, within] = value.to(self.dtype)
+        key, value = key.to(self.dtype), value.to(self.dtype)
+        if (scales := self.scales(layer)) is not None:
+            key, scales.keys[pages, :, within] = quantise(key, self.stored)
+            value, scales.values[pages, :, within] = quantise(value, self.stored)
+        self.keys[layer][pages, :, within] = key
+        self.values[layer][pages, :, within] = value
 
     def keep_features(self, features: Features) -> None:
         """Keep features of each token from now on, where the keys of one more layer would be."""
         assert not self.pages.total, "no token is there without them"
         self.features, self.layout = features, (*self.layout, LayerLayout(1, features.width, 0))
-        self.keys.append(self._zeros(1, features.width))
-        self.values.append(self._zeros(1, 0))
+        self.keys.append(self._zeros(self.dtype, 1, features.width))
+        self.values.append(self._zeros(self.dtype, 1, 0))
 
     def write_features(self, states: Sequence[Tensor], places: tuple[Tensor, Tensor]) -> None:
         """Store the features of n tokens at `places`, made of the states [n, hidden] of layers."""
@@ -208,11 +238,17 @@ class SlotCache:
             [slots, heads, positions, dim] each. What lies behind a row's tokens is finite.
         """
         pages = self.table[slots, : pages_of(positions)]
-        keys, values = (
-            tensor[pages].transpose(1, 2).flatten(2, 3)[:, :, :positions]
-            for tensor in (self.keys[layer], self.values[layer])
+
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor[pages].transpose(1, 2).flatten(2, 3)[:, :, :positions]
+
+        keys, values = rows(self.keys[layer]), rows(self.values[layer])
+        if (scales := self.scales(layer)) is None:
+            return keys, values
+        return (
+            dequantise(keys, rows(scales.keys), self.dtype),
+            dequantise(values, rows(scales.values), self.dtype),
         )
-        return keys, values
 
     def rollback(self, slot: int, length: int) -> None:
         """Forget the tokens of `slot` from position `length` on; a shorter slot stays as it is.
@@ -247,7 +283,7 @@ class SlotCache:
         if moves:
             who, sources, targets = upload(self.device, *zip(*moves, strict=True))
             (page, at), (to_page, to) = (self.places(who, where) for where in (sources, targets))
-            for tensor in (*self.keys, *self.values):
+            for tensor in self._tensors:
                 tensor[to_page, :, to] = tensor[page, :, at]
         for slot, base, path in zip(slots, bases, paths, strict=True):
             self.rollback(slot, base + len(path))
@@ -270,7 +306,7 @@ class SlotCache:
         """
         first, within = divmod(length, PAGE)
         for page in self.pages.alone(slot, first):
-            for tensor in (*self.keys, *self.values):
+            for tensor in self._tensors:
                 tensor[page, :, within:] = 0
             within = 0
 
@@ -312,6 +348,6 @@ class SlotCache:
         if rest:
             self.pages.extend(slot, length)
             own = self.pages.rows[slot][full]
-            for tensor in (*self.keys, *self.values):
+            for tensor in self._tensors:
                 tensor[own] = tensor[pages[full]]
         self.lengths[slot] = length

@@ -112,16 +112,12 @@ class Reference:
         """Whether the token at a place of a row is one of those that are compared."""
         return place >= len(self.rows[row]) - TAIL
 
-    def difference(self, packed: Tensor, places: Sequence[tuple[int, int]]) -> str:
-        """What packed logits differ by from the plain ones; "" if that is rounding.
+    def at(self, places: Sequence[tuple[int, int]]) -> Tensor:
+        """The plain logits [m, V] of tokens by row and place in it; `has` says which are known."""
+        return torch.stack([self.logits[row][place - len(self.rows[row])] for row, place in places])
 
-        Args:
-            packed: [m, V].
-            places: row and place in it of each; `has` says which are known.
-        """
-        expected = torch.stack(
-            [self.logits[row][place - len(self.rows[row])] for row, place in places]
-        )
+    def difference(self, packed: Tensor, expected: Tensor) -> str:
+        """What packed logits [m, V] differ by from others; "" if that is rounding."""
         mean, most = distance(packed, expected)
         limits = FLOOR + MARGIN * self.noise[0], FLOOR + WORST_MARGIN * self.noise[1]
         if mean < limits[0] and most < limits[1]:

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.kernels.stored import DTYPES, KvDtype
 from specdec.measure.clock import PhaseClock
 from specdec.model.attention import ATTENTION, packed_attention
 from specdec.model.cache import LayerLayout, SlotCache
-from specdec.model.check import CPU_CHECK, GPU_CHECK, GRID_CHECK, Reference
+from specdec.model.check import CPU_CHECK, GPU_CHECK, GRID_CHECK, Reference, distance
 from specdec.model.features import collecting, readable_layers
 from specdec.model.fused import fuse_layers
 from specdec.model.graphs import HIDDEN, Out, RecordingFailed, Recordings, Tail, record
@@ -42,6 +44,12 @@ ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
 STATELESS = {"mlp", "moe"}
 """Kinds of layers that keep nothing."""
 
+MOST_SHIFT = 0.25
+"""Total variation between distributions with keys and values of eight bits and with their own.
+
+Raised, a model that they spoil may pass.
+"""
+
 log = logging.getLogger(__name__)
 
 
@@ -52,12 +60,14 @@ class PackedDecoder:
         model: a transformers causal LM in evaluation mode; its attention is switched to packed.
         invariant: compute attention so that no token's result depends on the rest of the batch.
         fuse: replace decoder layers by faster ones, which let no gradient through.
+        kv_dtype: of the keys and values in its caches.
 
     Raises:
         UnsupportedModel: the architecture cannot roll back or does not give the same logits packed
-            as plain.
+            as plain, or far from plain ones with keys and values of eight bits.
 
     Attributes:
+        kv_dtype: as above.
         recurrent: whether it has layers whose state runs on. A row then has at most GRID_TOKENS
             tokens that may be taken back.
     """
@@ -67,7 +77,12 @@ class PackedDecoder:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, invariant: bool = False, fuse: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        invariant: bool = False,
+        fuse: bool = False,
+        kv_dtype: KvDtype = "auto",
     ) -> None:
         name = type(model).__name__
         self.model, self.invariant = model, invariant
@@ -75,6 +90,7 @@ class PackedDecoder:
         self.recordings: Recordings | None = None
         self._records_tails = True
         self.dtype: torch.dtype = model.dtype
+        self.kv_dtype: KvDtype = "auto"
         self.layout: tuple[LayerLayout, ...] = ()
         try:
             self._mixers = Mixers(model)
@@ -85,7 +101,7 @@ class PackedDecoder:
             embedding: Any = model.get_input_embeddings()
             self.device: torch.device = embedding.weight.device
             self.vocab_size = outputs_of(self._stock.head)
-            self._pack_and_check(fuse)
+            self._pack_and_check(fuse, kv_dtype)
         except UnsupportedModel as error:
             raise UnsupportedModel(f"{name} cannot run packed: {error}") from error
         except Exception as error:  # whatever code of an architecture that nobody here knows raises
@@ -100,7 +116,7 @@ class PackedDecoder:
         return readable_layers(self._stock.decoder)
 
     def new_cache(self, slots: int, capacity: int) -> SlotCache:
-        """An empty cache for this model, in its dtype."""
+        """An empty cache for this model."""
         states = None
         if self.recurrent:
             states = RecurrentStates(self._mixers.layouts, GRID_TOKENS, self.device)
@@ -110,6 +126,7 @@ class PackedDecoder:
             capacity,
             self.dtype,
             self.device,
+            stored=DTYPES.get(self.kv_dtype),
             use_kernels=self.use_kernels,
             states=states,
             ahead=self.ahead,
@@ -234,7 +251,7 @@ class PackedDecoder:
         return hidden
 
     @torch.inference_mode()
-    def _pack_and_check(self, fuse: bool) -> None:
+    def _pack_and_check(self, fuse: bool, kv_dtype: KvDtype) -> None:
         """Have the model run packed; refuse it if that gives other logits than its plain forward.
 
         Decoder layers are fused if asked. Both forwards run with short windows, which a short text
@@ -264,22 +281,55 @@ class PackedDecoder:
                 )
             checked = on_gpu and self.use_kernels
             problem = "" if checked else self._difference(reference)
+            if not problem and kv_dtype != "auto":
+                self.kv_dtype = kv_dtype
+                problem = self._shifted_too_far(reference)
         if problem:
             raise UnsupportedModel(problem)
         self.layout = layout
 
-    def _kernels_agree(self, reference: Reference) -> bool:
+    def _shifted_too_far(self, reference: Reference) -> str:
+        """What speaks against keys and values of eight bits; "" if nothing does.
+
+        A GPU's kernels must give what torch's operators do with them, or are given up.
+        """
+        use_kernels, self.use_kernels = self.use_kernels, False
+        rounded, plain = self._tails(reference)
+        self.use_kernels = use_kernels
+        shift, most = distance(rounded, plain)
+        if not shift < MOST_SHIFT:  # NaN is not
+            other = "fp8 or auto" if self.kv_dtype == "int8" else "int8 or auto"
+            return (
+                f"keys and values in {self.kv_dtype} change its distributions by {shift:.2g} in "
+                f"total variation, which spoils its output; set models.kv_dtype to {other}"
+            )
+        log.info("keys and values in %s change distributions by %.2g", self.kv_dtype, shift)
+        if self.device.type == "cuda" and use_kernels:
+            # Rounding takes some numbers over the edge to the next step of eight bits.
+            noise = reference.noise[0] + shift, reference.noise[1] + most
+            self.use_kernels = self._kernels_agree(replace(reference, noise=noise), rounded)
+        return ""
+
+    def _kernels_agree(self, reference: Reference, expected: Tensor | None = None) -> bool:
         """Whether a GPU's kernels run here and give the logits that they should."""
         try:
-            problem = self._difference(reference)
+            problem = self._difference(reference, expected)
         except Exception as error:  # a compiler that does not work here may raise anything
             problem = str(error)
         if problem:
             log.warning("layers run without GPU kernels, which is slower: %s", problem)
         return not problem
 
-    def _difference(self, reference: Reference) -> str:
-        """What two interleaved rows run packed differ by from the plain; "" if that is rounding."""
+    def _difference(self, reference: Reference, expected: Tensor | None = None) -> str:
+        """What the rows run packed differ by from what is expected; "" if that is rounding.
+
+        By default the plain forward's logits are.
+        """
+        packed, plain = self._tails(reference)
+        return reference.difference(packed, plain if expected is None else expected)
+
+    def _tails(self, reference: Reference) -> tuple[Tensor, Tensor]:
+        """Logits [m, V] of two interleaved rows run packed, and those of the plain forward."""
         m, n = map(len, reference.rows)
         cache, found, places = self.new_cache(2, m), list[Tensor](), list[tuple[int, int]]()
         for step in (
@@ -307,7 +357,7 @@ class PackedDecoder:
             kept = [i for i, place in enumerate(at) if reference.has(*place)]
             found.append(self.logits(hidden[kept]))
             places += [at[i] for i in kept]
-        return reference.difference(torch.cat(found), places)
+        return torch.cat(found), reference.at(places)
 
 
 def _refuse_by_config(model: PreTrainedModel, recurrent: bool, invariant: bool) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from specdec.kernels.stored import KvDtype
 from specdec.model.cache import LayerLayout, SlotCache
 from specdec.model.decoder import PackedDecoder
 from specdec.model.features import Features
@@ -123,6 +124,7 @@ class EagleDecoder(PackedDecoder):
         layers: the target's layers whose hidden states it reads; see `Features`.
         context_length: most positions that a row may have.
         use_kernels: whether hand-written kernels work here, as the target has seen.
+        kv_dtype: as the target's.
 
     Attributes:
         features: what the target's cache must keep for it.
@@ -131,13 +133,19 @@ class EagleDecoder(PackedDecoder):
     reads_features, ahead = True, 1
 
     def __init__(
-        self, model: Eagle3, layers: Sequence[int], context_length: int, *, use_kernels: bool
+        self,
+        model: Eagle3,
+        layers: Sequence[int],
+        context_length: int,
+        *,
+        use_kernels: bool,
+        kv_dtype: KvDtype,
     ) -> None:
         self.model: Any = model
         self.invariant, self.recurrent, self.use_kernels = False, False, use_kernels
         self.recordings, self._records_tails = None, True
         weight = model.norm.weight
-        self.dtype, self.device = weight.dtype, weight.device
+        self.dtype, self.device, self.kv_dtype = weight.dtype, weight.device, kv_dtype
         self.context_length = context_length
         self.vocab_size = min(model.vocab_size, model.embed_tokens.weight.shape[0])
         self.features = Features(tuple(layers), weight.shape[0], model.fuse)

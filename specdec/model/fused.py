@@ -112,6 +112,7 @@ class FusedLayer(nn.Module):
         kernels.rotate_and_store(
             heads, angles[0][0], angles[1][0], norms,
             cache.keys[layer], cache.values[layer], cache.table, packing.slots, packing.stored,
+            scales=cache.scales(layer),
         )  # fmt: skip
         mixed = attend_stored(packing, layer, heads[:, : self.query_heads], self.scoring)
         more = self.output.forward(mixed.view(len(flat), -1))

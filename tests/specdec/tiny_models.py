@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from specdec.kernels.stored import KvDtype
 from specdec.model.decoder import PackedDecoder
 from specdec.model.linear import Quantization, pack_linears
 
@@ -101,6 +102,7 @@ def make_pair(
     eos: frozenset[int] = frozenset(),
     precision: Precision = "plain",
     invariant: bool = False,
+    kv_dtype: KvDtype = "auto",
     draft_context: int | None = None,
 ) -> TinyPair:
     """Wrap copies of both models; the given ones stay plain."""
@@ -108,7 +110,8 @@ def make_pair(
     def packed(model: PreTrainedModel, invariant: bool) -> PackedDecoder:
         model = copy.deepcopy(model).to(DEVICE)
         on_cpu = DEVICE.type == "cpu"
-        decoder = PackedDecoder(model, invariant=invariant, fuse=precision != "plain" or not on_cpu)
+        fuse = precision != "plain" or not on_cpu
+        decoder = PackedDecoder(model, invariant=invariant, fuse=fuse, kv_dtype=kv_dtype)
         if precision != "plain" and on_cpu:
             pack_linears(model, None if precision == "float32" else precision)
         return decoder

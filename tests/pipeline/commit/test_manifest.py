@@ -55,6 +55,7 @@ def plans(rows: int = 3, size: int = 100, name: str = "a.parquet") -> list[FileP
         {"speculation__verification": "rejection"},
         {"speculation__control_share": 0.2},
         {"speculation__trace": True},
+        {"models__kv_dtype": "auto"},
     ],
 )
 def test_what_does_not_change_results_is_not_in_the_fingerprint(
@@ -77,6 +78,7 @@ def test_what_does_not_change_results_is_not_in_the_fingerprint(
             'estimator: null there, "entropy" here',
         ),
         ({"models__dtype": "bfloat16"}, 'models.dtype: "auto" there, "bfloat16" here'),
+        ({"models__kv_dtype": "int8"}, 'models.kv_dtype: null there, "int8" here'),
         ({"speculation__verification": "coupled"}, 'verification: "rejection" there, "coupled"'),
     ],
 )

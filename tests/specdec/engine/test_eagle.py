@@ -228,10 +228,11 @@ def test_samples_of_one_prompt_share_it_in_both_models(
     assert saved >= 3 * (len(SOME[5]) - 3)
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 def test_batch_invariant_targets_give_the_same_tokens_whatever_runs(
-    target: PreTrainedModel, folder: Path
+    target: PreTrainedModel, folder: Path, kv_dtype: Any
 ) -> None:
-    made = eagle_pair(target, folder, precision="float32", invariant=True)
+    made = eagle_pair(target, folder, precision="float32", invariant=True, kv_dtype=kv_dtype)
 
     def outputs_of(policy: StopPolicy, slots: int, pages: int | None = None) -> list[Prompt]:
         memory = bytes_for(made, pages * PAGE) if pages else None

@@ -40,6 +40,7 @@ def test_layers_get_them_where_they_can_read_the_heads() -> None:
     found = layer_kernels(torch.float32, CPU, {HEAD_STEP, 4 * HEAD_STEP})
     assert found is cpu_kernels(torch.float32, CPU)
     assert layer_kernels(torch.float32, CPU, {HEAD_STEP, HEAD_STEP // 2}) is None
+    assert layer_kernels(torch.float32, CPU, {HEAD_STEP}, torch.int8) is None
 
 
 @needs_compiler

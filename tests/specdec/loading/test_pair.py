@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from specdec.engine.engine import Engine
-from specdec.loading.pair import ModelPair, chosen_dtype
-from specdec.loading.sources import model_digest
+from specdec.loading.pair import ModelPair, check_kv_dtype, chosen_dtype
+from specdec.loading.sources import PairError, model_digest
 from specdec.model.linear import Int8Linear, Int8WeightOnlyLinear, PackedLinear, packable
 from specdec.policies.simple import Fixed
 from specdec.request import Request, SamplingParams
@@ -138,6 +138,26 @@ def test_half_precision_is_passed_on(target: Path, draft: Path) -> None:
     assert len(complete(pair)) == 20
     head = pair.target.model.get_output_embeddings()
     assert isinstance(head, PackedLinear) == packable(torch.bfloat16)
+
+
+def test_keys_and_values_of_both_models_are_as_asked(target: Path, draft: Path) -> None:
+    pair = load(target, draft, kv_dtype="int8")
+    assert pair.draft is not None and pair.describe()["kv_dtype"] == "int8"
+    for decoder in (pair.target, pair.draft):
+        cache = decoder.new_cache(1, 1)
+        assert (cache.stored, cache.dtype) == (torch.int8, decoder.dtype)
+    assert len(complete(pair)) == 20
+
+
+def test_fp8_is_refused_on_gpus_that_lack_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    check_kv_dtype("int8", gpu)
+    with pytest.raises(PairError, match=r"8\.9 .* this one has 8\.0: set models.kv_dtype to int8"):
+        check_kv_dtype("fp8", gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    check_kv_dtype("fp8", gpu)
 
 
 def test_the_description_pins_what_was_loaded(target: Path, draft: Path) -> None:
