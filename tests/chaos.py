@@ -26,7 +26,7 @@ from tests.pipeline.small_jobs import launched
 ROOT = Path(__file__).parents[1]
 KINDS = ("actor", "node", "driver", "worker")
 _WORKERS = ("ray::Read", "ray::Write", "ray::Monitor")
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.2
 _PATIENCE = 120.0
 """Seconds that something to kill is waited for: after a driver, actors must start again first."""
 _DEATHS_ARE_NOTICED = {"health_check_period_ms": 500}
