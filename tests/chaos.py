@@ -26,9 +26,12 @@ from tests.pipeline.small_jobs import launched
 ROOT = Path(__file__).parents[1]
 KINDS = ("actor", "node", "driver", "worker")
 _WORKERS = ("ray::Read", "ray::Write", "ray::Monitor")
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.2
 _PATIENCE = 120.0
 """Seconds that something to kill is waited for: after a driver, actors must start again first."""
+_DEATHS_ARE_NOTICED = {"health_check_period_ms": 500}
+"""A node is dead that five checks in a row did not reach. With Ray's own 3 s between two of them a
+test does nothing for a quarter of a minute; one that answers late has its 10 s still."""
 _OBJECT_STORE = 80 * 2**20
 """Bytes of a node's object store: little more than Ray's least, so that many nodes fit."""
 
@@ -49,7 +52,7 @@ def small_cluster(
             num_cpus=0,
             include_dashboard=False,
             object_store_memory=object_store,
-            _system_config=LOCAL_RAY,
+            _system_config={**LOCAL_RAY, **_DEATHS_ARE_NOTICED},
             **head,
         )
         for _ in range(nodes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -27,6 +28,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # the cores, threads that wait actively take these from them. Engines of jobs ask for theirs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+RAY_WORKERS = {"RAY_worker_niceness": "0"}
+"""For a Ray's environment. By itself it lets its workers give way to all else that runs, and a job
+waits for the tests beside it."""
+os.environ |= RAY_WORKERS
+
+# While tests are collected the garbage collector would go again and again through all the objects
+# of torch, transformers and Ray, and find nothing: these stay.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"

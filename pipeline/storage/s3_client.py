@@ -13,10 +13,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-import boto3
 from botocore import UNSIGNED
 from botocore import exceptions as aws
-from botocore.config import Config
 
 from pipeline.config.job import S3Config
 from pipeline.errors import UserError
@@ -102,6 +100,10 @@ def _renewed(s3: S3Config, expired: Any) -> Any:
 
 
 def _new_client(s3: S3Config) -> Any:
+    # Not at the top: each process of a job loads this file, and many of them use disks alone.
+    import boto3
+    from botocore.config import Config
+
     options: dict[str, Any] = {}
     if s3.endpoint:
         # Some of the servers that speak like S3 refuse the checksums that the SDK adds by itself.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -148,9 +147,13 @@ class OutputLengths:
         keep = 1 - 1 / REMEMBERED
         self._ended, self._tokens = keep * self._ended + 1, keep * self._tokens + tokens
 
-    def mean(self, live: Iterable[LiveRow], first: int) -> float:
-        """Tokens of an output; `first` is the length of one that is made up to begin with."""
-        going = sum(row.generated for row in live)
+    def mean(self, going: int, first: int) -> float:
+        """Tokens of an output.
+
+        Args:
+            going: output tokens of live rows so far.
+            first: the length of one that is made up to begin with.
+        """
         return (self._tokens + going + first) / (self._ended + 1)
 
 
@@ -183,6 +186,7 @@ class Scheduler:
         self._rows: list[LiveRow | None] = []  # by slot; None is a hole left by a row
         self._turns = 0
         self._lengths = OutputLengths()
+        self._going = 0  # output tokens of live rows, while rows are admitted
         shared.grow(slots, min(context, pages * PAGE), 0)
 
     @property
@@ -199,6 +203,7 @@ class Scheduler:
         """Give pages to live rows and slots to waiting ones; return the rows of slots 0..n-1."""
         before = self.preempted
         self._secure()
+        self._going = sum(row.generated for row in self.rows)
         while self.queue and self.preempted == before and self._place(self.queue[0]):
             self.queue.popleft()
         self.compact()
@@ -261,15 +266,21 @@ class Scheduler:
         row.turn, row.admitted = self._turns, row.admitted or time.perf_counter()
         row.room = pages_of(self._goal(row)) * PAGE
         self._rows[slot : slot + 1] = [row]
+        self._going += row.generated
         return True
 
     def _expected_to_fit(self, row: LiveRow) -> bool:
         """Whether the pages there are will do for a row and the live ones, as far as one knows."""
-        rows = self.rows
+        if not self.live:
+            return True
         spare = self.pages - self.shared.pages + self.shared.available
-        growth = GROWTH * self._lengths.mean(rows, row.sampling.max_new_tokens)
-        more = sum(min(growth, each.need - self._goal(each)) for each in (*rows, row))
-        return not rows or self.shared.fresh(row, self._goal(row)) + more / PAGE <= spare
+        spare -= self.shared.fresh(row, self._goal(row))
+        growth = GROWTH * self._lengths.mean(self._going, row.sampling.max_new_tokens)
+        # Where there is room for all to grow that much, none of them has to be looked at.
+        if growth * (self.live + 1) / PAGE <= spare:
+            return True
+        more = sum(min(growth, each.need - self._goal(each)) for each in (*self.rows, row))
+        return more / PAGE <= spare
 
     def compact(self) -> None:
         """Fill each hole with the last row, so that attention sees slots without gaps."""

@@ -208,7 +208,8 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
     """
     vocab = probs.shape[-1]
     block, left = _invert(block_masses(probs), u)
-    token = block[:, None] * BLOCK + torch.arange(BLOCK, device=probs.device)
+    width = min(BLOCK, vocab)
+    token = block[:, None] * BLOCK + torch.arange(width, device=probs.device)
     own = probs.gather(1, token.clamp(max=vocab - 1))
     place, _ = _invert(torch.where(token < vocab, own, 0.0).double(), left)
     return torch.where(probs[:, 0].isnan(), NO_TOKEN, block * BLOCK + place)

@@ -120,6 +120,8 @@ class SharedCaches:
     def _best(self, cache: SlotCache, row: TokenRow, enough: int) -> tuple[int | None, int]:
         """The slot that holds most of a row's tokens, and how many, if that is `enough`."""
         best, most = None, enough - 1
+        if row.sharable < enough:
+            return best, most
         for source, other in enumerate(self._owners):
             # Most of many slots hold too little or begin otherwise; that is quick to see.
             if other is None or other is row or cache.lengths[source] <= most:

@@ -38,7 +38,7 @@ def test_every_command_is_in_a_group_and_has_a_line_of_help() -> None:
     [
         ("jobs.cli", {"ray", "torch", "transformers", "scipy"}),
         # Each process that plans, reads, writes or keeps the account would load it, too.
-        ("pipeline.run.run", {"torch", "transformers"}),
+        ("pipeline.run.run", {"torch", "transformers", "scipy"}),
     ],
 )
 def test_what_starts_often_loads_no_more_than_it_needs(module: str, unwanted: set[str]) -> None:

@@ -31,7 +31,7 @@ from jobs.cluster.client import environment, find_address, source_folders
 from jobs.cluster.commands import _exit_code
 from pipeline.errors import UserError
 from pipeline.run.ray_address import find_token
-from tests.conftest import TinyModels, free_port
+from tests.conftest import RAY_WORKERS, TinyModels, free_port
 
 ROOT = Path(__file__).parents[3]
 TOKEN = "c0ffee00c0ffee00c0ffee00c0ffee00"
@@ -72,7 +72,11 @@ def head() -> Iterator[Head]:
     folder = tempfile.mkdtemp(prefix="sb")  # short: it holds sockets
     env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "AWS_SECRET_ACCESS_KEY": SECRET}
-    env |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+    env |= {
+        **RAY_WORKERS,
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{env['PATH']}",
+    }
     port, dashboard, agent = free_port(), free_port(), free_port()
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={folder}/ray"]

@@ -69,6 +69,12 @@ def with_end(pair: TinyPair) -> TinyPair:
     return replace(pair, eos_token_ids=frozenset({done[1].output_ids[9], done[4].output_ids[13]}))
 
 
+@pytest.fixture(scope="module")
+def undisturbed(with_end: TinyPair) -> list[list[Completion]]:
+    """The target's own: greedy, then sampled."""
+    return [run(with_end, StopPolicy(), sampled=sampled)[0] for sampled in (False, True)]
+
+
 # -------------------------------------------------------------------------- what is trimmed
 
 
@@ -152,9 +158,9 @@ def test_no_share_no_control_rounds(pair: TinyPair, policy: str) -> None:
 @pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "greedy"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_control_rounds_and_tracing_change_no_token(
-    with_end: TinyPair, policy: str, sampled: bool
+    with_end: TinyPair, undisturbed: list[list[Completion]], policy: str, sampled: bool
 ) -> None:
-    plain, _ = run(with_end, StopPolicy(), sampled=sampled)
+    plain = undisturbed[sampled]
     watched, engine = run(with_end, make(policy), sampled=sampled, share=0.3, trace=True)
     assert watched == [replace(p, counts=w.counts) for p, w in zip(plain, watched, strict=True)]
     assert outputs(watched) == outputs(plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -23,9 +24,16 @@ from tests.specdec.workloads import (
     requests_of,
 )
 
+ALONE_OR_FEW = cycle([(1, "rejection"), (4, "coupled")])
 
-@pytest.mark.parametrize(("slots", "mode"), [(1, "rejection"), (4, "coupled"), (16, "rejection")])
-@pytest.mark.parametrize("policy", POLICIES)
+
+@pytest.mark.parametrize(
+    ("policy", "slots", "mode"),
+    [
+        *((policy, 16, "rejection") for policy in POLICIES),
+        *((policy, *next(ALONE_OR_FEW)) for policy in POLICIES),
+    ],
+)
 def test_greedy_equals_transformers_generate(
     pair: TinyPair, reference: Reference, policy: str, slots: int, mode: str
 ) -> None:

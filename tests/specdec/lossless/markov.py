@@ -58,7 +58,7 @@ def decode_two(
     params: SamplingParams,
     mode: Mode,
     k: int,
-    rows: int = 100_000,
+    rows: int = 60_000,
     first_seed: int = 0,
     trim: Trim | None = None,
     certain: Tensor | None = None,
@@ -94,10 +94,11 @@ def decode_two(
         for depth in range(k):
             if certain is not None:
                 contexts[:, depth + 1] = certain[contexts[:, depth]]
-        chains = [
-            row[1 : lead + 1] for row, lead in zip(contexts.tolist(), leads.tolist(), strict=True)
-        ]
-        proposal = Proposal.certain(chains, CPU, k)
+        if certain is None:
+            proposal = Proposal(n, k, CPU)
+        else:
+            rows_of = zip(contexts.tolist(), leads.tolist(), strict=True)
+            proposal = Proposal.certain([row[1 : lead + 1] for row, lead in rows_of], CPU, k)
         for depth in range(k):
             going = index[leads + depth < k]
             if not len(going):
