@@ -246,9 +246,11 @@ class SlotCache:
         ]
         if moves:
             who, sources, targets = upload(self.device, *zip(*moves, strict=True))
-            (page, at), (to_page, to) = (self.places(who, where) for where in (sources, targets))
+            moved = [self.places(who, where) for where in (sources, targets)]
             for tensor in (*self.keys, *self.values):
-                tensor[to_page, :, to] = tensor[page, :, at]
+                source, target = (_lines(tensor, *places) for places in moved)
+                lines = tensor.view(-1, tensor.shape[3])
+                lines.index_copy_(0, target, lines.index_select(0, source))
         for slot, base, path in zip(slots, bases, paths, strict=True):
             self.rollback(slot, base + len(path))
 
@@ -315,3 +317,10 @@ class SlotCache:
             for tensor in (*self.keys, *self.values):
                 tensor[own] = tensor[pages[full]]
         self.lengths[slot] = length
+
+
+def _lines(tensor: Tensor, page: Tensor, at: Tensor) -> Tensor:
+    """int64: where places lie in a layer's tensor, seen as lines of one head each."""
+    _, heads, size, _ = tensor.shape
+    every = torch.arange(heads, device=page.device)
+    return ((page[:, None] * heads + every) * size + at[:, None]).flatten()

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/virtual_gpu.py"
 def test_a_race_names_the_best_and_what_goodput_makes_of_it(tmp_path: Path) -> None:
     traces = tmp_path / "traces.safetensors"
     save_transcripts(traces, transcripts(4), {})
-    options = ["--live", "2", "--longest", "1", "--repeats", "1", "--seconds", "0.2"]
+    options = ["--live", "2", "--lengths", "1,2x2", "--repeats", "1", "--seconds", "0.2"]
     done = subprocess.run(
         [sys.executable, SCRIPT, traces, *options], capture_output=True, text=True, timeout=300
     )

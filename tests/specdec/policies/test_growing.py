@@ -16,25 +16,25 @@ from specdec.policies.costs import CostModel
 from specdec.policies.estimators import online_estimator
 from specdec.policies.forest import NONE, Forest
 from specdec.policies.goodput import Goodput
-from specdec.policies.looking import Looking
+from specdec.policies.kinds import Kind, Kinds
 from specdec.policies.objective import best_number
 from tests.specdec.workloads import linear, memories, round_start, staircase
 
 ROWS, WIDTH, DEPTH = 3, 3, 3
 
 
-class Always(Looking):
-    """Rounds of trees, whatever they bring."""
+class Always(Kinds):
+    """Rounds of trees where these are possible, whatever they bring."""
 
-    def choose(self, rows: int) -> bool:
-        return True
+    def choose(self, rows: int, possible: Sequence[Kind]) -> Kind:
+        return possible[-1]
 
 
 def growing(costs: CostModel | None = None, policy: type[Goodput] = Goodput) -> Goodput:
     """A policy that has tried speculation, and grows trees."""
     costs = costs or CostModel(linear(0.02, 0.0), linear(1.0, 0.045))
     made = policy(online_estimator("confidence"), None, costs, k_max=DEPTH, width=WIDTH)
-    made.widening, made.floor = Always(), 0.0
+    made.kinds, made.floor = Always(), 0.0
     # What better siblings left of the draft's probability tells much, and so does a child's share.
     made.siblings._weights = [[1.0, 0.0, 1.0, 0.0, 0.0, -0.5, 0.0], [0.5, 1.0, 0.5, 0, 0, -0.3, 0]]
     made._judged, made._accepted = 500.0, 350.0
@@ -65,7 +65,7 @@ def grown(
     """
     start = replace(round_start(memories(ROWS), free_trimming=free), nodes=[20] * ROWS)
     budget = policy.budget(start)
-    assert policy.width == WIDTH
+    assert policy.branches
     frontier, sizes = [(row, NONE) for row in range(ROWS) if budget[row]], [0] * ROWS
     steps = []
     for depth in range(1, DEPTH + 1):
@@ -254,10 +254,10 @@ def test_it_explains_each_node() -> None:
 
 
 def test_where_places_cost_too_much_no_tree_is_tried() -> None:
-    for token, width in ((0.01, WIDTH), (1.0, 1)):
+    for token, branches in ((0.01, True), (1.0, False)):
         policy = growing(CostModel(linear(0.02, 0.0), linear(1.0, token)))
         policy.budget(replace(round_start(memories(ROWS)), nodes=[20] * ROWS))
-        assert policy.width == width
+        assert policy.branches is branches
 
 
 # ----------------------------------------------------------------------------------- learning
