@@ -327,7 +327,7 @@ class Goodput(GrowingPolicy):
         told = speculated and promised is not None
         kind, beside = outcome.start.notes.get("kind", Kind()), told and outcome.start.beside
         if beside or (told and self.grows):
-            self._compare(outcome, kind, shared(spent, outcome, self.costs.draft))
+            self._compare(outcome, kind, spent)
         if not beside or outcome.start.notes["usual"]:  # others have other costs than most
             self._measured.note(self.costs, outcome, None if kind.looks else spent)
         self._tokens = MEMORY * self._tokens + sum(outcome.accepted) / rows + 1

@@ -29,6 +29,7 @@ from specdec.policies.base import (
     RoundOutcome,
     RoundStart,
 )
+from specdec.policies.catch_up import shared
 from specdec.policies.costs import CostModel
 from specdec.policies.estimating import EstimatingPolicy
 from specdec.policies.forest import NONE, Children, Forest
@@ -47,11 +48,12 @@ sooner.
 FIRST_FLOOR = 0.02
 """The floor before any tree was verified. Between what one row and 64 had; it lasts one round."""
 
-MOST_OF_SECOND = 0.3
+MOST_OF_SECOND = 0.15
 """Tokens that a place in the verification may cost where trees are tried.
 
-A second child, which is no likelier than the first, is worth half a token at most, and seldom more
-than this. Raised, trees are tried in batches too large for them.
+A second child is worth a tenth of a token in the mean. By an H200's costs a place takes 0.10 at 16
+rows, where trees gain 4%, and 0.18 at 64, where they gain half a percent. Raised, trees are tried
+in batches too large for them.
 """
 
 FOLLOW = 0.9
@@ -101,8 +103,10 @@ class GrowingPolicy(EstimatingPolicy):
         self._shaped = False  # whether the round's trees have one shape, since nobody looks
         self.kinds = Kinds()
         self.floor, self._rounds = FIRST_FLOOR, 0.0
-        # First children that fell lately, and of how many of them a sibling stood.
+        # First children that fell lately, and of how many of them a sibling stood; second children
+        # that were judged, and how many stood.
         self._fallen, self._caught = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * SECOND_RATE
+        self._seconds, self._stood = self._fallen, self._caught
         # Packed tokens of the verification: without any candidate, and as it is now.
         self._tokens_bare = self._tokens_fed = 0
         # `further_seconds` of the cost tables as they are, by its arguments.
@@ -142,17 +146,14 @@ class GrowingPolicy(EstimatingPolicy):
     @property
     def passing(self) -> list[float]:
         """How often some child of an accepted node is accepted, by row."""
-        return [rate + (1 - rate) * self._second for rate in self.typical]
-
-    @property
-    def _second(self) -> float:
-        """How often one of the others stands where a first child fell."""
-        return self._caught / self._fallen
+        caught = self._caught / self._fallen
+        return [rate + (1 - rate) * caught for rate in self.typical]
 
     def _shape(self, rows: Sequence[int]) -> tuple[int, float]:
         """`best_tree` for some rows, as the costs and the round's price are."""
         assert self.costs is not None
-        rates = float(np.mean([self.typical[row] for row in rows])), self._second
+        first = float(np.mean([self.typical[row] for row in rows]))
+        rates = first, self._stood / self._seconds
         given = self.costs, self._tokens_bare, len(rows), rates
         return best_tree(*given, self.price, self.k_max)
 
@@ -172,9 +173,15 @@ class GrowingPolicy(EstimatingPolicy):
             self._furthers[key] = further_seconds(self.costs, *key)
         return leading_rows(rates, expected, first, self._furthers[key], self.price, left)
 
-    def _compare(self, outcome: RoundOutcome, kind: Kind, seconds: float) -> None:
-        """Note what a round was expected to yield, and took, for the choice of the next ones."""
-        if kind != Kind(branches=True) or self._rounds > SETTLED:
+    def _compare(self, outcome: RoundOutcome, kind: Kind, spent: float) -> None:
+        """Note what a round was expected to yield, and took, for the choice of the next ones.
+
+        Left out are rounds that mostly read prompts, and trees before their floor is found.
+        """
+        assert self.costs is not None
+        seconds = shared(spent, outcome, self.costs.draft)
+        settled = kind != Kind(branches=True) or self._rounds > SETTLED
+        if settled and seconds > spent / 2:
             rows = len(outcome.start.rows)
             self.kinds.ended(rows, kind, rows + expected(outcome), seconds)
 
@@ -305,8 +312,11 @@ class GrowingPolicy(EstimatingPolicy):
                     judged[row], accepted[row] = judged[row] + 1, accepted[row] + decided
                     firsts += decided
                     self._count_fallen(not decided)
-                elif decided:
-                    self._caught += 1
+                    continue
+                self._caught += decided
+                if rank == 1:
+                    self._seconds = self.FORGET * self._seconds + 1
+                    self._stood = self.FORGET * self._stood + decided
             if known:
                 self._teach(children, np.array(known), np.array(stands))
         for memory, tried, hits in zip(memories, judged, accepted, strict=True):

@@ -12,9 +12,10 @@ measured: expected tokens per second, for each size of batch.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import NamedTuple
 
 from specdec.policies.base import RoundOutcome
@@ -29,10 +30,19 @@ third, which 48 of them make 4%.
 LEAST = 3
 """Least rounds of each kind: the time of a single one may be that of a pause."""
 
+COLD = 1
+"""First rounds of each kind that do not count: what runs for the first time takes longer."""
+
 FAR = 0.8
-"""A kind is given up after LEAST rounds if it reaches less than this part of the fastest one.
+"""A kind is given up after twice LEAST rounds if it reaches less than this part of the fastest.
 
 Raised, chance decides more often; lowered, a kind that is surely slower is tried for longer.
+"""
+
+PAUSE = 2.0
+"""Most that a round's seconds count for, in those of the median round of its kind.
+
+What is longer is a pause of the machine. Raised, pauses decide between kinds.
 """
 
 AGAIN = 64
@@ -41,8 +51,8 @@ AGAIN = 64
 Raised, later; lowered, more is lost where that kind is much slower.
 """
 
-MEMORY = 0.95
-"""Weight that is left of a kind's rounds after one more of it: 20 are remembered."""
+MEMORY = 24
+"""Rounds of each kind that are remembered. Raised, rates are steadier and follow a change later."""
 
 
 class Kind(NamedTuple):
@@ -59,14 +69,22 @@ class Kind(NamedTuple):
 
 @dataclass(slots=True)
 class _Measured:
+    """What is known of a kind: rounds and rows so far, and expected tokens per second lately."""
+
     rounds: int = 0
     rows: int = 0
-    tokens: float = 0.0
-    seconds: float = 0.0
+    rate: float = 0.0
+    last: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=MEMORY))
 
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds if self.rounds else 0.0
+    def add(self, rows: int, tokens: float, seconds: float) -> None:
+        self.rounds += 1
+        if self.rounds <= COLD:
+            return
+        self.rows += rows
+        self.last.append((tokens, seconds))
+        most = PAUSE * median(spent for _, spent in self.last)
+        spent = sum(min(each, most) for _, each in self.last)
+        self.rate = sum(tokens for tokens, _ in self.last) / spent
 
 
 @dataclass(slots=True)
@@ -88,8 +106,9 @@ class _Size:
     def unsure(self, kind: Kind, best: float) -> bool:
         """Whether too little is known of a kind, where the fastest has the rate `best`."""
         known = self.kinds[kind]
-        few = known.rows < FIRST and known.rate > FAR * best
-        return known.rounds < LEAST or few
+        rounds = known.rounds - COLD
+        few = known.rows < FIRST and (known.rate > FAR * best or rounds < 2 * LEAST)
+        return rounds < LEAST or few
 
 
 class Kinds:
@@ -124,11 +143,7 @@ class Kinds:
 
     def ended(self, rows: int, kind: Kind, tokens: float, seconds: float) -> None:
         """Learn from a round: the tokens that it was expected to yield once all was drawn."""
-        known = self._sizes[rows.bit_length()].kinds[kind]
-        known.rounds += 1
-        known.rows += rows
-        known.tokens = MEMORY * known.tokens + tokens
-        known.seconds = MEMORY * known.seconds + seconds
+        self._sizes[rows.bit_length()].kinds[kind].add(rows, tokens, seconds)
 
 
 def expected(outcome: RoundOutcome) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from specdec.engine.engine import Engine
+from specdec.policies import growing as growing_
 from specdec.policies.base import RoundOutcome
 from specdec.policies.costs import CostModel
 from specdec.policies.estimators import online_estimator
@@ -29,6 +30,12 @@ from tests.specdec.workloads import (
     staircase,
     stated,
 )
+
+
+@pytest.fixture(autouse=True)
+def room_for_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trees although places in the verification cost something."""
+    monkeypatch.setattr(growing_, "MOST_OF_SECOND", 0.3)
 
 
 class Always(Kinds):

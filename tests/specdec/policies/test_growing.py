@@ -23,6 +23,12 @@ from tests.specdec.workloads import linear, memories, round_start, staircase
 ROWS, WIDTH, DEPTH = 3, 3, 3
 
 
+@pytest.fixture(autouse=True)
+def room_for_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trees although places in the verification cost something."""
+    monkeypatch.setattr(growing_, "MOST_OF_SECOND", 0.3)
+
+
 class Always(Kinds):
     """Rounds of trees where these are possible, whatever they bring."""
 
