@@ -62,12 +62,6 @@ FOLLOW = 0.9
 Raised, the floor is steadier and follows the batch later. Set by hand.
 """
 
-SETTLED = 4.0
-"""Rounds of trees, less what is forgotten, before they are compared with chains.
-
-The floor has to be found first. Raised, trees that do not pay are grown for longer at first.
-"""
-
 SHAPED = 2
 """Children of first choices where trees have one shape, as of `fixed`.
 
@@ -176,12 +170,11 @@ class GrowingPolicy(EstimatingPolicy):
     def _compare(self, outcome: RoundOutcome, kind: Kind, spent: float) -> None:
         """Note what a round was expected to yield, and took, for the choice of the next ones.
 
-        Left out are rounds that mostly read prompts, and trees before their floor is found.
+        Left out are rounds that mostly read prompts.
         """
         assert self.costs is not None
         seconds = shared(spent, outcome, self.costs.draft)
-        settled = kind != Kind(branches=True) or self._rounds > SETTLED
-        if settled and seconds > spent / 2:
+        if seconds > spent / 2:
             rows = len(outcome.start.rows)
             self.kinds.ended(rows, kind, rows + expected(outcome), seconds)
 

@@ -21,34 +21,42 @@ from typing import NamedTuple
 from specdec.policies.base import RoundOutcome
 
 FIRST = 48
-"""Rows times rounds of each kind before the fastest one is chosen, of at least LEAST rounds.
+"""Rows times rounds of a kind before it is known, of at least LEAST rounds.
 
 Raised, the choice is surer and comes later. What a row is expected to yield in a round differs by a
 third, which 48 of them make 4%.
 """
 
 LEAST = 3
-"""Least rounds of each kind: the time of a single one may be that of a pause."""
+"""Least rounds of a kind that is known: the time of a single one may be that of a pause."""
 
-COLD = 1
-"""First rounds of each kind that do not count: what runs for the first time takes longer."""
+COLD = 4
+"""First rounds of each kind that do not count.
 
-FAR = 0.8
-"""A kind is given up after twice LEAST rounds if it reaches less than this part of the fastest.
-
-Raised, chance decides more often; lowered, a kind that is surely slower is tried for longer.
-"""
-
-PAUSE = 2.0
-"""Most that a round's seconds count for, in those of the median round of its kind.
-
-What is longer is a pause of the machine. Raised, pauses decide between kinds.
+What runs for the first time takes longer, and trees have to find their floor. Raised, kinds that
+are slower are tried for longer.
 """
 
 AGAIN = 64
 """One round in so many is of another kind than the fastest, so that a change is noticed.
 
 Raised, later; lowered, more is lost where that kind is much slower.
+"""
+
+MOST_LOST = 0.01
+"""Share of the time that rounds of other kinds than the fastest may lose.
+
+Raised, a faster kind is found sooner, at that price.
+"""
+
+CREDIT = 300
+"""Rounds whose share may be lost before they came. Raised, short jobs lose more."""
+
+PAUSE = 3.0
+"""Most that a round's seconds count for, in those of the median round of its kind.
+
+Also most that it may lose, in what the fastest kind would have taken. What is longer is a pause of
+the machine. Raised, pauses decide between kinds.
 """
 
 MEMORY = 24
@@ -76,6 +84,11 @@ class _Measured:
     rate: float = 0.0
     last: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=MEMORY))
 
+    @property
+    def few(self) -> bool:
+        """Whether too little is known of it."""
+        return self.rows < FIRST or self.rounds < COLD + LEAST
+
     def add(self, rows: int, tokens: float, seconds: float) -> None:
         self.rounds += 1
         if self.rounds <= COLD:
@@ -92,23 +105,24 @@ class _Size:
     """What rounds of one size of batch brought, by kind.
 
     Attributes:
+        rounds, seconds: of all kinds.
+        lost: seconds more than the fastest kind would have taken for the same tokens.
         since: rounds of the fastest kind since the last of another.
-        turn: whose turn among the others is next.
     """
 
     kinds: dict[Kind, _Measured] = field(default_factory=lambda: defaultdict(_Measured))
+    rounds: int = 0
+    seconds: float = 0.0
+    lost: float = 0.0
     since: int = 0
-    turn: int = 0
 
     def fastest(self, possible: Sequence[Kind]) -> Kind:
         return max(possible, key=lambda kind: self.kinds[kind].rate)
 
-    def unsure(self, kind: Kind, best: float) -> bool:
-        """Whether too little is known of a kind, where the fastest has the rate `best`."""
-        known = self.kinds[kind]
-        rounds = known.rounds - COLD
-        few = known.rows < FIRST and (known.rate > FAR * best or rounds < 2 * LEAST)
-        return rounds < LEAST or few
+    @property
+    def may_lose(self) -> bool:
+        """Whether a slower kind may be tried."""
+        return self.lost * self.rounds <= MOST_LOST * self.seconds * (self.rounds + CREDIT)
 
 
 class Kinds:
@@ -125,25 +139,31 @@ class Kinds:
         """The kind of the next round of so many rows.
 
         Args:
-            possible: at least one; the first is taken where nothing is known.
+            possible: at least one; the first is measured first, and the others against it.
         """
-        if len(possible) == 1:
-            return possible[0]
         size = self._sizes[rows.bit_length()]
+        if len(possible) == 1 or size.kinds[possible[0]].few:
+            return possible[0]
         fastest = size.fastest(possible)
-        best = size.kinds[fastest].rate
-        if unsure := [kind for kind in possible if size.unsure(kind, best)]:
-            return min(unsure, key=lambda kind: size.kinds[kind].rounds)
-        if size.since < AGAIN:
-            size.since += 1
+        size.since += 1
+        others = sorted(possible, key=lambda kind: size.kinds[kind].rounds)
+        others.remove(fastest)
+        known = not any(size.kinds[kind].few for kind in others)
+        if size.since <= (AGAIN if known else 1) or not size.may_lose:
             return fastest
-        others = [kind for kind in possible if kind != fastest]
-        size.since, size.turn = 0, size.turn + 1
-        return others[size.turn % len(others)]
+        size.since = 0
+        return others[0]
 
     def ended(self, rows: int, kind: Kind, tokens: float, seconds: float) -> None:
         """Learn from a round: the tokens that it was expected to yield once all was drawn."""
-        self._sizes[rows.bit_length()].kinds[kind].add(rows, tokens, seconds)
+        size = self._sizes[rows.bit_length()]
+        best = max(known.rate for known in size.kinds.values()) if size.kinds else 0.0
+        size.rounds += 1
+        size.seconds += seconds
+        if best and kind != size.fastest([*size.kinds]):
+            due = tokens / best
+            size.lost += min(max(seconds - due, 0.0), PAUSE * due)
+        size.kinds[kind].add(rows, tokens, seconds)
 
 
 def expected(outcome: RoundOutcome) -> float:
