@@ -392,9 +392,9 @@ class Engine:
     def _count(self, outcome: RoundOutcome) -> None:
         """Count a round's candidates by where they stood."""
         accepted = outcome.accepted  # none where verification failed
-        if not outcome.path:
+        if outcome.path:
+            rows = zip(outcome.parents, outcome.kept, outcome.path, accepted, strict=True)
+            for parents, kept, path, stand in rows:
+                self.stats.count_tree(parents, kept, path if stand else ())
+        elif self.stats.trees:
             self.stats.chains.update(zip(outcome.drafted, outcome.submitted, accepted, strict=True))
-            return
-        trees = zip(outcome.parents, outcome.kept, outcome.path, accepted, strict=True)
-        for parents, kept, path, stand in trees:
-            self.stats.count_tree(parents, kept, path if stand else ())

@@ -33,9 +33,9 @@ class EngineStats:
             forwards of new sizes on a GPU.
         speedup: rounds with speculation and control rounds.
         outcomes: rounds of rows by (candidates verified, candidates that verification accepted).
-        chains: rounds of rows whose candidates did not branch, by how many were drafted, verified
-            and accepted by verification.
-        trees: of rows whose candidates branched, these as `nodes` has them.
+        trees: candidates of rounds that branch, as `nodes` has them.
+        chains: rounds of rows since then that did not, by candidates drafted, verified and accepted
+            by verification.
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -63,12 +63,12 @@ class EngineStats:
 
     @property
     def nodes(self) -> dict[tuple[int, int], list[int]]:
-        """Candidates by (depth, rank among siblings), if any have branched.
+        """Candidates by (depth, rank among siblings), since any have branched.
 
         Each has how many were drafted, verified, judged, and accepted by verification.
         """
         nodes = {place: counts.copy() for place, counts in self.trees.items()}
-        for (drafted, verified, accepted), rows in self.chains.items() if nodes else ():
+        for (drafted, verified, accepted), rows in self.chains.items():
             judged = min(verified, accepted + 1)
             for i, most in enumerate((drafted, verified, judged, accepted)):
                 for depth in range(1, most + 1):
