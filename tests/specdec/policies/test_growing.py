@@ -18,7 +18,7 @@ from specdec.policies.forest import NONE, Forest
 from specdec.policies.goodput import Goodput
 from specdec.policies.kinds import Kind, Kinds
 from specdec.policies.objective import best_number
-from tests.specdec.workloads import linear, memories, round_start, staircase
+from tests.specdec.workloads import draft_step, linear, memories, outcome, round_start, staircase
 
 ROWS, WIDTH, DEPTH = 3, 3, 3
 
@@ -296,3 +296,21 @@ def test_judged_are_the_children_of_accepted_nodes_up_to_the_one_that_stands() -
     assert learnt["others"] == [(1, [True]), (1, [True])]
     assert start.rows[0].history.judged == 2
     assert start.rows[0].history.accepted == 0
+
+
+@pytest.mark.parametrize(("read", "measured"), [(ROWS, True), (4000, False)])
+def test_rounds_that_mostly_read_prompts_say_nothing_of_their_kind(
+    read: int, measured: bool
+) -> None:
+    costs = CostModel(linear(0.02, 0.01), linear(1.0, 0.005))
+    policy = Goodput(online_estimator("confidence"), None, costs, k_max=DEPTH, width=WIDTH)
+    policy.switch.pays = lambda _: True  # type: ignore[method-assign]
+    start = replace(round_start(memories(ROWS)), nodes=[20] * ROWS)
+    budget = policy.budget(start)
+    policy.go_on(draft_step(range(ROWS), 1, {Signal.LOG_Q: [-0.1] * ROWS}))
+    drafted = policy.submit([1] * ROWS)
+    spent = [(read, float(costs.draft(read)))]
+    policy.observe(replace(outcome(start, drafted, [0] * ROWS, costs=costs), draft_costs=spent))
+    assert min(budget) > 0
+    known = policy.kinds._sizes[ROWS.bit_length()].kinds
+    assert (known[Kind()].rounds == 1) is measured
