@@ -7,9 +7,12 @@ Forwards take what a table says, on a clock beside the host (specdec/simulate/vi
 Scheduler, sampling and policies are the real ones and take what they take here, which on a busy
 machine is too much. The traces say what is accepted. Counted are rounds in which all rows decode.
 
-    best      the fastest of no speculation and fixed lengths, by its median
-    goodput   tokens/s against that, and the same by the simulator, whose host takes no time
-    idle      share of a goodput round in which the device waits for the host
+    best       the fastest of no speculation and fixed lengths, by its median
+    tree       the fastest fixed tree, where traces know siblings
+    goodput    tokens/s against `best`, and the same by the simulator, whose host takes no time
+    idle       share of a round in which the device waits for the host
+
+`goodput` may grow trees as wide as the traces know; `chains` is it with `width: 1`.
 
 Machines (bf16; seconds of a forward of n tokens, and of each cached position that it reads):
 
@@ -19,13 +22,13 @@ h100-8b   the same pair on an H100 SXM: roofline of 3.35 TB/s and 989 TFLOP/s, o
           to reach 80% and 70%, and 0.1 ms a forward.
 h100-70b  Llama 3.1 70B and 8B on four of them, as if their memory and their rates added up.
 
-Prints a row a live batch, in some two minutes each.
+Prints some rows a live batch, in three minutes each.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -84,50 +87,70 @@ def costs_of(machine: Machine) -> tuple[ForwardCosts, ForwardCosts]:
 
 
 def contenders(
-    lengths: range, make: Callable[[], CostModel]
+    lengths: Sequence[str], width: int, make: Callable[[], CostModel]
 ) -> dict[str, Callable[[], StopPolicy]]:
-    """Policies by name."""
+    """Policies by name.
+
+    Args:
+        lengths: of `fixed`: `4`, or `4x2` for trees of that depth and width.
+        width: choices that the traces know at each place.
+        make: costs, for each `goodput` its own.
+    """
     named: dict[str, Callable[[], StopPolicy]] = {"none": lambda: make_policy("none")}
-    for k in lengths:
-        named[f"fixed {k}"] = lambda k=k: make_policy("fixed", k=k)
-    return named | {"goodput": lambda: make_policy("goodput", costs=make())}
+    for length in lengths:
+        k, _, w = length.partition("x")
+        name = f"tree {length}" if w else f"fixed {k}"
+        named[name] = lambda k=int(k), w=int(w or 1): make_policy("fixed", k=k, width=w)
+    if width > 1:
+        named["chains"] = lambda: make_policy("goodput", costs=make(), width=1)
+    return named | {"goodput": lambda: make_policy("goodput", costs=make(), width=width)}
 
 
 def virtual_gpu(
     traces: Annotated[Path, typer.Argument(help="traces that `simulate.py record` wrote")],
     machine: Annotated[Machine, typer.Option(help="whose costs; see above")] = Machine.H200_8B,
     live: Annotated[str, typer.Option(help="live batches, separated by commas")] = "1,4,16,64",
-    longest: Annotated[int, typer.Option(help="the longest fixed length")] = 8,
+    lengths: Annotated[
+        str, typer.Option(help="of `fixed`; 4x2: trees of that depth and width")
+    ] = "1,2,3,4,5,6,8,3x2,4x2,6x2,4x3",
     repeats: Repeats = 3,
     seconds: Annotated[float, typer.Option(help="of the clock, for each run at most")] = 5.0,
 ) -> None:
     """Tokens per second of policies on a virtual GPU."""
     prepare(threads=1)
     transcripts, _ = load_transcripts(traces)
-    table = Table("live", "best", title=f"{machine}, {len(transcripts)} rows, {repeats} runs")
-    for column in ("tokens/s", "goodput / best", "simulated", "idle, best", "idle, goodput"):
+    width = transcripts[0].width
+    asked = [each for each in lengths.split(",") if width > 1 or "x" not in each]
+    table = Table("live", "policy", title=f"{machine}, {len(transcripts)} rows, {repeats} runs")
+    for column in ("tokens/s", "/ best", "simulated", "idle"):
         table.add_column(column, justify="right")
     for rows in map(int, live.split(",")):
         known = partial(seen_by_policy, *costs_of(machine), transcripts, rows)
-        policies = contenders(range(1, longest + 1), known)
+        policies = contenders(asked, width, known)
         ideal = {
             name: replay(transcripts, make(), known(), rows, steady=rows > 1).tokens_per_second
             for name, make in policies.items()
         }
         runs = race(transcripts, machine, policies, rows, repeats, seconds)
         rates = {name: statistics.median(r.tokens_per_second for r in runs[name]) for name in runs}
-        idle = {name: statistics.median(r.idle for r in runs[name]) for name in runs}
-        best = max(runs.keys() - {"goodput"}, key=rates.__getitem__)
-        each = zip(runs["goodput"], runs[best], strict=True)
-        table.add_row(
-            str(rows),
-            best,
-            f"{rates[best]:.0f}",
-            spread([g.tokens_per_second / b.tokens_per_second for g, b in each], digits=3),
-            f"{ideal['goodput'] / max(ideal[name] for name in ideal.keys() - {'goodput'}):.3f}",
-            f"{idle[best]:.1%}",
-            f"{idle['goodput']:.1%}",
+        best, tree = (
+            max((name for name in runs if name.split()[0] in kinds), key=rates.get, default=None)
+            for kinds in (("none", "fixed"), ("tree",))
         )
+        assert best is not None, "`none` always runs"
+        simulated = max(ideal[name] for name in ideal if name.split()[0] in ("none", "fixed"))
+        for name in dict.fromkeys([best, tree, *(set(runs) & {"chains"}), "goodput"]):
+            if name is None:
+                continue
+            each = zip(runs[name], runs[best], strict=True)
+            table.add_row(
+                str(rows),
+                name,
+                f"{rates[name]:.0f}",
+                spread([r.tokens_per_second / b.tokens_per_second for r, b in each], digits=3),
+                f"{ideal[name] / simulated:.3f}",
+                f"{statistics.median(r.idle for r in runs[name]):.1%}",
+            )
     console.print(table)
 
 

@@ -43,6 +43,7 @@ def validate(file: JobFile, overrides: Overrides = None) -> None:
         )
         out.print(plan.sampling_said, highlight=False, soft_wrap=True)
         _tell_families(job)
+        _tell_trees(job)
         out.print_json(data=_described(plan.job))
 
 
@@ -65,6 +66,15 @@ def _tell_families(job: JobConfig) -> None:
             out.print(f"models.{role}: {escape(line)}", highlight=False, soft_wrap=True)
         elif line:
             note(f"models.{role}: {line}")
+
+
+def _tell_trees(job: JobConfig) -> None:
+    """Say where a width that the job asks for has no effect, as far as configs tell."""
+    from pipeline.config.model_family import without_trees
+
+    width = job.speculation.width or 1
+    if width > 1 and (why := without_trees(job.models.target, job.models.draft)):
+        note(f"speculation.width: {width} has no effect, since {why}; candidates are chains")
 
 
 def _described(job: JobConfig) -> dict[str, Any]:

@@ -23,6 +23,10 @@ LAYERS = {
 """What runs of a model, by its name in the table."""
 
 
+RUN_ON = {"conv_L_cache", "linear_conv_kernel_dim", "mamba_d_conv", "ssm_state_size", "state_size"}
+"""Keys of configs whose models have layers with a state that runs on: Mamba, gated delta nets."""
+
+
 class Family(NamedTuple):
     """What became of tiny random models of an architecture.
 
@@ -97,6 +101,23 @@ def refuse_eagle(name: str | None, why: str) -> None:
         raise UserError(f"models.draft: {name} is EAGLE-3, and {why}; give a language model")
 
 
+def without_trees(target: str, draft: str | None) -> str:
+    """Why candidates of a pair cannot branch; "" if they can, or configs do not say.
+
+    Raises:
+        UserError: a folder is not there, or a config cannot be read.
+    """
+    if draft is None:
+        return "there is no draft"
+    for role, name in (("draft", draft), ("target", target)):
+        config = read_model_file(name, "config.json")
+        if _eagle(name, config):
+            return "the draft is EAGLE-3, which proposes chains"
+        if any(RUN_ON & part.keys() for part in _parts(config)):
+            return f"the {role} has layers whose state runs on, which cannot branch"
+    return ""
+
+
 def _eagle(name: str, config: dict[str, Any]) -> str:
     from specdec.loading.eagle_config import EagleConfig
     from specdec.loading.sources import PairError
@@ -110,6 +131,11 @@ def _eagle(name: str, config: dict[str, Any]) -> str:
 
 def _model_types(config: dict[str, Any]) -> list[str]:
     """Of the model and of its part for text, as far as the config says."""
-    parts = config, config.get("text_config")
-    kinds = [part.get("model_type") for part in parts if isinstance(part, dict)]
+    kinds = [part.get("model_type") for part in _parts(config)]
     return [kind for kind in kinds if isinstance(kind, str)]
+
+
+def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """A config, and what it says of the model's part for text."""
+    text = config.get("text_config")
+    return [config, *([text] if isinstance(text, dict) else [])]

@@ -91,7 +91,7 @@ class DraftLoop:
         wanted = zip(self._policy.budget(this.start), this.start.room, known, strict=True)
         goes_on = self._drafter.reads_known
         budget = [min(k, room - n) if goes_on or not n else 0 for k, room, n in wanted]
-        if self._policy.width > 1 and this.start.nodes and not any(known):
+        if self._policy.branches and this.start.nodes and not any(known):
             self._abandon(this, shared, early)
             self._last = [], []
             self._trees.run(this, shared, budget)

@@ -364,8 +364,6 @@ class Engine:
         counts = Counts(1, drafted, verified, min(accepted, kept), kept)
         row.counts.add(counts)
         self.stats.count_row(counts, accepted, this.taken(slot))
-        if this.trees is not None or self.stats.nodes:
-            self.stats.count_nodes(*this.tree(slot))  # chains count beside trees
         # What is not finite may lie in the prompt: a row that failed leaves nothing in its slot.
         length = 0 if over else len(row.tokens) - 1
         if failed or slot in this.infected:
@@ -386,6 +384,17 @@ class Engine:
         if last is None:
             return
         outcome, rows, endings = last
+        self._count(outcome)
         self.policy.observe(outcome)
         if self.known is not None:
             self.known.read(rows, endings)
+
+    def _count(self, outcome: RoundOutcome) -> None:
+        """Count a round's candidates by where they stood."""
+        accepted = outcome.accepted  # none where verification failed
+        if outcome.path:
+            rows = zip(outcome.parents, outcome.kept, outcome.path, accepted, strict=True)
+            for parents, kept, path, stand in rows:
+                self.stats.count_tree(parents, kept, path if stand else ())
+        elif self.stats.trees:
+            self.stats.chains.update(zip(outcome.drafted, outcome.submitted, accepted, strict=True))

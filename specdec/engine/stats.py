@@ -33,8 +33,9 @@ class EngineStats:
             forwards of new sizes on a GPU.
         speedup: rounds with speculation and control rounds.
         outcomes: rounds of rows by (candidates verified, candidates that verification accepted).
-        nodes: candidates by (depth, rank among siblings), since any have branched: how many were
-            drafted, verified, judged, and accepted by verification.
+        trees: candidates of rounds that branch, as `nodes` has them.
+        chains: rounds of rows since then that did not, by candidates drafted, verified and accepted
+            by verification.
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -57,7 +58,22 @@ class EngineStats:
     seconds: dict[str, float] = field(default_factory=dict)
     speedup: SpeedupMeter = field(default_factory=SpeedupMeter)
     outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    nodes: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    chains: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    trees: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> dict[tuple[int, int], list[int]]:
+        """Candidates by (depth, rank among siblings), since any have branched.
+
+        Each has how many were drafted, verified, judged, and accepted by verification.
+        """
+        nodes = {place: counts.copy() for place, counts in self.trees.items()}
+        for (drafted, verified, accepted), rows in self.chains.items():
+            judged = min(verified, accepted + 1)
+            for i, most in enumerate((drafted, verified, judged, accepted)):
+                for depth in range(1, most + 1):
+                    nodes.setdefault((depth, 0), [0, 0, 0, 0])[i] += rows
+        return nodes
 
     def count_target(self, forwards: Sequence[int]) -> None:
         """Add forwards of the target: tokens of each."""
@@ -89,7 +105,7 @@ class EngineStats:
         self.draft_forwards += len(forwards)
         self.draft_tokens += sum(forwards)
 
-    def count_nodes(self, parents: Sequence[int], kept: Sequence[int], path: Sequence[int]) -> None:
+    def count_tree(self, parents: Sequence[int], kept: Sequence[int], path: Sequence[int]) -> None:
         """Add a row's tree: the parents of its nodes, those verified and those accepted."""
         places: list[tuple[int, int]] = []
         children = Counter[int]()
@@ -106,4 +122,4 @@ class EngineStats:
                     reached.remove(parents[node])
         for i, nodes in enumerate((range(len(parents)), kept, judged, path)):
             for node in nodes:
-                self.nodes.setdefault(places[node], [0, 0, 0, 0])[i] += 1
+                self.trees.setdefault(places[node], [0, 0, 0, 0])[i] += 1

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,13 +180,18 @@ class TreeProposal(Proposal):
         self.candidates.view(-1)[places] = tokens.flatten()[chosen]
 
     def of(self, kept: Sequence[Sequence[int]]) -> TreeProposal:
-        """The same with some nodes only, numbered anew.
+        """The same with some nodes only, numbered anew, in as few columns as they take.
 
         Args:
             kept: of each row, ascending; with each node its parent and its better siblings.
         """
         most = max(map(len, kept), default=0)
         device = self.candidates.device
+        if [*map(len, kept)] == self.lengths:
+            whole = copy(self)
+            whole.candidates = self.candidates[:, :most]
+            whole._q_row = [row[: most + 1] for row in self._q_row]
+            return whole
         pruned = TreeProposal(len(kept), most, device)
         index: list[int] = []
         for row, nodes in enumerate(kept):
@@ -205,16 +213,19 @@ class TreeProposal(Proposal):
         if not depth:
             return None
         rows, places = self.candidates.shape[0], self.candidates.shape[1] + 1
-        children: list[list[list[int]]] = [[[] for _ in range(places)] for _ in range(rows)]
-        for own, parents in zip(children, self._parents, strict=True):
-            for node, parent in enumerate(parents):
-                own[parent + 1].append(node + 1)
-        width = max(len(each) for own in children for each in own)
-        none = [0] * width
-        table = [n for own in children for each in own for n in (each + none)[:width]]
-        (on_device,) = upload(self.candidates.device, table)
+        at: list[int] = []  # row and place of each node's parent, and its rank among the children
+        ranks: list[int] = []
+        for row, parents in enumerate(self._parents):
+            before = [0] * places
+            for parent in parents:
+                at.append(row * places + parent + 1)
+                ranks.append(before[parent + 1])
+                before[parent + 1] += 1
+        table = np.zeros((rows * places, max(ranks) + 1), dtype=np.int64)
+        table[at, ranks] = [*chain.from_iterable(range(1, n + 1) for n in self.lengths)]
+        children = torch.from_numpy(table).to(self.candidates.device, non_blocking=True)
         tokens = torch.nn.functional.pad(self.candidates, (1, 0))
-        return Nodes(tokens, on_device.view(rows, places, width), depth)
+        return Nodes(tokens, children.view(rows, places, -1), depth)
 
     def path(self, row: int, place: int) -> list[int]:
         path: list[int] = []

@@ -206,13 +206,18 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
     Returns:
         int64 [n]; a token of probability 0 is never drawn. NO_TOKEN where a row has NaN.
     """
-    vocab = probs.shape[-1]
     block, left = _invert(block_masses(probs), u)
+    place, _ = _invert(_tokens_of(probs, block).double(), left)
+    return torch.where(probs[:, 0].isnan(), NO_TOKEN, block * BLOCK + place)
+
+
+def _tokens_of(probs: Tensor, block: Tensor) -> Tensor:
+    """float32 [n, W]: probs [n, V] of a block's W = min(V, BLOCK) tokens in each row; 0 beyond V."""
+    vocab = probs.shape[-1]
     width = min(BLOCK, vocab)
     token = block[:, None] * BLOCK + torch.arange(width, device=probs.device)
     own = probs.gather(1, token.clamp(max=vocab - 1))
-    place, _ = _invert(torch.where(token < vocab, own, 0.0).double(), left)
-    return torch.where(probs[:, 0].isnan(), NO_TOKEN, block * BLOCK + place)
+    return torch.where(token < vocab, own, 0.0)
 
 
 def sample_distinct(probs: Tensor, u: Tensor, spare: Tensor) -> Tensor:
@@ -226,13 +231,18 @@ def sample_distinct(probs: Tensor, u: Tensor, spare: Tensor) -> Tensor:
     Returns:
         int64 [n, W]; NO_TOKEN where a row has NaN.
     """
-    left, drawn = probs, list[Tensor]()
+    mass, drawn = block_masses(probs), list[Tensor]()
+    places = torch.arange(min(BLOCK, probs.shape[1]), device=probs.device)
     for rank in range(u.shape[1]):
-        token = sample(left, u[:, rank])
-        if rank:
-            token = torch.where(left.amax(-1) > 0, token, spare[:, rank])
-        drawn.append(token)
-        left = left.scatter(1, token.clamp(0, probs.shape[1] - 1)[:, None], 0.0)
+        block, left = _invert(mass, u[:, rank])
+        own = _tokens_of(probs, block)
+        for token in drawn:  # of the block's tokens those that are left
+            own = own.masked_fill(places == (token - block * BLOCK)[:, None], 0.0)
+        place, _ = _invert(own.double(), left)
+        token = block * BLOCK + place
+        drawn.append(torch.where(mass.sum(-1) > 0, token, spare[:, rank]) if rank else token)
+        rest = own.scatter(1, place[:, None], 0.0).sum(-1, keepdim=True)
+        mass = mass.scatter(1, block[:, None], rest.double())
     return torch.where(probs[:, :1].isnan(), NO_TOKEN, torch.stack(drawn, 1))
 
 

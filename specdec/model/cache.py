@@ -282,9 +282,11 @@ class SlotCache:
         ]
         if moves:
             who, sources, targets = upload(self.device, *zip(*moves, strict=True))
-            (page, at), (to_page, to) = (self.places(who, where) for where in (sources, targets))
+            moved = [self.places(who, where) for where in (sources, targets)]
             for tensor in self._tensors:
-                tensor[to_page, :, to] = tensor[page, :, at]
+                source, target = (_lines(tensor, *places) for places in moved)
+                lines = tensor.view(-1, *tensor.shape[3:])
+                lines.index_copy_(0, target, lines.index_select(0, source))
         for slot, base, path in zip(slots, bases, paths, strict=True):
             self.rollback(slot, base + len(path))
 
@@ -351,3 +353,10 @@ class SlotCache:
             for tensor in self._tensors:
                 tensor[own] = tensor[pages[full]]
         self.lengths[slot] = length
+
+
+def _lines(tensor: Tensor, page: Tensor, at: Tensor) -> Tensor:
+    """int64: where places lie in a layer's tensor, seen as lines of one head each."""
+    heads, size = tensor.shape[1:3]
+    every = torch.arange(heads, device=page.device)
+    return ((page[:, None] * heads + every) * size + at[:, None]).flatten()

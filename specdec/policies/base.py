@@ -11,8 +11,8 @@ A policy decides per row, in these places of a round:
     submit   before verification: how many of each row's candidates to submit
     observe  after the round, or during the next: what was accepted, and what it cost
 
-A policy with a `width` above 1 grows a tree: each draft step draws `width` children of every node
-that is expanded, the draft's best ones. It then decides in other places:
+In a round that `branches` each row has a tree: each draft step draws `width` children of every node
+that is expanded, the draft's best ones. A policy then decides in other places:
 
     keep     after each draft step: which children become nodes
     go_on    and which of these are expanded by the next step
@@ -290,8 +290,7 @@ class StopPolicy:
         needs_head: whether a job must name a trained head, or another estimator.
         wanted: signals to compute of candidates; if there are none, `go_on` is not asked.
         head: the acceptance head behind the head's signals.
-        width: children drawn of each node that is expanded in the round whose budget it gave; 1:
-            candidates follow each other, and `keep` and `prune` are not asked.
+        width: children drawn of each node that is expanded; 1: candidates follow each other.
     """
 
     name: ClassVar[str] = "unnamed"
@@ -310,6 +309,11 @@ class StopPolicy:
     def grows(self) -> bool:
         """Whether any of its rounds may have trees: asked when an engine is made."""
         return self.width > 1
+
+    @property
+    def branches(self) -> bool:
+        """Whether the round whose budget it gave has trees: then `keep` and `prune` are asked."""
+        return self.grows
 
     @classmethod
     def settings(cls) -> dict[str, Setting]:

@@ -106,6 +106,12 @@ class Forest:
             places = places - np.bincount(children.rows[beside], minlength=len(places))
         return _likeliest(children.worth[indices], children.rows[indices], places, indices)
 
+    def within(self, flags: Flags) -> Indices:
+        """The first of some children just drawn, in their order, that rows have places for."""
+        rows, some = self.steps[-1].rows, np.flatnonzero(flags)
+        found: Indices = some[_place(rows[some], len(self.places)) < self.places[rows[some]]]
+        return found
+
     def keep(self, indices: Indices) -> Flags:
         """Make some of the children just drawn nodes, numbered in their order."""
         children = self.steps[-1]

@@ -14,10 +14,10 @@ Three things go beyond one round. Whether to speculate at all is a `Switch`, whi
 to its promises (specdec/policies/switch.py). What the draft must read of a row before it can
 propose is a debt that the row's rounds share (specdec/policies/catch_up.py). And beside a device
 that is faster than the host's decisions, as many candidates as pay on average may be better than
-the best choice that the device has to wait for (specdec/policies/looking.py).
+the best choice that the device has to wait for.
 
 The same for trees is in specdec/policies/growing.py. Whether these are faster than chains is
-measured for each size of batch, as is whether to look.
+measured for each size of batch, as is whether to look (specdec/policies/kinds.py).
 
 What may be trimmed. In matching modes any candidate may be dropped, so the verified set is chosen
 when all are drawn. Under rejection sampling y_k may be dropped by what was known before it was
@@ -40,8 +40,8 @@ from specdec.policies.catch_up import owed, shared
 from specdec.policies.chains import Chain
 from specdec.policies.costs import CostModel
 from specdec.policies.growing import GrowingPolicy
+from specdec.policies.kinds import Kind
 from specdec.policies.known import KnownChains, in_front, survivals
-from specdec.policies.looking import Looking, expected
 from specdec.policies.measuring import Measurements
 from specdec.policies.objective import (
     best_constant,
@@ -108,11 +108,11 @@ class Goodput(GrowingPolicy):
 
     costs: CostModel | None = None
     k_max: int = setting(20, 1, MOST_CANDIDATES, "most candidates of a round")
-    width: int = setting(1, 1, MOST_WIDTH, "most children of a node; 1: no trees")
+    width: int = setting(3, 1, MOST_WIDTH, "most children of a node, where trees are faster")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.switch, self.looking, self._measured = Switch(), Looking(), Measurements()
+        self.switch, self._measured = Switch(), Measurements()
         self.found, self.found_switch = KnownChains(), Switch()
         self._begun: RoundStart | None = None
         self._known: list[list[float]] = []  # survival of the known candidates taken, by row
@@ -169,7 +169,7 @@ class Goodput(GrowingPolicy):
         assert self.costs is not None, "prepare() comes before the first round"
         budget = [0] * len(start.rows)
         self._probing, self._looks = False, True
-        self.width, self.forest = 1, None
+        self._plant(None)
         known = [*map(len, self._known)] if self._begun is start else budget
         rows = [row for row, room in enumerate(start.room) if room > known[row]]
         if not rows or self.switch.stands(start):
@@ -184,31 +184,37 @@ class Goodput(GrowingPolicy):
         reading = (steps[-1] - steps[len(rows) - 1]) / max(sum(known), 1)  # of a known token
         owing = accumulate(debts[row] + known[row] * reading for row in rows)
         first = [step + more for step, more in zip(steps, owing, strict=False)]
-        looks = not start.beside or self.looking.choose(len(start.rows))  # else all is submitted
-        share, yielding = self._first_ones if looks else (1.0, 1.0)
-        wide = looks and not any(known) and self._branching(start)
-        if wide:
-            rates, share, yielding = self.passing, 1.0, 1.0
+        possible = self._possible(start, any(known))
+        kind = self.kinds.choose(len(start.rows), possible)
+        usual = kind == self.kinds.fastest(len(start.rows), possible)
+        share, yielding = 1.0, 1.0  # of chains that nobody looks at all is submitted
+        if kind.branches:
+            rates = self.passing
+        elif kind.looks:
+            share, yielding = self._first_ones
         each = [rates[row] for row in rows]
         expected = [yielding * rate for rate in each]
         number, length, promised = self._leading(each, expected, first, self.k_max, share)
+        if kind == Kind(looks=False, branches=True):
+            number, (length, promised) = len(rows), self._shape(rows)
+            promised -= self.price * sum(debts.values())
         most = self.k_max
         if self.switch.pays(promised / len(rows)):
             chosen = rows[:number]
             if self._judged <= self.PAIR_WEIGHT:  # nothing is known of the pair yet
                 chosen = chosen[:FIRST_ROWS]
-            if not looks:
+            if kind.branches:
+                self._plant(start, kind.looks)
+            if not kind.looks:
                 self._looks, most = False, length
         else:
             # Missing a good draft costs more than finding a bad one out, which is soon done.
             hopes = [min(rate + self._uncertainty, self.MOST_RATE) for rate in each]
             may_pay = hopes > each and self._leading(hopes, hopes, first, self.k_max)[2] > 0
             chosen = self.switch.probe(start, sorted(rows), self.costs, saved_up=not may_pay)
-            self._probing, wide = True, False
-        if wide:
-            self._plant(start)
+            self._probing, kind = True, Kind()
         hope = None if self._probing else promised / len(rows)
-        start.notes.update(promised=hope, looked=self._looks)
+        start.notes.update(promised=hope, kind=kind, usual=usual)
         for row in chosen:
             budget[row] = most
             start.rows[row].catch_up = debts[row]
@@ -254,7 +260,7 @@ class Goodput(GrowingPolicy):
     def go_on(self, step: DraftStep) -> Flags:
         assert self.costs is not None
         if step.parents is not None:
-            return self._expand(step.depth)
+            return self._expand(step)
         alive = [] if self._free_trimming else [*self.survival]
         judged = self._judge(step)
         rows = judged.rows
@@ -324,7 +330,6 @@ class Goodput(GrowingPolicy):
             return
         speculated, decoding = bool(outcome.draft_costs), all(outcome.start.decoding)
         promised, found = map(outcome.start.notes.get, ("promised", "found"))
-        looked = bool(outcome.start.notes.get("looked"))  # it is noted with what was promised
         switch, hope, known, apart = self.switch, promised, self._judged, found or 0.0
         if not speculated:
             switch, hope, known, apart = self.found_switch, found, self.found.judged, 0.0
@@ -337,16 +342,11 @@ class Goodput(GrowingPolicy):
         rows = len(outcome.start.rows)
         spent = outcome.verify_cost[1] + sum(spent for _, spent in outcome.draft_costs)
         told = speculated and promised is not None
-        grows, beside = told and looked and self.grows, told and outcome.start.beside
-        hoped = rows + expected(outcome) if grows or beside else 0.0
-        if grows:
-            self._compare(outcome, hoped, shared(spent, outcome, self.costs.draft))
-        if beside:
-            self.looking.ended(rows, looked, hoped, spent)
-            if looked == self.looking.pays(rows):  # else a round has other costs than most
-                self._measured.note(self.costs, outcome, None if looked else spent)
-        else:
-            self._measured.note(self.costs, outcome)
+        kind, beside = outcome.start.notes.get("kind", Kind()), told and outcome.start.beside
+        if beside or (told and self.grows):
+            self._compare(outcome, kind, spent)
+        if not beside or outcome.start.notes["usual"]:  # others have other costs than most
+            self._measured.note(self.costs, outcome, None if kind.looks else spent)
         self._tokens = MEMORY * self._tokens + sum(outcome.accepted) / rows + 1
         plain = float(self.costs.verify(rows))
         spent = min(spent, PAUSE * plain)

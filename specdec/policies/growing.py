@@ -29,12 +29,14 @@ from specdec.policies.base import (
     RoundOutcome,
     RoundStart,
 )
+from specdec.policies.catch_up import shared
 from specdec.policies.costs import CostModel
 from specdec.policies.estimating import EstimatingPolicy
 from specdec.policies.forest import NONE, Children, Forest
-from specdec.policies.looking import Looking
-from specdec.policies.objective import best_number, further_seconds, leading_rows
-from specdec.policies.siblings import sibling_estimator
+from specdec.policies.kinds import Kind, Kinds, expected
+from specdec.policies.objective import best_number, best_tree, further_seconds, leading_rows
+from specdec.policies.siblings import SEEN, sibling_estimator
+from specdec.policies.simple import leaving_once
 
 SLACK = 0.5
 """Part of the floor that a node must be worth to be kept at first, where it may be dropped later.
@@ -46,11 +48,12 @@ sooner.
 FIRST_FLOOR = 0.02
 """The floor before any tree was verified. Between what one row and 64 had; it lasts one round."""
 
-MOST_OF_SECOND = 0.3
+MOST_OF_SECOND = 0.15
 """Tokens that a place in the verification may cost where trees are tried.
 
-A second child, which is no likelier than the first, is worth half a token at most, and seldom more
-than this. Raised, trees are tried in batches too large for them.
+A second child is worth a tenth of a token in the mean. By an H200's costs a place takes 0.10 at 16
+rows, where trees gain 4%, and 0.18 at 64, where they gain half a percent. Raised, trees are tried
+in batches too large for them.
 """
 
 FOLLOW = 0.9
@@ -59,10 +62,10 @@ FOLLOW = 0.9
 Raised, the floor is steadier and follows the batch later. Set by hand.
 """
 
-SETTLED = 4.0
-"""Rounds of trees, less what is forgotten, before they are compared with chains.
+SHAPED = 2
+"""Children of first choices where trees have one shape, as of `fixed`.
 
-The floor has to be found first. Raised, trees that do not pay are grown for longer at first.
+Raised, more of the verification goes to third choices, which seldom stand.
 """
 
 SECOND_RATE = 0.4
@@ -78,8 +81,8 @@ class GrowingPolicy(EstimatingPolicy):
     Attributes:
         costs, price, k_max: as of `Goodput`, whose part this is.
         siblings: judges children behind better ones.
-        forest: the trees of the round, where it grows any.
-        widening: whether trees or chains are faster, as measured.
+        forest: the trees of the round, if it has any.
+        kinds: which kind of rounds is the fastest.
         floor: tokens that a place of the verification is worth, at least.
     """
 
@@ -91,43 +94,62 @@ class GrowingPolicy(EstimatingPolicy):
         super().__post_init__()
         self.siblings = sibling_estimator()
         self.forest: Forest | None = None
-        self._widest, self.widening = self.width, Looking()  # `width` is the round's from here on
+        self._shaped = False  # whether the round's trees have one shape, since nobody looks
+        self.kinds = Kinds()
         self.floor, self._rounds = FIRST_FLOOR, 0.0
-        # First children that fell lately, and of how many of them a sibling stood.
+        # First children that fell lately, and of how many of them a sibling stood; second children
+        # that were judged, and how many stood.
         self._fallen, self._caught = self.PRIOR_WEIGHT, self.PRIOR_WEIGHT * SECOND_RATE
+        self._seconds, self._stood = self._fallen, self._caught
         # Packed tokens of the verification: without any candidate, and as it is now.
         self._tokens_bare = self._tokens_fed = 0
         # `further_seconds` of the cost tables as they are, by its arguments.
         self._furthers: dict[tuple[int, int, float, float], Sequence[Sequence[float]] | Array] = {}
 
     @property
-    def grows(self) -> bool:
-        return self._widest > 1
+    def branches(self) -> bool:
+        return self.forest is not None
 
     @property
     def most(self) -> int:
         return MOST_CANDIDATES if self.grows else super().most
 
-    def _plant(self, start: RoundStart) -> None:
-        """Begin the trees of a round."""
-        self.width = self._widest
-        self.forest = start.notes["forest"] = Forest(self.typical, start.nodes, start.free_trimming)
+    def _plant(self, start: RoundStart | None, looks: bool = True) -> None:
+        """Begin the trees of a round; None: it has none."""
+        self.wanted, self.forest, self._shaped = self.estimator.wanted, None, not looks
+        if start is not None:
+            self.wanted |= SEEN
+            self.forest = Forest(self.typical, start.nodes, start.free_trimming)
+            start.notes["forest"] = self.forest
 
-    def _branching(self, start: RoundStart) -> bool:
-        """Whether a round grows trees."""
+    def _possible(self, start: RoundStart, known: bool) -> list[Kind]:
+        """The kinds that a round may be of; `known`: it has candidates that nobody drew."""
+        trees = (False, True) if not known and self._may_branch(start) else (False,)
+        looking = (True, False) if start.beside else (True,)
+        return [Kind(looks, branches) for branches in trees for looks in looking]
+
+    def _may_branch(self, start: RoundStart) -> bool:
+        """Whether trees are possible in a round, and siblings may repay their places in it."""
         assert self.costs is not None
-        rows = len(start.rows)
         if not self.grows or not start.nodes:
             return False
-        bare, one_each = self._tokens_bare, self._tokens_bare + rows
-        seconds = float(self.costs.verify(one_each) - self.costs.verify(bare)) / rows
-        return self.price * seconds < MOST_OF_SECOND and self.widening.choose(rows)
+        rows, bare = len(start.rows), self._tokens_bare
+        seconds = float(self.costs.verify(bare + rows) - self.costs.verify(bare)) / rows
+        return self.price * seconds < MOST_OF_SECOND
 
     @property
     def passing(self) -> list[float]:
         """How often some child of an accepted node is accepted, by row."""
         caught = self._caught / self._fallen
         return [rate + (1 - rate) * caught for rate in self.typical]
+
+    def _shape(self, rows: Sequence[int]) -> tuple[int, float]:
+        """`best_tree` for some rows, as the costs and the round's price are."""
+        assert self.costs is not None
+        first = float(np.mean([self.typical[row] for row in rows]))
+        rates = first, self._stood / self._seconds
+        given = self.costs, self._tokens_bare, len(rows), rates
+        return best_tree(*given, self.price, self.k_max)
 
     def _leading(
         self,
@@ -145,16 +167,23 @@ class GrowingPolicy(EstimatingPolicy):
             self._furthers[key] = further_seconds(self.costs, *key)
         return leading_rows(rates, expected, first, self._furthers[key], self.price, left)
 
-    def _compare(self, outcome: RoundOutcome, tokens: float, seconds: float) -> None:
-        """Note what a round was expected to yield, and took, for the choice of trees or chains."""
-        trees = bool(outcome.path)
-        if not trees or self._rounds > SETTLED:
-            self.widening.ended(len(outcome.start.rows), trees, tokens, seconds)
+    def _compare(self, outcome: RoundOutcome, kind: Kind, spent: float) -> None:
+        """Note what a round was expected to yield, and took, for the choice of the next ones.
+
+        Left out are rounds that mostly read prompts.
+        """
+        assert self.costs is not None
+        seconds = shared(spent, outcome, self.costs.draft)
+        if seconds > spent / 2:
+            rows = len(outcome.start.rows)
+            self.kinds.ended(rows, kind, rows + expected(outcome), seconds)
 
     # ---------------------------------------------------------------- decisions
 
     def keep(self, step: DraftStep) -> Flags:
         assert self.costs is not None and self.forest is not None
+        if self._shaped:
+            return leaving_once(step, SHAPED)
         forest = self.forest
         children = forest.judge(step, self.estimator, self.siblings)
         if forest.free:  # `prune` chooses, when all are drawn
@@ -173,9 +202,12 @@ class GrowingPolicy(EstimatingPolicy):
         self._tokens_fed += len(kept)
         return forest.keep(kept)
 
-    def _expand(self, depth: int) -> Flags:
+    def _expand(self, step: DraftStep) -> Flags:
         """Which of the children just drawn are expanded."""
         assert self.costs is not None and self.forest is not None
+        if self._shaped:
+            return np.ones(len(step.rows), dtype=bool)
+        depth = step.depth
         children, floor = self.forest.steps[-1], self.floor
         going, left = np.zeros(len(children.rows), dtype=bool), self.k_max - depth
         # A place for its first child must be worth it. The others count, and pay for themselves.
@@ -194,6 +226,8 @@ class GrowingPolicy(EstimatingPolicy):
 
     def prune(self, parents: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         assert self.costs is not None and self.forest is not None
+        if self._shaped:
+            return [range(len(each)) for each in parents]
         _, _, worth = self.forest.drawn()
         number = self._worth_verifying(worth)
         least = float(worth[number - 1]) if 0 < number < len(worth) else 0.0
@@ -227,7 +261,11 @@ class GrowingPolicy(EstimatingPolicy):
 
     def observe(self, outcome: RoundOutcome) -> None:
         if outcome.path:
-            self._learn(outcome.start.notes["forest"], outcome)
+            forest = outcome.start.notes["forest"]
+            for step in outcome.unseen():
+                forest.judge(step, self.estimator, self.siblings)
+                forest.keep(forest.within(leaving_once(step, SHAPED)))
+            self._learn(forest, outcome)
         else:
             super().observe(outcome)
 
@@ -267,8 +305,11 @@ class GrowingPolicy(EstimatingPolicy):
                     judged[row], accepted[row] = judged[row] + 1, accepted[row] + decided
                     firsts += decided
                     self._count_fallen(not decided)
-                elif decided:
-                    self._caught += 1
+                    continue
+                self._caught += decided
+                if rank == 1:
+                    self._seconds = self.FORGET * self._seconds + 1
+                    self._stood = self.FORGET * self._stood + decided
             if known:
                 self._teach(children, np.array(known), np.array(stands))
         for memory, tried, hits in zip(memories, judged, accepted, strict=True):

@@ -52,6 +52,35 @@ def best_constant(costs: CostModel, rows: int, rate: float, most: int) -> float:
     return float(rows * (np.cumsum(rate**k) / (k * costs.draft(rows) + verify)).max())
 
 
+def best_tree(
+    costs: CostModel, fed: int, rows: int, rates: tuple[float, float], price: float, most: int
+) -> tuple[int, float]:
+    """The depth of the best tree of one shape for all rows, and the tokens that it gains.
+
+    The shape is that of `fixed` with a width of 2: paths leave the draft's first choices once.
+
+    Args:
+        costs: of both models.
+        fed: packed tokens of the verification as it is.
+        rows: how many there are.
+        rates: how often a first child of an accepted node is accepted, and how often a second one
+            is where the first was not.
+        price: tokens that a second is worth.
+        most: the greatest depth; at most AHEAD is looked at.
+    """
+    first, second = rates
+    depth = _STEPS[:most]
+    aside = (1 - first) * second * depth * first ** (depth - 1)
+    tokens = rows * np.cumsum(first**depth + aside)
+    nodes = rows * np.cumsum(1 + depth)  # of each level the first choice, and what leaves here
+    read = rows * np.concatenate([[1], 1 + depth[:-1]])
+    drafting = np.cumsum(costs.draft.curve(0, int(read[-1]))[read])
+    verifying = costs.verify.curve(fed, fed + int(nodes[-1]))
+    gains = tokens - price * (drafting + verifying[nodes] - verifying[0])
+    best = int(gains.argmax())
+    return best + 1, float(gains[best])
+
+
 def leading_rows(
     rates: Sequence[float] | Array,
     expected: Sequence[float] | Array,

@@ -17,6 +17,9 @@ from specdec.measure.calibration import Array
 from specdec.policies.base import Indices, Signal
 from specdec.policies.estimators import Feature, OnlineEstimator, log_odds
 
+SEEN = frozenset({Signal.LOG_Q, Signal.LOG_TOP, Signal.ENTROPY})
+"""The signals that it is judged by."""
+
 LEAST_LEFT = 1e-4
 """The least probability that better children are taken to leave. Lowered, rounding shows."""
 

@@ -56,11 +56,21 @@ class Fixed(StopPolicy):
         return [self.k] * len(start.rows)
 
     def keep(self, step: DraftStep) -> Flags:
-        assert step.parents is not None and step.ranks is not None, "asked of trees"
-        # A row's first node at each depth is the one of first choices alone.
-        _, first, row = np.unique(step.rows, return_index=True, return_inverse=True)
-        kept: Flags = (step.ranks == 0) | (step.parents == step.parents[first][row])
-        return kept
+        return leaving_once(step, self.width)
+
+
+def leaving_once(step: DraftStep, width: int) -> Flags:
+    """bool [n]: which children are on paths that leave the draft's first choices once at most.
+
+    Args:
+        width: children of the nodes of first choices; others have one.
+    """
+    assert step.parents is not None and step.ranks is not None, "asked of trees"
+    # A row's first node at each depth is the one of first choices alone.
+    _, first, row = np.unique(step.rows, return_index=True, return_inverse=True)
+    along = step.parents == step.parents[first][row]
+    kept: Flags = (step.ranks == 0) | (along & (step.ranks < width))
+    return kept
 
 
 @dataclass

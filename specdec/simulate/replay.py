@@ -168,7 +168,7 @@ def _round(rows: Sequence[_Row], policy: StopPolicy, costs: CostModel, result: R
     wanted = policy.budget(start)
     limits = zip(wanted, start.room, rows, strict=True)
     budget = [min(k, room, row.transcript.most) for k, room, row in limits]
-    if policy.width > 1 and width > 1:
+    if policy.branches and width > 1:
         _end(rows, start, policy, costs, result, _grown(rows, start, budget, policy, costs))
     else:
         _end(rows, start, policy, costs, result, _drafted(rows, start, budget, policy, costs))

@@ -3,45 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.policies.base import Signal
+from specdec.policies.base import MOST_WIDTH, Signal
 from specdec.request import Request, SamplingParams
 from specdec.simulate.transcripts import Transcript
 
 VOCABULARY = 128
 """Tokens of the made-up vocabulary: enough for a distribution's tail, few enough to be quick."""
 
-WRONG = VOCABULARY - 1
-"""The token that is true nowhere."""
+WRONG = VOCABULARY - MOST_WIDTH
+"""The first of the tokens that are true nowhere; there is one for each choice at a place."""
 
 
 class Script:
     """Transcripts as tensors: what the draft proposes in each *state*, and what is true.
 
     The state of a text is how many of its tokens are known. A state of a branch is where a wrong
-    candidate leads to: so many candidates behind it.
+    choice leads to: so many tokens behind it.
 
     Args:
-        transcripts: of equal depth; numbers below are their indices.
+        transcripts: of equal depth and width; numbers below are their indices.
     """
 
     def __init__(self, transcripts: Sequence[Transcript]) -> None:
         self.prompts = torch.tensor([t.prompt_tokens for t in transcripts])
-        self.lengths = [len(t.accepted) for t in transcripts]
+        self.lengths = [len(t.ranks) for t in transcripts]
+        self._greedy = [t.free_trimming for t in transcripts]
         # A text of n tokens has the states 0..n; nothing is proposed in the last one.
         ends = np.cumsum([n + 1 for n in self.lengths])
         self.first = torch.from_numpy(ends - [n + 1 for n in self.lengths])
         states = int(ends[-1])
         self.truth = torch.arange(states) * 37 % WRONG
-        none = np.zeros((1, transcripts[0].signals.shape[2]), dtype=np.float32)
-        right = torch.from_numpy(np.concatenate([np.append(t.accepted, True) for t in transcripts]))
-        signals = np.concatenate([part for t in transcripts for part in (t.signals[:, 0], none)])
-        # Where drafting goes on behind each state's candidate, if that is wrong.
+        self.width = transcripts[0].width
+        none = np.zeros((1, *transcripts[0].signals.shape[1:]), dtype=np.float32)
+        ranks = torch.from_numpy(np.concatenate([np.append(t.ranks, 0) for t in transcripts]))
+        signals = np.concatenate([part for t in transcripts for part in (t.signals, none)])
+        # Where drafting goes on behind each state's choices, if they are wrong.
         self.depth = transcripts[0].branches.shape[1]
         branches = np.cumsum([0, *[len(t.branches) for t in transcripts]])
         behind = [
@@ -49,21 +50,30 @@ class Script:
             for t, start in zip(transcripts, branches, strict=False)
         ]
         self.branch = states + torch.from_numpy(np.concatenate(behind)) * self.depth
-        chains = [t.branches[:, :, 0] for t in transcripts]
-        rolled = np.concatenate([chain.reshape(-1, none.shape[1]) for chain in chains])
-        off = torch.full((len(rolled),), WRONG)
-        self.candidates = torch.cat([torch.where(right, self.truth, WRONG), off])
-        self.draft_logits = _logits(np.concatenate([signals, rolled]), self.candidates)
-        certain = torch.full((states + len(rolled), VOCABULARY), -100.0)
-        self.target_logits = certain.scatter(1, torch.cat([self.truth, off])[:, None], 100.0)
+        rolled = np.concatenate([t.branches.reshape(-1, *none.shape[1:]) for t in transcripts])
+        wrong = WRONG + torch.arange(self.width)
+        right = torch.arange(self.width) == ranks[:, None]
+        along = torch.where(right, self.truth[:, None], wrong)
+        self.choices = torch.cat([along, wrong.expand(len(rolled), -1)])
+        self.signals = torch.from_numpy(np.concatenate([signals, rolled]))
+        self.draft_logits = _logits(self.signals, self.choices)
+        certain = torch.full((states, VOCABULARY), -100.0)
+        self.target_logits = certain.scatter(1, self.truth[:, None], 100.0)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text with its prompt."""
+        return max(int(p) + n for p, n in zip(self.prompts, self.lengths, strict=True))
 
     def requests(self, rows: int) -> list[Request]:
         """So many requests, which go round the transcripts; ids are their numbers."""
         every = len(self.lengths)
         made = []
         for number in range(rows):
-            prompt = _prompt(number, int(self.prompts[number % every]))
-            sampling = SamplingParams(self.lengths[number % every], 1.0, ignore_eos=True)
+            which = number % every
+            prompt = _prompt(number, int(self.prompts[which]))
+            temperature = 0.0 if self._greedy[which] else 1.0
+            sampling = SamplingParams(self.lengths[which], temperature, ignore_eos=True)
             made.append(Request(str(number), prompt, sampling))
         return made
 
@@ -74,17 +84,17 @@ def _prompt(number: int, length: int) -> tuple[int, ...]:
     return tuple(generator.integers(0, WRONG, length).tolist())
 
 
-def _logits(signals: Any, candidates: Tensor) -> Tensor:
-    """Logits [n, VOCABULARY] whose softmax has such LOG_Q of the candidates and LOG_TOP.
+def _logits(signals: Tensor, choices: Tensor) -> Tensor:
+    """Logits [n, VOCABULARY] whose softmax has such LOG_Q of the choices [n, width] and LOG_TOP.
 
-    The rest is spread evenly over all other tokens, so entropy is not the recorded one.
+    The rest is spread evenly over all other tokens.
     """
-    log_q = torch.from_numpy(signals[:, Signal.LOG_Q]).clamp(max=-1e-6)[:, None]
-    log_top = torch.from_numpy(signals[:, Signal.LOG_TOP]).clamp(max=-1e-6)[:, None]
-    below = log_q < log_top - 1e-6
-    rest = 1 - log_q.exp() - torch.where(below, log_top.exp(), 0.0)
-    logits = (rest.clamp(min=1e-9) / (VOCABULARY - 1 - below.long())).log()
-    logits = logits.expand(-1, VOCABULARY).clone()
-    top = ((candidates + 1) % VOCABULARY)[:, None]
+    log_q = signals[..., Signal.LOG_Q].clamp(max=-1e-6)
+    log_top = signals[:, :1, Signal.LOG_TOP].clamp(max=-1e-6)
+    below = (log_q < log_top - 1e-6).all(1, keepdim=True)  # then it is none of the choices
+    rest = 1 - log_q.exp().sum(1, keepdim=True) - torch.where(below, log_top.exp(), 0.0)
+    others = VOCABULARY - choices.shape[1] - below.long()
+    logits = (rest.clamp(min=1e-9) / others).log().expand(-1, VOCABULARY).clone()
+    top = (choices.amin(1, keepdim=True) + 1) % WRONG  # true tokens are less than wrong ones
     logits.scatter_(1, top, torch.where(below, log_top, logits.gather(1, top)))
-    return logits.scatter_(1, candidates[:, None], log_q)
+    return logits.scatter_(1, choices, log_q)

@@ -31,8 +31,8 @@ from specdec.model.graphs import Out, Recordings, Run, Tail
 from specdec.model.packing import Packing
 from specdec.model.rows import Row
 from specdec.model.sharing import SharedCaches, TokenRow
-from specdec.model.trees import Trees
-from specdec.policies.base import StopPolicy
+from specdec.model.trees import MOST_NODES, Trees
+from specdec.policies.base import Signal, StopPolicy
 from specdec.policies.costs import CostTable
 from specdec.request import Request
 from specdec.simulate.script import VOCABULARY, Script
@@ -131,7 +131,8 @@ class VirtualDecoder(PackedDecoder):
     def seat(self, owners: Sequence[int]) -> None:
         """Say which transcript the row in each slot follows."""
         self._owners = torch.tensor(owners)
-        self._wrong = torch.full_like(self._owners, -1)
+        # By slot and place in it: the state in which the first wrong choice up to it was made.
+        self._wrong = torch.full((len(owners), self.script.longest + MOST_NODES), -1)
 
     def new_cache(self, slots: int, capacity: int) -> SlotCache:
         return SlotCache((LayerLayout(1, 16, 16),), slots, capacity, self.dtype, self.device)
@@ -150,7 +151,7 @@ class VirtualDecoder(PackedDecoder):
 
     def logits(self, hidden: Tensor) -> Tensor:
         with self._stream.aside(MADE_UP):
-            return self._logits[hidden[:, 0].long()]
+            return self._logits[hidden[:, 0].long() - 1]
 
     def _record(self, run: Run) -> Run:
         ends = self._stream.now() + RECORDING
@@ -164,32 +165,40 @@ class VirtualDecoder(PackedDecoder):
         return replay
 
     def _run_places(self, cache: SlotCache, tokens: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-        return self._states(tokens, places[0], places[1])
+        return self._run(tokens, places[1], Packing.of_places(cache, places, rows))
 
-    def _run(self, tokens: Tensor, positions: Tensor, packing: Any) -> Tensor:
-        assert isinstance(packing, Packing)
-        return self._states(tokens, packing.slots, positions)
-
-    def _states(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        """The states [N, 1] behind tokens: hidden states as far as the Engine can see."""
+    def _run(self, tokens: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        """Hidden states [N, 1] as far as the Engine can see: one more than numbers of states."""
         self._stream.launch(self._seconds)
         with self._stream.aside(MADE_UP):
-            return self._states_of(tokens, slots, positions)
+            return 1.0 + self._states(tokens, positions, packing)[:, None].float()
 
-    def _states_of(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        script, owner = self.script, self._owners[slots]
+    def _states(self, tokens: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        """int64 [N]: the script's states behind tokens."""
+        script, slots, stored = self.script, packing.slots, packing.stored
+        owner = self._owners[slots]
         known = positions + 1 - script.prompts[owner]
         at = script.first[owner] + known.clamp(min=0)
         if not self._proposes:  # what it says of a wrong candidate's successors is not looked at
-            return at[:, None].float()
-        # A slot is on a branch from its first wrong token on, until it is fed a right one.
+            return at
+        # Text is on a branch from its first wrong token on.
         wrong = (known > 0) & (tokens != script.truth[at - 1])
-        since = self._wrong[slots]
+        since = self._wrong[slots, _before(stored, packing.paths).clamp(min=0)]
         since = torch.where(wrong & (since >= 0), since, at - 1)
-        self._wrong[slots] = torch.where(wrong, since, -1)
+        self._wrong[slots, stored] = torch.where(wrong, since, -1)
         further = (at - 1 - since).clamp(0, script.depth - 1)
-        states = torch.where(wrong, script.branch[since.clamp(min=0)] + further, at)
-        return states[:, None].float()
+        return torch.where(wrong, script.branch[since.clamp(min=0)] + further, at)
+
+
+def _before(stored: Tensor, paths: Tensor | None) -> Tensor:
+    """int64 [N]: where what each token follows is stored; arguments as of `Packing`."""
+    if paths is None:
+        return stored - 1
+    bases, masks = paths
+    nodes = torch.arange(MOST_NODES)
+    above = (masks[:, None] >> nodes & 1 > 0) & (nodes < (stored - bases)[:, None])
+    parent = bases + torch.where(above, nodes, -1).amax(1)
+    return torch.where(masks == 0, stored - 1, parent)
 
 
 class _Drafter(ModelDrafter):
@@ -206,17 +215,24 @@ class _Drafter(ModelDrafter):
 
 
 class _Drafting(ModelDrafting):
-    def step(self, choose: Choose) -> Candidates:
+    def _draw(
+        self,
+        rows: Sequence[Row],
+        tokens: Tensor,
+        choose: Choose,
+        last: Tensor | None,
+        trees: Trees = None,
+    ) -> Candidates:
         decoder: Any = self._drafter.decoder
-        return super().step(_Scripted(choose, decoder.script.candidates))
+        return super()._draw(rows, tokens, _Scripted(choose, decoder.script), last, trees)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Scripted:
-    """Draws, and then takes the candidate that belongs to the state."""
+    """Draws, and then takes the choices that belong to the state."""
 
     choose: Any
-    candidates: Tensor
+    script: Script
 
     @property
     def recordable(self) -> bool:
@@ -233,9 +249,14 @@ class _Scripted:
         return inputs
 
     def __call__(self, logits: Tensor, hidden: Tensor, *inputs: Tensor) -> Drawn:
-        _, q, _ = self.choose(logits, hidden, *inputs)
-        tokens = self.candidates[hidden[:, 0].long()]
-        return tokens, q, self.choose.look(logits, tokens, hidden)
+        _, q, signals = self.choose(logits, hidden, *inputs)
+        states = hidden[:, 0].long() - 1
+        width = self.choose.width
+        which = slice(width) if width > 1 else 0
+        if signals is not None:
+            wanted = [signal in self.choose.wanted for signal in Signal]
+            signals = self.script.signals[states, which] * torch.tensor(wanted)
+        return self.script.choices[states, which], q, signals
 
 
 @dataclass
@@ -317,7 +338,7 @@ class VirtualEngine(Engine):
             chunk=self.prefill_chunk,
             clock=self.clock,
         )
-        drafter.branches = False  # a script has one candidate for each place
+        drafter.branches = self._script.width > 1
         return drafter
 
     def _begin(self, rows: list[LiveRow], timer: RoundTimer) -> Round:

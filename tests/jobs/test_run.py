@@ -118,6 +118,9 @@ def test_validate_says_what_will_run(job_file: JobFile) -> None:
     assert "input files: 1 (0.0 MB), 9 rows in 1 units" in result.stdout
     assert '"policy": "none"' in result.stdout
     assert "models.target: " in result.output
+    wide = ["--set", "speculation.width=2", "--set", "models.draft=null"]
+    told = " ".join(call("validate", job_file(), *wide).output.split())
+    assert "speculation.width: 2 has no effect, since there is no draft" in told
 
 
 @pytest.mark.parametrize(

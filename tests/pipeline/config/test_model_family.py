@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.model_family import LAYERS, eagle, expected, families, refuse_eagle
+from pipeline.config.model_family import (
+    LAYERS,
+    eagle,
+    expected,
+    families,
+    refuse_eagle,
+    without_trees,
+)
 from pipeline.errors import UserError
 
 
@@ -76,3 +83,18 @@ def test_an_eagle_draft_is_told_as_such(model: Any) -> None:
 def test_a_language_model_is_not_refused_as_eagle(model: Any) -> None:
     refuse_eagle(model(json.dumps({"model_type": "llama"})), "a profile replays")
     refuse_eagle(None, "a profile replays")
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (EAGLE, "the draft is EAGLE-3"),
+        ({"model_type": "mamba", "state_size": 16}, "the draft has layers whose state runs on"),
+        ({"text_config": {"linear_conv_kernel_dim": 4}}, "the draft has layers whose state"),
+        ({"model_type": "llama"}, ""),
+    ],
+)
+def test_whether_candidates_can_branch_is_told(model: Any, config: Any, why: str) -> None:
+    assert without_trees("nobody/such-a-model", model(json.dumps(config))).startswith(why)
+    assert bool(without_trees("nobody/such-a-model", model(json.dumps(config)))) == bool(why)
+    assert without_trees(model(json.dumps(config)), None) == "there is no draft"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from specdec.engine.engine import Engine
+from specdec.policies import growing as growing_
 from specdec.policies.base import RoundOutcome
 from specdec.policies.costs import CostModel
 from specdec.policies.estimators import online_estimator
 from specdec.policies.goodput import Goodput
-from specdec.policies.looking import Looking
+from specdec.policies.kinds import Kind, Kinds
 from specdec.request import SamplingParams
 from tests.specdec.engine.references import Reference
 from tests.specdec.engine.test_rejection import excess_of
@@ -30,11 +32,17 @@ from tests.specdec.workloads import (
 )
 
 
-class Always(Looking):
-    """Rounds of trees, whatever they bring."""
+@pytest.fixture(autouse=True)
+def room_for_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trees although places in the verification cost something."""
+    monkeypatch.setattr(growing_, "MOST_OF_SECOND", 0.3)
 
-    def choose(self, rows: int) -> bool:
-        return True
+
+class Always(Kinds):
+    """Rounds of trees where these are possible, whatever they bring."""
+
+    def choose(self, rows: int, possible: Sequence[Kind]) -> Kind:
+        return possible[-1]
 
 
 class Growing(Goodput):
@@ -56,7 +64,7 @@ class Growing(Goodput):
 def growing(width: int = 3, step: int = 24) -> Growing:
     costs = CostModel(linear(0.02, 0.0), staircase(step, 0.3))
     policy = Growing(online_estimator("confidence"), None, costs, k_max=6, width=width)
-    policy.widening = Always()
+    policy.kinds = Always()
     return policy
 
 

@@ -20,6 +20,7 @@ from specdec.policies.costs import CostModel
 from specdec.policies.estimating import _Judgement
 from specdec.policies.estimators import online_estimator
 from specdec.policies.goodput import Goodput
+from specdec.policies.kinds import Kind
 from specdec.policies.simple import Fixed
 from specdec.request import Counts, Request, SamplingParams
 from tests.specdec.goodness import chi_square_excess, counted, reference_distribution
@@ -135,7 +136,7 @@ def test_outputs_beside_a_device_have_the_targets_distribution(
         costs=CostModel(linear(1e-3, 0.0), linear(1.0, 1e-3)),
         k_max=3,
     )
-    monkeypatch.setattr(policy.looking, "choose", lambda _: looks)
+    monkeypatch.setattr(policy.kinds, "choose", lambda *_: Kind(looks=looks))
     clock = Beside(torch.device("cpu"))
     assert excess_of(tiny_pair, policy, SamplingParams(), "rejection", 4_000, True, clock) < 1
 

@@ -16,25 +16,31 @@ from specdec.policies.costs import CostModel
 from specdec.policies.estimators import online_estimator
 from specdec.policies.forest import NONE, Forest
 from specdec.policies.goodput import Goodput
-from specdec.policies.looking import Looking
+from specdec.policies.kinds import Kind, Kinds
 from specdec.policies.objective import best_number
-from tests.specdec.workloads import linear, memories, round_start, staircase
+from tests.specdec.workloads import draft_step, linear, memories, outcome, round_start, staircase
 
 ROWS, WIDTH, DEPTH = 3, 3, 3
 
 
-class Always(Looking):
-    """Rounds of trees, whatever they bring."""
+@pytest.fixture(autouse=True)
+def room_for_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trees although places in the verification cost something."""
+    monkeypatch.setattr(growing_, "MOST_OF_SECOND", 0.3)
 
-    def choose(self, rows: int) -> bool:
-        return True
+
+class Always(Kinds):
+    """Rounds of trees where these are possible, whatever they bring."""
+
+    def choose(self, rows: int, possible: Sequence[Kind]) -> Kind:
+        return possible[-1]
 
 
 def growing(costs: CostModel | None = None, policy: type[Goodput] = Goodput) -> Goodput:
     """A policy that has tried speculation, and grows trees."""
     costs = costs or CostModel(linear(0.02, 0.0), linear(1.0, 0.045))
     made = policy(online_estimator("confidence"), None, costs, k_max=DEPTH, width=WIDTH)
-    made.widening, made.floor = Always(), 0.0
+    made.kinds, made.floor = Always(), 0.0
     # What better siblings left of the draft's probability tells much, and so does a child's share.
     made.siblings._weights = [[1.0, 0.0, 1.0, 0.0, 0.0, -0.5, 0.0], [0.5, 1.0, 0.5, 0, 0, -0.3, 0]]
     made._judged, made._accepted = 500.0, 350.0
@@ -65,7 +71,7 @@ def grown(
     """
     start = replace(round_start(memories(ROWS), free_trimming=free), nodes=[20] * ROWS)
     budget = policy.budget(start)
-    assert policy.width == WIDTH
+    assert policy.branches
     frontier, sizes = [(row, NONE) for row in range(ROWS) if budget[row]], [0] * ROWS
     steps = []
     for depth in range(1, DEPTH + 1):
@@ -254,10 +260,10 @@ def test_it_explains_each_node() -> None:
 
 
 def test_where_places_cost_too_much_no_tree_is_tried() -> None:
-    for token, width in ((0.01, WIDTH), (1.0, 1)):
+    for token, branches in ((0.01, True), (1.0, False)):
         policy = growing(CostModel(linear(0.02, 0.0), linear(1.0, token)))
         policy.budget(replace(round_start(memories(ROWS)), nodes=[20] * ROWS))
-        assert policy.width == width
+        assert policy.branches is branches
 
 
 # ----------------------------------------------------------------------------------- learning
@@ -290,3 +296,21 @@ def test_judged_are_the_children_of_accepted_nodes_up_to_the_one_that_stands() -
     assert learnt["others"] == [(1, [True]), (1, [True])]
     assert start.rows[0].history.judged == 2
     assert start.rows[0].history.accepted == 0
+
+
+@pytest.mark.parametrize(("read", "measured"), [(ROWS, True), (4000, False)])
+def test_rounds_that_mostly_read_prompts_say_nothing_of_their_kind(
+    read: int, measured: bool
+) -> None:
+    costs = CostModel(linear(0.02, 0.01), linear(1.0, 0.005))
+    policy = Goodput(online_estimator("confidence"), None, costs, k_max=DEPTH, width=WIDTH)
+    policy.switch.pays = lambda _: True  # type: ignore[method-assign]
+    start = replace(round_start(memories(ROWS)), nodes=[20] * ROWS)
+    budget = policy.budget(start)
+    policy.go_on(draft_step(range(ROWS), 1, {Signal.LOG_Q: [-0.1] * ROWS}))
+    drafted = policy.submit([1] * ROWS)
+    spent = [(read, float(costs.draft(read)))]
+    policy.observe(replace(outcome(start, drafted, [0] * ROWS, costs=costs), draft_costs=spent))
+    assert min(budget) > 0
+    known = policy.kinds._sizes[ROWS.bit_length()].kinds
+    assert (known[Kind()].rounds == 1) is measured

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specdec.policies.base import DraftStep, Signal
 from specdec.policies.costs import CostModel, CostTable
-from specdec.policies.objective import AHEAD, further_seconds, leading_rows
+from specdec.policies.objective import AHEAD, best_tree, further_seconds, leading_rows
+from specdec.policies.simple import Fixed
 from tests.specdec.policies.worlds import (
     FREE,
     drafted,
@@ -104,3 +106,29 @@ def test_leading_rows_are_the_best_of_all_numbers_and_steps(
     assert most == pytest.approx(max(every.values()))
     assert every[number] == pytest.approx(most)
     assert gain(number, length) == pytest.approx(most)
+
+
+@pytest.mark.parametrize(("price", "most"), [(0.05, 8), (0.6, 8), (0.6, 2), (3.0, 8)])
+def test_the_best_tree_is_the_best_of_all_depths(price: float, most: int) -> None:
+    """Against trees that `fixed` grows, node by node."""
+    costs, rows, fed = CostModel(linear(0.02, 0.01), staircase(8, 0.3)), 2, 3
+    stands = 0.7, 0.3 * 0.4  # a first child, and a second one, of an accepted node
+    gains = []
+    for depth in range(1, most + 1):
+        policy, frontier = Fixed(depth, 2), [(-1, 1.0)]
+        tokens = drafting = 0.0
+        nodes = 0
+        for level in range(1, depth + 1):
+            drafting += float(costs.draft(rows * len(frontier)))
+            parents = np.repeat([node for node, _ in frontier], 2)
+            ranks = np.tile([0, 1], len(frontier))
+            signals = np.zeros((len(ranks), len(Signal)))
+            kept = policy.keep(DraftStep(0 * ranks, level, signals, parents, ranks))
+            reached = np.repeat([each for _, each in frontier], 2) * np.array(stands)[ranks]
+            frontier = [*zip(range(nodes, nodes + kept.sum()), reached[kept], strict=True)]
+            nodes, tokens = nodes + int(kept.sum()), tokens + rows * float(reached[kept].sum())
+        verifying = float(costs.verify(fed + rows * nodes) - costs.verify(fed))
+        gains.append(tokens - price * (drafting + verifying))
+    depth, gain = best_tree(costs, fed, rows, (0.7, 0.4), price, most)
+    assert gain == pytest.approx(max(gains))
+    assert depth == gains.index(max(gains)) + 1

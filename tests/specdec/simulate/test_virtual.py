@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from specdec.engine import draft_loop
 from specdec.policies.base import Signal, StopPolicy
 from specdec.policies.costs import CostModel, CostTable
+from specdec.policies.kinds import Kind
 from specdec.policies.registry import make_policy
 from specdec.request import Completion
 from specdec.simulate.replay import replay
@@ -30,30 +32,27 @@ from specdec.simulate.virtual import (
 DEPTH = 8
 
 
-def transcripts(rows: int, tokens: int = 40, rate: float = 0.8) -> list[Transcript]:
+def transcripts(
+    rows: int, tokens: int = 40, rate: float = 0.8, width: int = 1, *, greedy: bool = False
+) -> list[Transcript]:
     random = np.random.default_rng(3)
     made = []
     for row in range(rows):
         accepted = random.uniform(size=tokens) < rate
-        starts = np.flatnonzero(~accepted | (np.arange(tokens) == tokens - 1))
+        ranks = np.where(accepted, 0, random.integers(1, width + 1, tokens))
+        ends = np.arange(tokens) == tokens - 1
+        starts = np.flatnonzero(~accepted | ends | (width > 1))
         branch_of = np.full(tokens, -1)
         branch_of[starts] = np.arange(len(starts))
-        signals = np.zeros((tokens, 1, len(Signal)), dtype=np.float32)
-        signals[:, 0, Signal.LOG_TOP] = np.log(random.uniform(0.4, 0.75, tokens))
-        signals[:, 0, Signal.LOG_Q] = signals[:, 0, Signal.LOG_TOP] - np.where(accepted, 0, 1.2)
-        branches = np.zeros((len(starts), DEPTH, 1, len(Signal)), dtype=np.float32)
+        signals = np.zeros((tokens, width, len(Signal)), dtype=np.float32)
+        signals[..., Signal.LOG_TOP] = np.log(random.uniform(0.4, 0.65, tokens))[:, None]
+        falls = np.where(accepted, 0, 1.2)[:, None] + 1.3 * np.arange(width)
+        signals[..., Signal.LOG_Q] = signals[..., Signal.LOG_TOP] - falls
+        branches = np.zeros((len(starts), DEPTH, width, len(Signal)), dtype=np.float32)
         branches[..., : Signal.ENTROPY] = -1.5
         made.append(
             Transcript(
-                str(row),
-                "",
-                20 + row,
-                tokens - 1,
-                False,
-                1 - accepted.astype(np.int64),
-                signals,
-                branch_of,
-                branches,
+                str(row), "", 20 + row, tokens - 1, greedy, ranks, signals, branch_of, branches
             )
         )
     return made
@@ -115,13 +114,46 @@ def test_rows_write_the_scripts_text_and_meet_its_acceptance(policy: str) -> Non
         assert [c.accepted for c in counts] == [c.accepted for c in alone.rows]
 
 
-def test_a_policy_sees_the_signals_of_its_script() -> None:
-    rows = transcripts(1)
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("policy", ["fixed", "looking", "shaped"])
+def test_trees_meet_what_the_script_says_of_siblings(policy: str, greedy: bool) -> None:
+    """Rows write the script's text in as many rounds as the simulator's trees take."""
+    # A row's last page has room for whole trees, which the simulator always has.
+    drawn = transcripts(6, width=3, rate=0.6, greedy=greedy)
+    rows = [replace(each, prompt_tokens=each.prompt_tokens + 7) for each in drawn]
     script = Script(rows)
-    log_q = torch.log_softmax(script.draft_logits, -1)
-    drawn = log_q.gather(1, script.candidates[:, None])[:-1, 0][: script.lengths[0]]
-    np.testing.assert_allclose(drawn, rows[0].signals[:, 0, Signal.LOG_Q], atol=0.02)
+
+    def made() -> StopPolicy:
+        if policy == "fixed":
+            return make_policy("fixed", k=3, width=3)
+        model = CostModel(costs(2e-6).seconds, costs(8e-6).seconds)
+        trees: Any = make_policy("goodput", k_max=6, width=3, costs=model)
+        trees.kinds.choose = lambda *_: Kind(policy == "looking", branches=True)
+        trees.switch.pays = lambda _: True
+        return trees
+
+    engine = engine_of(script, made(), 1, 1e-3)
+    done = engine.generate(script.requests(6))
+    for number, completion in enumerate(done):
+        first, n = int(script.first[number]), script.lengths[number]
+        assert list(completion.output_ids) == script.truth[first : first + n].tolist()
+    assert sum(accepted for *_, accepted in engine.stats.nodes.values()) > 50
+    if policy == "fixed":
+        alone = replay(rows, made(), CostModel(costs(1).seconds, costs(4).seconds))
+        assert [each.counts.rounds - 1 for each in done] == [each.rounds for each in alone.rows]
+        assert [each.counts.accepted for each in done] == [each.accepted for each in alone.rows]
+        assert [each.counts.drafted for each in done] == [each.drafted for each in alone.rows]
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_script_draws_with_the_probabilities_that_its_signals_say(width: int) -> None:
+    rows = transcripts(1, width=width)
+    script = Script(rows)
+    log_q = torch.log_softmax(script.draft_logits, -1).gather(1, script.choices)
+    n = script.lengths[0]
+    np.testing.assert_allclose(log_q[:n], rows[0].signals[..., Signal.LOG_Q], atol=0.02)
     assert script.draft_logits.shape[1] == VOCABULARY
+    assert all(len({*each}) == width for each in script.choices.tolist())
 
 
 @contextmanager
@@ -163,7 +195,8 @@ def test_candidates_that_nobody_looked_at_are_learnt_from_later(
     policy: Any = make_policy(
         "goodput", k_max=6, costs=CostModel(costs(2e-6).seconds, costs(8e-6).seconds)
     )
-    monkeypatch.setattr(policy.looking, "choose", lambda _: False)
+    monkeypatch.setattr(policy.kinds, "choose", lambda *_: Kind(looks=False))
+    monkeypatch.setattr(policy.switch, "pays", lambda _: True)  # else a probe would look
     monkeypatch.setattr(policy, "go_on", lambda _: pytest.fail("it was to look at nothing"))
     seen: list[tuple[Any, Any]] = []
     monkeypatch.setattr(
