@@ -14,31 +14,34 @@ from pathlib import Path
 from typing import Any
 
 from specdec.loading.pair import ModelPair
+from specdec.training.eagle_lessons import EagleLessons
+from specdec.training.eagle_student import EagleStudent
+from specdec.training.evaluate import Draft
 from specdec.training.examples import Example, cut, split
 from specdec.training.scores import Scores, score
 from specdec.training.settings import DistillSettings, DistillWatch, Moment
 from specdec.training.student import DistillError, Student
-from specdec.training.trainer import CHECKPOINT_SECONDS, Trainer
+from specdec.training.trainer import CHECKPOINT_SECONDS, Lessons, Trainer
 from specdec.training.workspace import Workspace
 
 
 def distill(
     pair: ModelPair,
-    student: Student,
+    student: Student | EagleStudent,
     examples: Sequence[Example],
     settings: DistillSettings,
     space: Workspace,
     *,
     record: Mapping[str, Any],
     watch: DistillWatch,
-    incumbent: Student | None = None,
+    incumbent: Draft | None = None,
     scores: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> dict[str, Any]:
     """Train a draft, from the start or from its last checkpoint.
 
     Args:
-        pair: the target, loaded with `trainable`.
+        pair: the target; loaded with `trainable` if the student is a language model.
         student: the draft; changed in place, in the end to its best weights.
         examples: all there are, or, of a run that was begun, `space.examples()`; some are held out.
         settings: how to train.
@@ -69,8 +72,13 @@ def distill(
         pair.tokenizer.save_pretrained(space.out)
     trainer = Trainer(pair.target, student, settings, space, held_out, watch)
     trainer.start(incumbent)
-    scored = _score(pair, student, train, settings, scores or space.scores, watch)
-    trainer.train(train, scored, checkpoint_seconds)
+    lessons: Lessons
+    if isinstance(student, EagleStudent):
+        reads = student.layers, student.known
+        lessons = EagleLessons(pair.target, train, *reads, settings.top_k)
+    else:
+        lessons = _score(pair, student, train, settings, scores or space.scores, watch)
+    trainer.train(train, lessons, checkpoint_seconds)
     results, progress = trainer.finish(), trainer.progress
     card = {
         **record,
