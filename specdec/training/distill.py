@@ -49,7 +49,8 @@ def distill(
         record: plain data for the draft's card, `arguments` among it (`Workspace.check`).
         watch: whom to tell.
         incumbent: another draft to evaluate.
-        scores: folder of the target's scores, to share between runs; None: in `space`.
+        scores: folder for what the target says of the examples, to share between runs; None: it
+            goes when the run ends.
         checkpoint_seconds: between checkpoints.
 
     Returns:
@@ -75,7 +76,9 @@ def distill(
     lessons: Lessons
     if isinstance(student, EagleStudent):
         reads = student.layers, student.known
-        lessons = EagleLessons(pair.target, train, *reads, settings.top_k)
+        lessons = EagleLessons(
+            pair.target, train, *reads, settings.top_k, folder=scores, identity=_identity(pair)
+        )
     else:
         lessons = _score(pair, student, train, settings, scores or space.scores, watch)
     trainer.train(train, lessons, checkpoint_seconds)
@@ -108,7 +111,7 @@ def _score(
     watch: DistillWatch,
 ) -> Scores:
     """The target's scores of what is trained on."""
-    began, target = time.monotonic(), pair.describe()["target"]
+    began = time.monotonic()
 
     def tell(done: int, total: int) -> None:
         watch.moment(Moment("scoring", done, total, done / (time.monotonic() - began)))
@@ -119,6 +122,12 @@ def _score(
         folder,
         vocab_size=min(pair.vocab_size, student.vocab_size),
         top_k=settings.top_k,
-        identity=[target.get("digest") or target, pair.describe()["dtype"]],
+        identity=_identity(pair),
         progress=tell,
     )
+
+
+def _identity(pair: ModelPair) -> list[Any]:
+    """What pins the content of what the target says."""
+    target = pair.describe()["target"]
+    return [target.get("digest") or target, pair.describe()["dtype"]]

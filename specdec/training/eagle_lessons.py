@@ -2,20 +2,28 @@
 
 They are computed when a step needs them and kept in memory while there is room, for the epochs that
 follow: those of a token take 3 KB with a target of 135 million weights, and 25 KB with one of 8
-billion. They are not written anywhere.
+billion. They are written only where a folder is given, for other runs; these may write to it, too.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from specdec.atomic import atomic_file
 from specdec.model.decoder import PackedDecoder
 from specdec.training.examples import Example
 from specdec.training.scores import LOGIT_ROWS, lengths_of, output_positions, read_states
+
+_FORMAT = 1
+"""Part of every lesson's name: raised when their content changes, so that old ones go unused."""
 
 KEPT_BYTES = 3 << 30
 """Most memory for lessons that are kept.
@@ -54,6 +62,8 @@ class EagleLessons:
         layers: the target's layers whose inputs count.
         known: int64 [draft vocabulary], which of the target's tokens count.
         top_k: how many of them are told apart.
+        folder: where lessons are kept instead.
+        identity: plain data that pins the target's content, for the names of files there.
         kept_bytes: of memory for what is kept.
     """
 
@@ -64,31 +74,63 @@ class EagleLessons:
         layers: Sequence[int],
         known: Tensor,
         top_k: int,
+        *,
+        folder: Path | None = None,
+        identity: object = None,
         kept_bytes: int = KEPT_BYTES,
     ) -> None:
         self._target, self._examples, self._layers = target, examples, layers
         self._known, self._top_k = known.to(target.device), min(top_k, len(known))
         self._kept: dict[int, Lesson] = {}
-        self._room = kept_bytes
+        self._room, self._folder = kept_bytes, folder
+        of = [_FORMAT, identity, list(layers), known.tolist(), self._top_k]
+        self._name = hashlib.sha256(json.dumps(of).encode())
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
 
     @torch.no_grad()
     def of(self, indices: Sequence[int]) -> Lesson:
         """The lesson of some examples, in this order."""
-        missing = [i for i in indices if i not in self._kept]
-        read = dict(zip(missing, self._read(missing), strict=True)) if missing else {}
-        for index, lesson in read.items():
-            if lesson.bytes <= self._room:
-                self._kept[index] = lesson
-                self._room -= lesson.bytes
-        found = [read[i] if i in read else self._kept[i] for i in indices]
+        there = {i: lesson for i in indices if (lesson := self._recall(i)) is not None}
+        missing = [i for i in indices if i not in there]
+        for index, lesson in zip(missing, self._read(missing), strict=True):
+            there[index] = lesson
+            self._keep(index, lesson)
+        found = [there[i] for i in indices]
         return Lesson(
             torch.cat([each.states for each in found]),
             torch.cat([each.ids for each in found]).long(),
             torch.cat([each.probs for each in found]),
         )
 
+    def _path(self, folder: Path, index: int) -> Path:
+        name = self._name.copy()
+        name.update(self._examples[index].digest.encode())
+        return folder / f"lesson-{name.hexdigest()[:32]}.safetensors"
+
+    def _recall(self, index: int) -> Lesson | None:
+        """The lesson of an example, if it is kept."""
+        if self._folder is None:
+            return self._kept.get(index)
+        path = self._path(self._folder, index)
+        if not path.exists():
+            return None
+        return Lesson(**load_file(path, device=str(self._target.device)))
+
+    def _keep(self, index: int, lesson: Lesson) -> None:
+        if self._folder is not None:
+            with atomic_file(self._path(self._folder, index)) as fresh:
+                save_file(
+                    {"states": lesson.states, "ids": lesson.ids, "probs": lesson.probs}, fresh
+                )
+        elif lesson.bytes <= self._room:
+            self._kept[index] = lesson
+            self._room -= lesson.bytes
+
     def _read(self, indices: Sequence[int]) -> list[Lesson]:
         """The target's pass over some examples; the lesson of each."""
+        if not indices:
+            return []
         chosen = [self._examples[i] for i in indices]
         hidden, inputs = read_states(self._target, chosen, self._layers)
         keep = torch.tensor(output_positions(lengths_of(chosen)), device=hidden.device)

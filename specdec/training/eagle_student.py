@@ -21,12 +21,12 @@ from specdec.loading.eagle_config import FEWEST_LAYERS, LAYER_IDS, EagleConfig
 from specdec.loading.pair import ModelPair
 from specdec.loading.sources import find_model
 from specdec.model.decoder import PackedDecoder
+from specdec.model.fused import FusedLayer
 from specdec.training.eagle_lessons import Lesson
 from specdec.training.eagle_rollout import Rollout, positions_of, rolled_out
 from specdec.training.evaluate import DEPTH, Batch
 from specdec.training.examples import Example
 from specdec.training.loss import backward_through_head, distill_loss
-from specdec.training.scores import read_states
 from specdec.training.settings import DistillSettings
 from specdec.training.student import WEIGHTS, DistillError
 
@@ -35,9 +35,6 @@ STEP_DECAY = 0.8
 
 Raised, the draft gives up some of its first candidates for its later ones.
 """
-
-SCALED_BY = 8
-"""Examples that the target's states are measured on. Raised, a start takes longer."""
 
 SMALL = 0.02
 """Standard deviation of weights that begin at random. A usual value."""
@@ -102,8 +99,7 @@ class EagleStudent:
             )
         known = vocabulary_of(examples, tokens, len(pair.tokenizer))
         config = new_config(target, len(known))
-        scales = _sizes(target, examples[:SCALED_BY], config[LAYER_IDS])
-        weights = new_weights(config, target, torch.tensor(known), scales)
+        weights = new_weights(config, target, torch.tensor(known))
         return cls(config, weights, target, "a new EAGLE-3 draft")
 
     @classmethod
@@ -211,19 +207,6 @@ def vocabulary_of(examples: Iterable[Example], size: int, tokens: int) -> list[i
     return sorted(order[: min(size, tokens)])
 
 
-def _sizes(
-    target: PackedDecoder, examples: Sequence[Example], layers: Sequence[int]
-) -> list[float]:
-    """Root mean square of what goes into layers, at the median position.
-
-    The first position of a row is left to itself: there it may be a thousand times as large.
-    """
-    _, inputs = read_states(target, examples, layers)
-    return [
-        max(float(inputs[layer].float().pow(2).mean(-1).sqrt().median()), 1e-6) for layer in layers
-    ]
-
-
 def new_config(target: PackedDecoder, tokens: int) -> dict[str, Any]:
     """config.json of a new draft of so many tokens: a layer as wide as the target's."""
     text = target.model.config.get_text_config()
@@ -279,29 +262,31 @@ def new_config(target: PackedDecoder, tokens: int) -> dict[str, Any]:
     }
 
 
-def new_weights(
-    config: dict[str, Any], target: PackedDecoder, known: Tensor, sizes: Sequence[float]
-) -> dict[str, Tensor]:
-    """Weights to begin with: the target's LM head, and matrices at random from a fixed seed.
+def new_weights(config: dict[str, Any], target: PackedDecoder, known: Tensor) -> dict[str, Tensor]:
+    """Weights to begin with: the target's last layer, final norm and LM head, where they fit.
+
+    The layer reads the highest of the target's states as the last layer would. What else there is
+    to read begins with weights that are small and random, from a fixed seed.
 
     Args:
         known: int64, rising, the target's tokens that it proposes.
-        sizes: of the numbers in each of the target's states. Features begin as large as 1, with
-            as much of each: a late state is ten times as large as an early one.
     """
-    layer, ids = config["transformer_layer_config"], config[LAYER_IDS]
+    layer = config["transformer_layer_config"]
     h, inner, dim = layer["hidden_size"], layer["intermediate_size"], layer["head_dim"]
     queries, keys = (layer[f"num_{kind}_heads"] * dim for kind in ("attention", "key_value"))
     generator = torch.Generator().manual_seed(0)
 
-    def matrix(rows: int, columns: int, size: float = SMALL) -> Tensor:
-        return torch.randn(rows, columns, generator=generator) * size
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) * SMALL
 
-    eye = torch.eye(h, dtype=target.dtype, device=target.device)
-    head = target.logits(eye).T.float().cpu()
+    others = torch.zeros(h, (len(config[LAYER_IDS]) - 1) * h)
     own = "layers.0."
     weights = {
-        "fc.weight": torch.cat([matrix(h, h, (len(ids) * h) ** -0.5 / size) for size in sizes], 1),
+        "fc.weight": torch.cat([others, torch.eye(h)], 1),
+        "norm.weight": torch.ones(h),
+        own + "hidden_norm.weight": torch.ones(h),
+        own + "input_layernorm.weight": torch.ones(h),
+        own + "post_attention_layernorm.weight": torch.ones(h),
         own + "self_attn.q_proj.weight": matrix(queries, 2 * h),
         own + "self_attn.k_proj.weight": matrix(keys, 2 * h),
         own + "self_attn.v_proj.weight": matrix(keys, 2 * h),
@@ -309,11 +294,48 @@ def new_weights(
         own + "mlp.gate_proj.weight": matrix(inner, h),
         own + "mlp.up_proj.weight": matrix(inner, h),
         own + "mlp.down_proj.weight": matrix(h, inner),
-        "lm_head.weight": head[known].contiguous(),
+        "lm_head.weight": target.logits(_eye(h, target)).T.float().cpu()[known].contiguous(),
         "d2t": known - torch.arange(len(known)),
         "t2d": torch.zeros(target.vocab_size, dtype=torch.bool).scatter_(0, known, True),
     }
-    norms = ("input_layernorm", "post_attention_layernorm", "hidden_norm")
-    for name in (*(f"{own}{norm}.weight" for norm in norms), "norm.weight"):
-        weights[name] = torch.ones(h)
+    weights |= {
+        name: weight
+        for name, weight in _last_layer(target, weights).items()
+        if weight.shape == weights[name].shape
+    }
     return {name: weight.to(target.device) for name, weight in weights.items()}
+
+
+def _last_layer(target: PackedDecoder, begun: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The last layer and the final norm of a target as a draft's weights; {} if it has others."""
+    last = target.decoder.layers[-1]
+    known = isinstance(last, FusedLayer) and last.is_silu and last.query_norm is None
+    if not known or last.qkv.bias is not None:
+        return {}
+    sizes = [last.query_heads * last.head_dim, *[last.key_heads * last.head_dim] * 2]
+    gate, up = _weight(last.gate_up, target).chunk(2)
+    own = "layers.0."
+    found = {
+        own + "hidden_norm.weight": last.input_norm.weight.float().cpu(),
+        own + "post_attention_layernorm.weight": last.mlp_norm.weight.float().cpu(),
+        own + "self_attn.o_proj.weight": _weight(last.output, target),
+        own + "mlp.gate_proj.weight": gate.contiguous(),
+        own + "mlp.up_proj.weight": up.contiguous(),
+        own + "mlp.down_proj.weight": _weight(last.down, target),
+    }
+    for kind, rows in zip("qkv", _weight(last.qkv, target).split(sizes), strict=True):
+        name = f"{own}self_attn.{kind}_proj.weight"
+        found[name] = torch.cat([begun[name][: len(rows), : rows.shape[1]], rows], 1)
+    if (norm := getattr(target.decoder, "norm", None)) is not None:
+        found["norm.weight"] = norm.weight.float().cpu()
+    return found
+
+
+def _weight(linear: Any, target: PackedDecoder) -> Tensor:
+    """The weight [out, in] of a linear layer without bias, however it is packed."""
+    weight: Tensor = linear(_eye(linear.weight.shape[1], target)).T
+    return weight.float().cpu().contiguous()
+
+
+def _eye(size: int, target: PackedDecoder) -> Tensor:
+    return torch.eye(size, dtype=target.dtype, device=target.device)
