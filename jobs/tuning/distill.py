@@ -25,7 +25,7 @@ from jobs.tuning.common import (
 )
 from pipeline.errors import UserError
 
-MODEL_LR, EAGLE_LR = 5e-4, 1e-3
+MODEL_LR, EAGLE_LR = 5e-4, 2e-3
 """Highest learning rates: of layers that were the target's, and of one that begins at random."""
 
 
@@ -101,7 +101,7 @@ def distill(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Highest learning rate. By default 5e-4, with eagle3 1e-3.", show_default=False
+            help="Highest learning rate. By default 5e-4, with eagle3 2e-3.", show_default=False
         ),
     ] = None,
     ce_weight: Annotated[

@@ -1,6 +1,9 @@
 """An EAGLE-3 draft in training: its weights, where they come from, and how it is kept.
 
-Checkpoints are in the `speculators` format. Embeddings stay the target's and out of the file.
+Checkpoints are in the `speculators` format; the embedding is the target's and stays out of them.
+The LM head is rows of the target's, and stays as it is: with little text a draft learns faster
+around it (SmolLM2-135M, 56,000 tokens: Σ min(p, q) 0.297 on held-out text, and 0.279 when the head
+was trained as well; 0.280 when layer and norm began at random).
 """
 
 from __future__ import annotations
@@ -36,12 +39,15 @@ STEP_DECAY = 0.8
 Raised, the draft gives up some of its first candidates for its later ones.
 """
 
+FROZEN = {"embed_tokens.weight", "lm_head.weight"}
+"""Weights that training leaves alone."""
+
 SMALL = 0.02
 """Standard deviation of weights that begin at random. A usual value."""
 
 
 class EagleStudent:
-    """An EAGLE-3 draft whose weights, all but the embedding, can be trained.
+    """An EAGLE-3 draft whose weights, all but embedding and LM head, can be trained.
 
     Args:
         config: config.json of the draft, in the `speculators` format.
@@ -66,7 +72,7 @@ class EagleStudent:
         self._maps = {each: weights[each] for each in ("d2t", "t2d") if each in weights}
         own = set(weights) - set(self._maps)
         if "lm_head.weight" not in own:
-            raise DistillError(f"{name} has no LM head of its own to train; begin a new draft")
+            raise DistillError(f"{name} has no LM head of its own; begin a new draft")
         parts, text, known = eagle_parts(read, dict(weights), target, width)
         if len(parts.layers) != 1:
             raise DistillError(f"{name} has {len(parts.layers)} layers; one can be trained")
@@ -77,7 +83,7 @@ class EagleStudent:
         self._own = {key: p for key, p in parts.named_parameters() if key in own}
         parts.requires_grad_(False)
         for key, parameter in self._own.items():
-            parameter.requires_grad_(key != "embed_tokens.weight")
+            parameter.requires_grad_(key not in FROZEN)
 
     @classmethod
     def begin(cls, pair: ModelPair, examples: Sequence[Example], tokens: int) -> EagleStudent:

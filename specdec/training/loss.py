@@ -55,7 +55,7 @@ def backward_through_head(
 
     Args:
         hidden: [n, hidden], with a graph behind it.
-        head: gets gradients too if its weights want them.
+        head: makes logits of them; its own weights stay as they are.
         losses: of float32 logits of some rows, and which rows.
     """
     states = hidden.detach()
