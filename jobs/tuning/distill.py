@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,9 +25,21 @@ from jobs.tuning.common import (
 )
 from pipeline.errors import UserError
 
+MODEL_LR, EAGLE_LR = 5e-4, 2e-3
+"""Highest learning rates: of layers that were the target's, and of one that begins at random."""
+
+
+class Kind(StrEnum):
+    """Kinds of drafts."""
+
+    MODEL = "model"
+    EAGLE3 = "eagle3"
+
+
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from pipeline.outputs.training_data import JobOutput
     from specdec.loading.pair import ModelPair
+    from specdec.training.eagle_student import EagleStudent
     from specdec.training.evaluate import Agreements
     from specdec.training.examples import Example
     from specdec.training.settings import DistillWatch, Moment
@@ -41,6 +54,12 @@ def distill(
     folder: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the new draft.", show_default=False)
     ],
+    kind: Annotated[
+        Kind,
+        typer.Option(
+            help="model: a small language model. eagle3: a layer over the target's hidden states."
+        ),
+    ] = Kind.MODEL,
     from_layers: Annotated[
         str | None,
         typer.Option(
@@ -79,10 +98,21 @@ def distill(
     top_k: Annotated[
         int, typer.Option(help="Tokens of the target's distribution to learn from.")
     ] = 32,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-4,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Highest learning rate. By default 5e-4, with eagle3 2e-3.", show_default=False
+        ),
+    ] = None,
     ce_weight: Annotated[
         float, typer.Option(help="Weight of the target's own tokens, beside 1 for its top-k.")
     ] = 0.1,
+    draft_vocab: Annotated[
+        int, typer.Option(min=1, help="eagle3: tokens that it proposes, the most frequent ones.")
+    ] = 8192,
+    rollout: Annotated[
+        int, typer.Option(help="eagle3: steps on its own states that it is trained for.")
+    ] = 4,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a step, prompts included.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of the order of the rows.")] = 0,
     bf16: Annotated[
@@ -101,6 +131,9 @@ def distill(
 ) -> None:
     """Make a draft, or improve one, from what a target has generated.
 
+    There are two kinds. `model` is a small language model that reads the text alone. `eagle3` is
+    one layer that reads the target's hidden states, too: it guesses better, for this target only.
+
     Learns from the completions that the jobs have committed so far; a job may still be running. The
     target reads them once, then the draft is trained, evaluated on held-out prompts as it goes, and
     kept at its best. The same command resumes a run that was stopped, with the rows it began with.
@@ -111,26 +144,31 @@ def distill(
         specbatch distill out/questions --out drafts/two-layers --from-layers 0,29
         specbatch distill out/a out/b --out drafts/better --draft drafts/two-layers --minutes 30
         specbatch distill s3://bucket/out --out drafts/new --compare drafts/old --by kind
+        specbatch distill out/questions --out drafts/eagle --kind eagle3 --bf16
     """
     with explained("Run the same command again to resume."), user_errors():
         from pipeline.outputs.training_data import open_job
         from specdec.training.settings import DistillSettings
         from specdec.training.workspace import Workspace
 
+        eagle = kind is Kind.EAGLE3
         if from_layers is not None and draft is not None:
             raise UserError("give --from-layers or --draft, not both")
+        if from_layers is not None and eagle:
+            raise UserError("--from-layers makes a draft of the kind model; leave it out")
         # The first layers read what the embedding writes; a last layer, right after them, does not
         # know its input (SmolLM2-135M, untrained: 14 nats per token with 0,1, but 77 with 0,29).
-        layers = None if draft is not None else _layers(from_layers or "0,1")
+        layers = None if draft is not None or eagle else _layers(from_layers or "0,1")
         settings = DistillSettings(
             epochs=epochs,
             minutes=minutes,
             top_k=top_k,
-            lr=lr,
+            lr=lr or (EAGLE_LR if eagle else MODEL_LR),
             ce_weight=ce_weight,
             held_out=held_out,
             batch_tokens=batch_tokens,
             bf16=bf16,
+            rollout=rollout,
             seed=seed,
         )
         s3 = s3_options(endpoint, profile)
@@ -139,6 +177,8 @@ def distill(
         arguments = {
             "outputs": list(map(absolute, outputs)),
             "target": name,
+            "kind": kind.value,
+            "draft_vocab": draft_vocab if eagle else None,
             "from_layers": layers,
             "draft": draft and (os.path.abspath(draft) if os.path.isdir(draft) else draft),
             "limit": limit,
@@ -163,11 +203,20 @@ def distill(
         with progress_bar() as show:
             show("loading models")
             trust = jobs[0].models.trust_remote_code
-            pair = ModelPair.load(name, trainable=True, trust_remote_code=trust)
-            student = _student(pair, layers, draft, trust)
-            incumbent = _student(pair, None, compare, trust) if compare else None
+            pair = ModelPair.load(
+                name,
+                dtype="bfloat16" if eagle and bf16 else "float32",
+                trainable=not eagle,
+                trust_remote_code=trust,
+            )
             show("reading rows")
             examples = space.examples() or _examples(jobs, pair, limit, by)
+            student: Student | EagleStudent
+            if eagle:
+                student = _eagle(pair, draft, examples, draft_vocab)
+            else:
+                student = _student(pair, layers, draft, trust)
+            incumbent = _incumbent(pair, compare, trust) if compare else None
             tokens = sum(len(e.output_ids) for e in examples)
             err.print(f"{len(examples):,} rows, {tokens:,} output tokens", highlight=False)
             show("evaluating")
@@ -241,15 +290,39 @@ def _student(pair: ModelPair, layers: list[int] | None, draft: str | None, trust
     return Student.from_layers(pair, layers or [])
 
 
+def _eagle(
+    pair: ModelPair, draft: str | None, examples: list[Example], draft_vocab: int
+) -> EagleStudent:
+    from specdec.training.eagle_student import EagleStudent
+
+    if draft is not None:
+        return EagleStudent.from_draft(pair, draft)
+    return EagleStudent.begin(pair, examples, draft_vocab)
+
+
+def _incumbent(pair: ModelPair, name: str, trust: bool) -> Student | EagleStudent:
+    """A draft of either kind."""
+    from specdec.loading.eagle import eagle_config
+    from specdec.loading.sources import find_model
+    from specdec.training.eagle_student import EagleStudent
+
+    if eagle_config(find_model(name)) is not None:
+        return EagleStudent.from_draft(pair, name)
+    return _student(pair, None, name, trust)
+
+
 def _watch(show: Show) -> DistillWatch:
     """Shows where a distillation is, and prints what its evaluations find."""
+    from specdec.training.evaluate import JUDGED
     from specdec.training.settings import DistillWatch
 
     def evaluated(name: str, agreements: Agreements) -> None:
         for group, found in agreements.items():
             figures = (
                 f"greedy agreement {found.greedy_agreement:.3f}, "
-                f"Σ min(p, q) {found.mean_overlap:.3f}"
+                f"Σ min(p, q) {found.mean_overlap:.3f}, "
+                f"tokens a round at k = {JUDGED}: {found.greedy.lengths[JUDGED - 1]:.2f} greedy, "
+                f"{found.merit:.2f} sampled"
             )
             label = name if group == next(iter(agreements)) else f"  {group}"
             line = f"{label:<24} {figures}  ({found.tokens:,} tokens)"
@@ -264,17 +337,24 @@ def _figures(moment: Moment) -> str:
 
 
 def _table(held_out: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
-    """Agreements of each draft by group of held-out rows."""
-    names = ("held-out rows", "tokens", "draft", "greedy agreement", "Σ min(p, q)")
+    """What each draft does on each group of held-out rows."""
+    names = ("held-out rows", "tokens", "draft", "", "accepted at 1, 2, ... of a chain",
+             "tokens a round at k = 1, 2, ...", "agreement")  # fmt: skip
     table = Table(*names, box=None, padding=(0, 2), header_style="bold")
-    for column in (table.columns[1], *table.columns[3:]):
+    for column in (table.columns[1], table.columns[-1]):
         column.justify = "right"
+    ways = (("greedy", "greedy_agreement"), ("sampled", "mean_overlap"))
     for group in held_out["result"]:
         label, tokens = escape(group), f"{held_out['result'][group]['tokens']:,}"
         for name in ("start", "incumbent", "result"):
-            if name in held_out:
+            for way, agreement in ways if name in held_out else ():
                 found = held_out[name][group]
-                figures = (f"{found[key]:.3f}" for key in ("greedy_agreement", "mean_overlap"))
-                table.add_row(label, tokens, name, *figures)
+                acceptance, lengths = found[f"{way}_acceptance"], found[f"{way}_length"]
+                figures = (" ".join(f"{share:.2f}" for share in each)
+                           for each in (acceptance, lengths))  # fmt: skip
+                table.add_row(
+                    label, tokens, name if way == "greedy" else "", way, *figures,
+                    f"{found[agreement]:.3f}",
+                )  # fmt: skip
                 label = tokens = ""
     return table

@@ -79,12 +79,18 @@ def load_eagle(
         )
     config.check(hidden_size, target.layers, tokens)
     layers = config.layers_of(target.layers)
-    folder = source.path or _from_hub(source)
-    weights = _weights(source.name, folder, target.device, getattr(torch, dtype))
-    model = _assembled(config, weights, target, len(layers) * hidden_size)
+    weights = eagle_weights(source, target.device, getattr(torch, dtype))
+    parts, text, known = eagle_parts(config, weights, target, len(layers) * hidden_size)
+    model = Eagle3(
+        text,
+        parts,
+        norm_before_residual=config.norm_before_residual,
+        known=known,
+        vocab_size=target.vocab_size,
+    )
     model.eval().requires_grad_(False)
     if source.path is None:
-        model.config._commit_hash = folder.name
+        model.config._commit_hash = _from_hub(source).name
     if pack:
         pack_linears(model, quantization)
     context = target.context_length
@@ -94,10 +100,15 @@ def load_eagle(
     return EagleDecoder(model, layers, context, use_kernels=kernels, kv_dtype=target.kv_dtype)
 
 
-def _weights(
-    draft: str, folder: Path, device: torch.device, dtype: torch.dtype
+def eagle_weights(
+    source: ModelSource, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """A checkpoint's weights, by the names of the `speculators` format."""
+    """A checkpoint's weights, by the names of the `speculators` format.
+
+    Raises:
+        PairError: they are missing or cannot be read.
+    """
+    draft, folder = source.name, source.path or _from_hub(source)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise PairError(f"draft {draft} has no safetensors; {CONVERT}")
@@ -129,19 +140,23 @@ def _from_hub(source: ModelSource) -> Path:
         raise PairError(f"model {source.name} cannot be loaded: {reason(error)}") from error
 
 
-def _assembled(
+def eagle_parts(
     config: EagleConfig,
     weights: dict[str, Tensor],
     target: PackedDecoder,
     states: int,
-) -> Eagle3:
-    """The draft with its weights, and what it has not from the target.
+) -> tuple[Any, Any, Tensor | None]:
+    """A draft's modules with their weights, and what it has not from the target.
 
     Args:
         config: the draft's.
         weights: by their names.
         target: the target.
         states: numbers of the hidden states that a feature is fused of.
+
+    Returns:
+        The modules, transformers' config of the layers, and which of the target's tokens each of
+        the draft's is (None: the same).
 
     Raises:
         PairError: weights are missing, left over, or of other shapes than the config says.
@@ -178,13 +193,7 @@ def _assembled(
             f"draft {config.name} has no {' and '.join(shared)} and cannot use the target's: its "
             f"hidden size is {text.hidden_size}, the target's {config.target_hidden_size}"
         )
-    return Eagle3(
-        text,
-        parts,
-        norm_before_residual=config.norm_before_residual,
-        known=known,
-        vocab_size=target.vocab_size,
-    )
+    return parts, text, known
 
 
 def _layer_config(config: EagleConfig, weights: dict[str, Tensor]) -> Any:

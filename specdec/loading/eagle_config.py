@@ -12,7 +12,7 @@ vLLM's `eagle_aux_hidden_state_layer_ids` are layers whose inputs count, those i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,20 @@ class EagleConfig:
                 f"target has {layers}: it was made for another target"
             )
         return ids
+
+    def as_speculators(self, layer_ids: Sequence[int]) -> dict[str, Any]:
+        """config.json of the same draft in the `speculators` format, reading these layers."""
+        return {
+            "architectures": ["Eagle3DraftModel"],
+            "speculators_model_type": "eagle3",
+            "draft_vocab_size": self.draft_vocab_size or self.vocab_size,
+            "target_hidden_size": self.target_hidden_size,
+            "norm_before_residual": self.norm_before_residual,
+            "norm_before_fc": self.norm_before_fc,
+            LAYER_IDS: list(layer_ids),
+            "tie_word_embeddings": self.tied,
+            "transformer_layer_config": dict(self.layer),
+        }
 
     def check(self, hidden_size: int, layers: int, tokens: int) -> None:
         """Check that it is for a target of such sizes.

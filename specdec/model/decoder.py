@@ -111,6 +111,11 @@ class PackedDecoder:
             self.recordings = Recordings(record)
 
     @property
+    def decoder(self) -> Any:
+        """What runs over tokens: transformers' decoder, with the layers it has by now."""
+        return self._stock.decoder
+
+    @property
     def layers(self) -> int:
         """How many layers have hidden states that can be kept as features; 0: none has."""
         return readable_layers(self._stock.decoder)

@@ -14,31 +14,34 @@ from pathlib import Path
 from typing import Any
 
 from specdec.loading.pair import ModelPair
+from specdec.training.eagle_lessons import EagleLessons
+from specdec.training.eagle_student import EagleStudent
+from specdec.training.evaluate import Draft
 from specdec.training.examples import Example, cut, split
 from specdec.training.scores import Scores, score
 from specdec.training.settings import DistillSettings, DistillWatch, Moment
 from specdec.training.student import DistillError, Student
-from specdec.training.trainer import CHECKPOINT_SECONDS, Trainer
+from specdec.training.trainer import CHECKPOINT_SECONDS, Lessons, Trainer
 from specdec.training.workspace import Workspace
 
 
 def distill(
     pair: ModelPair,
-    student: Student,
+    student: Student | EagleStudent,
     examples: Sequence[Example],
     settings: DistillSettings,
     space: Workspace,
     *,
     record: Mapping[str, Any],
     watch: DistillWatch,
-    incumbent: Student | None = None,
+    incumbent: Draft | None = None,
     scores: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> dict[str, Any]:
     """Train a draft, from the start or from its last checkpoint.
 
     Args:
-        pair: the target, loaded with `trainable`.
+        pair: the target; loaded with `trainable` if the student is a language model.
         student: the draft; changed in place, in the end to its best weights.
         examples: all there are, or, of a run that was begun, `space.examples()`; some are held out.
         settings: how to train.
@@ -46,7 +49,8 @@ def distill(
         record: plain data for the draft's card, `arguments` among it (`Workspace.check`).
         watch: whom to tell.
         incumbent: another draft to evaluate.
-        scores: folder of the target's scores, to share between runs; None: in `space`.
+        scores: folder for what the target says of the examples, to share between runs; None: it
+            goes when the run ends.
         checkpoint_seconds: between checkpoints.
 
     Returns:
@@ -69,8 +73,15 @@ def distill(
         pair.tokenizer.save_pretrained(space.out)
     trainer = Trainer(pair.target, student, settings, space, held_out, watch)
     trainer.start(incumbent)
-    scored = _score(pair, student, train, settings, scores or space.scores, watch)
-    trainer.train(train, scored, checkpoint_seconds)
+    lessons: Lessons
+    if isinstance(student, EagleStudent):
+        reads = student.layers, student.known
+        lessons = EagleLessons(
+            pair.target, train, *reads, settings.top_k, folder=scores, identity=_identity(pair)
+        )
+    else:
+        lessons = _score(pair, student, train, settings, scores or space.scores, watch)
+    trainer.train(train, lessons, checkpoint_seconds)
     results, progress = trainer.finish(), trainer.progress
     card = {
         **record,
@@ -100,7 +111,7 @@ def _score(
     watch: DistillWatch,
 ) -> Scores:
     """The target's scores of what is trained on."""
-    began, target = time.monotonic(), pair.describe()["target"]
+    began = time.monotonic()
 
     def tell(done: int, total: int) -> None:
         watch.moment(Moment("scoring", done, total, done / (time.monotonic() - began)))
@@ -111,6 +122,12 @@ def _score(
         folder,
         vocab_size=min(pair.vocab_size, student.vocab_size),
         top_k=settings.top_k,
-        identity=[target.get("digest") or target, pair.describe()["dtype"]],
+        identity=_identity(pair),
         progress=tell,
     )
+
+
+def _identity(pair: ModelPair) -> list[Any]:
+    """What pins the content of what the target says."""
+    target = pair.describe()["target"]
+    return [target.get("digest") or target, pair.describe()["dtype"]]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from specdec.atomic import atomic_file
 from specdec.model.decoder import PackedDecoder
+from specdec.model.features import Features
 from specdec.training.examples import Example, packs
 
 PACK_TOKENS = 2048
@@ -76,12 +77,43 @@ def target_states(
     """
     for pack in packs(examples, PACK_TOKENS):
         chosen = [examples[i] for i in pack]
-        rows = [(slot, len(e.input_ids)) for slot, e in enumerate(chosen)]
-        tokens = torch.tensor([t for e in chosen for t in e.input_ids], device=target.device)
-        cache = target.new_cache(len(rows), max(count for _, count in rows))
-        hidden = target.forward(cache, rows, tokens)
+        hidden, _ = read_states(target, chosen)
         keep = torch.tensor(output_positions(lengths_of(chosen)), device=target.device)
         yield pack, hidden[keep]
+
+
+@torch.inference_mode()
+def read_states(
+    target: PackedDecoder, examples: Sequence[Example], layers: Sequence[int] = ()
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The target's last hidden states of the examples' tokens, and those that go into some layers.
+
+    Args:
+        layers: rising.
+
+    Returns:
+        [N, hidden] each, the examples end to end; the second by layer.
+    """
+    rows = [(slot, len(e.input_ids)) for slot, e in enumerate(examples)]
+    tokens = torch.tensor([t for e in examples for t in e.input_ids], device=target.device)
+    cache = target.new_cache(0, 0)
+    noted = _Noted()
+    if layers:
+        cache.keep_features(Features(tuple(layers), 1, noted))
+    cache.grow(len(rows), max(count for _, count in rows))
+    hidden = target.forward(cache, rows, tokens)
+    parts = noted.states.chunk(len(layers), -1) if layers else ()
+    return hidden, dict(zip(layers, parts, strict=True))
+
+
+class _Noted:
+    """Makes features of nothing; remembers what they would have been made of."""
+
+    states: Tensor
+
+    def __call__(self, states: Tensor) -> Tensor:
+        self.states = states
+        return states[:, :1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from specdec.training.evaluate import Agreements
-from specdec.training.student import DistillError
+if TYPE_CHECKING:
+    from specdec.training.evaluate import Agreements
+
+
+class DistillError(ValueError):
+    """Settings or files that cannot be used as asked; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,8 @@ class DistillSettings:
         evaluation_tokens: output tokens of such an evaluation, about; the first and last one see
             all that is held out.
         bf16: forward and backward in bfloat16, weights and loss in float32.
+        rollout: steps of EAGLE-3's training on its own states, the first one, on the target's,
+            included; other drafts have none.
         seed: of the order of the examples.
 
     Raises:
@@ -42,6 +49,7 @@ class DistillSettings:
     evaluations: int = 10
     evaluation_tokens: int = 4000
     bf16: bool = False
+    rollout: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -52,6 +60,7 @@ class DistillSettings:
         require("epochs", self.epochs >= 1, "at least 1")
         require("minutes", self.minutes is None or self.minutes > 0, "more than 0")
         require("top_k", self.top_k >= 1, "at least 1")
+        require("rollout", self.rollout >= 1, "at least 1")
         require("lr", 0 < self.lr < math.inf, "more than 0")
         require("ce_weight", 0 <= self.ce_weight < math.inf, "0 or more")
         require("held_out", 0 < self.held_out < 1, "between 0 and 1")

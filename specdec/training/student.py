@@ -15,14 +15,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from specdec.atomic import atomic_file, write_bytes
 from specdec.loading.pair import ModelPair, load_draft
 from specdec.model.linear import outputs_of
+from specdec.training.evaluate import Batch
 from specdec.training.examples import Example
+from specdec.training.loss import backward_through_head, distill_loss
 from specdec.training.scores import lengths_of, output_positions
+from specdec.training.settings import DistillError, DistillSettings
 
 WEIGHTS = "model.safetensors"
-
-
-class DistillError(ValueError):
-    """Settings or files that cannot be used as asked; the message says what to do."""
 
 
 class Student:
@@ -35,8 +34,15 @@ class Student:
         name: how it was made, for errors and records.
     """
 
+    layers = ()
+    """Of the target, whose hidden states it reads: none."""
+
     def __init__(self, model: Any, target: PreTrainedModel, name: str) -> None:
         self.model, self.name = model, name
+        self._shared_vocab = min(
+            outputs_of(each.get_output_embeddings()) for each in (model, target)
+        )
+        self._head: nn.Module | None = None
         model.set_attn_implementation("sdpa")
         # Evaluation mode in training too: without dropout a step is a function of its batch.
         model.eval().requires_grad_(True)
@@ -135,12 +141,47 @@ class Student:
         states: Tensor = hidden.flatten(0, 1)[torch.tensor(keep, device=hidden.device)]
         return states
 
-    def head(self, dtype: torch.dtype) -> nn.Module:
+    def learn(
+        self, examples: Sequence[Example], lesson: tuple[Tensor, Tensor], settings: DistillSettings
+    ) -> float:
+        """Add a step's gradients; returns the mean loss per output token, in nats.
+
+        Args:
+            examples: what is learned from.
+            lesson: the target's likeliest tokens and their probabilities (specdec/training/scores).
+        """
+        device = self.model.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+            hidden = self.states(examples)
+        head = self._head_in(torch.bfloat16 if settings.bf16 else torch.float32)
+        tokens = torch.tensor([t for e in examples for t in e.output_ids], device=device)
+        ids, probs = (each.to(device) for each in lesson)
+
+        def losses(logits: Tensor, rows: slice) -> Tensor:
+            given = tokens[rows], ids[rows], probs[rows]
+            found = distill_loss(logits[:, : self._shared_vocab], *given, settings.ce_weight)
+            return found / len(tokens)
+
+        dtype = next(head.parameters()).dtype
+        return float(backward_through_head(hidden.to(dtype), head, losses).sum())
+
+    def predicted(self, batch: Batch) -> list[Tensor]:
+        """States [n, hidden] that each output token would be proposed from; see `Draft`."""
+        return [self.states(batch.examples)]
+
+    def logits(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [n, V], of the target's first tokens."""
+        logits: Tensor = self.model.get_output_embeddings()(states)
+        return logits, None
+
+    def _head_in(self, dtype: torch.dtype) -> nn.Module:
         """The LM head in `dtype`: itself, or a copy."""
         head: nn.Module = self.model.get_output_embeddings()
         if next(head.parameters()).dtype == dtype:
             return head
-        return copy.deepcopy(head).to(dtype)
+        if self._head is None:
+            self._head = copy.deepcopy(head).to(dtype)
+        return self._head
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint that `models.draft` can name; the weights come last, in one step."""

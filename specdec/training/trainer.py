@@ -11,17 +11,16 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from specdec.model.decoder import PackedDecoder
-from specdec.training.evaluate import ALL, Agreements, Batch, batches, evaluate
+from specdec.training.evaluate import ALL, Agreements, Batch, Draft, batches, evaluate, layers_of
 from specdec.training.examples import Example, packs
-from specdec.training.scores import LOGIT_ROWS, Scores
 from specdec.training.settings import DistillSettings, DistillWatch, Moment
-from specdec.training.student import Student
 from specdec.training.workspace import Workspace
 
 WARM_UP = 0.05
@@ -36,14 +35,31 @@ LAST_LR = 0.02
 Raised, the last weights are noisier.
 """
 
-LEAST_TAIL = 1e-6
-"""Below this the tail's probability is not believed: it is 1 minus a sum in float32.
-
-Raised, more of a sure draft's gradient is lost.
-"""
-
 CHECKPOINT_SECONDS = 120.0
 """Seconds between checkpoints. Raised, an interrupted run loses more; lowered, it writes more."""
+
+
+class Lessons(Protocol):
+    """What a student learns from, besides the examples."""
+
+    def of(self, indices: Sequence[int]) -> Any:
+        """The lesson of some examples, as the student's `learn` takes it."""
+
+
+class Trainee(Draft, Protocol):
+    """A draft that can be trained."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name."""
+
+    def learn(self, examples: Sequence[Example], lesson: Any, settings: DistillSettings) -> float:
+        """Add a step's gradients; returns the mean loss per output token, in nats."""
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint that `models.draft` can name."""
+
+    def restore(self, folder: Path) -> None:
+        """Take the weights that `save` wrote."""
 
 
 @dataclass(slots=True)
@@ -56,7 +72,7 @@ class TrainingState:
         seconds: spent in them.
         tokens: output tokens learned from, repetitions included.
         loss: moving average, nats per output token.
-        best: highest mean overlap of `curve`.
+        best: highest merit in `curve`.
         curve: evaluations on the same held-out sample, the untrained draft's first.
         held_out: agreements on all that is held out, of "start", "incumbent" and "result".
         incumbent: the name of that incumbent.
@@ -71,35 +87,6 @@ class TrainingState:
     curve: list[dict[str, float | None]] = field(default_factory=list)
     held_out: dict[str, dict[str, Any]] = field(default_factory=dict)
     incumbent: str | None = None
-
-
-def distill_loss(
-    logits: Tensor, tokens: Tensor, top_ids: Tensor, top_probs: Tensor, ce_weight: float
-) -> Tensor:
-    """Loss of each position: ce_weight * CE(token) + KL(p || q) over top-k and tail.
-
-    Args:
-        logits: of the draft, float32 [n, V].
-        tokens: the target's, int64 [n].
-        top_ids, top_probs: the target's top-k, int64 and float32 [n, k].
-        ce_weight: factor on the cross-entropy.
-
-    Returns:
-        float32 [n], in nats.
-
-    Example:
-        p = (0.5, 0.3 | tail 0.2) and q = (0.5, 0.25 | tail 0.25) are
-        0.3 ln(0.3/0.25) + 0.2 ln(0.2/0.25) = 0.0101 apart.
-    """
-    total = torch.logsumexp(logits, -1)
-    # One gather: its gradient is a tensor as large as the logits.
-    picked = logits.gather(1, torch.cat([top_ids, tokens[:, None]], 1)) - total[:, None]
-    log_q, cross_entropy = picked[:, :-1], -picked[:, -1]
-    q_tail = (1 - log_q.exp().sum(-1)).clamp(min=LEAST_TAIL)
-    p_tail = (1 - top_probs.sum(-1)).clamp(min=0)
-    divergence = (torch.xlogy(top_probs, top_probs) - top_probs * log_q).sum(-1)
-    divergence = divergence + torch.xlogy(p_tail, p_tail) - p_tail * q_tail.log()
-    return ce_weight * cross_entropy + divergence
 
 
 class Trainer:
@@ -117,7 +104,7 @@ class Trainer:
     def __init__(
         self,
         target: PackedDecoder,
-        student: Student,
+        student: Trainee,
         settings: DistillSettings,
         space: Workspace,
         held_out: Sequence[Example],
@@ -133,17 +120,16 @@ class Trainer:
             lr=settings.lr,
             betas=(0.9, 0.95),
         )
-        self._head = student.head(torch.bfloat16 if settings.bf16 else torch.float32)
         self._sample: list[Batch] | None = None
         self.progress = TrainingState()
 
-    def start(self, incumbent: Student | None) -> None:
+    def start(self, incumbent: Draft | None) -> None:
         """Take up the last checkpoint, or evaluate the draft as it is and make it the best so far.
 
         Args:
             incumbent: evaluated too, unless a run before did.
         """
-        drafts: dict[str, Student] = {}
+        drafts: dict[str, Draft] = {}
         if not self._resume():
             drafts["start"] = self._student
         if incumbent is not None and self.progress.incumbent != incumbent.name:
@@ -155,12 +141,14 @@ class Trainer:
             self._evaluate_sample()
             self.checkpoint()
 
-    def train(self, examples: Sequence[Example], scores: Scores, checkpoint_seconds: float) -> None:
+    def train(
+        self, examples: Sequence[Example], lessons: Lessons, checkpoint_seconds: float
+    ) -> None:
         """Run the schedule to its end.
 
         Args:
             examples: to learn from.
-            scores: the target's, of the same examples.
+            lessons: of the same examples.
             checkpoint_seconds: between checkpoints.
         """
         settings, progress = self._settings, self.progress
@@ -174,11 +162,11 @@ class Trainer:
             if done >= 1:
                 break
             began = time.monotonic()
-            ids, probs = scores.of(pack)
-            loss = self._step([examples[i] for i in pack], ids, probs, rate(done + 1 / steps))
+            chosen, lesson = [examples[i] for i in pack], lessons.of(pack)
+            loss = self._step(chosen, lesson, rate(done + 1 / steps))
             progress.seconds += time.monotonic() - began
             progress.step += 1
-            progress.tokens += len(ids)
+            progress.tokens += sum(len(e.output_ids) for e in chosen)
             progress.loss = loss if progress.loss is None else 0.95 * progress.loss + 0.05 * loss
             done = min(1.0, max(progress.step / steps, progress.seconds / seconds))
             speed = (progress.tokens - at_start[0]) / (progress.seconds - at_start[1])
@@ -233,45 +221,21 @@ class Trainer:
             yield from packs(examples, self._settings.batch_tokens, generator)[skip:]
             epoch, skip = epoch + 1, 0
 
-    def _step(self, examples: list[Example], ids: Tensor, probs: Tensor, lr_share: float) -> float:
-        """One step of AdamW; returns the mean loss per output token, in nats.
-
-        The LM head runs in chunks, each with its own backward pass to the hidden states, so that
-        only LOGIT_ROWS rows of logits exist at a time and none is computed twice.
-        """
-        device = self._target.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._settings.bf16):
-            hidden = self._student.states(examples)
-        states = hidden.detach().to(next(self._head.parameters()).dtype)
-        tokens = torch.tensor([t for e in examples for t in e.output_ids], device=device)
-        ids, probs = ids.to(device), probs.to(device)
-        vocab = min(self._target.vocab_size, self._student.vocab_size)
-        total = torch.zeros((), device=device)
-        gradients: list[Tensor] = []
-        for begin in range(0, len(tokens), LOGIT_ROWS):
-            rows = slice(begin, begin + LOGIT_ROWS)
-            chunk = states[rows].requires_grad_()
-            losses = distill_loss(
-                self._head(chunk)[:, :vocab].float(),
-                tokens[rows],
-                ids[rows],
-                probs[rows],
-                self._settings.ce_weight,
-            )
-            loss = losses.sum() / len(tokens)
-            gradients += torch.autograd.grad(loss, [chunk])
-            total += loss.detach()
-        torch.autograd.backward([hidden], [torch.cat(gradients).to(hidden.dtype)])
+    def _step(self, examples: list[Example], lesson: Any, lr_share: float) -> float:
+        """One step of AdamW; returns the mean loss per output token, in nats."""
+        loss = self._student.learn(examples, lesson, self._settings)
         nn.utils.clip_grad_norm_(self._weights.values(), 1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.lr * lr_share
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return total.item()
+        return loss
 
-    def _evaluate_all(self, drafts: Mapping[str, Student]) -> None:
+    def _evaluate_all(self, drafts: Mapping[str, Draft]) -> None:
         """Evaluate drafts on all that is held out."""
-        found = evaluate(self._target, drafts, batches(self._target, self._held_out))
+        found = evaluate(
+            self._target, drafts, batches(self._target, self._held_out, layers_of(drafts.values()))
+        )
         for name, agreements in found.items():
             self.progress.held_out[name] = {g: a.as_dict() for g, a in agreements.items()}
             self._watch.evaluated(name, agreements)
@@ -279,7 +243,7 @@ class Trainer:
     def _evaluate_sample(self, done: float = 0.0) -> None:
         """A point of the curve; the weights are saved if they are the best so far."""
         if self._sample is None:
-            self._sample = list(batches(self._target, self._sampled()))
+            self._sample = list(batches(self._target, self._sampled(), self._student.layers))
         agreements: Agreements
         (agreements,) = evaluate(self._target, {"": self._student}, self._sample).values()
         overall, progress = agreements[ALL], self.progress
@@ -289,8 +253,8 @@ class Trainer:
             | overall.as_dict()
         )
         self._watch.evaluated(f"sample at {done:.0%}", {ALL: overall})
-        if len(progress.curve) == 1 or overall.mean_overlap > progress.best:
-            progress.best = overall.mean_overlap
+        if len(progress.curve) == 1 or overall.merit > progress.best:
+            progress.best = overall.merit
             self._student.save(self._space.out)
 
     def _sampled(self) -> list[Example]:

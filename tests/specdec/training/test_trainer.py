@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdec.training.trainer import distill_loss, rate
+from specdec.training.loss import distill_loss
+from specdec.training.trainer import rate
 
 
 def test_loss_of_the_documented_example() -> None:
