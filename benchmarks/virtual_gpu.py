@@ -50,8 +50,8 @@ from specdec.simulate.virtual import ForwardCosts, Steady, VirtualEngine
 SIZES = sorted({round(1.15**i) for i in range(56)} | set(range(1, 65)))
 """Packed tokens of a table."""
 
-LAPS = 10
-"""Rows a slot. More make figures steadier and runs longer."""
+LAPS = 60
+"""Rows a slot at most, so that runs take the seconds that they may."""
 
 
 class Machine(StrEnum):

@@ -142,7 +142,7 @@ class Kinds:
             possible: at least one; the first is measured first, and the others against it.
         """
         size = self._sizes[rows.bit_length()]
-        if len(possible) == 1 or size.kinds[possible[0]].few:
+        if len(possible) == 1 or size.kinds[possible[0]].rounds < COLD + LEAST:
             return possible[0]
         fastest = size.fastest(possible)
         size.since += 1
