@@ -212,7 +212,7 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
 
 
 def _tokens_of(probs: Tensor, block: Tensor) -> Tensor:
-    """float32 [n, W]: probs [n, V] of a block's W = min(V, BLOCK) tokens in each row; 0 beyond V."""
+    """float32 [n, W]: probs [n, V] of a block's W = min(V, BLOCK) tokens; 0 beyond the last."""
     vocab = probs.shape[-1]
     width = min(BLOCK, vocab)
     token = block[:, None] * BLOCK + torch.arange(width, device=probs.device)
