@@ -285,7 +285,9 @@ class SlotCache:
             moved = [self.places(who, where) for where in (sources, targets)]
             for tensor in self._tensors:
                 source, target = (_lines(tensor, *places) for places in moved)
-                lines = tensor.view(-1, *tensor.shape[3:])
+                # Not every operator knows floats of eight bits, but all know bytes.
+                whole = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
+                lines = whole.view(-1, *tensor.shape[3:])
                 lines.index_copy_(0, target, lines.index_select(0, source))
         for slot, base, path in zip(slots, bases, paths, strict=True):
             self.rollback(slot, base + len(path))

@@ -35,7 +35,7 @@ from tests.specdec.workloads import (
 @pytest.fixture(autouse=True)
 def room_for_trees(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trees although places in the verification cost something."""
-    monkeypatch.setattr(growing_, "MOST_OF_SECOND", 0.3)
+    monkeypatch.setattr(growing_, "MOST_OF_SECOND", 1.0)
 
 
 class Always(Kinds):
@@ -65,7 +65,7 @@ def growing(width: int = 3, step: int = 24) -> Growing:
     costs = CostModel(linear(0.02, 0.0), staircase(step, 0.3))
     policy = Growing(online_estimator("confidence"), None, costs, k_max=6, width=width)
     policy.kinds = Always()
-    policy._judged, policy._accepted = 24.0, 15.0  # so that a few bad candidates do not end it
+    policy._judged, policy._accepted = 200.0, 140.0  # so that a few bad candidates do not end it
     return policy
 
 
