@@ -73,7 +73,7 @@ Raised, a change is noticed sooner, at that price. At 0.01 twice as much was los
 PROBE_ROWS = 4
 """Rows that a probe drafts for. More tell more about acceptance, and must be saved for longer."""
 
-TRIED_SHARE = 4
+TRIED_SHARE = 16
 """Of so many rows one is tried where the time for it need not be saved up.
 
 Lowered, a draft of which little is known is found out sooner, and a useless one reads more prompts.
