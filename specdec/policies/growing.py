@@ -176,7 +176,8 @@ class GrowingPolicy(EstimatingPolicy):
         seconds = shared(spent, outcome, self.costs.draft)
         if seconds > spent / 2:
             rows = len(outcome.start.rows)
-            self.kinds.ended(rows, kind, rows + expected(outcome), seconds)
+            came = rows + sum(outcome.accepted)
+            self.kinds.ended(rows, kind, rows + expected(outcome), seconds, came)
 
     # ---------------------------------------------------------------- decisions
 

@@ -59,6 +59,15 @@ Also most that it may lose, in what the fastest kind would have taken. What is l
 the machine. Raised, pauses decide between kinds.
 """
 
+DOUBT = 100.0
+"""Tokens that must come before it counts half by what expectations of a kind were wrong.
+
+Raised, estimates that are wrong decide for longer; lowered, chance does.
+"""
+
+FORGET = 0.99
+"""Weight that is left of what was expected and what came after one more round of a kind."""
+
 MEMORY = 24
 """Rounds of each kind that are remembered. Raised, rates are steadier and follow a change later."""
 
@@ -82,6 +91,8 @@ class _Measured:
     rounds: int = 0
     rows: int = 0
     rate: float = 0.0
+    expected: float = 0.0
+    came: float = 0.0
     last: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=MEMORY))
 
     @property
@@ -89,15 +100,18 @@ class _Measured:
         """Whether too little is known of it."""
         return self.rows < FIRST or self.rounds < COLD + LEAST
 
-    def add(self, rows: int, tokens: float, seconds: float) -> None:
+    def add(self, rows: int, tokens: float, seconds: float, came: float) -> None:
         self.rounds += 1
+        self.expected = FORGET * self.expected + tokens
+        self.came = FORGET * self.came + came
         if self.rounds <= COLD:
             return
         self.rows += rows
         self.last.append((tokens, seconds))
         most = PAUSE * median(spent for _, spent in self.last)
         spent = sum(min(each, most) for _, each in self.last)
-        self.rate = sum(tokens for tokens, _ in self.last) / spent
+        right = (self.came + DOUBT) / (self.expected + DOUBT)
+        self.rate = right * sum(tokens for tokens, _ in self.last) / spent
 
 
 @dataclass(slots=True)
@@ -154,8 +168,14 @@ class Kinds:
         size.since = 0
         return others[0]
 
-    def ended(self, rows: int, kind: Kind, tokens: float, seconds: float) -> None:
-        """Learn from a round: the tokens that it was expected to yield once all was drawn."""
+    def ended(self, rows: int, kind: Kind, tokens: float, seconds: float, came: float) -> None:
+        """Learn from a round.
+
+        Args:
+            tokens: what it was expected to yield once all was drawn, which says more than what
+                came, if expectations are right.
+            came: what came.
+        """
         size = self._sizes[rows.bit_length()]
         best = max(known.rate for known in size.kinds.values()) if size.kinds else 0.0
         size.rounds += 1
@@ -163,7 +183,7 @@ class Kinds:
         if best and kind != size.fastest([*size.kinds]):
             due = tokens / best
             size.lost += min(max(seconds - due, 0.0), PAUSE * due)
-        size.kinds[kind].add(rows, tokens, seconds)
+        size.kinds[kind].add(rows, tokens, seconds, came)
 
 
 def expected(outcome: RoundOutcome) -> float:

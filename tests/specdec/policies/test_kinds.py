@@ -17,7 +17,7 @@ def rounds(
     chosen = []
     for _ in range(number):
         kind = kinds.choose(rows, possible)
-        kinds.ended(rows, kind, rates[kind] * 0.01, 0.01)
+        kinds.ended(rows, kind, rates[kind] * 0.01, 0.01, rates[kind] * 0.01)
         chosen.append(kind)
     return chosen
 
@@ -65,8 +65,17 @@ def test_pauses_of_the_machine_do_not_decide() -> None:
         kind = kinds.choose(4, two)
         trees += kind == TREES
         pause = 0.1 if kind == TREES and trees % 5 == 2 else 0.0
-        kinds.ended(4, kind, 1.6 if kind == TREES else 1.0, 0.01 + pause)
+        tokens = 1.6 if kind == TREES else 1.0
+        kinds.ended(4, kind, tokens, 0.01 + pause, tokens)
     assert kinds.fastest(4, two) == TREES
+
+
+def test_what_is_expected_too_much_of_trees_is_found_out() -> None:
+    kinds, two = Kinds(), [CHAINS, TREES]
+    for _ in range(200):
+        kind = kinds.choose(16, two)
+        kinds.ended(16, kind, 60.0 if kind == TREES else 50.0, 0.01, 50.0 - 5 * (kind == TREES))
+    assert kinds.fastest(16, two) == CHAINS
 
 
 def test_where_one_kind_is_possible_nothing_is_tried() -> None:
