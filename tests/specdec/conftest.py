@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,16 @@ from tests.specdec.tiny_models import TinyPair, make_pair, noisy_copy, tiny_mode
 def one_thread() -> None:
     """Tiny tensors gain nothing from threads, and on a busy machine lose a hundredfold to them."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def seldom_collected() -> None:
+    """Rows are lists, made by the ten thousand, and Python looks for garbage after each 700.
+
+    It would go through torch and transformers a few times a test, for a third of its time.
+    """
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from tests.pipeline.small_jobs import rows_of, run, settings
 
 pytestmark = pytest.mark.ray
 
-ROWS = 96
+ROWS = 384
+"""So many that the job is far from its end when somebody looks at it."""
 
 
 class BegunAgain(Exception):
@@ -40,7 +41,6 @@ def test_a_job_that_fails_most_of_its_first_rows_is_stopped_and_can_go_on(
     output = tmp_path / "out"
     values = settings(tiny_models, write_rows("in.jsonl", rows), output)
     values |= {"input": {"paths": [str(tmp_path / "in.jsonl")], "prompt_column": "prompt"}}
-    # Long enough for somebody to look at it before it is over.
     values["sampling"] |= {"max_new_tokens": 200, "ignore_eos": True}
     with pytest.raises(
         TooManyErrors, match=r"failed, more than .* NullPrompt .* in\.jsonl:1:0: "
