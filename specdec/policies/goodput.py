@@ -108,7 +108,7 @@ class Goodput(GrowingPolicy):
 
     costs: CostModel | None = None
     k_max: int = setting(20, 1, MOST_CANDIDATES, "most candidates of a round")
-    width: int = setting(1, 1, MOST_WIDTH, "most children of a node, where trees are faster")
+    width: int = setting(3, 1, MOST_WIDTH, "most children of a node, where trees are faster")
 
     def __post_init__(self) -> None:
         super().__post_init__()
