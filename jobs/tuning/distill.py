@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -24,6 +25,9 @@ from jobs.tuning.common import (
     user_errors,
 )
 from pipeline.errors import UserError
+
+HeldOut = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Figures by draft and group, as in training.json."""
 
 MODEL_LR, EAGLE_LR = 5e-4, 2e-3
 """Highest learning rates: of layers that were the target's, and of one that begins at random."""
@@ -189,7 +193,7 @@ def distill(
         space.check(arguments)
         if card := space.card():
             out.print("Nothing was missing: this draft is done.")
-            out.print(_table(card["held_out"]))
+            out.print(_tables(card["held_out"]))
             return
         import torch
 
@@ -231,7 +235,7 @@ def distill(
                 incumbent=incumbent,
                 scores=scores,
             )
-        out.print(_table(card["held_out"]))
+        out.print(_tables(card["held_out"]))
         out.print(f"\nDraft: {escape(str(folder))}", highlight=False, soft_wrap=True)
 
 
@@ -336,25 +340,27 @@ def _figures(moment: Moment) -> str:
     return speed if moment.loss is None else f"loss {moment.loss:.3f} · {speed}"
 
 
-def _table(held_out: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+def _tables(held_out: HeldOut) -> Group:
     """What each draft does on each group of held-out rows."""
-    names = ("held-out rows", "tokens", "draft", "", "accepted at 1, 2, ... of a chain",
-             "tokens a round at k = 1, 2, ...", "agreement")  # fmt: skip
-    table = Table(*names, box=None, padding=(0, 2), header_style="bold")
-    for column in (table.columns[1], table.columns[-1]):
-        column.justify = "right"
-    ways = (("greedy", "greedy_agreement"), ("sampled", "mean_overlap"))
-    for group in held_out["result"]:
-        label, tokens = escape(group), f"{held_out['result'][group]['tokens']:,}"
+    titles = {
+        "length": "Tokens a round with k candidates, the target's own included",
+        "acceptance": "Share accepted of the k-th candidates, those before them being accepted",
+    }
+    return Group(*(_table(held_out, figure, title) for figure, title in titles.items()))
+
+
+def _table(held_out: HeldOut, figure: str, title: str) -> Table:
+    """`greedy_` and `sampled_` of a figure, by group and draft."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1), header_style="bold")
+    for name in ("rows (tokens)", "draft", ""):
+        table.add_column(name)
+    for k in range(1, 9):
+        table.add_column(f"k={k}", justify="right")
+    for group, result in held_out["result"].items():
+        label = f"{escape(group)} ({result['tokens']:,})"
         for name in ("start", "incumbent", "result"):
-            for way, agreement in ways if name in held_out else ():
-                found = held_out[name][group]
-                acceptance, lengths = found[f"{way}_acceptance"], found[f"{way}_length"]
-                figures = (" ".join(f"{share:.2f}" for share in each)
-                           for each in (acceptance, lengths))  # fmt: skip
-                table.add_row(
-                    label, tokens, name if way == "greedy" else "", way, *figures,
-                    f"{found[agreement]:.3f}",
-                )  # fmt: skip
-                label = tokens = ""
+            for way in ("greedy", "sampled") if name in held_out else ():
+                shares = (f"{share:.2f}" for share in held_out[name][group][f"{way}_{figure}"])
+                table.add_row(label, name if way == "greedy" else "", way, *shares)
+                label = ""
     return table

@@ -27,7 +27,7 @@ from specdec.model.decoder import PackedDecoder
 from specdec.model.fused import FusedLayer
 from specdec.training.eagle_lessons import Lesson
 from specdec.training.eagle_rollout import Rollout, positions_of, rolled_out
-from specdec.training.evaluate import DEPTH, Batch
+from specdec.training.evaluate import DEPTH, JUDGED, Batch
 from specdec.training.examples import Example
 from specdec.training.loss import backward_through_head, distill_loss
 from specdec.training.settings import DistillSettings
@@ -104,7 +104,7 @@ class EagleStudent:
                 "not known; train a draft of the kind model"
             )
         known = vocabulary_of(examples, tokens, len(pair.tokenizer))
-        config = new_config(target, len(known))
+        config = new_config(pair, len(known))
         weights = new_weights(config, target, torch.tensor(known))
         return cls(config, weights, target, "a new EAGLE-3 draft")
 
@@ -124,6 +124,7 @@ class EagleStudent:
         read.check(text.hidden_size, pair.target.layers, len(pair.tokenizer))
         weights = eagle_weights(source, pair.target.device, torch.float32)
         config = read.as_speculators(read.layers_of(pair.target.layers))
+        config["speculators_config"] = _serving(pair)
         return cls(config, weights, pair.target, f"draft {name}")
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -213,10 +214,10 @@ def vocabulary_of(examples: Iterable[Example], size: int, tokens: int) -> list[i
     return sorted(order[: min(size, tokens)])
 
 
-def new_config(target: PackedDecoder, tokens: int) -> dict[str, Any]:
+def new_config(pair: ModelPair, tokens: int) -> dict[str, Any]:
     """config.json of a new draft of so many tokens: a layer as wide as the target's."""
-    text = target.model.config.get_text_config()
-    layers = target.layers
+    target = pair.target
+    text, layers = target.model.config.get_text_config(), target.layers
     ids = (2, layers // 2, layers - 3)
     if layers < FEWEST_LAYERS:
         ids = tuple(sorted({0, layers // 2, layers - 1}))
@@ -254,16 +255,22 @@ def new_config(target: PackedDecoder, tokens: int) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
         "transformer_layer_config": layer,
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [
-                {"proposal_type": "greedy", "speculative_tokens": 4, "verifier_accept_k": 1}
-            ],
-            "verifier": {
-                "name_or_path": str(getattr(target.model.config, "_name_or_path", "")),
-                "architectures": list(getattr(target.model.config, "architectures", None) or []),
-            },
+        "speculators_config": _serving(pair),
+    }
+
+
+def _serving(pair: ModelPair) -> dict[str, Any]:
+    """What vLLM asks a draft for besides its layer: how it is used, and beside which target."""
+    config = pair.target.model.config
+    return {
+        "algorithm": "eagle3",
+        "default_proposal_method": "greedy",
+        "proposal_methods": [
+            {"proposal_type": "greedy", "speculative_tokens": JUDGED, "verifier_accept_k": 1}
+        ],
+        "verifier": {
+            "name_or_path": pair.describe()["target"]["name"],
+            "architectures": list(getattr(config, "architectures", None) or []),
         },
     }
 

@@ -79,6 +79,19 @@ def test_distill_then_again_then_improve(
     assert "begun with other arguments" in refused
     assert "lr: 0.0005 there, 0.0001 here" in refused
 
+    eagle = tmp_path / "eagle"
+    kind = ("--kind", "eagle3", "--draft-vocab", 20, "--compare", made)
+    result = call(output, "--out", eagle, *kind, *QUICK)
+    assert result.exit_code == 0, result.output
+    config = json.loads((eagle / "config.json").read_text())
+    assert (config["speculators_model_type"], config["draft_vocab_size"]) == ("eagle3", 20)
+    assert config["speculators_config"]["verifier"]["name_or_path"] == tiny_models.target
+    found = json.loads((eagle / "training.json").read_text())["held_out"]
+    there = card["held_out"]["result"]["all"]["sampled_length"]
+    assert found["incumbent"]["all"]["sampled_length"] == pytest.approx(there, abs=0.01)
+    better = (output, "--out", tmp_path / "again", "--draft", eagle, *kind[:2], *QUICK)
+    assert call(*better).exit_code == 0
+
     scores = tmp_path / "scores"
     better = ("--draft", made, "--scores", scores, "--limit", 25, *QUICK)
     result = call(output, output, "--out", tmp_path / "better", *better)
@@ -101,6 +114,8 @@ def test_mistakes(
     mistakes: list[tuple[tuple[object, ...], str]] = [
         ((tmp_path, *out), "no job's output here"),
         ((output, *out, "--from-layers", "0", "--draft", "x"), "not both"),
+        ((output, *out, "--from-layers", "0", "--kind", "eagle3"), "leave it out"),
+        ((output, *out, "--draft", tiny_models.draft, "--kind", "eagle3"), "is not of EAGLE-3"),
         ((output, *out, "--from-layers", "zero"), "write layer numbers as 0,29"),
         ((output, *out, "--from-layers", "7"), "layers 7: the target has 2, 0 to 1"),
         ((output, *out, "--draft", "./gone"), "./gone: no such folder"),

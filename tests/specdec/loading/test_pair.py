@@ -151,7 +151,7 @@ def test_the_description_pins_what_was_loaded(target: Path, draft: Path) -> None
 def test_the_demo_pair_loads_and_answers() -> None:
     pair = ModelPair.load(
         SMOLLM2,
-        str(ROOT / "examples/demo/draft"),
+        str(ROOT / "examples/demo/eagle"),
         quantization="int8",
         deterministic=True,
         device="cpu",
