@@ -88,8 +88,7 @@ class Rollout(nn.Module):
 
     def fused(self, states: Tensor) -> Tensor:
         """Features of the target's states side by side."""
-        weight = self.fc.weight
-        states = states.to(weight.dtype) if not torch.is_autocast_enabled("cpu") else states
+        states = states.to(self.fc.weight.dtype)
         if self.input_norm is not None:
             states = _norm(self.input_norm, states)
         fused: Tensor = self.fc(states)

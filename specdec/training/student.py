@@ -34,7 +34,7 @@ class Student:
         name: how it was made, for errors and records.
     """
 
-    layers = ()
+    layers: tuple[int, ...] = ()
     """Of the target, whose hidden states it reads: none."""
 
     def __init__(self, model: Any, target: PreTrainedModel, name: str) -> None:
