@@ -173,7 +173,8 @@ def _heads(attention: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
     dim = attention.head_dim
     sizes = [getattr(attention, f"{n}_proj").out_features for n in "qkv"]
     query, key, value = (
-        each.unflatten(-1, (-1, dim)).transpose(1, 2) for each in torch.split(heads, sizes, -1)
+        each.reshape(*each.shape[:2], -1, dim).transpose(1, 2)
+        for each in torch.split(heads, sizes, -1)
     )
     if getattr(attention, "q_norm", None) is not None:
         query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
@@ -200,7 +201,7 @@ def _attend(
         hidden: bool [T, T of step 0], keys of step 0 that a query does not see.
     """
     group, step = query.shape[1] // keys[0].shape[1], len(keys) - 1
-    grouped = (query * scaling).unflatten(1, (-1, group))  # [B, KV, G, T, D]
+    grouped = (query * scaling).reshape(len(query), -1, group, *query.shape[2:])  # [B, KV, G, T, D]
     flat = grouped.flatten(2, 3)
     scores = (flat @ keys[0].transpose(-1, -2)).view(*grouped.shape[:-1], -1).float()
     parts = [scores.masked_fill(hidden, float("-inf"))]
