@@ -32,7 +32,7 @@ def absolute(path: str) -> str:
 def user_errors() -> Iterator[None]:
     """What specdec refuses to load or to train, the user can fix: it becomes a `UserError`."""
     from specdec.loading.sources import PairError
-    from specdec.training.student import DistillError
+    from specdec.training.settings import DistillError
 
     try:
         yield

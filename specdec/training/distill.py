@@ -19,8 +19,8 @@ from specdec.training.eagle_student import EagleStudent
 from specdec.training.evaluate import Draft
 from specdec.training.examples import Example, cut, split
 from specdec.training.scores import Scores, score
-from specdec.training.settings import DistillSettings, DistillWatch, Moment
-from specdec.training.student import DistillError, Student
+from specdec.training.settings import DistillError, DistillSettings, DistillWatch, Moment
+from specdec.training.student import Student
 from specdec.training.trainer import CHECKPOINT_SECONDS, Lessons, Trainer
 from specdec.training.workspace import Workspace
 

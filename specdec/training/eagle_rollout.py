@@ -126,7 +126,7 @@ class Rollout(nn.Module):
             keys.append(key)
             values.append(value)
             hidden_keys = behind[begin:] < step
-            mixed = _attend(query, keys, values, hidden_keys, window, attention.scaling)
+            mixed = _attend(query, keys, values, hidden_keys, attention.scaling)
             y = (normed if self.norm_before_residual else x) + attention.o_proj(mixed)
             y = y + layer.mlp(_norm(layer.post_attention_layernorm, y))
             found.append(y)
@@ -173,7 +173,8 @@ def _heads(attention: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
     dim = attention.head_dim
     sizes = [getattr(attention, f"{n}_proj").out_features for n in "qkv"]
     query, key, value = (
-        each.unflatten(-1, (-1, dim)).transpose(1, 2) for each in heads.split(sizes, -1)
+        each.reshape(*each.shape[:2], -1, dim).transpose(1, 2)
+        for each in torch.split(heads, sizes, -1)
     )
     if getattr(attention, "q_norm", None) is not None:
         query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
@@ -190,22 +191,19 @@ def _attend(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     hidden: Tensor,
-    window: int,
     scaling: float,
 ) -> Tensor:
     """What positions of the last step read: [B, T, heads * D].
 
     Args:
         query: [B, H, T, D], of the last step.
-        keys, values: of each step, [B, KV, T, D]; those of all but the first begin at `window`.
+        keys, values: of each step, [B, KV, T, D]; but for the first, they begin as queries do.
         hidden: bool [T, T of step 0], keys of step 0 that a query does not see.
     """
-    _, heads, length, _ = query.shape
-    group = heads // keys[0].shape[1]
-    step = len(keys) - 1
-    grouped = (query * scaling).unflatten(1, (-1, group))  # [B, KV, G, T, D]
+    group, step = query.shape[1] // keys[0].shape[1], len(keys) - 1
+    grouped = (query * scaling).reshape(len(query), -1, group, *query.shape[2:])  # [B, KV, G, T, D]
     flat = grouped.flatten(2, 3)
-    scores = (flat @ keys[0].transpose(-1, -2)).unflatten(2, (group, length)).float()
+    scores = (flat @ keys[0].transpose(-1, -2)).view(*grouped.shape[:-1], -1).float()
     parts = [scores.masked_fill(hidden, float("-inf"))]
     # Position p at step s reads step j at position p - (s - j).
     shifted = [
@@ -215,10 +213,11 @@ def _attend(
     parts += [(grouped * key).sum(-1, keepdim=True).float() for key, _ in shifted]
     weights = torch.softmax(torch.cat(parts, -1) if step else parts[0], -1).to(values[0].dtype)
     count = keys[0].shape[2]
-    mixed = (weights[..., :count].flatten(2, 3) @ values[0]).unflatten(2, (group, length))
+    mixed = (weights[..., :count].flatten(2, 3) @ values[0]).view(grouped.shape)
     for j, (_, value) in enumerate(shifted):
         mixed = mixed + weights[..., count + j, None] * value
-    return mixed.flatten(1, 2).transpose(1, 2).flatten(2)
+    read: Tensor = mixed.flatten(1, 2).transpose(1, 2).flatten(2)
+    return read
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:

@@ -30,8 +30,8 @@ from specdec.training.eagle_rollout import Rollout, positions_of, rolled_out
 from specdec.training.evaluate import DEPTH, JUDGED, Batch
 from specdec.training.examples import Example
 from specdec.training.loss import backward_through_head, distill_loss
-from specdec.training.settings import DistillSettings
-from specdec.training.student import WEIGHTS, DistillError
+from specdec.training.settings import DistillError, DistillSettings
+from specdec.training.student import WEIGHTS
 
 STEP_DECAY = 0.8
 """What a step's loss counts of the one before it, as in EAGLE-3.
@@ -218,7 +218,7 @@ def new_config(pair: ModelPair, tokens: int) -> dict[str, Any]:
     """config.json of a new draft of so many tokens: a layer as wide as the target's."""
     target = pair.target
     text, layers = target.model.config.get_text_config(), target.layers
-    ids = (2, layers // 2, layers - 3)
+    ids: tuple[int, ...] = (2, layers // 2, layers - 3)
     if layers < FEWEST_LAYERS:
         ids = tuple(sorted({0, layers // 2, layers - 1}))
     rope = getattr(text, "rope_parameters", None) or {}
@@ -336,7 +336,7 @@ def _last_layer(target: PackedDecoder, begun: dict[str, Tensor]) -> dict[str, Te
         own + "mlp.up_proj.weight": up.contiguous(),
         own + "mlp.down_proj.weight": _weight(last.down, target),
     }
-    for kind, rows in zip("qkv", _weight(last.qkv, target).split(sizes), strict=True):
+    for kind, rows in zip("qkv", torch.split(_weight(last.qkv, target), sizes), strict=True):
         name = f"{own}self_attn.{kind}_proj.weight"
         found[name] = torch.cat([begun[name][: len(rows), : rows.shape[1]], rows], 1)
     if (norm := getattr(target.decoder, "norm", None)) is not None:

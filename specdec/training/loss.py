@@ -64,9 +64,7 @@ def backward_through_head(
         rows = slice(begin, begin + LOGIT_ROWS)
         chunk = states[rows].requires_grad_()
         each = losses(head(chunk).float(), rows)
-        each.sum().backward()
-        assert chunk.grad is not None
-        gradients.append(chunk.grad)
+        gradients += torch.autograd.grad(each.sum(), [chunk])
         found.append(each.detach())
-    hidden.backward(torch.cat(gradients).to(hidden.dtype))
+    torch.autograd.backward([hidden], [torch.cat(gradients).to(hidden.dtype)])
     return torch.cat(found)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from specdec.atomic import atomic_file, write_bytes
 from specdec.training.examples import Example, from_lines, to_lines
-from specdec.training.student import WEIGHTS, DistillError
+from specdec.training.settings import DistillError
+from specdec.training.student import WEIGHTS
 
 
 @dataclass(frozen=True, slots=True)

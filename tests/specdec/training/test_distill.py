@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from specdec.loading.pair import ModelPair
 from specdec.training.evaluate import ALL, Agreements, batches, evaluate
 from specdec.training.examples import Example, split
-from specdec.training.settings import DistillWatch, Moment
-from specdec.training.student import DistillError, Student
+from specdec.training.settings import DistillError, DistillWatch, Moment
+from specdec.training.student import Student
 from tests.specdec.loading.saved_models import EOS, saved
 from tests.specdec.tiny_models import noisy_copy, tiny_model
 from tests.specdec.training.drafts import (

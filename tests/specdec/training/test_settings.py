@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from specdec.training.settings import DistillSettings
-from specdec.training.student import DistillError
+from specdec.training.settings import DistillError, DistillSettings
 
 
 @pytest.mark.parametrize(

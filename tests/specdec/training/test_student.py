@@ -9,7 +9,8 @@ from specdec.loading.pair import ModelPair
 from specdec.loading.sources import PairError
 from specdec.training.evaluate import ALL, batches, evaluate
 from specdec.training.examples import Example
-from specdec.training.student import DistillError, Student
+from specdec.training.settings import DistillError
+from specdec.training.student import Student
 from tests.specdec.loading.saved_models import saved
 from tests.specdec.tiny_models import noisy_copy, tiny_model
 from tests.specdec.training.drafts import (

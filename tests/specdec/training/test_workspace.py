@@ -6,7 +6,7 @@ import pytest
 
 from specdec.loading.pair import ModelPair
 from specdec.training.examples import Example
-from specdec.training.student import DistillError
+from specdec.training.settings import DistillError
 from specdec.training.workspace import Workspace
 from tests.specdec.training.drafts import (
     load,
