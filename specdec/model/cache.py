@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -287,7 +288,7 @@ class SlotCache:
                 source, target = (_lines(tensor, *places) for places in moved)
                 # Not every operator knows floats of eight bits, but all know bytes.
                 whole = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
-                lines = whole.view(-1, *tensor.shape[3:])
+                lines = whole.view(math.prod(tensor.shape[:3]), *tensor.shape[3:])
                 lines.index_copy_(0, target, lines.index_select(0, source))
         for slot, base, path in zip(slots, bases, paths, strict=True):
             self.rollback(slot, base + len(path))
