@@ -214,8 +214,7 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
 def _tokens_of(probs: Tensor, block: Tensor) -> Tensor:
     """float32 [n, W]: probs [n, V] of a block's W = min(V, BLOCK) tokens; 0 beyond the last."""
     vocab = probs.shape[-1]
-    width = min(BLOCK, vocab)
-    token = block[:, None] * BLOCK + torch.arange(width, device=probs.device)
+    token = block[:, None] * BLOCK + torch.arange(min(BLOCK, vocab), device=probs.device)
     own = probs.gather(1, token.clamp(max=vocab - 1))
     return torch.where(token < vocab, own, 0.0)
 
