@@ -208,10 +208,8 @@ class Goodput(GrowingPolicy):
             if not kind.looks:
                 self._looks, most = False, length
         else:
-            # Missing a good draft costs more than finding a bad one out, which is soon done.
-            hopes = [min(rate + self._uncertainty, self.MOST_RATE) for rate in each]
-            may_pay = hopes > each and self._leading(hopes, hopes, first, self.k_max)[2] > 0
-            chosen = self.switch.probe(start, sorted(rows), self.costs, saved_up=not may_pay)
+            saved_up = not self._may_pay(each, first)
+            chosen = self.switch.probe(start, sorted(rows), self.costs, saved_up=saved_up)
             self._probing, kind = True, Kind()
         hope = None if self._probing else promised / len(rows)
         start.notes.update(promised=hope, kind=kind, usual=usual)
@@ -239,11 +237,17 @@ class Goodput(GrowingPolicy):
         # Tokens that a draft brings a row of a round, in the time of one without.
         self._worth = self._constant / plain - 1 if self.switch.on else 0.0
 
-    @property
-    def _uncertainty(self) -> float:
-        """The standard error of the pair's acceptance rate while that is being learnt, else 0."""
+    def _may_pay(self, rates: Sequence[float], first: Sequence[float]) -> bool:
+        """Whether drafting would pay at rates a standard error higher, while these are learnt.
+
+        Missing a good draft costs more than finding a bad one out, which is soon done.
+        """
         known, rate = self._judged - self.PAIR_WEIGHT, self._accepted / self._judged
-        return sqrt(rate * (1 - rate) / (known + 1)) if known < TRIED else 0.0
+        if known >= TRIED:
+            return False
+        error = sqrt(rate * (1 - rate) / (known + 1))
+        hopes = [min(each + error, self.MOST_RATE) for each in rates]
+        return self._leading(hopes, hopes, first, self.k_max)[2] > 0
 
     @property
     def _first_ones(self) -> tuple[float, float]:
