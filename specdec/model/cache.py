@@ -284,8 +284,12 @@ class SlotCache:
         if moves:
             who, sources, targets = upload(self.device, *zip(*moves, strict=True))
             moved = [self.places(who, where) for where in (sources, targets)]
+            lines_by_heads = {
+                heads: [_lines(heads, *places) for places in moved]
+                for heads in {layer.heads for layer in self.layout}
+            }
             for tensor in self._tensors:
-                source, target = (_lines(tensor, *places) for places in moved)
+                source, target = lines_by_heads[tensor.shape[1]]
                 # Not every operator knows floats of eight bits, but all know bytes.
                 whole = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
                 lines = whole.view(math.prod(tensor.shape[:3]), *tensor.shape[3:])
@@ -358,8 +362,7 @@ class SlotCache:
         self.lengths[slot] = length
 
 
-def _lines(tensor: Tensor, page: Tensor, at: Tensor) -> Tensor:
-    """int64: where places lie in a layer's tensor, seen as lines of one head each."""
-    heads, size = tensor.shape[1:3]
+def _lines(heads: int, page: Tensor, at: Tensor) -> Tensor:
+    """int64: where places lie in a tensor of so many heads, seen as lines of one head each."""
     every = torch.arange(heads, device=page.device)
-    return ((page[:, None] * heads + every) * size + at[:, None]).flatten()
+    return ((page[:, None] * heads + every) * PAGE + at[:, None]).flatten()
