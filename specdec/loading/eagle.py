@@ -79,7 +79,8 @@ def load_eagle(
         )
     config.check(hidden_size, target.layers, tokens)
     layers = config.layers_of(target.layers)
-    weights = eagle_weights(source, target.device, getattr(torch, dtype))
+    folder = eagle_folder(source)
+    weights = eagle_weights(source.name, folder, target.device, getattr(torch, dtype))
     parts, text, known = eagle_parts(config, weights, target, len(layers) * hidden_size)
     model = Eagle3(
         text,
@@ -90,7 +91,7 @@ def load_eagle(
     )
     model.eval().requires_grad_(False)
     if source.path is None:
-        model.config._commit_hash = _from_hub(source).name
+        model.config._commit_hash = folder.name
     if pack:
         pack_linears(model, quantization)
     context = target.context_length
@@ -100,15 +101,23 @@ def load_eagle(
     return EagleDecoder(model, layers, context, use_kernels=kernels, kv_dtype=target.kv_dtype)
 
 
+def eagle_folder(source: ModelSource) -> Path:
+    """Where a draft's files lie: its own folder, or the hub's snapshot of it.
+
+    Raises:
+        PairError: the hub does not have it, or cannot be asked.
+    """
+    return source.path or _from_hub(source)
+
+
 def eagle_weights(
-    source: ModelSource, device: torch.device, dtype: torch.dtype
+    draft: str, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """A checkpoint's weights, by the names of the `speculators` format.
 
     Raises:
         PairError: they are missing or cannot be read.
     """
-    draft, folder = source.name, source.path or _from_hub(source)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise PairError(f"draft {draft} has no safetensors; {CONVERT}")

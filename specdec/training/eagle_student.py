@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from specdec.atomic import atomic_file, write_bytes
-from specdec.loading.eagle import eagle_config, eagle_parts, eagle_weights
+from specdec.loading.eagle import eagle_config, eagle_folder, eagle_parts, eagle_weights
 from specdec.loading.eagle_config import FEWEST_LAYERS, LAYER_IDS, EagleConfig
 from specdec.loading.pair import ModelPair
 from specdec.loading.sources import find_model
@@ -122,7 +122,7 @@ class EagleStudent:
             raise DistillError(f"draft {name} is not of EAGLE-3; give --kind model")
         text = pair.target.model.config.get_text_config()
         read.check(text.hidden_size, pair.target.layers, len(pair.tokenizer))
-        weights = eagle_weights(source, pair.target.device, torch.float32)
+        weights = eagle_weights(name, eagle_folder(source), pair.target.device, torch.float32)
         config = read.as_speculators(read.layers_of(pair.target.layers))
         config["speculators_config"] = _serving(pair)
         return cls(config, weights, pair.target, f"draft {name}")
