@@ -4,24 +4,29 @@
 
 Each row asks for JSON of a schema of its own: nested objects, arrays with bounds, enums, oneOf,
 patterns, numbers with bounds, $ref, formats and constants, in variants. All rows are decoded with
-and without speculation, in turns in one run. Every output that ended with `stop` is checked by the
-library jsonschema; the program fails if one is not valid. An output may also be cut off at
-`--tokens`.
+and without speculation, `--repeats` times in turns. Verification is `coupled`, so that all sides
+have the same tokens to generate. Every output that ended with `stop` is checked by the library
+jsonschema; the program fails if one is not valid. An output may also be cut off at `--tokens`.
+
+Sides are policies without a draft model; `goodput+draft` is one with it.
 
 Prints for each live batch the outputs that ended and how many of them validate, tokens per second
-of each policy and the ratio to `none`. `one` is the share of output tokens that the schema alone
-determined: behind the tokens before them nothing else was allowed. `forced` is the share of output
-tokens that were accepted as tokens of the only text that could follow, and how many of those that
-were proposed stood. `suffix` runs without the draft. Some 20 minutes on two cores with the
-defaults.
+of each side and how many times faster than `none` it is (the median of the paired ratios, with the
+smallest and largest). `one` is the share of output tokens that the schema alone determined: behind
+the tokens before them nothing else was allowed. `forced` is the share of output tokens that were
+accepted as tokens of the only text that could follow, and how many of those that were proposed
+stood. Some 20 minutes on two cores with the defaults.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import jsonschema
@@ -33,13 +38,16 @@ from common import (
     Batches,
     Draft,
     Precision,
+    Repeats,
     Target,
     Threads,
     Tokens,
     console,
     load,
     prepare,
+    ratios,
     run,
+    spread,
 )
 from rich.table import Table
 
@@ -48,6 +56,8 @@ from pipeline.texts import Texts
 from specdec.engine.engine import Engine
 from specdec.loading.grammars import ModelGrammars
 from specdec.loading.pair import ModelPair
+from specdec.policies.costs import CostModel
+from specdec.policies.profiling import profile_costs
 from specdec.policies.registry import make_policy
 from specdec.request import Completion, Request, SamplingParams
 
@@ -143,6 +153,20 @@ def requests_of(pair: ModelPair, asked: Sequence[Schema], tokens: int) -> list[R
     return made
 
 
+def side_engine(
+    pair: ModelPair, side: str, live: int, grammars: ModelGrammars, costs: CostModel
+) -> Engine:
+    """An engine for a side's name: a policy, with "+draft" behind it where it may draft."""
+    name, _, draft = side.partition("+")
+    return Engine(
+        pair if draft else replace(pair, draft=None),
+        policy=make_policy(name, costs=copy.deepcopy(costs)),
+        verification="coupled",
+        slots=live,
+        grammars=grammars,
+    )
+
+
 def main(
     target: Target = TARGET,
     draft: Draft = DRAFT,
@@ -150,12 +174,13 @@ def main(
     schemas_: Annotated[int, typer.Option("--schemas", help="how many schemas")] = 200,
     tokens: Tokens = 128,
     batches: Batches = "1,16",
-    policies: Annotated[
-        str, typer.Option(help="separated by commas")
-    ] = "none,suffix,fixed,goodput",
+    sides: Annotated[
+        str, typer.Option(help="separated by commas; the first one is compared with")
+    ] = "none,suffix,goodput,goodput+draft",
+    repeats: Repeats = 2,
     threads: Threads = 0,
 ) -> None:
-    """Decode all schemas by each policy at each live batch, and check what comes out."""
+    """Decode all schemas by each side at each live batch, and check what comes out."""
     prepare(threads)
     pair = load(target, draft, precision)
     texts = Texts(pair.tokenizer)
@@ -163,18 +188,24 @@ def main(
     asked = list(itertools.islice(schemas(), schemas_))
     requests = requests_of(pair, asked, tokens)
     shown = Table(title=f"{len(asked)} schemas, {precision}, at most {tokens} tokens")
-    for column in ("live", "policy", "ended", "valid", "one", "forced", "tokens/s", "against none"):
+    for column in ("live", "side", "ended", "valid", "one", "forced", "tokens/s", "against none"):
         shown.add_column(column, justify="right")
     wrong: list[str] = []
+    names = sides.split(",")
     for live in map(int, batches.split(",")):
-        plain = 0.0
-        for name in policies.split(","):
-            engine = Engine(pair, policy=make_policy(name), slots=live, grammars=grammars)
+        costs = profile_costs(pair.target, pair.draft, live)
+        taken: dict[str, list[float]] = {name: [] for name in names}
+        side_engine(pair, names[0], live, grammars, costs).generate(requests[:live])  # warm
+        for turn, name in itertools.product(range(repeats), names):
+            engine = side_engine(pair, name, live, grammars, costs)
             began = time.perf_counter()
             done = engine.generate(requests)
-            rate = sum(len(each.output_ids) for each in done) / (time.perf_counter() - began)
-            plain = plain or rate
+            spent = time.perf_counter() - began
             stats = engine.stats
+            taken[name].append(spent / stats.counts.committed)
+            console.log(f"{turn + 1}/{repeats} live {live}, {name}: {spent:.1f} s")
+            if turn + 1 < repeats:
+                continue
             stood = stats.accepted_forced / max(stats.verified_forced, 1)
             ended = [i for i, each in enumerate(done) if each.finish_reason == "stop"]
             faults = [invalid(texts, asked[i], requests[i], done[i]) for i in ended]
@@ -185,9 +216,9 @@ def main(
                 str(live), name, str(len(ended)), str(len(ended) - len(found)),
                 f"{forced_share(grammars, requests, done):.2f}",
                 f"{stats.accepted_forced / stats.counts.committed:.2f}, {stood:.0%}",
-                f"{rate:.1f}", f"{rate / plain:.2f}",
+                f"{1 / statistics.median(taken[name]):.1f}",
+                spread(ratios(taken[names[0]], taken[name])),
             )  # fmt: skip
-            console.log(f"live {live}, {name}: {rate:.1f} tokens/s")
     console.print(shown)
     for fault in wrong[:20]:
         console.print(fault, markup=False)
