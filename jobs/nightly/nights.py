@@ -137,7 +137,11 @@ def _ray() -> AbstractContextManager[None]:
 
 
 def _size(night: Night) -> str:
-    return f"{night.total_rows:,} rows of {night.conversations:,} conversations"
+    """How many rows there are, and what took the others away."""
+    filtered = {each["name"]: each["removed"] for each in night.filters if each["removed"]}
+    gone = [f"{why} {count:,}" for why, count in (night.lost | filtered).items()]
+    without = f" (gone: {', '.join(gone)})" if gone else ""
+    return f"{night.total_rows:,} rows of {night.conversations:,} conversations{without}"
 
 
 def _reason(error: BaseException) -> str:

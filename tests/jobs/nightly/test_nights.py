@@ -218,6 +218,8 @@ def test_a_night_that_loses_too_many_conversations_fails_and_one_of_other_column
     night = Archive.of(Recipe.model_validate(recipe)).night("2026-11-20")
     assert night is not None
     assert (night.conversations, night.lost, night.total_rows) == (3, {"PromptTooLong": 2}, 1)
+    told = json.loads((tmp_path / "dataset/_nightly/status.json").read_text())["nights"]
+    assert told["2026-11-20"]["message"] == "1 rows of 3 conversations (gone: PromptTooLong 2)"
 
     recipe["seeds"] = {**recipe["seeds"], "keep_columns": ["word"]}
     refused = make(Recipe.model_validate(recipe), 21)
