@@ -16,7 +16,8 @@ propose is a debt that the row's rounds share (specdec/policies/catch_up.py). An
 that is faster than the host's decisions, as many candidates as pay on average may be better than
 the best choice that the device has to wait for.
 
-The same for trees is in specdec/policies/growing.py. Whether these are faster than chains is
+What each kind of round would draft is an offer (specdec/policies/offers.py). The same for trees is
+in specdec/policies/growing.py. Whether these are faster than chains is
 measured for each size of batch, as is whether to look (specdec/policies/kinds.py).
 
 What may be trimmed. In matching modes any candidate may be dropped, so the verified set is chosen
@@ -28,37 +29,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from math import sqrt
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from specdec.measure.calibration import Flags
 from specdec.policies.base import MOST_CANDIDATES, MOST_WIDTH, DraftStep, RoundOutcome, RoundStart
-from specdec.policies.catch_up import owed, shared
+from specdec.policies.catch_up import shared
 from specdec.policies.chains import Chain
 from specdec.policies.costs import CostModel
-from specdec.policies.growing import GrowingPolicy
 from specdec.policies.kinds import Kind
 from specdec.policies.known import KnownChains, in_front, survivals
-from specdec.policies.measuring import Measurements
-from specdec.policies.objective import (
-    best_constant,
-    best_prefixes,
-    by_row,
-)
+from specdec.policies.measuring import LearntCosts
+from specdec.policies.objective import best_constant, best_prefixes, by_row
+from specdec.policies.offers import MEMORY, Offer, OfferingPolicy
 from specdec.policies.settings import setting
 from specdec.policies.switch import IN_A_ROW, Switch
 
 if TYPE_CHECKING:
     from specdec.model.decoder import PackedDecoder
-
-MEMORY = 0.98
-"""Weight that is left of a round's goodput, and of what was trimmed, after one more round.
-
-50 rounds are remembered. Raised, the price of a second follows a change later. Set by hand.
-"""
 
 PAUSE = 20.0
 """Most that a round counts for, in rounds without speculation.
@@ -79,22 +68,9 @@ A promise that was made on a first guess of the acceptance rate is no longer mad
 known. Raised, what promises really leave out is seen later.
 """
 
-TRIED = 64
-"""Judged candidates until which a draft is tried if it may pay, as far as is known of it.
-
-What is known of it sooner may be chance, and would stand for long: a probe is seldom. Raised, more
-is spent on a draft that is none.
-"""
-
-SHARES = 16
-"""Steps in which the share of first candidates that are submitted is known.
-
-The seconds of further candidates are kept for each share that occurs. Raised, fewer are met again.
-"""
-
 
 @dataclass(eq=False)
-class Goodput(GrowingPolicy):
+class Goodput(OfferingPolicy):
     """Maximises committed tokens per second; K = 0 where speculation does not pay.
 
     Attributes:
@@ -112,16 +88,14 @@ class Goodput(GrowingPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.switch, self._measured = Switch(), Measurements()
+        self.switch = Switch()
         self.found, self.found_switch = KnownChains(), Switch()
         self._begun: RoundStart | None = None
         self._known: list[list[float]] = []  # survival of the known candidates taken, by row
-        self._looks, self._looking_up, self._worth = True, False, 0.0
+        self._looking_up, self._worth = False, 0.0
         # Tokens per row lately, and what the best constant length would have made of the time.
         self.price, self._constant = 0.0, 0.0
         self._tokens, self._hoped = 5.0, 5.0
-        # First candidates of rows lately: all and those worth verifying; expected tokens of both.
-        self._firsts = [8.0, 8.0, 4.0, 4.0]
 
     def prepare(self, target: PackedDecoder, draft: PackedDecoder | None, slots: int) -> None:
         if draft is None:
@@ -130,10 +104,7 @@ class Goodput(GrowingPolicy):
             from specdec.policies.profiling import profile_costs  # torch: policies load without
 
             self.costs = profile_costs(target, draft, slots)
-
-    @property
-    def looks(self) -> bool:
-        return self._looks
+            self._learnt = LearntCosts(self.costs)
 
     def costs_table(self) -> dict[str, list[tuple[int, float]]]:
         tables = self.costs.points() if self.costs is not None else {}
@@ -177,52 +148,42 @@ class Goodput(GrowingPolicy):
             return budget
         if self._begun is not start:
             self._begin(start)
-        rates = [p * rate for p, rate in zip(self.survival, self.typical, strict=True)]
-        debts = owed(start, rows, rates, self.costs.draft)
-        rows.sort(key=lambda row: self.price * debts[row] - rates[row])
-        steps = self.costs.draft.curve(1, len(rows) + sum(known)).tolist()
-        reading = (steps[-1] - steps[len(rows) - 1]) / max(sum(known), 1)  # of a known token
-        owing = accumulate(debts[row] + known[row] * reading for row in rows)
-        first = [step + more for step, more in zip(steps, owing, strict=False)]
         possible = self._possible(start, any(known))
-        kind = self.kinds.choose(len(start.rows), possible)
-        usual = kind == self.kinds.fastest(len(start.rows), possible)
-        share, yielding = 1.0, 1.0  # of chains that nobody looks at all is submitted
-        if kind.branches:
-            rates = self.passing
-        elif kind.looks:
-            share, yielding = self._first_ones
-        each = [rates[row] for row in rows]
-        expected = [yielding * rate for rate in each]
-        number, length, promised = self._leading(each, expected, first, self.k_max, share)
-        if kind == Kind(looks=False, branches=True):
-            number, (length, promised) = len(rows), self._shape(rows)
-            promised -= self.price * sum(debts.values())
-        most = self.k_max
-        if self.switch.pays(promised / len(rows)):
-            chosen = rows[:number]
-            if self._judged <= self.PAIR_WEIGHT:  # nothing is known of the pair yet
-                chosen = chosen[:FIRST_ROWS]
-            if kind.branches:
-                self._plant(start, kind.looks)
-            if not kind.looks:
-                self._looks, most = False, length
+        best = self.kinds.choose(len(start.rows), possible)
+        # Where rounds of one kind do not pay, those may that take the host less, or choose more.
+        others = [each for each in possible if each == best._replace(looks=not best.looks)]
+        offers = dict[Kind, Offer]()
+        for kind in (best, *others):
+            offer = offers[kind] = self._offer(start, rows, known, kind)
+            if self.switch.pays(offer.promised / len(rows)):
+                chosen, hope = offer.rows, offer.promised / len(rows)
+                if self._judged <= self.PAIR_WEIGHT:  # nothing is known of the pair yet
+                    chosen = chosen[:FIRST_ROWS]
+                if kind.branches:
+                    self._plant(start, kind.looks)
+                break
         else:
-            saved_up = not self._may_pay(each, first)
+            self._probing, hope, kind = True, None, Kind()
+            offer = offers.get(kind) or self._offer(start, rows, known, kind)
+            self._use(kind.looks)
+            saved_up = not self._may_pay(offer)
             chosen = self.switch.probe(start, sorted(rows), self.costs, saved_up=saved_up)
-            self._probing, kind = True, Kind()
-        hope = None if self._probing else promised / len(rows)
+        alike = [each for each in possible if each.looks == kind.looks]
+        usual = kind == self.kinds.fastest(len(start.rows), alike)
         start.notes.update(promised=hope, kind=kind, usual=usual)
         for row in chosen:
-            budget[row] = most
-            start.rows[row].catch_up = debts[row]
+            budget[row] = self.k_max if kind.looks else offer.length
+            start.rows[row].catch_up = offer.debts[row]
         return budget
 
     def _begin(self, start: RoundStart) -> None:
         super()._begin(start)
         assert self.costs is not None
         self._begun, self._known = start, [[] for _ in start.rows]
-        if self.costs.at(len(start.rows), sum(start.contexts) / len(start.rows)):
+        assert self._learnt is not None
+        if start.beside:
+            self._learnt.tell_apart()
+        if self._learnt.at(len(start.rows), sum(start.contexts) / len(start.rows)):
             self._furthers = {}
         self._free_trimming = start.free_trimming
         self._kept, self._tokens_bare = [0] * len(start.rows), start.target_tokens
@@ -236,28 +197,6 @@ class Goodput(GrowingPolicy):
         self.price = max(plain, self._constant * self._tokens / self._hoped)
         # Tokens that a draft brings a row of a round, in the time of one without.
         self._worth = self._constant / plain - 1 if self.switch.on else 0.0
-
-    def _may_pay(self, rates: Sequence[float], first: Sequence[float]) -> bool:
-        """Whether drafting would pay at rates a standard error higher, while these are learnt.
-
-        Missing a good draft costs more than finding a bad one out, which is soon done.
-        """
-        known, rate = self._judged - self.PAIR_WEIGHT, self._accepted / self._judged
-        if known >= TRIED:
-            return False
-        error = sqrt(rate * (1 - rate) / (known + 1))
-        hopes = [min(each + error, self.MOST_RATE) for each in rates]
-        return self._leading(hopes, hopes, first, self.k_max)[2] > 0
-
-    @property
-    def _first_ones(self) -> tuple[float, float]:
-        """How much of rows' first candidates was worth verifying lately, and of what they yield.
-
-        Those that are dropped are the unlikely ones: a row takes less of the verification than its
-        candidates would, and yields hardly less than they do.
-        """
-        drawn, kept, hoped, left = self._firsts
-        return round(kept / drawn * SHARES) / SHARES, left / hoped
 
     # ----------------------------------------------------------- after each candidate
 
@@ -299,7 +238,7 @@ class Goodput(GrowingPolicy):
         # Where it may be trimmed freely, the set is chosen now that all are drawn.
         free = self._free_trimming
         counts = by_row(self._best_set()[0], len(drafted)) if free else self._kept
-        self._note_trimming(counts)
+        self._note_trimming(counts, [*map(len, self._known)])
         return drafted if free and self._probing else counts
 
     def _best_set(self) -> tuple[Sequence[tuple[float, int]], float]:
@@ -317,20 +256,12 @@ class Goodput(GrowingPolicy):
         gain = sum(p for p, _ in best) - self.price * (seconds[len(best)] - seconds[0])
         return best, gain
 
-    def _note_trimming(self, counts: Sequence[int]) -> None:
-        """Take in which first candidates were worth verifying, by each row's count of all."""
-        first, known = self._steps[0], [*map(len, self._known)]
-        each = zip(first.rows, first.after, strict=True)
-        kept = [p for row, p in each if counts[row] > known[row]]
-        noted = (len(first.after), len(kept), sum(first.after), sum(kept))
-        self._firsts = [MEMORY * a + b for a, b in zip(self._firsts, noted, strict=True)]
-
     # ---------------------------------------------------------------- after the round
 
     def observe(self, outcome: RoundOutcome) -> None:
         super().observe(outcome)
         self.found.observe(outcome)
-        if self.costs is None:
+        if self.costs is None or self._learnt is None:
             return
         speculated, decoding = bool(outcome.draft_costs), all(outcome.start.decoding)
         promised, found = map(outcome.start.notes.get, ("promised", "found"))
@@ -350,7 +281,7 @@ class Goodput(GrowingPolicy):
         if beside or (told and self.grows):
             self._compare(outcome, kind, spent)
         if not beside or outcome.start.notes["usual"]:  # others have other costs than most
-            self._measured.note(self.costs, outcome, None if kind.looks else spent)
+            self._learnt.note(outcome, kind.looks)
         self._tokens = MEMORY * self._tokens + sum(outcome.accepted) / rows + 1
         plain = float(self.costs.verify(rows))
         spent = min(spent, PAUSE * plain)
@@ -358,7 +289,7 @@ class Goodput(GrowingPolicy):
         switches = {self.switch: speculated, self.found_switch: any(outcome.submitted)}
         for each, used in switches.items():
             each.ended(used, spent / plain)
-        if self._measured.teach():
+        if self._learnt.teach():
             self._furthers = {}
 
     def _yield(self, outcome: RoundOutcome, decoding: bool) -> float:

@@ -74,6 +74,9 @@ SECOND_RATE = 0.4
 Raised, the first trees are deeper. It soon fades.
 """
 
+_Furthers = tuple[bool, tuple[int, int, float, float]]
+"""What `further_seconds` depends on: whether the round is looked at, and its other arguments."""
+
 
 class GrowingPolicy(EstimatingPolicy):
     """An estimating policy whose candidates may be trees.
@@ -104,7 +107,7 @@ class GrowingPolicy(EstimatingPolicy):
         # Packed tokens of the verification: without any candidate, and as it is now.
         self._tokens_bare = self._tokens_fed = 0
         # `further_seconds` of the cost tables as they are, by its arguments.
-        self._furthers: dict[tuple[int, int, float, float], Sequence[Sequence[float]] | Array] = {}
+        self._furthers: dict[_Furthers, Sequence[Sequence[float]] | Array] = {}
 
     @property
     def branches(self) -> bool:
@@ -162,9 +165,9 @@ class GrowingPolicy(EstimatingPolicy):
     ) -> tuple[int, int, float]:
         """`leading_rows`, or nodes, at the round's price and the costs as they are."""
         assert self.costs is not None
-        key = self._tokens_fed, len(rates), share, floor
-        if key not in self._furthers:
-            self._furthers[key] = further_seconds(self.costs, *key)
+        given = self._tokens_fed, len(rates), share, floor
+        if (key := (self.looks, given)) not in self._furthers:
+            self._furthers[key] = further_seconds(self.costs, *given)
         return leading_rows(rates, expected, first, self._furthers[key], self.price, left)
 
     def _compare(self, outcome: RoundOutcome, kind: Kind, spent: float) -> None:

@@ -1,7 +1,12 @@
-"""What rounds' forwards took, collected until there is enough for cost tables to learn from."""
+"""What rounds' forwards took, collected until there is enough for cost tables to learn from.
+
+Rounds at which a policy looks while they are drafted have tables of their own. Beside a device that
+is faster than the host, a draft step that is looked at takes as long as the host does.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 from specdec.policies.base import RoundOutcome
@@ -15,31 +20,55 @@ costs follow a change of the machine later.
 """
 
 
-class Measurements:
-    """Seconds since the cost tables learnt last, by what learns them and by tokens."""
+class LearntCosts:
+    """D(n) and V(n) of rounds that are looked at, and of those that are not.
 
-    def __init__(self) -> None:
+    Args:
+        profiled: of both, at first; it becomes what is learnt of rounds that are looked at.
+    """
+
+    def __init__(self, profiled: CostModel) -> None:
+        self._models = {True: profiled}
+        # Seconds since the tables learnt last, by what learns them and by tokens.
         self._taken: dict[tuple[Callable[..., None], int], list[float]] = {}
 
-    def note(self, costs: CostModel, outcome: RoundOutcome, whole: float | None = None) -> None:
+    def of(self, looks: bool) -> CostModel:
+        """Of the rounds that are looked at, or of the others, once these may come."""
+        return self._models.get(looks, self._models[True])
+
+    def tell_apart(self) -> None:
+        """From now on rounds may be of both kinds."""
+        if False not in self._models:
+            self._models[False] = copy.deepcopy(self._models[True])
+
+    def at(self, rows: int, context: float) -> bool:
+        """See `CostModel.at`."""
+        changed = [model.at(rows, context) for model in self._models.values()]
+        return any(changed)
+
+    def note(self, outcome: RoundOutcome, looks: bool) -> None:
         """Note what a round's forwards took.
 
-        Args:
-            costs: learn from it, later.
-            outcome: of the round.
-            whole: seconds of the round, where it is not known which part of it took how long: the
-                host launched all of them and then waited. Each has its expected share.
+        The host launches those of a round that is not looked at together, and then waits. So it is
+        not known which part took how long: each has its expected share of the whole. A round
+        without candidates tells of both kinds.
         """
-        draft, verify = costs.observe_draft, costs.observe_verify
-        parts = [(draft, *step) for step in outcome.draft_costs] + [(verify, *outcome.verify_cost)]
-        if whole is not None:
-            steps = [(draft, n, float(costs.draft(n))) for _, n, _ in parts[:-1]]
-            tokens = outcome.verify_cost[0]
-            parts = [*steps, (verify, tokens, float(costs.verify(tokens)))]
-            slower = whole / sum(seconds for *_, seconds in parts)
-            parts = [(learn, n, slower * seconds) for learn, n, seconds in parts]
-        for learn, tokens, seconds in parts:
-            self._taken.setdefault((learn, tokens), []).append(seconds)
+        for kind, costs in self._models.items():
+            if outcome.draft_costs and costs is not self.of(looks):
+                continue
+            draft, verify = costs.observe_draft, costs.observe_verify
+            parts = [(draft, *step) for step in outcome.draft_costs]
+            parts.append((verify, *outcome.verify_cost))
+            if not kind:
+                due = [float(costs.draft(n)) for _, n, _ in parts[:-1]]
+                due.append(float(costs.verify(outcome.verify_cost[0])))
+                slower = sum(seconds for *_, seconds in parts) / sum(due)
+                parts = [
+                    (learn, n, slower * expected)
+                    for (learn, n, _), expected in zip(parts, due, strict=True)
+                ]
+            for learn, tokens, seconds in parts:
+                self._taken.setdefault((learn, tokens), []).append(seconds)
 
     def teach(self) -> bool:
         """Let the tables learn, if there is enough to learn from: whether they did."""

@@ -62,6 +62,7 @@ def round_start(
     free_trimming: bool = True,
     contexts: Sequence[int] | None = None,
     pending: int = 1,
+    beside: bool = False,
 ) -> RoundStart:
     """A round in which all rows decode."""
     n = len(rows)
@@ -73,6 +74,7 @@ def round_start(
         draft_pending=[pending] * n,
         target_tokens=n,
         free_trimming=free_trimming,
+        beside=beside,
     )
 
 

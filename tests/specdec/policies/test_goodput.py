@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from specdec.measure.calibration import Array
 from specdec.policies.base import Signal
 from specdec.policies.costs import CostModel, CostTable
+from specdec.policies.estimators import online_estimator
 from specdec.policies.goodput import Goodput
 from tests.specdec.policies.worlds import (
     CHEAP,
     FLAT,
     FREE,
+    World,
     best_fixed,
     drafted,
     policy_of,
@@ -149,6 +151,16 @@ def test_a_pause_of_the_machine_is_soon_forgotten() -> None:
     done.policy.costs = CostModel(CHEAP, linear(1.0, 0.1))  # refinement has a test of its own
     done.run(300)
     assert float(np.mean(done.verified[-150:])) == pytest.approx(usual, abs=0.5)
+
+
+def test_where_looking_costs_too_much_it_drafts_without() -> None:
+    """A host that takes five verifications to look at a step; without it, speculation pays."""
+    draft, verify = linear(0.05, 0.001), linear(1.0, 0.002)
+    policy = Goodput(online_estimator("confidence"), None, CostModel(draft, verify), 12)
+    best = best_fixed(0.8, 64, draft, verify)
+    done = World(policy, [0.8] * 64, host=5.0).run(200)
+    assert done.speculating(100) > 0.9
+    assert done.goodput(100) > 0.95 * best
 
 
 def test_a_jump_that_one_candidate_does_not_repay_is_taken_for_several() -> None:

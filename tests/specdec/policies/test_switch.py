@@ -10,7 +10,7 @@ from specdec.policies.base import RoundOutcome, RowMemory
 from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.estimators import online_estimator
 from specdec.policies.goodput import Goodput
-from specdec.policies.measuring import Measurements
+from specdec.policies.measuring import LearntCosts
 from specdec.policies.objective import leading_rows
 from specdec.policies.switch import IN_A_ROW, PROBE_SHARE, REST
 from tests.specdec.policies.worlds import (
@@ -83,7 +83,7 @@ class Deaf(Goodput):
     def observe(self, outcome: RoundOutcome) -> None:
         costly = [(tokens, seconds + self.hidden) for tokens, seconds in outcome.draft_costs]
         super().observe(replace(outcome, draft_costs=costly))
-        self._measured = Measurements()
+        self._learnt = LearntCosts(self.costs)  # what was noted is gone
 
 
 def test_what_promises_leave_out_is_seen_in_what_they_yield() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from specdec.policies.base import RowMemory, Signal
+from specdec.policies.base import DraftStep, RowMemory, Signal
 from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.estimators import Estimator, online_estimator
 from specdec.policies.goodput import Goodput
@@ -71,6 +72,7 @@ class World:
 
     Attributes:
         policy: decides; rates: acceptance per row; the draft knows nothing about a candidate.
+        host: beside a device, seconds more that a draft step takes which the policy looks at.
         drafted, verified, accepted, seconds, committed, draft_seconds: per round (the first three:
             per row as well).
     """
@@ -79,6 +81,7 @@ class World:
     rates: Sequence[float]
     free_trimming: bool = True
     seed: int = 0
+    host: float = 0.0
     drafted: list[list[int]] = field(default_factory=list)
     verified: list[list[int]] = field(default_factory=list)
     accepted: list[list[int]] = field(default_factory=list)
@@ -87,6 +90,7 @@ class World:
     def __post_init__(self) -> None:
         self.rows: list[RowMemory] = memories(len(self.rates))
         self.random = np.random.default_rng(self.seed)
+        self.costs = copy.deepcopy(self.policy.costs)
 
     def run(self, rounds: int) -> World:
         for _ in range(rounds):
@@ -95,12 +99,12 @@ class World:
 
     def _round(self) -> None:
         policy, n = self.policy, len(self.rows)
-        start = round_start(self.rows, free_trimming=self.free_trimming)
+        start = round_start(self.rows, free_trimming=self.free_trimming, beside=self.host > 0)
         budget = list(policy.budget(start))
         counts, stands = [0] * n, [0] * n
         active = [row for row in range(n) if budget[row]]
         alive = [True] * n
-        depth = 0
+        depth, steps = 0, list[DraftStep]()
         while active:
             depth += 1
             for row in active:
@@ -108,12 +112,17 @@ class World:
                 alive[row] = alive[row] and self.random.random() < self.rates[row]
                 stands[row] += alive[row]
             known = {Signal.LOG_Q: [-0.5] * len(active), Signal.LOG_TOP: [-0.5] * len(active)}
-            flags = policy.go_on(draft_step(active, depth, known)).tolist()
+            steps.append(draft_step(active, depth, known))
+            flags = policy.go_on(steps[-1]).tolist() if policy.looks else [True] * len(active)
             active = [r for r, on in zip(active, flags, strict=True) if on and budget[r] > depth]
         submitted = list(policy.submit(counts) if any(counts) else counts)
         accepted = [min(k, s) for k, s in zip(submitted, stands, strict=True)]
-        assert policy.costs is not None
-        this = outcome(start, counts, accepted, submitted, policy.costs)
+        this = outcome(start, counts, accepted, submitted, self.costs)
+        if policy.looks:
+            told = [(n, seconds + self.host) for n, seconds in this.draft_costs]
+            this = replace(this, draft_costs=told)
+        else:
+            this = replace(this, unseen=lambda: steps)
         policy.observe(this)
         self.drafted.append(counts)
         self.verified.append(submitted)
