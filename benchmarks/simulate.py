@@ -14,6 +14,11 @@ Where traces know a draft's further choices, trees are replayed as well: `tree 4
 Intervals are 95%, over prompts, paired (specdec/simulate/replay.py). The best fixed length is
 chosen on the same prompts, which is in its favour.
 
+Traces also know what would be looked up at each place (specdec/simulate/lookups.py). So `suffix`
+and `goodput` are replayed with that source: without a draft ("no draft"), and with one behind it
+("look-ups"). A second table has what they took from where. What a look-up takes the host is left
+out, as is all that a policy takes; the bound and the best fixed length know drafts only.
+
 `record` writes traces, `replay` prints a table; each command's `--help` says how long it takes.
 
 Cost models (`--costs`):
@@ -35,7 +40,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from enum import StrEnum
-from itertools import product
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,12 +63,15 @@ from common import (
     read_prompts,
     run,
 )
+from contenders import Contender, contenders, looking
 from rich.progress import track
 from rich.table import Table
 
+from pipeline.generate.corpus import tokenizer_mark
+from specdec.drafters.corpus import Corpus
+from specdec.drafters.suffix import SuffixIndex
 from specdec.engine.engine import Engine
 from specdec.loading.head_files import load_head
-from specdec.policies.base import StopPolicy
 from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.registry import make_policy
 from specdec.request import Request, SamplingParams
@@ -71,6 +79,8 @@ from specdec.simulate.bound import least_seconds
 from specdec.simulate.record import MOST, WIDTH, Text, measure_costs, record, write_texts
 from specdec.simulate.replay import Ratio, Replay, faster, replay
 from specdec.simulate.transcripts import Transcript, load_transcripts, save_transcripts
+
+PLACES = ("in_prompt", "in_rows", "in_corpus")
 
 
 class Costs(StrEnum):
@@ -90,12 +100,14 @@ def record_command(
     draft: Draft = DRAFT,
     prompts: Prompts = PROMPTS,
     rows: Rows = 48,
+    samples: Annotated[int, typer.Option(help="of each prompt")] = 1,
     tokens: Annotated[int, typer.Option(help="new tokens per prompt, at most")] = 96,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 1.0,
     verification: Annotated[str, typer.Option(help="rejection or coupled")] = "rejection",
     head: Annotated[Path | None, typer.Option(help="a trained acceptance head")] = None,
     precision: Precision = "fp32",
     slots: Annotated[int, typer.Option(help="rows that the target completes at once")] = 16,
+    corpus: Annotated[Path | None, typer.Option(help="of earlier jobs, from the cache")] = None,
     threads: Threads = 0,
 ) -> None:
     """Let the target complete prompts, and trace what a draft would have met on the way.
@@ -110,7 +122,9 @@ def record_command(
     engine = Engine(pair, policy=make_policy("none"), verification=mode, slots=slots)
     requests = [
         Request(str(i), ids, SamplingParams(tokens, temperature, seed=i))
-        for i, ids in enumerate(read_prompts(pair.tokenizer, prompts, rows))
+        for i, ids in enumerate(
+            ids for ids in read_prompts(pair.tokenizer, prompts, rows) for _ in range(samples)
+        )
     ]
     done = {
         completion.id: completion.output_ids
@@ -119,7 +133,9 @@ def record_command(
         )
     }
     texts = [Text(request, done[request.id]) for request in requests]
-    traced = record(pair, texts, verification=mode, head=trained, most=MOST, width=WIDTH)
+    index = SuffixIndex(Corpus(corpus, tokenizer_mark(pair.tokenizer)) if corpus else None)
+    how: Any = {"head": trained, "most": MOST, "width": WIDTH, "lookup": index, "live": slots}
+    traced = record(pair, texts, verification=mode, **how)
     traces = list(track(traced, "tracing", len(texts), console=console))
     about = {
         "pair": pair.describe(),
@@ -127,12 +143,20 @@ def record_command(
         "temperature": temperature,
         "verification": verification,
         "head": str(head) if head else None,
+        "corpus": str(corpus) if corpus else None,
     }
     save_transcripts(out, traces, about)
     ranks = np.concatenate([trace.ranks for trace in traces])
     among = ", ".join(f"{(ranks < width).mean():.1%}" for width in range(1, traces[0].width + 1))
     console.print(f"{out}: {len(traces)} rows, {len(ranks)} positions")
     console.print(f"accepted among the draft's first 1, 2, .. choices: {among}")
+    found = [trace.looked_up for trace in traces if trace.looked_up]
+    there = np.concatenate([each.lengths > 0 for each in found])
+    stood = np.concatenate([each.stood for each in found])
+    console.print(
+        f"something was looked up at {there.mean():.1%} of the positions; "
+        f"of it {stood[there].mean():.2f} tokens stand in the mean"
+    )
 
 
 # ------------------------------------------------------------------------- costs
@@ -177,52 +201,53 @@ def costs_maker(
 # ------------------------------------------------------------------------ replay
 
 
-def contenders(
-    trained: bool, width: int, make: Callable[[], CostModel]
-) -> dict[str, Callable[[], StopPolicy]]:
-    """Every policy to try, by name; trees where the traces know `width` choices at a place."""
-    # Weights are not needed: what a head says of each candidate is in the traces.
-    head: Any = object() if trained else None
-    named: dict[str, Callable[[], StopPolicy]] = {"none": lambda: make_policy("none")}
-    for k in range(1, 15):
-        named[f"fixed {k}"] = lambda k=k: make_policy("fixed", k=k)
-    for k, w in product(range(2, 11), range(2, width + 1)):
-        named[f"tree {k}x{w}"] = lambda k=k, w=w: make_policy("fixed", k=k, width=w)
-    named["heuristic"] = lambda: make_policy("heuristic")
-    for t in (0.2, 0.4, 0.6):
-        named[f"confidence {t}"] = lambda t=t: make_policy("confidence", threshold=t)
-        named[f"entropy {t}"] = lambda t=t: make_policy("entropy", threshold=t)
-    for h in (0.1, 0.3, 0.5, 0.7, 0.9):
-        for estimator in ("confidence", *(["head"] if trained else [])):
-            name = "head" if estimator == "head" else "threshold"
-            named[f"{name} {h}"] = lambda h=h, e=estimator: make_policy(
-                "head", k_min=1, threshold=h, estimator=e, head=head
-            )
-    for estimator in ("confidence", "entropy", *(["head"] if trained else [])):
-        for w in sorted({1, width}):
-            trees = ", trees" * (w > 1)
-            named[f"goodput, {estimator}{trees}"] = lambda e=estimator, w=w: make_policy(
-                "goodput", estimator=e, head=head, costs=make(), width=w
-            )
-    return named
-
-
 def replayed(
     traces: list[Transcript],
     warm: list[Transcript],
-    named: dict[str, Callable[[], StopPolicy]],
+    named: dict[str, Contender],
     clock: CostModel,
     live: int,
 ) -> dict[str, Replay]:
     """Replay every policy cold and, if it learns and there are traces to learn from, warm."""
     results = {}
-    for name, build in track(named.items(), "replaying", console=console):
-        results[name] = replay(traces, build(), clock, live, steady=live > 1)
-        if warm and name.startswith(("threshold", "head", "goodput")):
-            policy = build()
-            replay(warm, policy, clock, live)
-            results[f"{name}, warm"] = replay(traces, policy, clock, live, steady=live > 1)
+    for name, each in track(named.items(), "replaying", console=console):
+        play = partial(replay, costs=clock, live=live, draft=each.draft, lookup=each.lookup)
+        results[name] = play(traces, each.make(), steady=live > 1)
+        knows = bool(warm) and (not each.lookup or all(trace.looked_up for trace in warm))
+        if knows and name.startswith(("threshold", "head", "goodput", "suffix")):
+            policy = each.make()
+            play(warm, policy)
+            results[f"{name}, warm"] = play(traces, policy, steady=live > 1)
     return results
+
+
+def by_source(result: Replay) -> dict[str, tuple[int, int]]:
+    """Candidates accepted and verified, by where they came from."""
+    found = {
+        place: (
+            getattr(result.stats, f"accepted_{place}"),
+            getattr(result.stats, f"verified_{place}"),
+        )
+        for place in PLACES
+    }
+    counts = result.counts
+    drafted = (
+        counts.accepted - sum(stood for stood, _ in found.values()),
+        counts.verified - sum(verified for _, verified in found.values()),
+    )
+    return {**found, "drafted": drafted}
+
+
+def source_table(results: dict[str, Replay]) -> Table:
+    """`by_source` of the policies that took what was looked up."""
+    table = Table("policy", title="accepted / verified, by source")
+    for place in (*PLACES, "drafted"):
+        table.add_column(place.replace("_", " "), justify="right")
+    for name, result in results.items():
+        found = by_source(result)
+        if any(verified for place, (_, verified) in found.items() if place in PLACES):
+            table.add_row(name, *(f"{stood:,} / {n:,}" for stood, n in found.values()))
+    return table
 
 
 def replay_command(
@@ -248,6 +273,8 @@ def replay_command(
     trained = bool(about["head"])
     warming = load_transcripts(warm)[0] if warm else []
     named = contenders(trained, loaded[0].width, make)
+    if looked_up := all(trace.looked_up for trace in loaded):
+        named |= looking(make, live)
     results = replayed(loaded, warming, named, make(), live)
     tokens = sum(len(trace.accepted) - trace.first for trace in loaded)
     bounds = {
@@ -287,6 +314,8 @@ def replay_command(
         )
     note = "" if live == 1 else " (ignores that rows wait for each other)"
     console.print(table)
+    if looked_up:
+        console.print(source_table(results))
     for w, reached in bounds.items():
         speedup = reached / results["none"].tokens_per_second
         console.print(
@@ -307,6 +336,7 @@ def describe(result: Replay, none: Replay, against: Ratio, bound: float) -> dict
         "speedup": result.tokens_per_second / none.tokens_per_second,
         "against_best_fixed": [against.value, against.low, against.high],
         "share_of_bound": result.tokens_per_second / bound,
+        "accepted_and_verified": by_source(result),
     }
 
 

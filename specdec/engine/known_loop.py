@@ -15,15 +15,13 @@ from specdec.engine.scheduler import LiveRow
 from specdec.lossless.grammars import Masks
 from specdec.measure.clock import PhaseClock
 from specdec.policies.base import StopPolicy
-from specdec.policies.chains import Chain
+from specdec.policies.chains import NOTHING, Chain
 
 MOST_FORCED = 16
 """Most tokens of a grammar's that a row takes in a round, besides what its policy asks for.
 
 Raised, long keys of an object take fewer rounds, and each row needs cache pages for so many more.
 """
-
-NOTHING = Chain((), ())
 
 
 class KnownLoop:

@@ -32,7 +32,7 @@ from specdec.policies.base import (
     RoundStart,
     StopPolicy,
 )
-from specdec.policies.chains import Chain
+from specdec.policies.chains import NOTHING, Chain
 
 BLOCK = 8
 """Candidates of a row whose random numbers are made at once.
@@ -159,7 +159,7 @@ class Round:
     def taken(self, slot: int) -> Chain:
         """The known candidates of a row."""
         if not (n := self.proposal.known[slot]):
-            return Chain((), ())
+            return NOTHING
         chain = self.chains[slot]
         forced = min(chain.forced, n)
         return Chain(chain.tokens[:n], chain.evidence[: n - forced], forced)

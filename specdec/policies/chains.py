@@ -37,3 +37,7 @@ class Chain:
         found = ("in_rows", "in_corpus", "in_prompt")
         places = (each[Evidence.CORPUS] + 2 * each[Evidence.OWN] for each in self.evidence)
         return [*["forced"] * self.forced, *(found[int(place)] for place in places)]
+
+
+NOTHING = Chain((), ())
+"""No candidate is known."""

@@ -11,6 +11,8 @@ there is recorded too: at every place the draft is rolled out by its own samplin
 wrong choice. Where its first choice is right this takes ASIDE steps, the last of which stands for
 those behind it.
 
+What could be looked up is recorded beside it, if asked for (specdec/simulate/lookups.py).
+
 Numbers are keyed by a seed of the recording's own, the position, the rank and what they are for;
 those of a rollout also by the candidate that it starts from, as if that were its round. None is
 drawn twice.
@@ -29,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.drafters.suffix import SuffixIndex
 from specdec.engine.admission import Pair
 from specdec.engine.engine import Engine
 from specdec.lossless.sampling import (
@@ -47,7 +50,8 @@ from specdec.policies.profiling import profile_costs
 from specdec.policies.signals import LEAST_LOG, AcceptanceHead, read_signals
 from specdec.request import Completion, Request
 from specdec.simulate.coupling import choices_given, without
-from specdec.simulate.transcripts import Transcript
+from specdec.simulate.lookups import look_up
+from specdec.simulate.transcripts import LookedUp, Transcript
 from specdec.training.examples import Example
 from specdec.training.scores import target_states
 
@@ -104,6 +108,8 @@ def record(
     head: AcceptanceHead | None = None,
     most: int = MOST,
     width: int = 1,
+    lookup: SuffixIndex | None = None,
+    live: int = 16,
 ) -> Iterator[Transcript]:
     """Record texts one by one.
 
@@ -115,9 +121,13 @@ def record(
         head: fills the head's signals, if there is one.
         most: most candidates of a round, one behind another.
         width: choices of the draft at each place.
+        lookup: reads the texts, as `live` rows side by side write them, and says what might be
+            looked up on the way. A draft that goes on behind a wrong candidate of these is taken to
+            see what it sees behind a wrong choice of its own, so that `width` must be above 1.
 
     Raises:
-        ValueError: the pair has no draft, or one that cannot go on from anywhere in a text.
+        ValueError: the pair has no draft, or one that cannot go on from anywhere in a text; or
+            `width` is 1 where candidates are looked up.
     """
     if pair.draft is None or pair.draft.reads_features:
         raise ValueError("transcripts need a pair with a draft that is a language model")
@@ -126,12 +136,19 @@ def record(
             "transcripts need a draft that can go on from anywhere in a text; this one has layers "
             "whose state runs on, so compare policies in jobs"
         )
+    if lookup is not None and width == 1:
+        raise ValueError("transcripts with what is looked up need a width above 1")
     recorder = _Recorder(pair, pair.draft, verification, head, most, width)
+    readable: list[Text] = []
     for text in texts:
         room = pair.draft_context_length - len(text.request.prompt_ids) + 1
-        output = text.output_ids[: max(room, 0)]
-        if output:
-            yield recorder.transcript(replace(text, output_ids=output))
+        if output := text.output_ids[: max(room, 0)]:
+            readable.append(replace(text, output_ids=output))
+    found: list[LookedUp] | list[None] = [None] * len(readable)
+    if lookup is not None:
+        found = look_up([(each.request, each.output_ids) for each in readable], lookup, live)
+    for text, looked_up in zip(readable, found, strict=True):
+        yield replace(recorder.transcript(text), looked_up=looked_up)
 
 
 class _Recorder:

@@ -19,19 +19,13 @@ from itertools import cycle, islice
 
 import numpy as np
 
+from specdec.engine.stats import EngineStats
 from specdec.measure.calibration import Array
-from specdec.policies.base import (
-    MOST_CANDIDATES,
-    DraftStep,
-    RoundOutcome,
-    RoundStart,
-    RowMemory,
-    StopPolicy,
-)
+from specdec.policies.base import MOST_CANDIDATES, RoundOutcome, RoundStart, StopPolicy
 from specdec.policies.costs import CostModel
 from specdec.request import Counts
-from specdec.simulate.growth import ROOT, Growth
-from specdec.simulate.transcripts import Signals, Transcript
+from specdec.simulate.rounds import Found, PlayedRow, Proposed, drafted_chains, grown_trees
+from specdec.simulate.transcripts import Transcript
 
 LAPS = 4
 """Rows per slot that a steady replay runs at least.
@@ -54,10 +48,12 @@ class Replay:
         rows: each transcript's counts. The tokens that came with its prompt are not among them.
         row_seconds: float [rows], each transcript's share of its rounds' virtual seconds; with one
             live row simply its own.
+        stats: what an engine counts of candidates, by their sources.
     """
 
     rows: list[Counts]
     row_seconds: Array
+    stats: EngineStats = field(default_factory=EngineStats)
 
     @property
     def counts(self) -> Counts:
@@ -95,17 +91,6 @@ class Replay:
         return (counts.drafted - counts.accepted) / counts.committed
 
 
-@dataclass(slots=True)
-class _Row:
-    """A transcript on its way: `at` output tokens so far, `pending` tokens unknown to the draft."""
-
-    number: int
-    transcript: Transcript
-    at: int
-    pending: int
-    memory: RowMemory = field(default_factory=RowMemory)
-
-
 def replay(
     transcripts: Sequence[Transcript],
     policy: StopPolicy,
@@ -113,6 +98,8 @@ def replay(
     live: int = 1,
     *,
     steady: bool = False,
+    lookup: bool = False,
+    draft: bool = True,
 ) -> Replay:
     """Let a policy speculate along the transcripts, `live` rows side by side, as the Engine would.
 
@@ -124,7 +111,14 @@ def replay(
         live: rows are refilled from the transcripts in order.
         steady: count only rounds in which all `live` rows are there, and go round the transcripts
             until there are LAPS rows a slot.
+        lookup: whether a policy that looks candidates up may do so.
+        draft: whether there is a draft. `goodput` must be prepared for having none.
+
+    Raises:
+        ValueError: candidates are to be looked up, and transcripts do not know them.
     """
+    if lookup and any(transcript.looked_up is None for transcript in transcripts):
+        raise ValueError("these transcripts were recorded without what could be looked up")
     result = Replay([Counts() for _ in transcripts], np.zeros(len(transcripts)))
     numbered = [
         (i, transcript)
@@ -133,12 +127,12 @@ def replay(
     ]
     rounds = max(len(numbered), LAPS * live) if steady and numbered else len(numbered)
     queue = deque(islice(cycle(numbered), rounds))
-    rows: list[_Row] = []
+    rows: list[PlayedRow] = []
     while queue or rows:
         while queue and len(rows) < live:
             number, transcript = queue.popleft()
             rows.append(
-                _Row(
+                PlayedRow(
                     number,
                     transcript,
                     transcript.first,
@@ -147,12 +141,19 @@ def replay(
             )
         if steady and len(rows) < live:
             break
-        _round(rows, policy, costs, result)
+        _round(rows, policy, costs, result, lookup, draft)
         rows = [row for row in rows if row.at < len(row.transcript.accepted)]
     return result
 
 
-def _round(rows: Sequence[_Row], policy: StopPolicy, costs: CostModel, result: Replay) -> None:
+def _round(
+    rows: Sequence[PlayedRow],
+    policy: StopPolicy,
+    costs: CostModel,
+    result: Replay,
+    lookup: bool,
+    draft: bool,
+) -> None:
     """One round: what `Engine.step` does, without models."""
     width = min(row.transcript.width for row in rows)
     start = RoundStart(
@@ -160,164 +161,66 @@ def _round(rows: Sequence[_Row], policy: StopPolicy, costs: CostModel, result: R
         room=[max(row.transcript.limit - row.at, 0) for row in rows],
         decoding=[True] * len(rows),
         contexts=[row.transcript.prompt_tokens + row.at for row in rows],
-        draft_pending=[row.pending for row in rows],
+        draft_pending=[row.pending if draft else 0 for row in rows],
         target_tokens=len(rows),
         free_trimming=all(row.transcript.free_trimming for row in rows),
         nodes=[MOST_CANDIDATES] * len(rows) if width > 1 else (),
     )
-    wanted = policy.budget(start)
-    limits = zip(wanted, start.room, rows, strict=True)
-    budget = [min(k, room, row.transcript.most) for k, room, row in limits]
-    if policy.branches and width > 1:
-        _end(rows, start, policy, costs, result, _grown(rows, start, budget, policy, costs))
+    found = Found((), [0] * len(rows))
+    if lookup and policy.looks_up:
+        found = Found.of(rows, start, policy)
+    budget = [0] * len(rows)
+    if draft:
+        wanted = zip(policy.budget(start), start.room, rows, found.taken, strict=True)
+        budget = [min(k, room - n, row.transcript.most - n) for k, room, row, n in wanted]
+    if draft and policy.branches and width > 1 and not any(found.taken):
+        made = grown_trees(rows, start, budget, policy, costs)
     else:
-        _end(rows, start, policy, costs, result, _drafted(rows, start, budget, policy, costs))
-
-
-@dataclass(slots=True)
-class _Proposed:
-    """What was drafted for the rows of a round, and what became of it.
-
-    Attributes:
-        drafted, submitted, accepted: candidates per row.
-        known: candidates per row of which the transcript knows, up to the first that falls.
-        read: how many accepted candidates the draft has read, per row.
-        costs: packed tokens and seconds of each draft step.
-        parents, kept, path: as in `RoundOutcome`.
-    """
-
-    drafted: Sequence[int]
-    submitted: Sequence[int]
-    accepted: Sequence[int]
-    known: Sequence[int]
-    read: Sequence[int]
-    costs: list[tuple[int, float]]
-    parents: Sequence[Sequence[int]] = ()
-    kept: Sequence[Sequence[int]] = ()
-    path: Sequence[Sequence[int]] = ()
+        made = drafted_chains(rows, start, found.taken, budget, policy, costs)
+    _end(rows, start, policy, costs, result, found, made)
 
 
 def _end(
-    rows: Sequence[_Row],
+    rows: Sequence[PlayedRow],
     start: RoundStart,
     policy: StopPolicy,
     costs: CostModel,
     result: Replay,
-    made: _Proposed,
+    found: Found,
+    made: Proposed,
 ) -> None:
     """Verify, commit, and tell the policy."""
     packed = len(rows) + sum(made.submitted)
     verify_cost = (packed, float(costs.verify(packed)))
     share = (verify_cost[1] + sum(spent for _, spent in made.costs)) / len(rows)
+    looked_up: list[tuple[int, int]] = []
     each = zip(rows, made.drafted, made.submitted, made.accepted, made.read, strict=True)
-    for row, drafted, submitted, accepted, read in each:
+    for i, (row, drafted, submitted, accepted, read) in enumerate(each):
         left = len(row.transcript.ranks) - row.at
         kept = min(accepted + 1, left)
-        result.rows[row.number].add(Counts(1, drafted, submitted, min(accepted, kept), kept))
+        counts = Counts(1, drafted, submitted, min(accepted, kept), kept)
+        result.rows[row.number].add(counts)
+        result.stats.count_row(counts, accepted, row.chain(found.taken[i]))
         result.row_seconds[row.number] += share
+        if found.chains:
+            looked_up.append(found.judged(i, kept, row.stood))
         row.at += kept
-        row.pending = accepted + 1 - read if drafted else row.pending + 1
+        row.pending += accepted + 1 - read
     policy.observe(
         RoundOutcome(
             start,
             made.drafted,
-            made.known,
+            made.judged,
             made.accepted,
             made.costs,
             verify_cost,
+            known=found.taken,
+            looked_up=looked_up,
             parents=made.parents,
             kept=made.kept,
             path=made.path,
         )
     )
-
-
-def _drafted(
-    rows: Sequence[_Row],
-    start: RoundStart,
-    budget: Sequence[int],
-    policy: StopPolicy,
-    costs: CostModel,
-) -> _Proposed:
-    """Candidates that follow each other."""
-    drafted = [0] * len(rows)
-    spent: list[tuple[int, float]] = []
-    active = [i for i, k in enumerate(budget) if k > 0]
-    packed = sum(start.draft_pending[i] for i in active)
-    while active:
-        spent.append((packed, float(costs.draft(packed))))
-        depth = len(spent)
-        for i in active:
-            drafted[i] = depth
-        going = np.array([budget[i] > depth for i in active])
-        if policy.wanted:
-            signals = [_seen(rows[i], depth - 1) for i in active]
-            step = DraftStep(np.array(active), depth, np.stack(signals).astype(np.float64))
-            going &= policy.go_on(step)
-        active = [i for i, on in zip(active, going, strict=True) if on]
-        packed = len(active)
-    submitted = policy.submit(drafted) if spent else drafted
-    runs = [int(row.transcript.runs[row.at]) for row in rows]
-    accepted = [min(k, run) for k, run in zip(submitted, runs, strict=True)]
-    # Past the end of the text nothing is known of candidates, and nothing can be learned.
-    left = [len(row.transcript.ranks) - row.at for row in rows]
-    ends = zip(submitted, accepted, runs, left, strict=True)
-    known = [a if run == most else k for k, a, run, most in ends]
-    # The draft's cache holds all candidates but the last, as far as they stand.
-    read = [max(min(a, d - 1), 0) for a, d in zip(accepted, drafted, strict=True)]
-    return _Proposed(drafted, submitted, accepted, known, read, spent)
-
-
-def _grown(
-    rows: Sequence[_Row],
-    start: RoundStart,
-    budget: Sequence[int],
-    policy: StopPolicy,
-    costs: CostModel,
-) -> _Proposed:
-    """Trees of candidates."""
-    trees = [Growth(row.transcript, row.at) for row in rows]
-    width = min(policy.width, *(row.transcript.width for row in rows))
-    spent: list[tuple[int, float]] = []
-    frontier = [(i, ROOT) for i, k in enumerate(budget) if k > 0]
-    packed = sum(start.draft_pending[i] for i, _ in frontier)
-    while frontier:
-        spent.append((packed, float(costs.draft(packed))))
-        children = [(*each, rank) for each in frontier for rank in range(width)]
-        of, parents, ranks = (np.array(each) for each in zip(*children, strict=True))
-        signals = [trees[i].expand(node, width) for i, node in frontier]
-        step = DraftStep(of, len(spent), np.concatenate(signals).astype(np.float64), parents, ranks)
-        kept = policy.keep(step)
-        going = kept & policy.go_on(step) if policy.wanted else kept
-        frontier = []
-        for (i, parent, rank), keep, on in zip(children, kept, going, strict=True):
-            if keep and len(trees[i].parents) < start.nodes[i]:
-                node = trees[i].add(parent, rank)
-                if on and budget[i] > len(spent):
-                    frontier.append((i, node))
-        packed = len(frontier)
-    parents_ = [tree.parents for tree in trees]
-    kept_ = policy.prune(parents_) if spent else parents_
-    path = [tree.path(set(nodes)) for tree, nodes in zip(trees, kept_, strict=True)]
-    known_ = [tree.judged(nodes) for tree, nodes in zip(trees, kept_, strict=True)]
-    return _Proposed(
-        drafted=[*map(len, parents_)],
-        submitted=[*map(len, kept_)],
-        accepted=[*map(len, path)],
-        known=[*map(len, known_)],
-        read=[len(tree.expanded.intersection(p)) for tree, p in zip(trees, path, strict=True)],
-        costs=spent,
-        parents=parents_,
-        kept=known_,
-        path=path,
-    )
-
-
-def _seen(row: _Row, index: int) -> Signals:
-    """Signals of candidate `index` (from 0) of the round that begins now."""
-    last = min(row.at + int(row.transcript.runs[row.at]), len(row.transcript.accepted) - 1)
-    first: Signals = row.transcript.choices(row.at + index, last)[0]
-    return first
 
 
 # -------------------------------------------------------------------- statistics

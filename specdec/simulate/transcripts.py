@@ -15,9 +15,40 @@ from safetensors.numpy import save_file
 
 from specdec.atomic import atomic_file
 from specdec.measure.calibration import Flags
+from specdec.policies.chains import Chain
 
 Signals = NDArray[np.float32]
 Whole = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LookedUp:
+    """What would be looked up after each prefix of a row's output of n tokens.
+
+    A candidate stands if the text goes on with it. The text was drawn from the target's
+    distribution, so that this has the law of any mode of verification.
+
+    Attributes:
+        lengths: int64 [n], candidates after the first t output tokens.
+        stood: int64 [n], how many of them the text goes on with.
+        tokens: int64 [m], the candidates, place after place.
+        evidence: int64 [m, len(Evidence)], what speaks for each.
+    """
+
+    lengths: Whole
+    stood: Whole
+    tokens: Whole
+    evidence: Whole
+    _begins: Whole = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_begins", np.cumsum(self.lengths) - self.lengths)
+
+    def chain(self, at: int, most: int) -> Chain:
+        """The candidates after `at` output tokens, at most so many."""
+        begin = int(self._begins[at])
+        these = slice(begin, begin + min(int(self.lengths[at]), most))
+        return Chain(self.tokens[these].tolist(), self.evidence[these].tolist())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +70,7 @@ class Transcript:
             index into branches; -1 where nobody recorded it.
         branches: float32 [m, depth, width, len(Signal)], signals of up to `depth` further draft
             steps. Each follows the first choice of the one before.
+        looked_up: what would be looked up, if that was recorded.
         accepted: bool [n], whether the first choice is.
         runs: int64 [n + 1], how many first choices from t on are accepted.
     """
@@ -52,6 +84,7 @@ class Transcript:
     signals: Signals
     branch_of: Whole
     branches: Signals
+    looked_up: LookedUp | None = None
     accepted: Flags = field(init=False)
     runs: Whole = field(init=False)
 
@@ -98,6 +131,7 @@ class Transcript:
 
 
 _SCALARS = ("id", "group", "prompt_tokens", "limit", "free_trimming")
+_LOOKED_UP = ("lengths", "stood", "tokens", "evidence")
 
 
 def save_transcripts(
@@ -106,7 +140,7 @@ def save_transcripts(
     """Write transcripts as safetensors, in one step.
 
     Args:
-        transcripts: at least one, of equal depth and width.
+        transcripts: at least one, of equal depth and width; all with what was looked up, or none.
         about: how they were made, JSON-able.
     """
     rows = [
@@ -118,6 +152,10 @@ def save_transcripts(
         name: np.concatenate([getattr(transcript, name) for transcript in transcripts])
         for name in ("ranks", "signals", "branch_of", "branches")
     }
+    if any(transcript.looked_up for transcript in transcripts):
+        for name in _LOOKED_UP:
+            parts = [getattr(transcript.looked_up, name) for transcript in transcripts]
+            arrays[f"looked_up_{name}"] = np.concatenate(parts)
     with atomic_file(path) as fresh:
         save_file(arrays, fresh, {"rows": json.dumps(rows), "about": json.dumps(dict(about))})
 
@@ -125,7 +163,8 @@ def save_transcripts(
 def load_transcripts(path: Path) -> tuple[list[Transcript], dict[str, Any]]:
     """The transcripts that `save_transcripts` wrote, and how they were made.
 
-    Files of chains, written before there were trees, hold one choice at each place.
+    Files of chains, written before there were trees, hold one choice at each place. Older ones do
+    not say what was looked up.
     """
     opened: Any = safe_open(path, framework="np")
     metadata = opened.metadata()
@@ -134,10 +173,20 @@ def load_transcripts(path: Path) -> tuple[list[Transcript], dict[str, Any]]:
         arrays["ranks"] = 1 - arrays.pop("accepted").astype(np.int64)
         arrays |= {name: arrays[name][..., None, :] for name in ("signals", "branches")}
     transcripts: list[Transcript] = []
-    n = m = 0
+    known = {name: arrays.get(f"looked_up_{name}") for name in _LOOKED_UP}
+    n = m = k = 0
     for row in json.loads(metadata["rows"]):
         ends = n + row.pop("n"), m + row.pop("m")
         parts = {name: arrays[name][n : ends[0]] for name in ("ranks", "signals", "branch_of")}
-        transcripts.append(Transcript(**row, **parts, branches=arrays["branches"][m : ends[1]]))
+        parts["branches"] = arrays["branches"][m : ends[1]]
+        looked_up = None
+        if known["lengths"] is not None:
+            places = slice(n, ends[0])
+            found = slice(k, k := k + int(known["lengths"][places].sum()))
+            cuts = (places, places, found, found)
+            looked_up = LookedUp(
+                *(each[cut] for each, cut in zip(known.values(), cuts, strict=True))
+            )
+        transcripts.append(Transcript(**row, **parts, looked_up=looked_up))
         n, m = ends
     return transcripts, json.loads(metadata["about"])
