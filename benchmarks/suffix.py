@@ -3,21 +3,27 @@
     python benchmarks/suffix.py --batch 16 --repeats 3
     python benchmarks/suffix.py --work samples --prompts questions.parquet --rows 64 --batch 64
     python benchmarks/suffix.py --work samples,free --draft examples/demo/draft
+    python benchmarks/suffix.py --work night --rows 64
 
-Three kinds of work, each as large as `--rows` says:
+Four kinds of work, each as large as `--rows` says:
 
     samples   four samples of each prompt at temperature 0.7
     extract   JSON that quotes from its prompt, greedily: made-up orders, one template
     free      one sample of each prompt at temperature 1: text that hardly repeats itself
+    night     the second night of a recipe, at temperature 0.7: the template and the seeds of
+              examples/nightly, of which half come again. What `none` wrote in the first night,
+              outside of all timing, is the corpus.
 
 and three sides, in turns in one process, `--repeats` times over: `none`, `suffix` and `goodput`,
 both without a draft; with `--draft` also `goodput` with it, once with nothing looked up (`draft`)
-and once with both (`both`). Verification is `coupled`, so that all sides have the same tokens to
+and once with both (`both`). The second night has `suffix` without the corpus and with it, and with
+it `goodput` and `both`. Verification is `coupled`, so that all sides have the same tokens to
 generate, to their natural ends: of candidates that nobody drew it accepts as many as `rejection`.
 
 Prints how many times faster than `none` a side is in tokens per second (the median of the paired
 ratios, with the smallest and largest), how many candidates were verified for each token of output,
-how many of them were accepted, and what share of the time looking up and deciding took. What a
+how many of them were accepted, how many of these were found in the corpus, tokens that a row gets
+in a round, and what share of the time looking up and deciding took. What a
 candidate costs beside that is said by the last column: how much longer a round of twice as many
 tokens as rows takes, as profiled and as `goodput` found it. Some 10 minutes on two cores with the
 defaults.
@@ -26,15 +32,19 @@ defaults.
 from __future__ import annotations
 
 import copy
+import json
 import random
 import statistics
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from common import (
     PROMPTS,
+    ROOT,
     TARGET,
     Precision,
     Prompts,
@@ -54,6 +64,9 @@ from common import (
 )
 from rich.table import Table
 
+from pipeline.generate.corpus import corpus_tokens, tokenizer_mark
+from pipeline.texts import Texts
+from specdec.drafters.corpus import Corpus, build_corpus
 from specdec.engine.engine import Engine
 from specdec.loading.pair import ModelPair
 from specdec.policies.costs import CostModel
@@ -63,8 +76,12 @@ from specdec.request import Request, SamplingParams
 
 WITHOUT_DRAFT = ("none", "suffix", "goodput")
 WITH_DRAFT = ("draft", "both")
+WITH_CORPUS = " + corpus"
+WITH_DRAFT_AND_CORPUS = ("draft", f"both{WITH_CORPUS}")
+SECOND_NIGHT = ("none", "suffix", f"suffix{WITH_CORPUS}", f"goodput{WITH_CORPUS}")
 SAMPLES = 4
-TEMPERATURES = {"samples": 0.7, "extract": 0.0, "free": 1.0}
+TEMPERATURES = {"samples": 0.7, "extract": 0.0, "free": 1.0, "night": 0.7}
+SEEDS = ROOT / "examples/nightly/seeds.jsonl"
 
 FIRST = ("Anna", "Ben", "Carla", "David", "Elena", "Farid", "Greta", "Hugo", "Iris", "Jonas")
 LAST = ("Berger", "Costa", "Duval", "Evans", "Fischer", "Garcia", "Hansen", "Ito", "Jensen")
@@ -94,8 +111,41 @@ def chat(tokenizer: Any, prompt: str) -> tuple[int, ...]:
     return tuple(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
 
 
+def seed(i: int) -> str:
+    """A prompt of the recipe in examples/nightly: a topic for an audience, of which there are 60.
+
+    Further ones give each topic another audience.
+    """
+    seeds = [json.loads(line) for line in SEEDS.read_text().splitlines()]
+    topic, audience = seeds[i % len(seeds)], seeds[(i + i // len(seeds)) % len(seeds)]
+    return f"Explain {topic['topic']} to {audience['audience']}, in two or three sentences."
+
+
+def night(tokenizer: Any, number: int, rows: int, tokens: int) -> list[Request]:
+    """The requests of a night, counted from 0: half of its seeds are of the night before."""
+    first = number * (rows - rows // 2)
+    sampling = SamplingParams(tokens, TEMPERATURES["night"])
+    return [
+        Request(str(i), chat(tokenizer, seed(i)), replace(sampling, seed=number * rows + i))
+        for i in range(first, first + rows)
+    ]
+
+
+def written(pair: ModelPair, requests: list[Request], batch: int, path: Path) -> Corpus:
+    """The corpus of what a night wrote, made as a job makes it."""
+    engine = Engine(replace(pair, draft=None), policy=make_policy("none"), slots=batch)
+    done, texts = engine.generate(requests), Texts(pair.tokenizer)
+    completions = [texts.completion(*each) for each in zip(requests, done, strict=True)]
+    tokens = corpus_tokens(pair.tokenizer, completions, [each.finish_reason for each in done])
+    mark = tokenizer_mark(pair.tokenizer)
+    console.log(f"a corpus of {build_corpus(tokens, path, mark):,} tokens")
+    return Corpus(path, mark)
+
+
 def work_of(kind: str, tokenizer: Any, prompts: Any, rows: int, tokens: int) -> list[Request]:
     """The requests of one kind of work."""
+    if kind == "night":
+        return night(tokenizer, 1, rows, tokens)
     if kind == "extract":
         generator = random.Random(0)
         texts = [chat(tokenizer, order(generator)) for _ in range(rows)]
@@ -113,24 +163,30 @@ def doubled(costs: CostModel, n: int) -> float:
     return float(costs.verify(2 * n) / costs.verify(n))
 
 
-def race(pair: ModelPair, requests: list[Request], batch: int, repeats: int) -> list[list[str]]:
+def race(
+    pair: ModelPair, requests: list[Request], corpus: Corpus | None, batch: int, repeats: int
+) -> list[list[str]]:
     """The sides in turns: a line of the table for each."""
     lone, draft = replace(pair, draft=None), pair.draft
     costs = profile_costs(pair.target, draft, batch)
-    sides = (*WITHOUT_DRAFT, *(WITH_DRAFT if draft is not None else ()))
+    sides = WITHOUT_DRAFT if corpus is None else SECOND_NIGHT
+    if draft is not None:
+        sides = (*sides, *(WITH_DRAFT if corpus is None else WITH_DRAFT_AND_CORPUS))
     Engine(pair, policy=make_policy("none"), slots=batch).generate(requests[:batch])  # warm
     taken: dict[str, list[float]] = {side: [] for side in sides}
     engines: dict[str, Engine] = {}
     for turn in range(repeats):
         for side in sides:
-            drafts = side in WITH_DRAFT
-            policy = make_policy("goodput" if drafts else side, costs=copy.deepcopy(costs))
+            name = side.removesuffix(WITH_CORPUS)
+            drafts = name in WITH_DRAFT
+            policy = make_policy("goodput" if drafts else name, costs=copy.deepcopy(costs))
             engine = engines[side] = Engine(
                 pair if drafts else lone,
                 policy=policy,
                 verification="coupled",
                 slots=batch,
-                lookup=side != "draft",
+                lookup=name != "draft",
+                corpus=corpus if name != side else None,
             )
             spent = seconds(lambda engine=engine: engine.generate(requests))
             taken[side].append(spent / engine.stats.counts.committed)
@@ -147,6 +203,8 @@ def race(pair: ModelPair, requests: list[Request], batch: int, repeats: int) -> 
                 spread(ratios(taken["none"], taken[side])),
                 f"{counts.verified / counts.committed:.2f}",
                 f"{counts.acceptance_rate or 0:.2f}",
+                f"{engine.stats.accepted_in_corpus / (counts.accepted or 1):.2f}",
+                f"{counts.block_efficiency or 0:.2f}",
                 f"{host:.2%}",
                 f"{doubled(costs, batch):.2f} {doubled(learnt, batch):.2f}" if learnt else "",
             ]
@@ -174,12 +232,17 @@ def main(
     )
     for column in ("work", "side", "tokens/s", "against none", "verified a token", "accepted"):
         table.add_column(column, justify="right")
-    for column in ("lookup, decisions", "V(2n) / V(n)"):
+    for column in ("of corpus", "tokens a round", "lookup, decisions", "V(2n) / V(n)"):
         table.add_column(column, justify="right")
     for kind in work.split(","):
         requests = work_of(kind, pair.tokenizer, prompts, rows, tokens)
-        for line in race(pair, requests, batch, repeats):
-            table.add_row(kind, *line)
+        with tempfile.TemporaryDirectory() as folder:
+            corpus = None
+            if kind == "night":
+                first = night(pair.tokenizer, 0, rows, tokens)
+                corpus = written(pair, first, batch, Path(folder) / "first.corpus")
+            for line in race(pair, requests, corpus, batch, repeats):
+                table.add_row(kind, *line)
     console.print(table)
 
 

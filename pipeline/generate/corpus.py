@@ -90,17 +90,30 @@ def _texts(
     folders: Sequence[Folder], units: Sequence[Sequence[str]], tokenizer: Any
 ) -> Iterator[list[int]]:
     """Tokens of the completions in folders, in the order of their units."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for folder, ids in zip(folders, units, strict=True):
         for unit in ids:
             with folder.open(layout.completions(unit)) as file:
                 rows = pq.read_table(file, columns=_COLUMNS).to_pydict()
             texts = [text or "" for text in rows["completion"]]
-            if not texts:
-                continue
-            tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
-            for each, reason in zip(tokens, rows["finish_reason"], strict=True):
-                yield each + end if reason == "stop" else each
+            yield from corpus_tokens(tokenizer, texts, rows["finish_reason"])
+
+
+def corpus_tokens(
+    tokenizer: Any, completions: list[str], reasons: Sequence[str]
+) -> Iterator[list[int]]:
+    """The tokens of completions, with the end behind those that the target ended.
+
+    Args:
+        tokenizer: the target's (transformers).
+        completions: texts.
+        reasons: the `finish_reason` of each.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if not completions:  # a tokenizer asks for some
+        return
+    tokens = tokenizer(completions, add_special_tokens=False)["input_ids"]
+    for each, reason in zip(tokens, reasons, strict=True):
+        yield each + end if reason == "stop" else each
 
 
 def _forget(newest: Path) -> None:
