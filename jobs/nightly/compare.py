@@ -21,9 +21,9 @@ from specdec.measure.speedup import Speedup
 from specdec.policies.base import StopPolicy
 from specdec.policies.costs import CostModel
 from specdec.policies.registry import make_policy
-from specdec.simulate.record import Text, measure_costs, record
+from specdec.simulate.record import measure_costs, record
 from specdec.simulate.replay import Ratio, Replay, acceptance, faster, replay
-from specdec.simulate.transcripts import Transcript
+from specdec.simulate.transcripts import Text, Transcript
 
 _COST_SECONDS = 15.0
 """Spent on measuring the costs of each side, about. More is surer, and delays the night's end."""

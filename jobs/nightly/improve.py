@@ -34,7 +34,7 @@ from pipeline.outputs.training_data import open_job, read_examples
 from specdec.loading.head_files import save_head
 from specdec.loading.pair import ModelPair
 from specdec.request import Request
-from specdec.simulate.record import Text
+from specdec.simulate.transcripts import Text
 from specdec.training.distill import distill
 from specdec.training.examples import Example
 from specdec.training.head import HeadSettings, calibrate, evaluate_head, train_head

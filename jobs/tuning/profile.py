@@ -25,8 +25,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of i
     from specdec.loading.pair import ModelPair
     from specdec.policies.base import StopPolicy
     from specdec.policies.costs import CostModel
-    from specdec.simulate.record import Text
-    from specdec.simulate.transcripts import Transcript
+    from specdec.simulate.transcripts import Text, Transcript
 
 FIXED = range(1, 9)
 """Candidates per round of the policy `fixed` that are tried; each costs a replay per live batch."""

@@ -19,6 +19,7 @@ from itertools import cycle, islice
 
 import numpy as np
 
+from specdec.drafters.eagle import pending_of
 from specdec.measure.calibration import Array
 from specdec.policies.base import (
     MOST_CANDIDATES,
@@ -31,7 +32,7 @@ from specdec.policies.base import (
 from specdec.policies.costs import CostModel
 from specdec.request import Counts
 from specdec.simulate.growth import ROOT, Growth
-from specdec.simulate.transcripts import Signals, Transcript
+from specdec.simulate.transcripts import Transcript
 
 LAPS = 4
 """Rows per slot that a steady replay runs at least.
@@ -97,13 +98,25 @@ class Replay:
 
 @dataclass(slots=True)
 class _Row:
-    """A transcript on its way: `at` output tokens so far, `pending` tokens unknown to the draft."""
+    """A transcript on its way: `at` output tokens so far, `unread` ones for the draft to read."""
 
     number: int
     transcript: Transcript
     at: int
-    pending: int
+    unread: int
     memory: RowMemory = field(default_factory=RowMemory)
+
+    @classmethod
+    def of(cls, number: int, transcript: Transcript) -> _Row:
+        """A row that has its first token."""
+        tokens = transcript.prompt_tokens + transcript.first
+        # Who reads features reads no token that has none yet: the last one.
+        return cls(number, transcript, transcript.first, tokens - transcript.reads_again)
+
+    @property
+    def pending(self) -> int:
+        """Of the unread tokens, those that policies count (`Drafter.pending`)."""
+        return pending_of(self.unread) if self.transcript.reads_again else self.unread
 
 
 def replay(
@@ -137,14 +150,7 @@ def replay(
     while queue or rows:
         while queue and len(rows) < live:
             number, transcript = queue.popleft()
-            rows.append(
-                _Row(
-                    number,
-                    transcript,
-                    transcript.first,
-                    transcript.prompt_tokens + transcript.first,
-                )
-            )
+            rows.append(_Row.of(number, transcript))
         if steady and len(rows) < live:
             break
         _round(rows, policy, costs, result)
@@ -216,7 +222,7 @@ def _end(
         result.rows[row.number].add(Counts(1, drafted, submitted, min(accepted, kept), kept))
         result.row_seconds[row.number] += share
         row.at += kept
-        row.pending = accepted + 1 - read if drafted else row.pending + 1
+        row.unread = accepted + 1 - read if drafted else row.unread + 1
     policy.observe(
         RoundOutcome(
             start,
@@ -243,7 +249,7 @@ def _drafted(
     drafted = [0] * len(rows)
     spent: list[tuple[int, float]] = []
     active = [i for i, k in enumerate(budget) if k > 0]
-    packed = sum(start.draft_pending[i] for i in active)
+    packed = sum(rows[i].unread for i in active)
     while active:
         spent.append((packed, float(costs.draft(packed))))
         depth = len(spent)
@@ -251,7 +257,7 @@ def _drafted(
             drafted[i] = depth
         going = np.array([budget[i] > depth for i in active])
         if policy.wanted:
-            signals = [_seen(rows[i], depth - 1) for i in active]
+            signals = [rows[i].transcript.seen(rows[i].at, depth - 1) for i in active]
             step = DraftStep(np.array(active), depth, np.stack(signals).astype(np.float64))
             going &= policy.go_on(step)
         active = [i for i, on in zip(active, going, strict=True) if on]
@@ -263,8 +269,11 @@ def _drafted(
     left = [len(row.transcript.ranks) - row.at for row in rows]
     ends = zip(submitted, accepted, runs, left, strict=True)
     known = [a if run == most else k for k, a, run, most in ends]
-    # The draft's cache holds all candidates but the last, as far as they stand.
-    read = [max(min(a, d - 1), 0) for a, d in zip(accepted, drafted, strict=True)]
+    # The draft's cache holds all candidates but the last, as far as they stand and stay.
+    read = [
+        0 if row.transcript.reads_again else max(min(a, d - 1), 0)
+        for row, a, d in zip(rows, accepted, drafted, strict=True)
+    ]
     return _Proposed(drafted, submitted, accepted, known, read, spent)
 
 
@@ -280,7 +289,7 @@ def _grown(
     width = min(policy.width, *(row.transcript.width for row in rows))
     spent: list[tuple[int, float]] = []
     frontier = [(i, ROOT) for i, k in enumerate(budget) if k > 0]
-    packed = sum(start.draft_pending[i] for i, _ in frontier)
+    packed = sum(rows[i].unread for i, _ in frontier)
     while frontier:
         spent.append((packed, float(costs.draft(packed))))
         children = [(*each, rank) for each in frontier for rank in range(width)]
@@ -311,13 +320,6 @@ def _grown(
         kept=known_,
         path=path,
     )
-
-
-def _seen(row: _Row, index: int) -> Signals:
-    """Signals of candidate `index` (from 0) of the round that begins now."""
-    last = min(row.at + int(row.transcript.runs[row.at]), len(row.transcript.accepted) - 1)
-    first: Signals = row.transcript.choices(row.at + index, last)[0]
-    return first
 
 
 # -------------------------------------------------------------------- statistics
@@ -370,7 +372,8 @@ def acceptance_by_position(
     for number, transcript in enumerate(transcripts):
         at = transcript.first
         while at < len(transcript.accepted):
-            k = max(min(most, transcript.limit - at, len(transcript.accepted) - at), 0)
+            ends = transcript.limit - at, len(transcript.accepted) - at
+            k = max(min(most, transcript.most, *ends), 0)
             a = min(int(transcript.runs[at]), k)
             reached[number, : min(a + 1, k)] += 1
             stood[number, :a] += 1

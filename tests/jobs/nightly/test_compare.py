@@ -15,8 +15,8 @@ from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.registry import make_policy
 from specdec.policies.signals import AcceptanceHead
 from specdec.request import Request, SamplingParams
-from specdec.simulate.record import Text
 from specdec.simulate.replay import Ratio
+from specdec.simulate.transcripts import Text
 from specdec.training.examples import Example
 from specdec.training.head import HeadSettings, calibrate, train_head
 from specdec.training.labels import Labels, LabelSettings, assign_parts, collect
