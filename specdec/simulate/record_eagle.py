@@ -80,7 +80,7 @@ class EagleRecorder:
         self.cache.grow(1 + _ROUNDS, len(tokens) + self.most)
         self.cache.rollback(0, 0)
         known = features[:-1].to(draft.device, self.pair.target.dtype)
-        states = draft.read(self.cache, [(0, len(tokens))], tokens, known)
+        states: Tensor = draft.read(self.cache, [(0, len(tokens))], tokens, known)
         return hidden[len(request.prompt_ids) - 1 :], states.clone()
 
     def _rounds(
