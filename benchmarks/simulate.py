@@ -76,9 +76,9 @@ from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.registry import make_policy
 from specdec.request import Request, SamplingParams
 from specdec.simulate.bound import least_seconds
-from specdec.simulate.record import MOST, WIDTH, Text, measure_costs, record, write_texts
+from specdec.simulate.record import MOST, WIDTH, measure_costs, record, write_texts
 from specdec.simulate.replay import Ratio, Replay, faster, replay
-from specdec.simulate.transcripts import Transcript, load_transcripts, save_transcripts
+from specdec.simulate.transcripts import Text, Transcript, load_transcripts, save_transcripts
 
 PLACES = ("in_prompt", "in_rows", "in_corpus")
 

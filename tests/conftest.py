@@ -137,6 +137,20 @@ def tiny_head(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def tiny_eagle(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of an EAGLE-3 draft for the tiny target, as it begins: a copy of its last layer."""
+    from specdec.loading.pair import ModelPair
+    from specdec.training.eagle_student import EagleStudent
+    from specdec.training.examples import Example
+
+    folder = tmp_path_factory.mktemp("eagles") / "eagle"
+    folder.mkdir()
+    pair = ModelPair.load(tiny_models.target, device="cpu")
+    EagleStudent.begin(pair, [Example("a", (5, 6), (7, 8, 9))], 200).save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray of two cores for all tests; workers find the packages where they are."""
     import ray

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 from pipeline.config.job import JobConfig
@@ -21,9 +23,17 @@ from specdec.measure.speedup import Speedup
 from specdec.policies.base import StopPolicy
 from specdec.policies.costs import CostModel
 from specdec.policies.registry import make_policy
-from specdec.simulate.record import Text, measure_costs, record
-from specdec.simulate.replay import Ratio, Replay, acceptance, faster, replay
-from specdec.simulate.transcripts import Transcript
+from specdec.simulate.record import measure_costs, record
+from specdec.simulate.replay import (
+    Ratio,
+    Replay,
+    acceptance,
+    acceptance_by_position,
+    faster,
+    replay,
+)
+from specdec.simulate.transcripts import Text, Transcript
+from specdec.training.evaluate import JUDGED
 
 _COST_SECONDS = 15.0
 """Spent on measuring the costs of each side, about. More is surer, and delays the night's end."""
@@ -57,6 +67,7 @@ class Comparison:
         rows, live: held-out rows, and how many ran side by side.
         simulated: candidate's tokens per second over the incumbent's.
         acceptance: share of candidates accepted, incumbent's and candidate's.
+        lengths: tokens of a round with JUDGED candidates, the target's own included, of both.
         speedups: by control rounds, incumbent's and candidate's; None: too few of them.
         measured: the ratio of these; None if one is not known.
         adopted: whether the candidate is surely better.
@@ -67,6 +78,7 @@ class Comparison:
     live: int
     simulated: Ratio
     acceptance: tuple[float, float]
+    lengths: tuple[float, float]
     speedups: tuple[Speedup | None, Speedup | None]
     measured: Ratio | None
     adopted: bool
@@ -111,16 +123,25 @@ def compare(
         speedups = tuple(_run(side, texts, job, control_share) for side in sides)  # type: ignore[assignment]
     measured = _ratio(*speedups)
     adopted, why = verdict(simulated, measured, speedups, len(texts), live, least_gain)
+    before, after = (accepted_length(found) for found in traces)
     return Comparison(
         rows=len(texts),
         live=live,
         simulated=simulated,
         acceptance=(acceptance(traces[0]).value, acceptance(traces[1]).value),
+        lengths=(before, after),
         speedups=speedups,
         measured=measured,
         adopted=adopted,
-        why=why,
+        why=f"A round of {JUDGED} candidates brings {after:.2f} tokens, with the incumbent "
+        f"{before:.2f}. {why}",
     )
+
+
+def accepted_length(traces: Sequence[Transcript]) -> float:
+    """Tokens of a round with JUDGED candidates, the target's own included."""
+    rates = [rate.value for rate, _ in acceptance_by_position(traces, JUDGED)]
+    return float(1 + sum(accumulate(rates, mul)))
 
 
 def verdict(
@@ -157,7 +178,7 @@ def _shown(ratio: Ratio) -> str:
 
 def _traces(side: Side, texts: Sequence[Text], job: JobConfig) -> list[Transcript]:
     verification = job.speculation.verification
-    most = max(job.speculation.k_max, job.speculation.k)
+    most = max(job.speculation.k_max, job.speculation.k, JUDGED)
     return list(record(side.pair, texts, verification=verification, head=side.head, most=most))
 
 

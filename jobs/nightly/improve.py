@@ -24,6 +24,7 @@ from jobs.nightly.conversations import CONVERSATION
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.versions import Version, models_folder, read_versions, write_versions
 from jobs.tuning.common import user_errors
+from jobs.tuning.students import LR, Kind, begin, kind_of, load_target
 from pipeline.commit import manifest
 from pipeline.config.job import JobConfig, SamplingConfig
 from pipeline.config.model_family import refuse_eagle
@@ -34,13 +35,13 @@ from pipeline.outputs.training_data import open_job, read_examples
 from specdec.loading.head_files import save_head
 from specdec.loading.pair import ModelPair
 from specdec.request import Request
-from specdec.simulate.record import Text
+from specdec.simulate.transcripts import Text
 from specdec.training.distill import distill
+from specdec.training.evaluate import JUDGED
 from specdec.training.examples import Example
 from specdec.training.head import HeadSettings, calibrate, evaluate_head, train_head
 from specdec.training.labels import Labels, LabelSettings, assign_parts, collect
 from specdec.training.settings import DistillSettings, DistillWatch
-from specdec.training.student import Student
 from specdec.training.workspace import Workspace
 
 Show = Callable[[str], None]
@@ -48,6 +49,12 @@ Show = Callable[[str], None]
 
 _LEAST_LEARN, _LEAST_HELD_OUT = 3, 2
 """Different prompts to learn from, and rows to compare on: with fewer a night teaches nothing."""
+
+LR_OF_NEXT = 2e-4
+"""Highest learning rate of a model that is trained further.
+
+Raised, it forgets more of what other nights taught.
+"""
 
 _MIXING = 0.15
 """Share of draft tokens in a head's training text; the default of `specbatch train-head`."""
@@ -135,7 +142,8 @@ def _candidates(
 ) -> Iterator[tuple[Outcome, Version]]:
     """A draft first, with a head of its own where one is needed; if it is not adopted, a head."""
     job = _job(recipe, before)
-    refuse_eagle(job.models.draft, "improve trains from what a draft says by itself")
+    if recipe.improve.head:
+        refuse_eagle(job.models.draft, "improve.head trains from what a draft says by itself")
     torch.set_num_threads(max(1, int(job.actors.num_cpus or os.cpu_count() or 1)))
     show("loading models")
     pair = load_pair(job)
@@ -218,13 +226,15 @@ def _new_head(
 def _new_draft(
     recipe: Recipe, night: Night, before: Version, incumbent: Side, lesson: Lesson, show: Show
 ) -> tuple[Outcome, Version]:
-    show("distilling the draft")
-    models = models_folder(recipe)
+    assert before.draft is not None, "the recipe has a draft"
+    models, own = models_folder(recipe), kind_of(before.draft)
+    kind = Kind(recipe.improve.kind or own)
+    show(f"training a draft of the kind {kind}")
     folder = models / f"draft-{night.date}"
-    training = _distill(recipe, before, lesson, folder)
+    training = _distill(recipe, kind, before.draft if kind is own else None, lesson, folder)
     pair = load_pair(_job(recipe, Version(str(folder), None)))
     head, head_folder = None, None
-    if recipe.improve.head or incumbent.head is not None:
+    if kind is Kind.MODEL and (recipe.improve.head or incumbent.head is not None):
         # The head in use knows another draft's states.
         show("training a head for the new draft")
         head_folder = _fresh(models / f"head-{night.date}-of-draft")
@@ -308,29 +318,39 @@ def _train_head(
     }
 
 
-def _distill(recipe: Recipe, before: Version, lesson: Lesson, folder: Path) -> dict[str, Any]:
-    """A draft that has learned from the night too. A run that was stopped goes on where it was."""
+def _distill(
+    recipe: Recipe, kind: Kind, draft: str | None, lesson: Lesson, folder: Path
+) -> dict[str, Any]:
+    """A draft that has learned from the night. A run that was stopped goes on where it was.
+
+    Args:
+        kind: of the draft.
+        draft: what it is trained further from; None: it is new.
+    """
     settings, models = recipe.improve, recipe.job.models
-    assert before.draft is not None, "the recipe has a draft"
+    further = kind is Kind.MODEL and draft is not None
+    lr = settings.draft_lr or (LR_OF_NEXT if further else LR[kind])
     arguments = {
-        "draft": before.draft,
+        "kind": kind.value,
+        "draft": draft,
         "examples": digest(sorted(example.digest for example in lesson.learn)),
-        **settings.model_dump(include={"draft_epochs", "draft_minutes", "draft_lr", "held_out"}),
+        **settings.model_dump(include={"draft_epochs", "draft_minutes", "held_out"}),
+        "draft_lr": lr,
     }
     space = Workspace(folder)
     space.check(arguments)
     if (card := space.card()) is None:
-        pair = ModelPair.load(
-            models.target, trainable=True, trust_remote_code=models.trust_remote_code
-        )
+        trust = models.trust_remote_code
+        pair = load_target(kind, models.target, trust)
+        examples = space.examples() or lesson.learn
         card = distill(
             pair,
-            Student.from_draft(pair, before.draft, trust_remote_code=models.trust_remote_code),
-            space.examples() or lesson.learn,
+            begin(kind, pair, examples, draft=draft, trust=trust),
+            examples,
             DistillSettings(
                 epochs=settings.draft_epochs,
                 minutes=settings.draft_minutes,
-                lr=settings.draft_lr,
+                lr=lr,
                 held_out=settings.held_out,
                 seed=settings.seed,
             ),
@@ -340,8 +360,11 @@ def _distill(recipe: Recipe, before: Version, lesson: Lesson, folder: Path) -> d
         )
     start, result = (card["held_out"][name]["all"] for name in ("start", "result"))
     return {
+        "kind": kind.value,
         "rows": card["examples"]["trained"],
         "seconds": card["training_seconds"],
         "overlap_before": start["mean_overlap"],
         "overlap": result["mean_overlap"],
+        "length_before": start["sampled_length"][JUDGED - 1],
+        "length": result["sampled_length"][JUDGED - 1],
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from pipeline.config.locations import Location
@@ -14,7 +16,13 @@ class ImproveConfig(Section):
     model_config = example({"head": True, "held_out": 0.2})
 
     head: bool = Field(default=False, description="Train the next acceptance head.")
-    draft: bool = Field(default=False, description="Distil the draft further.")
+    draft: bool = Field(default=False, description="Train the next draft.")
+    kind: Literal["model", "eagle3"] | None = Field(
+        default=None,
+        description="Kind of the next draft: `model`, a small language model, or `eagle3`, a layer "
+        "over the target's hidden states. A draft in use of this kind is trained further, else a "
+        "new one begins. `null`: the kind of the draft in use.",
+    )
     folder: Location | None = Field(
         default=None,
         description="Local folder of the versions, on a disk that all workers see. `null`: "
@@ -52,7 +60,10 @@ class ImproveConfig(Section):
         ge=1,
         description="Times that the draft's training goes through its rows, at most.",
     )
-    draft_lr: float = Field(
-        default=2e-4, gt=0, description="Learning rate of the draft's training."
+    draft_lr: float | None = Field(
+        default=None,
+        gt=0,
+        description="Highest learning rate of the draft's training. `null`: 2e-4 for a model that "
+        "is trained further, otherwise that of `specbatch distill`.",
     )
     seed: int = Field(default=0, description="Seed of training and of the choice of rows.")

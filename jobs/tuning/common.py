@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from specdec.loading.pair import ModelPair
     from specdec.request import Request
-    from specdec.simulate.record import Text
+    from specdec.simulate.transcripts import Text
 
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default=False)]
 
@@ -68,7 +68,7 @@ def complete(
     """
     from pipeline.generate.loading import make_engine
     from pipeline.inputs.row_ids import parse_row_id
-    from specdec.simulate.record import Text
+    from specdec.simulate.transcripts import Text
     from specdec.training.labels import continuations
 
     alone = SpeculationConfig(policy="none", verification=job.speculation.verification)

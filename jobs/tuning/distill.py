@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,36 +17,19 @@ from jobs.job_file import s3_options
 from jobs.terminal.console import err, explained, out
 from jobs.terminal.display import Show, progress_bar
 from jobs.terminal.options import Endpoint, Profile
-from jobs.tuning.common import (
-    Threads,
-    absolute,
-    silence_transformers,
-    user_errors,
-)
+from jobs.tuning.common import Threads, absolute, silence_transformers, user_errors
+from jobs.tuning.students import DRAFT_VOCAB, FIRST_LAYERS, LR, Kind, begin, kind_of, load_target
 from pipeline.errors import UserError
 
 HeldOut = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Figures by draft and group, as in training.json."""
 
-MODEL_LR, EAGLE_LR = 5e-4, 2e-3
-"""Highest learning rates: of layers that were the target's, and of one that begins at random."""
-
-
-class Kind(StrEnum):
-    """Kinds of drafts."""
-
-    MODEL = "model"
-    EAGLE3 = "eagle3"
-
-
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from pipeline.outputs.training_data import JobOutput
     from specdec.loading.pair import ModelPair
-    from specdec.training.eagle_student import EagleStudent
     from specdec.training.evaluate import Agreements
     from specdec.training.examples import Example
     from specdec.training.settings import DistillWatch, Moment
-    from specdec.training.student import Student
 
 
 def distill(
@@ -113,7 +95,7 @@ def distill(
     ] = 0.1,
     draft_vocab: Annotated[
         int, typer.Option(min=1, help="eagle3: tokens that it proposes, the most frequent ones.")
-    ] = 8192,
+    ] = DRAFT_VOCAB,
     rollout: Annotated[
         int, typer.Option(help="eagle3: steps on its own states that it is trained for.")
     ] = 4,
@@ -160,14 +142,14 @@ def distill(
             raise UserError("give --from-layers or --draft, not both")
         if from_layers is not None and eagle:
             raise UserError("--from-layers makes a draft of the kind model; leave it out")
-        # The first layers read what the embedding writes; a last layer, right after them, does not
-        # know its input (SmolLM2-135M, untrained: 14 nats per token with 0,1, but 77 with 0,29).
-        layers = None if draft is not None or eagle else _layers(from_layers or "0,1")
+        layers = None
+        if draft is None and not eagle:
+            layers = _layers(from_layers) if from_layers is not None else list(FIRST_LAYERS)
         settings = DistillSettings(
             epochs=epochs,
             minutes=minutes,
             top_k=top_k,
-            lr=lr or (EAGLE_LR if eagle else MODEL_LR),
+            lr=lr or LR[kind],
             ce_weight=ce_weight,
             held_out=held_out,
             batch_tokens=batch_tokens,
@@ -200,27 +182,27 @@ def distill(
         if threads is not None:
             torch.set_num_threads(threads)
         from pipeline.commit.manifest import versions
-        from specdec.loading.pair import ModelPair
         from specdec.training.distill import distill as run
 
         silence_transformers()
         with progress_bar() as show:
             show("loading models")
             trust = jobs[0].models.trust_remote_code
-            pair = ModelPair.load(
-                name,
-                dtype="bfloat16" if eagle and bf16 else "float32",
-                trainable=not eagle,
-                trust_remote_code=trust,
-            )
+            pair = load_target(kind, name, trust, bf16=bf16)
             show("reading rows")
             examples = space.examples() or _examples(jobs, pair, limit, by)
-            student: Student | EagleStudent
-            if eagle:
-                student = _eagle(pair, draft, examples, draft_vocab)
-            else:
-                student = _student(pair, layers, draft, trust)
-            incumbent = _incumbent(pair, compare, trust) if compare else None
+            student = begin(
+                kind,
+                pair,
+                examples,
+                draft=draft,
+                layers=layers or (),
+                draft_vocab=draft_vocab,
+                trust=trust,
+            )
+            incumbent = None
+            if compare is not None:
+                incumbent = begin(kind_of(compare), pair, examples, draft=compare, trust=trust)
             tokens = sum(len(e.output_ids) for e in examples)
             err.print(f"{len(examples):,} rows, {tokens:,} output tokens", highlight=False)
             show("evaluating")
@@ -284,35 +266,6 @@ def _examples(
         if left != 0:
             examples += read_examples(job, pair.tokenizer, limit=left, by=by)
     return examples
-
-
-def _student(pair: ModelPair, layers: list[int] | None, draft: str | None, trust: bool) -> Student:
-    from specdec.training.student import Student
-
-    if draft is not None:
-        return Student.from_draft(pair, draft, trust_remote_code=trust)
-    return Student.from_layers(pair, layers or [])
-
-
-def _eagle(
-    pair: ModelPair, draft: str | None, examples: list[Example], draft_vocab: int
-) -> EagleStudent:
-    from specdec.training.eagle_student import EagleStudent
-
-    if draft is not None:
-        return EagleStudent.from_draft(pair, draft)
-    return EagleStudent.begin(pair, examples, draft_vocab)
-
-
-def _incumbent(pair: ModelPair, name: str, trust: bool) -> Student | EagleStudent:
-    """A draft of either kind."""
-    from specdec.loading.eagle import eagle_config
-    from specdec.loading.sources import find_model
-    from specdec.training.eagle_student import EagleStudent
-
-    if eagle_config(find_model(name)) is not None:
-        return EagleStudent.from_draft(pair, name)
-    return _student(pair, None, name, trust)
 
 
 def _watch(show: Show) -> DistillWatch:

@@ -15,6 +15,13 @@ CLEARLY = 1.02
 """How much faster another policy must be than `goodput` before it is recommended instead."""
 
 
+LOOK_UPS = "look-ups"
+"""What needs no draft: candidates that followed the same tokens before."""
+
+NONE = "none"
+"""What stands for no draft, and for no speculation."""
+
+
 def tables(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
     """Titles and tables: acceptance by position and class, cost curves, predicted speedups."""
     yield (
@@ -22,7 +29,9 @@ def tables(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
         _positions(found["acceptance_by_position"]),
     )
     yield "Acceptance by class of prompt", _classes(found["acceptance_by_class"])
-    yield "Milliseconds by packed tokens", _curves(found["costs"])
+    costs = found["costs"]
+    curves = {"draft step": costs["draft"], "verification": costs["verify"]}
+    yield "Milliseconds by packed tokens", _curves(curves)
     yield (
         "Predicted speedup over no speculation; 95%: of goodput, over rows",
         _speedups(found["predictions"]),
@@ -56,11 +65,12 @@ def _classes(classes: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _curves(costs: Mapping[str, Sequence[tuple[int, float]]]) -> Table:
-    table = _table("tokens", "draft step", "verification")
-    draft, verify = dict(costs["draft"]), dict(costs["verify"])
-    for tokens in sorted({*draft, *verify}):
-        cells = (f"{1000 * c[tokens]:.1f}" if tokens in c else "" for c in (draft, verify))
+def _curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Table:
+    """Costs by tokens; a curve a column, in order."""
+    table = _table("tokens", *map(escape, curves))
+    columns = [dict(curve) for curve in curves.values()]
+    for tokens in sorted({tokens for column in columns for tokens in column}):
+        cells = (f"{1000 * c[tokens]:.1f}" if tokens in c else "" for c in columns)
         table.add_row(str(tokens), *cells)
     return table
 
@@ -81,6 +91,87 @@ def _speedups(predictions: Sequence[Mapping[str, Any]]) -> Table:
             f"{each['bound']:.2f}",
         )
     return table
+
+
+def comparison(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
+    """Titles and tables of drafts side by side: what each proposes, costs and brings."""
+    drafts = found["drafts"]
+    if drafts:
+        yield "P(candidate i is accepted | those before it are)", _proposals(drafts)
+        curves = {f"step of {name}": each["costs"]["draft"] for name, each in drafts.items()}
+        curves["verification"] = found["costs"]["verify"]
+        yield "Milliseconds by packed tokens", _curves(curves)
+    yield "What look-ups propose", _looked_up(found["look_ups"])
+    yield (
+        "Predicted speed over none: a draft's with goodput, and 95% over rows; look-ups' by suffix",
+        _by_live(found["by_live"]),
+    )
+
+
+def _proposals(drafts: Mapping[str, Any]) -> Table:
+    most = max(len(each["acceptance_by_position"]) for each in drafts.values())
+    table = _table("draft", *(f"i={i}" for i in range(1, most + 1)))
+    for name, each in drafts.items():
+        rates = (f"{at['rate']:.2f}" for at in each["acceptance_by_position"])
+        table.add_row(escape(name), *rates)
+    return table
+
+
+def _looked_up(found: Mapping[str, Any]) -> Table:
+    table = _table("candidates a round", "accepted", "tokens a round")
+    rate = found["acceptance_rate"]
+    table.add_row(
+        f"{found['candidates_a_round']:.2f}",
+        "-" if rate is None else f"{rate:.2f}",
+        f"{found['tokens_a_round']:.2f}",
+    )
+    return table
+
+
+def _by_live(by_live: Sequence[Mapping[str, Any]]) -> Table:
+    names = list(by_live[0]["speedup"])
+    table = _table("live", "none t/s", *map(escape, names), "use")
+    for at in by_live:
+        cells = []
+        for name in names:
+            interval = at["interval"].get(name)
+            said = f" ({_interval(*interval)})" if interval else ""
+            cells.append(f"{at['speedup'][name]:.2f}{said}")
+        speed = f"{at['none_tokens_per_second']:.1f}"
+        table.add_row(str(at["live"]), speed, *cells, escape(at["use"]))
+    return table
+
+
+def which_draft(by_live: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Which draft to use at which live batch, in sentences.
+
+    Args:
+        by_live: in rising order, with what to `use` at each `live` batch.
+    """
+    runs: list[list[Mapping[str, Any]]] = []
+    for at in by_live:
+        if not runs or runs[-1][0]["use"] != at["use"]:
+            runs.append([])
+        runs[-1].append(at)
+    parts = []
+    for number, run in enumerate(runs, start=1):
+        name = run[0]["use"]
+        said = name if name != NONE else "no draft"
+        if name != NONE:
+            speeds = [f"{at['speedup'][name]:.2f}" for at in run]
+            ends = dict.fromkeys([speeds[0], speeds[-1]])
+            said += f" ({' to '.join(ends)} times the speed of none)"
+        if number < len(runs):
+            last = run[-1]["live"]
+            said += f" up to {last} live row{'s' if last > 1 else ''}"
+        parts.append(said)
+    uses = {run[0]["use"] for run in runs}
+    if uses == {NONE}:
+        yield "Do not speculate: models.draft: null and policy: none."
+        return
+    yield f"Use {', then '.join(parts)}."
+    if LOOK_UPS in uses:
+        yield "look-ups: models.draft: null. In a whole job they find more than in a few rows."
 
 
 def recommend(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

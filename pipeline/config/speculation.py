@@ -147,13 +147,18 @@ class SpeculationConfig(Section):
             raise ValueError(
                 f"head is not used with estimator {self.estimator}; remove one of them"
             )
-        needs_head = self.estimator == "head" or (policy.needs_head and not self.estimator)
-        if needs_head and self.head is None:
+        if self.needs_head and self.head is None:
             raise ValueError(
                 "head: give the folder of a trained head (make one with specbatch train-head), "
                 "or set estimator to confidence"
             )
         return self
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether the policy does not go without a trained head."""
+        needs = POLICIES[self.policy].needs_head and not self.estimator
+        return self.estimator == "head" or needs
 
     @property
     def drafts(self) -> bool:

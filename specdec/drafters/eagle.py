@@ -35,6 +35,11 @@ gaps are hidden from what policies take a new row to cost.
 """
 
 
+def pending_of(lacking: int) -> int:
+    """Of the positions that a draft has not read of a row, those that policies count."""
+    return max(lacking - READ_AGAIN, min(lacking, 1))
+
+
 class EagleDrafter:
     """Proposes from an EAGLE-3 draft's distribution; see `Drafter`.
 
@@ -67,8 +72,7 @@ class EagleDrafter:
 
     def pending(self, row: TokenRow, slot: int) -> int:
         """See `Drafter`."""
-        lacking = self.lacking(row, slot)
-        return max(lacking - READ_AGAIN, min(lacking, 1))
+        return pending_of(self.lacking(row, slot))
 
     def lacking(self, row: TokenRow, slot: int) -> int:
         """Positions that the draft has not read of a row whose last token is pending."""

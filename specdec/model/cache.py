@@ -229,6 +229,7 @@ class SlotCache:
     def read_features(self, slots: Tensor, positions: Tensor) -> Tensor:
         """The features [n, width] of positions in slots, int64 [n] each."""
         assert self.features is not None, "this cache keeps features"
+        self.extend(())  # rows may have moved since the model ran last
         pages, within = self.places(slots, positions)
         return self.keys[-1][pages, 0, within]
 

@@ -131,14 +131,7 @@ def replay(
     while queue or rows:
         while queue and len(rows) < live:
             number, transcript = queue.popleft()
-            rows.append(
-                PlayedRow(
-                    number,
-                    transcript,
-                    transcript.first,
-                    transcript.prompt_tokens + transcript.first,
-                )
-            )
+            rows.append(PlayedRow.of(number, transcript))
         if steady and len(rows) < live:
             break
         _round(rows, policy, costs, result, lookup, draft)
@@ -205,7 +198,7 @@ def _end(
         if found.chains:
             looked_up.append(found.judged(i, kept, row.stood))
         row.at += kept
-        row.pending += accepted + 1 - read
+        row.unread += accepted + 1 - read
     policy.observe(
         RoundOutcome(
             start,
@@ -273,7 +266,8 @@ def acceptance_by_position(
     for number, transcript in enumerate(transcripts):
         at = transcript.first
         while at < len(transcript.accepted):
-            k = max(min(most, transcript.limit - at, len(transcript.accepted) - at), 0)
+            ends = transcript.limit - at, len(transcript.accepted) - at
+            k = max(min(most, transcript.most, *ends), 0)
             a = min(int(transcript.runs[at]), k)
             reached[number, : min(a + 1, k)] += 1
             stood[number, :a] += 1

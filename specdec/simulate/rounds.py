@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from specdec.drafters.eagle import pending_of
 from specdec.policies.base import DraftStep, RoundStart, RowMemory, StopPolicy
 from specdec.policies.chains import NOTHING, Chain
 from specdec.policies.costs import CostModel
@@ -16,13 +17,25 @@ from specdec.simulate.transcripts import Signals, Transcript
 
 @dataclass(slots=True)
 class PlayedRow:
-    """A transcript on its way: `at` output tokens so far, `pending` tokens unknown to the draft."""
+    """A transcript on its way: `at` output tokens so far, `unread` ones for the draft to read."""
 
     number: int
     transcript: Transcript
     at: int
-    pending: int
+    unread: int
     memory: RowMemory = field(default_factory=RowMemory)
+
+    @classmethod
+    def of(cls, number: int, transcript: Transcript) -> PlayedRow:
+        """A row that has its first token."""
+        tokens = transcript.prompt_tokens + transcript.first
+        # Who reads features reads no token that has none yet: the last one.
+        return cls(number, transcript, transcript.first, tokens - transcript.reads_again)
+
+    @property
+    def pending(self) -> int:
+        """Of the unread tokens, those that policies count (`Drafter.pending`)."""
+        return pending_of(self.unread) if self.transcript.reads_again else self.unread
 
     def chain(self, most: int) -> Chain:
         """What may be looked up now: at most so many candidates."""
@@ -43,6 +56,8 @@ class PlayedRow:
 
     def seen(self, taken: int, index: int) -> Signals:
         """Signals of the draft's candidate `index` (from 0) behind `taken` that were looked up."""
+        if not taken:
+            return self.transcript.seen(self.at, index)
         last = min(self.at + self.reach(taken), len(self.transcript.ranks) - 1)
         first: Signals = self.transcript.choices(self.at + taken + index, last)[0]
         return first
@@ -108,7 +123,7 @@ def drafted_chains(
     drafted = [*taken]
     spent: list[tuple[int, float]] = []
     active = [i for i, k in enumerate(budget) if k > 0]
-    packed = sum(start.draft_pending[i] + taken[i] for i in active)
+    packed = sum(rows[i].unread + taken[i] for i in active)
     while active:
         spent.append((packed, float(costs.draft(packed))))
         depth = len(spent)
@@ -128,11 +143,12 @@ def drafted_chains(
     left = [len(row.transcript.ranks) - row.at for row in rows]
     ends = zip(submitted, accepted, reach, left, strict=True)
     judged = [a if stands == most else k for k, a, stands, most in ends]
-    # The draft's cache holds all candidates but the last, as far as they stand.
+    # The draft's cache holds all candidates but the last, as far as they stand and stay.
     read = [0] * len(rows)
-    for i, pending in enumerate(start.draft_pending):
+    for i, row in enumerate(rows):
         if drafted[i] > taken[i]:
-            read[i] = pending + min(accepted[i], drafted[i] - 1)
+            stays = 0 if row.transcript.reads_again else min(accepted[i], drafted[i] - 1)
+            read[i] = row.unread + stays
     return Proposed(drafted, submitted, accepted, judged, read, spent)
 
 
@@ -148,7 +164,7 @@ def grown_trees(
     width = min(policy.width, *(row.transcript.width for row in rows))
     spent: list[tuple[int, float]] = []
     frontier = [(i, ROOT) for i, k in enumerate(budget) if k > 0]
-    packed = sum(start.draft_pending[i] for i, _ in frontier)
+    packed = sum(rows[i].unread for i, _ in frontier)
     while frontier:
         spent.append((packed, float(costs.draft(packed))))
         children = [(*each, rank) for each in frontier for rank in range(width)]
@@ -174,8 +190,8 @@ def grown_trees(
         accepted=[*map(len, path)],
         judged=[*map(len, judged_)],
         read=[
-            pending + len(tree.expanded.intersection(own)) if tree.parents else 0
-            for pending, tree, own in zip(start.draft_pending, trees, path, strict=True)
+            row.unread + len(tree.expanded.intersection(own)) if tree.parents else 0
+            for row, tree, own in zip(rows, trees, path, strict=True)
         ],
         costs=spent,
         parents=parents_,

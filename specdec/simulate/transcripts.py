@@ -1,4 +1,4 @@
-"""What speculation would meet along a row's text, and the file that holds it."""
+"""A row's text, what speculation would meet along it, and the file that holds that."""
 
 from __future__ import annotations
 
@@ -16,9 +16,25 @@ from safetensors.numpy import save_file
 from specdec.atomic import atomic_file
 from specdec.measure.calibration import Flags
 from specdec.policies.chains import Chain
+from specdec.request import Request
 
 Signals = NDArray[np.float32]
 Whole = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A request and the target's own completion of it.
+
+    Attributes:
+        request: with the sampling that the completion was drawn by.
+        output_ids: the completion, to its end.
+        group: results are reported by it.
+    """
+
+    request: Request
+    output_ids: tuple[int, ...]
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,9 +86,12 @@ class Transcript:
             index into branches; -1 where nobody recorded it.
         branches: float32 [m, depth, width, len(Signal)], signals of up to `depth` further draft
             steps. Each follows the first choice of the one before.
+        lengths: int64 [n], of a draft whose candidates depend on where the round began: how many
+            stand of a round that begins at t, as far as it was recorded. Then `branches[t]` are
+            what follows its first candidate, right or wrong, and the width is 1.
         looked_up: what would be looked up, if that was recorded.
         accepted: bool [n], whether the first choice is.
-        runs: int64 [n + 1], how many first choices from t on are accepted.
+        runs: int64 [n + 1], how many candidates of a round that begins at t are accepted.
     """
 
     id: str
@@ -84,6 +103,7 @@ class Transcript:
     signals: Signals
     branch_of: Whole
     branches: Signals
+    lengths: Whole | None = None
     looked_up: LookedUp | None = None
     accepted: Flags = field(init=False)
     runs: Whole = field(init=False)
@@ -105,13 +125,22 @@ class Transcript:
     @property
     def first(self) -> int:
         """Output tokens that there are before the first round that may draft."""
-        return 1 if self.prompt_tokens > 1 else 0
+        return 1 if self.prompt_tokens > 1 or self.reads_again else 0
+
+    @property
+    def reads_again(self) -> bool:
+        """Whether each round reads what the last one accepted, as it comes from the target."""
+        return self.lengths is not None
 
     def runs_within(self, width: int) -> Whole:
         """int64 [n + 1]: how many places from t on have their next token among `width` choices."""
-        stops = np.append(np.flatnonzero(self.ranks >= width), len(self.ranks))
-        places = np.arange(len(self.ranks) + 1)
-        runs: Whole = stops[np.searchsorted(stops, places)] - places
+        runs: Whole
+        if self.lengths is not None:
+            runs = np.append(self.lengths, 0)
+        else:
+            stops = np.append(np.flatnonzero(self.ranks >= width), len(self.ranks))
+            places = np.arange(len(self.ranks) + 1)
+            runs = stops[np.searchsorted(stops, places)] - places
         return runs
 
     def choices(self, at: int, last: int) -> Signals:
@@ -129,6 +158,20 @@ class Transcript:
         )
         return row
 
+    def seen(self, at: int, index: int) -> Signals:
+        """Signals float32 [len(Signal)] of a candidate.
+
+        Args:
+            at: output tokens before the round.
+            index: of the candidate in the round, from 0.
+        """
+        if self.lengths is not None and index:
+            choices = self.branches[at, index - 1]
+        else:
+            choices = self.choices(at + index, min(at + int(self.runs[at]), len(self.ranks) - 1))
+        first: Signals = choices[0]
+        return first
+
 
 _SCALARS = ("id", "group", "prompt_tokens", "limit", "free_trimming")
 _LOOKED_UP = ("lengths", "stood", "tokens", "evidence")
@@ -140,7 +183,8 @@ def save_transcripts(
     """Write transcripts as safetensors, in one step.
 
     Args:
-        transcripts: at least one, of equal depth and width; all with what was looked up, or none.
+        transcripts: at least one, all of one draft, of equal depth and width; all with what was
+            looked up, or none.
         about: how they were made, JSON-able.
     """
     rows = [
@@ -148,9 +192,12 @@ def save_transcripts(
         | {"n": len(transcript.ranks), "m": len(transcript.branches)}
         for transcript in transcripts
     ]
+    names = ["ranks", "signals", "branch_of", "branches"]
+    if transcripts[0].lengths is not None:
+        names.append("lengths")
     arrays = {
         name: np.concatenate([getattr(transcript, name) for transcript in transcripts])
-        for name in ("ranks", "signals", "branch_of", "branches")
+        for name in names
     }
     if any(transcript.looked_up for transcript in transcripts):
         for name in _LOOKED_UP:
@@ -173,12 +220,12 @@ def load_transcripts(path: Path) -> tuple[list[Transcript], dict[str, Any]]:
         arrays["ranks"] = 1 - arrays.pop("accepted").astype(np.int64)
         arrays |= {name: arrays[name][..., None, :] for name in ("signals", "branches")}
     transcripts: list[Transcript] = []
-    known = {name: arrays.get(f"looked_up_{name}") for name in _LOOKED_UP}
+    known: dict[str, Any] = {name: arrays.pop(f"looked_up_{name}", None) for name in _LOOKED_UP}
+    places_of = [name for name in arrays if name != "branches"]
     n = m = k = 0
     for row in json.loads(metadata["rows"]):
         ends = n + row.pop("n"), m + row.pop("m")
-        parts = {name: arrays[name][n : ends[0]] for name in ("ranks", "signals", "branch_of")}
-        parts["branches"] = arrays["branches"][m : ends[1]]
+        parts = {name: arrays[name][n : ends[0]] for name in places_of}
         looked_up = None
         if known["lengths"] is not None:
             places = slice(n, ends[0])
@@ -187,6 +234,7 @@ def load_transcripts(path: Path) -> tuple[list[Transcript], dict[str, Any]]:
             looked_up = LookedUp(
                 *(each[cut] for each, cut in zip(known.values(), cuts, strict=True))
             )
-        transcripts.append(Transcript(**row, **parts, looked_up=looked_up))
+        branches = arrays["branches"][m : ends[1]]
+        transcripts.append(Transcript(**row, **parts, branches=branches, looked_up=looked_up))
         n, m = ends
     return transcripts, json.loads(metadata["about"])

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from specdec.atomic import atomic_file, write_bytes
 from specdec.loading.pair import ModelPair, load_draft
-from specdec.model.linear import outputs_of
+from specdec.loading.quantised import quantised_by
+from specdec.model.linear import outputs_of, stays_quantised
 from specdec.training.evaluate import Batch
 from specdec.training.examples import Example
 from specdec.training.loss import backward_through_head, distill_loss
@@ -66,9 +67,14 @@ class Student:
             layers: their indices in the new order, counted from 0; from -1 backwards from the end.
 
         Raises:
-            DistillError: there are no such layers.
+            DistillError: there are no such layers, or they stay quantised.
         """
         target = pair.target.model
+        _refuse_quantised(
+            target,
+            f"target {pair.description['target']['name']}",
+            "give --kind eagle3, or --draft with a model that is not quantised",
+        )
         count = target.config.num_hidden_layers
         if not layers or any(not -count <= layer < count for layer in layers):
             raise DistillError(
@@ -99,9 +105,10 @@ class Student:
 
         Raises:
             PairError: it is missing or does not fit the target.
-            DistillError: it has fewer tokens than the target's tokenizer.
+            DistillError: it has fewer tokens than the target's tokenizer, or stays quantised.
         """
         model = load_draft(pair, name, trust_remote_code=trust_remote_code)
+        _refuse_quantised(model, f"draft {name}", "give one that is not quantised")
         student = cls(model, pair.target.model, f"draft {name}")
         if student.vocab_size < len(pair.tokenizer):
             raise DistillError(
@@ -194,6 +201,19 @@ class Student:
     def restore(self, folder: Path) -> None:
         """Take the weights that `save` wrote."""
         self.model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+
+
+def _refuse_quantised(model: Any, name: str, instead: str) -> None:
+    """Refuse layers that no gradient goes through.
+
+    Raises:
+        DistillError: they stay as another quantised them.
+    """
+    if stays_quantised(model):
+        method = quantised_by(model.config)
+        raise DistillError(
+            f"{name}: its layers stay quantised by {method} and cannot be trained; {instead}"
+        )
 
 
 def _ends(model: Any) -> list[nn.Module]:

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 import jobs.tuning.head_rows
-import jobs.tuning.profile
+import jobs.tuning.profile_draft
 from pipeline.config.job import S3Config
 from pipeline.inputs.row_sampling import row_seed
 from pipeline.outputs.training_data import open_job, read_examples
@@ -187,7 +187,7 @@ def test_plan(job: Job, tmp_path: Path) -> None:
 def test_profile(
     job: Job, submitted: list[Request], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs.tuning.profile, "_COST_SECONDS", 0.2)
+    monkeypatch.setattr(jobs.tuning.profile_draft, "COST_SECONDS", 0.2)
     result = call("profile", job.file, "--json", "--rows", ROWS)
     assert result.exit_code == 0, result.output
     assert "recording acceptance 100% · done in" in result.stderr

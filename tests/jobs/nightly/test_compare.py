@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.registry import make_policy
 from specdec.policies.signals import AcceptanceHead
 from specdec.request import Request, SamplingParams
-from specdec.simulate.record import Text
 from specdec.simulate.replay import Ratio
+from specdec.simulate.transcripts import Text
 from specdec.training.examples import Example
 from specdec.training.head import HeadSettings, calibrate, train_head
 from specdec.training.labels import Labels, LabelSettings, assign_parts, collect
+from tests.specdec.eagle_drafts import Shape, eagle_pair, random_weights, save
 from tests.specdec.tiny_models import VOCAB, TinyPair, make_pair, noisy_copy, tiny_model
 
 SAMPLING = SamplingParams(max_new_tokens=40, temperature=0.7, ignore_eos=True)
@@ -107,6 +109,29 @@ def test_control_rounds_measure_both_sides(
     assert found.measured.low < found.measured.value < found.measured.high
     assert "By control rounds" in found.why
     assert found.to_json()["measured"]["value"] == found.measured.value
+
+
+def test_drafts_of_either_kind_are_compared(
+    costs: tuple[CostModel, CostModel], tmp_path: Path
+) -> None:
+    """An EAGLE-3 draft that knows nothing, and a language model that knows the target."""
+    target, shape = tiny_model("llama", layers=3), Shape()
+    folder = save(tmp_path / "eagle", shape, random_weights(shape), "speculators")
+    eagle = Side("eagle", eagle_pair(target, folder), None)
+    model = Side("model", make_pair(target, noisy_copy(target, 0.06)), None)
+    requests = [Request(f"row-{i}", (5, 17, i), SAMPLING) for i in range(24)]
+    done = Engine(eagle.pair, policy=make_policy("none")).generate(requests)
+    texts = [Text(r, each.output_ids) for r, each in zip(requests, done, strict=True)]
+    fixed = JOB.speculation.model_copy(update={"policy": "fixed", "k": 3, "head": None})
+    job = JOB.model_copy(update={"speculation": fixed})
+    options = {"control_share": 0.0, "costs": costs}
+    found = compare(eagle, model, texts, job, **options)  # type: ignore[arg-type]
+    assert found.adopted and found.simulated.low > 1
+    before, after = found.lengths
+    assert 1 <= before < 1.3 < after <= 5
+    assert found.why.startswith(f"A round of 4 candidates brings {after:.2f} tokens, with the inc")
+    back = compare(model, eagle, texts, job, **options)  # type: ignore[arg-type]
+    assert not back.adopted and back.lengths == (after, before)
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from datetime import date as Date
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+import jobs.nightly.compare
 from jobs.cli import app
-from jobs.nightly.archive import Archive
+from jobs.nightly.archive import Archive, Night, WorkFolder
+from jobs.nightly.conversations import CONVERSATION
+from jobs.nightly.improve import improve
 from jobs.nightly.nights import run_nights
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.versions import Versions, read_versions, roll_back, write_versions
@@ -54,6 +60,82 @@ def test_versions_and_the_way_back(tiny_models: TinyModels, tmp_path: Path) -> N
     other = read_versions(Recipe.model_validate(changed))
     assert isinstance(other, Versions)
     assert (other.current, other.in_use.draft) == (0, tiny_models.target)
+
+
+WriteJob = Callable[..., str]
+
+
+def finished_night(recipe: Recipe, write_job_output: WriteJob) -> Night:
+    """A night whose job wrote thirty completions of letters."""
+    draw, date = random.Random(0), "2026-11-20"
+    work = WorkFolder(Archive.of(recipe), Date.fromisoformat(date), recipe.mark)
+    rows = [
+        {
+            "row_id": f"in.parquet:{i}:0",
+            CONVERSATION: f"seed-{i}",
+            "prompt": f"say {i}",
+            "completion": "".join(draw.choices("abc ", k=12)),
+            "finish_reason": "length",
+        }
+        for i in range(30)
+    ]
+    models = recipe.job.models.model_dump(include={"target", "draft"})
+    sampling = {"max_new_tokens": 12}
+    write_job_output({"a": rows}, name=work.output(1).url, models=models, sampling=sampling)
+    lists: dict[str, Any] = {name: [] for name in ("filters", "files", "examples")}
+    maps = ("lost", "rows", "columns", "summary", "models", "sampling")
+    nothing: dict[str, Any] = {name: {} for name in maps} | lists
+    return Night(date, recipe.mark, "", 0, 0, cost=None, currency="", **nothing)
+
+
+@pytest.mark.parametrize(
+    ("incumbent", "kind", "made"),
+    [("model", "eagle3", "eagle3"), ("eagle3", None, "eagle3"), ("eagle3", "model", "model")],
+)
+def test_the_next_draft_is_of_either_kind(
+    tiny_models: TinyModels,
+    tiny_eagle: str,
+    write_job_output: WriteJob,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    incumbent: str,
+    kind: str | None,
+    made: str,
+) -> None:
+    monkeypatch.setattr(jobs.nightly.compare, "_COST_SECONDS", 0.3)
+    settings = {"draft": True, "kind": kind, "held_out": 0.3, "draft_epochs": 1}
+    values = small_recipe(tiny_models, tmp_path, improve=settings)
+    own = tiny_eagle if incumbent == "eagle3" else tiny_models.draft
+    values["job"]["models"]["draft"] = own
+    recipe = Recipe.model_validate(values)
+    night, archive, told = finished_night(recipe, write_job_output), Archive.of(recipe), [""]
+    record = improve(recipe, archive, night, told.append)
+    assert f"training a draft of the kind {made}" in told
+    (found,) = record["candidates"]
+    assert found["what"] == f"draft draft-2026-11-20, beside draft {Path(own).name} and no head"
+    training, compared = found["training"], found["comparison"]
+    assert training["kind"] == made and training["rows"] > 5
+    assert 1 <= training["length"] <= 5 and "head" not in training
+    before, after = compared["lengths"]
+    assert f"brings {after:.2f} tokens, with the incumbent {before:.2f}. In the sim" in found["why"]
+    adopted = found["decision"] == "adopted"
+    assert adopted == compared["adopted"]
+    assert not adopted or compared["simulated"]["low"] > 1
+    # Only what was adopted is kept, and it is what nights run with from then on.
+    folder = Path(recipe.output, "_nightly/models/draft-2026-11-20")
+    assert folder.exists() == adopted
+    assert read_versions(recipe).in_use.draft == (str(folder) if adopted else own)
+
+
+def test_a_head_is_not_trained_for_an_eagle_draft(
+    tiny_models: TinyModels, tiny_eagle: str, write_job_output: WriteJob, tmp_path: Path
+) -> None:
+    values = small_recipe(tiny_models, tmp_path, improve={"head": True})
+    values["job"]["models"]["draft"] = tiny_eagle
+    values["job"]["speculation"]["policy"] = "goodput"
+    recipe = Recipe.model_validate(values)
+    with pytest.raises(UserError, match=r"is EAGLE-3, and improve\.head trains"):
+        improve(recipe, Archive.of(recipe), finished_night(recipe, write_job_output), str)
 
 
 @pytest.mark.slow

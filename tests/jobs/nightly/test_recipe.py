@@ -60,6 +60,7 @@ MISTAKES = [
     ("schedule.cron", "0 99 * * *", "is not a schedule"),
     ("schedule.timezone", "Mars", "no time zone 'Mars'"),
     ("improve.head", True, "improve.head: a head serves the policies head and goodput"),
+    ("improve.kind", "eagle", "improve.kind: input should be 'model' or 'eagle3'"),
     (
         "templates",
         [{"name": "t", "turns": [{"text": "{{ word }}", "structured_outputs": {"regex": "("}}]}],
@@ -151,6 +152,18 @@ def test_mistakes(
     assert "Traceback" not in result.output
     assert message in result.stderr
     assert not (tmp_path / "dataset").exists()
+
+
+def test_eagle_drafts_have_no_head(values: dict[str, Any]) -> None:
+    eagle = {**values, "improve": {"draft": True, "kind": "eagle3"}}
+    Recipe.model_validate(eagle)
+    eagle["job"] = changed(values["job"], "speculation", {"policy": "goodput", "head": "/head"})
+    Recipe.model_validate(eagle)  # the next draft goes without
+    with pytest.raises(ValueError, match=r"improve\.head: a head reads what a draft of the kind"):
+        Recipe.model_validate(changed(eagle, "improve.head", True))
+    needs = changed(eagle, "job.speculation.policy", "head")
+    with pytest.raises(ValueError, match=r"improve\.kind: an EAGLE-3 draft has no head, which"):
+        Recipe.model_validate(needs)
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "quiz.yaml"])

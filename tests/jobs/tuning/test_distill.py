@@ -147,6 +147,26 @@ def test_a_target_that_has_changed(
     assert call(output, "--out", tmp_path / "new", *QUICK, *given).exit_code == 0
 
 
+def test_a_quantised_target_is_refused_before_anything_is_trained(
+    output: str, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    quantised = tmp_path / "quantised"
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(
+        tiny_models.target, quantization_config=four_bits
+    ).save_pretrained(quantised)
+    AutoTokenizer.from_pretrained(tiny_models.target).save_pretrained(quantised)
+    message = one_error(call(output, "--out", tmp_path / "new", "--target", quantised, *QUICK))
+    assert message == (
+        f"target {quantised}: its layers stay quantised by bitsandbytes and cannot be trained; "
+        "give --kind eagle3, or --draft with a model that is not quantised"
+    )
+    assert not (tmp_path / "new").exists()
+
+
 def test_help_has_examples() -> None:
     result = call("--help")
     assert result.exit_code == 0

@@ -140,8 +140,12 @@ def test_what_is_proposed_depends_on_a_rows_own_text_alone(
     """Not on the rows beside it, or on slots that it moves to."""
 
     def run(slots: int) -> list[Any]:
-        engine = Engine(pair, policy=Fixed(4), verification=mode, slots=slots, prefill_chunk=16)
-        return counts(engine.generate(requests_of(SOME, sampling)))
+        engine = Engine(
+            pair, policy=Fixed(4), verification=mode, slots=slots, prefill_chunk=16, trace=True
+        )
+        done = engine.generate(requests_of(SOME, sampling))
+        return [(*each, [at.candidates for at in row.trace])
+                for each, row in zip(counts(done), done, strict=True)]  # fmt: skip
 
     assert run(1) == run(3) == run(16)
 

@@ -18,9 +18,9 @@ from specdec.policies.costs import CostModel
 from specdec.policies.registry import make_policy
 from specdec.policies.signals import read_signals
 from specdec.request import Completion, Counts, Request, SamplingParams
-from specdec.simulate.record import Text, measure_costs, record
+from specdec.simulate.record import measure_costs, record
 from specdec.simulate.replay import replay
-from specdec.simulate.transcripts import Transcript
+from specdec.simulate.transcripts import Text, Transcript
 from tests.specdec.goodness import FALSE_ALARM
 from tests.specdec.tiny_models import TinyPair, make_pair
 from tests.specdec.workloads import linear, prompts, random_head

@@ -7,11 +7,14 @@ import torch
 
 from specdec.loading.pair import ModelPair
 from specdec.loading.sources import PairError
+from specdec.training.eagle_student import EagleStudent
 from specdec.training.evaluate import ALL, batches, evaluate
 from specdec.training.examples import Example
 from specdec.training.settings import DistillError
 from specdec.training.student import Student
+from tests.specdec.loading import quantised_models as stored
 from tests.specdec.loading.saved_models import saved
+from tests.specdec.loading.test_quantised import Store, store_or_skip
 from tests.specdec.tiny_models import noisy_copy, tiny_model
 from tests.specdec.training.drafts import (
     LAYERS,
@@ -79,3 +82,30 @@ def test_drafts_that_do_not_fit(pair: ModelPair, tmp_path: Path) -> None:
     small = saved(tmp_path / "small", tiny_model(vocab=90))
     with pytest.raises(DistillError, match="has 90 tokens, the target's tokenizer 97"):
         Student.from_draft(pair, str(small))
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        stored.bitsandbytes_8bit,
+        stored.bitsandbytes_nf4,
+        stored.torchao_int8,
+        stored.compressed_int8,
+    ],
+    ids=lambda store: store.__name__,
+)
+def test_layers_that_stay_quantised_teach_but_are_not_trained(
+    store: Store, pair: ModelPair, examples: list[Example], tmp_path: Path
+) -> None:
+    folder = store_or_skip(store, tmp_path / "target")
+    quantised = load(folder)
+    wrong = rf"target {folder}: its layers stay quantised by .*; give --kind eagle3, or --draft"
+    with pytest.raises(DistillError, match=wrong):
+        Student.from_layers(quantised, [0, 1])
+    with pytest.raises(DistillError, match=rf"draft {folder}: its layers stay .*; give one that"):
+        Student.from_draft(pair, str(folder))
+    small = Student.from_draft(quantised, str(saved(tmp_path / "small", tiny_model())))
+    eagle = EagleStudent.begin(quantised, examples, 40)
+    reads = batches(quantised.target, examples[:5], eagle.layers)
+    found = evaluate(quantised.target, {"model": small, "eagle": eagle}, reads)
+    assert all(each[ALL].merit >= 1 for each in found.values())
