@@ -2,9 +2,10 @@
 
     python benchmarks/adjustments.py --rows 64 --tokens 96
 
-Three sides generate the same numbers of tokens from the same prompts, round by round in turns:
-`none` of the rows asks for anything; `all` ask for the three penalties; `all, everything` ask for
-every penalty and ban. The policy is `none`, whose rounds are the shortest, or another one.
+Four sides generate the same numbers of tokens from the same prompts, round by round in turns:
+`none` of the rows asks for anything; `all: penalties` asks for the three penalties,
+`all: everything` for every penalty and ban, `all: a schema` for a long JSON array of objects.
+The policy is `none`, whose rounds are the shortest, or another one.
 
 Beside them stands what a round without any of it pays, in percent of that round: the seconds that
 the step between logits and probabilities takes when no row asks, measured by themselves.
@@ -45,13 +46,25 @@ from common import (
 from numpy.typing import NDArray
 from rich.table import Table
 
+from pipeline.config.structured_outputs import StructuredOutputs
 from specdec.engine.engine import Engine
 from specdec.engine.scheduler import LiveRow
+from specdec.loading.grammars import ModelGrammars
 from specdec.loading.pair import ModelPair
 from specdec.policies.registry import make_policy
 from specdec.request import Request
 
 PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.3, "frequency_penalty": 0.2}
+PEOPLE = {
+    "type": "array",
+    "minItems": 20,  # no row may end before the others
+    "items": {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    },
+}
 SIDES: dict[str, dict[str, Any]] = {
     "none": {},
     "all: penalties": PENALTIES,
@@ -63,16 +76,20 @@ SIDES: dict[str, dict[str, Any]] = {
         "allowed_token_ids": tuple(range(40_000)),
         "no_repeat_ngram_size": 3,
     },
+    "all: a schema": {"grammar": StructuredOutputs(json_schema=PEOPLE).text()},
 }
 
 
 def begun(pair: ModelPair, policy: str, k: int, requests: list[Request]) -> Engine:
     """An engine in which all rows have their first token: from here on rounds are alike."""
-    engine = Engine(pair, policy=make_policy(policy, k=k), slots=len(requests))
+    grammars = ModelGrammars(pair.tokenizer, pair.vocab_size, pair.eos_token_ids)
+    chosen = make_policy(policy, k=k)
+    engine = Engine(pair, policy=chosen, slots=len(requests), grammars=grammars)
     for request in requests:
         engine.submit(request)
     while not engine.live or any(row.generated == 0 for row in engine.scheduler.rows):
-        engine.step()
+        if ended := engine.step():
+            raise typer.BadParameter(f"row {ended[0].id} ended before the others began")
     return engine
 
 
