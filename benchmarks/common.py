@@ -164,6 +164,23 @@ def interleave(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, l
     return times
 
 
+def race(engines: dict[str, Engine], requests: Sequence[Request]) -> dict[str, float]:
+    """Seconds a token of each engine, all of them stepping in turn.
+
+    The engine with the fewest tokens goes next. So all are at the same place in the work at any
+    time, and a machine that is slow for a second is slow for each of them. An engine stops when
+    there is no request for a free slot: what counts is the live batch, not how a short run ends.
+    """
+    for engine in engines.values():
+        for request in requests:
+            engine.submit(request)
+    taken = dict.fromkeys(engines, 0.0)
+    while running := {n: e for n, e in engines.items() if e.waiting or e.live == e.scheduler.slots}:
+        name = min(running, key=lambda each: running[each].stats.counts.committed)
+        taken[name] += seconds(running[name].step)
+    return {name: taken[name] / e.stats.counts.committed for name, e in engines.items()}
+
+
 def ratios(base: Sequence[float], other: Sequence[float]) -> list[float]:
     """How many times faster `other` was than `base`, pair by pair."""
     return [b / o for b, o in zip(base, other, strict=True)]

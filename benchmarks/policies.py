@@ -27,6 +27,7 @@ from common import (
     console,
     load,
     prepare,
+    race,
     ragged_lengths,
     ratios,
     read_prompts,
@@ -50,24 +51,12 @@ OTHERS = ("heuristic", "confidence", "entropy", "goodput")
 """Policies that `policies` runs once beside `none` and the fixed lengths."""
 
 
-def race(
+def turns(
     pair: ModelPair, policies: dict[str, StopPolicy], slots: int, requests: Sequence[Request]
 ) -> tuple[dict[str, float], dict[str, Engine]]:
-    """Seconds a token of each policy's engine, all engines stepping in turn.
-
-    The engine with the fewest tokens goes next. So all are at the same place in the work at any
-    time, and a machine that is slow for a second is slow for each of them. An engine stops when
-    there is no request for a free slot: what counts is the live batch, not how a short run ends.
-    """
+    """Seconds a token of each policy's engine, all engines stepping in turn."""
     engines = {name: Engine(pair, policy=policies[name], slots=slots) for name in policies}
-    for engine in engines.values():
-        for request in requests:
-            engine.submit(request)
-    taken = dict.fromkeys(engines, 0.0)
-    while running := {name: e for name, e in engines.items() if e.waiting or e.live == slots}:
-        name = min(running, key=lambda each: running[each].stats.counts.committed)
-        taken[name] += seconds(running[name].step)
-    return {name: taken[name] / e.stats.counts.committed for name, e in engines.items()}, engines
+    return race(engines, requests), engines
 
 
 def fixed(size: str) -> StopPolicy:
@@ -116,14 +105,14 @@ def policies(
                 for name in names
             }
             few = {name: instances[name] for name in ("none", "goodput")}
-            race(pair, few, batch, requests)  # the first run of a pair is slower than the rest
-            once, _ = race(pair, instances, batch, requests)
+            turns(pair, few, batch, requests)  # the first run of a pair is slower than the rest
+            once, _ = turns(pair, instances, batch, requests)
             every.add_row(precision, str(batch), *(f"{once['none'] / once[n]:.2f}" for n in names))
             first = min((n for n in names if n.startswith("fixed")), key=lambda n: once[n])
             few = {name: instances[name] for name in ("none", first, "goodput")}
             again: dict[str, list[float]] = {name: [] for name in few}
             for turn in range(repeats):
-                taken, engines = race(pair, few, batch, requests)
+                taken, engines = turns(pair, few, batch, requests)
                 for name in few:
                     again[name].append(taken[name])
                 console.log(f"{precision}, batch {batch}, {turn + 1}/{repeats}: {taken}")

@@ -14,7 +14,7 @@ Four kinds of work, each as large as `--rows` says:
               examples/nightly, of which half come again. What `none` wrote in the first night,
               outside of all timing, is the corpus.
 
-and three sides, in turns in one process, `--repeats` times over: `none`, `suffix` and `goodput`,
+and three sides, step by step in turns, `--repeats` times over: `none`, `suffix` and `goodput`,
 both without a draft; with `--draft` also `goodput` with it, once with nothing looked up (`draft`)
 and once with both (`both`). The second night has `suffix` without the corpus and with it, and with
 it `goodput` and `both`. Verification is `coupled`, so that all sides have the same tokens to
@@ -56,10 +56,10 @@ from common import (
     console,
     load,
     prepare,
+    race,
     ratios,
     read_prompts,
     run,
-    seconds,
     spread,
 )
 from rich.table import Table
@@ -163,11 +163,27 @@ def doubled(costs: CostModel, n: int) -> float:
     return float(costs.verify(2 * n) / costs.verify(n))
 
 
-def race(
+def engine_of(
+    side: str, pair: ModelPair, costs: CostModel, corpus: Corpus | None, batch: int
+) -> Engine:
+    """An engine of a side, which has learnt nothing yet."""
+    name = side.removesuffix(WITH_CORPUS)
+    drafts = name in WITH_DRAFT
+    return Engine(
+        pair if drafts else replace(pair, draft=None),
+        policy=make_policy("goodput" if drafts else name, costs=copy.deepcopy(costs)),
+        verification="coupled",
+        slots=batch,
+        lookup=name != "draft",
+        corpus=corpus if name != side else None,
+    )
+
+
+def compare(
     pair: ModelPair, requests: list[Request], corpus: Corpus | None, batch: int, repeats: int
 ) -> list[list[str]]:
     """The sides in turns: a line of the table for each."""
-    lone, draft = replace(pair, draft=None), pair.draft
+    draft = pair.draft
     costs = profile_costs(pair.target, draft, batch)
     sides = WITHOUT_DRAFT if corpus is None else SECOND_NIGHT
     if draft is not None:
@@ -176,21 +192,11 @@ def race(
     taken: dict[str, list[float]] = {side: [] for side in sides}
     engines: dict[str, Engine] = {}
     for turn in range(repeats):
-        for side in sides:
-            name = side.removesuffix(WITH_CORPUS)
-            drafts = name in WITH_DRAFT
-            policy = make_policy("goodput" if drafts else name, costs=copy.deepcopy(costs))
-            engine = engines[side] = Engine(
-                pair if drafts else lone,
-                policy=policy,
-                verification="coupled",
-                slots=batch,
-                lookup=name != "draft",
-                corpus=corpus if name != side else None,
-            )
-            spent = seconds(lambda engine=engine: engine.generate(requests))
-            taken[side].append(spent / engine.stats.counts.committed)
-            console.log(f"{turn + 1}/{repeats} {side}: {spent:.1f} s")
+        engines = {side: engine_of(side, pair, costs, corpus, batch) for side in sides}
+        for side, spent in race(engines, requests).items():
+            taken[side].append(spent)
+        faster = {s: f"{taken['none'][-1] / taken[s][-1]:.2f}" for s in sides}
+        console.log(f"{turn + 1}/{repeats}: {faster}")
     lines = []
     for side, engine in engines.items():
         counts, spent = engine.stats.counts, engine.stats.seconds
@@ -241,7 +247,7 @@ def main(
             if kind == "night":
                 first = night(pair.tokenizer, 0, rows, tokens)
                 corpus = written(pair, first, batch, Path(folder) / "first.corpus")
-            for line in race(pair, requests, corpus, batch, repeats):
+            for line in compare(pair, requests, corpus, batch, repeats):
                 table.add_row(kind, *line)
     console.print(table)
 
