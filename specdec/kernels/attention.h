@@ -98,8 +98,12 @@ struct Item {
     i64 kv_head, first, last;
 };
 
-// Positions that memory is asked for in advance.
-static constexpr i64 AHEAD = 8;
+// Positions that memory is asked for in advance. They are asked for up to the second cache: the
+// first one has too few places for what is on its way to hide how long memory takes. A page is as far
+// as it is known where the next numbers lie.
+static constexpr i64 AHEAD = PAGE;
+
+static inline void prefetch(const void* soon) { __builtin_prefetch(soon, 0, 2); }
 
 // out[j][p] = q[j] . key[p] for J queries and P positions; `ahead` is what will be read soon.
 template <int J, int P, typename T>
@@ -110,7 +114,7 @@ static inline void dots(const float* q, const T* key, const T* ahead, i64 dim, f
         vec k[P];
         for (int p = 0; p < P; p++) {
             k[p] = load(key + p * dim + d);
-            __builtin_prefetch(ahead + p * dim + d);
+            prefetch(ahead + p * dim + d);
         }
         for (int j = 0; j < J; j++) {
             const vec x = load(q + j * dim + d);
@@ -133,7 +137,7 @@ static inline void mix(const float* weights, i64 stride, const T* values, const 
         const T* ahead = (l + AHEAD < n ? values : next - n * dim) + (l + AHEAD) * dim;
         for (int c = 0; c < C; c++) {
             v[c] = load(values + l * dim + c * LANES);
-            __builtin_prefetch(ahead + c * LANES);
+            prefetch(ahead + c * LANES);
         }
         for (int j = 0; j < J; j++)
             for (int c = 0; c < C; c++)
@@ -200,12 +204,16 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
                 const T* from = query + token * token_stride + head * head_stride;
                 for (i64 d = 0; d < key_dim; d++) q[j * key_dim + d] = get(from[d]) * scale;
             }
+            const T* first_values =
+                values + pages.place(row.slot, low, kv_heads, item.kv_head) * value_dim;
             by_queries(n, [&](auto count, i64 j) {
                 constexpr int J = count, P = 4;
                 pages.each(row.slot, low, high, kv_heads, item.kv_head, [&](i64 l, i64 end, i64 at,
                                                                             i64 next) {
                     // Position l is at here + l, or at there + l behind the end of the page.
+                    // Values follow the last keys.
                     const T *here = keys + (at - l) * key_dim, *there = keys + (next - end) * key_dim;
+                    if (end == high) there = first_values - end * key_dim;
                     for (; l < end;) {
                         const T* ahead = (l + AHEAD < end ? here : there) + (l + AHEAD) * key_dim;
                         const T* key = here + l * key_dim;
