@@ -39,6 +39,7 @@ import typer
 from common import Repeats, console, prepare, run, spread
 from rich.table import Table
 
+from pipeline.generate.loading import lasting
 from specdec.policies.base import StopPolicy
 from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.registry import make_policy
@@ -167,8 +168,9 @@ def race(
     runs: dict[str, list[Steady]] = {name: [] for name in policies}
     for turn in range(repeats):
         for name, make in policies.items():
-            engine = VirtualEngine(script, *costs_of(machine), make(), rows)
-            requests = script.requests(max(LAPS * rows, len(transcripts)))
+            with lasting():  # as in an actor
+                engine = VirtualEngine(script, *costs_of(machine), make(), rows)
+                requests = script.requests(max(LAPS * rows, len(transcripts)))
             runs[name].append(engine.steady(requests, seconds))
             console.log(f"{turn + 1}/{repeats} {rows} live, {name}: {runs[name][-1]}")
     return runs

@@ -121,24 +121,23 @@ class EndingRow(Protocol):
 
 
 def find_ending(
-    output: Sequence[int], known: int, row: EndingRow, eos_token_ids: frozenset[int]
+    tokens: Sequence[int], known: int, row: EndingRow, eos_token_ids: frozenset[int]
 ) -> Ending | None:
-    """The first end of `output` among its tokens from index `known` on, or None.
+    """The first end of an output among the tokens that it grew by, or None.
 
     Looks at one token after another, so the answer does not depend on how many of them one round
     committed. Before `min_tokens` nothing but the length ends it.
 
     Args:
-        output: the row's output tokens so far.
-        known: how many of them were looked at before.
-        row: has read the `known` tokens, and reads those up to the end.
+        tokens: what the output grew by.
+        known: how many tokens it had before.
+        row: has read these, and reads those up to the end.
         eos_token_ids: the model's end-of-sequence tokens.
     """
     sampling, stops, grammar = row.sampling, row.stops, row.grammar
     if grammar is not None:
         grammar.forget()
-    for index in range(known, len(output)):
-        length, token = index + 1, output[index]
+    for length, token in enumerate(tokens, known + 1):
         found = stops.add(token) if stops is not None else None
         if length <= sampling.min_tokens:
             if stops is not None:

@@ -352,14 +352,14 @@ class Engine:
         # that does not stand, so a row fails only by a round without any.
         row.doubtful = failed and this.submitted[slot] > 0
         over = failed and not row.doubtful
-        row.tokens += [] if failed else tokens
-        output = row.tokens[row.output_start :]
-        ending = find_ending(output, known, row, self.pair.eos_token_ids)
+        tokens = () if failed else tokens
+        row.tokens += tokens
+        ending = find_ending(tokens, known, row, self.pair.eos_token_ids)
         if over:
-            ending = failure(len(output), row.adjusts or row.grammar is not None)
-        kept = this.kept[slot] = (ending.length if ending else len(output)) - known
+            ending = failure(known, row.adjusts or row.grammar is not None)
+        kept = this.kept[slot] = ending.length - known if ending else len(tokens)
         drafted, verified = this.drafted[slot], this.submitted[slot]
-        accepted = 0 if failed else len(tokens) - 1
+        accepted = max(0, len(tokens) - 1)
         # An output that ends inside the accepted prefix drops the rest and the bonus token.
         counts = Counts(1, drafted, verified, min(accepted, kept), kept)
         row.counts.add(counts)

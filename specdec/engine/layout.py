@@ -94,15 +94,21 @@ class VerifyLayout:
         at: list[int] = []
         complete: list[bool] = []
         for slot, (row, k) in enumerate(zip(rows, submitted, strict=True)):
-            tokens = row.tokens[cached[slot] : cached[slot] + chunk]
+            begin, generated = cached[slot], row.generated
+            tokens = row.tokens[begin : begin + chunk]
             known, drafted = len(rows) * width + len(pending), slot * width
-            order += [*range(known, known + len(tokens)), *range(drafted, drafted + k)]
+            order += range(known, known + len(tokens))
             pending += tokens
             packed.append((slot, len(tokens) + k))
             first.append(len(scored))
-            scored += range(len(order) - k - 1, len(order))
-            owner += [slot] * (k + 1)
-            behind = range(1, k + 1) if depths is None else depths(slot)[:k]
-            at += [row.generated, *(row.generated + depth for depth in behind)]
-            complete.append(cached[slot] + len(tokens) == len(row.tokens))
+            scored.append(len(order) - 1)
+            owner.append(slot)
+            at.append(generated)
+            if k:
+                scored += range(len(order), len(order) + k)
+                order += range(drafted, drafted + k)
+                owner += [slot] * k
+                behind = range(1, k + 1) if depths is None else depths(slot)[:k]
+                at += [generated + depth for depth in behind]
+            complete.append(begin + len(tokens) == len(row.tokens))
         return cls(packed, pending, order, scored, first, owner, at, complete)

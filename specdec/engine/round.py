@@ -186,13 +186,11 @@ class Round:
                 how many of the target's states were not finite, and the candidates.
             complete: whether a row's tokens are all fed.
         """
-        self.infected = [row for row, (_, _, odd, *_) in enumerate(verdicts) if odd]
-        self.paths = [self.proposal.path(row, end) for row, (end, *_) in enumerate(verdicts)]
+        self.infected = [row for row, verdict in enumerate(verdicts) if verdict[2]]
+        self.paths = [self.proposal.path(row, verdict[0]) for row, verdict in enumerate(verdicts)]
         self.committed = [
-            [*(candidates[node] for node in path), bonus] if ready else []
-            for ready, path, (_, bonus, _, *candidates) in zip(
-                complete, self.paths, verdicts, strict=True
-            )
+            [*(verdict[3 + node] for node in path), verdict[1]] if ready else []
+            for ready, path, verdict in zip(complete, self.paths, verdicts, strict=True)
         ]
 
     def keep_paths(self, target: SlotCache, drafter: Drafter | None) -> None:

@@ -203,7 +203,8 @@ class Scheduler:
         """Give pages to live rows and slots to waiting ones; return the rows of slots 0..n-1."""
         before = self.preempted
         self._secure()
-        self._going = sum(row.generated for row in self.rows)
+        if self.queue and self.live < self.slots:
+            self._going = sum(row.generated for row in self.rows)
         while self.queue and self.preempted == before and self._place(self.queue[0]):
             self.queue.popleft()
         self.compact()
@@ -228,7 +229,7 @@ class Scheduler:
 
     def _secure(self) -> None:
         """Give every live row pages for a round; where there are too few, the oldest go on."""
-        lacking = [row for row in self.rows if len(row.tokens) + self.ahead >= row.room]
+        lacking = [row for row in self.rows if len(row.tokens) + self.ahead >= row.room < row.need]
         for row in sorted(lacking, key=lambda row: row.turn):
             while row in self._rows:
                 if self.shared.extend(self._rows.index(row), self._goal(row)):

@@ -189,8 +189,10 @@ class SlotCache:
         Raises:
             OutOfPages: there are too few.
         """
+        held = self.pages.rows
         for slot, count in rows:
-            self.pages.extend(slot, self.lengths[slot] + count)
+            if self.lengths[slot] + count > PAGE * len(held[slot]):
+                self.pages.extend(slot, self.lengths[slot] + count)
         if changed := self.pages.changed:
             width = self.table.shape[1]
             at = [slot * width + place for slot, place in changed]

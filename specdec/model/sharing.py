@@ -180,7 +180,9 @@ class SharedCaches:
     def rollback(self, slot: int, length: int) -> None:
         """Forget what is computed of the tokens of `slot` from `length` on, in all caches."""
         for cache in self.caches:
-            cache.rollback(slot, max(0, length - cache.ahead))
+            left = max(0, length - cache.ahead)
+            if cache.lengths[slot] > left or cache.states is not None:
+                cache.rollback(slot, left)
 
     def scrub(self, slot: int, length: int) -> None:
         """Zero what `slot` alone has of its tokens from `length` on, in all caches."""

@@ -41,7 +41,7 @@ def found(
     stops = StopSearch(params.stop, prompt, decode) if params.stop else None
     for token in output[:known] if stops else ():
         assert stops.add(token) is None
-    return find_ending(output, known, Row(params, stops), EOS)
+    return find_ending(output[known:], known, Row(params, stops), EOS)
 
 
 def test_an_output_without_an_end_goes_on() -> None:
@@ -144,7 +144,7 @@ def test_the_end_does_not_depend_on_how_many_tokens_a_round_commits(
     params = SamplingParams(max_new_tokens=most, stop=(stop,))
     row, step, known = Row(params, StopSearch((stop,), (), decode)), None, 0
     for cut in sorted({*(min(cut, len(text)) for cut in cuts), len(text)}):
-        step = step or find_ending(output[:cut], known, row, EOS)
+        step = step or find_ending(output[known:cut], known, row, EOS)
         known = cut
     assert step == at_once
     ends = [text.index(stop) + len(stop)] if stop in text else []
