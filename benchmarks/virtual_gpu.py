@@ -5,11 +5,13 @@
 
 Forwards take what a table says, on a clock beside the host (specdec/simulate/virtual.py).
 Scheduler, sampling and policies are the real ones and take what they take here, which on a busy
-machine is too much. The traces say what is accepted. Counted are rounds in which all rows decode.
+machine is too much. The traces say what is accepted. Counted are rounds with a row in each slot,
+from the first in which all rows decode: those that feed prompts of rows that join are among them.
 
     best       the fastest of no speculation and fixed lengths, by its median
     tree       the fastest fixed tree, where traces know siblings
-    goodput    tokens/s against `best`, and the same by the simulator, whose host takes no time
+    goodput    tokens/s against `best`, and the same by the simulator, in which the host takes no
+               time and no row joins
     idle       share of a round in which the device waits for the host
 
 `goodput` may grow trees as wide as the traces know; `chains` is it with `width: 1`.

@@ -78,6 +78,13 @@ Raised, a large batch waits for Python's loops; lowered, a small one for array o
 """
 
 
+FEW_PROMPTS = 2
+"""Tokens of prompts for each row up to which a round counts as one that decodes.
+
+Raised, rounds tell more often what others take, and less truly: a prompt looks back less far.
+"""
+
+
 class Signal(IntEnum):
     """Columns of what is read off a draft step; logarithms and entropy are in nats.
 
@@ -195,6 +202,19 @@ class RoundStart:
     beside: bool = False
     nodes: Sequence[int] = ()
     notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Packed tokens of the verification that belong to prompts which are being fed."""
+        return self.target_tokens - sum(self.decoding)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether few of its tokens are prompts', so that it tells what rounds take.
+
+        Where rows come and go in a large batch, hardly any round is without.
+        """
+        return self.prompt_tokens <= FEW_PROMPTS * len(self.rows)
 
 
 @dataclass(frozen=True, slots=True)

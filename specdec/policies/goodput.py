@@ -124,7 +124,7 @@ class Goodput(OfferingPolicy):
         known = [*map(survivals, self._odds)]
         self._known = [each[: in_front(each, self._worth)] for each in known]
         rows, (best, gain) = sum(room > 0 for room in start.room), self._best_set()
-        bare = self._looking_up and self.found_switch.look_again and all(start.decoding)
+        bare = self._looking_up and self.found_switch.look_again and start.decodes
         if best and not bare and self.found_switch.pays(gain / rows):
             start.notes["found"] = gain / rows
             counts = [*map(max, counts, by_row(best, len(chains)))]
@@ -263,24 +263,25 @@ class Goodput(OfferingPolicy):
         self.found.observe(outcome)
         if self.costs is None or self._learnt is None:
             return
-        speculated, decoding = bool(outcome.draft_costs), all(outcome.start.decoding)
-        promised, found = map(outcome.start.notes.get, ("promised", "found"))
+        start, speculated = outcome.start, bool(outcome.draft_costs)
+        promised, found = map(start.notes.get, ("promised", "found"))
         switch, hope, known, apart = self.switch, promised, self._judged, found or 0.0
         if not speculated:
             switch, hope, known, apart = self.found_switch, found, self.found.judged, 0.0
         if hope is not None and known > LEARNT:
-            gained = self._yield(outcome, decoding) - apart
-            switch.kept(hope, gained, len(outcome.start.rows))
-        if not decoding:
+            switch.kept(hope, self._yield(outcome) - apart, len(start.rows))
+        if start.prompt_tokens:
             self._furthers = {}  # sizes with a prompt in them hardly come again, and would pile up
+        if not start.decodes:
             return
-        rows = len(outcome.start.rows)
-        spent = outcome.verify_cost[1] + sum(spent for _, spent in outcome.draft_costs)
+        rows, (tokens, spent) = len(start.rows), outcome.verify_cost
+        spent += sum(spent for _, spent in outcome.draft_costs)
+        spent -= float(self.costs.verify(tokens) - self.costs.verify(tokens - start.prompt_tokens))
         told = speculated and promised is not None
-        kind, beside = outcome.start.notes.get("kind", Kind()), told and outcome.start.beside
+        kind, beside = start.notes.get("kind", Kind()), told and start.beside
         if beside or (told and self.grows):
             self._compare(outcome, kind, spent)
-        if not beside or outcome.start.notes["usual"]:  # others have other costs than most
+        if not beside or start.notes["usual"]:  # others have other costs than most
             self._learnt.note(outcome, kind.looks)
         self._tokens = MEMORY * self._tokens + sum(outcome.accepted) / rows + 1
         plain = float(self.costs.verify(rows))
@@ -292,12 +293,12 @@ class Goodput(OfferingPolicy):
         if self._learnt.teach():
             self._furthers = {}
 
-    def _yield(self, outcome: RoundOutcome, decoding: bool) -> float:
+    def _yield(self, outcome: RoundOutcome) -> float:
         """Tokens per row that a round with candidates yielded beyond its cost."""
         assert self.costs is not None
         start, verify = outcome.start, self.costs.verify
         tokens, seconds = outcome.verify_cost
-        if not decoding:  # then most of it is prefill
+        if not start.decodes:  # then most of it is prefill
             seconds = float(verify(tokens))
         if outcome.draft_costs:
             seconds += sum(spent for _, spent in outcome.draft_costs)

@@ -133,12 +133,12 @@ class Switch:
 
         Asked once a round: it counts the rounds for which a decision stands.
         """
-        if self.look_again and all(start.decoding):
+        if self.look_again and start.decodes:
             return True
         # Nothing that was promised too little for these rows grows while they go on without.
         self._resting -= 1
         same = len(start.rows) == len(self._rested) and all(map(is_, start.rows, self._rested))
-        return same and self._resting >= 0 and all(start.decoding)
+        return same and self._resting >= 0 and start.decodes
 
     def pays(self, promised: float) -> bool:
         """Whether to speculate, as `promised` tokens per row and round beyond none."""
@@ -166,7 +166,7 @@ class Switch:
             cheapest = []
         else:
             self.allowance = max(self.allowance - cost, 0.0)
-        final = not cheapest and all(start.decoding)
+        final = not cheapest and start.decodes
         self._rested, self._resting = start.rows, REST if final else 0
         return cheapest
 
@@ -185,7 +185,7 @@ class Switch:
         self._square += share * (rows * missing**2 - self._square)
 
     def ended(self, speculated: bool, relative: float) -> None:
-        """Count a round in which all rows decoded.
+        """Count a round that `decodes`.
 
         Args:
             speculated: whether it had candidates.

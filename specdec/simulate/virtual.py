@@ -273,7 +273,7 @@ class VirtualPair:
 
 @dataclass(frozen=True, slots=True)
 class Steady:
-    """Rounds in which all slots had a row and all rows decoded.
+    """Rounds in which all slots had a row, from the first on in which all rows decoded.
 
     Attributes:
         rounds, tokens: how many, and what they committed.
@@ -354,7 +354,7 @@ class VirtualEngine(Engine):
         """Complete requests, more than there are slots, for so many seconds at most."""
         for request in requests:
             self.submit(request)
-        slots, found = self.scheduler.slots, np.zeros(4)
+        slots, found, begun = self.scheduler.slots, np.zeros(4), False
         ends = self.clock.now() + seconds
         before = self._read_off()
         while self.has_work and self.clock.now() < ends and (self.waiting or self.live == slots):
@@ -362,7 +362,8 @@ class VirtualEngine(Engine):
             after = self._read_off()
             passed, before = after - before, after
             rounds, tokens, rows, bare = passed[:4]
-            if rounds and rows == bare == slots:
+            begun = begun or bare == slots
+            if begun and rows == slots:
                 found += [rounds, tokens, *passed[4:]]
         return Steady(int(found[0]), int(found[1]), float(found[2]), float(found[3]))
 

@@ -153,12 +153,16 @@ def test_a_pause_of_the_machine_is_soon_forgotten() -> None:
     assert float(np.mean(done.verified[-150:])) == pytest.approx(usual, abs=0.5)
 
 
-def test_where_looking_costs_too_much_it_drafts_without() -> None:
-    """A host that takes five verifications to look at a step; without it, speculation pays."""
+@pytest.mark.parametrize("prompt", [0, 30])
+def test_where_looking_costs_too_much_it_drafts_without(prompt: int) -> None:
+    """A host that takes five verifications to look at a step; without it, speculation pays.
+
+    It is found out, too, where each round feeds a piece of some prompt.
+    """
     draft, verify = linear(0.05, 0.001), linear(1.0, 0.002)
     policy = Goodput(online_estimator("confidence"), None, CostModel(draft, verify), 12)
     best = best_fixed(0.8, 64, draft, verify)
-    done = World(policy, [0.8] * 64, host=5.0).run(200)
+    done = World(policy, [0.8] * 64, host=5.0, prompt=prompt).run(200)
     assert done.speculating(100) > 0.9
     assert done.goodput(100) > 0.95 * best
 

@@ -73,6 +73,7 @@ class World:
     Attributes:
         policy: decides; rates: acceptance per row; the draft knows nothing about a candidate.
         host: beside a device, seconds more that a draft step takes which the policy looks at.
+        prompt: tokens of prompts that the last row feeds in each round, if any; it never decodes.
         drafted, verified, accepted, seconds, committed, draft_seconds: per round (the first three:
             per row as well).
     """
@@ -82,6 +83,7 @@ class World:
     free_trimming: bool = True
     seed: int = 0
     host: float = 0.0
+    prompt: int = 0
     drafted: list[list[int]] = field(default_factory=list)
     verified: list[list[int]] = field(default_factory=list)
     accepted: list[list[int]] = field(default_factory=list)
@@ -100,6 +102,10 @@ class World:
     def _round(self) -> None:
         policy, n = self.policy, len(self.rows)
         start = round_start(self.rows, free_trimming=self.free_trimming, beside=self.host > 0)
+        if self.prompt:
+            room, decoding = [*start.room[:-1], 0], [*start.decoding[:-1], False]
+            fed = n - 1 + self.prompt
+            start = replace(start, room=room, decoding=decoding, target_tokens=fed)
         budget = list(policy.budget(start))
         counts, stands = [0] * n, [0] * n
         active = [row for row in range(n) if budget[row]]
