@@ -47,8 +47,8 @@ from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.registry import make_policy
 from specdec.request import Request
 
-OTHERS = ("heuristic", "confidence", "entropy", "goodput")
-"""Policies that `policies` runs once beside `none` and the fixed lengths."""
+OTHERS = ("heuristic", "confidence", "entropy", "suffix", "goodput")
+"""Policies that `policies` runs beside `none` and the fixed lengths."""
 
 
 def turns(
@@ -78,10 +78,10 @@ def policies(
     repeats: Repeats = 4,
     threads: Threads = 0,
 ) -> None:
-    """goodput against the best of none and fixed lengths, by precision and live batch.
+    """goodput against the best of none, fixed lengths and suffix, by precision and live batch.
 
-    All sides run once; then none, the best of the fixed lengths and goodput run `--repeats` times
-    more, and only these runs are compared. The sides of a run take their steps in turn. goodput
+    All sides run once; then none, the best of the others and goodput run `--repeats` times more,
+    and only these runs are compared. The sides of a run take their steps in turn. goodput
     keeps what it learned from run to run, as in a job. Prints each side's speed over none, and
     goodput's over the best and over none, with its tokens per row and round. Some 20 minutes.
     """
@@ -108,7 +108,8 @@ def policies(
             turns(pair, few, batch, requests)  # the first run of a pair is slower than the rest
             once, _ = turns(pair, instances, batch, requests)
             every.add_row(precision, str(batch), *(f"{once['none'] / once[n]:.2f}" for n in names))
-            first = min((n for n in names if n.startswith("fixed")), key=lambda n: once[n])
+            rivals = [name for name in names if name.split()[0] in ("fixed", "suffix")]
+            first = min(rivals, key=once.__getitem__)
             few = {name: instances[name] for name in ("none", first, "goodput")}
             again: dict[str, list[float]] = {name: [] for name in few}
             for turn in range(repeats):
