@@ -104,6 +104,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": _STATE,
     "kimi_linear": _EXPERTS | _STATE | {"num_local_experts": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
     "qwen4_exp_text": {
@@ -244,6 +245,7 @@ def check_one(exact_model: Any) -> dict[str, Any]:
         verdict = "right" if right else "wrong"
         result[name] = {
             "verdict": verdict, "tv": tv, "noise": noise, "fused": fused, "kernels": kernels,
+            "recurrent": decoder.recurrent,
         }  # fmt: skip
     return result
 
@@ -318,7 +320,9 @@ def summary(found: dict[str, Any], verdict: str) -> dict[str, Any]:
         if each["verdict"] == "refused"
     ]
     why = min(whys, default="").replace("|", "/")[:160]
-    return {"runs": verdict == "right", "layers": layers, "why": why}
+    line: dict[str, Any] = {"runs": verdict == "right", "layers": layers, "why": why}
+    # Said where it is so alone: most families have none.
+    return line | ({"recurrent": True} if any(each["recurrent"] for each in right) else {})
 
 
 def save(path: Path, lines: list[dict[str, Any]]) -> None:

@@ -97,6 +97,10 @@ A model is compared with its own plain forward whenever it is loaded. So one tha
 other than its family, runs right or is refused with the reason. `specbatch validate` tells the
 family of a model from its config, before it is loaded.
 
+The comparison reads texts of 73 and 22 tokens on a CPU, 401 and 130 on a GPU. Meanwhile windows are
+8 tokens. Where a CPU has no instructions for half precision, linear layers multiply in `float32`
+for that long, and round what comes out.
+
 - **Attention of their own.** BLOOM, Falcon, MPT, GPT-J and others compute their softmax themselves,
   not by transformers' `AttentionInterface`. They run by an adapter, their layers as they are.
 - **Rotary embeddings of kind `longrope`.** Beyond the context that a model was first trained for,

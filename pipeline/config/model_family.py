@@ -23,10 +23,6 @@ LAYERS = {
 """What runs of a model, by its name in the table."""
 
 
-RUN_ON = {"conv_L_cache", "linear_conv_kernel_dim", "mamba_d_conv", "ssm_state_size", "state_size"}
-"""Keys of configs whose models have layers with a state that runs on: Mamba, gated delta nets."""
-
-
 class Family(NamedTuple):
     """What became of tiny random models of an architecture.
 
@@ -34,11 +30,13 @@ class Family(NamedTuple):
         runs: whether the output is what it should be, or is where it is not refused.
         layers: which of LAYERS ran, if any did.
         why: why not; of one that runs in part, what was refused and why; otherwise empty.
+        recurrent: whether they had layers whose state runs on: Mamba, gated delta nets.
     """
 
     runs: bool
     layers: Literal["fused", "kernels", "torch"] | None
     why: str
+    recurrent: bool = False
 
     @property
     def verdict(self) -> str:
@@ -67,13 +65,11 @@ def expected(name: str) -> tuple[str, bool]:
     config = read_model_file(name, "config.json")
     if line := _eagle(name, config):
         return line, True
-    kinds = _model_types(config)
-    if not kinds:
+    kind, family = _family(config)
+    if not kind:
         return "", True
-    kind = next((each for each in kinds if each in families()), None)
-    if kind is None:
-        return f"{kinds[0]} is no family that was tried; it is checked when it is loaded", False
-    family = families()[kind]
+    if family is None:
+        return f"{kind} is no family that was tried; it is checked when it is loaded", False
     if family.runs:
         layers = LAYERS[family.layers or "torch"]
         if family.why:
@@ -102,7 +98,7 @@ def refuse_eagle(name: str | None, why: str) -> None:
 
 
 def without_trees(target: str, draft: str | None) -> str:
-    """Why candidates of a pair cannot branch; "" if they can, or configs do not say.
+    """Why candidates of a pair cannot branch; "" if they can, or configs do not tell a family.
 
     Raises:
         UserError: a folder is not there, or a config cannot be read.
@@ -113,7 +109,8 @@ def without_trees(target: str, draft: str | None) -> str:
         config = read_model_file(name, "config.json")
         if _eagle(name, config):
             return "the draft is EAGLE-3, which proposes chains"
-        if any(RUN_ON & part.keys() for part in _parts(config)):
+        _, family = _family(config)
+        if family is not None and family.recurrent:
             return f"the {role} has layers whose state runs on, which cannot branch"
     return ""
 
@@ -129,13 +126,14 @@ def _eagle(name: str, config: dict[str, Any]) -> str:
     return found.described() if found is not None else ""
 
 
-def _model_types(config: dict[str, Any]) -> list[str]:
-    """Of the model and of its part for text, as far as the config says."""
-    kinds = [part.get("model_type") for part in _parts(config)]
-    return [kind for kind in kinds if isinstance(kind, str)]
+def _family(config: dict[str, Any]) -> tuple[str, Family | None]:
+    """The model type of a config, and what the table has of it.
 
-
-def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """A config, and what it says of the model's part for text."""
+    A config of a model with images has another one for its part for text. The first of the two that
+    the table has counts; the type is "" where a config says none.
+    """
     text = config.get("text_config")
-    return [config, *([text] if isinstance(text, dict) else [])]
+    parts = [config, *([text] if isinstance(text, dict) else [])]
+    kinds = [kind for part in parts if isinstance(kind := part.get("model_type"), str)]
+    kind = next((each for each in kinds if each in families()), next(iter(kinds), ""))
+    return kind, families().get(kind)

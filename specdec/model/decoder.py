@@ -22,7 +22,7 @@ from specdec.kernels.stored import DTYPES, KvDtype
 from specdec.measure.clock import PhaseClock
 from specdec.model.attention import ATTENTION, packed_attention
 from specdec.model.cache import LayerLayout, SlotCache
-from specdec.model.check import CPU_CHECK, GPU_CHECK, GRID_CHECK, Reference, distance
+from specdec.model.check import CPU_CHECK, GPU_CHECK, GRID_CHECK, Reference, distance, products_for
 from specdec.model.features import collecting, readable_layers
 from specdec.model.fused import fuse_layers
 from specdec.model.graphs import HIDDEN, Out, RecordingFailed, Recordings, Tail, record
@@ -265,11 +265,12 @@ class PackedDecoder:
         with self._mixers.noting():
             layout = layer_layouts(self._stock, self.recurrent)
         self.use_kernels = bool(layout)
-        with short_windows(self.model.config):
+        with short_windows(self.model.config), products_for(self.dtype, self.device):
             windows = any(layer.window for layer in layout)
             self.layout = layer_layouts(self._stock, self.recurrent) if windows else layout
             on_gpu = self.device.type == "cuda"
-            lengths = CPU_CHECK if self.new_cache(0, 0).kernels is not None else GRID_CHECK
+            in_blocks = self.invariant and self.new_cache(0, 0).kernels is None
+            lengths = GRID_CHECK if in_blocks else CPU_CHECK
             reference = Reference.of(
                 self._stock,
                 self.vocab_size,
@@ -360,9 +361,9 @@ class PackedDecoder:
                 for place in range(begin, end)
             ]
             kept = [i for i, place in enumerate(at) if reference.has(*place)]
-            found.append(self.logits(hidden[kept]))
+            found.append(hidden[kept])
             places += [at[i] for i in kept]
-        return torch.cat(found), reference.at(places)
+        return self.logits(torch.cat(found)), reference.at(places)
 
 
 def _refuse_by_config(model: PreTrainedModel, recurrent: bool, invariant: bool) -> None:

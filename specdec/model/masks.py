@@ -20,7 +20,7 @@ from specdec.model.stock import StockModel, UnsupportedModel, context_length
 PROBE = "specbatch_probe"
 """The name under which transformers knows the attention and the mask that look."""
 
-SHORT = 16
+SHORT = 8
 """What windows become while a model is checked, so that a short text is longer than they are."""
 
 WINDOWS = ("sliding_window", "attention_chunk_size")

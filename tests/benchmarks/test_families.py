@@ -50,7 +50,7 @@ def test_what_was_found_is_kept_until_it_is_found_again(families: Any, tmp_path:
             "found": {"as it comes": {"float32": found}},
         }
 
-    right = {"verdict": "right", "fused": False, "kernels": True}
+    right = {"verdict": "right", "fused": False, "kernels": True, "recurrent": False}
     refused = {"verdict": "refused", "why": "B cannot run packed: it is recurrent"}
     crashed = {"verdict": "crashed", "why": "a bug"}
     table = tmp_path / "families.yaml"
@@ -67,9 +67,10 @@ def test_what_was_found_is_kept_until_it_is_found_again(families: Any, tmp_path:
 
 
 def test_a_family_that_is_refused_in_one_dtype_says_which(families: Any) -> None:
-    right = {"verdict": "right", "fused": False, "kernels": True}
+    right = {"verdict": "right", "fused": False, "kernels": True, "recurrent": True}
     refused = {"verdict": "refused", "why": "B cannot run packed: it differs"}
     unbuilt = {"verdict": "not built", "why": "ValueError: no"}
     found = {"as it comes": {"float32": refused, "bfloat16": right}, "capped": {"float32": unbuilt}}
     summary = families.summary(found, "right")
     assert summary["runs"] and summary["why"] == "as it comes in float32: it differs"
+    assert summary["recurrent"]

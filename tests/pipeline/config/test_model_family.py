@@ -89,9 +89,11 @@ def test_a_language_model_is_not_refused_as_eagle(model: Any) -> None:
     ("config", "why"),
     [
         (EAGLE, "the draft is EAGLE-3"),
-        ({"model_type": "mamba", "state_size": 16}, "the draft has layers whose state runs on"),
-        ({"text_config": {"linear_conv_kernel_dim": 4}}, "the draft has layers whose state"),
+        ({"model_type": "mamba"}, "the draft has layers whose state runs on"),
+        ({"text_config": {"model_type": "qwen3_5_text"}}, "the draft has layers whose state"),
         ({"model_type": "llama"}, ""),
+        ({"model_type": "brand_new"}, ""),
+        ({}, ""),
     ],
 )
 def test_whether_candidates_can_branch_is_told(model: Any, config: Any, why: str) -> None:

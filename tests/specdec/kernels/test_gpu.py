@@ -204,15 +204,7 @@ def test_rotation_stores_eight_bits_of_what_it_would_store(
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(
-    "kv_dtype",
-    [
-        "int8",
-        pytest.param(
-            "fp8", marks=pytest.mark.skipif(not HAS_GPU, reason="the interpreter loses a carry")
-        ),
-    ],
-)
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
 def test_a_model_gives_what_torch_does_with_its_keys_and_values(
     kernels: GpuKernels, kv_dtype: Any
 ) -> None:
@@ -230,4 +222,6 @@ def test_a_model_gives_what_torch_does_with_its_keys_and_values(
         return decoder.logits(hidden)
 
     found, expected = logits(decoder, kernels), logits(decoder, None)
-    assert distance(found, expected)[0] < 0.2 * distance(expected, logits(exact, None))[0]
+    # The interpreter loses a carry as it rounds to fp8: a number falls to half of what it was.
+    part = 0.2 if HAS_GPU or kv_dtype == "int8" else 3
+    assert distance(found, expected)[0] < part * distance(expected, logits(exact, None))[0]
