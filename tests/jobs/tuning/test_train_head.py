@@ -101,6 +101,7 @@ def test_a_head_for_an_eagle_draft_serves_the_engine(
     result = call(*own, *small, *how)
     assert result.exit_code == 0, result.output
     assert "ceiling: both models known" in result.stdout
+    assert card(folder)["mixing"] == 0
 
     from specdec.engine.engine import Engine
     from specdec.loading.head_files import load_head
