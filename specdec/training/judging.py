@@ -73,19 +73,23 @@ def judge(
         candidates = chosen.clamp(min=0)
         rows = zip(torch.split(p, _SORTED_ROWS), torch.split(q, _SORTED_ROWS), strict=True)
         both = torch.cat([matches(*each) for each in rows])
-        own = (x.gather(1, candidates[:, None])[:, 0] for x in (both, q))
-        after = torch.div(*own).clamp(max=1)
+        after = (_of(both, candidates) / _of(q, candidates)).clamp(max=1)
     else:
         candidates = sample(q, uniform(params.seed, at, Draw.CANDIDATE)).clamp(min=0)
-        theirs, own = (x.gather(1, candidates[:, None])[:, 0] for x in (p, q))
         both = torch.minimum(p, q)
         # No distribution accepts nothing.
-        accepted = after = (theirs / own).clamp(max=1).nan_to_num(0.0)
+        after = (_of(p, candidates) / _of(q, candidates)).clamp(max=1).nan_to_num(0.0)
+        accepted = after
     knowable = torch.stack([both.sum(-1).clamp(max=1), after], 1).nan_to_num(0.0)
     if text is None:
         return Judged(candidates, accepted, knowable)
-    own, written = (x.gather(1, text[:, None])[:, 0] for x in (both, p))
-    return Judged(candidates, accepted, knowable, torch.div(own, written).nan_to_num(0.0))
+    stood = (_of(both, text) / _of(p, text)).nan_to_num(0.0)
+    return Judged(candidates, accepted, knowable, stood)
+
+
+def _of(x: Tensor, tokens: Tensor) -> Tensor:
+    """The numbers [n] of x [n, V] that tokens int64 [n] have."""
+    return x.gather(1, tokens[:, None])[:, 0]
 
 
 def matches(p: Tensor, q: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ def judged(
     """N candidates from the same two distributions."""
     params = SamplingBatch.of([SamplingParams(temperature=temperature, seed=5)], P.device)
     rows = params.rows(torch.zeros(N, dtype=torch.int64))
-    logits = (x.log().expand(N, len(x)) for x in (p, q))
-    return judge(*logits, rows, torch.arange(N), verification, text)
+    target, draft = (x.log().expand(N, len(x)) for x in (p, q))
+    return judge(target, draft, rows, torch.arange(N), verification, text)
 
 
 def test_a_label_is_the_probability_that_rejection_sampling_accepts() -> None:
@@ -103,8 +103,9 @@ def test_how_probably_the_candidate_was_the_text() -> None:
 
 def test_no_distribution_accepts_nothing() -> None:
     broken = torch.full((3,), torch.nan)
-    for verification in ("rejection", "coupled"):
-        found = judged(P, broken, verification)  # type: ignore[arg-type]
+    modes: tuple[Literal["rejection", "coupled"], ...] = ("rejection", "coupled")
+    for verification in modes:
+        found = judged(P, broken, verification)
         assert found.accepted.unique().tolist() == [0.0]
         assert found.knowable.unique().tolist() == [0.0]
 
