@@ -184,9 +184,10 @@ class Net(nn.Module):
         self.sees = sees
         x = self._states(like.where(torch.randperm(len(like.lags))[:20_000]))
         width = x.shape[1]
-        self.mean, self.std = x.mean(0), x.std(0) + 1e-3
-        self.inner = nn.ModuleList(nn.Linear(width, HIDDEN) for _ in range(2))
-        self.outer = nn.ModuleList(nn.Linear(HIDDEN, 1) for _ in range(2))
+        self.mean, self.std = x.mean(0), x.std(0, correction=0) + 1e-3
+        both = range(2 if width else 0)
+        self.inner = nn.ModuleList(nn.Linear(width, HIDDEN) for _ in both)
+        self.outer = nn.ModuleList(nn.Linear(HIDDEN, 1) for _ in both)
         self.direct = nn.ModuleList(nn.Linear(n + LAGS, 1) for n in (3, 5))
         for layer in (*self.outer, *self.direct):
             nn.init.zeros_(layer.weight)
