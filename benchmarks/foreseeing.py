@@ -138,7 +138,6 @@ ESTIMATORS = {
     "draft's state": Sees(draft=True),
     "draft's, target's last": Sees(draft=True, target="last"),
     "draft's, target's middle and last": Sees(draft=True, target="both"),
-    "target's middle and last": Sees(target="both"),
 }
 
 
