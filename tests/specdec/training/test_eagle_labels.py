@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from specdec.lossless.sampling import SamplingBatch, probabilities
 from specdec.request import Request, SamplingParams
 from specdec.simulate.record import record
 from specdec.simulate.transcripts import Text
+from specdec.training import eagle_labels
 from specdec.training.eagle_labels import MOST
 from specdec.training.examples import Example
 from specdec.training.head import HeadSettings, train_head
+from specdec.training.judging import Judged, judge
 from specdec.training.labelling import collect
 from specdec.training.labels import Labels, LabelSettings, Part
 from tests.specdec.eagle_drafts import (
@@ -101,6 +104,7 @@ def test_every_label_is_of_a_round_along_the_text(
         # A token with a feature and one behind it come first.
         first = max(0, 2 - len(text.request.prompt_ids))
         places = range(first, len(text.output_ids))
+        assert sorted(mine.position.tolist()) == mine.position.tolist()
         assert sorted(set(mine.position.tolist())) == list(places)
         steps = {at: by_hand(text, at, target, weights) for at in places}
         for at in places:
@@ -127,6 +131,20 @@ def test_every_label_is_of_a_round_along_the_text(
                 known = own.knowable[label].tolist()
                 assert known == pytest.approx([overlap, float(own.accepted[label])], abs=2e-2)
     assert later > 5, "the test needs rounds that go on"
+
+
+def test_no_number_is_drawn_twice(pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds that meet at a position have seeds of their own."""
+    drawn: list[tuple[int, int]] = []
+
+    def watched(p: Tensor, q: Tensor, rows: SamplingBatch, at: Tensor, *how: Any) -> Judged:
+        drawn.extend(zip(rows.seed.tolist(), at.tolist(), strict=True))
+        return judge(p, q, rows, at, *how)
+
+    monkeypatch.setattr(eagle_labels, "judge", watched)
+    labels = labelled(pair, texts(pair, SAMPLED), SAMPLED)
+    assert len(drawn) == len(labels) == len(set(drawn))
+    assert len(set(labels.position.tolist())) < len(labels) / 2
 
 
 def test_greedy_rounds_go_on_where_the_engine_s_would(pair: TinyPair) -> None:
