@@ -40,7 +40,8 @@ from specdec.training.distill import distill
 from specdec.training.evaluate import JUDGED
 from specdec.training.examples import Example
 from specdec.training.head import HeadSettings, calibrate, evaluate_head, train_head
-from specdec.training.labels import Labels, LabelSettings, assign_parts, collect
+from specdec.training.labelling import collect
+from specdec.training.labels import Labels, LabelSettings, assign_parts
 from specdec.training.settings import DistillSettings, DistillWatch
 from specdec.training.workspace import Workspace
 
@@ -143,7 +144,8 @@ def _candidates(
     """A draft first, with a head of its own where one is needed; if it is not adopted, a head."""
     job = _job(recipe, before)
     if recipe.improve.head:
-        refuse_eagle(job.models.draft, "improve.head trains from what a draft says by itself")
+        why = "improve.head is for language models; `specbatch train-head` trains a head for it"
+        refuse_eagle(job.models.draft, why)
     torch.set_num_threads(max(1, int(job.actors.num_cpus or os.cpu_count() or 1)))
     show("loading models")
     pair = load_pair(job)
@@ -313,6 +315,7 @@ def _train_head(
         "rows": len(lesson.learn),
         "positions": len(labels),
         "auc": after["head"]["auc"],
+        "auc_ceiling": metrics["held_out"]["ceiling"]["after"]["auc"],
         "log_loss": after["head"]["log_loss"],
         "log_loss_of_confidence": after["confidence"]["log_loss"],
     }

@@ -19,6 +19,10 @@ _HEADS = {
 
 _OUTPUTS = {"after": "candidate known", "before": "before the draw"}
 
+_FIGURES = ("auc", "ece", "log_loss")
+
+_CEILING = "ceiling: both models known"
+
 
 def early_lines(look: Mapping[str, Any], share: float) -> Iterator[str]:
     """The first look at the labels (`specdec.training.head.early_look`), in a few lines."""
@@ -35,11 +39,12 @@ def early_lines(look: Mapping[str, Any], share: float) -> Iterator[str]:
     ]
     yield f"  by output position  {' · '.join(parts)}"
     known = " · ".join(f"{name} {_number(auc)}" for name, auc in look["auc"].items())
-    yield f"  AUC without a head  {known}  (0.5: knows nothing, 1: knows all)"
+    most = _number(look["ceiling"])
+    yield f"  AUC without a head  {known}  (0.5: knows nothing, {most}: knows both models)"
 
 
 def tables(metrics: Mapping[str, Any]) -> Iterator[Table]:
-    """Every estimator's figures: on held-out rows and, if measured, on another kind of text."""
+    """Every estimator's figures, and their ceiling: on held-out rows and another kind of text."""
     for part in PARTS:
         if part not in metrics:
             continue
@@ -54,24 +59,28 @@ def tables(metrics: Mapping[str, Any]) -> Iterator[Table]:
             column.justify = "right"
         for name, outputs in found["estimators"].items():
             for output, looks in _OUTPUTS.items():
-                figures = [_number(outputs[output][key]) for key in ("auc", "ece", "log_loss")]
+                figures = [_number(outputs[output][key]) for key in _FIGURES]
                 style = "bold" if name == "head" else None
                 table.add_row(_label(name), looks, *figures, style=style)
+        for output, looks in _OUTPUTS.items():
+            figures = [_number(found["ceiling"][output][key]) for key in _FIGURES]
+            table.add_row(_CEILING, looks, *figures, style="dim")
         yield table
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
-    """Whether the head knows more than what is free, in a sentence."""
+    """Whether the head knows more than what is free, and of how much that could be."""
     estimators = metrics["held_out"]["estimators"]
     losses = {
         name: each["after"]["log_loss"] for name, each in estimators.items() if name not in _HEADS
     }
     best = min(losses, key=lambda name: losses[name])
     head, free = estimators["head"]["after"]["log_loss"], losses[best]
+    least = metrics["held_out"]["ceiling"]["after"]["log_loss"]
     if head < free:
         return (
             f"The head's log-loss is {1 - head / free:.1%} lower than that of {best}, the best of "
-            "the free estimators."
+            f"the free estimators. Who knew both models would have {1 - least / free:.1%} less."
         )
     return (
         f"The head's log-loss is not lower than that of {best}, which is free ({head:.3f} and "

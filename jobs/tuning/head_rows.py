@@ -21,7 +21,8 @@ from specdec.loading.pair import ModelPair
 from specdec.request import Request, SamplingParams
 from specdec.training.examples import Example
 from specdec.training.head import early_look
-from specdec.training.labels import Labels, LabelSettings, Part, assign_parts, collect
+from specdec.training.labelling import collect
+from specdec.training.labels import Labels, LabelSettings, Part, assign_parts
 
 EARLY_SHARE = 0.2
 """Share of the rows after which the first look is printed. A smaller one says less, but sooner."""

@@ -23,7 +23,6 @@ from jobs.tuning.common import (
     user_errors,
 )
 from pipeline.config.job import JobConfig, S3Config
-from pipeline.config.model_family import refuse_eagle
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
@@ -101,7 +100,10 @@ def train_head(
         typer.Option(help="rejection or coupled.", show_default="job's, or rejection"),
     ] = None,
     mixing: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of draft tokens in training text.")
+        float,
+        typer.Option(
+            min=0, max=1, help="Share of draft tokens in training text; of no effect with EAGLE-3."
+        ),
     ] = 0.15,
     depth: Annotated[int, typer.Option(min=0, help="Residual blocks.")] = 3,
     reject_weight: Annotated[
@@ -125,7 +127,8 @@ def train_head(
     The target completes the prompts, or a job has. Along its text the draft proposes a candidate at
     every position, and the target judges it. After a fifth of the rows a first look is printed: if
     hardly any candidate is accepted, or what is free to know predicts it well, stop with Ctrl-C. At
-    the end the head is measured on rows that it has not seen, beside what needs no training. Writes
+    the end the head is measured on rows that it has not seen, beside what needs no training, and
+    beside the ceiling: what both models' distributions say, beyond which all is chance. Writes
     head.safetensors, card.json and reliability.png.
 
     For example:
@@ -184,10 +187,11 @@ def train_head(
             torch.set_num_threads(threads)
         silence_transformers()
         with progress_bar() as show, user_errors():
-            refuse_eagle(config.models.draft, "a head learns from what a draft says by itself")
             show("loading models")
             pair = load_models(config.models, config.models.device)
             source = HeadRows(pair, config, s3, mine, outputs or [], others, rows, max_positions)
+            if pair.draft is not None and pair.draft.reads_features:
+                mixing = 0.0  # its labels come from rounds along the text
             labelling = LabelSettings(source.sampling, config.speculation.verification, mixing)
             training = HeadSettings(
                 depth=depth, reject_weight=reject_weight, epochs=epochs, seed=seed
@@ -323,7 +327,8 @@ def _train(
             "calibration": calibration,
             "metrics": metrics,
             "metrics_notes": "on unmixed text; a candidate counts as accepted with its probability "
-            "y and as rejected with 1 - y; ECE over ten bins; log-loss in nats",
+            "y and as rejected with 1 - y; ECE over ten bins; log-loss in nats; the ceiling knows "
+            "both models' distributions",
             "seconds": {
                 "collect": round(collected - began, 1),
                 "train": round(time.monotonic() - collected, 1),

@@ -17,15 +17,12 @@ from specdec.model.eagle import EagleDecoder
 from specdec.policies.base import Signal
 from specdec.simulate.choices import Choices
 from specdec.simulate.transcripts import Text, Transcript
+from specdec.training.eagle_texts import ROUNDS, EagleTexts
 from specdec.training.examples import Example
-from specdec.training.scores import read_states
-
-_ROUNDS = 64
-"""Places of a text whose rounds are run at once. More take more cache."""
 
 
 class EagleRecorder:
-    """Holds the draft's cache from text to text: slot 0 for the text, the others for rounds.
+    """Records one text after the other.
 
     Args:
         pair: both models.
@@ -35,7 +32,7 @@ class EagleRecorder:
 
     def __init__(self, pair: Pair, draft: EagleDecoder, most: int) -> None:
         self.pair, self.draft, self.most = pair, draft, most
-        self.cache = draft.new_cache(1 + _ROUNDS, 0)
+        self.texts = EagleTexts(pair.target, draft, most)
 
     @torch.inference_mode()
     def transcript(self, text: Text, by: Choices) -> Transcript:
@@ -46,9 +43,11 @@ class EagleRecorder:
         # The draft needs a token with a feature, and one behind it.
         first = max(0, 2 - prompt)
         if first < n:
-            judging, states = self._read(text)
+            judging, states = self.texts.read(
+                Example(text.request.id, text.request.prompt_ids, text.output_ids)
+            )
             output = torch.tensor(text.output_ids, device=self.draft.device)
-            for starts in torch.split(torch.arange(first, min(n, by.limit)), _ROUNDS):
+            for starts in torch.split(torch.arange(first, min(n, by.limit)), ROUNDS):
                 at = starts.to(self.draft.device)
                 given = states[at + prompt - 2], judging, output
                 lengths[at], signals[at] = self._rounds(starts, prompt, by, *given)
@@ -66,22 +65,6 @@ class EagleRecorder:
             branches=whole[:, 1:],
             lengths=counts,
         )
-
-    def _read(self, text: Text) -> tuple[Tensor, Tensor]:
-        """States that the target chose the output tokens from, [n, hidden], and the draft's.
-
-        Those of the draft are [prompt + n - 2, hidden], by position; slot 0 then holds the text.
-        """
-        draft, request, wanted = self.draft, text.request, self.draft.features.layers
-        example = Example(request.id, request.prompt_ids, text.output_ids)
-        hidden, inputs = read_states(self.pair.target, [example], wanted)
-        features = draft.features.fuse(torch.cat([inputs[layer] for layer in wanted], -1))
-        tokens = torch.tensor(example.input_ids[1:], device=draft.device)
-        self.cache.grow(1 + _ROUNDS, len(tokens) + self.most)
-        self.cache.rollback(0, 0)
-        known = features[:-1].to(draft.device, self.pair.target.dtype)
-        states: Tensor = draft.read(self.cache, [(0, len(tokens))], tokens, known)
-        return hidden[len(request.prompt_ids) - 1 :], states.clone()
 
     def _rounds(
         self,
@@ -108,8 +91,7 @@ class EagleRecorder:
         draft, n = self.draft, len(output)
         lengths = torch.zeros_like(starts, device=draft.device)
         signals = torch.zeros(len(starts), self.most, len(Signal), device=draft.device)
-        slots = range(1, 1 + len(starts))
-        self.cache.fork(0, slots, [prompt + int(t) - 1 for t in starts])
+        slots = self.texts.begin(starts.tolist(), prompt)
         since = starts.to(draft.device)
         right = torch.ones_like(since, dtype=torch.bool)
         for step in range(self.most):
@@ -133,5 +115,5 @@ class EagleRecorder:
             signals[:m, step] = by.signals(logits, choices, normed)[:, 0]
             if step + 1 < self.most:
                 rows = [(slot, 1) for slot in slots[:m]]
-                states = draft.read(self.cache, rows, choices[:, 0], states).clone()
+                states = self.texts.go_on(rows, choices[:, 0], states)
         return lengths, signals

@@ -235,7 +235,8 @@ def evaluate_head(
     Returns:
         By part ("held_out", "other" if there are such rows): counts, acceptance by class of
         position, and `estimators`: by name and output what `reliability` says. Of the head there
-        are three: "as trained", "de-biased", and "head", the one to save.
+        are three: "as trained", "de-biased", and "head", the one to save. And `ceiling`, by output:
+        see `ceilings`.
     """
     report = {}
     for part in (Part.HELD_OUT, Part.OTHER):
@@ -256,8 +257,20 @@ def evaluate_head(
         }
         learned = labels.of(Part.TRAIN, Part.TUNE)
         estimators |= free_estimators(learned, measured)
-        report[part.name.lower()] = {**describe_labels(measured), "estimators": estimators}
+        report[part.name.lower()] = {
+            **describe_labels(measured),
+            "estimators": estimators,
+            "ceiling": ceilings(measured),
+        }
     return report
+
+
+def ceilings(measured: Labels) -> dict[str, dict[str, Any]]:
+    """`reliability` by output, of who knows both models' distributions: none knows more."""
+    knowable = measured.knowable.double().numpy()
+    return {
+        output: reliability(knowable[:, i], measured.acceptance) for i, output in enumerate(OUTPUTS)
+    }
 
 
 def describe_labels(labels: Labels) -> dict[str, Any]:
@@ -322,15 +335,18 @@ def early_look(labels: Labels) -> dict[str, Any]:
     They learn from one half of the rows and are measured on the other.
 
     Returns:
-        What `describe_labels` says, and `auc` by estimator; None with fewer than two rows.
+        What `describe_labels` says, `auc` by estimator, and `ceiling`, the most that AUC can be;
+        None with fewer than two rows.
     """
     half = labels.row < labels.row.float().median()
     learned, measured = labels.where(half), labels.where(~half)
     auc: dict[str, float | None] = dict.fromkeys(ONLINE)
+    most: float | None = None
     if len(learned) and len(measured):
         found = free_estimators(learned, measured)
         auc = {name: outputs["after"]["auc"] for name, outputs in found.items()}
-    return {**describe_labels(labels), "auc": auc}
+        most = ceilings(measured)["after"]["auc"]
+    return {**describe_labels(labels), "auc": auc, "ceiling": most}
 
 
 def head_logits(head: AcceptanceHead, labels: Labels) -> Array:

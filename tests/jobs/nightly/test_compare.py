@@ -20,7 +20,8 @@ from specdec.simulate.replay import Ratio
 from specdec.simulate.transcripts import Text
 from specdec.training.examples import Example
 from specdec.training.head import HeadSettings, calibrate, train_head
-from specdec.training.labels import Labels, LabelSettings, assign_parts, collect
+from specdec.training.labelling import collect
+from specdec.training.labels import Labels, LabelSettings, assign_parts
 from tests.specdec.eagle_drafts import Shape, eagle_pair, random_weights, save
 from tests.specdec.tiny_models import VOCAB, TinyPair, make_pair, noisy_copy, tiny_model
 

@@ -134,7 +134,7 @@ def test_a_head_is_not_trained_for_an_eagle_draft(
     values["job"]["models"]["draft"] = tiny_eagle
     values["job"]["speculation"]["policy"] = "goodput"
     recipe = Recipe.model_validate(values)
-    with pytest.raises(UserError, match=r"is EAGLE-3, and improve\.head trains"):
+    with pytest.raises(UserError, match=r"is EAGLE-3, and improve\.head is for"):
         improve(recipe, Archive.of(recipe), finished_night(recipe, write_job_output), str)
 
 

@@ -68,6 +68,8 @@ def test_a_head_from_prompts(
     assert "head, as saved" in result.stdout
     assert "rows of another kind of text: 8" in result.stdout
     assert "confidence (free)" in result.stdout
+    assert result.stdout.count("ceiling: both models known") == 4
+    assert "knows both models)" in result.stderr
     assert "these figures are rough" in result.stdout
 
     assert (folder / "reliability.png").read_bytes().startswith(b"\x89PNG")
@@ -76,6 +78,7 @@ def test_a_head_from_prompts(
     assert found["verification"] == "rejection"
     assert sum(found["labels"][part]["rows"] for part in ("train", "tune", "held_out")) == 30
     assert found["metrics"]["other"]["rows"] == 8
+    assert found["metrics"]["held_out"]["ceiling"].keys() == {"before", "after"}
     assert set(found["calibration"]) == {"before", "after"}
     assert found["rows_left_out"]
     assert found["versions"]["torch"]
@@ -85,6 +88,37 @@ def test_a_head_from_prompts(
 
     pair = ModelPair.load(tiny_models.target, tiny_models.draft, device="cpu")
     assert load_head(folder, pair).depth == 1
+
+
+@pytest.mark.parametrize("verification", ["rejection", "coupled"])
+def test_a_head_for_an_eagle_draft_serves_the_engine(
+    tiny_models: TinyModels, tiny_eagle: str, prompts: str, tmp_path: Path, verification: Any
+) -> None:
+    folder = tmp_path / "head"
+    own = ("--target", tiny_models.target, "--draft", tiny_eagle, "--prompts", prompts)
+    small = ("--rows", 20, "--max-new-tokens", 10, "--epochs", 1, "--depth", 1)
+    how = ("--verification", verification, "--out", folder)
+    result = call(*own, *small, *how)
+    assert result.exit_code == 0, result.output
+    assert "ceiling: both models known" in result.stdout
+    assert card(folder)["mixing"] == 0
+
+    from specdec.engine.engine import Engine
+    from specdec.loading.head_files import load_head
+    from specdec.loading.pair import ModelPair
+    from specdec.policies.registry import make_policy
+    from specdec.request import Request, SamplingParams
+
+    pair = ModelPair.load(tiny_models.target, tiny_eagle, device="cpu")
+    head = load_head(folder, pair)
+    policy = make_policy("head", threshold=0.99, k_min=1, head=head, estimator="head")
+    engine = Engine(pair, policy=policy, verification=verification, slots=2)
+    sampling = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
+    requests = [Request(str(i), (3 + i, 4, 5), sampling) for i in range(3)]
+    plain = Engine(pair, policy=make_policy("none"), slots=2).generate(requests)
+    outputs = {each.id: each.output_ids for each in engine.generate(requests)}
+    assert outputs == {each.id: each.output_ids for each in plain}
+    assert engine.stats.counts.verified > 0
 
 
 def test_a_head_for_a_job_file(tiny_models: TinyModels, prompts: str, tmp_path: Path) -> None:

@@ -23,14 +23,13 @@ from specdec.training.head import (
     train_head,
     weighted_loss,
 )
+from specdec.training.labelling import collect
 from specdec.training.labels import (
     Labels,
     LabelSettings,
     Part,
     assign_parts,
-    collect,
     continuations,
-    judge,
 )
 from specdec.training.reliability import fit_platt, reliability, sigmoid, weighted_auc
 from tests.specdec.tiny_models import VOCAB, TinyPair, make_pair, noisy_copy, tiny_model
@@ -66,24 +65,6 @@ def labelled(pair: TinyPair, rows: list[Example], settings: LabelSettings, part:
 
 
 # ------------------------------------------------------------------------------------- labels
-
-
-def test_a_label_is_the_probability_that_rejection_sampling_accepts() -> None:
-    """p = (.5 .3 .2), q = (.2 .6 .2): candidates are drawn by q, labels are min(1, p / q)."""
-    n = 4000
-    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.6, 0.2])
-    params = SamplingBatch.of([SamplingParams(seed=5)], torch.device("cpu"))
-    candidates, accepted = judge(
-        p.log().expand(n, 3),
-        q.log().expand(n, 3),
-        params.rows(torch.zeros(n, dtype=torch.int64)),
-        torch.arange(n),
-        "rejection",
-    )
-    assert torch.allclose(accepted, torch.tensor([1.0, 0.5, 1.0])[candidates])
-    # A share of n draws is off by more than 4.5 standard deviations once in 100,000 times.
-    shares = torch.bincount(candidates, minlength=3) / n
-    assert (shares - q).abs().max() < 4.5 * 0.5 / n**0.5
 
 
 def test_an_examples_own_sampling_goes_first(pair: TinyPair) -> None:
@@ -157,7 +138,7 @@ def test_mixing_puts_draft_tokens_into_training_text_only(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[list[tuple[int, ...]]] = []
-    from specdec.training import labels as module
+    from specdec.training import labelling as module
 
     real = module.target_states
 
@@ -236,17 +217,22 @@ def test_no_row_has_positions_in_two_parts(pair: TinyPair) -> None:
 def synthetic(
     n: int = 12000, width: int = 8, seed: int = 0, parts: tuple[Part, ...] = tuple(Part)[:3]
 ) -> Labels:
-    """States whose acceptance is known: sigmoid(2 x_0 - 1) before, more with the candidate."""
+    """States whose acceptance is known: sigmoid(a - e) with a = 2 x_0 and an exponential e.
+
+    Before the draw that is 1 - ln(1 + exp a) / exp a, the integral over u = exp -e in (0, 1).
+    """
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, width))
     log_q = -rng.exponential(size=n)
     truth = sigmoid(2 * x[:, 0] + log_q)
+    before = 1 - np.log1p(np.exp(2 * x[:, 0])) / np.exp(2 * x[:, 0])
     signals = np.stack([log_q, rng.normal(size=n), rng.normal(size=n)], -1)
     row = np.arange(n) // 40
     return Labels(
         hidden=torch.tensor(x).half(),
         signals=torch.tensor(signals).float(),
         accepted=torch.tensor(truth).float(),
+        knowable=torch.tensor(np.stack([before, truth], -1)).float(),
         position=torch.arange(n).int() % 40,
         row=torch.tensor(row).int(),
         part=torch.tensor([int(parts[r % len(parts)]) for r in row], dtype=torch.int8),
@@ -274,6 +260,13 @@ def test_debiasing_is_what_makes_a_weighted_head_calibrated(
     assert after["log_loss"] < before["log_loss"]
     # Hidden states say what the free estimators cannot know.
     assert after["auc"] > metrics["estimators"]["confidence"]["after"]["auc"] + 0.1
+    for output in ("before", "after"):  # nobody knows more than both models' distributions
+        most = metrics["ceiling"][output]
+        for measured in metrics["estimators"].values():
+            assert measured[output]["auc"] <= most["auc"]
+            assert measured[output]["log_loss"] >= most["log_loss"]
+    assert metrics["ceiling"]["after"]["ece"] == pytest.approx(0)
+    assert metrics["ceiling"]["after"]["auc"] > metrics["ceiling"]["before"]["auc"]
     assert metrics["rows"] == 100
     assert metrics["by_first_position"]["32"]["positions"] == 8 * 100
 
@@ -344,6 +337,7 @@ def test_a_first_look_needs_few_rows(pair: TinyPair) -> None:
     assert look["positions"] == len(labels)
     assert list(look["by_first_position"]) == ["0", "8"]
     assert set(look["auc"]) == {"confidence", "entropy"}
+    assert all(auc <= look["ceiling"] <= 1 for auc in look["auc"].values())
     assert early_look(labels.where(labels.row == 0))["auc"] == {"confidence": None, "entropy": None}
 
 
