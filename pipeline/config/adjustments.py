@@ -56,8 +56,8 @@ class Adjustments(Section):
         ),
     ] = Field(
         default=(),
-        description="Words, or sequences of token ids, that no completion holds. A word is banned in "
-        "the tokens that it is at the start of a text and behind a space; others may make it.",
+        description="Words, or sequences of token ids, that no completion holds. A word is banned "
+        "in the tokens that it is at the start of a text and behind a space; others may make it.",
     )
     allowed_token_ids: tuple[TokenId, ...] | None = Field(
         default=None, min_length=1, description="The only tokens of a completion. `null`: all."
