@@ -47,7 +47,8 @@ class Adjustments(Section):
         default=0,
         ge=0,
         description="Nothing ends a completion before it has so many tokens. The tokens that "
-        "would are banned until then, and stop strings are looked for behind them.",
+        "would are banned until then, and stop strings are looked for behind them. Only a "
+        "structured output that is whole ends all the same.",
     )
     bad_words: Annotated[
         tuple[str | tuple[TokenId, ...], ...],

@@ -126,7 +126,7 @@ def find_ending(
     """The first end of `output` among its tokens from index `known` on, or None.
 
     Looks at one token after another, so the answer does not depend on how many of them one round
-    committed. Before `min_tokens` nothing but the length ends it.
+    committed. Before `min_tokens` nothing ends it but the length, and a grammar that is at its end.
 
     Args:
         output: the row's output tokens so far.

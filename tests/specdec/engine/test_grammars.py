@@ -210,6 +210,16 @@ def test_a_round_without_grammars_is_explained_behind_one_with(
     assert all(each.reason and not each.sources for each in rounds)
 
 
+def test_a_sentence_at_its_end_ends_before_min_tokens(
+    pair: TinyPair, grammars: ModelGrammars
+) -> None:
+    """Else there would be no token to go on with. Where it may go on, it has to."""
+    asked = constrained(grammar=LLMatcher.grammar_from_regex("abc|a{3,7}"), min_tokens=6)
+    engine = Engine(pair, policy=Fixed(2), grammars=grammars, slots=4)
+    done = outputs(engine.generate(requests_of([(i % VOCAB,) for i in range(40)], asked)))
+    assert {len(output) for output in done} == {3, 7}
+
+
 def test_a_cut_off_sentence_says_so(pair: TinyPair, grammars: ModelGrammars) -> None:
     (done,) = Engine(pair, policy=Fixed(4), grammars=grammars).generate(
         [Request("a", (1,), constrained(max_new_tokens=2))]
