@@ -214,10 +214,13 @@ def test_a_sentence_at_its_end_ends_before_min_tokens(
     pair: TinyPair, grammars: ModelGrammars
 ) -> None:
     """Else there would be no token to go on with. Where it may go on, it has to."""
-    asked = constrained(grammar=LLMatcher.grammar_from_regex("abc|a{3,7}"), min_tokens=6)
-    engine = Engine(pair, policy=Fixed(2), grammars=grammars, slots=4)
-    done = outputs(engine.generate(requests_of([(i % VOCAB,) for i in range(40)], asked)))
-    assert {len(output) for output in done} == {3, 7}
+    whole, longer = (
+        constrained(grammar=LLMatcher.grammar_from_regex(regex), min_tokens=6)
+        for regex in ("abc", "a{3,7}")
+    )
+    requests = [Request("whole", (1,), whole), Request("longer", (1,), longer)]
+    done = Engine(pair, policy=Fixed(2), grammars=grammars, slots=4).generate(requests)
+    assert [len(output) for output in outputs(done)] == [3, 7]
 
 
 def test_a_cut_off_sentence_says_so(pair: TinyPair, grammars: ModelGrammars) -> None:
