@@ -24,6 +24,7 @@ _OWN_WORDS = {
     "model_type": "must be a section of keys and values (leave it out for the defaults)",
     "tuple_type": "must be a list",
     "string_unicode": "must be text without half characters",
+    "too_short": "must hold at least one",
 }
 """What to say instead of pydantic's words, by its type of error."""
 

@@ -146,7 +146,7 @@ class Texts:
     def with_bad_words(self, sampling: SamplingParams) -> SamplingParams:
         """The sampling, in which bad words are token sequences: at the start of a text and in it.
 
-        A word in it has a space in front, as in vLLM.
+        A word in it has a space in front, as in vLLM. Other tokens may make the same word.
         """
         if all(not isinstance(word, str) for word in sampling.bad_words):
             return sampling
@@ -156,9 +156,7 @@ class Texts:
                 sequences.append(tuple(word))
                 continue
             first, inside = (tuple(self._encode(way + word.lstrip())) for way in ("", " "))
-            sequences.append(first)
-            if inside and inside[0] != first[0] and len(inside) == len(first):
-                sequences.append(inside)
+            sequences += {first: None, inside: None} if inside else [first]
         return replace(sampling, bad_words=tuple(sequences))
 
     def _decode(self, ids: Sequence[int], *, skip_special: bool) -> str:

@@ -66,7 +66,8 @@ class SamplingParams:
         frequency_penalty: taken off as often as the token stands in the output.
         logit_bias: added to the logits of these tokens, -100 to 100 each.
         min_tokens: nothing ends the output before it has so many tokens. Until then the tokens
-            that would are banned, and stop strings are looked for behind them.
+            that would are banned, and stop strings are looked for behind them. Only a grammar that
+            nothing can follow ends all the same.
         bad_words: token sequences that the output never holds. A text must be made such a sequence
             by who has the tokenizer: the engine refuses texts.
         allowed_token_ids: the only tokens that the output may hold; None: all.

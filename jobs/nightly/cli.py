@@ -232,7 +232,7 @@ def trend(
             print(json.dumps([trend_of(night) for night in nights]))
             return
         # A log or a pipe has no width; what is cut there is lost.
-        wide = out if out.is_terminal else Console(width=200)
+        wide = out if out.is_terminal else Console(width=200, emoji=False)
         wide.print(_table(TREND, trend_rows(nights)))
 
 

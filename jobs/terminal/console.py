@@ -24,8 +24,8 @@ EXIT_CODES = (FAILURE, USER_ERROR, OVER_BUDGET, TOO_MANY_ERRORS, INTERRUPTED)
 HOPELESS = (USER_ERROR, OVER_BUDGET, TOO_MANY_ERRORS)
 """Those that the same command would have again, until somebody changes something."""
 
-out = Console()
-err = Console(stderr=True)
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
 
 
 def note(line: str) -> None:

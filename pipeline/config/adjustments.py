@@ -47,7 +47,8 @@ class Adjustments(Section):
         default=0,
         ge=0,
         description="Nothing ends a completion before it has so many tokens. The tokens that "
-        "would are banned until then, and stop strings are looked for behind them.",
+        "would are banned until then, and stop strings are looked for behind them. Only a "
+        "structured output that is whole ends all the same.",
     )
     bad_words: Annotated[
         tuple[str | tuple[TokenId, ...], ...],
@@ -56,7 +57,8 @@ class Adjustments(Section):
         ),
     ] = Field(
         default=(),
-        description="Words, or sequences of token ids, that no completion holds.",
+        description="Words, or sequences of token ids, that no completion holds. A word is banned "
+        "in the tokens that it is at the start of a text and behind a space; others may make it.",
     )
     allowed_token_ids: tuple[TokenId, ...] | None = Field(
         default=None, min_length=1, description="The only tokens of a completion. `null`: all."

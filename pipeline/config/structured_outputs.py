@@ -45,7 +45,7 @@ class StructuredOutputs(Section):
 
     @model_validator(mode="after")
     def _one_that_compiles(self) -> StructuredOutputs:
-        given = [name for name in type(self).model_fields if getattr(self, name)]
+        given = self._given
         if len(given) != 1:
             names = ", ".join(type(self).model_fields)
             raise ValueError(f"give exactly one of {names}; got {' and '.join(given) or 'none'}")
@@ -55,7 +55,13 @@ class StructuredOutputs(Section):
     @property
     def kind(self) -> str:
         """The key that is given."""
-        return next(name for name in type(self).model_fields if getattr(self, name))
+        return self._given[0]
+
+    @property
+    def _given(self) -> list[str]:
+        """The keys that are given; `{}` is a schema, too, of any JSON."""
+        fields = type(self).model_fields
+        return [name for name in fields if getattr(self, name) not in (None, False)]
 
     @property
     def schema_of_json(self) -> dict[str, Any] | None:

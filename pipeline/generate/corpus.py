@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import layout
@@ -46,15 +48,18 @@ def corpus_folders(job: JobConfig) -> list[Folder]:
         raise UserError(f"speculation.corpus: {error}") from None
 
 
-def job_corpus(job: JobConfig, tokenizer: Any) -> Corpus | None:
-    """The job's corpus, opened; None if it has none. It is made if this machine has it not.
+def job_corpus(job: JobConfig, tokenizer: Any, vocab_size: int) -> Corpus | None:
+    """The job's corpus, opened; None if it has none.
+
+    It is made if this machine has it not, and made again if what the machine has is damaged.
 
     Args:
         job: the job.
         tokenizer: the target's (transformers).
+        vocab_size: tokens that the models share; a tokenizer may have more.
 
     Raises:
-        UserError: a folder is no job's output, or holds nothing to learn from.
+        UserError: a folder is no job's output, there is no completion, or a file cannot be read.
     """
     from specdec.drafters.corpus import VERSION, Corpus, CorpusError, build_corpus
 
@@ -62,7 +67,7 @@ def job_corpus(job: JobConfig, tokenizer: Any) -> Corpus | None:
         return None
     units = [sorted(manifest.committed_ids(folder)) for folder in folders]
     mine = tokenizer_mark(tokenizer)
-    digest = hashlib.sha256(f"{VERSION} {mine}".encode())
+    digest = hashlib.sha256(f"{VERSION} {mine} {vocab_size}".encode())
     for folder, ids in zip(folders, units, strict=True):
         digest.update(json.dumps([folder.url, ids]).encode() + (folder.read(layout.JOB) or b""))
     file = cache_folder() / "corpora" / f"{digest.hexdigest()[:32]}.corpus"
@@ -70,11 +75,14 @@ def job_corpus(job: JobConfig, tokenizer: Any) -> Corpus | None:
     try:
         with file.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not file.exists():
-                build_corpus(_texts(folders, units, tokenizer), file, mine)
+            try:
+                corpus = Corpus(file, mine)
+            except CorpusError:
+                build_corpus(_texts(folders, units, tokenizer, vocab_size), file, mine)
                 _forget(file)
+                corpus = Corpus(file, mine)
             file.touch()
-        return Corpus(file, mine)
+        return corpus
     except CorpusError as error:
         listed = ", ".join(folder.url for folder in folders)
         raise UserError(f"speculation.corpus ({listed}): {error}") from None
@@ -87,15 +95,25 @@ def tokenizer_mark(tokenizer: Any) -> str:
 
 
 def _texts(
-    folders: Sequence[Folder], units: Sequence[Sequence[str]], tokenizer: Any
+    folders: Sequence[Folder], units: Sequence[Sequence[str]], tokenizer: Any, vocab_size: int
 ) -> Iterator[list[int]]:
-    """Tokens of the completions in folders, in the order of their units."""
+    """Tokens of the completions in folders, in the order of their units.
+
+    A completion ends before a token that the models do not have.
+    """
     for folder, ids in zip(folders, units, strict=True):
         for unit in ids:
-            with folder.open(layout.completions(unit)) as file:
-                rows = pq.read_table(file, columns=_COLUMNS).to_pydict()
+            name = layout.completions(unit)
+            try:
+                with folder.open(name) as file:
+                    rows = pq.read_table(file, columns=_COLUMNS).to_pydict()
+            except (OSError, pa.ArrowException) as error:
+                raise UserError(
+                    f"speculation.corpus: {folder.join(name)} cannot be read: {error}"
+                ) from None
             texts = [text or "" for text in rows["completion"]]
-            yield from corpus_tokens(tokenizer, texts, rows["finish_reason"])
+            for tokens in corpus_tokens(tokenizer, texts, rows["finish_reason"]):
+                yield list(itertools.takewhile(lambda token: token < vocab_size, tokens))
 
 
 def corpus_tokens(

@@ -136,7 +136,7 @@ def make_engine(job: JobConfig, pair: Any, head: Any) -> Any:
         control_share=speculation.control_share,
         trace=speculation.trace,
         lookup=speculation.lookup,
-        corpus=job_corpus(job, pair.tokenizer),
+        corpus=job_corpus(job, pair.tokenizer, pair.vocab_size),
     )
 
 

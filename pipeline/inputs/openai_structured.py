@@ -49,8 +49,8 @@ def _asked(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         given["json_schema"] = _schema(given.pop("json"))
     yield given
     for name, key in GUIDED.items():
-        if body.get(name):
-            value = body[name]
+        value = body.get(name)
+        if value or value == {}:  # a schema of any JSON
             yield {key: _schema(value) if key == "json_schema" else value}
 
 

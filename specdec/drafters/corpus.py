@@ -6,12 +6,14 @@ does not depend on the order of the texts, so that the same texts give the same 
 
 Layout, little-endian: a line of JSON, filled up to HEADER bytes; then uint32 arrays. `starts` says
 where the entries of each bucket begin, by the upper bits of the hash. `keys` holds the lower bits
-of each entry's hash. `values` holds token << 12 | followed << 6 | seen.
+of each entry's hash. `values` holds token << 12 | followed << 6 | seen. The header has the CRC-32
+of all three: a damaged one would propose tokens that no model has.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ MOST_ENTRIES = 1 << 25
 MOST_COUNT = 63
 """Counts beyond are scaled down: a context's followers keep their shares."""
 
-VERSION = 1
+VERSION = 2
 HEADER = 4096
 HASH_BITS = 44
 _TOKEN_BITS = 20
@@ -65,15 +67,15 @@ def build_corpus(
         tokenizer: what tells tokenizers apart: who opens the file must have the same.
 
     Raises:
-        CorpusError: there is not one context in the texts, or a token beyond 2**20.
+        CorpusError: there are no texts, or a token is beyond 2**20.
     """
     tokens, begins = _end_to_end(texts, most_tokens)
+    if not len(begins):
+        raise CorpusError("there is not one text to make a corpus of")
     if len(tokens) and int(tokens.max()) >> _TOKEN_BITS:
         raise CorpusError(f"a corpus holds tokens below {1 << _TOKEN_BITS}, not {tokens.max()}")
     parts = [_contexts(tokens, begins, n) for n in LENGTHS]
     hashes, values = (np.concatenate(each) for each in zip(*parts, strict=True))
-    if not len(hashes):
-        raise CorpusError("a corpus needs texts of more than two tokens")
     if len(hashes) > most_entries:
         # What followed most often first, of long contexts before short ones.
         length = np.repeat(LENGTHS, [len(part[0]) for part in parts])
@@ -85,6 +87,7 @@ def build_corpus(
     edges = np.arange((1 << bits) + 1, dtype=np.uint64)
     starts = np.searchsorted(hashes >> np.uint64(HASH_BITS - bits), edges).astype("<u4")
     keys = (hashes & np.uint64(0xFFFFFFFF)).astype("<u4")
+    arrays = np.concatenate([starts, keys, values.astype("<u4")])
     header = {
         "format": "specbatch corpus",
         "version": VERSION,
@@ -94,11 +97,11 @@ def build_corpus(
         "texts": len(begins),
         "bits": bits,
         "entries": len(keys),
+        "crc32": zlib.crc32(arrays.data),
     }
     with atomic_file(path) as fresh, fresh.open("wb") as file:
         file.write(json.dumps(header).encode().ljust(HEADER - 1) + b"\n")
-        for array in (starts, keys, values.astype("<u4")):
-            array.tofile(file)
+        arrays.tofile(file)
     return len(tokens)
 
 
@@ -173,7 +176,7 @@ class Corpus:
         tokens: of how many it was made.
 
     Raises:
-        CorpusError: it is no corpus, not whole, or was made by another tokenizer.
+        CorpusError: it is no corpus, is damaged, or was made by another tokenizer.
     """
 
     def __init__(self, path: Path, tokenizer: str) -> None:
@@ -188,6 +191,8 @@ class Corpus:
         if path.stat().st_size != HEADER + 4 * sum(sizes):
             raise CorpusError(f"the corpus {path} is not whole; build it again")
         whole = np.memmap(path, dtype="<u4", mode="r", offset=HEADER)
+        if zlib.crc32(whole.data) != header["crc32"]:
+            raise CorpusError(f"the corpus {path} is damaged; build it again")
         # Through a memoryview a single number is read in a tenth of the time that numpy takes.
         parts: Any = np.split(whole, np.cumsum(sizes)[:2])
         self._starts, self._keys, self._values = (memoryview(part) for part in parts)

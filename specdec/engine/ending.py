@@ -126,7 +126,7 @@ def find_ending(
     """The first end of an output among the tokens that it grew by, or None.
 
     Looks at one token after another, so the answer does not depend on how many of them one round
-    committed. Before `min_tokens` nothing but the length ends it.
+    committed. Before `min_tokens` nothing ends it but the length, and a grammar that is at its end.
 
     Args:
         tokens: what the output grew by.

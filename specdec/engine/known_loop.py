@@ -45,6 +45,7 @@ class KnownLoop:
         """Begin the round's proposal with the known candidates that the policy takes."""
         masks = this.asked.masks
         if self._index is None and masks is None:
+            self._policy.choose(this.start, [NOTHING] * len(this.rows))
             return
         with self._clock.phase({"decide": 1.0}):
             each = enumerate(zip(this.rows, this.start.room, strict=True))

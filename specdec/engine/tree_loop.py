@@ -125,7 +125,8 @@ class TreeLoop:
         first = {row: proposal.lengths[row] for row in rows}
         proposal.grow(rows, parents, counts, drawn.tokens, drawn.q)
         if this.asked.masks is not None:
-            chosen = [i for i in range(n) if counts[i] and (not i or rows[i] != rows[i - 1])]
+            # One child of each row: only chains are read, but all rows' nodes have a depth.
+            chosen = [*{rows[i]: i for i in reversed(range(n)) if counts[i]}.values()][::-1]
             (at,) = upload(drawn.tokens.device, chosen)
             this.asked.masks.follow([rows[i] for i in chosen], drawn.tokens[at, 0])
         following: Frontier = []

@@ -63,7 +63,9 @@ class Adjuster:
             self._least = numbers([p.min_tokens for p in asked], torch.int64)
             eos = tuple(eos_token_ids)
             ends = [(*p.stop_token_ids, *(() if p.ignore_eos else eos)) for p in asked]
-            self._ends = self._lists(ends)
+            # A tokenizer may have an end that its model never says.
+            said = [[token for token in each if 0 <= token < vocab_size] for each in ends]
+            self._ends = self._lists(said)
         if any(p.logit_bias for p in asked):
             self._biased = self._lists([tuple(p.logit_bias) for p in asked])
             values = [tuple(p.logit_bias.values()) for p in asked]

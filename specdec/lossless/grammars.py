@@ -7,6 +7,7 @@ finds the masks of all its positions made.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -134,9 +135,13 @@ class Masks:
         self._add(self._slots)
 
     def forced(self, slot: int, most: int) -> list[int]:
-        """Tokens that the grammar of a row forces next, at most so many; none without a grammar."""
+        """Tokens that the grammar of a row forces next, at most so many; none without a grammar.
+
+        They end before one that the tokenizer has and the model has not.
+        """
         grammar = self._rows[slot]
-        return [] if grammar is None else grammar.forced(most)
+        tokens = [] if grammar is None else grammar.forced(most)
+        return [*itertools.takewhile(lambda token: token < self._vocab, tokens)]
 
     def fitting(self, slot: int, tokens: list[int]) -> int:
         """How many of some tokens a row's grammar allows next; all without a grammar."""

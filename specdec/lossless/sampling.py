@@ -160,8 +160,7 @@ def _truncate(probs: Tensor, params: SamplingBatch) -> Tensor:
     Each cut is a floor under the kept probabilities: top-k and top-p keep the `count` likeliest
     tokens, so their floor is the probability of the last of these.
     """
-    vocab = probs.shape[-1]
-    top_k, top_p = params.top_k[:, None], params.top_p[:, None]
+    vocab, top_k, top_p = probs.shape[-1], params.top_k[:, None], params.top_p[:, None]
     limit = torch.where(top_k > 0, top_k, vocab)
     for width in _search_widths(params, vocab, probs.device.type):
         top = probs.topk(width).values  # [n, width], descending
@@ -176,7 +175,8 @@ def _truncate(probs: Tensor, params: SamplingBatch) -> Tensor:
     floor = torch.where(limited, top.gather(1, count - 1), 0.0)
     floor = torch.maximum(floor, params.min_p[:, None] * top[:, :1])
     kept = torch.where(probs >= floor, probs, 0.0)
-    return kept / kept.sum(-1, keepdim=True)
+    cut = kept / kept.sum(-1, keepdim=True)  # beside such a row others keep their bits
+    return torch.where(limited | (params.min_p[:, None] > 0), cut, probs)
 
 
 def _search_widths(params: SamplingBatch, vocab: int, device: str) -> tuple[int, ...]:

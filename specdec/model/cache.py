@@ -312,7 +312,7 @@ class SlotCache:
             self.states.pretend(length)
 
     def scrub(self, slot: int, length: int) -> None:
-        """Zero what `slot` alone has from position `length` on.
+        """Zero what `slot` alone has written from position `length` on.
 
         NaN there would not stay behind a mask.
         """

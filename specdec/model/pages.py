@@ -126,8 +126,13 @@ class Pages:
         return positions
 
     def alone(self, slot: int, at: int) -> list[int]:
-        """Of a slot's pages from the one at `at` on, those that no other slot uses."""
-        return [page for page in self.rows[slot][at:] if self._users[page] == 1]
+        """Of a slot's pages from the one at `at` on, those that it alone has written.
+
+        No other slot uses them, and they were not found by what an earlier row has left in them:
+        later rows will find that again.
+        """
+        rest = self.rows[slot][at:]
+        return [page for page in rest if self._users[page] == 1 and page not in self._keys]
 
     def move(self, source: int, target: int) -> None:
         """Give a slot's pages to another slot, which gives up its own."""

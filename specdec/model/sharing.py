@@ -185,7 +185,7 @@ class SharedCaches:
                 cache.rollback(slot, left)
 
     def scrub(self, slot: int, length: int) -> None:
-        """Zero what `slot` alone has of its tokens from `length` on, in all caches."""
+        """Zero what `slot` alone has written of its tokens from `length` on, in all caches."""
         for cache in self.caches:
             cache.scrub(slot, max(0, length - cache.ahead))
 

@@ -383,7 +383,10 @@ class StopPolicy:
         return drafted
 
     def choose(self, start: RoundStart, chains: Sequence[Chain]) -> Sequence[int]:
-        """How many candidates to take of each row's chain; what a grammar forces, if no more."""
+        """How many candidates to take of each row's chain; what a grammar forces, if no more.
+
+        Asked in every round but control rounds, also where all chains are empty.
+        """
         return [chain.forced for chain in chains]
 
     def observe(self, outcome: RoundOutcome) -> None:

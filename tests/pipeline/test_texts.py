@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.texts import Texts
 from specdec.engine.ending import StopSearch
@@ -194,9 +196,23 @@ def ids(tokenizer: Any, atom: Sequence[str]) -> list[int]:
 def test_bad_words_become_the_tokens_that_they_are() -> None:
     texts = Texts(llama_like())
     banned = texts.with_bad_words(SamplingParams(bad_words=(" ab", (3, 4)))).bad_words
-    assert [word if word == (3, 4) else texts.decode(word) for word in banned] == ["ab", (3, 4)]
+    assert [word if word == (3, 4) else texts.decode(word) for word in banned] == [
+        "ab",
+        " ab",
+        (3, 4),
+    ]
     plain = SamplingParams(bad_words=((3, 4),))
     assert texts.with_bad_words(plain) is plain
+
+
+def test_a_bad_word_is_banned_behind_a_space_however_many_tokens_it_is_there() -> None:
+    tokens = {letter: i for i, letter in enumerate(["a", "b", "Ġ", "Ġa", "Ġab"])}
+    backend = Tokenizer(models.BPE(tokens, [("Ġ", "a"), ("Ġa", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    texts = Texts(PreTrainedTokenizerFast(tokenizer_object=backend))
+    asked = SamplingParams(bad_words=("ab",))
+    assert texts.with_bad_words(asked).bad_words == ((0, 1), (4,))
 
 
 def test_a_text_is_not_cut_at_a_stop_string_among_its_first_min_tokens() -> None:

@@ -5,8 +5,10 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+import typer
 
-from jobs.terminal.console import stop_signals
+from jobs.terminal.console import explained, stop_signals
+from pipeline.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +35,10 @@ def test_nohup_stays() -> None:
     with stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
         assert not stop.is_set()
+
+
+def test_what_is_said_has_no_pictures_put_into_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """`:b:` in a job file, or in what a model wrote, is text."""
+    with pytest.raises(typer.Exit), explained():
+        raise UserError("regex:b: unknown key :smile:")
+    assert "regex:b: unknown key :smile:" in capsys.readouterr().err

@@ -19,6 +19,9 @@ from pipeline.generate.loading import load_pair, make_engine
 from specdec.request import Request, SamplingParams
 from tests.conftest import TinyModels
 
+ALL = 1 << 20
+"""The models have all tokens of the tokenizer."""
+
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,19 +75,21 @@ def test_a_machine_makes_it_once_and_keeps_a_few(
 ) -> None:
     tokenizer = load_pair(job_of(tiny_models)).tokenizer
     job = job_of(tiny_models, wrote(tmp_path / "a", ["one two three"] * 2, "stop"))
-    first = job_corpus(job, tokenizer)
+    first = job_corpus(job, tokenizer, ALL)
     assert first is not None and first.tokens == 2 * (len("one two three") + 1)
     with monkeypatch.context() as patch:
         patch.setattr("specdec.drafters.corpus.build_corpus", None)  # it is there
-        again = job_corpus(job, tokenizer)
+        again = job_corpus(job, tokenizer, ALL)
     assert again is not None and again.tokens == first.tokens
     monkeypatch.setattr(corpus, "KEPT", 2)
     for name in "bcd":
-        job_corpus(job_of(tiny_models, wrote(tmp_path / name, ["other text " + name])), tokenizer)
+        job_corpus(
+            job_of(tiny_models, wrote(tmp_path / name, ["other text " + name])), tokenizer, ALL
+        )
     assert len([*(tmp_path / "cache").rglob("*.corpus")]) == 2
     wrote(tmp_path / "a", ["one two three four"])
     (tmp_path / "a" / layout.JOB).write_text(json.dumps({"another": "job"}))
-    renewed = job_corpus(job, tokenizer)
+    renewed = job_corpus(job, tokenizer, ALL)
     assert renewed is not None and renewed.tokens == len("one two three four")
 
 
@@ -94,6 +99,44 @@ def test_folders_without_a_job_or_completions_are_refused(
     with pytest.raises(UserError, match=r"speculation\.corpus: .*no job's output here"):
         corpus_folders(job_of(tiny_models, str(tmp_path / "nothing")))
     tokenizer = load_pair(job_of(tiny_models)).tokenizer
-    with pytest.raises(UserError, match=r"speculation\.corpus \(.*empty\): a corpus needs texts"):
-        job_corpus(job_of(tiny_models, wrote(tmp_path / "empty", [])), tokenizer)
-    assert job_corpus(job_of(tiny_models), tokenizer) is None
+    with pytest.raises(UserError, match=r"speculation\.corpus \(.*empty\): there is not one text"):
+        job_corpus(job_of(tiny_models, wrote(tmp_path / "empty", [])), tokenizer, ALL)
+    assert job_corpus(job_of(tiny_models), tokenizer, ALL) is None
+
+
+def test_a_file_that_cannot_be_read_is_named(tiny_models: TinyModels, tmp_path: Path) -> None:
+    tokenizer = load_pair(job_of(tiny_models)).tokenizer
+    job = job_of(tiny_models, wrote(tmp_path / "a", ["one two three"]))
+    file = tmp_path / "a" / layout.completions("0-1")
+    file.write_bytes(file.read_bytes()[:99])
+    with pytest.raises(UserError, match=r"speculation\.corpus: .*0-1\.parquet cannot be read: "):
+        job_corpus(job, tokenizer, ALL)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{}"])
+def test_a_damaged_one_is_made_again(
+    tiny_models: TinyModels, tmp_path: Path, damaged: bytes
+) -> None:
+    tokenizer = load_pair(job_of(tiny_models)).tokenizer
+    job = job_of(tiny_models, wrote(tmp_path / "a", ["one two three"]))
+    job_corpus(job, tokenizer, ALL)
+    (file,) = (tmp_path / "cache").rglob("*.corpus")
+    whole = file.read_bytes()
+    file.write_bytes(damaged or whole[:-1] + bytes([whole[-1] ^ 1]))
+    again = job_corpus(job, tokenizer, ALL)
+    assert again is not None and again.tokens == len("one two three")
+    assert file.read_bytes() == whole
+
+
+def test_tokens_that_the_models_do_not_have_are_not_proposed(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    """A tokenizer may have more tokens than its model gives logits for."""
+    pair = load_pair(job_of(tiny_models))
+    text = "abcdefgh" * 4
+    job = job_of(tiny_models, wrote(tmp_path / "a", [text]), policy="suffix")
+    tokens = pair.tokenizer(text, add_special_tokens=False).input_ids
+    lacking = sorted({*tokens})[-1]
+    corpus = job_corpus(job, pair.tokenizer, lacking)
+    assert corpus is not None and corpus.tokens == tokens.index(lacking)
+    assert job_corpus(job, pair.tokenizer, ALL).tokens == len(tokens)  # type: ignore[union-attr]

@@ -35,6 +35,17 @@ def test_a_job_a_row_and_json_text_give_the_same_grammar(asked: dict[str, Any]) 
     assert row_sampling(SamplingConfig(), None, "a:0:0").grammar is None
 
 
+def test_an_empty_schema_is_one_of_any_json() -> None:
+    job = SamplingConfig.model_validate({"structured_outputs": {"json_schema": {}}})
+    assert job.structured_outputs is not None
+    assert (job.structured_outputs.kind, job.structured_outputs.schema_of_json) == (
+        "json_schema",
+        {},
+    )
+    row = row_sampling(SamplingConfig(), {"structured_outputs": {"json_schema": {}}}, "a:0:0")
+    assert row.grammar == job.structured_outputs.text()
+
+
 BAD = [
     ({}, "give exactly one of"),
     ({"regex": "a", "choice": ["b"]}, "got regex and choice"),

@@ -70,16 +70,28 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     built(tmp_path, some_texts())
     with pytest.raises(CorpusError, match=r"a\.corpus was made by another tokenizer"):
         Corpus(file, "yours")
-    file.write_bytes(file.read_bytes()[:-4])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4])
     with pytest.raises(CorpusError, match="is not whole"):
+        Corpus(file, "mine")
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # a token that there is not
+    with pytest.raises(CorpusError, match="is damaged"):
         Corpus(file, "mine")
     file.write_bytes(b"{}")
     with pytest.raises(CorpusError, match="is no corpus of this version"):
         Corpus(file, "mine")
-    with pytest.raises(CorpusError, match="texts of more than two tokens"):
-        build_corpus([[1, 2], []], file, "mine")
+    with pytest.raises(CorpusError, match="not one text"):
+        build_corpus([], file, "mine")
     with pytest.raises(CorpusError, match="tokens below"):
         build_corpus([[1, 2, 1 << 20]], file, "mine")
+
+
+def test_texts_that_are_too_short_for_a_context_say_nothing(tmp_path: Path) -> None:
+    """As those of a job that answers yes or no."""
+    corpus = built(tmp_path, [[1, 2], []])
+    assert corpus.tokens == 2
+    assert corpus.after([1, 2]) is None
+    assert not SuffixIndex(corpus).chain(Row([5, 1, 2], 1), 4).tokens
 
 
 def test_rows_find_what_earlier_jobs_wrote_where_nothing_else_is_known(tmp_path: Path) -> None:

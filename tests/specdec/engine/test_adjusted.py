@@ -223,6 +223,17 @@ def test_nothing_ends_an_output_before_min_tokens(pair: TinyPair) -> None:
     assert not ended & set(other.output_ids[:7])
 
 
+def test_an_end_that_the_model_never_says_needs_no_ban(pair: TinyPair) -> None:
+    """A tokenizer may have more tokens than its model gives logits for."""
+    free = SamplingParams(temperature=0, max_new_tokens=9)
+    beyond = replace(free, min_tokens=5, stop_token_ids=(pair.vocab_size, pair.vocab_size + 9))
+    ended = replace(pair, eos_token_ids=frozenset({pair.vocab_size + 3}))
+    done = Engine(ended, policy=Fixed(2)).generate(
+        [Request("free", SOME[0], free), Request("beyond", SOME[0], beyond)]
+    )
+    assert len({*outputs(done)}) == 1
+
+
 def test_a_row_that_bans_every_token_fails_alone(pair: TinyPair) -> None:
     none = SamplingParams(max_new_tokens=4, allowed_token_ids=(5,), bad_words=((5,),))
     requests = [

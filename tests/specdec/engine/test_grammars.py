@@ -27,7 +27,14 @@ from specdec.request import Completion, Request, SamplingParams
 from tests.specdec.engine.references import CPU
 from tests.specdec.goodness import chi_square_excess, counted, reference_distribution
 from tests.specdec.tiny_models import TinyPair, make_pair, noisy_copy, tiny_model
-from tests.specdec.workloads import Prompt, make, outputs, prompts, requests_of
+from tests.specdec.workloads import (
+    Prompt,
+    looking_goodput,
+    make,
+    outputs,
+    prompts,
+    requests_of,
+)
 
 LETTERS = "abcd"
 EOS = len(LETTERS)
@@ -181,6 +188,39 @@ def test_forced_tokens_take_no_round_of_their_own(pair: TinyPair, grammars: Mode
     done = engine.generate(requests_of([(i % VOCAB,) for i in range(6)], asked))
     assert [len(output) for output in outputs(done)] == [10] * 6
     assert engine.stats.counts.rounds == 3 * 6
+
+
+@pytest.mark.parametrize("policy", ["suffix", "goodput stated", "goodput"])
+def test_a_round_without_grammars_is_explained_behind_one_with(
+    pair: TinyPair, grammars: ModelGrammars, policy: str
+) -> None:
+    """The later round has more rows, and nothing that is known without a draft."""
+    if policy == "goodput":
+        pair, made = replace(pair, draft=None), looking_goodput()
+    else:
+        made = make(policy, 16)
+    engine = Engine(pair, policy=made, grammars=grammars, slots=8, lookup=False, trace=True)
+    engine.submit(Request("first", (1, 2), constrained()))
+    while engine.live or engine.waiting:
+        engine.step()
+    free = SamplingParams(max_new_tokens=9)
+    done = engine.generate([Request(str(i), (i % VOCAB, 1), free) for i in range(6)])
+    rounds = [round_ for each in done for round_ in each.trace]
+    assert len(rounds) > 6
+    assert all(each.reason and not each.sources for each in rounds)
+
+
+def test_a_sentence_at_its_end_ends_before_min_tokens(
+    pair: TinyPair, grammars: ModelGrammars
+) -> None:
+    """Else there would be no token to go on with. Where it may go on, it has to."""
+    whole, longer = (
+        constrained(grammar=LLMatcher.grammar_from_regex(regex), min_tokens=6)
+        for regex in ("abc", "a{3,7}")
+    )
+    requests = [Request("whole", (1,), whole), Request("longer", (1,), longer)]
+    done = Engine(pair, policy=Fixed(2), grammars=grammars, slots=4).generate(requests)
+    assert [len(output) for output in outputs(done)] == [3, 7]
 
 
 def test_a_cut_off_sentence_says_so(pair: TinyPair, grammars: ModelGrammars) -> None:

@@ -17,7 +17,7 @@ from specdec.request import INVALID_LOGITS, Completion, Request, SamplingParams
 from tests.specdec import workloads
 from tests.specdec.lossless.markov import CPU
 from tests.specdec.tiny_models import VOCAB, TinyPair, make_pair
-from tests.specdec.workloads import SOME, make, outputs, requests_of
+from tests.specdec.workloads import SOME, make, outputs, prompts, requests_of
 
 GREEDY = replace(workloads.GREEDY, max_new_tokens=9)
 SAMPLED = replace(workloads.SAMPLED, max_new_tokens=9)
@@ -103,6 +103,23 @@ def test_a_draft_without_a_softmax_costs_nobody_a_token(
     assert [len(each.output_ids) for each in done] == [sampling.max_new_tokens] * len(done)
     assert all(each.counts.accepted == 0 for each in done[:2])
     assert sum(each.counts.accepted for each in done[2:]) > 0
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("policy", ["none", "fixed 4", "suffix"])
+def test_a_row_that_fails_leaves_others_the_prompt_that_it_shares(
+    pair: TinyPair, policy: str, slots: int
+) -> None:
+    """It takes over what an earlier row has left, and bans every token."""
+    prompt = prompts([70], seed=4)
+    none = replace(GREEDY, allowed_token_ids=(5,), bad_words=((5,),))
+    asked = [none if i % 3 == 1 else GREEDY for i in range(9)]
+    requests = [Request(str(i), *prompt, sampling) for i, sampling in enumerate(asked)]
+    engine = Engine(pair, policy=make(policy), slots=slots)
+    done = engine.generate(requests)
+    assert [each.error_class for each in done[1::3]] == [INVALID_LOGITS] * 3
+    assert len({each.output_ids for each in done if each.error is None}) == 1
+    assert engine.stats.shared_tokens > 4 * 64
 
 
 # --------------------------------------------------------------------- by hand, odd logits

@@ -213,6 +213,16 @@ def test_what_rows_ask_of_their_logits_sees_each_nodes_own_path(pair: TinyPair) 
     assert run(Wild(1)) == plain
 
 
+@dataclass
+class SecondBest(Fixed):
+    """Goes on below the second node of a row, not below the first."""
+
+    def keep(self, step: DraftStep) -> Flags:
+        assert step.parents is not None
+        wanted: Flags = step.parents != 0
+        return wanted
+
+
 def test_rows_with_a_grammar_stay_chains_beside_trees() -> None:
     letters, n = test_grammars.LETTERS, test_grammars.VOCAB
     model = tiny_model(vocab=n, hidden=16, layers=1, heads=2, kv_heads=1, peak=40.0, seed=4)
@@ -228,6 +238,7 @@ def test_rows_with_a_grammar_stay_chains_beside_trees() -> None:
         engine = Engine(pair, policy=policy, verification="coupled", slots=4, grammars=grammars)
         return outputs(engine.generate(requests))
 
+    assert run(SecondBest(4, 2)) == run(StopPolicy())
     policy = Wild(2)
     assert run(policy) == run(StopPolicy())
     assert run(Fixed(3, 3)) == run(StopPolicy())

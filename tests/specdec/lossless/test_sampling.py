@@ -87,6 +87,15 @@ def test_rows_of_one_batch_keep_their_own_parameters() -> None:
             torch.testing.assert_close(got, by_transformers(row, its), rtol=1e-4, atol=1e-7)
 
 
+def test_the_bits_of_a_row_do_not_depend_on_what_others_ask_for() -> None:
+    """Nor does the last bit of a log-probability, then, whoever is in the batch."""
+    params = [*TRUNCATIONS, SamplingParams(temperature=0)]
+    logits = random_logits(len(params), 211, 2.0, seed=5)
+    together = probabilities(logits, batch(*params))
+    for row, its, got in zip(logits, params, together, strict=True):
+        assert torch.equal(probabilities(row[None], batch(its))[0], got)
+
+
 def test_taking_rows_of_a_batch_takes_their_parameters() -> None:
     params = [*TRUNCATIONS, SamplingParams(temperature=0, seed=9)]
     index = torch.tensor([10, 2, 2, 0, 8])
