@@ -11,7 +11,7 @@ from specdec.engine.ending import Ending, StopSearch
 from specdec.lossless.grammars import RowGrammar
 from specdec.model.pages import PAGE, pages_of
 from specdec.model.sharing import OWN, SharedCaches
-from specdec.policies.base import RowMemory
+from specdec.policies.memory import RowMemory
 from specdec.request import Completion, Counts, Request, RoundTrace, SamplingParams, TokenLogprob
 
 MOST_PREEMPTIONS = 2

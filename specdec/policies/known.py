@@ -12,9 +12,10 @@ from operator import mul
 
 import numpy as np
 
-from specdec.policies.base import RoundOutcome, RoundStart, RowHistory
+from specdec.policies.base import RoundOutcome, RoundStart
 from specdec.policies.chains import Chain
 from specdec.policies.estimators import lookup_estimator
+from specdec.policies.memory import RowHistory
 
 FORCED = RowHistory(judged=20.0, accepted=19.0)
 """What is taken to have become of forced tokens before any was judged.

@@ -14,9 +14,9 @@ from specdec.policies.base import (
     DraftStep,
     RoundOutcome,
     RoundStart,
-    RowMemory,
     StopPolicy,
 )
+from specdec.policies.memory import RowMemory
 from specdec.policies.settings import setting
 
 

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from math import copysign, sqrt
 from operator import is_
 
-from specdec.policies.base import RoundStart, RowMemory
+from specdec.policies.base import RoundStart
 from specdec.policies.costs import CostModel
+from specdec.policies.memory import RowMemory
 
 KEPT = 0.9988
 """Weight that is left of what promises lacked after one more row and round: 830 are remembered.

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from specdec.drafters.eagle import pending_of
-from specdec.policies.base import DraftStep, RoundStart, RowMemory, StopPolicy
+from specdec.policies.base import DraftStep, RoundStart, StopPolicy
 from specdec.policies.chains import NOTHING, Chain
 from specdec.policies.costs import CostModel
+from specdec.policies.memory import RowMemory
 from specdec.simulate.growth import ROOT, Growth
 from specdec.simulate.transcripts import Signals, Transcript
 

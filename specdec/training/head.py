@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.measure.calibration import Array, Flags
-from specdec.policies.base import TOKEN_SIGNALS, RowHistory, Signal
+from specdec.policies.base import TOKEN_SIGNALS, Signal
 from specdec.policies.estimating import EstimatingPolicy
 from specdec.policies.estimators import ONLINE, online_estimator
+from specdec.policies.memory import RowHistory
 from specdec.policies.signals import AcceptanceHead
 from specdec.training.labels import Labels, Part
 from specdec.training.reliability import fit_platt, reliability, sigmoid

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from specdec.measure.calibration import Array, Flags
-from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, RowMemory, Signal, StopPolicy
+from specdec.policies.base import DraftStep, RoundOutcome, RoundStart, Signal, StopPolicy
 from specdec.policies.chains import Chain
 from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.estimators import online_estimator
 from specdec.policies.goodput import Goodput
+from specdec.policies.memory import RowMemory
 from specdec.policies.registry import POLICIES as REGISTERED
 from specdec.policies.registry import make_policy
 from specdec.policies.signals import AcceptanceHead

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from specdec.policies.base import RowHistory, context_class
+from specdec.policies.memory import RowHistory, context_class
 
 
 @pytest.mark.parametrize(

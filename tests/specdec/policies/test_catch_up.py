@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from specdec.policies.base import RowMemory
 from specdec.policies.catch_up import CATCH_UP_ROUNDS, USUAL, owed, shared
 from specdec.policies.costs import CostTable
+from specdec.policies.memory import RowMemory
 from tests.specdec.policies.worlds import (
     CHEAP,
     FLAT,

@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from specdec.policies.base import RowMemory, Signal
+from specdec.policies.base import Signal
 from specdec.policies.chains import Chain
 from specdec.policies.known import KnownChains, in_front, survivals
+from specdec.policies.memory import RowMemory
 from tests.specdec.policies.worlds import policy_of
 from tests.specdec.workloads import (
     StatedGoodput,

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specdec.policies.base import RoundOutcome, RowMemory
+from specdec.policies.base import RoundOutcome
 from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.estimators import online_estimator
 from specdec.policies.goodput import Goodput
 from specdec.policies.measuring import LearntCosts
+from specdec.policies.memory import RowMemory
 from specdec.policies.objective import leading_rows
 from specdec.policies.switch import IN_A_ROW, PROBE_SHARE, REST
 from tests.specdec.policies.worlds import (

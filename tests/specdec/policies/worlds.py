@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from specdec.policies.base import DraftStep, RowMemory, Signal
+from specdec.policies.base import DraftStep, Signal
 from specdec.policies.costs import CostModel, CostTable
 from specdec.policies.estimators import Estimator, online_estimator
 from specdec.policies.goodput import Goodput
+from specdec.policies.memory import RowMemory
 from tests.specdec.workloads import (
     Known,
     StatedGoodput,

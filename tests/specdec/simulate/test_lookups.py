@@ -14,8 +14,9 @@ from scipy import stats
 
 from specdec.drafters.suffix import SuffixIndex
 from specdec.engine.engine import Engine
-from specdec.policies.base import RoundStart, RowMemory, StopPolicy
+from specdec.policies.base import RoundStart, StopPolicy
 from specdec.policies.chains import Chain
+from specdec.policies.memory import RowMemory
 from specdec.policies.registry import make_policy
 from specdec.request import Completion, Counts, Request, SamplingParams
 from specdec.simulate.lookups import look_up
