@@ -82,7 +82,10 @@ def collect_command(
     precision: Precision = "int8",
     threads: Threads = 0,
 ) -> None:
-    """Let the target write, and keep what both models say of it."""
+    """Let the target write, and keep what both models say of it.
+
+    Prints a line for each part of 16 rows, which takes some minutes.
+    """
     prepare(threads)
     pair = load(target, draft, precision)
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +132,10 @@ def fit_all(folder: Path) -> dict[str, Net]:
 
 
 def judge_command(folder: Folder, threads: Threads = 0) -> None:
-    """Fit every estimator, and judge it on held-out rows by lag."""
+    """Fit every estimator, and judge it on held-out rows by lag.
+
+    Prints a table of AUC, ECE and log-loss, in some minutes.
+    """
     prepare(threads)
     nets = fit_all(folder)
     rows = [row for part in read_parts(folder, "held") for row in part[0] if len(row.beta) > LAGS]
@@ -201,7 +207,10 @@ def told(transcript: Transcript, row: Places, kept: Tensor, net: Net, known: boo
 
 
 def worth_command(folder: Folder, live: Batches = "1,4,16,64,256", threads: Threads = 0) -> None:
-    """Replay held-out rows with `goodput`, by estimator."""
+    """Replay held-out rows with `goodput`, by estimator.
+
+    Prints tokens per second against the online estimator, in some minutes.
+    """
     prepare(threads)
     nets = fit_all(folder)
     held = [

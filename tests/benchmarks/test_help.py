@@ -16,6 +16,7 @@ COMMANDS = {
     "duplicates": [],
     "engine": ["peers", "policies", "speedup", "overhead", "prefixes", "quality"],
     "families": [],
+    "foresight": ["collect", "judge", "worth"],
     "gpu": ["forwards", "rates"],
     "lossless": [],
     "memory": [],
