@@ -126,9 +126,12 @@ class TreeLoop:
         proposal.grow(rows, parents, counts, drawn.tokens, drawn.q)
         if this.asked.masks is not None:
             # One child of each row: only chains are read, but all rows' nodes have a depth.
-            chosen = [*{rows[i]: i for i in reversed(range(n)) if counts[i]}.values()][::-1]
-            (at,) = upload(drawn.tokens.device, chosen)
-            this.asked.masks.follow([rows[i] for i in chosen], drawn.tokens[at, 0])
+            chosen = dict[int, int]()
+            for i in range(n):
+                if counts[i]:
+                    chosen.setdefault(rows[i], i)
+            (at,) = upload(drawn.tokens.device, [*chosen.values()])
+            this.asked.masks.follow([*chosen], drawn.tokens[at, 0])
         following: Frontier = []
         for (row, _), count, on in zip(frontier, counts, going, strict=True):
             room = budget[row] > depth and proposal.lengths[row] < this.start.nodes[row]

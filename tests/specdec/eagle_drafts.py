@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from specdec.loading.eagle import eagle_config, load_eagle
 from specdec.loading.sources import find_model
 from specdec.model.eagle import EagleDecoder
-from tests.specdec.tiny_models import VOCAB, TinyPair, make_pair
+from tests.specdec.tiny_models import VOCAB, TinyPair, make_pair, tiny_model
 
 LAYERS = (0, 1, 2)
 """The layers of a tiny target of three whose inputs drafts read."""
@@ -45,6 +45,21 @@ class Shape:
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
+
+
+FITTED = Shape(hidden=128, target_hidden=64, bias=True, draft_vocab=60)
+"""A draft whose LM head may be fitted to a target: some of its candidates then stand."""
+
+
+def foreseeable_target(family: str = "llama", **options: Any) -> PreTrainedModel:
+    """A tiny target whose next token depends on the last one most of all; `tiny_model`'s options.
+
+    So a draft can be fitted to it.
+    """
+    model = tiny_model(family, layers=3, **options)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.mul_(0.3)
+    return model
 
 
 def random_weights(shape: Shape, seed: int = 0) -> Weights:

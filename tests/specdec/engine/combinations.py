@@ -19,7 +19,14 @@ from specdec.policies.base import StopPolicy
 from specdec.policies.registry import make_policy
 from specdec.policies.simple import Fixed
 from specdec.request import PROCESSED, Request, SamplingParams
-from tests.specdec.eagle_drafts import Shape, eagle_pair, fitted_weights, random_weights, save
+from tests.specdec.eagle_drafts import (
+    Shape,
+    eagle_pair,
+    fitted_weights,
+    foreseeable_target,
+    random_weights,
+    save,
+)
 from tests.specdec.engine.test_grammars import tokenizer
 from tests.specdec.engine.test_growing import growing
 from tests.specdec.engine.test_trees import Wild
@@ -149,10 +156,7 @@ class Models:
             return recurrent_model(self.family, hidden=32, **sizes)
         if self.draft != "eagle":
             return tiny_model(self.family, hidden=32, **sizes)
-        target = tiny_model(self.family, layers=3, **sizes)
-        for layer in target.model.layers:  # so that a draft can be fitted to it
-            layer.self_attn.o_proj.weight.mul_(0.3)
-        return target
+        return foreseeable_target(self.family, **sizes)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ from specdec.policies.simple import Fixed
 from specdec.request import Completion, Request, SamplingParams
 from tests.specdec import workloads
 from tests.specdec.eagle_drafts import (
+    FITTED,
     Shape,
     eagle_pair,
     fitted_weights,
+    foreseeable_target,
     random_weights,
     save,
 )
@@ -44,17 +46,11 @@ from tests.specdec.workloads import (
 SOME = prompts((5, 40, 1, 2, 17, 64), seed=5)
 GREEDY = replace(workloads.GREEDY, max_new_tokens=16)
 SAMPLED = replace(workloads.SAMPLED, max_new_tokens=16)
-FITTED = Shape(hidden=128, target_hidden=64, bias=True, draft_vocab=60)
-"""A draft whose LM head was fitted: some of its candidates stand."""
 
 
 @pytest.fixture(scope="module")
 def target() -> PreTrainedModel:
-    """Its next token depends on the last one most of all."""
-    model = tiny_model(layers=3)
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.mul_(0.3)
-    return model
+    return foreseeable_target()
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,11 @@ from specdec.simulate.record import measure_costs, record
 from specdec.simulate.replay import acceptance_by_position, replay
 from specdec.simulate.transcripts import load_transcripts, save_transcripts
 from tests.specdec.eagle_drafts import (
-    Shape,
+    FITTED,
     Weights,
     eagle_pair,
     fitted_weights,
+    foreseeable_target,
     fused,
     plain_draft,
     save,
@@ -44,29 +45,23 @@ from tests.specdec.simulate.test_record import (
     texts_of,
     totals,
 )
-from tests.specdec.tiny_models import TinyPair, tiny_model
+from tests.specdec.tiny_models import TinyPair
 from tests.specdec.workloads import linear, prompts
-
-SHAPE = Shape(hidden=128, target_hidden=64, bias=True, draft_vocab=60)
 
 
 @pytest.fixture(scope="module")
 def target() -> PreTrainedModel:
-    """Its next token depends on the last one most of all."""
-    model = tiny_model(layers=3)
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.mul_(0.3)
-    return model
+    return foreseeable_target()
 
 
 @pytest.fixture(scope="module")
 def weights(target: PreTrainedModel) -> Weights:
-    return fitted_weights(SHAPE, target)
+    return fitted_weights(FITTED, target)
 
 
 @pytest.fixture(scope="module")
 def folder(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("eagle") / "draft", SHAPE, weights, "speculators")
+    return save(tmp_path_factory.mktemp("eagle") / "draft", FITTED, weights, "speculators")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +84,7 @@ def test_every_round_is_what_the_plain_draft_proposes(
             x = fused(weights, target_states(target, known[:-1]))
             run = 0
             for index in range(min(5, 11 - at)):
-                logits, made = plain_draft(weights, SHAPE, target, known[1:], x)
+                logits, made = plain_draft(weights, FITTED, target, known[1:], x)
                 y = logits[-1:].argmax(-1)
                 expected = read_signals(logits[-1:], y, made[-1:], frozenset(TOKEN_SIGNALS))[0]
                 assert torch.tensor(transcript.seen(at, index)) == pytest.approx(expected, abs=2e-3)

@@ -22,34 +22,29 @@ from specdec.training.judging import Judged, judge
 from specdec.training.labelling import collect
 from specdec.training.labels import Labels, LabelSettings, Part
 from tests.specdec.eagle_drafts import (
-    Shape,
+    FITTED,
     Weights,
     eagle_pair,
     fitted_weights,
+    foreseeable_target,
     fused,
     plain_draft,
     save,
     target_states,
 )
 from tests.specdec.simulate.test_record import GREEDY, SAMPLED, texts_of
-from tests.specdec.tiny_models import TinyPair, tiny_model
+from tests.specdec.tiny_models import TinyPair
 from tests.specdec.workloads import prompts
-
-SHAPE = Shape(hidden=128, target_hidden=64, bias=True, draft_vocab=60)
 
 
 @pytest.fixture(scope="module")
 def target() -> PreTrainedModel:
-    """Its next token depends on the last one most of all."""
-    model = tiny_model(layers=3)
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.mul_(0.3)
-    return model
+    return foreseeable_target()
 
 
 @pytest.fixture(scope="module")
 def weights(target: PreTrainedModel) -> Weights:
-    return fitted_weights(SHAPE, target)
+    return fitted_weights(FITTED, target)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +52,7 @@ def pair(
     target: PreTrainedModel, weights: Weights, tmp_path_factory: pytest.TempPathFactory
 ) -> TinyPair:
     folder = tmp_path_factory.mktemp("eagle") / "draft"
-    return eagle_pair(target, save(folder, SHAPE, weights, "speculators"))
+    return eagle_pair(target, save(folder, FITTED, weights, "speculators"))
 
 
 def texts(pair: TinyPair, sampling: SamplingParams) -> list[Text]:
@@ -84,7 +79,7 @@ def by_hand(
     x = fused(weights, target_states(target, tokens[: start + at - 1]))
     found = []
     for place in range(at, min(at + MOST, len(text.output_ids))):
-        logits, made = plain_draft(weights, SHAPE, target, tokens[1 : start + place], x)
+        logits, made = plain_draft(weights, FITTED, target, tokens[1 : start + place], x)
         last = made[-1] * (made[-1].pow(2).mean() + 1e-6).rsqrt() * weights["norm.weight"]
         found.append((last, logits[-1], judging[place]))
         x = torch.cat([x, made[-1:]])
@@ -162,7 +157,7 @@ def test_a_text_too_short_for_a_round_has_none(pair: TinyPair) -> None:
     (labels,) = collect(pair, rows, LabelSettings(SAMPLED))
     assert labels.row.tolist() == [1] and labels.position.tolist() == [1]
     (none,) = collect(pair, rows[:1], LabelSettings(SAMPLED))
-    assert len(none) == 0 and none.hidden.shape == (0, SHAPE.hidden)
+    assert len(none) == 0 and none.hidden.shape == (0, FITTED.hidden)
 
 
 def test_labels_repeat_and_a_head_is_as_wide_as_the_draft(pair: TinyPair) -> None:
@@ -173,4 +168,4 @@ def test_labels_repeat_and_a_head_is_as_wide_as_the_draft(pair: TinyPair) -> Non
     parts = torch.tensor([int(Part.TRAIN), int(Part.TUNE)], dtype=torch.int8)
     split = replace(labels, part=parts[(labels.row % 2).long()])
     head = train_head(split, HeadSettings(depth=1, epochs=1))
-    assert head.width == SHAPE.hidden
+    assert head.width == FITTED.hidden
