@@ -84,7 +84,8 @@ class SpeculationConfig(Section):
         description="Whether candidates are also looked up in what was written before: in the "
         "row's own text, in that of its prompt's other samples and in outputs of other rows. They "
         "stand in front of what a draft proposes, and a round with any has no trees. For "
-        f"{_names(_LOOKING_UP, '`')}. `null`: where there is no draft, or a `corpus`.",
+        f"{_names(_LOOKING_UP, '`')}. `null`: yes, except beside a draft on a GPU, "
+        "which would wait for it, unless there is a `corpus`.",
     )
     corpus: Locations = Field(
         default=(),

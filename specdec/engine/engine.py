@@ -68,8 +68,8 @@ class Engine:
         grammars: makes matchers of grammars; only requests with grammars need it.
         control_share: share of rounds without speculation, by which `stats.speedup` is measured.
         trace: keep for each row what was predicted, decided and accepted in each round.
-        lookup: whether a policy that looks candidates up may do so; None: where there is no draft,
-            or a corpus.
+        lookup: whether a policy that looks candidates up may do so; None: unless a device would
+            wait for it that could draft, and there is no corpus.
         corpus: where they are looked up besides.
         least_shared: rows that begin with this many equal tokens share their prefill.
         clock: times phases and reads results; by default one for the target's device.
@@ -113,7 +113,7 @@ class Engine:
             self.drafting = DraftLoop(self.drafter, policy, self.clock, self.stats)
         if policy.looks_up or self.drafting:
             if lookup is None:
-                lookup = self.drafter is None or corpus is not None
+                lookup = not (self.drafter and self.clock.asynchronous) or corpus is not None
             index = SuffixIndex(corpus) if policy.looks_up and lookup else None
             self.known = KnownLoop(index, policy, self.clock)
         ahead = policy.most + (MOST_FORCED if grammars else 0) if self.known else 0

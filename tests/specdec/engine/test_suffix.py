@@ -9,6 +9,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
+from specdec.measure.clock import PhaseClock
 from specdec.policies.base import RoundOutcome, RoundStart, StopPolicy
 from specdec.policies.chains import Chain
 from specdec.policies.suffix import Suffix
@@ -142,6 +143,20 @@ def test_a_draft_goes_on_behind_what_is_known(
     known = stats.accepted_in_prompt + stats.accepted_in_rows
     assert 0 < known < counts.accepted < counts.verified
     assert stats.draft_forwards > 0
+
+
+@pytest.mark.parametrize("drafting", [True, False], ids=["a draft", "no draft"])
+@pytest.mark.parametrize("beside", [True, False], ids=["beside a device", "on a CPU"])
+def test_what_is_looked_up_where_nobody_asks(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, drafting: bool, beside: bool
+) -> None:
+    """Not beside a draft on a device that would wait for it."""
+    monkeypatch.setattr(PhaseClock, "asynchronous", beside)
+    models = pair if drafting else replace(pair, draft=None)
+    engine = Engine(models, policy=make("goodput stated"), verification="coupled")
+    engine.generate(four_times(GREEDY))
+    found = engine.stats.verified_in_prompt + engine.stats.verified_in_rows
+    assert bool(found) is not (drafting and beside)
 
 
 def test_what_is_known_may_be_left_out(pair: TinyPair) -> None:
