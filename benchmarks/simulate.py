@@ -25,6 +25,7 @@ Cost models (`--costs`):
 
 paper     0.022 s a draft step and 0.108 s a target forward, however many tokens: Llama-2-chat 7B
           and 70B at batch 1 (arXiv 2405.19715). No more is known of them, so `--live 1` only.
+          `--step 0.05` has draft steps of a twentieth of a forward in place of theirs.
 gpu       a stated roofline, no measurement: Llama 3.1 8B (8.03e9 parameters) with Llama 3.2 1B
           (1.24e9), bf16, on one H100 SXM with 3.35 TB/s and 989 dense TFLOP/s (its datasheet).
           seconds(n) = max(2 bytes x parameters / bandwidth, 2 FLOP x parameters x n / peak)
@@ -175,19 +176,33 @@ def gpu_costs(live: int) -> CostModel:
     return CostModel(table(1.24e9, 32_768), table(8.03e9, 131_072))
 
 
-def paper_costs() -> CostModel:
-    """The paper's two numbers, for any number of tokens that a round at batch 1 may have."""
-    return CostModel(CostTable([1, 4096], [0.022] * 2), CostTable([1, 4096], [0.108] * 2))
+def paper_costs(step: float | None) -> CostModel:
+    """The paper's two numbers, for any number of tokens that a round at batch 1 may have.
+
+    Args:
+        step: a draft step's share of a target forward, in place of the paper's.
+    """
+    forward = 0.108
+    drafting = 0.022 if step is None else step * forward
+    return CostModel(CostTable([1, 4096], [drafting] * 2), CostTable([1, 4096], [forward] * 2))
 
 
 def costs_maker(
-    kind: Costs, live: int, prompt: int, target: str, draft: str, precision: str
+    kind: Costs,
+    live: int,
+    step: float | None,
+    prompt: int,
+    target: str,
+    draft: str,
+    precision: str,
 ) -> Callable[[], CostModel]:
     """Makes equal cost models: the clock's, and one for each policy that refines its own."""
+    if step is not None and kind is not Costs.PAPER:
+        raise typer.BadParameter("--step is for --costs paper")
     if kind is Costs.PAPER:
         if live > 1:
             raise typer.BadParameter("the paper's costs are known for --live 1 only")
-        return paper_costs
+        return partial(paper_costs, step)
     if kind is Costs.GPU:
         return lambda: gpu_costs(live)
     pair = load(target, draft, precision)
@@ -255,6 +270,7 @@ def replay_command(
     warm: Annotated[Path | None, typer.Option(help="traces that estimators learn from")] = None,
     costs: Annotated[Costs, typer.Option(help="see above")] = Costs.PAPER,
     live: Annotated[int, typer.Option(help="rows side by side")] = 1,
+    step: Annotated[float | None, typer.Option(help="see above: draft step / forward")] = None,
     plot: Annotated[Path | None, typer.Option(help="Pareto plot, PNG")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="all figures")] = None,
     target: Target = TARGET,
@@ -269,7 +285,7 @@ def replay_command(
     prepare(threads)
     loaded, about = load_transcripts(traces)
     prompt = sum(trace.prompt_tokens for trace in loaded) // len(loaded)
-    make = costs_maker(costs, live, prompt, target, draft, precision)
+    make = costs_maker(costs, live, step, prompt, target, draft, precision)
     trained = bool(about["head"])
     warming = load_transcripts(warm)[0] if warm else []
     named = contenders(trained, loaded[0].width, make)

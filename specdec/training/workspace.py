@@ -24,6 +24,10 @@ from specdec.training.settings import DistillError
 from specdec.training.student import WEIGHTS
 
 
+HOW_LONG = ("epochs", "minutes")
+"""Arguments that a run which was stopped may be given anew: they say where its schedule ends."""
+
+
 @dataclass(frozen=True, slots=True)
 class Workspace:
     """The folder of a new draft.
@@ -47,6 +51,8 @@ class Workspace:
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Make sure that the folder is new, or of a run with the same arguments.
 
+        One that is not done may have to go on for longer, or less long, than was said at first.
+
         Args:
             arguments: plain data; all that changes the result.
 
@@ -60,10 +66,11 @@ class Workspace:
                 there = json.loads(record.read_text())["arguments"]
                 here = json.loads(json.dumps(arguments))
                 names = [*there, *(name for name in here if name not in there)]
+                free = HOW_LONG if record.parent == self.work else ()
                 lines = [
                     f"  {name}: {there.get(name)!r} there, {here.get(name)!r} here"
                     for name in names
-                    if there.get(name) != here.get(name)
+                    if name not in free and there.get(name) != here.get(name)
                 ]
                 if lines:
                     raise DistillError(

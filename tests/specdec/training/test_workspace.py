@@ -33,9 +33,23 @@ def test_other_arguments_are_refused_with_the_difference(
     examples: list[Example], tmp_path: Path
 ) -> None:
     space = Workspace(tmp_path)
-    space.check({"epochs": 2, "layers": (0, 1)})
-    space.begin({"epochs": 2, "layers": (0, 1)}, examples)
-    space.check({"epochs": 2, "layers": (0, 1)})
+    arguments = {"epochs": 2, "layers": (0, 1), "lr": 1e-3}
+    space.check(arguments)
+    space.begin(arguments, examples)
+    space.check(arguments)
     assert space.examples() == examples
-    with pytest.raises(DistillError, match=r"(?s)other arguments.*epochs: 2 there, 3 here$"):
-        space.check({"epochs": 3, "layers": (0, 1)})
+    with pytest.raises(DistillError, match=r"(?s)other arguments.*lr: 0.001 there, 0.002 here$"):
+        space.check({**arguments, "lr": 2e-3})
+
+
+def test_a_run_that_was_stopped_may_go_on_for_longer(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    """One that is done has been that long."""
+    space, arguments = Workspace(tmp_path), {"epochs": 2, "minutes": None}
+    space.begin(arguments, examples)
+    space.check({"epochs": 3, "minutes": 10.0})
+    space.finish({"arguments": arguments})
+    space.check(arguments)
+    with pytest.raises(DistillError, match="epochs: 2 there, 3 here"):
+        space.check({**arguments, "epochs": 3})
