@@ -23,7 +23,6 @@ from specdec.training.examples import Example, from_lines, to_lines
 from specdec.training.settings import DistillError
 from specdec.training.student import WEIGHTS
 
-
 HOW_LONG = ("epochs", "minutes")
 """Arguments that a run which was stopped may be given anew: they say where its schedule ends."""
 
