@@ -89,8 +89,8 @@ class DraftLoop:
         early = self._early(this, shared)
         known = this.proposal.known
         wanted = zip(self._policy.budget(this.start), this.start.room, known, strict=True)
-        goes_on = self._drafter.reads_known
-        budget = [min(k, room - n) if goes_on or not n else 0 for k, room, n in wanted]
+        behind = this.start.draws_behind
+        budget = [min(k, room - n) if behind or not n else 0 for k, room, n in wanted]
         if self._policy.branches and this.start.nodes and not any(known):
             self._abandon(this, shared, early)
             self._last = [], []

@@ -142,10 +142,9 @@ class Engine:
             row = row_of(request, self.pair, self.scheduler.pages, self.decode, self.grammars)
             self.scheduler.queue.append(row)
         except InvalidRequest as error:
-            prompt = len(request.prompt_ids)
-            said, kind = str(error), type(error).__name__
+            prompt, kind = len(request.prompt_ids), type(error).__name__
             self.completed.append(
-                Completion(request.id, prompt, (), "error", error=said, error_class=kind)
+                Completion(request.id, prompt, (), "error", error=str(error), error_class=kind)
             )
 
     @property
@@ -263,6 +262,7 @@ class Engine:
             target_tokens=sum(min(n, self.prefill_chunk) for n in pending),
             free_trimming=mode is MODES["coupled"],
             beside=self.clock.asynchronous and not self.trace,  # who is traced is looked at
+            draws_behind=not self.drafter or self.drafter.reads_known,
             nodes=[room.nodes(row) for row in rows] if self._branches else (),
         )
         control = any(start.room) and self._controls.next()

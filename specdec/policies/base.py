@@ -132,6 +132,7 @@ class RoundStart:
         target_tokens: packed tokens of the verification without any candidate.
         free_trimming: whether a candidate may be trimmed by its own score: matching modes only.
         beside: whether the device works beside the host, and waits where candidates are looked at.
+        draws_behind: whether the draft goes on behind known candidates; else it leaves such a row.
         nodes: most nodes that each row's tree may have; what is kept beyond is dropped.
         notes: what the policy wants to know again when it observes the round. The next round may
             have begun by then.
@@ -145,6 +146,7 @@ class RoundStart:
     target_tokens: int
     free_trimming: bool
     beside: bool = False
+    draws_behind: bool = True
     nodes: Sequence[int] = ()
     notes: dict[str, Any] = field(default_factory=dict)
 

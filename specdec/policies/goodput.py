@@ -122,7 +122,8 @@ class Goodput(OfferingPolicy):
         self._begin(start)
         self._odds = self.found.predict(start, chains)
         known = [*map(survivals, self._odds)]
-        self._known = [each[: in_front(each, self._worth)] for each in known]
+        behind = start.draws_behind
+        self._known = [each[: in_front(each, self._worth, draws_behind=behind)] for each in known]
         rows, (best, gain) = sum(room > 0 for room in start.room), self._best_set()
         bare = self._looking_up and self.found_switch.look_again and start.decodes
         if best and not bare and self.found_switch.pays(gain / rows):
@@ -142,7 +143,8 @@ class Goodput(OfferingPolicy):
         self._probing, self._looks = False, True
         self._plant(None)
         known = [*map(len, self._known)] if self._begun is start else budget
-        rows = [row for row, room in enumerate(start.room) if room > known[row]]
+        behind, rooms = start.draws_behind, enumerate(zip(start.room, known, strict=True))
+        rows = [row for row, (room, n) in rooms if room > n and (behind or not n)]
         if not rows or self.switch.stands(start):
             self._steps = []
             return budget

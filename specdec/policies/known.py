@@ -107,7 +107,7 @@ class KnownChains:
             )
 
 
-def in_front(survival: Sequence[float], worth: float) -> int:
+def in_front(survival: Sequence[float], worth: float, *, draws_behind: bool = True) -> int:
     """How many candidates of a chain to take in front of a draft's, for the most tokens.
 
     A draft's candidates are behind all of them: what it is worth to a row comes with their survival
@@ -116,11 +116,12 @@ def in_front(survival: Sequence[float], worth: float) -> int:
     Args:
         survival: of the chain's candidates.
         worth: tokens that a draft brings a row in a round, beyond their cost.
+        draws_behind: whether there are any of the draft's behind a chain.
     """
     best, most, tokens = 0, 0.0, 0.0
     for n, stands in enumerate(survival, start=1):
         tokens += stands
-        gain = tokens - (1 - stands) * worth
+        gain = tokens - (1 - stands * draws_behind) * worth
         if gain > most:
             best, most = n, gain
     return best

@@ -40,6 +40,9 @@ def test_a_chain_stands_in_front_as_far_as_it_brings_more_than_it_hides() -> Non
     assert in_front([0.9, 0.8, 0.1], worth=3.0) == 2
     assert in_front([0.5, 0.45], worth=3.0) == 0
     assert in_front([], worth=1.0) == 0
+    # Without a draft behind it: 1.8 - 1.5 > 0, and 1.8 - 3 < 0
+    assert in_front([0.9, 0.8, 0.1], worth=1.5, draws_behind=False) == 3
+    assert in_front([0.9, 0.8, 0.1], worth=3.0, draws_behind=False) == 0
     assert survivals([0.5, 0.5, 1.0]) == [0.5, 0.25, 0.25]
 
 
@@ -101,6 +104,28 @@ def test_a_doubtful_chain_gives_way_to_a_good_draft_only(rate: float) -> None:
     assert counts[1] == (rate == 0.1)
     budget = policy.budget(start)
     assert bool(budget[2]) == (rate == 0.9)
+
+
+def test_a_draft_that_leaves_rows_with_known_candidates_is_promised_for_the_others_only() -> None:
+    """Catches promises that count rows which the draft leaves: they are never kept."""
+    promised = {}
+    for behind in (True, False):
+        policy, rows = goodput(0.9, draft=0.05)
+        start = replace(round_start(rows), draws_behind=behind)
+        policy.choose(start, [chain(forced=1), chain(), chain(), chain()])
+        budget = policy.budget(start)
+        assert [n > 0 for n in budget] == [behind, True, True, True]
+        promised[behind] = start.notes["promised"] * (4 if behind else 3)
+    assert promised[False] < promised[True]
+
+
+def test_a_chain_gives_way_to_a_draft_that_would_leave_its_row() -> None:
+    counts = []
+    for behind in (True, False):
+        policy, rows = goodput(0.9, draft=0.05)
+        start = replace(round_start(rows), draws_behind=behind)
+        counts.append(policy.choose(start, [chain(SURE), *[chain()] * 3])[0])
+    assert counts == [1, 0]
 
 
 def test_rounds_without_chains_are_those_of_a_policy_that_looks_nothing_up() -> None:
