@@ -186,7 +186,11 @@ VALUES: list[tuple[str, object, str]] = [
     ("models.target", "https://huggingface.co/a/b", "write its name alone, 'a/b'"),
     ("models.draft", "pkg:no_such_package/x.gguf", "no installed package 'no_such_package'"),
     ("models.draft", "OTHER", "models.draft: the vocabularies differ at token 5: '!' in"),
-    ("models.draft", "mtp", "models.draft: MTP heads inside a target's checkpoint are not read; giv"),
+    (
+        "models.draft",
+        "mtp",
+        "models.draft: MTP heads inside a target's checkpoint are not read; giv",
+    ),
     ("speculation.head", "nowhere", "speculation.head: "),
     # ---- where it reads and writes
     ("input.paths", "nothing/*.parquet", "no files match this glob"),

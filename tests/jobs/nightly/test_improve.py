@@ -195,9 +195,7 @@ def test_heads_are_trained_for_eagle_drafts(
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("kind", ["model", "eagle3"])
-def test_a_night_teaches_head_and_draft(
-    tiny_models: TinyModels, tmp_path: Path, kind: str
-) -> None:
+def test_a_night_teaches_head_and_draft(tiny_models: TinyModels, tmp_path: Path, kind: str) -> None:
     write_seeds(tmp_path, {f"w{i}": f"word {i}" for i in range(24)})
     values = small_recipe(
         tiny_models,
