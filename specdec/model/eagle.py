@@ -110,8 +110,8 @@ class Eagle3(nn.Module):
         x = self.first.read(embedded, states.to(embedded.dtype), angles, packing)
         for layer in self.others:
             x = layer(x, angles, packing)
-        states: Tensor = self.norm(x[0]) if self.norm_output else x[0]
-        return states
+        made: Tensor = self.norm(x[0]) if self.norm_output else x[0]
+        return made
 
     def normed(self, states: Tensor) -> Tensor:
         """What logits are made of: states [M, hidden] behind the last norm."""
