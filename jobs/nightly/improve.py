@@ -27,7 +27,6 @@ from jobs.tuning.common import user_errors
 from jobs.tuning.students import LR, Kind, begin, kind_of, load_target
 from pipeline.commit import manifest
 from pipeline.config.job import JobConfig, SamplingConfig
-from pipeline.config.model_family import refuse_eagle
 from pipeline.config.model_identity import digest
 from pipeline.generate.loading import load_acceptance_head, load_pair
 from pipeline.inputs.row_sampling import row_sampling
@@ -56,9 +55,6 @@ LR_OF_NEXT = 2e-4
 
 Raised, it forgets more of what other nights taught.
 """
-
-_MIXING = 0.15
-"""Share of draft tokens in a head's training text; the default of `specbatch train-head`."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +139,6 @@ def _candidates(
 ) -> Iterator[tuple[Outcome, Version]]:
     """A draft first, with a head of its own where one is needed; if it is not adopted, a head."""
     job = _job(recipe, before)
-    if recipe.improve.head:
-        why = "improve.head is for language models; `specbatch train-head` trains a head for it"
-        refuse_eagle(job.models.draft, why)
     torch.set_num_threads(max(1, int(job.actors.num_cpus or os.cpu_count() or 1)))
     show("loading models")
     pair = load_pair(job)
@@ -236,7 +229,7 @@ def _new_draft(
     training = _distill(recipe, kind, before.draft if kind is own else None, lesson, folder)
     pair = load_pair(_job(recipe, Version(str(folder), None)))
     head, head_folder = None, None
-    if kind is Kind.MODEL and (recipe.improve.head or incumbent.head is not None):
+    if recipe.improve.head or incumbent.head is not None:
         # The head in use knows another draft's states.
         show("training a head for the new draft")
         head_folder = _fresh(models / f"head-{night.date}-of-draft")
@@ -284,8 +277,8 @@ def _train_head(
     """A head for this pair, kept in a folder, and what is known of it."""
     settings = recipe.improve
     labelling = LabelSettings(
-        row_sampling(lesson.sampling, None, ""), recipe.job.speculation.verification, _MIXING
-    )
+        row_sampling(lesson.sampling, None, ""), recipe.job.speculation.verification
+    ).for_draft(pair.draft)
     training = HeadSettings(
         depth=settings.head_depth, epochs=settings.head_epochs, seed=settings.seed
     )

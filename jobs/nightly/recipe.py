@@ -209,16 +209,6 @@ class Recipe(Section):
                 "improve.head: job.speculation.estimator is "
                 f"{self.job.speculation.estimator}, which would not use the head; remove it"
             )
-        if improve.head and improve.draft and improve.kind == "eagle3":
-            raise ValueError(
-                "improve.head: a head reads what a draft of the kind model says; remove it, or set "
-                "improve.kind to model"
-            )
-        if improve.draft and improve.kind == "eagle3" and self.job.speculation.needs_head:
-            raise ValueError(
-                "improve.kind: an EAGLE-3 draft has no head, which job.speculation needs; set "
-                "job.speculation.estimator to confidence and remove job.speculation.head"
-            )
         if (improve.head or improve.draft) and improve.folder is None and "://" in self.output:
             raise ValueError("improve.folder: give a local folder, since the output is not local")
         return self

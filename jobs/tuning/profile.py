@@ -69,6 +69,9 @@ def profile(
     """
     with explained("Nothing was written."):
         job = load_job(file, overrides or [])
+        drafts = draft or ([] if job.models.draft else [NONE])
+        for name in set(drafts) - {NONE}:
+            load_job(file, [*(overrides or []), f"models.draft={json.dumps(name)}"])
         from pipeline.inputs.sample import sample_rows
         from pipeline.run.plan import plan_job
 
@@ -81,7 +84,6 @@ def profile(
                     raise UserError(f"{each.file.url}: no column {class_column!r}; {hint}")
         how = job.input.model_dump(exclude={"paths", "s3"})
         sample = sample_rows(job.input.paths, how, plan.job.s3_of_input, rows, seed)
-        drafts = draft or ([] if job.models.draft else [NONE])
         with progress_bar() as show:
             found = _profile(plan.job, drafts, sample, class_column, show)
         if as_json:

@@ -190,9 +190,9 @@ def train_head(
             show("loading models")
             pair = load_models(config.models, config.models.device)
             source = HeadRows(pair, config, s3, mine, outputs or [], others, rows, max_positions)
-            if pair.draft is not None and pair.draft.reads_features:
-                mixing = 0.0  # its labels come from rounds along the text
-            labelling = LabelSettings(source.sampling, config.speculation.verification, mixing)
+            labelling = LabelSettings(
+                source.sampling, config.speculation.verification, mixing
+            ).for_draft(pair.draft)
             training = HeadSettings(
                 depth=depth, reject_weight=reject_weight, epochs=epochs, seed=seed
             )

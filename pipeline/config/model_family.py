@@ -87,16 +87,6 @@ def eagle(name: str) -> str:
     return _eagle(name, read_model_file(name, "config.json"))
 
 
-def refuse_eagle(name: str | None, why: str) -> None:
-    """Refuse an EAGLE-3 draft where a language model is needed, and say why.
-
-    Raises:
-        UserError: the draft of that name is EAGLE-3.
-    """
-    if name is not None and eagle(name):
-        raise UserError(f"models.draft: {name} is EAGLE-3, and {why}; give a language model")
-
-
 def without_trees(target: str, draft: str | None) -> str:
     """Why candidates of a pair cannot branch; "" if they can, or configs do not tell a family.
 

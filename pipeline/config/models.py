@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.locations import Location
 from pipeline.config.section import Section, example
+
+
+def _no_mtp(name: str) -> str:
+    """The name of a draft, unless it is what servers call heads inside a target's checkpoint.
+
+    Raises:
+        ValueError: it is.
+    """
+    if name.lower() == "mtp":
+        raise ValueError(
+            "MTP heads inside a target's checkpoint are not read; give an EAGLE-3 draft of the "
+            "target, a small model with its tokenizer, or train a draft with `specbatch distill "
+            f"--kind eagle3`; for a folder of this name write ./{name}"
+        )
+    return name
 
 
 class ModelsConfig(Section):
@@ -27,7 +42,7 @@ class ModelsConfig(Section):
         "`owner/name@revision`), a folder, a `*.gguf` file, or "
         "`pkg:PACKAGE/FILE.gguf`.",
     )
-    draft: Location | None = Field(
+    draft: Annotated[Location, AfterValidator(_no_mtp)] | None = Field(
         default=None,
         min_length=1,
         description="The small model that proposes tokens, in the same forms. It must have the "

@@ -86,6 +86,7 @@ def load_eagle(
         text,
         parts,
         norm_before_residual=config.norm_before_residual,
+        norm_output=config.norm_output,
         known=known,
         vocab_size=target.vocab_size,
     )
@@ -236,6 +237,9 @@ def _skeleton(config: EagleConfig, text: Any, states: int, weights: dict[str, Te
     parts.fc = nn.Linear(states, width, bias="fc.bias" in weights)
     if config.norm_before_fc:
         parts.input_norm = Norm(states, eps=epsilon)
+    if config.fc_norm:
+        each = config.target_hidden_size
+        parts.fc_norm = nn.ModuleList(Norm(each, eps=epsilon) for _ in range(states // each))
     parts.layers = nn.ModuleList(Layer(text, i) for i in range(text.num_hidden_layers))
     first = parts.layers[0]
     first.hidden_norm = Norm(width, eps=epsilon)

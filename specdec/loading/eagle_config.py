@@ -40,7 +40,9 @@ class EagleConfig:
         draft_vocab_size: tokens that it proposes; None: all.
         target_hidden_size: numbers of each of the target's hidden states.
         layer_ids: the target's layers whose inputs it reads, rising; None: by the rule.
-        norm_before_residual, norm_before_fc: variants of the first layer and of what is fused.
+        norm_before_residual: whether the first layer adds to the normed state.
+        norm_before_fc, fc_norm: whether states are normed before they are fused, as one or each.
+        norm_output: whether further candidates read its last state behind its norm.
         tied: whether its LM head is its embedding.
     """
 
@@ -53,6 +55,8 @@ class EagleConfig:
     layer_ids: tuple[int, ...] | None
     norm_before_residual: bool
     norm_before_fc: bool
+    fc_norm: bool
+    norm_output: bool
     tied: bool
 
     @classmethod
@@ -90,7 +94,9 @@ class EagleConfig:
                 target_hidden_size=int(config.get("target_hidden_size") or layer["hidden_size"]),
                 layer_ids=_layer_ids(config.get(LAYER_IDS), nested.get(LAYER_IDS)),
                 norm_before_residual=bool(config.get("norm_before_residual", False)),
-                norm_before_fc=bool(config.get("norm_before_fc", False)),
+                norm_before_fc=bool(nested.get("norm_before_fc", config.get("norm_before_fc"))),
+                fc_norm=bool(config.get("fc_norm")),
+                norm_output=bool(config.get("norm_output")),
                 tied=bool(config.get("tie_word_embeddings", False)),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -127,6 +133,8 @@ class EagleConfig:
             "target_hidden_size": self.target_hidden_size,
             "norm_before_residual": self.norm_before_residual,
             "norm_before_fc": self.norm_before_fc,
+            "fc_norm": self.fc_norm,
+            "norm_output": self.norm_output,
             LAYER_IDS: list(layer_ids),
             "tie_word_embeddings": self.tied,
             "transformer_layer_config": dict(self.layer),

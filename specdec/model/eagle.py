@@ -59,9 +59,10 @@ class Eagle3(nn.Module):
     Args:
         config: of transformers, of its layers.
         parts: modules by the names that checkpoints give them: `embed_tokens`, `fc`, `layers`, of
-            which the first has a `hidden_norm`, `norm`, `lm_head`, and `input_norm` if states are
-            normed before they are fused. Its layers are taken apart.
+            which the first has a `hidden_norm`, `norm`, `lm_head`, and if states are normed before
+            they are fused `input_norm`, or `fc_norm` of each. Its layers are taken apart.
         norm_before_residual: see `FirstLayer`.
+        norm_output: whether its states are those behind `norm`.
         known: int64 [draft vocabulary], which of the target's tokens each of the draft's is; None:
             the same.
         vocab_size: tokens of the target.
@@ -75,13 +76,15 @@ class Eagle3(nn.Module):
         parts: Any,
         *,
         norm_before_residual: bool,
+        norm_output: bool,
         known: Tensor | None,
         vocab_size: int,
     ) -> None:
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
+        self.config, self.vocab_size, self.norm_output = config, vocab_size, norm_output
         self.embed_tokens, self.fc, self.norm = parts.embed_tokens, parts.fc, parts.norm
-        self.input_norm, self.lm_head = getattr(parts, "input_norm", None), parts.lm_head
+        self.input_norm, self.fc_norm = (getattr(parts, f"{n}_norm", None) for n in ("input", "fc"))
+        self.lm_head = parts.lm_head
         self.rotary_emb = LlamaRotaryEmbedding(config).to(self.norm.weight.device)
         first, *others = parts.layers
         self.first = FirstLayer(first, first.hidden_norm, norm_before_residual)
@@ -92,6 +95,9 @@ class Eagle3(nn.Module):
         """Features [N, hidden] of the target's states side by side."""
         if self.input_norm is not None:
             states = self.input_norm(states)
+        if self.fc_norm is not None:
+            each = states.chunk(len(self.fc_norm), -1)
+            states = torch.cat([norm(x) for norm, x in zip(self.fc_norm, each, strict=True)], -1)
         fused: Tensor = self.fc(states)
         return fused
 
@@ -104,7 +110,13 @@ class Eagle3(nn.Module):
         x = self.first.read(embedded, states.to(embedded.dtype), angles, packing)
         for layer in self.others:
             x = layer(x, angles, packing)
-        return x[0]
+        made: Tensor = self.norm(x[0]) if self.norm_output else x[0]
+        return made
+
+    def normed(self, states: Tensor) -> Tensor:
+        """What logits are made of: states [M, hidden] behind the last norm."""
+        normed: Tensor = states if self.norm_output else self.norm(states)
+        return normed
 
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [M, V] over the target's tokens, of normed states [M, hidden]."""
@@ -174,8 +186,8 @@ class EagleDecoder(PackedDecoder):
             self._states = None
 
     def normed(self, states: Tensor) -> Tensor:
-        """What logits are made of: states [M, hidden] behind the last norm."""
-        normed: Tensor = self.model.norm(states)
+        """See `Eagle3.normed`."""
+        normed: Tensor = self.model.normed(states)
         return normed
 
     @torch.inference_mode()

@@ -72,25 +72,32 @@ class Rollout(nn.Module):
         parts: a draft's modules (specdec/loading/eagle.py).
         config: of transformers, of its layer.
         norm_before_residual: whether the layer adds to the normed state, not to the state.
+        norm_output: whether its states are those behind `norm`.
     """
 
-    def __init__(self, parts: Any, config: Any, norm_before_residual: bool) -> None:
+    def __init__(
+        self, parts: Any, config: Any, *, norm_before_residual: bool, norm_output: bool
+    ) -> None:
         super().__init__()
         self.embed_tokens, self.fc, self.norm = parts.embed_tokens, parts.fc, parts.norm
-        self.input_norm, self.head = getattr(parts, "input_norm", None), parts.lm_head
+        self.input_norm, self.fc_norm = (getattr(parts, f"{n}_norm", None) for n in ("input", "fc"))
+        self.head = parts.lm_head
         (self.layer,) = parts.layers
-        self.norm_before_residual = norm_before_residual
+        self.norm_before_residual, self.norm_output = norm_before_residual, norm_output
         self.rotary = LlamaRotaryEmbedding(config)
 
     def normed(self, states: Tensor) -> Tensor:
         """What logits are made of."""
-        return _norm(self.norm, states)
+        return states if self.norm_output else _norm(self.norm, states)
 
     def fused(self, states: Tensor) -> Tensor:
         """Features of the target's states side by side."""
         states = states.to(self.fc.weight.dtype)
         if self.input_norm is not None:
             states = _norm(self.input_norm, states)
+        if self.fc_norm is not None:
+            each = states.chunk(len(self.fc_norm), -1)
+            states = torch.cat([_norm(n, x) for n, x in zip(self.fc_norm, each, strict=True)], -1)
         fused: Tensor = self.fc(states)
         return fused.float()
 
@@ -129,6 +136,7 @@ class Rollout(nn.Module):
             mixed = _attend(query, keys, values, hidden_keys, attention.scaling)
             y = (normed if self.norm_before_residual else x) + attention.o_proj(mixed)
             y = y + layer.mlp(_norm(layer.post_attention_layernorm, y))
+            y = _norm(self.norm, y) if self.norm_output else y
             found.append(y)
             # The next step reads, at each position, what this one made of the position before it.
             before = y[:, max(window - 1, 0) : -1] if not step else y[:, :-1]

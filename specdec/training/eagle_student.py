@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from specdec.atomic import atomic_file, write_bytes
-from specdec.loading.eagle import eagle_config, eagle_folder, eagle_parts, eagle_weights
+from specdec.loading.eagle import MAPS, eagle_config, eagle_folder, eagle_parts, eagle_weights
 from specdec.loading.eagle_config import FEWEST_LAYERS, LAYER_IDS, EagleConfig
 from specdec.loading.pair import ModelPair
 from specdec.loading.sources import find_model
@@ -69,16 +69,19 @@ class EagleStudent:
         assert read is not None, "it is EAGLE-3's"
         self.name, self.layers = name, read.layers_of(target.layers)
         width = target.model.config.get_text_config().hidden_size * len(self.layers)
-        self._maps = {each: weights[each] for each in ("d2t", "t2d") if each in weights}
-        own = set(weights) - set(self._maps)
+        maps = {each: weights[each] for each in MAPS if each in weights}
+        own = set(weights) - set(maps)
         if "lm_head.weight" not in own:
             raise DistillError(f"{name} has no LM head of its own; begin a new draft")
         parts, text, known = eagle_parts(read, dict(weights), target, width)
+        # vLLM takes a map for an error where a draft proposes all of the target's tokens.
+        self._maps = {} if known is None else maps
         if len(parts.layers) != 1:
             raise DistillError(f"{name} has {len(parts.layers)} layers; one can be trained")
         self.vocab_size, self.context_length = target.vocab_size, target.context_length
         self.known = torch.arange(target.vocab_size) if known is None else known.cpu()
-        self.rollout = Rollout(parts, text, read.norm_before_residual).to(target.device)
+        variant = {n: getattr(read, n) for n in ("norm_before_residual", "norm_output")}
+        self.rollout = Rollout(parts, text, **variant).to(target.device)
         self._config = config
         self._own = {key: p for key, p in parts.named_parameters() if key in own}
         parts.requires_grad_(False)

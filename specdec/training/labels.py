@@ -18,6 +18,7 @@ from torch import Tensor
 from specdec.engine.engine import Engine
 from specdec.lossless.sampling import SamplingBatch
 from specdec.measure.calibration import Array
+from specdec.model.decoder import PackedDecoder
 from specdec.request import Completion, Request, SamplingParams
 from specdec.training.examples import Example
 from specdec.training.judging import Judged, Verification
@@ -50,6 +51,10 @@ class LabelSettings:
     sampling: SamplingParams
     verification: Verification = "rejection"
     mixing: float = 0.15
+
+    def for_draft(self, draft: PackedDecoder) -> LabelSettings:
+        """What of these counts with a draft: text is not mixed for one that reads features."""
+        return replace(self, mixing=0.0) if draft.reads_features else self
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,6 +186,11 @@ VALUES: list[tuple[str, object, str]] = [
     ("models.target", "https://huggingface.co/a/b", "write its name alone, 'a/b'"),
     ("models.draft", "pkg:no_such_package/x.gguf", "no installed package 'no_such_package'"),
     ("models.draft", "OTHER", "models.draft: the vocabularies differ at token 5: '!' in"),
+    (
+        "models.draft",
+        "mtp",
+        "models.draft: MTP heads inside a target's checkpoint are not read; giv",
+    ),
     ("speculation.head", "nowhere", "speculation.head: "),
     # ---- where it reads and writes
     ("input.paths", "nothing/*.parquet", "no files match this glob"),
@@ -292,6 +297,41 @@ def test_the_good_job_is_good(job: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(job))
     assert call("validate", file).exit_code == 0
+
+
+# ----------------------------------------------------------------------------- MTP
+
+MTP: list[tuple[dict[str, str], list[str]]] = [
+    *(({"draft": "mtp"}, [command]) for command in ("validate", "plan", "run", "profile")),
+    ({"draft": "mtp"}, ["submit", "--address", "http://nobody:8265"]),
+    ({}, ["validate", "--set", "models.draft=MTP"]),
+    ({}, ["profile", "--draft", "mtp"]),
+]
+
+
+@pytest.mark.parametrize(("models", "command"), MTP)
+def test_heads_inside_a_target_are_no_draft(
+    job: dict[str, Any], tmp_path: Path, models: dict[str, str], command: list[str]
+) -> None:
+    """Catches a command that takes them for a name on the hub, whose error is another one."""
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump({**job, "models": job["models"] | models}))
+    error = refused(call(command[0], file, *command[1:]))
+    assert f"{file}: models.draft: MTP heads inside a target's checkpoint are not read" in error
+    assert "`specbatch distill --kind eagle3`; for a folder of this name write ./" in error
+
+
+@pytest.mark.parametrize("name", ["./mtp", "mtp"])
+def test_a_folder_that_is_called_mtp_is_a_draft(
+    job: dict[str, Any], tiny_models: TinyModels, tmp_path: Path, name: str
+) -> None:
+    """It lies beside the job file, where `mtp` alone is a path as well."""
+    (tmp_path / "mtp").symlink_to(tiny_models.draft)
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(in_job(job, "models.draft", name)))
+    result = call("validate", file)
+    assert result.exit_code == 0, result.output
+    assert f'"draft": "{tmp_path / "mtp"}"' in result.stdout
 
 
 # ----------------------------------------------------------------------- weights

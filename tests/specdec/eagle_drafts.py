@@ -41,6 +41,8 @@ class Shape:
     bias: bool = False
     norm_before_residual: bool = False
     norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -76,6 +78,8 @@ def random_weights(shape: Shape, seed: int = 0) -> Weights:
     weights = {"fc.weight": matrix(h, fused), "norm.weight": norm(h)}
     if shape.norm_before_fc:
         weights["input_norm.weight"] = norm(fused)
+    if shape.fc_norm:
+        weights |= {f"fc_norm.{i}.weight": norm(shape.target_hidden) for i in range(len(LAYERS))}
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     for i in range(shape.layers):
         own, read = f"layers.{i}.", h if i else 2 * h
@@ -142,13 +146,18 @@ def save(
             "transformer_layer_config": layer_config(shape),
             "norm_before_residual": shape.norm_before_residual,
             "norm_before_fc": shape.norm_before_fc,
+            "fc_norm": shape.fc_norm,
+            "norm_output": shape.norm_output,
             "eagle_aux_hidden_state_layer_ids": [*LAYERS],
         }
     else:
-        assert not (shape.norm_before_residual or shape.norm_before_fc)
+        assert not (shape.norm_before_residual or shape.fc_norm or shape.norm_output)
         config |= layer_config(shape) | {
             "architectures": ["LlamaForCausalLMEagle3"],
-            "eagle_config": {"eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in LAYERS]},
+            "eagle_config": {
+                "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in LAYERS],
+                "norm_before_fc": shape.norm_before_fc,
+            },
         }
         names = {name: name.replace("layers.0.", "midlayer.", 1) for name in weights}
         weights = {names[name]: weight for name, weight in weights.items()}
@@ -219,6 +228,9 @@ def fused(w: Weights, states: Tensor) -> Tensor:
     """Features of the target's states [n, 3 * hidden]."""
     if "input_norm.weight" in w:
         states = _norm(states, w["input_norm.weight"])
+    if "fc_norm.0.weight" in w:
+        each = states.chunk(len(LAYERS), -1)
+        states = torch.cat([_norm(x, w[f"fc_norm.{i}.weight"]) for i, x in enumerate(each)], -1)
     return states @ w["fc.weight"].T
 
 
@@ -248,7 +260,8 @@ def plain_draft(
         x = x + (gate * torch.sigmoid(gate) * up) @ w[own + "mlp.down_proj.weight"].T
     head = embedding if shape.tied else w.get("lm_head.weight")
     head = model.get_output_embeddings().weight if head is None else head
-    own_logits = _norm(x, w["norm.weight"]) @ head.T
+    normed = _norm(x, w["norm.weight"])
+    own_logits, x = normed @ head.T, normed if shape.norm_output else x
     if shape.draft_vocab is None:
         return own_logits, x
     logits = torch.full((len(x), shape.vocab), float("-inf"))

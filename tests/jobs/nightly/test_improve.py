@@ -21,7 +21,13 @@ from jobs.nightly.improve import improve
 from jobs.nightly.nights import run_nights
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.versions import Versions, read_versions, roll_back, write_versions
+from jobs.tuning.students import Kind, kind_of
 from pipeline.errors import UserError
+from pipeline.generate.loading import load_acceptance_head, load_pair, make_engine
+from specdec.engine.engine import Engine
+from specdec.loading.head_files import read_card
+from specdec.policies.registry import make_policy
+from specdec.request import Request, SamplingParams
 from tests.conftest import TinyModels
 from tests.jobs.nightly.recipes import small_recipe, write_seeds
 
@@ -127,21 +133,69 @@ def test_the_next_draft_is_of_either_kind(
     assert read_versions(recipe).in_use.draft == (str(folder) if adopted else own)
 
 
-def test_a_head_is_not_trained_for_an_eagle_draft(
-    tiny_models: TinyModels, tiny_eagle: str, write_job_output: WriteJob, tmp_path: Path
+HEADS = {
+    "for the draft in use": ("eagle3", {"head": True}, {"policy": "goodput"}),
+    "for the draft of the night": (
+        "model",
+        {"head": True, "draft": True, "kind": "eagle3"},
+        {"policy": "goodput", "verification": "coupled"},
+    ),
+    "since the policy needs one": (
+        "model",
+        {"draft": True, "kind": "eagle3"},
+        {"policy": "head", "k_max": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize(("incumbent", "wanted", "speculation"), HEADS.values(), ids=HEADS)
+def test_heads_are_trained_for_eagle_drafts(
+    tiny_models: TinyModels,
+    tiny_eagle: str,
+    tiny_head: str,
+    write_job_output: WriteJob,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    incumbent: str,
+    wanted: dict[str, Any],
+    speculation: dict[str, Any],
 ) -> None:
-    values = small_recipe(tiny_models, tmp_path, improve={"head": True})
-    values["job"]["models"]["draft"] = tiny_eagle
-    values["job"]["speculation"]["policy"] = "goodput"
+    """The next night runs with what was adopted. Catches a head that knows another draft."""
+    monkeypatch.setattr(jobs.nightly.compare, "_COST_SECONDS", 0.3)
+    monkeypatch.setattr(jobs.nightly.compare, "verdict", lambda *_: (True, "It is wanted here."))
+    small = {"held_out": 0.3, "draft_epochs": 1, "head_epochs": 2, "head_depth": 1}
+    values = small_recipe(tiny_models, tmp_path, improve=small | wanted)
+    if incumbent == "eagle3":
+        values["job"]["models"]["draft"] = tiny_eagle
+    if speculation["policy"] == "head":
+        speculation = {**speculation, "head": tiny_head}
+    values["job"]["speculation"] = speculation
     recipe = Recipe.model_validate(values)
-    with pytest.raises(UserError, match=r"is EAGLE-3, and improve\.head is for"):
-        improve(recipe, Archive.of(recipe), finished_night(recipe, write_job_output), str)
+    record = improve(
+        recipe, Archive.of(recipe), finished_night(recipe, write_job_output), lambda _: None
+    )
+    (found,) = record["candidates"]
+    training = found["training"]["head"] if "draft" in wanted else found["training"]
+    assert training["rows"] > 5 and 0 <= training["auc"] <= 1
+    version = read_versions(recipe).in_use
+    assert version.draft is not None and kind_of(version.draft) is Kind.EAGLE3
+    assert version.head is not None and read_card(version.head)["mixing"] == 0
+
+    job = version.apply(recipe.job)
+    pair = load_pair(job)
+    engine = make_engine(job, pair, load_acceptance_head(job, pair))
+    sampling = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
+    requests = [Request(str(i), (3 + i, 4, 5), sampling) for i in range(3)]
+    alone = Engine(pair, policy=make_policy("none"), slots=2).generate(requests)
+    outputs = {each.id: each.output_ids for each in engine.generate(requests)}
+    assert outputs == {each.id: each.output_ids for each in alone}
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_a_night_teaches_head_and_draft(tiny_models: TinyModels, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["model", "eagle3"])
+def test_a_night_teaches_head_and_draft(tiny_models: TinyModels, tmp_path: Path, kind: str) -> None:
     write_seeds(tmp_path, {f"w{i}": f"word {i}" for i in range(24)})
     values = small_recipe(
         tiny_models,
@@ -150,6 +204,7 @@ def test_a_night_teaches_head_and_draft(tiny_models: TinyModels, tmp_path: Path)
         improve={
             "head": True,
             "draft": True,
+            "kind": kind,
             "held_out": 0.5,
             "head_depth": 1,
             "head_epochs": 2,

@@ -154,18 +154,6 @@ def test_mistakes(
     assert not (tmp_path / "dataset").exists()
 
 
-def test_eagle_drafts_have_no_head(values: dict[str, Any]) -> None:
-    eagle = {**values, "improve": {"draft": True, "kind": "eagle3"}}
-    Recipe.model_validate(eagle)
-    eagle["job"] = changed(values["job"], "speculation", {"policy": "goodput", "head": "/head"})
-    Recipe.model_validate(eagle)  # the next draft goes without
-    with pytest.raises(ValueError, match=r"improve\.head: a head reads what a draft of the kind"):
-        Recipe.model_validate(changed(eagle, "improve.head", True))
-    needs = changed(eagle, "job.speculation.policy", "head")
-    with pytest.raises(ValueError, match=r"improve\.kind: an EAGLE-3 draft has no head, which"):
-        Recipe.model_validate(needs)
-
-
 @pytest.mark.parametrize("name", ["recipe.yaml", "quiz.yaml"])
 def test_the_examples_can_be_made(name: str) -> None:
     recipe = load_recipe(Path(__file__).parents[3] / "examples/nightly" / name)

@@ -6,14 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.model_family import (
-    LAYERS,
-    eagle,
-    expected,
-    families,
-    refuse_eagle,
-    without_trees,
-)
+from pipeline.config.model_family import LAYERS, eagle, expected, families, without_trees
 from pipeline.errors import UserError
 
 
@@ -76,13 +69,6 @@ def test_an_eagle_draft_is_told_as_such(model: Any) -> None:
     assert line.startswith("EAGLE-3 (EAGLE/SGLang format): llama layer") and fine
     assert "32,000 of 128,256 tokens" in line and eagle(name) == line
     assert eagle("nobody/such-a-model") == ""
-    with pytest.raises(UserError, match=r"models\.draft: .* is EAGLE-3, and a profile replays"):
-        refuse_eagle(name, "a profile replays")
-
-
-def test_a_language_model_is_not_refused_as_eagle(model: Any) -> None:
-    refuse_eagle(model(json.dumps({"model_type": "llama"})), "a profile replays")
-    refuse_eagle(None, "a profile replays")
 
 
 @pytest.mark.parametrize(

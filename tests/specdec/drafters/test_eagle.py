@@ -43,11 +43,13 @@ VARIANTS: dict[str, Shape] = {
     "qwen3": Shape(kind="qwen3"),
     "norm before residual": Shape(norm_before_residual=True),
     "norm before fc": Shape(norm_before_fc=True),
+    "EAGLE-3.1": Shape(fc_norm=True, norm_output=True),
     "two layers": Shape(layers=2),
 }
 CASES = [
     *((name, form) for name in SHAPES for form in ("speculators", "sglang")),
     *((name, "speculators") for name in VARIANTS),
+    ("norm before fc", "sglang"),
 ]
 TARGETS: dict[str, dict[str, Any]] = {
     "llama": {"layers": 3},

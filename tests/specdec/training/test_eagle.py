@@ -45,8 +45,9 @@ def pair(target: Path) -> ModelPair:
         (Shape(draft_vocab=None, own_embedding=False, bias=True), "sglang"),
         (Shape(kind="qwen3", norm_before_residual=True, norm_before_fc=True), "speculators"),
         (Shape(hidden=32), "speculators"),
+        (Shape(fc_norm=True, norm_output=True), "speculators"),
     ],
-    ids=["plain", "sglang", "qwen3", "narrow"],
+    ids=["plain", "sglang", "qwen3", "narrow", "EAGLE-3.1"],
 )
 def test_each_step_computes_what_a_chain_would(
     pair: ModelPair, tmp_path: Path, shape: Shape, form: Any
@@ -137,6 +138,19 @@ def test_a_new_draft_begins_as_the_targets_last_layer(
     ]
     assert same == [family == "llama"] * 5
     assert torch.equal(own["norm.weight"], model.model.norm.weight) or family == "qwen2"
+
+
+def test_a_draft_of_all_tokens_has_no_map(
+    target: Path, pair: ModelPair, examples: list[Example], tmp_path: Path
+) -> None:
+    """vLLM refuses a map that it does not need. Catches one that is written all the same."""
+    student = EagleStudent.begin(pair, examples, 10_000)
+    student.save(tmp_path)
+    kept = load_file(tmp_path / "model.safetensors")
+    assert len(kept["lm_head.weight"]) == len(student.known) == pair.target.vocab_size
+    assert not {"d2t", "t2d"} & kept.keys()
+    drafted = ModelPair.load(str(target), str(tmp_path), device="cpu")
+    assert greedy(drafted) == greedy(ModelPair.load(str(target), device="cpu"), k=0)
 
 
 class Killed(Exception):
