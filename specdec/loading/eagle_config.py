@@ -125,10 +125,15 @@ class EagleConfig:
         return ids
 
     def as_speculators(self, layer_ids: Sequence[int]) -> dict[str, Any]:
-        """config.json of the same draft in the `speculators` format, reading these layers."""
+        """config.json of the same draft in the `speculators` format, reading these layers.
+
+        Its weights are taken to be stored in bfloat16.
+        """
         return {
             "architectures": ["Eagle3DraftModel"],
+            "dtype": "bfloat16",
             "speculators_model_type": "eagle3",
+            "speculators_version": "0.3.0",
             "draft_vocab_size": self.draft_vocab_size or self.vocab_size,
             "target_hidden_size": self.target_hidden_size,
             "norm_before_residual": self.norm_before_residual,

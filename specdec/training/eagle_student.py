@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ class EagleStudent:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint that `models.draft` can name; the weights come last, in one step."""
-        write_bytes(folder / "config.json", json.dumps(self._config, indent=2).encode())
+        write_bytes(folder / "config.json", f"{json.dumps(self._config, indent=2)}\n".encode())
         weights = {
             key: p.detach().to("cpu", torch.bfloat16).contiguous() for key, p in self._own.items()
         }
@@ -247,19 +248,12 @@ def new_config(pair: ModelPair, tokens: int) -> dict[str, Any]:
         "mlp_bias": False,
         "vocab_size": target.vocab_size,
     }
-    return {
-        "architectures": ["Eagle3DraftModel"],
-        "speculators_model_type": "eagle3",
-        "speculators_version": "0.3.0",
-        "draft_vocab_size": tokens,
-        "norm_before_residual": False,
-        "norm_before_fc": False,
-        LAYER_IDS: list(ids),
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-        "transformer_layer_config": layer,
-        "speculators_config": _serving(pair),
-    }
+    new = EagleConfig.of(
+        "", {"speculators_model_type": "eagle3", "transformer_layer_config": layer}
+    )
+    assert new is not None, "it is of EAGLE-3"
+    config = replace(new, draft_vocab_size=tokens).as_speculators(ids)
+    return {**config, "speculators_config": _serving(pair)}
 
 
 def _serving(pair: ModelPair) -> dict[str, Any]:

@@ -113,6 +113,7 @@ def test_training_makes_a_better_draft_that_loads_and_is_lossless(
     improved = run(pair, again, examples, tmp_path / "b", replace(QUICK, epochs=1))
     begun = improved["held_out"]["start"][ALL]
     assert begun["mean_overlap"] == pytest.approx(result["mean_overlap"], abs=1e-5)
+    assert json.loads((tmp_path / "b" / "config.json").read_text()) == config
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
