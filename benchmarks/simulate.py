@@ -14,7 +14,8 @@ Where traces know a draft's further choices, trees are replayed as well: `tree 4
 Intervals are 95%, over prompts, paired (specdec/simulate/replay.py). The best fixed length is
 chosen on the same prompts, which is in its favour.
 
-Traces also know what would be looked up at each place (specdec/simulate/lookups.py). So `suffix`
+Traces also know what would be looked up at each place (specdec/simulate/lookups.py), but for those
+of EAGLE-3 drafts, which do not go on behind it. So `suffix`
 and `goodput` are replayed with that source: without a draft ("no draft"), and with one behind it
 ("look-ups"). A second table has what they took from where. What a look-up takes the host is left
 out, as is all that a policy takes; the bound and the best fixed length know drafts only.
@@ -134,7 +135,9 @@ def record_command(
         )
     }
     texts = [Text(request, done[request.id]) for request in requests]
-    index = SuffixIndex(Corpus(corpus, tokenizer_mark(pair.tokenizer)) if corpus else None)
+    index = None
+    if pair.draft is not None and not pair.draft.reads_features:
+        index = SuffixIndex(Corpus(corpus, tokenizer_mark(pair.tokenizer)) if corpus else None)
     how: Any = {"head": trained, "most": MOST, "width": WIDTH, "lookup": index, "live": slots}
     traced = record(pair, texts, verification=mode, **how)
     traces = list(track(traced, "tracing", len(texts), console=console))
@@ -151,7 +154,8 @@ def record_command(
     among = ", ".join(f"{(ranks < width).mean():.1%}" for width in range(1, traces[0].width + 1))
     console.print(f"{out}: {len(traces)} rows, {len(ranks)} positions")
     console.print(f"accepted among the draft's first 1, 2, .. choices: {among}")
-    found = [trace.looked_up for trace in traces if trace.looked_up]
+    if not (found := [trace.looked_up for trace in traces if trace.looked_up]):
+        return
     there = np.concatenate([each.lengths > 0 for each in found])
     stood = np.concatenate([each.stood for each in found])
     console.print(
