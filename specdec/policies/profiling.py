@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,19 @@ REPEATS = 5
 Raised, a table is truer and a profile longer.
 """
 
+ENOUGH = 3
+"""Timings of each number of tokens for which there must be time; where there is not, a table has
+fewer numbers. A policy decides by differences between them, which single timings drown in noise.
+
+Raised, differences are truer, and the tables of slow models coarser.
+"""
+
+FEW_MORE = 12
+"""Usual numbers of tokens end with a candidate for each row, or with so many candidates.
+
+Raised, few rows with many candidates have truer costs, and others are timed less often.
+"""
+
 LEAST_POINTS = 4
 """Numbers of tokens that are tried even if there is no time: a curve needs both ends and a middle.
 
@@ -54,10 +67,10 @@ def profile_costs(
         slots: most rows in a round.
         seconds: for both, about; the fewer forwards fit into it, the coarser the tables.
     """
+    if draft is None:
+        return CostModel(CostTable([1], [0.0]), _profile(target, slots, 9 * slots, seconds))
     return CostModel(
-        CostTable([1], [0.0])
-        if draft is None
-        else _profile(draft, slots, max(2 * slots, PROMPT), seconds / 3),
+        _profile(draft, slots, max(2 * slots, PROMPT), seconds / 3),
         _profile(target, slots, 9 * slots, seconds * 2 / 3),
     )
 
@@ -65,19 +78,30 @@ def profile_costs(
 @torch.inference_mode()
 def _profile(decoder: PackedDecoder, slots: int, most: int, budget: float) -> CostTable:
     cache = decoder.new_cache(slots, CONTEXT + max(most // slots + 1, 16))
-    ladder = list(_ladder(most))
-    # What most rounds will have comes first, in turns: what else the machine does slows all alike.
-    n = sum(tokens <= 2 * slots + 8 for tokens in ladder)
-    usual, larger = [ladder[i] for i in _coarse_to_fine(n)], ladder[: n - 1 : -1]
+    ladder = sorted({*_ladder(most), slots, 2 * slots})
+    n = sum(tokens <= max(2 * slots, slots + FEW_MORE) for tokens in ladder)
+    usual = [ladder[i] for i in _coarse_to_fine(n, ladder.index(slots))]
+    larger = ladder[: n - 1 : -1]
     timings: dict[int, list[float]] = {}
     began = time.perf_counter()
     _time(decoder, cache, slots, 1)  # the first forward of a shape allocates
-    for tokens in [*usual, *larger[:1], *usual * (REPEATS - 1), *larger[1:]]:
-        if time.perf_counter() - began > budget and len(timings) >= LEAST_POINTS:
-            break
-        if decoder.device.type == "cuda" and tokens not in timings:
-            began += _time(decoder, cache, slots, tokens)  # compiling and recording come once
-        timings.setdefault(tokens, []).append(_time(decoder, cache, slots, tokens))
+
+    def take(several: Iterable[int]) -> None:
+        nonlocal began
+        for tokens in several:
+            if time.perf_counter() - began > budget and len(timings) >= LEAST_POINTS:
+                return
+            if decoder.device.type == "cuda" and tokens not in timings:
+                began += _time(decoder, cache, slots, tokens)  # compiling and recording come once
+            timings.setdefault(tokens, []).append(_time(decoder, cache, slots, tokens))
+
+    # What most rounds will have comes first, in turns: what else the machine does slows all alike.
+    take(usual[:LEAST_POINTS])
+    known = sorted(timings)
+    due = np.interp(usual, known, [timings[tokens][0] for tokens in known]).cumsum()
+    usual = usual[: max(int((ENOUGH * due < budget).sum()), LEAST_POINTS)]
+    take([*usual[LEAST_POINTS:], *usual * (ENOUGH - 1), *larger[:1]])
+    take([*usual * (REPEATS - ENOUGH), *larger[1:]])
     sizes = sorted(timings)
     seconds = [float(np.median(timings[tokens])) for tokens in sizes]
     in_time = time.perf_counter() - began < budget
@@ -96,10 +120,10 @@ def _position(decoder: PackedDecoder, slots: int) -> float:
     return float(np.median(pairs)) if least > 0 else 0.0
 
 
-def _coarse_to_fine(n: int) -> Iterator[int]:
-    """0..n-1: both ends, then what halves the widest gap, so that any beginning covers it all."""
-    yield from sorted({0, n - 1})
-    gaps = [(0, n - 1)]
+def _coarse_to_fine(n: int, first: int) -> Iterator[int]:
+    """0..n-1: both ends and `first`, then what halves the gaps: any beginning covers it all."""
+    yield from sorted({0, n - 1, first})
+    gaps = [(0, first), (first, n - 1)]
     while gaps:
         low, high = gaps.pop(0)
         if high - low > 1:
