@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
 from specdec.lossless.sampling import greedy_choice
+from specdec.measure.calibration import Array
 from specdec.model.decoder import PackedDecoder
 from specdec.policies.costs import CostModel, CostTable
 
@@ -82,30 +85,74 @@ def _profile(decoder: PackedDecoder, slots: int, most: int, budget: float) -> Co
     n = sum(tokens <= max(2 * slots, slots + FEW_MORE) for tokens in ladder)
     usual = [ladder[i] for i in _coarse_to_fine(n, ladder.index(slots))]
     larger = ladder[: n - 1 : -1]
-    timings: dict[int, list[float]] = {}
-    began = time.perf_counter()
-    _time(decoder, cache, slots, 1)  # the first forward of a shape allocates
-
-    def take(several: Iterable[int]) -> None:
-        nonlocal began
-        for tokens in several:
-            if time.perf_counter() - began > budget and len(timings) >= LEAST_POINTS:
-                return
-            if decoder.device.type == "cuda" and tokens not in timings:
-                began += _time(decoder, cache, slots, tokens)  # compiling and recording come once
-            timings.setdefault(tokens, []).append(_time(decoder, cache, slots, tokens))
-
-    # What most rounds will have comes first, in turns: what else the machine does slows all alike.
-    take(usual[:LEAST_POINTS])
-    known = sorted(timings)
-    due = np.interp(usual, known, [timings[tokens][0] for tokens in known]).cumsum()
+    timed = _Sweeps(decoder, cache, slots, budget)
+    timed.add(usual[:LEAST_POINTS])
+    due = timed.expected(usual).cumsum()
     usual = usual[: max(int((ENOUGH * due < budget).sum()), LEAST_POINTS)]
-    take([*usual[LEAST_POINTS:], *usual * (ENOUGH - 1), *larger[:1]])
-    take([*usual * (REPEATS - ENOUGH), *larger[1:]])
-    sizes = sorted(timings)
-    seconds = [float(np.median(timings[tokens])) for tokens in sizes]
-    in_time = time.perf_counter() - began < budget
-    return CostTable(sizes, seconds, _position(decoder, slots) if in_time else 0.0, CONTEXT)
+    timed.add(usual[LEAST_POINTS:])
+    usual.sort()
+    for _ in range(ENOUGH - 1):
+        timed.add(usual)
+    timed.add(larger[:1])
+    for _ in range(REPEATS - ENOUGH):
+        timed.add(usual)
+    timed.add(larger[1:])
+    position = _position(decoder, slots) if timed.in_time else 0.0
+    return CostTable(*timed.typical(), position, CONTEXT)
+
+
+class _Sweeps:
+    """Forwards of one size after another, again and again, as far as there is time.
+
+    Args:
+        decoder, cache, slots: as for `_time`.
+        budget: seconds from now on.
+    """
+
+    def __init__(self, decoder: PackedDecoder, cache: Any, slots: int, budget: float) -> None:
+        self._run = functools.partial(_time, decoder, cache, slots)
+        self._cold = decoder.device.type == "cuda"
+        self._sweeps: list[dict[int, float]] = []
+        self._ends = time.perf_counter() + budget
+        self._run(1)  # the first forward of a shape allocates
+
+    @property
+    def in_time(self) -> bool:
+        """Whether there is time left."""
+        return time.perf_counter() < self._ends
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of tokens that were timed so far."""
+        return sorted({*chain(*self._sweeps)})
+
+    def add(self, several: Sequence[int]) -> None:
+        """Time forwards of so many tokens each, as one sweep."""
+        known, sweep = {*self.sizes}, dict[int, float]()
+        for tokens in several:
+            if not self.in_time and len(known) >= LEAST_POINTS:
+                break
+            if self._cold and tokens not in known:
+                self._ends += self._run(tokens)  # compiling and recording come once
+            known.add(tokens)
+            sweep[tokens] = self._run(tokens)
+        if sweep:
+            self._sweeps.append(sweep)
+
+    def expected(self, several: Sequence[int]) -> Array:
+        """Seconds of forwards between those that were timed, as far as is known."""
+        found: Array = np.interp(several, *self.typical())
+        return found
+
+    def typical(self) -> tuple[Sequence[int], Sequence[float]]:
+        """Sizes, and seconds of each: the median of its timings.
+
+        What else the machine does slows a whole sweep. So all count as at the same speed.
+        """
+        sizes = self.sizes
+        logs = np.array([[np.log(each.get(n, np.nan)) for n in sizes] for each in self._sweeps])
+        slower = np.nanmedian(logs - np.nanmedian(logs, axis=0), axis=1, keepdims=True)
+        return sizes, np.exp(np.nanmedian(logs - slower, axis=0)).tolist()
 
 
 def _position(decoder: PackedDecoder, slots: int) -> float:

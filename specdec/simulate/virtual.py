@@ -25,9 +25,7 @@ from specdec.drafters.base import Candidates, Choose, Drafter, Drawn
 from specdec.drafters.corpus import Corpus
 from specdec.drafters.model import ModelDrafter, ModelDrafting
 from specdec.engine.engine import Engine
-from specdec.engine.round import Round
 from specdec.engine.scheduler import LiveRow
-from specdec.measure.clock import RoundTimer
 from specdec.model.cache import LayerLayout, SlotCache
 from specdec.model.decoder import PackedDecoder
 from specdec.model.graphs import Out, Recordings, Run, Tail
@@ -51,6 +49,9 @@ class VirtualDecoder(PackedDecoder):
         device: where its forwards run.
         costs: what they take.
         texts: what comes out of them.
+
+    Attributes:
+        seating: called before each forward, for who wants to `seat` rows then.
     """
 
     def __init__(self, device: VirtualDevice, costs: ForwardCosts, texts: Texts) -> None:
@@ -58,7 +59,7 @@ class VirtualDecoder(PackedDecoder):
         self.vocab_size, self._records_tails, self.recurrent = texts.vocabulary, True, False
         self.recordings = Recordings(self._record)
         self._stream, self._costs, self.texts = device, costs, texts
-        self._seconds = 0.0
+        self._seconds, self.seating = 0.0, lambda: None
         self.seat([])
 
     def seat(self, owners: Sequence[int]) -> None:
@@ -104,6 +105,7 @@ class VirtualDecoder(PackedDecoder):
         """Hidden states [N, 1] as far as the Engine can see: one more than numbers of states."""
         self._stream.launch(self._seconds)
         with self._stream.aside(MADE_UP):
+            self.seating()
             return 1.0 + self._states(tokens, positions, packing)[:, None].float()
 
     def _states(self, tokens: Tensor, positions: Tensor, packing: Packing) -> Tensor:
@@ -291,6 +293,8 @@ class VirtualEngine(Engine):
             clock=self.stream,
         )
         self._seated: list[LiveRow] = []
+        for decoder in self._decoders:
+            decoder.seating = self._seat
 
     def _new_drafter(self) -> Drafter | None:
         if self._proposing is None:
@@ -305,14 +309,14 @@ class VirtualEngine(Engine):
         drafter.branches = self._proposing.script.width > 1
         return drafter
 
-    def _begin(self, rows: list[LiveRow], timer: RoundTimer) -> Round:
-        with self.clock.aside(MADE_UP):
-            if rows != self._seated:
-                self._seated = rows
-                owners = [int(row.request.id) % len(self._texts.lengths) for row in rows]
-                for decoder in self._decoders:
-                    decoder.seat(owners)
-        return super()._begin(rows, timer)
+    def _seat(self) -> None:
+        """Tell the decoders which row is in which slot, if that has changed."""
+        rows = self.scheduler.rows
+        if rows != self._seated:
+            self._seated = [*rows]
+            owners = [int(row.request.id) % len(self._texts.lengths) for row in rows]
+            for decoder in self._decoders:
+                decoder.seat(owners)
 
     def steady(self, requests: Sequence[Request], seconds: float) -> Steady:
         """Complete requests, more than there are slots, for so many seconds at most."""

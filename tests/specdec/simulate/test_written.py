@@ -15,7 +15,7 @@ from specdec.simulate.virtual import VirtualEngine
 from specdec.simulate.virtual_device import TRANSFER, ForwardCosts, no_host
 from specdec.simulate.written import Written
 
-PROMPT, OUTPUT, SAMPLES = 12, 30, 3
+PROMPT, OUTPUT, SAMPLES = 40, 30, 3
 COSTS = ForwardCosts(CostTable([1, 4, 64], [1.0, 1.0, 2.0]), 0.0)
 
 
@@ -58,6 +58,7 @@ def test_every_policy_writes_the_same_texts_and_the_same_run_takes_the_same_time
         if policy != "none":
             assert counts.accepted > len(made) * OUTPUT / 4
             assert counts.verified > counts.accepted  # some do not stand
+        assert engine.stats.shared_tokens > PROMPT / 2  # samples read their prompt once
     assert seen[0] == seen[1]
 
 
