@@ -13,7 +13,7 @@ there is no draft, and the target writes texts of real tokens (specdec/simulate/
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,8 @@ class VirtualDecoder(PackedDecoder):
         self.vocab_size, self._records_tails, self.recurrent = texts.vocabulary, True, False
         self.recordings = Recordings(self._record)
         self._stream, self._costs, self.texts = device, costs, texts
-        self._seconds, self.seating = 0.0, lambda: None
+        self._seconds = 0.0
+        self.seating: Callable[[], None] = lambda: None
         self.seat([])
 
     def seat(self, owners: Sequence[int]) -> None:
@@ -279,7 +280,8 @@ class VirtualEngine(Engine):
         host: Host = time.perf_counter,
     ) -> None:
         self.stream, self._texts = VirtualDevice(host), texts
-        writing, self._proposing = VirtualDecoder(self.stream, target, texts), None
+        writing = VirtualDecoder(self.stream, target, texts)
+        self._proposing: ProposingDecoder | None = None
         if draft is not None:
             assert isinstance(texts, Script), "a draft proposes what a script says"
             self._proposing = ProposingDecoder(self.stream, draft, texts)

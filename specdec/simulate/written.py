@@ -34,7 +34,7 @@ class Written(Texts):
     def __init__(
         self, texts: Sequence[tuple[Tokens, Tokens]], earlier: Sequence[Tokens] = ()
     ) -> None:
-        numbers = defaultdict[int, int](lambda: len(numbers))
+        numbers: defaultdict[int, int] = defaultdict(lambda: len(numbers))
         renamed = [
             tuple(tuple(numbers[token] for token in part) for part in text) for text in texts
         ]

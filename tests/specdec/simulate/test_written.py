@@ -21,7 +21,8 @@ COSTS = ForwardCosts(CostTable([1, 4, 64], [1.0, 1.0, 2.0]), 0.0)
 
 def texts(prompts: int = 4) -> list[tuple[list[int], list[int]]]:
     """Samples of prompts that go on as the ones before did, but for a token here and there."""
-    random, made = np.random.default_rng(0), []
+    random = np.random.default_rng(0)
+    made: list[tuple[list[int], list[int]]] = []
     for _ in range(prompts):
         prompt = random.integers(1000, 40_000, PROMPT).tolist()
         output = random.integers(1000, 40_000, OUTPUT)
@@ -43,8 +44,8 @@ def engine_of(written: Written, policy: str, slots: int = 2, **options: Any) -> 
 def test_every_policy_writes_the_same_texts_and_the_same_run_takes_the_same_time(
     policy: str,
 ) -> None:
-    made = texts()
-    written, seen = Written(made), []
+    made, seen = texts(), list[Any]()
+    written = Written(made)
     for _ in range(2):
         engine = engine_of(written, policy)
         done = engine.generate(written.requests(len(made)))
