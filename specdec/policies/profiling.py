@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
 from specdec.lossless.sampling import greedy_choice
+from specdec.measure.calibration import Array
 from specdec.model.decoder import PackedDecoder
 from specdec.policies.costs import CostModel, CostTable
 
@@ -37,6 +40,19 @@ REPEATS = 5
 Raised, a table is truer and a profile longer.
 """
 
+ENOUGH = 3
+"""Timings of each number of tokens for which there must be time; where there is not, a table has
+fewer numbers. A policy decides by differences between them, which single timings drown in noise.
+
+Raised, differences are truer, and the tables of slow models coarser.
+"""
+
+FEW_MORE = 12
+"""Usual numbers of tokens end with a candidate for each row, or with so many candidates.
+
+Raised, few rows with many candidates have truer costs, and others are timed less often.
+"""
+
 LEAST_POINTS = 4
 """Numbers of tokens that are tried even if there is no time: a curve needs both ends and a middle.
 
@@ -54,10 +70,10 @@ def profile_costs(
         slots: most rows in a round.
         seconds: for both, about; the fewer forwards fit into it, the coarser the tables.
     """
+    if draft is None:
+        return CostModel(CostTable([1], [0.0]), _profile(target, slots, 9 * slots, seconds))
     return CostModel(
-        CostTable([1], [0.0])
-        if draft is None
-        else _profile(draft, slots, max(2 * slots, PROMPT), seconds / 3),
+        _profile(draft, slots, max(2 * slots, PROMPT), seconds / 3),
         _profile(target, slots, 9 * slots, seconds * 2 / 3),
     )
 
@@ -65,23 +81,78 @@ def profile_costs(
 @torch.inference_mode()
 def _profile(decoder: PackedDecoder, slots: int, most: int, budget: float) -> CostTable:
     cache = decoder.new_cache(slots, CONTEXT + max(most // slots + 1, 16))
-    ladder = list(_ladder(most))
-    # What most rounds will have comes first, in turns: what else the machine does slows all alike.
-    n = sum(tokens <= 2 * slots + 8 for tokens in ladder)
-    usual, larger = [ladder[i] for i in _coarse_to_fine(n)], ladder[: n - 1 : -1]
-    timings: dict[int, list[float]] = {}
-    began = time.perf_counter()
-    _time(decoder, cache, slots, 1)  # the first forward of a shape allocates
-    for tokens in [*usual, *larger[:1], *usual * (REPEATS - 1), *larger[1:]]:
-        if time.perf_counter() - began > budget and len(timings) >= LEAST_POINTS:
-            break
-        if decoder.device.type == "cuda" and tokens not in timings:
-            began += _time(decoder, cache, slots, tokens)  # compiling and recording come once
-        timings.setdefault(tokens, []).append(_time(decoder, cache, slots, tokens))
-    sizes = sorted(timings)
-    seconds = [float(np.median(timings[tokens])) for tokens in sizes]
-    in_time = time.perf_counter() - began < budget
-    return CostTable(sizes, seconds, _position(decoder, slots) if in_time else 0.0, CONTEXT)
+    ladder = sorted({*_ladder(most), slots, 2 * slots})
+    n = sum(tokens <= max(2 * slots, slots + FEW_MORE) for tokens in ladder)
+    usual = [ladder[i] for i in _coarse_to_fine(n, ladder.index(slots))]
+    larger = ladder[: n - 1 : -1]
+    timed = _Sweeps(decoder, cache, slots, budget)
+    timed.add(usual[:LEAST_POINTS])
+    due = timed.expected(usual).cumsum()
+    usual = usual[: max(int((ENOUGH * due < budget).sum()), LEAST_POINTS)]
+    timed.add(usual[LEAST_POINTS:])
+    usual.sort()
+    for _ in range(ENOUGH - 1):
+        timed.add(usual)
+    timed.add(larger[:1])
+    for _ in range(REPEATS - ENOUGH):
+        timed.add(usual)
+    timed.add(larger[1:])
+    position = _position(decoder, slots) if timed.in_time else 0.0
+    return CostTable(*timed.typical(), position, CONTEXT)
+
+
+class _Sweeps:
+    """Forwards of one size after another, again and again, as far as there is time.
+
+    Args:
+        decoder, cache, slots: as for `_time`.
+        budget: seconds from now on.
+    """
+
+    def __init__(self, decoder: PackedDecoder, cache: Any, slots: int, budget: float) -> None:
+        self._run = functools.partial(_time, decoder, cache, slots)
+        self._cold = decoder.device.type == "cuda"
+        self._sweeps: list[dict[int, float]] = []
+        self._ends = time.perf_counter() + budget
+        self._run(1)  # the first forward of a shape allocates
+
+    @property
+    def in_time(self) -> bool:
+        """Whether there is time left."""
+        return time.perf_counter() < self._ends
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of tokens that were timed so far."""
+        return sorted({*chain(*self._sweeps)})
+
+    def add(self, several: Sequence[int]) -> None:
+        """Time forwards of so many tokens each, as one sweep."""
+        known, sweep = {*self.sizes}, dict[int, float]()
+        for tokens in several:
+            if not self.in_time and len(known) >= LEAST_POINTS:
+                break
+            if self._cold and tokens not in known:
+                self._ends += self._run(tokens)  # compiling and recording come once
+            known.add(tokens)
+            sweep[tokens] = self._run(tokens)
+        if sweep:
+            self._sweeps.append(sweep)
+
+    def expected(self, several: Sequence[int]) -> Array:
+        """Seconds of forwards between those that were timed, as far as is known."""
+        found: Array = np.interp(several, *self.typical())
+        return found
+
+    def typical(self) -> tuple[Sequence[int], Sequence[float]]:
+        """Sizes, and seconds of each: the median of its timings.
+
+        What else the machine does slows a whole sweep. So all count as at the same speed.
+        """
+        sizes = self.sizes
+        logs = np.array([[np.log(each.get(n, np.nan)) for n in sizes] for each in self._sweeps])
+        slower = np.nanmedian(logs - np.nanmedian(logs, axis=0), axis=1, keepdims=True)
+        return sizes, np.exp(np.nanmedian(logs - slower, axis=0)).tolist()
 
 
 def _position(decoder: PackedDecoder, slots: int) -> float:
@@ -96,10 +167,10 @@ def _position(decoder: PackedDecoder, slots: int) -> float:
     return float(np.median(pairs)) if least > 0 else 0.0
 
 
-def _coarse_to_fine(n: int) -> Iterator[int]:
-    """0..n-1: both ends, then what halves the widest gap, so that any beginning covers it all."""
-    yield from sorted({0, n - 1})
-    gaps = [(0, n - 1)]
+def _coarse_to_fine(n: int, first: int) -> Iterator[int]:
+    """0..n-1: both ends and `first`, then what halves the gaps: any beginning covers it all."""
+    yield from sorted({0, n - 1, first})
+    gaps = [(0, first), (first, n - 1)]
     while gaps:
         low, high = gaps.pop(0)
         if high - low > 1:

@@ -1,4 +1,4 @@
-"""Transcripts as what two made-up models say, by tensors: for specdec/simulate/virtual.py."""
+"""Texts as what made-up models say, by tensors: for specdec/simulate/virtual.py."""
 
 from __future__ import annotations
 
@@ -19,25 +19,54 @@ WRONG = VOCABULARY - MOST_WIDTH
 """The first of the tokens that are true nowhere; there is one for each choice at a place."""
 
 
-class Script:
-    """Transcripts as tensors: what the draft proposes in each *state*, and what is true.
+class Texts:
+    """Outputs as what a made-up target says in each *state*: how many tokens of a text are known.
 
-    The state of a text is how many of its tokens are known. A state of a branch is where a wrong
-    choice leads to: so many tokens behind it.
+    A text of n tokens has the states 0..n; those of all texts are counted on.
+
+    Args:
+        prompts: tokens of each text's prompt.
+        lengths: tokens of each text.
+        vocabulary: how many tokens there are.
+
+    Attributes:
+        first: int64, the state of each text in which nothing is known.
+        truth: int64, the next token in each state; any in a text's last one.
+    """
+
+    truth: Tensor
+
+    def __init__(self, prompts: Sequence[int], lengths: Sequence[int], vocabulary: int) -> None:
+        self.prompts, self.lengths, self.vocabulary = torch.tensor(prompts), lengths, vocabulary
+        ends = np.cumsum([n + 1 for n in lengths])
+        self.first, self.states = torch.from_numpy(ends - [n + 1 for n in lengths]), int(ends[-1])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text with its prompt."""
+        return max(int(p) + n for p, n in zip(self.prompts, self.lengths, strict=True))
+
+    def target_logits(self, states: Tensor) -> Tensor:
+        """Logits [n, vocabulary] in states [n] that leave no doubt."""
+        certain = torch.full((len(states), self.vocabulary), -100.0)
+        return certain.scatter_(1, self.truth[states][:, None], 100.0)
+
+
+class Script(Texts):
+    """Transcripts as tensors: what the draft proposes in each state, and what is true.
+
+    A state of a branch is where a wrong choice leads to: so many tokens behind it.
 
     Args:
         transcripts: of equal depth and width; numbers below are their indices.
     """
 
     def __init__(self, transcripts: Sequence[Transcript]) -> None:
-        self.prompts = torch.tensor([t.prompt_tokens for t in transcripts])
-        self.lengths = [len(t.ranks) for t in transcripts]
+        lengths = [len(t.ranks) for t in transcripts]
+        super().__init__([t.prompt_tokens for t in transcripts], lengths, VOCABULARY)
         self._greedy = [t.free_trimming for t in transcripts]
-        # A text of n tokens has the states 0..n; nothing is proposed in the last one.
-        ends = np.cumsum([n + 1 for n in self.lengths])
-        self.first = torch.from_numpy(ends - [n + 1 for n in self.lengths])
-        states = int(ends[-1])
-        self.truth = torch.arange(states) * 37 % WRONG
+        # Nothing is proposed in a text's last state.
+        self.truth = torch.arange(self.states) * 37 % WRONG
         self.width = transcripts[0].width
         none = np.zeros((1, *transcripts[0].signals.shape[1:]), dtype=np.float32)
         ranks = torch.from_numpy(np.concatenate([np.append(t.ranks, 0) for t in transcripts]))
@@ -49,7 +78,7 @@ class Script:
             np.append(t.branch_of, 0).clip(0) + start
             for t, start in zip(transcripts, branches, strict=False)
         ]
-        self.branch = states + torch.from_numpy(np.concatenate(behind)) * self.depth
+        self.branch = self.states + torch.from_numpy(np.concatenate(behind)) * self.depth
         rolled = np.concatenate([t.branches.reshape(-1, *none.shape[1:]) for t in transcripts])
         wrong = WRONG + torch.arange(self.width)
         right = torch.arange(self.width) == ranks[:, None]
@@ -57,13 +86,6 @@ class Script:
         self.choices = torch.cat([along, wrong.expand(len(rolled), -1)])
         self.signals = torch.from_numpy(np.concatenate([signals, rolled]))
         self.draft_logits = _logits(self.signals, self.choices)
-        certain = torch.full((states, VOCABULARY), -100.0)
-        self.target_logits = certain.scatter(1, self.truth[:, None], 100.0)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest text with its prompt."""
-        return max(int(p) + n for p, n in zip(self.prompts, self.lengths, strict=True))
 
     def requests(self, rows: int) -> list[Request]:
         """So many requests, which go round the transcripts; ids are their numbers."""

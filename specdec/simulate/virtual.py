@@ -2,16 +2,18 @@
 
 A forward returns at once and ends on a `VirtualDevice`'s clock, behind what was queued before it,
 as on a CUDA stream. Who reads a result waits until its time has come; the host runs on meanwhile.
-So what an Engine takes here is what its host code and a device of these costs would take together.
+So what an Engine takes here is what its host code and a device of these costs would take together,
+or the device alone.
 
 What tokens the models choose comes from transcripts (specdec/simulate/replay.py): the target writes
-a transcript's text, and the draft proposes what was recorded, right or wrong, with its signals.
+a transcript's text, and the draft proposes what was recorded, right or wrong, with its signals. Or
+there is no draft, and the target writes texts of real tokens (specdec/simulate/written.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +22,10 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.base import Candidates, Choose, Drafter, Drawn
+from specdec.drafters.corpus import Corpus
 from specdec.drafters.model import ModelDrafter, ModelDrafting
 from specdec.engine.engine import Engine
-from specdec.engine.round import Round
 from specdec.engine.scheduler import LiveRow
-from specdec.measure.clock import PhaseClock, RoundTimer
 from specdec.model.cache import LayerLayout, SlotCache
 from specdec.model.decoder import PackedDecoder
 from specdec.model.graphs import Out, Recordings, Run, Tail
@@ -33,106 +34,38 @@ from specdec.model.rows import Row
 from specdec.model.sharing import SharedCaches, TokenRow
 from specdec.model.trees import MOST_NODES, Trees
 from specdec.policies.base import Signal, StopPolicy
-from specdec.policies.costs import CostTable
 from specdec.request import Request
-from specdec.simulate.script import VOCABULARY, Script
+from specdec.simulate.script import Script, Texts
+from specdec.simulate.virtual_device import CPU, MADE_UP, ForwardCosts, Host, VirtualDevice
 
 RECORDING = 0.025
 """Seconds that recording a forward of a new size takes the host: measured on an H200."""
 
-TRANSFER = 15e-6
-"""Seconds from the end of a device's work until the host has its result: an estimate."""
-
-MADE_UP = "made up"
-"""The phase of what a device would do."""
-
-CPU = torch.device("cpu")
-
-
-class VirtualDevice(PhaseClock):
-    """A stream of work that runs beside the host, and the clock of both.
-
-    The clock stands while the host makes up what the device would compute.
-
-    Attributes:
-        busy: seconds of work so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(CPU)
-        self.busy, self._idle_from = 0.0, 0.0
-
-    def launch(self, seconds: float) -> None:
-        """Queue work behind what is there."""
-        self._idle_from = max(self._idle_from, self.now()) + seconds
-        self.busy += seconds
-
-    @property
-    def asynchronous(self) -> bool:
-        return True
-
-    @contextmanager
-    def aside(self, name: str) -> Iterator[None]:
-        busy = self.busy
-        with super().aside(name):
-            yield
-        if name != MADE_UP:  # whatever was queued has ended meanwhile
-            self.busy, self._idle_from = busy, min(self._idle_from, self.now())
-
-    def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:
-        ends = max(self._idle_from, self.now()) + TRANSFER
-
-        def wait() -> Tensor:
-            while self.now() < ends:
-                pass  # as CUDA waits: who sleeps finds cold caches when woken
-            return tensor
-
-        return wait
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardCosts:
-    """What a forward takes the device.
-
-    Attributes:
-        seconds: by packed tokens, whatever the context.
-        position: seconds of each cached position that is read.
-    """
-
-    seconds: CostTable
-    position: float
-
-    def __call__(self, tokens: int, context: int) -> float:
-        """Seconds of a forward of so many tokens, whose rows have `context` positions together."""
-        return float(self.seconds(tokens)) + self.position * context
-
 
 class VirtualDecoder(PackedDecoder):
-    """Plays a `Script` at a `VirtualDevice`'s pace; the host code is that of a recorded decoder.
+    """Writes texts at a `VirtualDevice`'s pace; the host code is that of a recorded decoder.
 
     Args:
         device: where its forwards run.
         costs: what they take.
-        script: what comes out of them.
-        proposes: whether it is the draft.
+        texts: what comes out of them.
+
+    Attributes:
+        seating: called before each forward, for who wants to `seat` rows then.
     """
 
-    def __init__(
-        self, device: VirtualDevice, costs: ForwardCosts, script: Script, *, proposes: bool
-    ) -> None:
+    def __init__(self, device: VirtualDevice, costs: ForwardCosts, texts: Texts) -> None:
         self.device, self.dtype, self.invariant = CPU, torch.float32, False
-        self.vocab_size, self._records_tails, self.recurrent = VOCABULARY, True, False
+        self.vocab_size, self._records_tails, self.recurrent = texts.vocabulary, True, False
         self.recordings = Recordings(self._record)
-        self._stream, self._costs, self.script, self._proposes = device, costs, script, proposes
-        self._logits = script.draft_logits if proposes else script.target_logits
+        self._stream, self._costs, self.texts = device, costs, texts
         self._seconds = 0.0
+        self.seating: Callable[[], None] = lambda: None
         self.seat([])
 
     def seat(self, owners: Sequence[int]) -> None:
-        """Say which transcript the row in each slot follows."""
+        """Say which text the row in each slot follows."""
         self._owners = torch.tensor(owners)
-        # By slot and place in it: the state in which the first wrong choice up to it was made.
-        self._wrong = torch.full((len(owners), self.script.longest + MOST_NODES), -1)
 
     def new_cache(self, slots: int, capacity: int) -> SlotCache:
         return SlotCache((LayerLayout(1, 16, 16),), slots, capacity, self.dtype, self.device)
@@ -151,12 +84,14 @@ class VirtualDecoder(PackedDecoder):
 
     def logits(self, hidden: Tensor) -> Tensor:
         with self._stream.aside(MADE_UP):
-            return self._logits[hidden[:, 0].long() - 1]
+            return self._said(hidden[:, 0].long() - 1)
+
+    def _said(self, states: Tensor) -> Tensor:
+        """Logits [n, vocabulary] in states [n]."""
+        return self.texts.target_logits(states)
 
     def _record(self, run: Run) -> Run:
-        ends = self._stream.now() + RECORDING
-        while self._stream.now() < ends:
-            pass
+        self._stream.wait(self._stream.now() + RECORDING)
 
         def replay() -> Any:
             with self._stream.aside(MADE_UP):
@@ -171,18 +106,38 @@ class VirtualDecoder(PackedDecoder):
         """Hidden states [N, 1] as far as the Engine can see: one more than numbers of states."""
         self._stream.launch(self._seconds)
         with self._stream.aside(MADE_UP):
+            self.seating()
             return 1.0 + self._states(tokens, positions, packing)[:, None].float()
 
     def _states(self, tokens: Tensor, positions: Tensor, packing: Packing) -> Tensor:
-        """int64 [N]: the script's states behind tokens."""
+        """int64 [N]: the states behind tokens, as if all of them were the text's.
+
+        What the target says of a wrong candidate's successors is not looked at.
+        """
+        owner = self._owners[packing.slots]
+        return self.texts.first[owner] + (positions + 1 - self.texts.prompts[owner]).clamp(min=0)
+
+
+class ProposingDecoder(VirtualDecoder):
+    """Plays the draft of a `Script`; arguments as of `VirtualDecoder`."""
+
+    def __init__(self, device: VirtualDevice, costs: ForwardCosts, script: Script) -> None:
+        self.script = script
+        super().__init__(device, costs, script)
+
+    def seat(self, owners: Sequence[int]) -> None:
+        super().seat(owners)
+        # By slot and place in it: the state in which the first wrong choice up to it was made.
+        self._wrong = torch.full((len(owners), self.script.longest + MOST_NODES), -1)
+
+    def _said(self, states: Tensor) -> Tensor:
+        return self.script.draft_logits[states]
+
+    def _states(self, tokens: Tensor, positions: Tensor, packing: Packing) -> Tensor:
         script, slots, stored = self.script, packing.slots, packing.stored
-        owner = self._owners[slots]
-        known = positions + 1 - script.prompts[owner]
-        at = script.first[owner] + known.clamp(min=0)
-        if not self._proposes:  # what it says of a wrong candidate's successors is not looked at
-            return at
+        at = super()._states(tokens, positions, packing)
         # Text is on a branch from its first wrong token on.
-        wrong = (known > 0) & (tokens != script.truth[at - 1])
+        wrong = (at > script.first[self._owners[slots]]) & (tokens != script.truth[at - 1])
         since = self._wrong[slots, _before(stored, packing.paths).clamp(min=0)]
         since = torch.where(wrong & (since >= 0), since, at - 1)
         self._wrong[slots, stored] = torch.where(wrong, since, -1)
@@ -261,11 +216,11 @@ class _Scripted:
 
 @dataclass
 class VirtualPair:
-    """Two `VirtualDecoder`s; what the Engine asks of a pair."""
+    """One or two `VirtualDecoder`s; what the Engine asks of a pair."""
 
     target: PackedDecoder
     draft: PackedDecoder | None
-    vocab_size: int = VOCABULARY
+    vocab_size: int
     context_length: int = 1 << 20
     draft_context_length: int = 1 << 20
     eos_token_ids: frozenset[int] = frozenset()
@@ -300,55 +255,70 @@ class Steady:
 
 
 class VirtualEngine(Engine):
-    """An Engine over two `VirtualDecoder`s of one device and script.
+    """An Engine over one or two `VirtualDecoder`s of one device.
 
     Args:
-        script: what models say.
-        draft, target: what their forwards cost.
+        texts: what models say; a `Script` if there is a draft.
+        draft, target: what their forwards cost; None: there is no draft.
         policy: when to stop drafting.
         slots: most rows in flight.
+        lookup: whether candidates are looked up. Scripts come again and again, and are no texts.
+        corpus: where they are looked up besides.
+        host: see `VirtualDevice`.
     """
 
     def __init__(
         self,
-        script: Script,
-        draft: ForwardCosts,
+        texts: Texts,
+        draft: ForwardCosts | None,
         target: ForwardCosts,
         policy: StopPolicy,
         slots: int,
+        *,
+        lookup: bool = False,
+        corpus: Corpus | None = None,
+        host: Host = time.perf_counter,
     ) -> None:
-        self.stream, self._script = VirtualDevice(), script
-        writing = VirtualDecoder(self.stream, target, script, proposes=False)
-        proposing = VirtualDecoder(self.stream, draft, script, proposes=True)
-        self._decoders = writing, proposing
+        self.stream, self._texts = VirtualDevice(host), texts
+        writing = VirtualDecoder(self.stream, target, texts)
+        self._proposing: ProposingDecoder | None = None
+        if draft is not None:
+            assert isinstance(texts, Script), "a draft proposes what a script says"
+            self._proposing = ProposingDecoder(self.stream, draft, texts)
+        self._decoders = [each for each in (writing, self._proposing) if each is not None]
         super().__init__(
-            VirtualPair(writing, proposing),
+            VirtualPair(writing, self._proposing, texts.vocabulary),
             policy=policy,
             slots=slots,
-            lookup=False,  # scripts come again and again
+            lookup=lookup,
+            corpus=corpus,
             clock=self.stream,
         )
         self._seated: list[LiveRow] = []
+        for decoder in self._decoders:
+            decoder.seating = self._seat
 
-    def _new_drafter(self) -> Drafter:
+    def _new_drafter(self) -> Drafter | None:
+        if self._proposing is None:
+            return None
         drafter = _Drafter(
-            self._decoders[1],
-            vocab_size=VOCABULARY,
+            self._proposing,
+            vocab_size=self._texts.vocabulary,
             context_length=self.pair.draft_context_length,
             chunk=self.prefill_chunk,
             clock=self.clock,
         )
-        drafter.branches = self._script.width > 1
+        drafter.branches = self._proposing.script.width > 1
         return drafter
 
-    def _begin(self, rows: list[LiveRow], timer: RoundTimer) -> Round:
-        with self.clock.aside(MADE_UP):
-            if rows != self._seated:
-                self._seated = rows
-                owners = [int(row.request.id) % len(self._script.lengths) for row in rows]
-                for decoder in self._decoders:
-                    decoder.seat(owners)
-        return super()._begin(rows, timer)
+    def _seat(self) -> None:
+        """Tell the decoders which row is in which slot, if that has changed."""
+        rows = self.scheduler.rows
+        if rows != self._seated:
+            self._seated = [*rows]
+            owners = [int(row.request.id) % len(self._texts.lengths) for row in rows]
+            for decoder in self._decoders:
+                decoder.seat(owners)
 
     def steady(self, requests: Sequence[Request], seconds: float) -> Steady:
         """Complete requests, more than there are slots, for so many seconds at most."""

@@ -18,6 +18,7 @@ COMMANDS = {
     "families": [],
     "foresight": ["collect", "judge", "worth"],
     "gpu": ["forwards", "rates"],
+    "lookups": ["record", "replay"],
     "lossless": [],
     "memory": [],
     "overhead": [],
