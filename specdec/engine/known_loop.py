@@ -43,29 +43,36 @@ class KnownLoop:
 
     def run(self, this: Round) -> None:
         """Begin the round's proposal with the known candidates that the policy takes."""
-        masks = this.asked.masks
-        if self._index is None and masks is None:
+        masks, index = this.asked.masks, self._index
+        if index is not None and not self._policy.wants_lookups():
+            index = None
+        if index is None and masks is None:
             self._policy.choose(this.start, [NOTHING] * len(this.rows))
             return
         with self._clock.phase({"decide": 1.0}):
+            began = self._clock.now()
             each = enumerate(zip(this.rows, this.start.room, strict=True))
-            this.chains = [self._chain(slot, row, room, masks) for slot, (row, room) in each]
+            this.chains = [self._chain(slot, row, room, masks, index) for slot, (row, room) in each]
+            if index is not None:
+                self._policy.lookups_took(self._clock.now() - began)
             counts = self._policy.choose(this.start, this.chains)
         if any(counts):
             this.lead(counts)
 
-    def _chain(self, slot: int, row: LiveRow, room: int, masks: Masks | None) -> Chain:
+    def _chain(
+        self, slot: int, row: LiveRow, room: int, masks: Masks | None, index: SuffixIndex | None
+    ) -> Chain:
         """What may come next in a row: at most `room` candidates."""
         if not room:
             return NOTHING
         if masks is None:
-            assert self._index is not None
-            return self._index.chain(row, min(room, self._policy.most))
+            assert index is not None
+            return index.chain(row, min(room, self._policy.most))
         forced = masks.forced(slot, min(room, MOST_FORCED))
-        if self._index is None:
+        if index is None:
             return Chain(forced, (), len(forced))
         most = min(room - len(forced), self._policy.most)
-        found = self._index.chain(row, most, forced)
+        found = index.chain(row, most, forced)
         tokens = [*forced, *found.tokens]
         fitting = max(masks.fitting(slot, tokens), len(forced))
         evidence = found.evidence[: fitting - len(forced)]

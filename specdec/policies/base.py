@@ -329,6 +329,13 @@ class StopPolicy:
         """How many of each row's candidates to submit, with the known; mind the invariant above."""
         return drafted
 
+    def wants_lookups(self) -> bool:
+        """Whether to look candidates up in this round; asked once in each where one may."""
+        return self.looks_up
+
+    def lookups_took(self, seconds: float) -> None:
+        """Called before `choose` where it was done: what that took the host, in all rows."""
+
     def choose(self, start: RoundStart, chains: Sequence[Chain]) -> Sequence[int]:
         """How many candidates to take of each row's chain; what a grammar forces, if no more.
 

@@ -39,7 +39,7 @@ from specdec.policies.catch_up import shared
 from specdec.policies.chains import Chain
 from specdec.policies.costs import CostModel
 from specdec.policies.kinds import Kind
-from specdec.policies.known import KnownChains, in_front, survivals
+from specdec.policies.known import KnownChains, Lookups, in_front, survivals
 from specdec.policies.measuring import LearntCosts
 from specdec.policies.objective import best_constant, best_prefixes, by_row
 from specdec.policies.offers import MEMORY, Offer, OfferingPolicy
@@ -89,7 +89,8 @@ class Goodput(OfferingPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.switch = Switch()
-        self.found, self.found_switch = KnownChains(), Switch()
+        self.found, self.found_switch, self.lookups = KnownChains(), Switch(), Lookups()
+        self._lookup_seconds: float | None = None  # of this round, if it has any
         self._begun: RoundStart | None = None
         self._known: list[list[float]] = []  # survival of the known candidates taken, by row
         self._looking_up, self._worth = False, 0.0
@@ -114,11 +115,27 @@ class Goodput(OfferingPolicy):
 
     # ------------------------------------------------------- what is known without a draft
 
+    def wants_lookups(self) -> bool:
+        self._lookup_seconds = None
+        return self.lookups.due()
+
+    def lookups_took(self, seconds: float) -> None:
+        self._lookup_seconds = seconds
+
     def choose(self, start: RoundStart, chains: Sequence[Chain]) -> Sequence[int]:
-        counts = [chain.forced for chain in chains]
+        counts, gained = [chain.forced for chain in chains], 0.0
         self._steps, self._known, self._odds = [], [], []
-        if not any(chain.tokens for chain in chains):
-            return counts
+        if any(chain.tokens for chain in chains):
+            counts, gained = self._choose(start, chains, counts)
+        if self._lookup_seconds is not None:
+            self.lookups.ended(self._lookup_seconds, gained)
+        return counts
+
+    def _choose(
+        self, start: RoundStart, chains: Sequence[Chain], forced: list[int]
+    ) -> tuple[list[int], float]:
+        """How many candidates to take of each chain, and the seconds that those looked up save."""
+        counts, gained = forced, 0.0
         self._begin(start)
         self._odds = self.found.predict(start, chains)
         known = [*map(survivals, self._odds)]
@@ -127,13 +144,13 @@ class Goodput(OfferingPolicy):
         rows, (best, gain) = sum(room > 0 for room in start.room), self._best_set()
         bare = self._looking_up and self.found_switch.look_again and start.decodes
         if best and not bare and self.found_switch.pays(gain / rows):
-            start.notes["found"] = gain / rows
+            start.notes["found"], gained = gain / rows, gain / self.price
             counts = [*map(max, counts, by_row(best, len(chains)))]
         self._known = [each[:n] for each, n in zip(known, counts, strict=True)]
         self.survival = [each[-1] if each else 1.0 for each in self._known]
         start.notes.update(taken=self._known, reached=[*self.survival])
         self._kept, self._tokens_fed = [*counts], self._tokens_fed + sum(counts)
-        return counts
+        return counts, gained
 
     # ---------------------------------------------------------------- before drafting
 

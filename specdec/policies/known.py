@@ -39,6 +39,24 @@ FORGET = 0.998
 Raised, a change of the text is noticed later. Set by hand.
 """
 
+LATELY = 0.9
+"""Weight that is left of what looking up took and gained after one more round of it.
+
+Raised, a change of the text is noticed later; lowered, chance sends look-ups to rest.
+"""
+
+FIRST_LOOKUPS = 64
+"""Rounds with look-ups before they may rest: at first there is little to find, and to judge by.
+
+Raised, short jobs without repetition pay for more of them.
+"""
+
+REST = 16
+"""Rounds without look-ups where these do not repay their time.
+
+Raised, a change is noticed later; lowered, more is spent on look-ups in vain.
+"""
+
 
 class KnownChains:
     """Estimates the chains of a round, and learns from it.
@@ -105,6 +123,36 @@ class KnownChains:
             self._estimator.learn(
                 np.array(evidence, dtype=float)[known], np.array(typical)[known], np.array(stood)
             )
+
+
+class Lookups:
+    """Whether looking up repays the time that it takes the host, as measured.
+
+    Where chains are long and many rows wait, it takes some percent of a round, whether anything is
+    submitted or not. So where it brings less, it rests, and is tried now and then.
+    """
+
+    def __init__(self) -> None:
+        self._gained = self._taken = 0.0
+        self._rounds = self._resting = 0
+
+    def due(self) -> bool:
+        """Whether to look up in this round."""
+        self._resting -= 1
+        return self._resting < 0
+
+    def ended(self, taken: float, gained: float) -> None:
+        """Learn from a round in which it was done.
+
+        Args:
+            taken: seconds.
+            gained: seconds that the candidates taken are expected to save, beyond their cost.
+        """
+        self._rounds += 1
+        self._taken = LATELY * self._taken + taken
+        self._gained = LATELY * self._gained + gained
+        if self._rounds >= FIRST_LOOKUPS and self._taken > self._gained:
+            self._resting = REST
 
 
 def in_front(survival: Sequence[float], worth: float, *, draws_behind: bool = True) -> int:

@@ -10,7 +10,8 @@ import pytest
 
 from specdec.policies.base import Signal
 from specdec.policies.chains import Chain
-from specdec.policies.known import KnownChains, in_front, survivals
+from specdec.policies.goodput import Goodput
+from specdec.policies.known import FIRST_LOOKUPS, REST, KnownChains, in_front, survivals
 from specdec.policies.memory import RowMemory
 from tests.specdec.policies.worlds import policy_of
 from tests.specdec.workloads import (
@@ -126,6 +127,27 @@ def test_a_chain_gives_way_to_a_draft_that_would_leave_its_row() -> None:
         start = replace(round_start(rows), draws_behind=behind)
         counts.append(policy.choose(start, [chain(SURE), *[chain()] * 3])[0])
     assert counts == [1, 0]
+
+
+@pytest.mark.parametrize("seconds", [1e-9, 1e3])
+def test_look_ups_that_take_longer_than_they_save_rest(seconds: float) -> None:
+    """They come back once they repay their time."""
+    policy, rows = goodput(0.1, draft=0.15)
+
+    def looked_up(taken: float) -> bool:
+        wanted = policy.wants_lookups()
+        if wanted:
+            Goodput.lookups_took(policy, taken)
+        chains = [chain(SURE, SURE)] * 4 if wanted else [chain()] * 4
+        assert any(policy.choose(round_start(rows), chains)) is wanted
+        return wanted
+
+    assert all(looked_up(seconds) for _ in range(FIRST_LOOKUPS))
+    later = [looked_up(seconds) for _ in range(10 * REST)]
+    assert sum(later) == (10 * REST if seconds < 1 else 9)
+    for _ in range(200 * REST):
+        looked_up(1e-9)
+    assert all(looked_up(1e-9) for _ in range(REST))
 
 
 def test_rounds_without_chains_are_those_of_a_policy_that_looks_nothing_up() -> None:
