@@ -53,9 +53,9 @@ class KnownLoop:
             began = self._clock.now()
             each = enumerate(zip(this.rows, this.start.room, strict=True))
             this.chains = [self._chain(slot, row, room, masks, index) for slot, (row, room) in each]
+            counts = self._policy.choose(this.start, this.chains)
             if index is not None:
                 self._policy.lookups_took(self._clock.now() - began)
-            counts = self._policy.choose(this.start, this.chains)
         if any(counts):
             this.lead(counts)
 

@@ -334,7 +334,7 @@ class StopPolicy:
         return self.looks_up
 
     def lookups_took(self, seconds: float) -> None:
-        """Called before `choose` where it was done: what that took the host, in all rows."""
+        """Called behind `choose` where it was done: what that and the choice took the host."""
 
     def choose(self, start: RoundStart, chains: Sequence[Chain]) -> Sequence[int]:
         """How many candidates to take of each row's chain; what a grammar forces, if no more.

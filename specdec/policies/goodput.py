@@ -90,7 +90,7 @@ class Goodput(OfferingPolicy):
         super().__post_init__()
         self.switch = Switch()
         self.found, self.found_switch, self.lookups = KnownChains(), Switch(), Lookups()
-        self._lookup_seconds: float | None = None  # of this round, if it has any
+        self._saved = 0.0  # seconds, by the candidates of this round that were looked up
         self._begun: RoundStart | None = None
         self._known: list[list[float]] = []  # survival of the known candidates taken, by row
         self._looking_up, self._worth = False, 0.0
@@ -116,26 +116,16 @@ class Goodput(OfferingPolicy):
     # ------------------------------------------------------- what is known without a draft
 
     def wants_lookups(self) -> bool:
-        self._lookup_seconds = None
         return self.lookups.due()
 
     def lookups_took(self, seconds: float) -> None:
-        self._lookup_seconds = seconds
+        self.lookups.ended(seconds, self._saved)
 
     def choose(self, start: RoundStart, chains: Sequence[Chain]) -> Sequence[int]:
-        counts, gained = [chain.forced for chain in chains], 0.0
-        self._steps, self._known, self._odds = [], [], []
-        if any(chain.tokens for chain in chains):
-            counts, gained = self._choose(start, chains, counts)
-        if self._lookup_seconds is not None:
-            self.lookups.ended(self._lookup_seconds, gained)
-        return counts
-
-    def _choose(
-        self, start: RoundStart, chains: Sequence[Chain], forced: list[int]
-    ) -> tuple[list[int], float]:
-        """How many candidates to take of each chain, and the seconds that those looked up save."""
-        counts, gained = forced, 0.0
+        counts = [chain.forced for chain in chains]
+        self._steps, self._known, self._odds, self._saved = [], [], [], 0.0
+        if not any(chain.tokens for chain in chains):
+            return counts
         self._begin(start)
         self._odds = self.found.predict(start, chains)
         known = [*map(survivals, self._odds)]
@@ -144,13 +134,13 @@ class Goodput(OfferingPolicy):
         rows, (best, gain) = sum(room > 0 for room in start.room), self._best_set()
         bare = self._looking_up and self.found_switch.look_again and start.decodes
         if best and not bare and self.found_switch.pays(gain / rows):
-            start.notes["found"], gained = gain / rows, gain / self.price
+            start.notes["found"], self._saved = gain / rows, gain / self.price
             counts = [*map(max, counts, by_row(best, len(chains)))]
         self._known = [each[:n] for each, n in zip(known, counts, strict=True)]
         self.survival = [each[-1] if each else 1.0 for each in self._known]
         start.notes.update(taken=self._known, reached=[*self.survival])
         self._kept, self._tokens_fed = [*counts], self._tokens_fed + sum(counts)
-        return counts, gained
+        return counts
 
     # ---------------------------------------------------------------- before drafting
 

@@ -45,13 +45,13 @@ LATELY = 0.9
 Raised, a change of the text is noticed later; lowered, chance sends look-ups to rest.
 """
 
-FIRST_LOOKUPS = 64
+FIRST_LOOKUPS = 8
 """Rounds with look-ups before they may rest: at first there is little to find, and to judge by.
 
 Raised, short jobs without repetition pay for more of them.
 """
 
-REST = 16
+REST = 32
 """Rounds without look-ups where these do not repay their time.
 
 Raised, a change is noticed later; lowered, more is spent on look-ups in vain.
@@ -145,7 +145,7 @@ class Lookups:
         """Learn from a round in which it was done.
 
         Args:
-            taken: seconds.
+            taken: seconds, of looking up and choosing.
             gained: seconds that the candidates taken are expected to save, beyond their cost.
         """
         self._rounds += 1
