@@ -109,7 +109,7 @@ class Chaos:
             TimeoutError: the job was not done after so many seconds.
         """
         deadline = time.monotonic() + seconds
-        shares = sorted(self._random.random() * 0.9 for _ in kinds)
+        shares = sorted(self._random.random() * 0.75 for _ in kinds)
         plan = list(zip(shares, self._random.sample(kinds, len(kinds)), strict=True))
         try:
             while not self._done():
