@@ -15,10 +15,10 @@ Intervals are 95%, over prompts, paired (specdec/simulate/replay.py). The best f
 chosen on the same prompts, which is in its favour.
 
 Traces also know what would be looked up at each place (specdec/simulate/lookups.py), but for those
-of EAGLE-3 drafts, which do not go on behind it. So `suffix`
-and `goodput` are replayed with that source: without a draft ("no draft"), and with one behind it
-("look-ups"). A second table has what they took from where. What a look-up takes the host is left
-out, as is all that a policy takes; the bound and the best fixed length know drafts only.
+of EAGLE-3 drafts, which do not go on behind it. So `suffix` and `goodput` are replayed with that
+source: without a draft ("no draft"), and with one behind it ("look-ups"). A second table has what
+they took from where. What a look-up takes the host is left out, as is all that a policy takes; the
+bound and the best fixed length know drafts only.
 
 `record` writes traces, `replay` prints a table; each command's `--help` says how long it takes.
 
