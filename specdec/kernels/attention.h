@@ -67,11 +67,10 @@ static inline void scatter(float* nodes, uint64_t mask) {
 static inline void weigh(float* score, i64 n, i64 begin, i64 head, const Extras& extras) {
     if (const float cap = extras.softcap) {
         const float twice = 2.0f / cap;
-#pragma omp simd
-        for (i64 l = 0; l < n; l++) {  // cap * tanh(score / cap)
-            const float e = exp_(score[l] * twice);
-            score[l] = cap * ((e - 1.0f) / (e + 1.0f));
-        }
+        transform(score, n, [&](vec x) {  // cap * tanh(x / cap)
+            const vec e = exp_(x * twice);
+            return cap * ((e - 1.0f) / (e + 1.0f));
+        });
     }
     if (extras.bias) {
         const float* bias = extras.bias + head * extras.bias_width + begin;
@@ -82,13 +81,11 @@ static inline void weigh(float* score, i64 n, i64 begin, i64 head, const Extras&
     float most = sink ? std::max(score[0], *sink) : score[0];
 #pragma omp simd reduction(max : most)
     for (i64 l = 0; l < n; l++) most = score[l] > most ? score[l] : most;
-#pragma omp simd
-    for (i64 l = 0; l < n; l++) score[l] = exp_(score[l] - most);
+    transform(score, n, [&](vec x) { return exp_(x - most); });
     float total = sum(score, n);
-    if (sink) total += exp_(*sink - most);
+    if (sink) total += exp_(all(*sink - most))[0];
     const float inverse = 1.0f / total;
-#pragma omp simd
-    for (i64 l = 0; l < n; l++) score[l] *= inverse;
+    transform(score, n, [&](vec x) { return x * inverse; });
 }
 
 // Queries first..last of a row and a key/value head. Query i is token i / group and, of the query
@@ -121,8 +118,7 @@ static inline void dots(const float* q, const T* key, const T* ahead, i64 dim, f
             for (int p = 0; p < P; p++) sums[j][p] = fused(x, k[p], sums[j][p]);
         }
     }
-    for (int j = 0; j < J; j++)
-        for (int p = 0; p < P; p++) out[j * stride + p] = total(sums[j][p]);
+    for (int j = 0; j < J; j++) totals(sums[j], out + j * stride);
 }
 
 // sums[j] += weights[j][l] * values[l] over n positions l, for J queries and C vectors of a head;
@@ -206,15 +202,16 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
             }
             const T* first_values =
                 values + pages.place(row.slot, low, kv_heads, item.kv_head) * value_dim;
-            by_queries(n, [&](auto count, i64 j) {
-                constexpr int J = count, P = 4;
-                pages.each(row.slot, low, high, kv_heads, item.kv_head, [&](i64 l, i64 end, i64 at,
-                                                                            i64 next) {
-                    // Position l is at here + l, or at there + l behind the end of the page.
-                    // Values follow the last keys.
-                    const T *here = keys + (at - l) * key_dim, *there = keys + (next - end) * key_dim;
-                    if (end == high) there = first_values - end * key_dim;
-                    for (; l < end;) {
+            // All queries go through a page while it is in the first cache.
+            pages.each(row.slot, low, high, kv_heads, item.kv_head, [&](i64 begin, i64 end, i64 at,
+                                                                        i64 next) {
+                // Position l is at here + l, or at there + l behind the end of the page.
+                // Values follow the last keys.
+                const T *here = keys + (at - begin) * key_dim, *there = keys + (next - end) * key_dim;
+                if (end == high) there = first_values - end * key_dim;
+                by_queries(n, [&](auto count, i64 j) {
+                    constexpr int J = count, P = 4;
+                    for (i64 l = begin; l < end;) {
                         const T* ahead = (l + AHEAD < end ? here : there) + (l + AHEAD) * key_dim;
                         const T* key = here + l * key_dim;
                         float* to = &scores[j * stride + l - low];
@@ -239,15 +236,15 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
                 weigh(score, end - begin, begin, head, extras);
                 if (span.masks) scatter(line + span.bases[token] - low, span.masks[token]);
             }
-            by_queries(n, [&](auto count, i64 j) {
-                constexpr int J = count, C = 4;
-                float* to = &sums[j * value_dim];
-                std::fill(to, to + J * value_dim, 0.0f);
-                pages.each(row.slot, low, high, kv_heads, item.kv_head, [&](i64 l, i64 end, i64 at,
-                                                                            i64 next) {
-                    const float* weights = &scores[j * stride + l - low];
-                    const T *value = values + at * value_dim, *more = values + next * value_dim;
-                    const i64 m = end - l;
+            std::fill(sums.begin(), sums.end(), 0.0f);
+            pages.each(row.slot, low, high, kv_heads, item.kv_head, [&](i64 begin, i64 end, i64 at,
+                                                                        i64 next) {
+                const T *value = values + at * value_dim, *more = values + next * value_dim;
+                by_queries(n, [&](auto count, i64 j) {
+                    constexpr int J = count, C = 4;
+                    const float* weights = &scores[j * stride + begin - low];
+                    float* to = &sums[j * value_dim];
+                    const i64 m = end - begin;
                     i64 d = 0;
                     for (; d + C * LANES <= value_dim; d += C * LANES)
                         mix<J, C>(weights, stride, value + d, more + d, m, value_dim, to + d);

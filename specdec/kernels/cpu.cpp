@@ -1,4 +1,5 @@
-// A packed forward's work between its matrix products, and a first look at logits, on a CPU.
+// A packed forward's work between its matrix products, a first look at logits, and products of
+// bytes where the processor has tiles for them, on a CPU.
 // Compiled by compile.py into one library, called by cpu.py. This file exports each function for
 // both kinds of numbers.
 //
@@ -9,6 +10,7 @@
 #include "layers.h"
 #include "logits.h"
 #include "numbers.h"
+#include "tiles.h"
 
 #define EXPORT(T, NAME)                                                                           \
     extern "C" void attend_##NAME(const T* q, i64 ts, i64 hs, const T* k, const T* v,             \
@@ -41,7 +43,13 @@
     extern "C" void token_signals_##NAME(const T* x, i64 stride, const i64* tokens, float* out,   \
                                          i64 n, i64 width, i64 columns, i64 wanted) {             \
         token_signals<T>(x, stride, tokens, out, n, width, columns, wanted);                      \
+    }                                                                                             \
+    extern "C" void tile_product_##NAME(const T* x, const int8_t* weight, const float* scales,    \
+                                        const float* bias, T* out, i64 n, i64 width,              \
+                                        i64 outputs) {                                            \
+        tile_product<T>(x, weight, scales, bias, out, n, width, outputs);                         \
     }
 
 EXPORT(float, float32)
 EXPORT(bf16, bfloat16)
+extern "C" bool has_tiles() { return ask_for_tiles(); }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_bool, c_float, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ _GATE = [c_void_p, c_void_p, c_int64, c_int64]
 _ROTATE = [*[c_void_p] * 5, c_float, *[c_void_p] * 3, c_int64, *[c_void_p] * 2, *[c_int64] * 4]
 _SCALE = [*[c_void_p] * 3, c_int64, c_int64]
 _ARGMAX = [c_void_p, c_int64, c_void_p, *[c_int64] * 2]
+_TILE_PRODUCT = [*[c_void_p] * 5, *[c_int64] * 3]
 _TOKEN_SIGNALS = [c_void_p, c_int64, *[c_void_p] * 2, *[c_int64] * 4]
 
 
@@ -65,6 +66,9 @@ class CpuKernels(LayerKernels):
     Args:
         library: compiled.
         dtype: of activations and caches: one of DTYPES.
+
+    Attributes:
+        tiles: whether `tile_product` works here: the processor has AMX, and gives it to us.
     """
 
     row_tokens: int | None = None
@@ -82,6 +86,9 @@ class CpuKernels(LayerKernels):
         self._scale_rows = function("scale_rows", _SCALE)
         self._argmax = function("argmax", _ARGMAX)
         self._token_signals = function("token_signals", _TOKEN_SIGNALS)
+        self._tile_product = function("tile_product", _TILE_PRODUCT)
+        library.has_tiles.restype = c_bool
+        self.tiles = bool(library.has_tiles())
 
     def attend(
         self,
@@ -184,3 +191,23 @@ class CpuKernels(LayerKernels):
             logits.data_ptr(), logits.stride(0), tokens.data_ptr(),
             out.data_ptr(), *logits.shape, out.shape[1], sum(1 << column for column in wanted),
         )  # fmt: skip
+
+    def tile_product(
+        self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor, outputs: int
+    ) -> Tensor:
+        """y [n, outputs] = x W^T + bias for x [n, inputs], quantized per row in steps of 1/127.
+
+        A row that is not finite gives NaN.
+
+        Args:
+            weight: W in bytes, packed for tiles as tiles.h says.
+            scales: float32, what a step of each output's weights is worth; 1 where W was padded.
+            bias: float32, padded as scales are.
+        """
+        n, inputs = x.shape
+        out = x.new_empty(n, outputs)
+        self._tile_product(
+            x.data_ptr(), weight.data_ptr(), scales.data_ptr(), bias.data_ptr(),
+            out.data_ptr(), n, inputs, outputs,
+        )  # fmt: skip
+        return out

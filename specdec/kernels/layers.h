@@ -39,14 +39,15 @@ static void add_norm(T* x, const T* y, const T* weight, T* out, i64 n, i64 width
 // out [n, width] = silu(first half) * second half of each row of gate_up [n, 2 * width].
 template <typename T>
 static void gate(const T* gate_up, T* out, i64 n, i64 width) {
+    const auto silu = [](vec x) { return x / (1.0f + exp_(-x)); };
 #pragma omp parallel for if (n * width > SERIAL)
     for (i64 i = 0; i < n; i++) {
         const T *g = gate_up + i * 2 * width, *up = g + width;
         T* to = out + i * width;
-#pragma omp simd
-        for (i64 d = 0; d < width; d++) {
-            const float x = get(g[d]);
-            put(to + d, x / (1.0f + exp_(-x)) * get(up[d]));
+        i64 d = 0;
+        for (; d + LANES <= width; d += LANES) store(to + d, silu(load(g + d)) * load(up + d));
+        if (const i64 left = width - d) {
+            store(to + d, silu(load(g + d, left, 0.0f)) * load(up + d, left, 0.0f), left);
         }
     }
 }

@@ -68,14 +68,17 @@ static void token_signals(const T* x, i64 stride, const i64* tokens, float* out,
     for (i64 i = 0; i < n; i++) {
         const T* row = x + i * stride;
         const float most = largest(row, width);
-        float sum = 0, mean = 0;
-#pragma omp simd reduction(+ : sum, mean)
-        for (i64 d = 0; d < width; d++) {
-            const float below = get(row[d]) - most;
-            const float e = below < -87.0f ? 0.0f : exp_(below);
-            sum += e;
-            mean += e * std::max(below, -87.0f);  // 0 * -inf is no number
-        }
+        vec sums = {}, means = {};
+        const auto add = [&](vec x) {
+            const vec below = x - most, seen = below < -87.0f ? all(-87.0f) : below;
+            const vec e = below < -87.0f ? vec{} : exp_(below);
+            sums += e;
+            means = fused(e, seen, means);  // not `below`: 0 * -inf is no number
+        };
+        i64 d = 0;
+        for (; d + LANES <= width; d += LANES) add(load(row + d));
+        if (d < width) add(load(row + d, width - d, -INFINITY));
+        const float sum = total(sums), mean = total(means);
         const float log_sum = std::log(sum), log_q = get(row[tokens[i]]) - most - log_sum;
         const float found[] = {std::max(log_q, std::log(std::numeric_limits<float>::min())),
                                -log_sum, std::max(log_sum - mean / sum, 0.0f)};

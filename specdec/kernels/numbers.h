@@ -37,27 +37,6 @@ static inline void put(bf16* to, float x) {  // to the nearest, ties to even
     to->bits = static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
-// e^x within 2 ulp for x in [-87, 88], clamped outside; Cephes' polynomial. Free of branches and
-// calls, so that loops over it become vector code.
-static inline float exp_(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float n = std::floor(x * 1.44269504088896341f + 0.5f);
-    float r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t power = (static_cast<int32_t>(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &power, 4);
-    return p * scale;
-}
-
 // Below so many numbers a loop is over before other threads have woken up.
 static constexpr i64 SERIAL = 16384;
 
@@ -68,6 +47,7 @@ constexpr int LANES = 8, QUERIES = 2;
 #endif
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vec_u32 __attribute__((vector_size(LANES * 4)));
+typedef int32_t vec_i32 __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vec_u16 __attribute__((vector_size(LANES * 2)));
 
 static inline vec load(const float* from) {
@@ -82,6 +62,39 @@ static inline vec load(const bf16* from) {
     return reinterpret_cast<vec>(__builtin_convertvector(x, vec_u32) << 16);
 }
 
+static inline void store(float* to, vec x) { std::memcpy(to, &x, sizeof x); }
+
+static inline void store(bf16* to, vec x) {  // as `put`
+    const vec_u32 wide = reinterpret_cast<vec_u32>(x);
+    const vec_u32 near = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+    const vec_u16 bits = __builtin_convertvector(near, vec_u16);
+    std::memcpy(to, &bits, sizeof bits);
+}
+
+// The first n < LANES numbers, with `rest` behind them.
+template <typename T>
+static inline vec load(const T* from, i64 n, float rest) {
+    T lanes[LANES];
+    for (T& lane : lanes) put(&lane, rest);
+    std::memcpy(lanes, from, n * sizeof(T));
+    return load(lanes);
+}
+
+template <typename T>
+static inline void store(T* to, vec x, i64 n) {
+    T lanes[LANES];
+    store(lanes, x);
+    std::memcpy(to, lanes, n * sizeof(T));
+}
+
+// x = f(x) for n numbers.
+template <typename F>
+static inline void transform(float* x, i64 n, F f) {
+    i64 i = 0;
+    for (; i + LANES <= n; i += LANES) store(x + i, f(load(x + i)));
+    if (i < n) store(x + i, f(load(x + i, n - i, 0.0f)), n - i);
+}
+
 static inline float total(vec x) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps(x);
@@ -91,6 +104,26 @@ static inline float total(vec x) {
     for (int n = LANES / 2; n; n /= 2)
         for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
     return lanes[0];
+}
+
+// out[p] = total(x[p]), with the same bits, for P vectors: half of the shuffles if they are four.
+template <int P>
+static inline void totals(const vec (&x)[P], float* out) {
+#ifdef __AVX512F__
+    if constexpr (P == 4) {  // quarters of vectors: first of halves, then of quarters, then in them
+        const auto halves = [](vec a, vec b) {
+            return _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+        };
+        const vec a = halves(x[0], x[1]), b = halves(x[2], x[3]);
+        vec y = _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+        y += _mm512_permute_ps(y, 0x4e);
+        y += _mm512_permute_ps(y, 0xb1);
+        const __m512i firsts = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
+        _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, y)));
+        return;
+    }
+#endif
+    for (int p = 0; p < P; p++) out[p] = total(x[p]);
 }
 
 static inline vec all(float x) { return x - vec{}; }
@@ -104,6 +137,25 @@ static inline vec fused(vec a, vec b, vec c) {
 #else
     return a * b + c;
 #endif
+}
+
+// e^x within 2 ulp for x in [-87, 88], clamped outside; Cephes' polynomial. Written with vectors: of
+// a scalar one the compiler makes loops that take up to 30 times as long.
+static inline vec exp_(vec x) {
+    x = x < -87.0f ? all(-87.0f) : x;
+    x = x > 88.0f ? all(88.0f) : x;
+    const float round = 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction
+    const vec n = (x * 1.44269504088896341f + round) - round;
+    const vec r = fused(n, all(2.12194440e-4f), fused(n, all(-0.693359375f), x));
+    vec p = all(1.9875691500e-4f);
+    p = fused(p, r, all(1.3981999507e-3f));
+    p = fused(p, r, all(8.3334519073e-3f));
+    p = fused(p, r, all(4.1665795894e-2f));
+    p = fused(p, r, all(1.6666665459e-1f));
+    p = fused(p, r, all(5.0000001201e-1f));
+    p = fused(p, r * r, r + 1.0f);
+    const vec_i32 power = (__builtin_convertvector(n, vec_i32) + 127) << 23;
+    return p * reinterpret_cast<vec>(power);
 }
 
 static inline float sum(const float* x, i64 n) {

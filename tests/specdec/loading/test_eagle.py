@@ -17,7 +17,7 @@ from specdec.loading.pair import load_draft
 from specdec.loading.sources import PairError, model_digest
 from specdec.loading.vocabulary import check_tokenizers
 from specdec.model.eagle import EagleDecoder
-from specdec.model.linear import Int8Linear, PackedLinear
+from specdec.model.linear import PackedLinear, int8_layer
 from tests.specdec.eagle_drafts import Shape, random_weights, save
 from tests.specdec.loading.saved_models import complete, load, saved, set_config
 from tests.specdec.tiny_models import tiny_model
@@ -55,7 +55,7 @@ def test_a_pair_with_one_completes_as_its_target(
     assert json.loads(json.dumps(pair.describe())) == pair.describe()
 
 
-@pytest.mark.parametrize(("asked", "layer"), [(None, Int8Linear), ("none", PackedLinear)])
+@pytest.mark.parametrize(("asked", "layer"), [(None, int8_layer()), ("none", PackedLinear)])
 def test_its_linear_layers_are_packed_as_asked(
     target: Path, tmp_path: Path, asked: Any, layer: type
 ) -> None:

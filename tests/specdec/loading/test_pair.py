@@ -9,7 +9,7 @@ import torch
 from specdec.engine.engine import Engine
 from specdec.loading.pair import ModelPair, check_kv_dtype, chosen_dtype
 from specdec.loading.sources import PairError, model_digest
-from specdec.model.linear import Int8Linear, Int8WeightOnlyLinear, PackedLinear, packable
+from specdec.model.linear import Int8WeightOnlyLinear, PackedLinear, int8_layer, packable
 from specdec.policies.simple import Fixed
 from specdec.request import Request, SamplingParams
 from tests.specdec.loading.saved_models import (
@@ -84,7 +84,7 @@ def test_a_tied_draft_without_embedding_uses_the_targets_head_too(
 
 @pytest.mark.parametrize(
     ("asked", "layer"),
-    [(None, Int8Linear), ("int8wo", Int8WeightOnlyLinear), ("none", PackedLinear)],
+    [(None, int8_layer()), ("int8wo", Int8WeightOnlyLinear), ("none", PackedLinear)],
 )
 def test_a_draft_on_a_cpu_is_int8_unless_asked_otherwise(
     target: Path, draft: Path, asked: str | None, layer: type
@@ -98,7 +98,7 @@ def test_a_draft_on_a_cpu_is_int8_unless_asked_otherwise(
 
 
 @pytest.mark.parametrize(
-    ("quantization", "layer"), [("int8", Int8Linear), ("int8wo", Int8WeightOnlyLinear)]
+    ("quantization", "layer"), [("int8", int8_layer()), ("int8wo", Int8WeightOnlyLinear)]
 )
 def test_quantization_reaches_both_models(
     target: Path, draft: Path, quantization: str, layer: type

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from specdec.model.linear import (
     Int8WeightOnlyLinear,
     PackedLinear,
     Quantization,
+    RowwiseLinear,
+    TileInt8Linear,
+    int8_layer,
     is_invariant,
     is_plain,
     pack_linears,
@@ -26,17 +30,22 @@ from specdec.model.linear import (
 )
 from tests.specdec.tiny_models import VOCAB, make_pair, seeded, tiny_model
 
-Kind = Quantization | None
+Kind = Quantization | Literal["tiles"] | None
 
-KINDS: dict[Kind, type[Int8Linear] | type[Int8WeightOnlyLinear] | type[PackedLinear]] = {
+KINDS: dict[Kind, type[RowwiseLinear]] = {
     None: PackedLinear,
     "int8": Int8Linear,
+    "tiles": TileInt8Linear,
     "int8wo": Int8WeightOnlyLinear,
 }
-ERROR: dict[Kind, float] = {None: 1e-5, "int8": 0.03, "int8wo": 0.01}
+ERROR: dict[Kind, float] = {None: 1e-5, "int8": 0.03, "tiles": 0.03, "int8wo": 0.01}
 """Largest relative error (Frobenius norm) against float32; 1.8% and 0.3% were measured."""
 
-kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
+HERE = [kind for kind in KINDS if kind != "tiles" or int8_layer() is TileInt8Linear]
+"""Tiles need a processor with AMX, and a compiler."""
+
+layers = pytest.mark.parametrize("kind", HERE, ids=str)
+kinds = pytest.mark.parametrize("kind", [*get_args(Quantization), None], ids=str)
 
 
 def linear(inputs: int, outputs: int, bias: bool = False, seed: int = 0) -> nn.Linear:
@@ -55,7 +64,7 @@ def inputs_of(rows: int, size: int, seed: int = 1) -> Tensor:
 
 
 @pytest.mark.usefixtures("two_threads")
-@kinds
+@layers
 @pytest.mark.parametrize("shape", [(64, 64), (576, 192), (208, 97), (64, 1536), (1536, 576)])
 def test_a_row_has_the_same_bits_in_any_batch(kind: Kind, shape: tuple[int, int]) -> None:
     layer, x = KINDS[kind](linear(*shape)), inputs_of(64, shape[0])
@@ -69,11 +78,11 @@ def test_any_input_size_works() -> None:
     """In another process: torch's int8 weight-only kernel reads past the end of odd-sized rows."""
     code = f"""
 import torch
-from specdec.model.linear import Int8Linear, Int8WeightOnlyLinear, PackedLinear
-for layer, bound in {[(KINDS[kind].__name__, ERROR[kind]) for kind in KINDS]}:
+from specdec.model import linear
+for layer, bound in {[(KINDS[kind].__name__, ERROR[kind]) for kind in HERE]}:
     for inputs in (200, 201, 216):
         plain = torch.nn.Linear(inputs, 96, bias=False).requires_grad_(False)
-        packed, x = globals()[layer](plain), torch.randn(33, inputs)
+        packed, x = getattr(linear, layer)(plain), torch.randn(33, inputs)
         for rows in (1, 4, 33):
             for _ in range(20):
                 error = (packed(x[:rows]) - plain(x[:rows])).norm() / plain(x[:rows]).norm()
@@ -83,7 +92,19 @@ for layer, bound in {[(KINDS[kind].__name__, ERROR[kind]) for kind in KINDS]}:
     assert done.returncode == 0, done.stderr or f"killed by signal {-done.returncode}"
 
 
-@kinds
+@pytest.mark.skipif("tiles" not in HERE, reason="no AMX here, or no compiler")
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_gives_nan_in_tiles_and_spoils_no_other(odd: float) -> None:
+    layer, x = TileInt8Linear(linear(200, 48)), inputs_of(20, 200)
+    expected = layer(x)
+    x[7, 130] = odd
+    y = layer(x)
+    assert y[7].isnan().all()
+    others = torch.arange(20) != 7
+    assert torch.equal(y[others], expected[others])
+
+
+@layers
 @pytest.mark.parametrize("bias", [False, True])
 def test_error_against_float32_is_bounded(kind: Kind, bias: bool) -> None:
     plain, x = linear(512, 256, bias), inputs_of(40, 512)
@@ -93,7 +114,7 @@ def test_error_against_float32_is_bounded(kind: Kind, bias: bool) -> None:
 
 
 @pytest.mark.skipif(not packable(torch.bfloat16), reason="no bfloat16 products on this processor")
-@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("kind", [kind for kind in HERE if kind != "int8wo"], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 5, 64])
 def test_bfloat16_in_bfloat16_out(kind: Kind, rows: int) -> None:
     plain, x = linear(512, 256, bias=True).bfloat16(), inputs_of(rows, 512).bfloat16()
@@ -105,20 +126,20 @@ def test_bfloat16_in_bfloat16_out(kind: Kind, rows: int) -> None:
     assert (got - expected).norm() / expected.norm() < max(ERROR[kind], 0.005)
 
 
-@kinds
+@layers
 def test_the_bias_is_added_in_full_precision(kind: Kind) -> None:
     plain = linear(64, 32, bias=True)
     assert torch.equal(KINDS[kind](plain)(torch.zeros(3, 64)), plain.bias.expand(3, -1))
 
 
-@kinds
+@layers
 @pytest.mark.parametrize("shape", [(1, 64), (5, 64), (1, 2, 3, 64)])
 def test_leading_dimensions_are_kept(kind: Kind, shape: tuple[int, ...]) -> None:
     y = KINDS[kind](linear(64, 48))(torch.ones(shape))
     assert (y.shape, y.dtype) == ((*shape[:-1], 48), torch.float32)
 
 
-@kinds
+@layers
 def test_each_output_channel_has_a_scale_of_its_own(kind: Kind) -> None:
     plain = linear(128, 4)
     plain.weight[2] *= 1000
@@ -128,7 +149,7 @@ def test_each_output_channel_has_a_scale_of_its_own(kind: Kind) -> None:
     assert ((got - expected).norm(dim=0) <= 2 * ERROR[kind] * expected.norm(dim=0)).all()
 
 
-@kinds
+@layers
 def test_a_row_with_one_large_number_keeps_its_direction(kind: Kind) -> None:
     plain, x = linear(128, 64), torch.zeros(1, 128)
     x[0, 7] = 1e4
@@ -144,7 +165,8 @@ def test_every_linear_layer_is_replaced_and_nothing_else(kind: Kind) -> None:
     pack_linears(model, kind)
     after = dict(model.named_modules())
     assert "lm_head" in linears and len(linears) == 2 * 7 + 1
-    assert all(type(after[name]) is KINDS[kind] for name in linears)
+    expected = int8_layer() if kind == "int8" else KINDS[kind]
+    assert all(type(after[name]) is expected for name in linears)
     assert all(type(after[name]) is its for name, its in others.items())
     assert model.get_output_embeddings().weight.shape == (VOCAB, 64)
 
@@ -162,7 +184,7 @@ def test_layers_that_a_quantiser_made_are_left_alone() -> None:
     before = list(model)
     pack_linears(model, "int8")
     assert [is_plain(layer) for layer in before] == [True, False, False, False]
-    assert [type(layer) for layer in model] == [Int8Linear, Replaced, nn.Linear, nn.Linear]
+    assert [type(layer) for layer in model] == [int8_layer(), Replaced, nn.Linear, nn.Linear]
     assert list(model)[1:] == before[1:]
 
 
@@ -212,7 +234,7 @@ def test_a_model_that_multiplies_outside_linear_layers_is_not_taken_for_invarian
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("rows", [200, 512, 700])
-@kinds
+@layers
 def test_a_row_has_the_same_bits_among_the_rows_of_a_prefill(kind: Kind, rows: int) -> None:
     layer, x = KINDS[kind](linear(576, 192)), inputs_of(rows, 576)
     whole = layer(x)
