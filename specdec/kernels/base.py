@@ -26,6 +26,9 @@ class LayerKernels(Protocol):
     row_tokens: int | None
     """Most tokens of a row that `attend` takes; None: any number."""
 
+    prompt_tokens: int
+    """Most tokens of a prompt with which `attend` is faster than torch's operators row by row."""
+
     def attend(
         self,
         query: Tensor,

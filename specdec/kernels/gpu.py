@@ -60,6 +60,7 @@ class GpuKernels(LayerKernels):
     """Kernels for tensors on one GPU, in any of DTYPES."""
 
     row_tokens: int | None = ROW_TOKENS
+    prompt_tokens = 0
 
     def __init__(self, device: torch.device) -> None:
         cuda = device.type == "cuda"  # else Triton's interpreter

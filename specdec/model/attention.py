@@ -3,9 +3,9 @@
 transformers calls `packed_attention` in place of its own. There are three ways to compute it:
 
 - Rows of at most GRID_TOKENS tokens (decoding, verifying) and trees go to compiled kernels where
-  there are any (specdec/kernels), token by token.
-- Elsewhere they are computed together as a grid (specdec/model/grid.py).
-- Longer rows (prefill) are computed one by one, so that a row's shapes depend on that row alone.
+  there are any (specdec/kernels), token by token. So do prompts up to where torch is faster.
+- Elsewhere such rows are computed together as a grid (specdec/model/grid.py).
+- Longer rows are computed one by one, so that a row's shapes depend on that row alone.
 
 Batch invariance. The compiled CPU kernel computes each token by itself, in an order that depends on
 its position alone, and so does the grid if it is asked to. With linear layers that are invariant
@@ -97,16 +97,16 @@ def attend_stored(packing: Packing, layer: int, query: Tensor, scoring: Scoring)
     if kernels is None and not packing.long:
         return packing.grid.attend(query, cache, layer, scoring)
     out = query.new_empty(*query.shape[:2], values.shape[3])
-    if kernels is not None and len(packing.short_rows):
+    if kernels is not None and len(packing.kernel_rows):
         query = query if query.stride(-1) == 1 else query.contiguous()
         kernels.attend(
-            query, keys, values, cache.table, packing.short_rows, scoring, layout.window, out,
+            query, keys, values, cache.table, packing.kernel_rows, scoring, layout.window, out,
             scales=cache.scales(layer), chunked=layout.chunked, paths=packing.paths,
         )  # fmt: skip
     elif packing.short:
         grid = packing.grid
         out[grid.short_tokens] = grid.attend(query, cache, layer, scoring)
-    for row in packing.long:
+    for row in packing.apart if kernels is not None else packing.long:
         out[row.begin : row.begin + row.tokens] = _long_row(query, packing, row, layer, scoring)
     return out
 

@@ -73,6 +73,7 @@ class SlotCache:
         features: what it keeps of each token for a draft that reads it, if it does.
         ahead: how far the token that a position is computed of is ahead of it; 0 in a language
             model.
+        kernels_read_prompts: whether they may attend for long rows, too.
         generation: how often these tensors were replaced by others: what remembers their addresses
             is out of date when this changes.
 
@@ -111,7 +112,7 @@ class SlotCache:
         scaled = layout if self.stored in LARGEST else ()
         self.key_scales = [self._zeros(torch.float32, each.heads) for each in scaled]
         self.value_scales = [self._zeros(torch.float32, each.heads) for each in scaled]
-        self._use_kernels = use_kernels
+        self._use_kernels, self.kernels_read_prompts = use_kernels, True
         self.generation = 0
         self.grow(slots, capacity)
 

@@ -35,9 +35,9 @@ class Packing:
         slots, positions: int64 [N] on the device.
         stored: int64 [N], the places in their slots; other than positions in trees only.
         paths: int64 [2, N], bases and masks of the tokens if there are trees (`trees.lay_out`).
-        short, long: rows that are trees or have at most GRID_TOKENS tokens, and those that attend
-            one by one.
-        short_rows: int64 [R, 4] on the device, the short ones as kernels take them.
+        short, long: rows that are trees or have at most GRID_TOKENS tokens, and all others.
+        apart: the long ones that kernels do not take: they attend one by one.
+        kernel_rows: int64 [R, 4] on the device, the others as kernels take them.
         kernels: what computes short rows and fused layers besides torch, if there is anything.
         replay: how states that run on go on from what the slots have, if the model has such.
     """
@@ -50,7 +50,8 @@ class Packing:
     paths: Tensor | None
     short: list[PackedRow]
     long: list[PackedRow]
-    short_rows: Tensor
+    apart: list[PackedRow]
+    kernel_rows: Tensor
     kernels: LayerKernels | None
     replay: Replay | None = None
     _turns: int = 0
@@ -78,16 +79,20 @@ class Packing:
             (short if is_short else long).append(row)
             slots += [row.slot] * row.tokens
             stored += range(row.start, row.start + row.tokens)
-        most = cache.kernels.row_tokens if cache.kernels is not None else None
-        cut = cut_rows(np.array(short), most).tolist() if short and most else short
+        kernels, most, prompt = cache.kernels, None, 0
+        if kernels is not None:
+            most, prompt = kernels.row_tokens, kernels.prompt_tokens
+        apart = [r for r in long if r.tokens > prompt or not cache.kernels_read_prompts]
+        others = [*short, *(row for row in long if row not in apart)] if prompt else short
+        cut = cut_rows(np.array(others), most).tolist() if others and most else others
         flat = [number for row in cut for number in row]
         paths: Tensor | None = None
         if trees is None:
-            slots_, stored_, short_rows = upload(cache.device, slots, stored, flat)
+            slots_, stored_, kernel_rows = upload(cache.device, slots, stored, flat)
             positions = stored_
         else:
             places, bases, masks = lay_out(packed, trees)
-            slots_, stored_, positions, both, short_rows = upload(
+            slots_, stored_, positions, both, kernel_rows = upload(
                 cache.device, slots, stored, places, bases + masks, flat
             )
             paths = both.view(2, -1)
@@ -100,8 +105,9 @@ class Packing:
             paths,
             short,
             long,
-            short_rows.view(-1, 4),
-            cache.kernels,
+            apart,
+            kernel_rows.view(-1, 4),
+            kernels,
             cache.states.replay(short, long) if cache.states is not None else None,
         )
 
@@ -114,7 +120,7 @@ class Packing:
         """
         slots, positions = places[:2]
         stored, paths = (positions, None) if len(places) == 2 else (places[2], places[3:])
-        return cls(cache, False, slots, positions, stored, paths, [], [], rows, cache.kernels)
+        return cls(cache, False, slots, positions, stored, paths, [], [], [], rows, cache.kernels)
 
     def layer_of(self, attention: Any) -> int:
         """Which layer attends now; those that share one module (Zamba) are told by their turns."""

@@ -158,7 +158,7 @@ def test_a_row_with_one_large_number_keeps_its_direction(kind: Kind) -> None:
 
 
 @kinds
-def test_every_linear_layer_is_replaced_and_nothing_else(kind: Kind) -> None:
+def test_every_linear_layer_is_replaced_and_nothing_else(kind: Quantization | None) -> None:
     model = tiny_model("qwen2")
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     others = {name: type(m) for name, m in model.named_modules() if type(m) is not nn.Linear}
@@ -201,7 +201,7 @@ def test_quantizing_leaves_torchs_quantization_engine_as_it_was() -> None:
 
 
 @kinds
-def test_a_model_of_these_layers_is_found_invariant(kind: Kind) -> None:
+def test_a_model_of_these_layers_is_found_invariant(kind: Quantization | None) -> None:
     model = tiny_model("qwen2")
     assert not is_invariant(model)
     pack_linears(model, kind)
