@@ -40,7 +40,7 @@ from specdec.policies.chains import Chain
 from specdec.policies.costs import CostModel
 from specdec.policies.kinds import Kind
 from specdec.policies.known import KnownChains, Lookups, in_front, survivals
-from specdec.policies.measuring import LearntCosts
+from specdec.policies.measuring import LearntCosts, PromptTokens
 from specdec.policies.objective import best_constant, best_prefixes, by_row
 from specdec.policies.offers import MEMORY, Offer, OfferingPolicy
 from specdec.policies.settings import setting
@@ -90,6 +90,7 @@ class Goodput(OfferingPolicy):
         super().__post_init__()
         self.switch = Switch()
         self.found, self.found_switch, self.lookups = KnownChains(), Switch(), Lookups()
+        self._prompts = PromptTokens()
         self._saved = 0.0  # seconds, by the candidates of this round that were looked up
         self._begun: RoundStart | None = None
         self._known: list[list[float]] = []  # survival of the known candidates taken, by row
@@ -195,8 +196,8 @@ class Goodput(OfferingPolicy):
         if self._learnt.at(len(start.rows), sum(start.contexts) / len(start.rows)):
             self._furthers = {}
         self._free_trimming = start.free_trimming
-        self._kept, self._tokens_bare = [0] * len(start.rows), start.target_tokens
-        self._tokens_fed = start.target_tokens
+        self._kept, self._tokens_bare = [0] * len(start.rows), self._prompts.places(start)
+        self._tokens_fed = self._tokens_bare
         # What a second is worth: what the best constant length would make of it, corrected by how
         # that compared with what was reached lately. So a change of rows or costs counts at once.
         rows, rate = len(start.rows), sum(self.typical) / len(self.typical)
@@ -205,7 +206,8 @@ class Goodput(OfferingPolicy):
             self._constant = best_constant(self.costs, rows, rate, self.k_max)
         self.price = max(plain, self._constant * self._tokens / self._hoped)
         # Tokens that a draft brings a row of a round, in the time of one without.
-        self._worth = self._constant / plain - 1 if self.switch.on else 0.0
+        drafting = not self._looking_up and not self.switch.rests(start)
+        self._worth = max(self._constant / plain - 1 - self.switch.missing, 0.0) * drafting
 
     # ----------------------------------------------------------- after each candidate
 
@@ -279,13 +281,17 @@ class Goodput(OfferingPolicy):
             switch, hope, known, apart = self.found_switch, found, self.found.judged, 0.0
         if hope is not None and known > LEARNT:
             switch.kept(hope, self._yield(outcome) - apart, len(start.rows))
+        self._prompts.observe(outcome, self.costs.verify)
         if start.prompt_tokens:
             self._furthers = {}  # sizes with a prompt in them hardly come again, and would pile up
         if not start.decodes:
             return
         rows, (tokens, spent) = len(start.rows), outcome.verify_cost
         spent += sum(spent for _, spent in outcome.draft_costs)
-        spent -= float(self.costs.verify(tokens) - self.costs.verify(tokens - start.prompt_tokens))
+        bare, others = self._prompts.places(start), tokens - start.prompt_tokens
+        spent -= float(
+            self.costs.verify(bare + tokens - start.target_tokens) - self.costs.verify(others)
+        )
         told = speculated and promised is not None
         kind, beside = start.notes.get("kind", Kind()), told and start.beside
         if beside or (told and self.grows):
@@ -307,12 +313,13 @@ class Goodput(OfferingPolicy):
         assert self.costs is not None
         start, verify = outcome.start, self.costs.verify
         tokens, seconds = outcome.verify_cost
+        bare = self._prompts.places(start)
         if not start.decodes:  # then most of it is prefill
-            seconds = float(verify(tokens))
+            seconds = float(verify(bare + tokens - start.target_tokens))
         if outcome.draft_costs:
             seconds += sum(spent for _, spent in outcome.draft_costs)
             seconds = shared(seconds, outcome, self.costs.draft)
-        extra = seconds - float(verify(start.target_tokens))
+        extra = seconds - float(verify(bare))
         gain = sum(outcome.accepted) - self.price * extra
         return gain / sum(room > 0 for room in start.room)
 

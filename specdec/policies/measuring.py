@@ -9,14 +9,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-from specdec.policies.base import RoundOutcome
-from specdec.policies.costs import CostModel
+from specdec.policies.base import RoundOutcome, RoundStart
+from specdec.policies.costs import CostModel, CostTable
 
 TOGETHER = 16
 """Measurements that are collected before the cost tables learn from them.
 
 Each update takes array operations of some 20 µs, and the tables of `further_seconds` anew. Raised,
 costs follow a change of the machine later.
+"""
+
+
+PROMPTS = 8
+"""Rounds with prompts in them that are remembered, of what a prompt's token costs.
+
+Raised, that is known later; lowered, a slow moment of the machine counts for more.
 """
 
 
@@ -78,3 +85,27 @@ class LearntCosts:
             learn(tokens, *seconds)
         self._taken = {}
         return True
+
+
+class PromptTokens:
+    """What a prompt's tokens in a round cost, in candidates'.
+
+    They look back less far than tokens behind a whole row, and no logits are made of them. Beyond
+    the knee of a GPU's curve they cost as much; on a CPU it may be half.
+    """
+
+    def __init__(self) -> None:
+        self._share = 1.0
+
+    def places(self, start: RoundStart) -> int:
+        """The tokens of a verification without candidates, prompts counted at what they cost."""
+        return start.target_tokens - round((1 - self._share) * start.prompt_tokens)
+
+    def observe(self, outcome: RoundOutcome, verify: CostTable) -> None:
+        """Learn from a round in which a prompt joined rows that decode."""
+        start, (tokens, seconds) = outcome.start, outcome.verify_cost
+        prompt = start.prompt_tokens
+        if prompt and prompt < start.target_tokens:
+            others = tokens - prompt
+            share = (verify.tokens_in(seconds, tokens) - others) / prompt
+            self._share += (min(max(share, 0.0), 1.0) - self._share) / PROMPTS

@@ -53,6 +53,18 @@ FEW_MORE = 12
 Raised, few rows with many candidates have truer costs, and others are timed less often.
 """
 
+STEPS = 0.05
+"""What neighbouring numbers of tokens differ by beyond a smooth curve, relative: a kernel's tiles.
+
+Raised, noise is taken for steps; lowered, steps for noise, where timings differ by as much.
+"""
+
+BENDS = 1.5
+"""By what factor tokens grow until a curve, of seconds in logarithms, may bend: e to this power.
+
+Raised, a curve is taken to be straighter, and less is left of what its parts were measured at.
+"""
+
 LEAST_POINTS = 4
 """Numbers of tokens that are tried even if there is no time: a curve needs both ends and a middle.
 
@@ -145,14 +157,30 @@ class _Sweeps:
         return found
 
     def typical(self) -> tuple[Sequence[int], Sequence[float]]:
-        """Sizes, and seconds of each: the median of its timings.
+        """Sizes, and seconds of each: the median of its timings, as far as noise lets these differ.
 
         What else the machine does slows a whole sweep. So all count as at the same speed.
         """
         sizes = self.sizes
         logs = np.array([[np.log(each.get(n, np.nan)) for n in sizes] for each in self._sweeps])
-        slower = np.nanmedian(logs - np.nanmedian(logs, axis=0), axis=1, keepdims=True)
-        return sizes, np.exp(np.nanmedian(logs - slower, axis=0)).tolist()
+        logs -= np.nanmedian(logs - np.nanmedian(logs, axis=0), axis=1, keepdims=True)
+        median = np.nanmedian(logs, axis=0)
+        timings = np.isfinite(logs).sum(0)
+        noise = (
+            np.sqrt(np.nanmean((logs - median)[:, timings > 1] ** 2)) if timings.max() > 1 else 0
+        )
+        return sizes, np.exp(_smooth(np.log(sizes), median, noise / np.sqrt(timings))).tolist()
+
+
+def _smooth(x: Array, y: Array, errors: Array) -> Array:
+    """The likeliest curve through y [n] at x, measured with `errors`: smooth but for STEPS.
+
+    A Gaussian process: the differences that a policy decides by are small, and single timings are
+    off by more. Where errors are small nothing changes.
+    """
+    curve = np.exp(-(((x[:, None] - x) / BENDS) ** 2) / 2) + STEPS**2 * np.eye(len(x))
+    found: Array = y.mean() + curve @ np.linalg.solve(curve + np.diag(errors**2), y - y.mean())
+    return found
 
 
 def _position(decoder: PackedDecoder, slots: int) -> float:

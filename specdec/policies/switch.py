@@ -114,7 +114,7 @@ class Switch:
         self._resting = 0
 
     @property
-    def _missing(self) -> float:
+    def missing(self) -> float:
         """What promises surely lack: the mean, less SURE standard errors."""
         error = sqrt(max(self._square - self._mean**2, LEAST_VARIANCE) / max(self._weight, 1.0))
         return copysign(max(abs(self._mean) - SURE * error, 0.0), self._mean)
@@ -122,12 +122,12 @@ class Switch:
     @property
     def on(self) -> bool:
         """Whether speculation paid, as far as the last decision knew."""
-        return self._promised > self._missing
+        return self._promised > self.missing
 
     @property
     def look_again(self) -> bool:
         """Whether it is time for a round without candidates."""
-        return self._in_a_row >= IN_A_ROW and self._promised - self._missing < CLOSE
+        return self._in_a_row >= IN_A_ROW and self._promised - self.missing < CLOSE
 
     def stands(self, start: RoundStart) -> bool:
         """Whether this round is one without candidates, and nothing needs to be computed for it.
@@ -136,15 +136,22 @@ class Switch:
         """
         if self.look_again and start.decodes:
             return True
-        # Nothing that was promised too little for these rows grows while they go on without.
+        rests = self.rests(start)
         self._resting -= 1
+        return rests
+
+    def rests(self, start: RoundStart) -> bool:
+        """Whether a decision against speculation stands for these rows.
+
+        Nothing that was promised too little for them grows while they go on without.
+        """
         same = len(start.rows) == len(self._rested) and all(map(is_, start.rows, self._rested))
-        return same and self._resting >= 0 and start.decodes
+        return same and self._resting > 0 and start.decodes
 
     def pays(self, promised: float) -> bool:
         """Whether to speculate, as `promised` tokens per row and round beyond none."""
         self._promised = promised
-        return promised > self._missing
+        return promised > self.missing
 
     def probe(
         self, start: RoundStart, rows: Sequence[int], costs: CostModel, *, saved_up: bool
