@@ -2,6 +2,7 @@
 
     python benchmarks/peers.py                     # without speculation, 64 prompts, fp32
     python benchmarks/peers.py --speculation       # live batch 1, the same pair everywhere
+    python benchmarks/peers.py --speculation --eagle examples/demo/eagle   # that draft, too
     python benchmarks/peers.py --vllm /tmp/vllm/bin/python   # with vLLM's CPU build
 
 Every side is a process of its own (`sides.py`) that has loaded its models and waits; they work in
@@ -120,8 +121,13 @@ def without_speculation(batches: list[int], base: dict[str, Any]) -> dict[str, S
     return sides
 
 
-def with_speculation(batches: list[int], draft: str, base: dict[str, Any]) -> dict[str, Side]:
-    """Each way to speculate, and our engine without, for the gain."""
+def with_speculation(
+    batches: list[int], draft: str, eagle: str, base: dict[str, Any]
+) -> dict[str, Side]:
+    """Each way to speculate, and our engine without, for the gain.
+
+    `draft` is a model of its own, which all can use; transformers has no use for an EAGLE-3 draft.
+    """
     sides: dict[str, Side] = {}
     assisted: dict[str, dict[str, Any]] = {
         "assisted, constant 4": {"k": 4},
@@ -147,6 +153,15 @@ def with_speculation(batches: list[int], draft: str, base: dict[str, Any]) -> di
             sides[f"vllm {method}{end}"] = Side(
                 "vllm", draft=draft, batch=batch, options=options, **base
             )
+        if eagle:
+            sides[f"specbatch goodput, eagle3{end}"] = Side(
+                "specbatch", draft=eagle, batch=batch, options={"policy": "goodput"}, **base
+            )
+            for k in (2, 4):
+                options = {"method": "eagle3", "k": k}
+                sides[f"vllm eagle3 {k}{end}"] = Side(
+                    "vllm", draft=eagle, batch=batch, options=options, **base
+                )
     return sides
 
 
@@ -162,6 +177,7 @@ def export(target: str, draft: str, work: Path) -> tuple[Path, Path]:
 def main(
     target: Target = TARGET,
     draft: Draft = DRAFT,
+    eagle: Annotated[str, typer.Option(help="an EAGLE-3 draft, for those who have such")] = "",
     prompts: Prompts = PROMPTS,
     rows: Rows = 64,
     tokens: MeanTokens = 128,
@@ -180,7 +196,7 @@ def main(
     sizes = [int(size) for size in batches.split(",")]
     base = {"target": str(target_folder), "dtype": dtype, "threads": threads}
     sides = (
-        with_speculation(sizes, str(draft_folder), base)
+        with_speculation(sizes, str(draft_folder), eagle and str(Path(eagle).absolute()), base)
         if speculation
         else without_speculation(sizes, base)
     )

@@ -167,7 +167,7 @@ def prepare_vllm(threads: int) -> None:
 
 
 def vllm(side: Side) -> Callable[[Work], Outputs]:
-    """vLLM's offline engine; options: `method` (draft_model or ngram) and `k`, `eager`."""
+    """vLLM's offline engine; options: `method` (draft_model, eagle3 or ngram) and `k`, `eager`."""
     prepare_vllm(side.threads)
     from vllm import LLM, SamplingParams, TokensPrompt
 
@@ -175,7 +175,7 @@ def vllm(side: Side) -> Callable[[Work], Outputs]:
     speculative: dict[str, Any] = {}
     if method := options.get("method"):
         found: dict[str, Any] = {"method": method, "num_speculative_tokens": options.get("k", 4)}
-        found |= {"model": side.draft} if method == "draft_model" else {"prompt_lookup_max": 4}
+        found |= {"prompt_lookup_max": 4} if method == "ngram" else {"model": side.draft}
         speculative = {"speculative_config": found}
     llm = LLM(
         model=side.target,

@@ -53,7 +53,7 @@ FEW_MORE = 12
 Raised, few rows with many candidates have truer costs, and others are timed less often.
 """
 
-STEPS = 0.05
+STEPS = 0.03
 """What neighbouring numbers of tokens differ by beyond a smooth curve, relative: a kernel's tiles.
 
 Raised, noise is taken for steps; lowered, steps for noise, where timings differ by as much.
