@@ -52,4 +52,7 @@
 
 EXPORT(float, float32)
 EXPORT(bf16, bfloat16)
+extern "C" void race_float32(const float* p, const i64* keys, i64* at, i64 n, i64 width) {
+    race(p, keys, at, n, width);
+}
 extern "C" bool has_tiles() { return ask_for_tiles(); }

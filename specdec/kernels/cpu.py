@@ -36,6 +36,7 @@ _ROTATE = [*[c_void_p] * 5, c_float, *[c_void_p] * 3, c_int64, *[c_void_p] * 2, 
 _SCALE = [*[c_void_p] * 3, c_int64, c_int64]
 _ARGMAX = [c_void_p, c_int64, c_void_p, *[c_int64] * 2]
 _TILE_PRODUCT = [*[c_void_p] * 5, *[c_int64] * 3]
+_RACE = [*[c_void_p] * 3, *[c_int64] * 2]
 _TOKEN_SIGNALS = [c_void_p, c_int64, *[c_void_p] * 2, *[c_int64] * 4]
 
 
@@ -95,6 +96,8 @@ class CpuKernels(LayerKernels):
         self._argmax = function("argmax", _ARGMAX)
         self._token_signals = function("token_signals", _TOKEN_SIGNALS)
         self._tile_product = function("tile_product", _TILE_PRODUCT)
+        if dtype == torch.float32:  # distributions are
+            self._race = function("race", _RACE)
         self.prompt_tokens = PROMPT_TOKENS[dtype]
         library.has_tiles.restype = c_bool
         self.tiles = bool(library.has_tiles())
@@ -200,6 +203,18 @@ class CpuKernels(LayerKernels):
             logits.data_ptr(), logits.stride(0), tokens.data_ptr(),
             out.data_ptr(), *logits.shape, out.shape[1], sum(1 << column for column in wanted),
         )  # fmt: skip
+
+    def race(self, p: Tensor, keys: Tensor) -> Tensor:
+        """Which token of each row has the highest p / E, with noise E ~ Exp(1): int64 [n].
+
+        Args:
+            p: float32 [n, V], contiguous; no NaN.
+            keys: int64 [n], what a row's noise is made of.
+        """
+        n, vocab = p.shape
+        found = torch.empty(n, dtype=torch.int64)
+        self._race(p.data_ptr(), keys.data_ptr(), found.data_ptr(), n, vocab)
+        return found
 
     def tile_product(
         self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor, outputs: int

@@ -86,3 +86,44 @@ static void token_signals(const T* x, i64 stride, const i64* tokens, float* out,
             if (wanted >> c & 1) out[i * columns + c] = found[c];
     }
 }
+
+// at [n] = where p / E is the largest, of each row of p [n, width], with E ~ Exp(1) made of the row's
+// key and the place, as specdec/lossless/sampling.py has it (exponential_noise, exponential).
+//
+// E = -log(1 - v) > v. So a place is in the race only if p > best * v, and few logarithms are needed.
+static void race(const float* p, const i64* keys, i64* at, i64 n, i64 width) {
+    constexpr i64 BLOCK = 16 * LANES;
+    const float scale = 0x1p-31f * (1 - 0x1p-24f), least = scale * (0.5f + 0x1p-24f);
+    vec_u32 lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+#pragma omp parallel for if (n > 1 && n * width > SERIAL)
+    for (i64 i = 0; i < n; i++) {
+        const float* row = p + i * width;
+        const uint32_t low = static_cast<uint32_t>(keys[i]), high = keys[i] >> 32;
+        float best = 0, v[BLOCK];
+        i64 place = 0;
+        for (i64 first = 0; first < width; first += BLOCK) {
+            const i64 size = std::min(BLOCK, width - first);
+            vec_i32 maybe = {};
+            for (i64 d = 0; d < size; d += LANES) {
+                const vec_u32 token = lane + static_cast<uint32_t>(first + d);
+                const vec_u32 y = mixed<16>(token * 2654435761u ^ low) * 0x7feb352du;
+                const vec_u32 x = mixed<16>(mixed<15>(y + high) * 0x846ca68bu);
+                const vec whole = __builtin_convertvector(x & 0x7fffffffu, vec);
+                const vec part = __builtin_convertvector(reinterpret_cast<vec_i32>(y), vec);
+                const vec number = (whole + part * 0x1p-32f) * scale + least;
+                store(v + d, number);
+                const i64 left = size - d;
+                const vec here = left < LANES ? load(row + first + d, left, 0.0f) : load(row + first + d);
+                maybe |= here > number * best;
+            }
+            if (!any(maybe)) continue;
+            for (i64 d = 0; d < size; d++) {
+                if (!(row[first + d] > v[d] * best)) continue;
+                const float score = row[first + d] / -std::log1p(-v[d]);
+                if (score > best) best = score, place = first + d;
+            }
+        }
+        at[i] = place;
+    }
+}

@@ -158,6 +158,18 @@ static inline vec exp_(vec x) {
     return p * reinterpret_cast<vec>(power);
 }
 
+// x ^ x >> bits
+template <int BITS>
+static inline vec_u32 mixed(vec_u32 x) {
+    return x ^ (x >> BITS);
+}
+
+static inline bool any(vec_i32 flags) {
+    int32_t found = 0;
+    for (int i = 0; i < LANES; i++) found |= flags[i];
+    return found;
+}
+
 static inline float sum(const float* x, i64 n) {
     vec lanes = {};
     i64 i = 0;

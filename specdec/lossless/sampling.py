@@ -22,7 +22,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from specdec.kernels.choose import kernels_over
+from specdec.kernels.choose import cpu_kernels, kernels_over
 from specdec.request import SamplingParams
 
 
@@ -194,10 +194,8 @@ def _search_widths(params: SamplingBatch, vocab: int, device: str) -> tuple[int,
 def sample(probs: Tensor, u: Tensor) -> Tensor:
     """Draw one token a row by inversion of the cumulative distribution.
 
-    First a block of tokens is drawn, then a token in it, both by cumulative sums in float64. Blocks
-    are short enough to sum up in float32: the law is that of `probs` within a total variation of
-    1e-7, and each token of a long flat tail has its interval. A float32 sum over a whole vocabulary
-    loses what is less than 6e-8 of it.
+    A block of tokens is drawn, then a token in it. All sums but a block's own are in float64, so
+    that the law is that of `probs` within a total variation of 1e-7.
 
     Args:
         probs: float32 [n, V], non-negative, any positive total.
@@ -280,8 +278,7 @@ def coupled_choice(probs: Tensor, seed: Tensor, position: Tensor) -> Tensor:
 
     Written as an exponential race, argmax(p / E) with E ~ Exp(1) per token. Two distributions that
     are close choose the same token with probability at least (1 - TV) / (1 + TV) (Daliri et al.,
-    Coupling without communication and drafter-invariant speculative decoding). A one-hot row
-    chooses its token.
+    Coupling without communication and drafter-invariant speculative decoding).
 
     Args:
         probs: float32 [n, V]; seed, position: int64 [n].
@@ -289,7 +286,10 @@ def coupled_choice(probs: Tensor, seed: Tensor, position: Tensor) -> Tensor:
     Returns:
         int64 [n]; NO_TOKEN where a row has NaN.
     """
-    choice = coupled_scores(probs, seed, position).argmax(-1)
+    if kernels := cpu_kernels(torch.float32, probs.device):
+        choice = kernels.race(probs.contiguous(), _key(seed, position, Draw.COUPLED))
+    else:
+        choice = coupled_scores(probs, seed, position).argmax(-1)
     return torch.where(probs[:, 0].isnan(), NO_TOKEN, choice)
 
 
@@ -324,8 +324,8 @@ def exponential_noise(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
     """float32 [n, vocab] of Exp(1) noise, a function of (seed [n], position [n], token).
 
     A 64-bit key per row is mixed with the token id by a 32-bit finaliser (two multiply-xorshift
-    rounds, constants of Wellons' lowbias32) that runs in place on int32: this is the widest tensor
-    of a round. The state half way, before half of the key is added, gives bits of its own.
+    rounds, constants of Wellons' lowbias32), in place: this is the widest tensor of a round. The
+    state half way, before half of the key is added, gives bits of its own.
     """
     key = _key(seed, position, Draw.COUPLED)
     low, high = key.to(torch.int32), _shift_right(key, 32).to(torch.int32)

@@ -196,8 +196,8 @@ class Goodput(OfferingPolicy):
         if self._learnt.at(len(start.rows), sum(start.contexts) / len(start.rows)):
             self._furthers = {}
         self._free_trimming = start.free_trimming
-        self._kept, self._tokens_bare = [0] * len(start.rows), self._prompts.places(start)
-        self._tokens_fed = self._tokens_bare
+        self._kept = [0] * len(start.rows)
+        self._tokens_bare = self._tokens_fed = self._prompts.places(start, start.target_tokens)
         # What a second is worth: what the best constant length would make of it, corrected by how
         # that compared with what was reached lately. So a change of rows or costs counts at once.
         rows, rate = len(start.rows), sum(self.typical) / len(self.typical)
@@ -205,9 +205,10 @@ class Goodput(OfferingPolicy):
         if not self._looking_up:
             self._constant = best_constant(self.costs, rows, rate, self.k_max)
         self.price = max(plain, self._constant * self._tokens / self._hoped)
-        # Tokens that a draft brings a row of a round, in the time of one without.
-        drafting = not self._looking_up and not self.switch.rests(start)
-        self._worth = max(self._constant / plain - 1 - self.switch.missing, 0.0) * drafting
+        # Tokens that a draft brings a row of a round, in the time of one without. One that leaves
+        # rows with known candidates may be refused because few are left for it: it is asked again.
+        drafts = self.switch.on or not (start.draws_behind or self.switch.rests(start))
+        self._worth = max(self._constant / plain - 1 - self.switch.missing, 0.0) if drafts else 0.0
 
     # ----------------------------------------------------------- after each candidate
 
@@ -288,10 +289,9 @@ class Goodput(OfferingPolicy):
             return
         rows, (tokens, spent) = len(start.rows), outcome.verify_cost
         spent += sum(spent for _, spent in outcome.draft_costs)
-        bare, others = self._prompts.places(start), tokens - start.prompt_tokens
-        spent -= float(
-            self.costs.verify(bare + tokens - start.target_tokens) - self.costs.verify(others)
-        )
+        others = tokens - start.prompt_tokens
+        spent -= float(self.costs.verify(self._prompts.places(start, tokens)))
+        spent += float(self.costs.verify(others))
         told = speculated and promised is not None
         kind, beside = start.notes.get("kind", Kind()), told and start.beside
         if beside or (told and self.grows):
@@ -313,13 +313,12 @@ class Goodput(OfferingPolicy):
         assert self.costs is not None
         start, verify = outcome.start, self.costs.verify
         tokens, seconds = outcome.verify_cost
-        bare = self._prompts.places(start)
         if not start.decodes:  # then most of it is prefill
-            seconds = float(verify(bare + tokens - start.target_tokens))
+            seconds = float(verify(self._prompts.places(start, tokens)))
         if outcome.draft_costs:
             seconds += sum(spent for _, spent in outcome.draft_costs)
             seconds = shared(seconds, outcome, self.costs.draft)
-        extra = seconds - float(verify(bare))
+        extra = seconds - float(verify(self._prompts.places(start, start.target_tokens)))
         gain = sum(outcome.accepted) - self.price * extra
         return gain / sum(room > 0 for room in start.room)
 

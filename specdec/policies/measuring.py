@@ -19,7 +19,6 @@ Each update takes array operations of some 20 µs, and the tables of `further_se
 costs follow a change of the machine later.
 """
 
-
 PROMPTS = 8
 """Rounds with prompts in them that are remembered, of what a prompt's token costs.
 
@@ -97,9 +96,9 @@ class PromptTokens:
     def __init__(self) -> None:
         self._share = 1.0
 
-    def places(self, start: RoundStart) -> int:
-        """The tokens of a verification without candidates, prompts counted at what they cost."""
-        return start.target_tokens - round((1 - self._share) * start.prompt_tokens)
+    def places(self, start: RoundStart, tokens: int) -> int:
+        """What a verification of so many tokens costs, in tokens without prompts among them."""
+        return tokens - round((1 - self._share) * start.prompt_tokens)
 
     def observe(self, outcome: RoundOutcome, verify: CostTable) -> None:
         """Learn from a round in which a prompt joined rows that decode."""

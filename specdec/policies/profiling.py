@@ -54,13 +54,13 @@ Raised, few rows with many candidates have truer costs, and others are timed les
 """
 
 STEPS = 0.03
-"""What neighbouring numbers of tokens differ by beyond a smooth curve, relative: a kernel's tiles.
+"""What a number of tokens differs by from a smooth curve, relative: kernels work on tiles.
 
 Raised, noise is taken for steps; lowered, steps for noise, where timings differ by as much.
 """
 
 BENDS = 1.5
-"""By what factor tokens grow until a curve, of seconds in logarithms, may bend: e to this power.
+"""How far apart places of that curve tell of each other, in the logarithm of tokens: 4.5 times.
 
 Raised, a curve is taken to be straighter, and less is left of what its parts were measured at.
 """

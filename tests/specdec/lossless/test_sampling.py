@@ -15,9 +15,11 @@ from transformers import (
 )
 
 from specdec.lossless.sampling import (
+    NO_TOKEN,
     Draw,
     SamplingBatch,
     coupled_choice,
+    coupled_scores,
     exponential_noise,
     probabilities,
     sample,
@@ -230,6 +232,21 @@ def test_choices_of_successive_positions_are_independent() -> None:
         coupled_choice(p.expand(100_000, -1), seeds, torch.full_like(seeds, at)) for at in (3, 4)
     ]
     assert chi_square_excess(counted(torch.stack(pair, 1), 5), p[:, None] * p) < 1
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 256, 1000, 49152])
+def test_coupled_choice_is_the_highest_score(vocab: int) -> None:
+    """On a CPU a kernel looks for it, which takes few logarithms."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(60, vocab, generator=generator)
+    p = torch.softmax(logits * torch.logspace(-2, 2, 60)[:, None], -1)  # flat ones and sure ones
+    p[::7, ::3] = 0.0
+    p[:, 0] += 1e-9
+    seeds = torch.arange(60) * 2**55 - 2**60
+    at = torch.arange(60)
+    assert torch.equal(coupled_choice(p, seeds, at), coupled_scores(p, seeds, at).argmax(-1))
+    p[3] = torch.nan
+    assert coupled_choice(p, seeds, at)[3] == NO_TOKEN
 
 
 def test_coupled_choice_of_a_one_hot_row_is_its_token() -> None:

@@ -129,6 +129,21 @@ def test_a_chain_gives_way_to_a_draft_that_would_leave_its_row() -> None:
     assert counts == [1, 0]
 
 
+def test_a_refused_draft_is_asked_again_for_the_rows_that_look_ups_would_take() -> None:
+    """Else it would stay off: few rows are left for it, and they pay its steps for all."""
+    policy, rows = goodput(0.9, draft=0.05)
+    policy.switch.ended(speculated=False, relative=1.0)
+    policy.switch.pays(-1.0)  # the last decision: what was left did not pay
+    chains = [chain(SURE)] * 3 + [chain()]
+    start = replace(round_start(rows), draws_behind=False)
+    assert policy.choose(start, chains) == [0] * 4
+    assert all(policy.budget(start))
+    # While its refusal stands, look-ups have the rows.
+    policy.switch.pays(-1.0)
+    policy.switch._rested, policy.switch._resting = start.rows, 3
+    assert policy.choose(start, chains) == [1, 1, 1, 0]
+
+
 @pytest.mark.parametrize("seconds", [1e-9, 1e3])
 def test_look_ups_that_take_longer_than_they_save_rest(seconds: float) -> None:
     """They come back once they repay their time."""

@@ -94,6 +94,25 @@ def test_few_noisy_timings_do_not_make_candidates_free(
     assert all({1, 64, 128} <= {*each.tokens} for each in tables)
 
 
+@pytest.mark.parametrize("noise", [0.05, 0.1])
+def test_what_noise_alone_tells_apart_is_not(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, noise: float
+) -> None:
+    """By differences between sizes a policy decides; medians of single sizes are too far off."""
+
+    def errors(tables: list[CostTable]) -> float:
+        found = [float(each(n + n // 4) / each(n)) for each in tables for n in range(16, 64, 4)]
+        due = [seconds(n + n // 4) / seconds(n) for _ in tables for n in range(16, 64, 4)]
+        return float(np.sqrt(np.mean(np.square(np.subtract(found, due)))))
+
+    def seconds(n: int) -> float:
+        return 0.010 + 0.0008 * n
+
+    smooth = errors(profiles(pair, monkeypatch, seconds, 16, noise))
+    monkeypatch.setattr(profiling, "_smooth", lambda _, y, __: y)
+    assert smooth < 0.7 * errors(profiles(pair, monkeypatch, seconds, 16, noise))
+
+
 def test_where_there_is_time_each_step_of_a_staircase_is_found(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
