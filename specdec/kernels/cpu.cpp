@@ -44,6 +44,10 @@
                                          i64 n, i64 width, i64 columns, i64 wanted) {             \
         token_signals<T>(x, stride, tokens, out, n, width, columns, wanted);                      \
     }                                                                                             \
+    extern "C" void softmax_##NAME(const T* x, i64 stride, const float* temperature, float* out,  \
+                                   i64 n, i64 width) {                                            \
+        softmax<T>(x, stride, temperature, out, n, width);                                        \
+    }                                                                                             \
     extern "C" void tile_product_##NAME(const T* x, const int8_t* weight, const float* scales,    \
                                         const float* bias, T* out, i64 n, i64 width,              \
                                         i64 outputs) {                                            \

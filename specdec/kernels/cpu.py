@@ -36,6 +36,7 @@ _ROTATE = [*[c_void_p] * 5, c_float, *[c_void_p] * 3, c_int64, *[c_void_p] * 2, 
 _SCALE = [*[c_void_p] * 3, c_int64, c_int64]
 _ARGMAX = [c_void_p, c_int64, c_void_p, *[c_int64] * 2]
 _TILE_PRODUCT = [*[c_void_p] * 5, *[c_int64] * 3]
+_SOFTMAX = [c_void_p, c_int64, *[c_void_p] * 2, *[c_int64] * 2]
 _RACE = [*[c_void_p] * 3, *[c_int64] * 2]
 _TOKEN_SIGNALS = [c_void_p, c_int64, *[c_void_p] * 2, *[c_int64] * 4]
 
@@ -94,6 +95,7 @@ class CpuKernels(LayerKernels):
         self._rotate_and_store = function("rotate_and_store", _ROTATE)
         self._scale_rows = function("scale_rows", _SCALE)
         self._argmax = function("argmax", _ARGMAX)
+        self._softmax = function("softmax", _SOFTMAX)
         self._token_signals = function("token_signals", _TOKEN_SIGNALS)
         self._tile_product = function("tile_product", _TILE_PRODUCT)
         if dtype == torch.float32:  # distributions are
@@ -203,6 +205,18 @@ class CpuKernels(LayerKernels):
             logits.data_ptr(), logits.stride(0), tokens.data_ptr(),
             out.data_ptr(), *logits.shape, out.shape[1], sum(1 << column for column in wanted),
         )  # fmt: skip
+
+    def softmax(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        """The softmax of each row of logits over its temperature: float32 [n, V]; NaN without one.
+
+        Only the numbers of a row must be contiguous. `temperature` is float32 [n].
+        """
+        (n, vocab), temperature = logits.shape, temperature.contiguous()
+        out = torch.empty(n, vocab, dtype=torch.float32)
+        self._softmax(
+            logits.data_ptr(), logits.stride(0), temperature.data_ptr(), out.data_ptr(), n, vocab
+        )
+        return out
 
     def race(self, p: Tensor, keys: Tensor) -> Tensor:
         """Which token of each row has the highest p / E, with noise E ~ Exp(1): int64 [n].

@@ -87,6 +87,36 @@ static void token_signals(const T* x, i64 stride, const i64* tokens, float* out,
     }
 }
 
+// out [n, width] = softmax(x / temperature) of each row; NaN where x has none.
+template <typename T>
+static void softmax(const T* x, i64 stride, const float* temperature, float* out, i64 n, i64 width) {
+    constexpr i64 BLOCK = 16 * LANES;  // summed up in float: a whole vocabulary would lose digits
+#pragma omp parallel for if (n > 1 && n * width > SERIAL)
+    for (i64 i = 0; i < n; i++) {
+        const T* row = x + i * stride;
+        float* to = out + i * width;
+        bool odd = false;
+        const float most = largest(row, width, odd), colder = 1.0f / temperature[i];
+        if (odd || !std::isfinite(most)) {
+            std::fill(to, to + width, NAN);
+            continue;
+        }
+        double total = 0;
+        for (i64 first = 0; first < width; first += BLOCK) {
+            const i64 size = std::min(BLOCK, width - first);
+            float* block = to + first;
+            for (i64 d = 0; d < size; d++) block[d] = get(row[first + d]);
+            transform(block, size, [&](vec y) {
+                const vec below = (y - most) * colder;
+                return below < -87.0f ? vec{} : exp_(below);
+            });
+            total += sum(block, size);
+        }
+        const float inverse = static_cast<float>(1.0 / total);
+        transform(to, width, [&](vec y) { return y * inverse; });
+    }
+}
+
 // at [n] = where p / E is the largest, of each row of p [n, width], with E ~ Exp(1) made of the row's
 // key and the place, as specdec/lossless/sampling.py has it (exponential_noise, exponential).
 //

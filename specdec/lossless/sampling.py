@@ -42,7 +42,6 @@ Logits that are NaN, or infinite, or all -inf have no softmax. Such a row of `pr
 in its first column, and whatever chooses a token from it chooses this.
 """
 
-
 BLOCK = 128
 """Tokens that `sample` sums up in float32 before it goes on in float64.
 
@@ -143,7 +142,10 @@ def probabilities(logits: Tensor, params: SamplingBatch) -> Tensor:
     Returns:
         float32 [n, V], each row summing to 1; where logits have no softmax, the first is NaN.
     """
-    probs = torch.softmax(logits.float() / params.temperature[:, None], dim=-1)
+    if kernels := kernels_over(logits):
+        probs = kernels.softmax(logits, params.temperature)
+    else:
+        probs = torch.softmax(logits.float() / params.temperature[:, None], dim=-1)
     if params.max_top_k or params.any_top_p or params.any_min_p:
         probs = _truncate(probs, params)
     if params.any_greedy:
@@ -182,9 +184,8 @@ def _truncate(probs: Tensor, params: SamplingBatch) -> Tensor:
 def _search_widths(params: SamplingBatch, vocab: int, device: str) -> tuple[int, ...]:
     """How many of the likeliest tokens to look at, until the cut is found among them.
 
-    Sorting a whole vocabulary is the cost of truncation on a CPU, and a nucleus is rarely wide, so
-    a CPU looks at a thousand tokens first. On an accelerator a sort is cheap and asking whether it
-    sufficed is not.
+    A nucleus is rarely wide, and a CPU takes long to sort a vocabulary. On an accelerator a sort is
+    cheap, and asking whether fewer sufficed is not.
     """
     if not params.any_top_p:
         return (min(max(params.max_top_k, 1), vocab),)
@@ -253,8 +254,7 @@ def block_masses(probs: Tensor) -> Tensor:
 
 def _invert(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Which of mass float64 [n, m] the numbers u [n] in [0, 1) fall on, and how far in: [0, 1)."""
-    cumulative = mass.cumsum(-1)
-    total = cumulative[:, -1:]
+    total = (cumulative := mass.cumsum(-1))[:, -1:]
     # The minimum guards the case of u * total rounding up to the total.
     at = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     # right=True: the first whose cumulative mass *exceeds* the threshold has positive mass.

@@ -235,6 +235,25 @@ def test_argmax_is_torchs_and_the_first_of_equals(
 
 
 @needs_compiler
+@pytest.mark.parametrize("width", [1, 7, 300, 49152])
+def test_softmax_is_what_its_definition_says(
+    kernels: CpuKernels, dtype: torch.dtype, width: int
+) -> None:
+    logits = (5 * random(20, width + 3, dtype=dtype))[:, :width]  # of a vocabulary that is padded
+    logits[3, width // 2 + 1 :] = -torch.inf
+    temperature = torch.linspace(0.2, 3, 20)
+    p = kernels.softmax(logits, temperature)
+    expected = torch.softmax(logits.double() / temperature[:, None], -1)
+    torch.testing.assert_close(p.double(), expected, rtol=2e-5, atol=1e-30)
+    assert ((p.double().sum(-1) - 1).abs() < 1e-6).all()
+    assert torch.equal(kernels.softmax(logits[7:8], temperature[7:8])[0], p[7])
+    for row, odd in enumerate((torch.nan, torch.inf)):
+        logits[row, width // 2] = odd
+    logits[2] = -torch.inf
+    assert kernels.softmax(logits, temperature)[:4].isnan().all(-1).tolist() == [True] * 3 + [False]
+
+
+@needs_compiler
 @pytest.mark.parametrize("width", [1, 7, 49152])
 def test_a_tokens_signals_are_what_their_definitions_say(
     kernels: CpuKernels, dtype: torch.dtype, width: int
