@@ -148,10 +148,6 @@ class CostTable:
             self._dense[0] = 0.0
         return self._dense[first : last + 1]
 
-    def tokens_in(self, seconds: float, most: int) -> int:
-        """How many tokens take so many seconds, up to `most`."""
-        return int(np.searchsorted(self.curve(0, most), seconds))
-
     def observe(self, tokens: int, *seconds: float) -> None:
         """Move the table towards measurements; an outlier counts as one of a factor of 2.
 

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable
 
 from specdec.policies.base import RoundOutcome, RoundStart
-from specdec.policies.costs import CostModel, CostTable
+from specdec.policies.costs import OUTLIER, CostModel, CostTable
 
 TOGETHER = 16
 """Measurements that are collected before the cost tables learn from them.
@@ -98,13 +98,17 @@ class PromptTokens:
 
     def places(self, start: RoundStart, tokens: int) -> int:
         """What a verification of so many tokens costs, in tokens without prompts among them."""
-        return tokens - round((1 - self._share) * start.prompt_tokens)
+        return tokens - round((1 - min(self._share, 1.0)) * start.prompt_tokens)
 
     def observe(self, outcome: RoundOutcome, verify: CostTable) -> None:
-        """Learn from a round in which a prompt joined rows that decode."""
+        """Learn from a round in which a prompt joined rows that decode.
+
+        The less a prompt should add to its seconds, the less it tells.
+        """
         start, (tokens, seconds) = outcome.start, outcome.verify_cost
         prompt = start.prompt_tokens
         if prompt and prompt < start.target_tokens:
-            others = tokens - prompt
-            share = (verify.tokens_in(seconds, tokens) - others) / prompt
-            self._share += (min(max(share, 0.0), 1.0) - self._share) / PROMPTS
+            others = float(verify(tokens - prompt))
+            if (due := float(verify(tokens)) - others) > 0:
+                share = min(max((seconds - others) / due, 0.0), OUTLIER)
+                self._share += min(due / others, 1.0) * (share - self._share) / PROMPTS

@@ -21,13 +21,6 @@ def test_beyond_the_table_costs_grow_as_over_its_upper_half() -> None:
     np.testing.assert_allclose(falling([4, 8, 16]), np.sqrt(6))
 
 
-def test_how_many_tokens_take_so_long() -> None:
-    table = CostTable([1, 3, 7], [1.0, 2.0, 10.0])
-    assert [table.tokens_in(seconds, 7) for seconds in (0.0, 1.0, 2.0, 6.0, 10.0, 99.0)] == [
-        *(0, 1, 3, 5, 7, 8)
-    ]
-
-
 def test_noise_makes_no_tokens_cheaper_than_fewer() -> None:
     """By differences between neighbours a policy decides, so it is they that must not be noise."""
     random = np.random.default_rng(0)

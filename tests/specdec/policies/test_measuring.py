@@ -22,7 +22,7 @@ def joined(prompt: int) -> RoundStart:
 def test_a_prompts_tokens_come_to_count_at_what_they_cost(share: float) -> None:
     prompts, start = PromptTokens(), joined(100)
     assert prompts.places(start, start.target_tokens) == 107
-    for _ in range(50):
+    for _ in range(100):
         done = outcome(start, [2] * 7 + [0], [1] * 7 + [0])
         tokens = start.target_tokens + 14
         seconds = float(VERIFY(21)) + share * 100 * 0.01
@@ -45,3 +45,12 @@ def test_a_slow_moment_of_the_machine_does_not_make_prompts_dearer_than_candidat
     told = replace(outcome(start, [0] * 8, [0] * 8), verify_cost=(107, 100.0))
     prompts.observe(told, VERIFY)
     assert prompts.places(start, 107) == 107
+
+
+def test_where_a_prompt_should_add_nothing_noise_does_not_make_it_free() -> None:
+    """As in a batch that waits for weights: beyond the knee its tokens cost what others do."""
+    prompts, start, flat = PromptTokens(), joined(100), linear(1.0, 1e-5)
+    for _ in range(50):
+        told = replace(outcome(start, [0] * 8, [0] * 8), verify_cost=(107, 0.95))
+        prompts.observe(told, flat)
+    assert prompts.places(start, 107) >= 106
