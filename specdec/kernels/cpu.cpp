@@ -1,4 +1,4 @@
-// A packed forward's work between its matrix products, a first look at logits, and products of
+// A packed forward's work between its matrix products, what is done with its logits, and products of
 // bytes where the processor has tiles for them, on a CPU.
 // Compiled by compile.py into one library, called by cpu.py. This file exports each function for
 // both kinds of numbers.
