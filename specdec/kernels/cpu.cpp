@@ -1,5 +1,5 @@
-// A packed forward's work between its matrix products, what is done with its logits, and products of
-// bytes where the processor has tiles for them, on a CPU.
+// A packed forward's work between its matrix products, what is done with its logits, and products
+// of bytes where the processor has tiles for them, on a CPU.
 // Compiled by compile.py into one library, called by cpu.py. This file exports each function for
 // both kinds of numbers.
 //
