@@ -140,6 +140,16 @@ def test_long_rows_beside_short_ones_in_any_slot_order_equal_plain(clean: Bench)
     clean.check((1, 2), (4, 1), (2, 100), (0, GRID_TOKENS), (3, GRID_TOKENS + 9))
 
 
+@pytest.mark.parametrize("longest", [0, 60])
+def test_rows_that_kernels_leave_to_torch_beside_those_that_they_take_equal_plain(
+    clean: Bench, monkeypatch: pytest.MonkeyPatch, longest: int
+) -> None:
+    if clean.cache.kernels is not None:
+        monkeypatch.setattr(clean.cache.kernels, "prompt_tokens", longest)
+    clean.check((3, GRID_TOKENS + 1), (0, 1), (4, 70), (1, GRID_TOKENS))
+    clean.check((1, 61), (4, 1), (2, 60), (0, GRID_TOKENS))
+
+
 def test_chunked_prefill_equals_plain(clean: Bench) -> None:
     for chunk in (30, 1, 64, 7, 64):
         clean.check((2, chunk), (0, 3))
