@@ -1,4 +1,5 @@
-// A first look at logits: the likeliest token, and what the softmax says of a token.
+// What is done with logits: the likeliest token, what the softmax says of a token, the softmax
+// itself, and the race that `coupled` sampling decides by.
 
 #pragma once
 

@@ -78,10 +78,9 @@ class Int8WeightOnlyLinear(RowwiseLinear):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
         weight = linear.weight.data
-        scales = _channel_scales(weight)
+        rounded, scales = _in_bytes(weight)
         # torch's kernel reads past the end of rows that are no multiple of its vectors.
         self.padding = -weight.shape[1] % 64
-        rounded = (weight.float() / scales[:, None]).round().to(torch.int8)
         self.packed = nn.Buffer(nn.functional.pad(rounded, (0, self.padding)))
         self.scales = nn.Buffer(scales.to(torch.bfloat16))
 
@@ -129,8 +128,7 @@ class TileInt8Linear(RowwiseLinear):
         super().__init__(linear)
         weight = linear.weight.data
         self.outputs, inputs = weight.shape
-        scales, more = _channel_scales(weight), -self.outputs % self.TILE
-        rounded = (weight.float() / scales[:, None]).round().to(torch.int8)
+        (rounded, scales), more = _in_bytes(weight), -self.outputs % self.TILE
         padded = nn.functional.pad(rounded, (0, -inputs % self.STEP, 0, more))
         fours = padded.view(-1, 2, 16, padded.shape[1] // self.STEP, 16, 4)
         # Not buffers, which a module takes longer to find: there are a hundred products a forward.
@@ -182,6 +180,12 @@ def activation_levels() -> int:
     # AVX2 adds two products of bytes in 16 bits, which the largest of eight bits overflow.
     product = _int8_product(torch.ones(1, 64), _packed_int8(torch.ones(16, 64)), 127)
     return 127 if (product - 64).abs().max() < 0.01 else 63
+
+
+def _in_bytes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [out, in], weight in steps of each output channel's scale, and these scales."""
+    scales = _channel_scales(weight)
+    return (weight.float() / scales[:, None]).round().to(torch.int8), scales
 
 
 def _channel_scales(weight: Tensor) -> Tensor:

@@ -81,9 +81,10 @@ class Packing:
             stored += range(row.start, row.start + row.tokens)
         kernels, most, prompt = cache.kernels, None, 0
         if kernels is not None:
-            most, prompt = kernels.row_tokens, kernels.prompt_tokens
-        apart = [r for r in long if r.tokens > prompt or not cache.kernels_read_prompts]
-        others = [*short, *(row for row in long if row not in apart)] if prompt else short
+            most = kernels.row_tokens
+            prompt = kernels.prompt_tokens if cache.kernels_read_prompts else 0
+        apart = [row for row in long if row.tokens > prompt]
+        others = [*short, *(row for row in long if row.tokens <= prompt)]
         cut = cut_rows(np.array(others), most).tolist() if others and most else others
         flat = [number for row in cut for number in row]
         paths: Tensor | None = None
