@@ -1,5 +1,5 @@
-// A packed forward's work between its matrix products, what is done with its logits, and products
-// of bytes where the processor has tiles for them, on a CPU.
+// A packed forward's work on a CPU: its matrix products, what is between them, and what is done with
+// its logits.
 // Compiled by compile.py into one library, called by cpu.py. This file exports each function for
 // both kinds of numbers.
 //
@@ -10,6 +10,7 @@
 #include "layers.h"
 #include "logits.h"
 #include "numbers.h"
+#include "panels.h"
 #include "tiles.h"
 
 #define EXPORT(T, NAME)                                                                           \
@@ -48,10 +49,10 @@
                                    i64 n, i64 width) {                                            \
         softmax<T>(x, stride, temperature, out, n, width);                                        \
     }                                                                                             \
-    extern "C" void tile_product_##NAME(const T* x, const int8_t* weight, const float* scales,    \
+    extern "C" void byte_product_##NAME(const T* x, const int8_t* weight, const float* scales,    \
                                         const float* bias, T* out, i64 n, i64 width,              \
                                         i64 outputs) {                                            \
-        tile_product<T>(x, weight, scales, bias, out, n, width, outputs);                         \
+        tile_product(x, weight, scales, bias, out, n, width, outputs);                            \
     }
 
 EXPORT(float, float32)
@@ -59,4 +60,13 @@ EXPORT(bf16, bfloat16)
 extern "C" void race_float32(const float* p, const i64* keys, i64* at, i64 n, i64 width) {
     race(p, keys, at, n, width);
 }
+extern "C" void product_float32(const float* x, const float* weight, const float* bias, float* out,
+                                i64 n, i64 width, i64 outputs) {
+    panel_product(x, weight, bias, out, n, width, outputs);
+}
+extern "C" void product_bfloat16(const bf16* x, const bf16* weight, const float* bias, bf16* out,
+                                 i64 n, i64 width, i64 outputs) {
+    tile_product(x, weight, nullptr, bias, out, n, width, outputs);
+}
+extern "C" i64 panel_outputs() { return HAS_PANELS ? PANEL : 0; }
 extern "C" bool has_tiles() { return ask_for_tiles(); }

@@ -35,7 +35,8 @@ _GATE = [c_void_p, c_void_p, c_int64, c_int64]
 _ROTATE = [*[c_void_p] * 5, c_float, *[c_void_p] * 3, c_int64, *[c_void_p] * 2, *[c_int64] * 4]
 _SCALE = [*[c_void_p] * 3, c_int64, c_int64]
 _ARGMAX = [c_void_p, c_int64, c_void_p, *[c_int64] * 2]
-_TILE_PRODUCT = [*[c_void_p] * 5, *[c_int64] * 3]
+_PRODUCT = [*[c_void_p] * 4, *[c_int64] * 3]
+_BYTE_PRODUCT = [*[c_void_p] * 5, *[c_int64] * 3]
 _SOFTMAX = [c_void_p, c_int64, *[c_void_p] * 2, *[c_int64] * 2]
 _RACE = [*[c_void_p] * 3, *[c_int64] * 2]
 _TOKEN_SIGNALS = [c_void_p, c_int64, *[c_void_p] * 2, *[c_int64] * 4]
@@ -77,7 +78,9 @@ class CpuKernels(LayerKernels):
         dtype: of activations and caches: one of DTYPES.
 
     Attributes:
-        tiles: whether `tile_product` works here: the processor has AMX, and gives it to us.
+        tiles: whether `byte_product` works here: the processor has AMX, and gives it to us.
+        panel: outputs whose weights `product` wants together; 0 where it does not work. In float32
+            it takes AVX2, in bfloat16 AMX.
     """
 
     row_tokens: int | None = None
@@ -97,12 +100,15 @@ class CpuKernels(LayerKernels):
         self._argmax = function("argmax", _ARGMAX)
         self._softmax = function("softmax", _SOFTMAX)
         self._token_signals = function("token_signals", _TOKEN_SIGNALS)
-        self._tile_product = function("tile_product", _TILE_PRODUCT)
+        self._product = function("product", _PRODUCT)
+        self._byte_product = function("byte_product", _BYTE_PRODUCT)
         if dtype == torch.float32:  # distributions are
             self._race = function("race", _RACE)
         self.prompt_tokens = PROMPT_TOKENS[dtype]
-        library.has_tiles.restype = c_bool
+        library.has_tiles.restype, library.panel_outputs.restype = c_bool, c_int64
         self.tiles = bool(library.has_tiles())
+        in_tiles = 32 if self.tiles else 0
+        self.panel = library.panel_outputs() if dtype == torch.float32 else in_tiles
 
     def attend(
         self,
@@ -230,7 +236,21 @@ class CpuKernels(LayerKernels):
         self._race(p.data_ptr(), keys.data_ptr(), found.data_ptr(), n, vocab)
         return found
 
-    def tile_product(
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor, outputs: int) -> Tensor:
+        """y [n, outputs] = x W^T + bias for x [n, inputs].
+
+        Args:
+            weight: W, packed as panels.h says in float32, as tiles.h says in bfloat16.
+            bias: float32, padded to a multiple of `panel`.
+        """
+        n, inputs = x.shape
+        out = x.new_empty(n, outputs)
+        self._product(
+            x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), n, inputs, outputs
+        )
+        return out
+
+    def byte_product(
         self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor, outputs: int
     ) -> Tensor:
         """y [n, outputs] = x W^T + bias for x [n, inputs], quantized per row in steps of 1/127.
@@ -244,7 +264,7 @@ class CpuKernels(LayerKernels):
         """
         n, inputs = x.shape
         out = x.new_empty(n, outputs)
-        self._tile_product(
+        self._byte_product(
             x.data_ptr(), weight.data_ptr(), scales.data_ptr(), bias.data_ptr(),
             out.data_ptr(), n, inputs, outputs,
         )  # fmt: skip

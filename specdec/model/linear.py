@@ -1,14 +1,16 @@
 """Linear layers for CPUs that are fast for few tokens and give a row the same bits in any batch.
 
-Three precisions: the model's own, float32 or bfloat16, with weights in oneDNN's blocked layout;
-`int8wo`, int8 weights and bf16 activations; `int8`, int8 weights and activations. Int8 weights are
-quantized per output channel. Embeddings, norms and attention stay in the model's dtype.
+Three precisions: the model's own, float32 or bfloat16; `int8wo`, int8 weights and bf16 activations;
+`int8`, int8 weights and activations. Int8 weights are quantized per output channel. Embeddings,
+norms and attention stay in the model's dtype.
 
 A matrix product of few rows waits for its weights, so int8 weights make it faster by what they are
 smaller. On two cores of AMD Zen 3 eight rows of a 2048 x 4096 layer took 6.8 ms in float32, 2.5 ms
-in `int8wo`, which was wrong by 0.3%, and 0.8 ms in `int8`, wrong by 1.8%. The kernels are the ones
-of torch that give a row the same bits in any batch: `_weight_int8pack_mm` for `int8wo`, fbgemm for
-`int8`. Processors with AMX have a faster one for `int8` (specdec/kernels/tiles.h).
+in `int8wo`, which was wrong by 0.3%, and 0.8 ms in `int8`, wrong by 1.8%.
+
+Products are our own where the processor has what they need (specdec/kernels/panels.h, tiles.h):
+AVX2 for float32, AMX for bfloat16 and `int8`. Elsewhere, and for `int8wo`, they are those of torch
+that give a row the same bits in any batch: oneDNN's, fbgemm's and `_weight_int8pack_mm`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.kernels.choose import cpu_kernels
+from specdec.model.memory import LargePages
 
 Quantization = Literal["int8wo", "int8"]
 
@@ -45,14 +48,45 @@ class RowwiseLinear(nn.Module):
         raise NotImplementedError
 
 
+class PanelLinear(RowwiseLinear):
+    """y = x W^T + b in float32 or bfloat16 by our own kernels, with W repacked once for them.
+
+    On two cores of a Xeon up to 32 rows take half to two thirds of oneDNN's time in float32, 0.6 to
+    0.8 of it in bfloat16; hundreds take the same. Eight rows take 1.1 times one.
+    """
+
+    STEP = 32
+    """Inputs that bfloat16 weights are padded to a multiple of."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        weight = linear.weight.data
+        kernels = cpu_kernels(weight.dtype, weight.device)
+        assert kernels is not None and kernels.panel, "chosen by `layer_for`"
+        self.outputs = len(weight)
+        more = -self.outputs % kernels.panel
+        # Not buffers, which a module takes longer to find: there are a hundred products a forward.
+        if weight.dtype == torch.float32:
+            padded = nn.functional.pad(weight, (0, 0, 0, more))
+            self.packed = padded.view(-1, kernels.panel, padded.shape[1]).transpose(1, 2).contiguous()
+        else:
+            self.packed = _in_tiles(nn.functional.pad(weight, (0, 0, 0, more)), self.STEP)
+        self.added = _padded_bias(linear, more)
+
+    def product(self, x: Tensor) -> Tensor:
+        kernels = cpu_kernels(x.dtype, x.device)
+        assert kernels is not None, "chosen by `layer_for`, where there are kernels"
+        return kernels.product(x.contiguous(), self.packed, self.added, self.outputs)
+
+
 class PackedLinear(RowwiseLinear):
     """y = x W^T + b in float32 or bfloat16, with W repacked once for oneDNN.
 
     For 4 to 64 rows this takes a quarter to three quarters of the time of torch's default (MKL, W
     as stored), in bfloat16 half of that again. Fewer than LEAST_ROWS rows are padded to as many,
-    for which oneDNN has a faster kernel: five rows take four fifths of the time of one. Each row's
-    bits are then the same whatever the other rows are; one row alone would be a matrix-vector
-    product with its own order of summation.
+    for which oneDNN has a faster kernel: five rows take four fifths of the time of one. In float32
+    each row's bits are then the same whatever the other rows are; one row alone would be a
+    matrix-vector product with its own order of summation.
     """
 
     LEAST_ROWS = 5
@@ -127,28 +161,43 @@ class TileInt8Linear(RowwiseLinear):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
         weight = linear.weight.data
-        self.outputs, inputs = weight.shape
+        self.outputs = len(weight)
         (rounded, scales), more = _in_bytes(weight), -self.outputs % self.TILE
-        padded = nn.functional.pad(rounded, (0, -inputs % self.STEP, 0, more))
-        fours = padded.view(-1, 2, 16, padded.shape[1] // self.STEP, 16, 4)
-        # Not buffers, which a module takes longer to find: there are a hundred products a forward.
-        self.packed = fours.permute(0, 3, 1, 4, 2, 5).contiguous()
+        self.packed = _in_tiles(nn.functional.pad(rounded, (0, 0, 0, more)), self.STEP)
         self.scales = nn.functional.pad(scales, (0, more), value=1.0)
-        bias = weight.new_zeros(self.outputs) if linear.bias is None else linear.bias.data
-        self.added = nn.functional.pad(bias.float(), (0, more))
+        self.added = _padded_bias(linear, more)
 
     def product(self, x: Tensor) -> Tensor:
         kernels = cpu_kernels(x.dtype, x.device)
-        assert kernels is not None, "packed by `pack_linears`, where there are kernels"
-        return kernels.tile_product(
+        assert kernels is not None, "chosen by `layer_for`, where there are kernels"
+        return kernels.byte_product(
             x.contiguous(), self.packed, self.scales, self.added, self.outputs
         )
 
 
-def int8_layer() -> type[RowwiseLinear]:
-    """What a linear layer becomes in int8 on this processor."""
-    kernels = cpu_kernels(torch.float32, torch.device("cpu"))
-    return TileInt8Linear if kernels is not None and kernels.tiles else Int8Linear
+def layer_for(quantization: Quantization | None, dtype: torch.dtype) -> type[RowwiseLinear]:
+    """What a linear layer of this dtype becomes on this processor."""
+    if quantization == "int8wo":
+        return Int8WeightOnlyLinear
+    kernels = cpu_kernels(dtype, torch.device("cpu"))
+    if quantization == "int8":
+        return TileInt8Linear if kernels is not None and kernels.tiles else Int8Linear
+    return PanelLinear if kernels is not None and kernels.panel else PackedLinear
+
+
+def _in_tiles(weight: Tensor, step: int) -> Tensor:
+    """Weight [out, in], out a multiple of 32, as tiles.h wants it; padded to `step` inputs."""
+    padded = nn.functional.pad(weight, (0, -weight.shape[1] % step))
+    groups = padded.view(-1, 2, 16, padded.shape[1] // step, 16, step // 16)
+    return groups.permute(0, 3, 1, 4, 2, 5).contiguous()
+
+
+def _padded_bias(linear: nn.Linear, more: int) -> Tensor:
+    """float32 [out + more]: a layer's bias, zeros without one and behind it."""
+    bias = linear.bias
+    if bias is None:
+        return torch.zeros(linear.out_features + more)
+    return nn.functional.pad(bias.data.float(), (0, more))
 
 
 def _packed_int8(weight: Tensor) -> Any:
@@ -234,15 +283,14 @@ READ_ELSEWHERE = {"dt_proj"}
 
 def pack_linears(model: nn.Module, quantization: Quantization | None) -> None:
     """Replace the plain linear layers of a `packable` model in place, the LM head included."""
-    layers: dict[Quantization | None, type[RowwiseLinear]] = {
-        "int8wo": Int8WeightOnlyLinear,
-        "int8": int8_layer(),
-        None: PackedLinear,
-    }
+    pages = LargePages()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if is_plain(child) and name not in READ_ELSEWHERE:
-                setattr(parent, name, layers[quantization](child))
+                layer = layer_for(quantization, child.weight.dtype)(child)
+                if isinstance(layer, PanelLinear | TileInt8Linear):
+                    layer.packed = pages.copy(layer.packed)
+                setattr(parent, name, layer)
 
 
 @torch.inference_mode()

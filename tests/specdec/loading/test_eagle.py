@@ -17,7 +17,7 @@ from specdec.loading.pair import load_draft
 from specdec.loading.sources import PairError, model_digest
 from specdec.loading.vocabulary import check_tokenizers
 from specdec.model.eagle import EagleDecoder
-from specdec.model.linear import PackedLinear, int8_layer
+from specdec.model.linear import layer_for
 from tests.specdec.eagle_drafts import Shape, random_weights, save
 from tests.specdec.loading.saved_models import complete, load, saved, set_config
 from tests.specdec.tiny_models import tiny_model
@@ -55,7 +55,10 @@ def test_a_pair_with_one_completes_as_its_target(
     assert json.loads(json.dumps(pair.describe())) == pair.describe()
 
 
-@pytest.mark.parametrize(("asked", "layer"), [(None, int8_layer()), ("none", PackedLinear)])
+@pytest.mark.parametrize(
+    ("asked", "layer"),
+    [(None, layer_for("int8", torch.float32)), ("none", layer_for(None, torch.float32))],
+)
 def test_its_linear_layers_are_packed_as_asked(
     target: Path, tmp_path: Path, asked: Any, layer: type
 ) -> None:
@@ -64,7 +67,7 @@ def test_its_linear_layers_are_packed_as_asked(
     for name in ("fc", "lm_head"):
         assert type(getattr(pair.draft.model, name)) is layer
     assert type(pair.draft.model.first.qkv) is layer
-    assert type(pair.target.model.get_output_embeddings()) is PackedLinear
+    assert type(pair.target.model.get_output_embeddings()) is layer_for(None, torch.float32)
 
 
 def test_it_uses_what_it_lacks_of_the_targets(target: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from specdec.engine.engine import Engine
 from specdec.loading.pair import ModelPair, check_kv_dtype, chosen_dtype
 from specdec.loading.sources import PairError, model_digest
-from specdec.model.linear import Int8WeightOnlyLinear, PackedLinear, int8_layer, packable
+from specdec.model.linear import Int8WeightOnlyLinear, RowwiseLinear, layer_for, packable
 from specdec.policies.simple import Fixed
 from specdec.request import Request, SamplingParams
 from tests.specdec.loading.saved_models import (
@@ -84,7 +84,11 @@ def test_a_tied_draft_without_embedding_uses_the_targets_head_too(
 
 @pytest.mark.parametrize(
     ("asked", "layer"),
-    [(None, int8_layer()), ("int8wo", Int8WeightOnlyLinear), ("none", PackedLinear)],
+    [
+        (None, layer_for("int8", torch.float32)),
+        ("int8wo", Int8WeightOnlyLinear),
+        ("none", layer_for(None, torch.float32)),
+    ],
 )
 def test_a_draft_on_a_cpu_is_int8_unless_asked_otherwise(
     target: Path, draft: Path, asked: str | None, layer: type
@@ -92,13 +96,14 @@ def test_a_draft_on_a_cpu_is_int8_unless_asked_otherwise(
     pair = load(target, draft, draft_quantization=asked)
     assert pair.draft is not None
     assert type(pair.draft.model.get_output_embeddings()) is layer
-    assert type(pair.target.model.get_output_embeddings()) is PackedLinear
+    assert type(pair.target.model.get_output_embeddings()) is layer_for(None, torch.float32)
     assert pair.describe()["draft_quantization"] == (asked or "int8")
     assert complete(pair) == complete(load(target))
 
 
 @pytest.mark.parametrize(
-    ("quantization", "layer"), [("int8", int8_layer()), ("int8wo", Int8WeightOnlyLinear)]
+    ("quantization", "layer"),
+    [("int8", layer_for("int8", torch.float32)), ("int8wo", Int8WeightOnlyLinear)],
 )
 def test_quantization_reaches_both_models(
     target: Path, draft: Path, quantization: str, layer: type
@@ -137,7 +142,7 @@ def test_half_precision_is_passed_on(target: Path, draft: Path) -> None:
     assert pair.target.new_cache(1, 1).dtype == torch.bfloat16
     assert len(complete(pair)) == 20
     head = pair.target.model.get_output_embeddings()
-    assert isinstance(head, PackedLinear) == packable(torch.bfloat16)
+    assert isinstance(head, RowwiseLinear) == packable(torch.bfloat16)
 
 
 def test_keys_and_values_of_both_models_are_as_asked(target: Path, draft: Path) -> None:

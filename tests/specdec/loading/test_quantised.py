@@ -17,7 +17,7 @@ from specdec.loading.loader import stored_weights_dtype
 from specdec.loading.quantised import HALF_ON_GPUS, PACKAGES, check_dtype
 from specdec.loading.sources import PairError, find_model
 from specdec.model.fused import FusedLayer
-from specdec.model.linear import PackedLinear
+from specdec.model.linear import layer_for
 from tests.specdec.engine.references import generate
 from tests.specdec.loading import quantised_models as stored
 from tests.specdec.loading.saved_models import complete, load, saved, set_config
@@ -64,11 +64,11 @@ def test_a_quantised_model_completes_as_transformers_has_it(store: Store, tmp_pa
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
     assert complete(pair) == generate(model, (5, 17, 3, 3), 20)
     kinds = {type(module) for name, module in layers(pair) if name.endswith(("proj", "down"))}
-    assert (PackedLinear in kinds) == (store in DEQUANTISED)
+    assert (layer_for(None, torch.float32) in kinds) == (store in DEQUANTISED)
     assert any(isinstance(module, FusedLayer) for _, module in layers(pair)) == (
         store in DEQUANTISED and family == "llama"
     )
-    assert type(pair.target.model.get_output_embeddings()) is PackedLinear
+    assert type(pair.target.model.get_output_embeddings()) is layer_for(None, torch.float32)
 
 
 def layers(pair: Any) -> list[tuple[str, torch.nn.Module]]:

@@ -19,30 +19,54 @@ from specdec.model.linear import (
     Int8Linear,
     Int8WeightOnlyLinear,
     PackedLinear,
+    PanelLinear,
     Quantization,
     RowwiseLinear,
     TileInt8Linear,
-    int8_layer,
     is_invariant,
     is_plain,
+    layer_for,
     pack_linears,
     packable,
 )
 from tests.specdec.tiny_models import VOCAB, make_pair, seeded, tiny_model
 
-Kind = Quantization | Literal["tiles"] | None
+Kind = Quantization | Literal["tiles", "panels"] | None
 
 KINDS: dict[Kind, type[RowwiseLinear]] = {
     None: PackedLinear,
+    "panels": PanelLinear,
     "int8": Int8Linear,
     "tiles": TileInt8Linear,
     "int8wo": Int8WeightOnlyLinear,
 }
-ERROR: dict[Kind, float] = {None: 1e-5, "int8": 0.03, "tiles": 0.03, "int8wo": 0.01}
+ERROR: dict[Kind, float] = {
+    None: 1e-5,
+    "panels": 1e-5,
+    "int8": 0.03,
+    "tiles": 0.03,
+    "int8wo": 0.01,
+}
 """Largest relative error (Frobenius norm) against float32; 1.8% and 0.3% were measured."""
 
-HERE = [kind for kind in KINDS if kind != "tiles" or int8_layer() is TileInt8Linear]
-"""Tiles need a processor with AMX, and a compiler."""
+FULL, HALF = torch.float32, torch.bfloat16
+
+
+def works(kind: Kind, dtype: torch.dtype) -> bool:
+    """Whether this processor has such layers: ours want a compiler, AVX2 or AMX."""
+    if kind == "tiles":
+        return layer_for("int8", dtype) is TileInt8Linear
+    if kind == "panels":
+        return layer_for(None, dtype) is PanelLinear
+    return packable(dtype)
+
+
+HERE = [kind for kind in KINDS if works(kind, FULL)]
+HERE_IN_HALF = [kind for kind in KINDS if works(kind, HALF) and kind != "int8wo"]
+INVARIANT = [
+    *((kind, FULL) for kind in HERE),
+    *((kind, HALF) for kind in HERE_IN_HALF if kind is not None),  # oneDNN's depends on the shape
+]
 
 layers = pytest.mark.parametrize("kind", HERE, ids=str)
 kinds = pytest.mark.parametrize("kind", [*get_args(Quantization), None], ids=str)
@@ -64,10 +88,12 @@ def inputs_of(rows: int, size: int, seed: int = 1) -> Tensor:
 
 
 @pytest.mark.usefixtures("two_threads")
-@layers
+@pytest.mark.parametrize(("kind", "dtype"), INVARIANT, ids=str)
 @pytest.mark.parametrize("shape", [(64, 64), (576, 192), (208, 97), (64, 1536), (1536, 576)])
-def test_a_row_has_the_same_bits_in_any_batch(kind: Kind, shape: tuple[int, int]) -> None:
-    layer, x = KINDS[kind](linear(*shape)), inputs_of(64, shape[0])
+def test_a_row_has_the_same_bits_in_any_batch(
+    kind: Kind, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    layer, x = KINDS[kind](linear(*shape).to(dtype)), inputs_of(64, shape[0]).to(dtype)
     alone = torch.cat([layer(row[None]) for row in x])
     for batch in (*range(2, 18), 24, 31, 32, 33, 48, 63, 64):
         assert torch.equal(layer(x[:batch]), alone[:batch]), batch
@@ -92,6 +118,17 @@ for layer, bound in {[(KINDS[kind].__name__, ERROR[kind]) for kind in HERE]}:
     assert done.returncode == 0, done.stderr or f"killed by signal {-done.returncode}"
 
 
+@pytest.mark.skipif("panels" not in HERE, reason="no AVX2 here, or no compiler")
+def test_float32_sums_go_over_inputs_in_their_order() -> None:
+    """As fused multiply-adds do it, one after the other: nothing is left of -1 + 1 + 2^-30."""
+    layer = nn.Linear(3, 1, bias=False).requires_grad_(False)
+    layer.weight.copy_(torch.tensor([[2.0**-30, 1.0, -1.0]]))
+    x = torch.ones(16, 3)
+    assert PanelLinear(layer)(x).tolist() == [[0.0]] * 16
+    layer.weight.copy_(torch.tensor([[1.0, -1.0, 2.0**-30]]))
+    assert PanelLinear(layer)(x).tolist() == [[2.0**-30]] * 16
+
+
 @pytest.mark.skipif("tiles" not in HERE, reason="no AMX here, or no compiler")
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_that_is_not_finite_gives_nan_in_tiles_and_spoils_no_other(odd: float) -> None:
@@ -113,9 +150,9 @@ def test_error_against_float32_is_bounded(kind: Kind, bias: bool) -> None:
     assert each_row.max() < ERROR[kind]
 
 
-@pytest.mark.skipif(not packable(torch.bfloat16), reason="no bfloat16 products on this processor")
-@pytest.mark.parametrize("kind", [kind for kind in HERE if kind != "int8wo"], ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 5, 64])
+@pytest.mark.skipif(not HERE_IN_HALF, reason="no bfloat16 products on this processor")
+@pytest.mark.parametrize("kind", HERE_IN_HALF, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 64])
 def test_bfloat16_in_bfloat16_out(kind: Kind, rows: int) -> None:
     plain, x = linear(512, 256, bias=True).bfloat16(), inputs_of(rows, 512).bfloat16()
     got, expected = (
@@ -165,7 +202,7 @@ def test_every_linear_layer_is_replaced_and_nothing_else(kind: Quantization | No
     pack_linears(model, kind)
     after = dict(model.named_modules())
     assert "lm_head" in linears and len(linears) == 2 * 7 + 1
-    expected = int8_layer() if kind == "int8" else KINDS[kind]
+    expected = layer_for(kind, FULL)
     assert all(type(after[name]) is expected for name in linears)
     assert all(type(after[name]) is its for name, its in others.items())
     assert model.get_output_embeddings().weight.shape == (VOCAB, 64)
@@ -184,7 +221,12 @@ def test_layers_that_a_quantiser_made_are_left_alone() -> None:
     before = list(model)
     pack_linears(model, "int8")
     assert [is_plain(layer) for layer in before] == [True, False, False, False]
-    assert [type(layer) for layer in model] == [int8_layer(), Replaced, nn.Linear, nn.Linear]
+    assert [type(layer) for layer in model] == [
+        layer_for("int8", FULL),
+        Replaced,
+        nn.Linear,
+        nn.Linear,
+    ]
     assert list(model)[1:] == before[1:]
 
 
