@@ -10,8 +10,7 @@
 #include "layers.h"
 #include "logits.h"
 #include "numbers.h"
-#include "panels.h"
-#include "tiles.h"
+#include "whole_layer.h"
 
 #define EXPORT(T, NAME)                                                                           \
     extern "C" void attend_##NAME(const T* q, i64 ts, i64 hs, const T* k, const T* v,             \
@@ -49,24 +48,18 @@
                                    i64 n, i64 width) {                                            \
         softmax<T>(x, stride, temperature, out, n, width);                                        \
     }                                                                                             \
-    extern "C" void byte_product_##NAME(const T* x, const int8_t* weight, const float* scales,    \
-                                        const float* bias, T* out, i64 n, i64 width,              \
-                                        i64 outputs) {                                            \
-        tile_product(x, weight, scales, bias, out, n, width, outputs);                            \
+    extern "C" void product_##NAME(const T* x, const Weights* weights, T* out, i64 n) {           \
+        product(x, *weights, out, n);                                                             \
+    }                                                                                             \
+    extern "C" void whole_layer_##NAME(const Layer* layer, const Forward* forward, T* x,          \
+                                       const T* normed, T* keys, T* values, i64 window) {         \
+        whole_layer(*layer, *forward, x, normed, keys, values, window);                           \
     }
 
 EXPORT(float, float32)
 EXPORT(bf16, bfloat16)
 extern "C" void race_float32(const float* p, const i64* keys, i64* at, i64 n, i64 width) {
     race(p, keys, at, n, width);
-}
-extern "C" void product_float32(const float* x, const float* weight, const float* bias, float* out,
-                                i64 n, i64 width, i64 outputs) {
-    panel_product(x, weight, bias, out, n, width, outputs);
-}
-extern "C" void product_bfloat16(const bf16* x, const bf16* weight, const float* bias, bf16* out,
-                                 i64 n, i64 width, i64 outputs) {
-    tile_product(x, weight, nullptr, bias, out, n, width, outputs);
 }
 extern "C" i64 panel_outputs() { return HAS_PANELS ? PANEL : 0; }
 extern "C" bool has_tiles() { return ask_for_tiles(); }

@@ -13,6 +13,7 @@ from torch import Tensor
 from specdec.kernels.base import LayerKernels
 from specdec.kernels.scoring import Scoring
 from specdec.kernels.stored import Scales
+from specdec.kernels.structs import Extras, Forward, Layer, Weights
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What cpu.cpp exports each function for."""
@@ -35,36 +36,11 @@ _GATE = [c_void_p, c_void_p, c_int64, c_int64]
 _ROTATE = [*[c_void_p] * 5, c_float, *[c_void_p] * 3, c_int64, *[c_void_p] * 2, *[c_int64] * 4]
 _SCALE = [*[c_void_p] * 3, c_int64, c_int64]
 _ARGMAX = [c_void_p, c_int64, c_void_p, *[c_int64] * 2]
-_PRODUCT = [*[c_void_p] * 4, *[c_int64] * 3]
-_BYTE_PRODUCT = [*[c_void_p] * 5, *[c_int64] * 3]
+_PRODUCT = [*[c_void_p] * 3, c_int64]
+_WHOLE_LAYER = [*[c_void_p] * 6, c_int64]
 _SOFTMAX = [c_void_p, c_int64, *[c_void_p] * 2, *[c_int64] * 2]
 _RACE = [*[c_void_p] * 3, *[c_int64] * 2]
 _TOKEN_SIGNALS = [c_void_p, c_int64, *[c_void_p] * 2, *[c_int64] * 4]
-
-
-class _Extras(ctypes.Structure):
-    """attention.h's struct of this name. Most forwards have none, and each argument takes time."""
-
-    _fields_ = [
-        ("chunked", c_int64),
-        *((name, c_void_p) for name in ("bases", "masks", "sinks", "bias")),
-        ("bias_width", c_int64),
-        ("softcap", c_float),
-    ]
-
-    @classmethod
-    def of(cls, scoring: Scoring, chunked: bool, paths: Tensor | None) -> _Extras:
-        """It holds addresses only; it keeps the tensor that is made here."""
-        _, softcap, sinks, bias = scoring
-        extras = cls(chunked=chunked, softcap=softcap or 0.0)
-        if paths is not None:
-            extras.bases, extras.masks = (numbers.data_ptr() for numbers in paths)
-        if sinks is not None:
-            extras.sinks_as_float = sinks.float()
-            extras.sinks = extras.sinks_as_float.data_ptr()
-        if bias is not None:
-            extras.bias, extras.bias_width = bias.data_ptr(), bias.stride(0)
-        return extras
 
 
 class CpuKernels(LayerKernels):
@@ -78,9 +54,9 @@ class CpuKernels(LayerKernels):
         dtype: of activations and caches: one of DTYPES.
 
     Attributes:
-        tiles: whether `byte_product` works here: the processor has AMX, and gives it to us.
-        panel: outputs whose weights `product` wants together; 0 where it does not work. In float32
-            it takes AVX2, in bfloat16 AMX.
+        tiles: whether `product` takes bytes: the processor has AMX, and gives it to us.
+        panel: outputs whose weights `product` wants together in this dtype; 0 if it does not take
+            them. In float32 that is for AVX2, in bfloat16 for AMX.
     """
 
     row_tokens: int | None = None
@@ -101,7 +77,7 @@ class CpuKernels(LayerKernels):
         self._softmax = function("softmax", _SOFTMAX)
         self._token_signals = function("token_signals", _TOKEN_SIGNALS)
         self._product = function("product", _PRODUCT)
-        self._byte_product = function("byte_product", _BYTE_PRODUCT)
+        self._whole_layer = function("whole_layer", _WHOLE_LAYER)
         if dtype == torch.float32:  # distributions are
             self._race = function("race", _RACE)
         self.prompt_tokens = PROMPT_TOKENS[dtype]
@@ -127,9 +103,7 @@ class CpuKernels(LayerKernels):
     ) -> None:
         assert scales is None, "no kernels for CPUs read eight bits"
         _, kv_heads, _, dim = keys.shape
-        extras = None
-        if paths is not None or chunked or not scoring.plain:
-            extras = _Extras.of(scoring, chunked, paths)
+        extras = Extras.of(scoring, chunked, paths)
         self._attend(
             query.data_ptr(), query.stride(0), query.stride(1),
             keys.data_ptr(), values.data_ptr(), table.data_ptr(), table.shape[1],
@@ -236,36 +210,34 @@ class CpuKernels(LayerKernels):
         self._race(p.data_ptr(), keys.data_ptr(), found.data_ptr(), n, vocab)
         return found
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor, outputs: int) -> Tensor:
+    def product(self, x: Tensor, weights: Weights) -> Tensor:
         """y [n, outputs] = x W^T + bias for x [n, inputs].
 
-        Args:
-            weight: W, packed as panels.h says in float32, as tiles.h says in bfloat16.
-            bias: float32, padded to a multiple of `panel`.
+        Where weights are bytes, x is quantized per row in steps of 1/127 of its largest magnitude,
+        and a row that is not finite gives NaN.
         """
-        n, inputs = x.shape
-        out = x.new_empty(n, outputs)
-        self._product(
-            x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), n, inputs, outputs
-        )
+        out = x.new_empty(len(x), weights.outputs)
+        self._product(x.data_ptr(), ctypes.byref(weights), out.data_ptr(), len(x))
         return out
 
-    def byte_product(
-        self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor, outputs: int
-    ) -> Tensor:
-        """y [n, outputs] = x W^T + bias for x [n, inputs], quantized per row in steps of 1/127.
-
-        A row that is not finite gives NaN.
+    def whole_layer(
+        self,
+        layer: Layer,
+        forward: Forward,
+        x: Tensor,
+        normed: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        window: int | None,
+    ) -> None:
+        """Make of x [N, hidden], in place, what a decoder layer makes of it.
 
         Args:
-            weight: W in bytes, packed for tiles as tiles.h says.
-            scales: float32, what a step of each output's weights is worth; 1 where W was padded.
-            bias: float32, padded as scales are.
+            normed: [N, width], what its attention reads; None: the input norm of x.
+            keys, values, window: as `attend` has them.
         """
-        n, inputs = x.shape
-        out = x.new_empty(n, outputs)
-        self._byte_product(
-            x.data_ptr(), weight.data_ptr(), scales.data_ptr(), bias.data_ptr(),
-            out.data_ptr(), n, inputs, outputs,
+        self._whole_layer(
+            ctypes.byref(layer), ctypes.byref(forward), x.data_ptr(),
+            normed.data_ptr() if normed is not None else None,
+            keys.data_ptr(), values.data_ptr(), window or 0,
         )  # fmt: skip
-        return out

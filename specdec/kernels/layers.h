@@ -14,6 +14,13 @@ static inline float inverse_rms(const float* x, i64 width, float eps) {
     return 1.0f / std::sqrt(sum_of_squares(x, width) / static_cast<float>(width) + eps);
 }
 
+// x += y
+template <typename T>
+static inline void add(T* x, const T* y, i64 n) {
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) put(x + i, get(x[i]) + get(y[i]));
+}
+
 // x += y, unless y is null; out = weight * x / rms(x). All [n, width].
 template <typename T>
 static void add_norm(T* x, const T* y, const T* weight, T* out, i64 n, i64 width, float eps) {
@@ -23,11 +30,7 @@ static void add_norm(T* x, const T* y, const T* weight, T* out, i64 n, i64 width
 #pragma omp for
         for (i64 i = 0; i < n; i++) {
             T *to = x + i * width, *normed = out + i * width;
-            if (y) {
-                const T* more = y + i * width;
-#pragma omp simd
-                for (i64 d = 0; d < width; d++) put(to + d, get(to[d]) + get(more[d]));
-            }
+            if (y) add(to, y + i * width, width);
             for (i64 d = 0; d < width; d++) row[d] = get(to[d]);
             const float inverse = inverse_rms(row.data(), width, eps);
 #pragma omp simd

@@ -60,3 +60,7 @@ class Scoring(NamedTuple):
         if sinks is None:
             return torch.softmax(scores, -1)
         return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
+
+
+PLAIN = Scoring(1.0)
+"""Of a layer that does nothing else, scaled elsewhere."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from specdec.kernels.choose import cpu_kernels
 from specdec.kernels.stored import KvDtype
 from specdec.model.cache import LayerLayout, SlotCache
 from specdec.model.decoder import PackedDecoder
@@ -45,8 +46,8 @@ class FirstLayer(FusedLayer):
     ) -> Tensor:
         """As `forward`, of embeddings and states, both [N, hidden], which stay as they are."""
         kernels = packing.kernels if self.is_silu else None
-        normed_states = self.state_norm(states)
-        normed = torch.cat([self.input_norm(embedded), normed_states], -1)
+        normed_states = _normed(states, self.state_norm)
+        normed = torch.cat([_normed(embedded, self.input_norm), normed_states], -1)
         x = (normed_states if self.norm_before_residual else states)[None]
         if kernels is not None:
             return self._with_kernels(kernels, normed, x.clone(), angles, packing)
@@ -110,13 +111,11 @@ class Eagle3(nn.Module):
         x = self.first.read(embedded, states.to(embedded.dtype), angles, packing)
         for layer in self.others:
             x = layer(x, angles, packing)
-        made: Tensor = self.norm(x[0]) if self.norm_output else x[0]
-        return made
+        return _normed(x[0], self.norm) if self.norm_output else x[0]
 
     def normed(self, states: Tensor) -> Tensor:
         """What logits are made of: states [M, hidden] behind the last norm."""
-        normed: Tensor = states if self.norm_output else self.norm(states)
-        return normed
+        return states if self.norm_output else _normed(states, self.norm)
 
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [M, V] over the target's tokens, of normed states [M, hidden]."""
@@ -126,6 +125,15 @@ class Eagle3(nn.Module):
         logits = own.new_full((len(own), self.vocab_size), float("-inf"))
         logits[:, self.known] = own
         return logits
+
+
+def _normed(x: Tensor, norm: Any) -> Tensor:
+    """The RMS norm of x [N, width]. Torch takes six operators, each as long as a small kernel."""
+    kernels = cpu_kernels(x.dtype, x.device)
+    if kernels is not None:
+        return kernels.add_norm(x.contiguous(), None, norm.weight, norm.variance_epsilon)
+    normed: Tensor = norm(x)
+    return normed
 
 
 class EagleDecoder(PackedDecoder):

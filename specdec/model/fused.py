@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from specdec.kernels.base import LayerKernels
+from specdec.kernels.cpu import CpuKernels
 from specdec.kernels.scoring import Scoring
+from specdec.kernels.structs import Layer
 from specdec.model.attention import attend, attend_stored
-from specdec.model.linear import is_plain
+from specdec.model.linear import KernelLinear, is_plain
 from specdec.model.packing import Packing
 
 FUSIBLE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
@@ -48,6 +50,7 @@ class FusedLayer(nn.Module):
         self.gate_up = _joined(mlp.gate_proj, mlp.up_proj)
         self.down = mlp.down_proj
         self.activation = mlp.act_fn
+        self._whole: Layer | None = None
         self.is_silu = type(self.activation).__name__ in ("SiLU", "SiLUActivation")
 
     def forward(
@@ -67,9 +70,8 @@ class FusedLayer(nn.Module):
         Returns:
             [1, N, hidden].
         """
-        if self.is_silu and (kernels := packing.kernels) is not None:
-            normed = kernels.add_norm(x[0], None, self.input_norm.weight, self.epsilon)
-            return self._with_kernels(kernels, normed, x, position_embeddings, packing)
+        if self.is_silu and packing.kernels is not None:
+            return self._with_kernels(packing.kernels, None, x, position_embeddings, packing)
         return self._on_torch(self.input_norm(x)[0], x, position_embeddings, packing)
 
     def _on_torch(
@@ -97,13 +99,24 @@ class FusedLayer(nn.Module):
     def _with_kernels(
         self,
         kernels: LayerKernels,
-        normed: Tensor,
+        normed: Tensor | None,
         x: Tensor,
         angles: tuple[Tensor, Tensor],
         packing: Packing,
     ) -> Tensor:
-        """The same, in fewer passes over memory; changes x in place and returns it."""
+        """The same, in fewer passes over memory; changes x in place and returns it.
+
+        Without `normed` attention reads the input norm of x.
+        """
         cache, layer, flat = packing.cache, self.layer_idx, x[0]
+        whole = self._whole or self._as_a_whole()
+        if whole is not None and isinstance(kernels, CpuKernels) and not packing.apart:
+            window, forward = cache.layout[layer].window, packing.shared(angles)
+            keys, values = cache.keys[layer], cache.values[layer]
+            kernels.whole_layer(whole, forward, flat, normed, keys, values, window)
+            return x
+        if normed is None:
+            normed = kernels.add_norm(flat, None, self.input_norm.weight, self.epsilon)
         # `forward`, not a call: what torch puts around one takes as long as a small kernel.
         heads = self.qkv.forward(normed).view(len(flat), -1, self.head_dim)
         norms = None
@@ -119,6 +132,22 @@ class FusedLayer(nn.Module):
         normed = kernels.add_norm(flat, more, self.mlp_norm.weight, self.epsilon)
         flat.add_(self.down.forward(kernels.gate(self.gate_up.forward(normed))))
         return x
+
+    def _as_a_whole(self) -> Layer | None:
+        """This layer for `CpuKernels.whole_layer`, if all its products are kernels of ours."""
+        linears = self.qkv, self.output, self.gate_up, self.down
+        weights = [linear.weights for linear in linears if isinstance(linear, KernelLinear)]
+        if len(weights) < len(linears):
+            return None
+        norms = self.input_norm, self.mlp_norm, self.query_norm, self.key_norm
+        self._whole = Layer.of(
+            weights,
+            [norm.weight if norm is not None else None for norm in norms],
+            (self.query_heads, self.key_heads, self.head_dim),
+            self.epsilon,
+            self.scoring.scale,
+        )
+        return self._whole
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

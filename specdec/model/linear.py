@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.kernels.choose import cpu_kernels
+from specdec.kernels.structs import Weights
 from specdec.model.memory import LargePages
 
 Quantization = Literal["int8wo", "int8"]
@@ -48,35 +49,64 @@ class RowwiseLinear(nn.Module):
         raise NotImplementedError
 
 
-class PanelLinear(RowwiseLinear):
-    """y = x W^T + b in float32 or bfloat16 by our own kernels, with W repacked once for them.
+class KernelLinear(RowwiseLinear):
+    """y = x W^T + b by a product of our own; a subclass packs W for it.
+
+    Args:
+        pages: where the packed weight is to lie; None: anywhere.
+
+    Attributes:
+        weights: what the kernels read.
+    """
+
+    OUTPUTS = 32
+    """What outputs are padded to a multiple of: whole panels, or pairs of tiles."""
+
+    def __init__(self, linear: nn.Linear, pages: LargePages | None = None) -> None:
+        super().__init__(linear)
+        more = -linear.out_features % self.OUTPUTS
+        numbers, scales = self.pack(nn.functional.pad(linear.weight.data, (0, 0, 0, more)))
+        if pages is not None:
+            numbers = pages.copy(numbers)
+        bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.data
+        bias = nn.functional.pad(bias.float(), (0, more))
+        self.weights = Weights.of(numbers, scales, bias, linear.weight.shape)
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight [out, in] as the kernels read it, and if it is bytes, scales of outputs."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor) -> Tensor:
+        kernels = cpu_kernels(x.dtype, x.device)
+        assert kernels is not None, "chosen by `layer_for`, where there are kernels"
+        return kernels.product(x.contiguous(), self.weights)
+
+
+class PanelLinear(KernelLinear):
+    """A `KernelLinear` in float32 or bfloat16.
 
     On two cores of a Xeon up to 32 rows take half to two thirds of oneDNN's time in float32, 0.6 to
     0.8 of it in bfloat16; hundreds take the same. Eight rows take 1.1 times one.
     """
 
-    STEP = 32
-    """Inputs that bfloat16 weights are padded to a multiple of."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
-        weight = linear.weight.data
+    def pack(self, weight: Tensor) -> tuple[Tensor, None]:
+        if weight.dtype == torch.bfloat16:
+            return _in_tiles(weight, 32), None
         kernels = cpu_kernels(weight.dtype, weight.device)
         assert kernels is not None and kernels.panel, "chosen by `layer_for`"
-        self.outputs = len(weight)
-        more = -self.outputs % kernels.panel
-        # Not buffers, which a module takes longer to find: there are a hundred products a forward.
-        if weight.dtype == torch.float32:
-            padded = nn.functional.pad(weight, (0, 0, 0, more))
-            self.packed = padded.view(-1, kernels.panel, padded.shape[1]).transpose(1, 2).contiguous()
-        else:
-            self.packed = _in_tiles(nn.functional.pad(weight, (0, 0, 0, more)), self.STEP)
-        self.added = _padded_bias(linear, more)
+        panels = weight.view(-1, kernels.panel, weight.shape[1])
+        return panels.transpose(1, 2).contiguous(), None
 
-    def product(self, x: Tensor) -> Tensor:
-        kernels = cpu_kernels(x.dtype, x.device)
-        assert kernels is not None, "chosen by `layer_for`, where there are kernels"
-        return kernels.product(x.contiguous(), self.packed, self.added, self.outputs)
+
+class TileInt8Linear(KernelLinear):
+    """`Int8Linear` for processors with AMX, whose sums of bytes are exact.
+
+    On two cores of a Xeon it takes a third to a half of the time, and 16 rows take 1.2 times one.
+    """
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        rounded, scales = _in_bytes(weight)
+        return _in_tiles(rounded, 64), scales
 
 
 class PackedLinear(RowwiseLinear):
@@ -149,32 +179,6 @@ class Int8Linear(RowwiseLinear):
         return y if self.bias is None else y + self.bias
 
 
-class TileInt8Linear(RowwiseLinear):
-    """`Int8Linear` for processors with AMX, whose sums of bytes are exact.
-
-    On two cores of a Xeon it takes a third to a half of the time, and 16 rows take 1.2 times one.
-    """
-
-    TILE, STEP = 32, 64
-    """Outputs and inputs that weights are padded to multiples of."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
-        weight = linear.weight.data
-        self.outputs = len(weight)
-        (rounded, scales), more = _in_bytes(weight), -self.outputs % self.TILE
-        self.packed = _in_tiles(nn.functional.pad(rounded, (0, 0, 0, more)), self.STEP)
-        self.scales = nn.functional.pad(scales, (0, more), value=1.0)
-        self.added = _padded_bias(linear, more)
-
-    def product(self, x: Tensor) -> Tensor:
-        kernels = cpu_kernels(x.dtype, x.device)
-        assert kernels is not None, "chosen by `layer_for`, where there are kernels"
-        return kernels.byte_product(
-            x.contiguous(), self.packed, self.scales, self.added, self.outputs
-        )
-
-
 def layer_for(quantization: Quantization | None, dtype: torch.dtype) -> type[RowwiseLinear]:
     """What a linear layer of this dtype becomes on this processor."""
     if quantization == "int8wo":
@@ -190,14 +194,6 @@ def _in_tiles(weight: Tensor, step: int) -> Tensor:
     padded = nn.functional.pad(weight, (0, -weight.shape[1] % step))
     groups = padded.view(-1, 2, 16, padded.shape[1] // step, 16, step // 16)
     return groups.permute(0, 3, 1, 4, 2, 5).contiguous()
-
-
-def _padded_bias(linear: nn.Linear, more: int) -> Tensor:
-    """float32 [out + more]: a layer's bias, zeros without one and behind it."""
-    bias = linear.bias
-    if bias is None:
-        return torch.zeros(linear.out_features + more)
-    return nn.functional.pad(bias.data.float(), (0, more))
 
 
 def _packed_int8(weight: Tensor) -> Any:
@@ -287,9 +283,8 @@ def pack_linears(model: nn.Module, quantization: Quantization | None) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if is_plain(child) and name not in READ_ELSEWHERE:
-                layer = layer_for(quantization, child.weight.dtype)(child)
-                if isinstance(layer, PanelLinear | TileInt8Linear):
-                    layer.packed = pages.copy(layer.packed)
+                kind = layer_for(quantization, child.weight.dtype)
+                layer = kind(child, pages) if issubclass(kind, KernelLinear) else kind(child)
                 setattr(parent, name, layer)
 
 

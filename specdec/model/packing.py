@@ -10,6 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from specdec.kernels.base import LayerKernels
+from specdec.kernels.scoring import PLAIN
+from specdec.kernels.structs import Extras, Forward
 from specdec.model.cache import SlotCache
 from specdec.model.grid import Grid
 from specdec.model.recurrent import Replay
@@ -54,6 +56,7 @@ class Packing:
     kernel_rows: Tensor
     kernels: LayerKernels | None
     replay: Replay | None = None
+    _shared: Forward | None = None
     _turns: int = 0
     _grid: Grid | None = None
     _places: tuple[Tensor, Tensor] | None = None
@@ -129,6 +132,18 @@ class Packing:
         if layer is None or layer < 0:
             layer, self._turns = self._turns, self._turns + 1
         return layer
+
+    def shared(self, angles: tuple[Tensor, Tensor]) -> Forward:
+        """What the layers of a forward share, for kernels that take a layer as a whole.
+
+        `angles` are cosines and sines, [1, N, D] each: the same for all layers.
+        """
+        if self._shared is None:
+            extras = Extras.of(PLAIN, False, self.paths)
+            self._shared = Forward.of(
+                angles, self.cache.table, self.slots, self.stored, self.kernel_rows, extras
+            )
+        return self._shared
 
     @property
     def places(self) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from transformers import (
 
 from specdec.model.cache import KEY_BLOCK, SlotCache
 from specdec.model.decoder import PackedDecoder
+from specdec.model.linear import pack_linears
 from specdec.model.packing import GRID_TOKENS
 from specdec.model.stock import UnsupportedModel
 from tests.specdec.tiny_models import VOCAB, seeded, tiny_model
@@ -101,8 +102,11 @@ def plain_logits(model: PreTrainedModel, text: list[int]) -> Tensor:
     return model(torch.tensor([text]), use_cache=False).logits[0]
 
 
-def bench_of(model: PreTrainedModel, **options: bool) -> Bench:
-    return Bench(model, PackedDecoder(copy.deepcopy(model), **options))
+def bench_of(model: PreTrainedModel, *, pack: bool = False, **options: bool) -> Bench:
+    bench = Bench(model, PackedDecoder(copy.deepcopy(model), **options))
+    if pack:
+        pack_linears(bench.decoder.model, None)
+    return bench
 
 
 @pytest.fixture(
@@ -111,6 +115,7 @@ def bench_of(model: PreTrainedModel, **options: bool) -> Bench:
         *FAMILIES,
         *(f"{family}, fuse" for family in FUSED),
         *(f"{family}, fuse, torch" for family in FUSED),
+        *(f"{family}, fuse, pack" for family in FUSED),
         "mistral, torch",
         "llama, invariant",
         "llama, fuse, invariant",

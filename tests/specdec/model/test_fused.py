@@ -11,9 +11,12 @@ from specdec.kernels.cpu import CpuKernels
 from specdec.model import fused
 from specdec.model.decoder import PackedDecoder
 from specdec.model.fused import FusedLayer, fuse_layers
+from specdec.model.linear import KernelLinear, Quantization, layer_for, pack_linears
 from specdec.model.stock import UnsupportedModel
+from specdec.model.trees import Tree
 from tests.specdec.model.test_decoder import FAMILIES, FUSED
-from tests.specdec.tiny_models import tiny_model
+from tests.specdec.model.test_linear import FULL, HALF
+from tests.specdec.tiny_models import VOCAB, tiny_model
 
 
 def layers_of(decoder: PackedDecoder) -> list[nn.Module]:
@@ -78,3 +81,44 @@ def test_a_fused_layer_that_computes_something_else_is_refused(
     monkeypatch.setattr(CpuKernels, "gate", lambda self, both: both.chunk(2, -1)[1])
     with pytest.raises(UnsupportedModel, match="differ from the plain forward"):
         PackedDecoder(model, fuse=True)
+
+
+LAYERS_OF = [
+    (family, kind, dtype)
+    for family in FUSED
+    for kind, dtype in ((None, FULL), ("int8", FULL), (None, HALF), ("int8", HALF))
+    if issubclass(layer_for(kind, dtype), KernelLinear)
+]
+"""Layers that are one call here, by what their products are."""
+
+
+@pytest.mark.skipif(not LAYERS_OF, reason="no AVX2 here, or no compiler")
+@pytest.mark.parametrize(("family", "kind", "dtype"), LAYERS_OF, ids=str)
+def test_a_layer_in_one_call_gives_the_bits_of_its_operators(
+    family: str, kind: Quantization | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of several lengths, one behind the other's end, chains and trees."""
+    model = tiny_model(family, **FAMILIES[family]).to(dtype)
+    decoder = PackedDecoder(model, fuse=True)
+    pack_linears(model, kind)
+    calls = []
+    whole_layer = CpuKernels.whole_layer
+    monkeypatch.setattr(
+        CpuKernels, "whole_layer", lambda *given: (calls.append(1), whole_layer(*given))
+    )
+    made, text = [], torch.randint(VOCAB, (60,), generator=torch.Generator().manual_seed(0))
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr(FusedLayer, "_as_a_whole", lambda self: None)
+            for layer in layers_of(decoder):
+                layer._whole = None
+        cache = decoder.new_cache(3, 128)
+        forwards = [
+            decoder.forward(cache, [(1, 40), (0, 3)], text[:43]),
+            decoder.forward(cache, [(0, 5), (2, 1), (1, 2)], text[43:51]),
+            decoder.forward(cache, [(0, 4), (1, 3)], text[51:58], [Tree(8, [-1, 0, 0, 1]), None]),
+        ]
+        made.append([hidden.clone() for hidden in forwards])
+    assert len(calls) == 3 * len(layers_of(decoder))
+    for one, other in zip(*made, strict=True):
+        assert one.isfinite().all() and torch.equal(one, other)
