@@ -167,8 +167,8 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
         queries += rows[r].count * group * kv_heads;
         work += rows[r].count * group * kv_heads * (rows[r].start + rows[r].count) * key_dim;
     }
-    // Many queries for each pass over the keys, yet enough pieces for every thread.
-    const i64 each = std::clamp<i64>(queries / (4 * omp_get_max_threads()), 1, 4 * group);
+    // All queries of a row in one pass over its keys, unless some thread would have no piece.
+    const i64 each = std::clamp<i64>(queries / (4 * omp_get_max_threads()), 1, 16 * group);
     std::vector<Item> items;
     for (i64 r = 0; r < n_rows; r++)
         for (i64 head = 0; head < kv_heads; head++)
