@@ -230,7 +230,7 @@ class CpuKernels(LayerKernels):
         values: Tensor,
         window: int | None,
     ) -> None:
-        """Make of x [N, hidden], in place, what a decoder layer makes of it.
+        """Make of x [.., N, hidden], in place, what a decoder layer makes of it.
 
         Args:
             normed: [N, width], what its attention reads; None: the input norm of x.

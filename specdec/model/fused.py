@@ -108,13 +108,14 @@ class FusedLayer(nn.Module):
 
         Without `normed` attention reads the input norm of x.
         """
-        cache, layer, flat = packing.cache, self.layer_idx, x[0]
+        cache, layer = packing.cache, self.layer_idx
         whole = self._whole or self._as_a_whole()
-        if whole is not None and isinstance(kernels, CpuKernels) and not packing.apart:
+        if whole is not None and type(kernels) is CpuKernels and not packing.apart:
             window, forward = cache.layout[layer].window, packing.shared(angles)
             keys, values = cache.keys[layer], cache.values[layer]
-            kernels.whole_layer(whole, forward, flat, normed, keys, values, window)
+            kernels.whole_layer(whole, forward, x, normed, keys, values, window)
             return x
+        flat = x[0]
         if normed is None:
             normed = kernels.add_norm(flat, None, self.input_norm.weight, self.epsilon)
         # `forward`, not a call: what torch puts around one takes as long as a small kernel.
