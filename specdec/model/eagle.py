@@ -123,8 +123,7 @@ class Eagle3(nn.Module):
         if self.known is None:
             return own[:, : self.vocab_size]
         logits = own.new_full((len(own), self.vocab_size), float("-inf"))
-        logits[:, self.known] = own
-        return logits
+        return logits.scatter_(1, self.known.expand(len(own), -1), own)
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:

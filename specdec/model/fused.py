@@ -151,6 +151,19 @@ class FusedLayer(nn.Module):
         return self._whole
 
 
+class Layers(nn.ModuleList):
+    """A list of modules that is its own slice, where that has all of them.
+
+    transformers loops over such a slice, of which `nn.ModuleList` makes a copy each forward: as
+    long as half of a draft's layer takes.
+    """
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice) and range(len(self))[index] == range(len(self)):
+            return self
+        return super().__getitem__(index)
+
+
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of [N, H, D] heads by [1, N, D] angles, each of which stands there twice."""
     cos, sin = cos[0, :, None], sin[0, :, None]
@@ -175,13 +188,11 @@ def _together(parameters: list[Tensor]) -> nn.Parameter:
 
 
 def fuse_layers(decoder: Any) -> None:
-    """Replace the layers of `decoder` in place where they are known and on one device."""
+    """Replace the layers of `decoder` where they are known and on one device."""
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         return
-    for i, layer in enumerate(layers):
-        if _fusible(layer):
-            layers[i] = FusedLayer(layer)
+    decoder.layers = Layers(FusedLayer(each) if _fusible(each) else each for each in layers)
 
 
 def _fusible(layer: Any) -> bool:
