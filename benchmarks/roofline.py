@@ -29,7 +29,7 @@ from torch import nn
 
 from specdec.loading.pair import ModelPair
 from specdec.model.decoder import PackedDecoder
-from specdec.model.linear import Int8Linear
+from specdec.model.linear import layer_for
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 """Of a stored weight, by precision."""
@@ -54,7 +54,7 @@ def matmul_rate(precision: str) -> float:
     linear = nn.Linear(n, n, bias=False)
     if precision == "bf16":
         linear = linear.bfloat16()
-    product = Int8Linear(linear) if precision == "int8" else linear
+    product = layer_for("int8", linear.weight.dtype)(linear) if precision == "int8" else linear
     x = torch.randn(n, n, dtype=linear.weight.dtype)
     with torch.inference_mode():
         return 2 * n**3 / quickest(lambda: product(x))

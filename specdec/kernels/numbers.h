@@ -10,6 +10,9 @@
 #include <immintrin.h>
 #endif
 
+#include <omp.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -39,6 +42,12 @@ static inline void put(bf16* to, float x) {  // to the nearest, ties to even
 
 // Below so many numbers a loop is over before other threads have woken up.
 static constexpr i64 SERIAL = 16384;
+
+// Into how many parts the blocks of tokens of a product go for each panel of outputs, so that there
+// is work for all threads.
+static inline i64 parts_of(i64 panels, i64 blocks) {
+    return std::clamp<i64>(4 * omp_get_max_threads() / panels, 1, blocks);
+}
 
 #ifdef __AVX512F__
 constexpr int LANES = 16, QUERIES = 4;  // QUERIES: as many as there are registers for

@@ -70,17 +70,21 @@ static void multiply(int n, const Block& b) {
 // the next one is fetched by the first one or two of its blocks.
 static void panel_product(const float* x, const float* weight, const float* bias, float* out, i64 n,
                           i64 width, i64 outputs) {
-    const i64 blocks = (n + TOKENS - 1) / TOKENS;
+    const i64 panels = (outputs + PANEL - 1) / PANEL, blocks = (n + TOKENS - 1) / TOKENS;
+    const i64 parts = parts_of(panels, blocks);
 #pragma omp parallel for
-    for (i64 first = 0; first < outputs; first += PANEL) {
+    for (i64 item = 0; item < panels * parts; item++) {
+        const i64 first = item / parts * PANEL, part = item % parts;
+        const i64 begin = blocks * part / parts, end = blocks * (part + 1) / parts;
         const float *panel = weight + first * width, *next = panel + PANEL * width;
-        const i64 step = PANEL / std::min(blocks, i64{2});
-        for (i64 i = 0; i < blocks; i++) {
-            const i64 token = n * i / blocks, end = n * (i + 1) / blocks;
-            multiply(end - token, {x + token * width, panel, bias + first,
-                                   out + token * outputs + first, width,
-                                   std::min(PANEL, outputs - first), outputs,
-                                   i < 2 ? next + i * step * width : panel, i < 2 ? step : 0});
+        const i64 step = PANEL / std::min(end - begin, i64{2});
+        for (i64 i = begin; i < end; i++) {
+            const i64 token = n * i / blocks, after = n * (i + 1) / blocks, turn = i - begin;
+            multiply(after - token, {x + token * width, panel, bias + first,
+                                     out + token * outputs + first, width,
+                                     std::min(PANEL, outputs - first), outputs,
+                                     turn < 2 ? next + turn * step * width : panel,
+                                     turn < 2 ? step : 0});
         }
     }
 }

@@ -171,9 +171,10 @@ template <typename W, typename T>
 static void tile_product(const T* x, const W* weight, const float* scales, const float* bias,
                          T* out, i64 n, i64 width, i64 outputs) {
     constexpr i64 ALL = TILE * STEP<W>;
-    const i64 steps = (width + STEP<W> - 1) / STEP<W>, chunks = (n + TILE - 1) / TILE;
-    // Left as found: rows of the last tile that are no token's are summed, too, and not put.
-    const std::unique_ptr<W[]> tiles(new W[chunks * steps * ALL]);
+    const i64 steps = (width + STEP<W> - 1) / STEP<W>, blocks = (n + 2 * TILE - 1) / (2 * TILE);
+    const i64 pairs = (outputs + 2 * TILE - 1) / (2 * TILE), parts = parts_of(pairs, blocks);
+    // Left as found: rows of the last tiles that are no token's are summed, too, and not put.
+    const std::unique_ptr<W[]> tiles(new W[2 * blocks * steps * ALL]);
     const std::unique_ptr<float[]> worth(new float[n]);
     const Outputs<T> to{scales, bias, worth.get(), out, n, outputs};
 #pragma omp parallel
@@ -186,11 +187,12 @@ static void tile_product(const T* x, const W* weight, const float* scales, const
         const TileShapes shapes(n);
         _tile_loadconfig(&shapes);
 #pragma omp for
-        for (i64 pair = 0; pair < (outputs + 2 * TILE - 1) / (2 * TILE); pair++) {
+        for (i64 item = 0; item < pairs * parts; item++) {
+            const i64 pair = item / parts, part = item % parts;
             const W* weights = weight + pair * steps * 2 * ALL;
-            for (i64 chunk = 0; chunk < chunks; chunk += 2) {
-                const W* inputs = tiles.get() + chunk * steps * ALL;
-                multiply(inputs, weights, steps, chunk * TILE, pair * 2 * TILE, to);
+            for (i64 i = blocks * part / parts; i < blocks * (part + 1) / parts; i++) {
+                const W* inputs = tiles.get() + 2 * i * steps * ALL;
+                multiply(inputs, weights, steps, 2 * i * TILE, pair * 2 * TILE, to);
             }
         }
         _tile_release();

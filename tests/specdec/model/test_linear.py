@@ -100,6 +100,18 @@ def test_a_row_has_the_same_bits_in_any_batch(
         assert torch.equal(layer(x[-batch:]), alone[-batch:]), batch
 
 
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("kind", "dtype"), INVARIANT, ids=str)
+def test_a_row_has_the_same_bits_with_more_threads_than_outputs_keep_busy(
+    kind: Kind, dtype: torch.dtype
+) -> None:
+    layer, x = KINDS[kind](linear(96, 80).to(dtype)), inputs_of(200, 96).to(dtype)
+    expected = layer(x)
+    torch.set_num_threads(12)
+    for rows in (1, 15, 40, 200):
+        assert torch.equal(layer(x[:rows]), expected[:rows]), rows
+
+
 def test_any_input_size_works() -> None:
     """In another process: torch's int8 weight-only kernel reads past the end of odd-sized rows."""
     code = f"""
