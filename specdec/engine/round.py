@@ -262,7 +262,7 @@ class Round:
             self._numbers[block] = torch.from_numpy(numbers).to(device, non_blocking=True)
         return self._numbers[block][place]
 
-    @property
+    @functools.cached_property
     def _drawn_from(self) -> list[int]:
         """The output position of each row's first candidate that is drawn."""
         known = self.proposal.known

@@ -43,7 +43,7 @@ class Proposal:
         proposal = cls(len(chains), most, device)
         if any(chains):
             padded = [[*chain, *[0] * (most - len(chain))] for chain in chains]
-            proposal.candidates = torch.tensor(padded).to(device, non_blocking=True)
+            proposal.candidates = torch.from_numpy(np.array(padded)).to(device, non_blocking=True)
             proposal.known = [*map(len, chains)]
             proposal.lengths = [*proposal.known]
         return proposal
@@ -75,8 +75,8 @@ class Proposal:
         """
         if not self._q:
             return None
-        q_row = torch.tensor(self._q_row).to(self.candidates.device, non_blocking=True)
-        return torch.cat(self._q), q_row
+        q_row = torch.from_numpy(np.array(self._q_row, dtype=np.int64))
+        return torch.cat(self._q), q_row.to(self.candidates.device, non_blocking=True)
 
     def known_lengths(self) -> Tensor | None:
         """`known` as a tensor; None if everything was drawn."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Hashable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -188,7 +189,8 @@ class RecordedForward:
         if n < size:
             self._ids[n:] = tokens[-1:]
         _first(self._ids, n).copy_(tokens)
-        self._layout.copy_(torch.tensor(self._lay_out(rows, trees, n)), non_blocking=True)
+        layout = torch.from_numpy(np.array(self._lay_out(rows, trees, n)))
+        self._layout.copy_(layout, non_blocking=True)
         if self._replay is None:
             self._more = [each[:1].expand(size, *each.shape[1:]).clone() for each in tail.inputs]
         for into, given in zip(self._more, tail.inputs, strict=True):
@@ -291,7 +293,7 @@ class Recordings:
 
     def _size(self, cache: SlotCache, rows: Sequence[Row], trees: Trees) -> int | None:
         """The size that a forward of rows has, or None if such a forward is not recorded."""
-        tokens = sum(count for _, count in rows)
+        tokens = sum([count for _, count in rows])
         if cache.kernels is None or tokens > LARGEST or longest(rows, trees) > GRID_TOKENS:
             return None
         return padded(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -118,9 +119,16 @@ def feed_shared(
     """
     least, forwards = shared.least, list[int]()
     lacking = [s for s, row in enumerate(rows) if len(row.tokens) - cache.lengths[s] > least]
-    for slot in (slot for slot in slots if slot in lacking):
+    if not lacking:
+        return forwards
+    begins = {s: shared.begin(rows[s]) for s in lacking}
+    alike = defaultdict[tuple[int, ...], list[int]](list)
+    for s, begin in begins.items():
+        alike[begin].append(s)
+    for slot in (slot for slot in slots if slot in begins):
         shared.take_over(cache, slot)
-        common = {o: shared.common(cache, rows[slot], rows[o]) for o in lacking if o != slot}
+        others = [other for other in alike[begins[slot]] if other != slot]
+        common = {o: shared.common(cache, rows[slot], rows[o]) for o in others}
         gaining = [other for other, n in common.items() if n - cache.lengths[other] >= least]
         most = max((common[other] for other in gaining), default=0)
         if most - cache.lengths[slot] >= least:

@@ -6,6 +6,7 @@ another slot holds the same tokens, or in which a row that has left held them.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from typing import Protocol
 
@@ -74,6 +75,7 @@ class SharedCaches:
     ) -> None:
         self.caches, self.grain, self.least, self.taken_over = caches, grain, least, 0
         self._owners: list[TokenRow | None] = []  # by slot
+        self._alike = defaultdict[tuple[int, ...], set[int]](set)  # slots, by how rows begin
 
     def place(self, row: TokenRow, slot: int, positions: int) -> bool:
         """Give an empty slot, and pages for so many positions, to a row if there are enough.
@@ -81,6 +83,7 @@ class SharedCaches:
         It begins with what others hold, or have left, of its tokens.
         """
         self._owners[slot], before = row, self.taken_over
+        self._alike[self.begin(row)].add(slot)
         try:
             for cache in self.caches:
                 pages, length = self._left_behind(cache, row)
@@ -122,9 +125,12 @@ class SharedCaches:
         best, most = None, enough - 1
         if row.sharable < enough:
             return best, most
-        for source, other in enumerate(self._owners):
-            # Most of many slots hold too little or begin otherwise; that is quick to see.
+        for source in sorted(self._alike.get(self.begin(row), ())):
+            other = self._owners[source]
             if other is None or other is row or cache.lengths[source] <= most:
+                continue
+            # Rows of a template go apart at one place: one token tells whether that is further on.
+            if row.tokens[most : most + 1] != other.tokens[most : most + 1]:
                 continue
             if other.tokens[:most] != row.tokens[:most]:
                 continue
@@ -132,6 +138,10 @@ class SharedCaches:
             if n > most and cache.holds(source, n):
                 best, most = source, n
         return best, most
+
+    def begin(self, row: TokenRow) -> tuple[int, ...]:
+        """Rows whose prompts begin with other tokens share nothing, as far as one looks."""
+        return tuple(row.tokens[: min(self.least, row.output_start)])
 
     def common(self, cache: SlotCache, row: TokenRow, other: TokenRow) -> int:
         """How many positions two rows may share in a cache."""
@@ -193,6 +203,7 @@ class SharedCaches:
         """Take a slot from its row. What it holds stays for others until its pages are needed."""
         row, self._owners[slot] = self._owners[slot], None
         assert row is not None, "the slot has a row"
+        self._leave(row, slot)
         for cache in self.caches:
             if cache.states is None:  # pages say nothing of states, which go with the slot
                 n = self._in_grains(cache, cache.lengths[slot], row)
@@ -201,9 +212,20 @@ class SharedCaches:
 
     def move(self, source: int, target: int) -> None:
         """Move the row in slot `source` to the empty slot `target`."""
-        self._owners[target], self._owners[source] = self._owners[source], None
+        row = self._owners[source]
+        assert row is not None, "the slot has a row"
+        self._owners[target], self._owners[source] = row, None
+        self._leave(row, source)
+        self._alike[self.begin(row)].add(target)
         for cache in self.caches:
             cache.move(source, target)
+
+    def _leave(self, row: TokenRow, slot: int) -> None:
+        """Forget how the row of a slot begins."""
+        begin = self.begin(row)
+        self._alike[begin].remove(slot)
+        if not self._alike[begin]:
+            del self._alike[begin]
 
     def grow(self, slots: int, capacity: int, pages: int) -> None:
         """Have at least so many slots, positions in each, and pages in each cache."""

@@ -61,7 +61,7 @@ def in_trees(trees: Sequence[Tree | None]) -> Trees:
 
 def longest(rows: Sequence[Row], trees: Trees) -> int:
     """Tokens of the longest row that is no tree; 0 if there is none."""
-    counts = (count for _, count in rows)
+    counts = [count for _, count in rows]
     if trees is None:
         return max(counts)
     return max((n for n, tree in zip(counts, trees, strict=True) if tree is None), default=0)

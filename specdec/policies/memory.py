@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from specdec.measure.calibration import Calibration
 
@@ -55,17 +56,15 @@ class RowMemory:
 
     def calibration(self) -> dict[int, Calibration]:
         """Predicted against observed acceptance, by class of context length."""
-        classes: dict[int, list[tuple[float, bool]]] = {}
-        for context, predicted, stands in self.judged:
-            classes.setdefault(context_class(context), []).append((predicted, stands))
-        result = {}
-        for key, candidates in classes.items():
-            predictions, verdicts = zip(*candidates, strict=True)
+        result: dict[int, Calibration] = {}
+        context, predicted, stands = np.array(self.judged, dtype=float).reshape(-1, 3).T
+        classes = context_classes(context)
+        for key in np.unique(classes).tolist():
             result[key] = Calibration()
-            result[key].add(np.array(predictions), np.array(verdicts))
+            result[key].add(predicted[classes == key], stands[classes == key])
         return result
 
 
-def context_class(tokens: int) -> int:
-    """The power of two that a context length falls under, at least 128: a class for reports."""
-    return max(128, 1 << (max(tokens, 1) - 1).bit_length())
+def context_classes(tokens: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The powers of two that context lengths fall under, at least 128: classes for reports."""
+    return 1 << np.ceil(np.log2(np.maximum(tokens, 128))).astype(np.int64)

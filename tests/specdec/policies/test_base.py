@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from specdec.policies.memory import RowHistory, context_class
+from specdec.policies.memory import RowHistory, context_classes
 
 
 @pytest.mark.parametrize(
     ("tokens", "least"), [(0, 128), (1, 128), (128, 128), (129, 256), (256, 256), (1025, 2048)]
 )
-def test_context_class(tokens: int, least: int) -> None:
-    assert context_class(tokens) == least
+def test_context_classes(tokens: int, least: int) -> None:
+    assert context_classes(np.array([tokens, 1.0])).tolist() == [least, 128]
 
 
 def test_a_rows_history_forgets() -> None:
