@@ -32,7 +32,7 @@ struct Block {
 // Each sum goes over inputs in their order, whatever N is: a token's bits are its own.
 template <int N>
 static void multiply(const Block& b) {
-    constexpr i64 SOON = 512;  // numbers ahead; a tenth slower without, and twice without `next`, too
+    constexpr i64 SOON = 512;  // numbers ahead; a twentieth slower without, up to twice without both
     vec low[N] = {}, high[N] = {};
     const float *panel = b.panel, *next = b.next;
     for (i64 d = 0; d < b.width; d++, panel += PANEL, next += b.step) {
