@@ -65,7 +65,7 @@ class Weights(_Struct):
         Args:
             numbers: the weight, packed: with scales, bytes as tiles.h says; without, float32 as
                 panels.h says or bfloat16 as tiles.h does.
-            scales: float32, what a step of each output's bytes is worth; 1 where it is padded.
+            scales: float32, what a step of each output's bytes is worth.
             bias: float32, padded to whole panels or pairs of tiles, as numbers and scales are.
         """
         outputs, inputs = shape
