@@ -109,8 +109,11 @@ class FusedLayer(nn.Module):
         Without `normed` attention reads the input norm of x.
         """
         cache, layer = packing.cache, self.layer_idx
-        whole = self._whole or self._as_a_whole()
-        if whole is not None and type(kernels) is CpuKernels and not packing.apart:
+        if (
+            type(kernels) is CpuKernels
+            and not packing.apart
+            and (whole := self._whole or self._as_a_whole()) is not None
+        ):
             window, forward = cache.layout[layer].window, packing.shared(angles)
             keys, values = cache.keys[layer], cache.values[layer]
             kernels.whole_layer(whole, forward, x, normed, keys, values, window)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -118,16 +117,10 @@ def feed_shared(
         Tokens of each forward. What rows lack beyond their common beginnings is still pending.
     """
     least, forwards = shared.least, list[int]()
-    lacking = [s for s, row in enumerate(rows) if len(row.tokens) - cache.lengths[s] > least]
-    if not lacking:
-        return forwards
-    begins = {s: shared.begin(rows[s]) for s in lacking}
-    alike = defaultdict[tuple[int, ...], list[int]](list)
-    for s, begin in begins.items():
-        alike[begin].append(s)
-    for slot in (slot for slot in slots if slot in begins):
+    lacking = {s for s, row in enumerate(rows) if len(row.tokens) - cache.lengths[s] > least}
+    for slot in (slot for slot in slots if slot in lacking):
         shared.take_over(cache, slot)
-        others = [other for other in alike[begins[slot]] if other != slot]
+        others = [o for o in shared.alike(rows[slot]) if o in lacking and o != slot]
         common = {o: shared.common(cache, rows[slot], rows[o]) for o in others}
         gaining = [other for other, n in common.items() if n - cache.lengths[other] >= least]
         most = max((common[other] for other in gaining), default=0)

@@ -82,8 +82,8 @@ class SharedCaches:
 
         It begins with what others hold, or have left, of its tokens.
         """
-        self._owners[slot], before = row, self.taken_over
-        self._alike[self.begin(row)].add(slot)
+        before = self.taken_over
+        self._enter(row, slot)
         try:
             for cache in self.caches:
                 pages, length = self._left_behind(cache, row)
@@ -125,7 +125,7 @@ class SharedCaches:
         best, most = None, enough - 1
         if row.sharable < enough:
             return best, most
-        for source in sorted(self._alike.get(self.begin(row), ())):
+        for source in self.alike(row):
             other = self._owners[source]
             if other is None or other is row or cache.lengths[source] <= most:
                 continue
@@ -139,8 +139,11 @@ class SharedCaches:
                 best, most = source, n
         return best, most
 
-    def begin(self, row: TokenRow) -> tuple[int, ...]:
-        """Rows whose prompts begin with other tokens share nothing, as far as one looks."""
+    def alike(self, row: TokenRow) -> list[int]:
+        """The slots, rising, of rows whose prompts begin as this one's; others share nothing."""
+        return sorted(self._alike.get(self._begin(row), ()))
+
+    def _begin(self, row: TokenRow) -> tuple[int, ...]:
         return tuple(row.tokens[: min(self.least, row.output_start)])
 
     def common(self, cache: SlotCache, row: TokenRow, other: TokenRow) -> int:
@@ -201,9 +204,7 @@ class SharedCaches:
 
     def release(self, slot: int) -> None:
         """Take a slot from its row. What it holds stays for others until its pages are needed."""
-        row, self._owners[slot] = self._owners[slot], None
-        assert row is not None, "the slot has a row"
-        self._leave(row, slot)
+        row = self._leave(slot)
         for cache in self.caches:
             if cache.states is None:  # pages say nothing of states, which go with the slot
                 n = self._in_grains(cache, cache.lengths[slot], row)
@@ -212,20 +213,23 @@ class SharedCaches:
 
     def move(self, source: int, target: int) -> None:
         """Move the row in slot `source` to the empty slot `target`."""
-        row = self._owners[source]
-        assert row is not None, "the slot has a row"
-        self._owners[target], self._owners[source] = row, None
-        self._leave(row, source)
-        self._alike[self.begin(row)].add(target)
+        self._enter(self._leave(source), target)
         for cache in self.caches:
             cache.move(source, target)
 
-    def _leave(self, row: TokenRow, slot: int) -> None:
-        """Forget how the row of a slot begins."""
-        begin = self.begin(row)
+    def _enter(self, row: TokenRow, slot: int) -> None:
+        self._owners[slot] = row
+        self._alike[self._begin(row)].add(slot)
+
+    def _leave(self, slot: int) -> TokenRow:
+        """Take a slot from its row, which is returned."""
+        row, self._owners[slot] = self._owners[slot], None
+        assert row is not None, "the slot has a row"
+        begin = self._begin(row)
         self._alike[begin].remove(slot)
         if not self._alike[begin]:
             del self._alike[begin]
+        return row
 
     def grow(self, slots: int, capacity: int, pages: int) -> None:
         """Have at least so many slots, positions in each, and pages in each cache."""

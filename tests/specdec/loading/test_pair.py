@@ -9,7 +9,7 @@ import torch
 from specdec.engine.engine import Engine
 from specdec.loading.pair import ModelPair, check_kv_dtype, chosen_dtype
 from specdec.loading.sources import PairError, model_digest
-from specdec.model.linear import Int8WeightOnlyLinear, RowwiseLinear, layer_for, packable
+from specdec.model.linear import Int8WeightOnlyLinear, layer_for, packable
 from specdec.policies.simple import Fixed
 from specdec.request import Request, SamplingParams
 from tests.specdec.loading.saved_models import (
@@ -142,7 +142,7 @@ def test_half_precision_is_passed_on(target: Path, draft: Path) -> None:
     assert pair.target.new_cache(1, 1).dtype == torch.bfloat16
     assert len(complete(pair)) == 20
     head = pair.target.model.get_output_embeddings()
-    assert isinstance(head, RowwiseLinear) == packable(torch.bfloat16)
+    assert (type(head) is layer_for(None, torch.bfloat16)) == packable(torch.bfloat16)
 
 
 def test_keys_and_values_of_both_models_are_as_asked(target: Path, draft: Path) -> None:
