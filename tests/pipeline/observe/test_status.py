@@ -141,8 +141,13 @@ def test_a_run_that_is_taken_over_stops_and_leaves_the_record_to_the_other(
         mine = read_status(output)
         assert mine is not None
         others = json.dumps(vars(mine) | {"host": "elsewhere", "pid": 7}).encode()
-        output.put(STATUS, others)
-        until(it.stop.is_set)
+
+        def heard() -> bool:
+            # Again and again, as a run does: this one may write between its look and our record.
+            output.put(STATUS, others)
+            return it.stop.is_set()
+
+        until(heard)
         raise JobStopped  # as a job does then
     assert output.read(STATUS) == others
 
