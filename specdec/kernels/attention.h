@@ -1,7 +1,7 @@
 // Attention of packed tokens, each to its own slot up to itself.
 //
-// Keys and values are read once for all query heads that share them, and no position behind a row's
-// end is looked at.
+// Keys and values are read once for all query heads that share them. The keys of a page lie by
+// dimension: one load takes a dimension of many positions, whose scores then lie side by side.
 
 #pragma once
 
@@ -63,8 +63,12 @@ static inline void scatter(float* nodes, uint64_t mask) {
     }
 }
 
-// Scores of n positions from `begin` on become their weights.
-static inline void weigh(float* score, i64 n, i64 begin, i64 head, const Extras& extras) {
+// Scores of positions from `base` on become weights, which a factor is returned for. Those outside
+// [begin, end) become 0, whatever their scores.
+static inline float weigh(float* line, i64 stride, i64 base, i64 begin, i64 end, i64 head,
+                          const Extras& extras) {
+    float* score = line + begin - base;
+    const i64 n = end - begin;
     if (const float cap = extras.softcap) {
         const float twice = 2.0f / cap;
         transform(score, n, [&](vec x) {  // cap * tanh(x / cap)
@@ -81,11 +85,15 @@ static inline void weigh(float* score, i64 n, i64 begin, i64 head, const Extras&
     float most = sink ? std::max(score[0], *sink) : score[0];
 #pragma omp simd reduction(max : most)
     for (i64 l = 0; l < n; l++) most = score[l] > most ? score[l] : most;
-    transform(score, n, [&](vec x) { return exp_(x - most); });
-    float total = sum(score, n);
-    if (sink) total += exp_(all(*sink - most))[0];
-    const float inverse = 1.0f / total;
-    transform(score, n, [&](vec x) { return x * inverse; });
+    vec sums = {};
+    for (i64 l = 0; l < stride; l += LANES) {
+        const vec_i32 at = LANE_NUMBERS + static_cast<int32_t>(base + l);
+        const vec_i32 seen = (at >= static_cast<int32_t>(begin)) & (at < static_cast<int32_t>(end));
+        const vec weights = seen ? exp_(load(line + l) - most) : vec{};
+        store(line + l, weights);
+        sums += weights;
+    }
+    return 1.0f / (total(sums) + (sink ? exp_(all(*sink - most))[0] : 0.0f));
 }
 
 // Queries first..last of a row and a key/value head. Query i is token i / group and, of the query
@@ -102,23 +110,23 @@ static constexpr i64 AHEAD = PAGE;
 
 static inline void prefetch(const void* soon) { __builtin_prefetch(soon, 0, 2); }
 
-// out[j][p] = q[j] . key[p] for J queries and P positions; `ahead` is what will be read soon.
-template <int J, int P, typename T>
-static inline void dots(const float* q, const T* key, const T* ahead, i64 dim, float* out,
+// out[j][p] = q[j] . key[p] for J queries and the positions p of a page; `ahead` is read next.
+template <int J, typename T>
+static inline void dots(const float* q, const T* keys, const T* ahead, i64 dim, float* out,
                         i64 stride) {
+    constexpr int P = PAGE / LANES;
     vec sums[J][P] = {};
-    for (i64 d = 0; d < dim; d += LANES) {
+    for (i64 d = 0; d < dim; d++) {
         vec k[P];
         for (int p = 0; p < P; p++) {
-            k[p] = load(key + p * dim + d);
-            prefetch(ahead + p * dim + d);
+            k[p] = load(keys + d * PAGE + p * LANES);
+            prefetch(ahead + d * PAGE + p * LANES);
         }
-        for (int j = 0; j < J; j++) {
-            const vec x = load(q + j * dim + d);
-            for (int p = 0; p < P; p++) sums[j][p] = fused(x, k[p], sums[j][p]);
-        }
+        for (int j = 0; j < J; j++)
+            for (int p = 0; p < P; p++) sums[j][p] = fused(all(q[j * dim + d]), k[p], sums[j][p]);
     }
-    for (int j = 0; j < J; j++) totals(sums[j], out + j * stride);
+    for (int j = 0; j < J; j++)
+        for (int p = 0; p < P; p++) store(out + j * stride + p * LANES, sums[j][p]);
 }
 
 // sums[j] += weights[j][l] * values[l] over n positions l, for J queries and C vectors of a head;
@@ -127,7 +135,8 @@ template <int J, int C, typename T>
 static inline void mix(const float* weights, i64 stride, const T* values, const T* next, i64 n,
                        i64 dim, float* sums) {
     vec acc[J][C];
-    for (int j = 0; j < J; j++) std::memcpy(acc[j], sums + j * dim, sizeof acc[j]);
+    for (int j = 0; j < J; j++)
+        for (int c = 0; c < C; c++) acc[j][c] = load(sums + j * dim + c * LANES);
     for (i64 l = 0; l < n; l++) {
         vec v[C];
         const T* ahead = (l + AHEAD < n ? values : next - n * dim) + (l + AHEAD) * dim;
@@ -139,20 +148,18 @@ static inline void mix(const float* weights, i64 stride, const T* values, const 
             for (int c = 0; c < C; c++)
                 acc[j][c] = fused(all(weights[j * stride + l]), v[c], acc[j][c]);
     }
-    for (int j = 0; j < J; j++) std::memcpy(sums + j * dim, acc[j], sizeof acc[j]);
+    for (int j = 0; j < J; j++)
+        for (int c = 0; c < C; c++) store(sums + j * dim + c * LANES, acc[j][c]);
 }
 
 template <int N>
 using Number = std::integral_constant<int, N>;
 
-// Calls f(Number<J>, first) for groups of J = QUERIES of n queries, the last one smaller.
-template <typename F>
-static inline void by_queries(i64 n, F f) {
-    i64 j = 0;
-    for (; j + QUERIES <= n; j += QUERIES) f(Number<QUERIES>(), j);
-    if (n - j == 1) f(Number<1>(), j);
-    if (QUERIES > 2 && n - j == 2) f(Number<2>(), j);
-    if (QUERIES > 3 && n - j == 3) f(Number<3>(), j);
+// Calls f(Number<J>, first) for groups of J = QUERIES of the queries from j to n, then smaller ones.
+template <int J = QUERIES, typename F>
+static inline void by_queries(i64 n, F f, i64 j = 0) {
+    for (; j + J <= n; j += J) f(Number<J>(), j);
+    if constexpr (J > 1) by_queries<J - 1>(n, f, j);
 }
 
 // Head sizes are multiples of 16.
@@ -177,7 +184,7 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
 
 #pragma omp parallel if (work > SERIAL)
     {
-        std::vector<float> scores, sums(each * value_dim), q(each * key_dim);
+        std::vector<float> scores, sums(each * value_dim), q(each * key_dim), factors(each);
 #pragma omp for schedule(dynamic)
         for (size_t at = 0; at < items.size(); at++) {
             const Item& item = items[at];
@@ -191,7 +198,8 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
                     const i64 token = row.begin + t, end = span.end(token, row.start + t);
                     low = std::min({low, span.begin(end), span.bases[token]});
                 }
-            const i64 high = row.start + last + 1, stride = high - low;
+            const i64 high = row.start + last + 1, base = low / PAGE * PAGE;
+            const i64 stride = (high - base + PAGE - 1) / PAGE * PAGE;
             scores.resize(std::max<i64>(scores.size(), n * stride));
 
             for (i64 j = 0; j < n; j++) {
@@ -203,38 +211,23 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
             const T* first_values =
                 values + pages.place(row.slot, low, kv_heads, item.kv_head) * value_dim;
             // All queries go through a page while it is in the first cache.
-            pages.each(row.slot, low, high, kv_heads, item.kv_head, [&](i64 begin, i64 end, i64 at,
+            pages.each(row.slot, base, high, kv_heads, item.kv_head, [&](i64 begin, i64 end, i64 at,
                                                                         i64 next) {
-                // Position l is at here + l, or at there + l behind the end of the page.
                 // Values follow the last keys.
-                const T *here = keys + (at - begin) * key_dim, *there = keys + (next - end) * key_dim;
-                if (end == high) there = first_values - end * key_dim;
+                const T* ahead = end == high ? first_values : keys + next * key_dim;
                 by_queries(n, [&](auto count, i64 j) {
-                    constexpr int J = count, P = 4;
-                    for (i64 l = begin; l < end;) {
-                        const T* ahead = (l + AHEAD < end ? here : there) + (l + AHEAD) * key_dim;
-                        const T* key = here + l * key_dim;
-                        float* to = &scores[j * stride + l - low];
-                        if (l + P <= end) {
-                            dots<J, P>(&q[j * key_dim], key, ahead, key_dim, to, stride);
-                            l += P;
-                        } else {
-                            dots<J, 1>(&q[j * key_dim], key, ahead, key_dim, to, stride);
-                            l++;
-                        }
-                    }
+                    dots<count>(&q[j * key_dim], keys + at * key_dim, ahead, key_dim,
+                                &scores[j * stride + begin - base], stride);
                 });
             });
             for (i64 j = 0; j < n; j++) {
                 const i64 t = (item.first + j) / group, token = row.begin + t;
                 const i64 head = item.kv_head * group + (item.first + j) % group;
                 const i64 end = span.end(token, row.start + t), begin = span.begin(end);
-                float *line = &scores[j * stride], *score = line + begin - low;
-                if (span.masks) gather(line + span.bases[token] - low, span.masks[token]);
-                std::fill(line, score, 0.0f);
-                std::fill(score + (end - begin), line + stride, 0.0f);
-                weigh(score, end - begin, begin, head, extras);
-                if (span.masks) scatter(line + span.bases[token] - low, span.masks[token]);
+                float* line = &scores[j * stride];
+                if (span.masks) gather(line + span.bases[token] - base, span.masks[token]);
+                factors[j] = weigh(line, stride, base, begin, end, head, extras);
+                if (span.masks) scatter(line + span.bases[token] - base, span.masks[token]);
             }
             std::fill(sums.begin(), sums.end(), 0.0f);
             pages.each(row.slot, low, high, kv_heads, item.kv_head, [&](i64 begin, i64 end, i64 at,
@@ -242,7 +235,7 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
                 const T *value = values + at * value_dim, *more = values + next * value_dim;
                 by_queries(n, [&](auto count, i64 j) {
                     constexpr int J = count, C = 4;
-                    const float* weights = &scores[j * stride + begin - low];
+                    const float* weights = &scores[j * stride + begin - base];
                     float* to = &sums[j * value_dim];
                     const i64 m = end - begin;
                     i64 d = 0;
@@ -256,7 +249,7 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
                 const i64 token = row.begin + (item.first + j) / group;
                 const i64 head = item.kv_head * group + (item.first + j) % group;
                 T* to = out + (token * kv_heads * group + head) * value_dim;
-                for (i64 d = 0; d < value_dim; d++) put(to + d, sums[j * value_dim + d]);
+                for (i64 d = 0; d < value_dim; d++) put(to + d, sums[j * value_dim + d] * factors[j]);
             }
         }
     }

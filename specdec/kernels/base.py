@@ -29,6 +29,9 @@ class LayerKernels(Protocol):
     prompt_tokens: int
     """Most tokens of a prompt with which `attend` is faster than torch's operators row by row."""
 
+    keys_by_dimension: bool
+    """Whether a cache's keys are to lie in memory as [pages, Hkv, D, PAGE]."""
+
     def attend(
         self,
         query: Tensor,
@@ -51,7 +54,7 @@ class LayerKernels(Protocol):
 
         Args:
             query: [N, H, D] with D contiguous.
-            keys: [pages, Hkv, PAGE, D]; values: [pages, Hkv, PAGE, Dv].
+            keys: [pages, Hkv, PAGE, D], by dimension if wanted; values: [pages, Hkv, PAGE, Dv].
             table: int64 [slots, width], the pages of each slot.
             rows: int64 [R, 4]: first packed token, number of tokens, slot, where the first is
                 stored. A row may have no tokens.
@@ -88,7 +91,7 @@ class LayerKernels(Protocol):
             heads: [N, H + 2 Hkv, D], changed in place.
             cos, sin: [N, D], the same numbers in both halves.
             norms: weights [D] of a norm of queries and one of keys, and their epsilon.
-            keys, values: a layer's cache, [pages, Hkv, PAGE, D].
+            keys, values: a layer's cache, as `attend` has them.
             table: int64 [slots, width], the pages of each slot.
             slots, positions: int64 [N].
             scales: of keys and values, if these are to be numbers of eight bits.

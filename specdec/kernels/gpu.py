@@ -61,6 +61,7 @@ class GpuKernels(LayerKernels):
 
     row_tokens: int | None = ROW_TOKENS
     prompt_tokens = 0
+    keys_by_dimension = False
 
     def __init__(self, device: torch.device) -> None:
         cuda = device.type == "cuda"  # else Triton's interpreter

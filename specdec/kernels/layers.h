@@ -55,9 +55,9 @@ static void gate(const T* gate_up, T* out, i64 n, i64 width) {
     }
 }
 
-// Rotates the query and key heads of n tokens, each [query_heads + 2 * kv_heads, dim], queries in
-// place, and stores keys and values at their slots and positions. Heads are normed before if there
-// are weights for it. cos and sin are [n, dim]; each angle stands there twice.
+// Rotates the query and key heads of n tokens, each [query_heads + 2 * kv_heads, dim], in place, and
+// stores keys and values at their slots and positions. Heads are normed before if there are weights
+// for it. cos and sin are [n, dim]; each angle stands there twice.
 template <typename T>
 static void rotate_and_store(T* heads, const T* cos, const T* sin, const T* query_norm,
                              const T* key_norm, float eps, T* keys, T* values, Pages pages,
@@ -79,15 +79,16 @@ static void rotate_and_store(T* heads, const T* cos, const T* sin, const T* quer
 #pragma omp simd
                     for (i64 d = 0; d < dim; d++) x[d] = get(weight[d]) * (x[d] * inverse);
                 }
-                T* to = head;
-                if (is_key) {
-                    to = keys + dim * pages.place(slots[i], positions[i], kv_heads, h - query_heads);
-                }
                 const float *low = x.data(), *high = low + half;
 #pragma omp simd
                 for (i64 d = 0; d < half; d++) {
-                    put(to + d, low[d] * get(c[d]) - high[d] * get(s[d]));
-                    put(to + half + d, high[d] * get(c[half + d]) + low[d] * get(s[half + d]));
+                    put(head + d, low[d] * get(c[d]) - high[d] * get(s[d]));
+                    put(head + half + d, high[d] * get(c[half + d]) + low[d] * get(s[half + d]));
+                }
+                if (is_key) {  // by dimension
+                    const i64 at = pages.place(slots[i], positions[i], kv_heads, h - query_heads);
+                    T* key = keys + at / PAGE * PAGE * dim + at % PAGE;
+                    for (i64 d = 0; d < dim; d++) key[d * PAGE] = head[d];
                 }
             }
             for (i64 h = 0; h < kv_heads; h++) {

@@ -50,7 +50,7 @@ static inline i64 parts_of(i64 panels, i64 blocks) {
 }
 
 #ifdef __AVX512F__
-constexpr int LANES = 16, QUERIES = 4;  // QUERIES: as many as there are registers for
+constexpr int LANES = 16, QUERIES = 6;  // QUERIES: as many as there are registers for
 #else
 constexpr int LANES = 8, QUERIES = 2;
 #endif
@@ -115,25 +115,13 @@ static inline float total(vec x) {
     return lanes[0];
 }
 
-// out[p] = total(x[p]), with the same bits, for P vectors: half of the shuffles if they are four.
-template <int P>
-static inline void totals(const vec (&x)[P], float* out) {
-#ifdef __AVX512F__
-    if constexpr (P == 4) {  // quarters of vectors: first of halves, then of quarters, then in them
-        const auto halves = [](vec a, vec b) {
-            return _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
-        };
-        const vec a = halves(x[0], x[1]), b = halves(x[2], x[3]);
-        vec y = _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
-        y += _mm512_permute_ps(y, 0x4e);
-        y += _mm512_permute_ps(y, 0xb1);
-        const __m512i firsts = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
-        _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, y)));
-        return;
-    }
-#endif
-    for (int p = 0; p < P; p++) out[p] = total(x[p]);
+static inline vec_i32 lane_numbers() {
+    vec_i32 x;
+    for (int i = 0; i < LANES; i++) x[i] = i;
+    return x;
 }
+
+static const vec_i32 LANE_NUMBERS = lane_numbers();
 
 static inline vec all(float x) { return x - vec{}; }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -66,7 +65,8 @@ class SlotCache:
         lengths: per slot, how many positions hold the tokens of its row.
         pages: which pages each slot has.
         table: int64 [slots, capacity / PAGE], the same on the device, once `extend` returns.
-        keys, values: per layer, [1 + pages, heads, PAGE, dim].
+        keys, values: per layer, [1 + pages, heads, PAGE, dim]. In memory the keys of a page lie by
+            dimension if the kernels want it.
         key_scales, value_scales: per layer, float32 [1 + pages, heads, PAGE]; empty lists unless
             keys and values are numbers of eight bits (specdec/kernels/stored.py).
         states: what layers keep whose state runs on, if the model has such.
@@ -107,18 +107,25 @@ class SlotCache:
         self.capacity, self.lengths = 0, list[int]()
         self.pages = Pages(0, 0, 0)
         self.table = torch.zeros(0, 0, dtype=torch.int64, device=device)
-        self.keys = [self._zeros(self.stored, each.heads, each.key_dim) for each in layout]
+        self._use_kernels, self.kernels_read_prompts = use_kernels, True
+        by_dimension = self.kernels is not None and self.kernels.keys_by_dimension
+        self.keys = [
+            self._zeros(self.stored, each.heads, each.key_dim, by_dimension=by_dimension)
+            for each in layout
+        ]
         self.values = [self._zeros(self.stored, each.heads, each.value_dim) for each in layout]
         scaled = layout if self.stored in LARGEST else ()
         self.key_scales = [self._zeros(torch.float32, each.heads) for each in scaled]
         self.value_scales = [self._zeros(torch.float32, each.heads) for each in scaled]
-        self._use_kernels, self.kernels_read_prompts = use_kernels, True
         self.generation = 0
         self.grow(slots, capacity)
 
-    def _zeros(self, dtype: torch.dtype, heads: int, *dims: int) -> Tensor:
-        shape = (1 + self.pages.total, heads, PAGE, *dims)
-        return torch.zeros(shape, dtype=dtype, device=self.device)
+    def _zeros(
+        self, dtype: torch.dtype, heads: int, *dims: int, by_dimension: bool = False
+    ) -> Tensor:
+        shape = (1 + self.pages.total, heads, *((*dims, PAGE) if by_dimension else (PAGE, *dims)))
+        zeros = torch.zeros(shape, dtype=dtype, device=self.device)
+        return zeros.transpose(2, 3) if by_dimension else zeros
 
     @property
     def _pools(self) -> tuple[list[Tensor], ...]:
@@ -181,8 +188,10 @@ class SlotCache:
             for tensors in self._pools:
                 for layer, tensor in enumerate(tensors):  # one by one: both are there meanwhile
                     _, heads, _, *dims = tensor.shape
-                    tensors[layer] = self._zeros(tensor.dtype, heads, *dims)
-                    tensors[layer][: 1 + old] = tensor
+                    by_dimension = not tensor.is_contiguous()
+                    grown = self._zeros(tensor.dtype, heads, *dims, by_dimension=by_dimension)
+                    grown[: 1 + old] = tensor
+                    tensors[layer] = grown
 
     def extend(self, rows: Sequence[Row]) -> None:
         """Give slots pages for the tokens that `rows` append, and the device the table.
@@ -287,17 +296,13 @@ class SlotCache:
         ]
         if moves:
             who, sources, targets = upload(self.device, *zip(*moves, strict=True))
-            moved = [self.places(who, where) for where in (sources, targets)]
-            lines_by_heads = {
-                heads: [_lines(heads, *places) for places in moved]
-                for heads in {layer.heads for layer in self.layout}
-            }
+            (page, within), (to_page, to_within) = (
+                self.places(who, where) for where in (sources, targets)
+            )
             for tensor in self._tensors:
-                source, target = lines_by_heads[tensor.shape[1]]
                 # Not every operator knows floats of eight bits, but all know bytes.
                 whole = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
-                lines = whole.view(math.prod(tensor.shape[:3]), *tensor.shape[3:])
-                lines.index_copy_(0, target, lines.index_select(0, source))
+                whole[to_page, :, to_within] = whole[page, :, within]
         for slot, base, path in zip(slots, bases, paths, strict=True):
             self.rollback(slot, base + len(path))
 
@@ -364,9 +369,3 @@ class SlotCache:
             for tensor in self._tensors:
                 tensor[own] = tensor[pages[full]]
         self.lengths[slot] = length
-
-
-def _lines(heads: int, page: Tensor, at: Tensor) -> Tensor:
-    """int64: where places lie in a tensor of so many heads, seen as lines of one head each."""
-    every = torch.arange(heads, device=page.device)
-    return ((page[:, None] * heads + every) * PAGE + at[:, None]).flatten()

@@ -45,17 +45,22 @@ def close(got: Tensor, expected: Tensor) -> None:
     )
 
 
-def in_pages(*tensors: Tensor) -> list[Tensor]:
+def in_pages(kernels: LayerKernels, keys: Tensor, values: Tensor) -> list[Tensor]:
     """Keys and values [slots, heads, capacity, dim] in pages that lie anywhere, and their table."""
-    slots, _, capacity, _ = tensors[0].shape
+    slots, _, capacity, _ = keys.shape
     table = 1 + torch.randperm(slots * capacity // PAGE).view(slots, -1)
     stored = []
-    for tensor in tensors:
+    for tensor in (keys, values):
         pages = tensor.unflatten(2, (-1, PAGE)).transpose(1, 2)
         held = tensor.new_full((1 + table.numel(), *pages.shape[2:]), torch.nan)
         held[table] = pages
         stored.append(held)
-    return [*stored, table]
+    return [as_wanted(kernels, stored[0]), stored[1], table]
+
+
+def as_wanted(kernels: LayerKernels, keys: Tensor) -> Tensor:
+    """Keys [pages, heads, PAGE, dim] as they lie in memory for these kernels."""
+    return keys.mT.contiguous().mT if kernels.keys_by_dimension else keys
 
 
 def attention(
@@ -114,7 +119,8 @@ def test_attention_is_what_its_definition_says(
     rows = [[0, 1, 3, 0], [1, 5, 0, 131], [6, 24, 1, 70], [31, 2, 2, 8]]  # token 30 is not theirs
     query = random(33, heads + 1, dims[0], dtype=dtype)[:, :heads]  # strided, as out of a product
     out = torch.full((33, heads, dims[1]), 7.0, dtype=dtype)
-    kernels.attend(query, *in_pages(keys, values), torch.tensor(rows), Scoring(0.3), window, out)
+    stored = in_pages(kernels, keys, values)
+    kernels.attend(query, *stored, torch.tensor(rows), Scoring(0.3), window, out)
     expected = attention(query, keys, values, rows, window)
     for token in range(33):
         close(out[token], expected.get(token, torch.full((), 7.0)).expand_as(out[token]))
@@ -129,11 +135,11 @@ def test_attention_gives_a_token_the_same_bits_in_any_batch_and_any_pages(
     query = random(9 * 5, 9, 64, dtype=dtype)
     every = torch.tensor([[5 * slot, 5, slot, 20 * slot + 3] for slot in range(9)])
     together = torch.empty_like(query)
-    kernels.attend(query, *in_pages(keys, values), every, Scoring(0.1), window, together)
+    kernels.attend(query, *in_pages(kernels, keys, values), every, Scoring(0.1), window, together)
     for threads in (1, torch.get_num_threads()):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        elsewhere = in_pages(keys, values)
+        elsewhere = in_pages(kernels, keys, values)
         for begin, count, slot, start in every.tolist():
             for t in range(count):
                 alone = torch.empty(1, 9, 64, dtype=dtype)
@@ -186,7 +192,8 @@ def check_trees_and_scorings(
         query: Tensor, keys: Tensor, values: Tensor, rows: list[list[int]], paths: Tensor | None
     ) -> Tensor:
         out = torch.empty(*query.shape[:2], 32, dtype=dtype, device=device)
-        places = (x.to(device) for x in (query, *in_pages(keys, values), torch.tensor(rows)))
+        stored = in_pages(kernels, keys, values)
+        places = (x.to(device) for x in (query, *stored, torch.tensor(rows)))
         there = [x.to(device) if isinstance(x, Tensor) else x for x in scoring]
         kernels.attend(
             *places, Scoring(*there), window, out, chunked=chunked,
@@ -278,7 +285,7 @@ def test_extreme_scores_are_no_problem(kernels: CpuKernels, dtype: torch.dtype) 
     query = 1000 * random(1, 1, 16, dtype=dtype)
     out = torch.empty(1, 1, 16, dtype=dtype)
     row = torch.tensor([[0, 1, 0, 99]])
-    kernels.attend(query, *in_pages(keys, values), row, Scoring(1.0), None, out)
+    kernels.attend(query, *in_pages(kernels, keys, values), row, Scoring(1.0), None, out)
     best = (query[0, 0].double() @ keys[0, 0, :100].double().T).argmax()
     close(out[0, 0], values[0, 0, best])
 
@@ -328,6 +335,7 @@ def check_rotation(
     slots = torch.tensor([0, 0, 2, 1, 2], device=device)
     positions = torch.tensor([3, 4, 0, 127, 9], device=device)
     keys, values = (torch.zeros(14, 2, PAGE, dim, dtype=dtype, device=device) for _ in range(2))
+    keys = as_wanted(kernels, keys)
     table = 1 + torch.randperm(13)[:12].view(3, 4).to(device)
     at = table[slots, positions // PAGE], slice(None), positions % PAGE
     parts = list(heads.clone().float().split([6, 2, 2], 1))

@@ -74,7 +74,7 @@ def test_attention_is_what_its_definition_says(
 
     def attend(rows: list[list[int]]) -> torch.Tensor:
         out = torch.full((37, heads, dims[1]), 7.0, dtype=dtype, device=DEVICE)
-        places = [x.to(DEVICE) for x in (query, *in_pages(keys, values))]
+        places = [x.to(DEVICE) for x in (query, *in_pages(kernels, keys, values))]
         kernels.attend(*places, torch.tensor(rows, device=DEVICE), Scoring(0.3), window, out)
         return out.cpu()
 
@@ -95,7 +95,7 @@ def test_extreme_scores_are_no_problem(kernels: GpuKernels, dtype: torch.dtype) 
     query = 100 * random(1, 1, 16, dtype=dtype).to(DEVICE)
     out = torch.empty(1, 1, 16, dtype=dtype, device=DEVICE)
     row = torch.tensor([[0, 1, 0, 99]], device=DEVICE)
-    stored = [x.to(DEVICE) for x in in_pages(keys.cpu(), values.cpu())]
+    stored = [x.to(DEVICE) for x in in_pages(kernels, keys.cpu(), values.cpu())]
     kernels.attend(query, *stored, row, Scoring(10.0), None, out)
     best = (query[0, 0].double() @ keys[0, 0, :100].double().T).argmax()
     close(out[0, 0], values[0, 0, best])

@@ -8,7 +8,7 @@ from specdec.kernels.choose import cpu_kernels
 from specdec.model.cache import KEY_BLOCK, LayerLayout, SlotCache, round_to_blocks
 from specdec.model.pages import EMPTY, PAGE, OutOfPages
 
-LAYOUT = (LayerLayout(2, 4, 6), LayerLayout(1, 8, 8))
+LAYOUT = (LayerLayout(2, 16, 32), LayerLayout(1, 48, 48))
 CPU = torch.device("cpu")
 
 
@@ -73,10 +73,10 @@ def test_write_puts_each_token_at_its_slot_and_position() -> None:
 
 def test_write_converts_to_the_caches_dtype() -> None:
     cache = SlotCache(LAYOUT, 1, 1, torch.bfloat16, CPU)
-    value = torch.full((1, 2, 4), 1 / 3)
+    value = torch.full((1, 2, 16), 1 / 3)
     cache.extend([(0, 8)])
     places = cache.places(torch.tensor([0]), torch.tensor([7]))
-    cache.write(0, value, torch.ones(1, 2, 6), places)
+    cache.write(0, value, torch.ones(1, 2, 32), places)
     assert torch.equal(cache.read(0, slice(0, 1), 8)[0][0, :, 7], value[0].bfloat16())
 
 
@@ -108,7 +108,7 @@ def test_a_cache_grows_and_keeps_every_row(slots: int, capacity: int) -> None:
     assert cache.lengths == [5, 0, 3] + [0] * (slots - 3)
     assert contents(cache, 0) == [0, 1, 2, 3, 4]
     assert contents(cache, 2) == [2000, 2001, 2002]
-    assert cache.keys[1].shape == (1 + cache.slots * cache.capacity // PAGE, 1, PAGE, 8)
+    assert cache.keys[1].shape == (1 + cache.slots * cache.capacity // PAGE, 1, PAGE, 48)
     assert torch.isfinite(torch.cat([t.flatten() for t in (*cache.keys, *cache.values)])).all()
 
 
@@ -177,3 +177,12 @@ def test_a_cache_counts_how_often_its_tensors_were_replaced() -> None:
     cache.grow(4, KEY_BLOCK)
     cache.grow(4, KEY_BLOCK)
     assert cache.generation == before + 2
+
+
+@pytest.mark.parametrize("use_kernels", [True, False])
+def test_keys_lie_by_dimension_for_kernels_that_want_them_so(use_kernels: bool) -> None:
+    cache = SlotCache(LAYOUT, 1, 1, torch.float32, CPU, use_kernels=use_kernels)
+    cache.grow(2, 300)
+    wanted = cache.kernels is not None and cache.kernels.keys_by_dimension
+    for keys, values in zip(cache.keys, cache.values, strict=True):
+        assert (keys.mT if wanted else keys).is_contiguous() and values.is_contiguous()
