@@ -8,7 +8,6 @@
 #include <memory>
 #include <type_traits>
 
-
 #include "numbers.h"
 
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
