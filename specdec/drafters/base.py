@@ -42,12 +42,16 @@ class Choose(Protocol):
 
     Attributes:
         recordable: whether `key` and `inputs` say all of it. What rows ask of their logits is more.
+        likeliest: whether it draws the likeliest token of each row, whatever tokens stand for.
         key: all of it that is no tensor. What has the same key computes the same.
         inputs: tensors [n, ...] that it reads besides.
     """
 
     @property
     def recordable(self) -> bool: ...
+
+    @property
+    def likeliest(self) -> bool: ...
 
     @property
     def key(self) -> Hashable: ...

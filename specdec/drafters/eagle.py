@@ -179,7 +179,12 @@ class _Drawing:
 
     def __call__(self, hidden: Tensor, *inputs: Tensor) -> tuple[*Drawn, Tensor]:
         """What was drawn, and the states [n, hidden] that it was drawn from."""
+        model = self.decoder.model
         states = hidden if self.last is None else hidden[self.last]
         normed = self.decoder.normed(states)
-        logits = self.decoder.model.logits(normed)[:, : self.vocab_size]
+        if self.choose.likeliest and self.decoder.most_known < self.vocab_size:
+            # Among its own tokens: those that it does not know are many, and none is the likeliest.
+            drawn, q, signals = self.choose(model.own_logits(normed), normed, *self.choose.inputs)
+            return model.known[drawn], q, signals, states
+        logits = model.logits(normed)[:, : self.vocab_size]
         return *self.choose(logits, normed, *self.choose.inputs), states

@@ -40,6 +40,10 @@ class Choosing:
         return self.adjust is None
 
     @property
+    def likeliest(self) -> bool:
+        return self.adjust is None and self.params.all_greedy
+
+    @property
     def key(self) -> Hashable:
         params = self.params
         flags = params.all_greedy, params.any_greedy, params.any_top_p, params.any_min_p

@@ -24,6 +24,13 @@
                                     float eps) {                                                  \
         add_norm<T>(x, y, w, out, n, width, eps);                                                 \
     }                                                                                             \
+    extern "C" void norm_beside_##NAME(const T* embeddings, const i64* tokens, const T* states,     \
+                                       const T* embedding_norm, const T* state_norm,              \
+                                       float embedding_eps, float state_eps, T* out, i64 n,       \
+                                       i64 width) {                                               \
+        norm_beside<T>(embeddings, tokens, states, embedding_norm, state_norm, embedding_eps,     \
+                       state_eps, out, n, width);                                                 \
+    }                                                                                             \
     extern "C" void gate_##NAME(const T* gate_up, T* out, i64 n, i64 width) {                     \
         gate<T>(gate_up, out, n, width);                                                          \
     }                                                                                             \

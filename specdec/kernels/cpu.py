@@ -32,6 +32,7 @@ _ATTEND = [
     *[c_float, c_void_p, c_void_p],
 ]
 _ADD_NORM = [*[c_void_p] * 4, c_int64, c_int64, c_float]
+_NORM_BESIDE = [*[c_void_p] * 5, *[c_float] * 2, c_void_p, *[c_int64] * 2]
 _GATE = [c_void_p, c_void_p, c_int64, c_int64]
 _ROTATE = [*[c_void_p] * 5, c_float, *[c_void_p] * 3, c_int64, *[c_void_p] * 2, *[c_int64] * 4]
 _SCALE = [*[c_void_p] * 3, c_int64, c_int64]
@@ -71,6 +72,7 @@ class CpuKernels(LayerKernels):
 
         self._attend = function("attend", _ATTEND)
         self._add_norm = function("add_norm", _ADD_NORM)
+        self._norm_beside = function("norm_beside", _NORM_BESIDE)
         self._gate = function("gate", _GATE)
         self._rotate_and_store = function("rotate_and_store", _ROTATE)
         self._scale_rows = function("scale_rows", _SCALE)
@@ -119,6 +121,26 @@ class CpuKernels(LayerKernels):
         self._add_norm(
             x.data_ptr(), more, weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps
         )
+        return out
+
+    def norm_beside(
+        self, embeddings: Tensor, tokens: Tensor, states: Tensor, norms: Sequence[Any]
+    ) -> Tensor:
+        """Normed embeddings and normed states side by side: [n, 2 * width].
+
+        Args:
+            embeddings: [V, width].
+            tokens: int64 [n].
+            states: [n, width].
+            norms: RMS norms of embeddings and of states, as transformers has them.
+        """
+        n, width = states.shape
+        out = states.new_empty(n, 2 * width)
+        self._norm_beside(
+            embeddings.data_ptr(), tokens.data_ptr(), states.data_ptr(),
+            *(norm.weight.data_ptr() for norm in norms),
+            *(norm.variance_epsilon for norm in norms), out.data_ptr(), n, width,
+        )  # fmt: skip
         return out
 
     def gate(self, gate_up: Tensor) -> Tensor:

@@ -21,6 +21,15 @@ static inline void add(T* x, const T* y, i64 n) {
     for (i64 i = 0; i < n; i++) put(x + i, get(x[i]) + get(y[i]));
 }
 
+// out = weight * x / rms(x), all [width]; `row` is room for as many numbers.
+template <typename T>
+static inline void norm(const T* x, const T* weight, T* out, i64 width, float eps, float* row) {
+    for (i64 d = 0; d < width; d++) row[d] = get(x[d]);
+    const float inverse = inverse_rms(row, width, eps);
+#pragma omp simd
+    for (i64 d = 0; d < width; d++) put(out + d, get(weight[d]) * (row[d] * inverse));
+}
+
 // x += y, unless y is null; out = weight * x / rms(x). All [n, width].
 template <typename T>
 static void add_norm(T* x, const T* y, const T* weight, T* out, i64 n, i64 width, float eps) {
@@ -29,12 +38,28 @@ static void add_norm(T* x, const T* y, const T* weight, T* out, i64 n, i64 width
         std::vector<float> row(width);
 #pragma omp for
         for (i64 i = 0; i < n; i++) {
-            T *to = x + i * width, *normed = out + i * width;
+            T* to = x + i * width;
             if (y) add(to, y + i * width, width);
-            for (i64 d = 0; d < width; d++) row[d] = get(to[d]);
-            const float inverse = inverse_rms(row.data(), width, eps);
-#pragma omp simd
-            for (i64 d = 0; d < width; d++) put(normed + d, get(weight[d]) * (row[d] * inverse));
+            norm(to, weight, out + i * width, width, eps, row.data());
+        }
+    }
+}
+
+// out [n, 2 * width] = the normed embeddings of n tokens and normed states, side by side; each norm
+// has a weight and an epsilon.
+template <typename T>
+static void norm_beside(const T* embeddings, const i64* tokens, const T* states,
+                        const T* embedding_norm, const T* state_norm, float embedding_eps,
+                        float state_eps, T* out, i64 n, i64 width) {
+#pragma omp parallel if (2 * n * width > SERIAL)
+    {
+        std::vector<float> row(width);
+#pragma omp for
+        for (i64 i = 0; i < n; i++) {
+            T* to = out + 2 * i * width;
+            norm(embeddings + tokens[i] * width, embedding_norm, to, width, embedding_eps,
+                 row.data());
+            norm(states + i * width, state_norm, to + width, width, state_eps, row.data());
         }
     }
 }

@@ -11,13 +11,14 @@ The vocabulary may be reduced: tokens that the draft does not know have no proba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specdec.kernels.choose import cpu_kernels
+from specdec.kernels.cpu import CpuKernels
 from specdec.kernels.stored import KvDtype
 from specdec.model.cache import LayerLayout, SlotCache
 from specdec.model.decoder import PackedDecoder
@@ -42,15 +43,26 @@ class FirstLayer(FusedLayer):
         self.state_norm, self.norm_before_residual = state_norm, norm_before_residual
 
     def read(
-        self, embedded: Tensor, states: Tensor, angles: tuple[Tensor, Tensor], packing: Packing
+        self,
+        embedding: nn.Module,
+        tokens: Tensor,
+        states: Tensor,
+        angles: tuple[Tensor, Tensor],
+        packing: Packing,
     ) -> Tensor:
-        """As `forward`, of embeddings and states, both [N, hidden], which stay as they are."""
+        """As `forward`, of the embeddings of tokens [N] and of states [N, hidden], which stay."""
         kernels = packing.kernels if self.is_silu else None
-        normed_states = _normed(states, self.state_norm)
-        normed = torch.cat([_normed(embedded, self.input_norm), normed_states], -1)
-        x = (normed_states if self.norm_before_residual else states)[None]
+        norms = self.input_norm, self.state_norm
+        if type(kernels) is CpuKernels and _is_plain(embedding, states.dtype):
+            states = states.contiguous()
+            normed = kernels.norm_beside(embedding.weight, tokens.contiguous(), states, norms)
+        else:
+            both = (embedding(tokens), states)
+            normed = torch.cat([_normed(*each) for each in zip(both, norms, strict=True)], -1)
+        x = (normed[:, states.shape[1] :] if self.norm_before_residual else states)[None]
         if kernels is not None:
-            return self._with_kernels(kernels, normed, x.clone(), angles, packing)
+            x = x.clone(memory_format=torch.contiguous_format)
+            return self._with_kernels(kernels, normed, x, angles, packing)
         return self._on_torch(normed, x, angles, packing)
 
 
@@ -106,9 +118,9 @@ class Eagle3(nn.Module):
         self, tokens: Tensor, states: Tensor, positions: Tensor, packing: Packing
     ) -> Tensor:
         """The next states [N, hidden] of packed tokens int64 [N] and states [N, hidden]."""
-        embedded = self.embed_tokens(tokens)
-        angles = self.rotary_emb(embedded, positions[None])
-        x = self.first.read(embedded, states.to(embedded.dtype), angles, packing)
+        states = states.to(self.norm.weight.dtype)
+        angles = self.rotary_emb(states, positions[None])
+        x = self.first.read(self.embed_tokens, tokens, states, angles, packing)
         for layer in self.others:
             x = layer(x, angles, packing)
         return _normed(x[0], self.norm) if self.norm_output else x[0]
@@ -117,13 +129,22 @@ class Eagle3(nn.Module):
         """What logits are made of: states [M, hidden] behind the last norm."""
         return states if self.norm_output else _normed(states, self.norm)
 
+    def own_logits(self, normed: Tensor) -> Tensor:
+        """Logits [M, draft vocabulary] of normed states [M, hidden]."""
+        own: Tensor = self.lm_head(normed)
+        return own
+
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [M, V] over the target's tokens, of normed states [M, hidden]."""
-        own: Tensor = self.lm_head(normed)
+        own = self.own_logits(normed)
         if self.known is None:
             return own[:, : self.vocab_size]
         logits = own.new_full((len(own), self.vocab_size), float("-inf"))
         return logits.scatter_(1, self.known.expand(len(own), -1), own)
+
+
+def _is_plain(embedding: nn.Module, dtype: torch.dtype) -> TypeGuard[nn.Embedding]:
+    return type(embedding) is nn.Embedding and embedding.weight.dtype == dtype
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:
@@ -147,6 +168,7 @@ class EagleDecoder(PackedDecoder):
 
     Attributes:
         features: what the target's cache must keep for it.
+        most_known: the last of the target's tokens in its vocabulary; `vocab_size` if it has all.
     """
 
     reads_features, ahead = True, 1
@@ -167,6 +189,7 @@ class EagleDecoder(PackedDecoder):
         self.dtype, self.device, self.kv_dtype = weight.dtype, weight.device, kv_dtype
         self.context_length = context_length
         self.vocab_size = min(model.vocab_size, model.embed_tokens.weight.shape[0])
+        self.most_known = self.vocab_size if model.known is None else int(model.known.max())
         self.features = Features(tuple(layers), weight.shape[0], model.fuse)
         first: FirstLayer = model.first
         layout = LayerLayout(first.key_heads, first.head_dim, first.head_dim)

@@ -194,6 +194,10 @@ class _Scripted:
         return bool(self.choose.recordable)
 
     @property
+    def likeliest(self) -> bool:
+        return False  # but what the script says
+
+    @property
     def key(self) -> Hashable:
         key: Hashable = self.choose.key
         return key

@@ -41,7 +41,7 @@ def test_the_layout_has_what_each_slot_lacks_end_to_end() -> None:
 class Greedy:
     """Chooses the likeliest token, and has nothing to say about it."""
 
-    recordable, key, inputs = True, None, ()
+    recordable, likeliest, key, inputs = True, True, None, ()
 
     def __call__(self, logits: Tensor, hidden: Tensor, *inputs: Tensor) -> Drawn:
         return logits.argmax(-1), None, None

@@ -280,6 +280,24 @@ def test_a_tokens_signals_are_what_their_definitions_say(
 
 
 @needs_compiler
+def test_embeddings_and_states_are_normed_side_by_side(
+    kernels: CpuKernels, dtype: torch.dtype
+) -> None:
+    embeddings, states = (random(n, 72, dtype=dtype, seed=n) for n in (40, 300))
+    tokens = torch.randint(40, (300,), generator=torch.Generator().manual_seed(0))
+    norms = [torch.nn.RMSNorm(72, eps=eps, dtype=dtype) for eps in (1e-6, 0.1)]
+    for seed, norm in enumerate(norms):
+        norm.weight.data = random(72, dtype=dtype, seed=seed)
+        norm.variance_epsilon = norm.eps
+    found = kernels.norm_beside(embeddings, tokens, states, norms)
+    given = embeddings[tokens].float(), states.float()
+    expected = [norm(x) for norm, x in zip(norms, given, strict=True)]
+    close(found, torch.cat(expected, 1))
+    alone = kernels.norm_beside(embeddings, tokens[7:8], states[7:8], norms)
+    assert torch.equal(alone, found[7:8])
+
+
+@needs_compiler
 def test_extreme_scores_are_no_problem(kernels: CpuKernels, dtype: torch.dtype) -> None:
     keys, values = (random(1, 1, 128, 16, dtype=dtype, seed=seed) for seed in (1, 2))
     query = 1000 * random(1, 1, 16, dtype=dtype)
