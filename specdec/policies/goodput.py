@@ -4,7 +4,7 @@ With a live batch, one row that stops early saves no draft step; what it saves i
 verification, and what everything costs depends on the batch. So `goodput` asks of each step what it
 is expected to bring and what it costs (specdec/policies/objective.py), for all rows together:
 
-    choose   which of the candidates that are known without a draft to take?
+    choose   which of the candidates that are known without a draft to take? (lookups.py)
     budget   is speculation worth it at all, and for which rows? as chains or as trees?
     go_on    which rows draft another candidate?
     submit   which candidates are worth verifying?
@@ -36,13 +36,12 @@ import numpy as np
 from specdec.measure.calibration import Flags
 from specdec.policies.base import MOST_CANDIDATES, MOST_WIDTH, DraftStep, RoundOutcome, RoundStart
 from specdec.policies.catch_up import shared
-from specdec.policies.chains import Chain
 from specdec.policies.costs import CostModel
 from specdec.policies.kinds import Kind
-from specdec.policies.known import KnownChains, Lookups, in_front, survivals
+from specdec.policies.lookups import LookingUpPolicy
 from specdec.policies.measuring import LearntCosts, PromptTokens
-from specdec.policies.objective import best_constant, best_prefixes, by_row
-from specdec.policies.offers import MEMORY, Offer, OfferingPolicy
+from specdec.policies.objective import best_constant, by_row
+from specdec.policies.offers import MEMORY, Offer
 from specdec.policies.settings import setting
 from specdec.policies.switch import IN_A_ROW, Switch
 
@@ -70,7 +69,7 @@ known. Raised, what promises really leave out is seen later.
 
 
 @dataclass(eq=False)
-class Goodput(OfferingPolicy):
+class Goodput(LookingUpPolicy):
     """Maximises committed tokens per second; K = 0 where speculation does not pay.
 
     Attributes:
@@ -89,14 +88,12 @@ class Goodput(OfferingPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.switch = Switch()
-        self.found, self.found_switch, self.lookups = KnownChains(), Switch(), Lookups()
         self._prompts = PromptTokens()
-        self._saved = 0.0  # seconds, by the candidates of this round that were looked up
         self._begun: RoundStart | None = None
-        self._known: list[list[float]] = []  # survival of the known candidates taken, by row
-        self._looking_up, self._worth = False, 0.0
         # Tokens per row lately, and what the best constant length would have made of the time.
         self.price, self._constant = 0.0, 0.0
+        # `best_constant` with the cost tables as they are: by whether these look, rows and rate.
+        self._constants: dict[tuple[bool, int, float], float] = {}
         self._tokens, self._hoped = 5.0, 5.0
 
     def prepare(self, target: PackedDecoder, draft: PackedDecoder | None, slots: int) -> None:
@@ -113,35 +110,6 @@ class Goodput(OfferingPolicy):
         if self._looking_up:
             tables.pop("draft", None)
         return tables
-
-    # ------------------------------------------------------- what is known without a draft
-
-    def wants_lookups(self) -> bool:
-        return self.lookups.due()
-
-    def lookups_took(self, seconds: float) -> None:
-        self.lookups.ended(seconds, self._saved)
-
-    def choose(self, start: RoundStart, chains: Sequence[Chain]) -> Sequence[int]:
-        counts = [chain.forced for chain in chains]
-        self._steps, self._known, self._odds, self._saved = [], [], [], 0.0
-        if not any(chain.tokens for chain in chains):
-            return counts
-        self._begin(start)
-        self._odds = self.found.predict(start, chains)
-        known = [*map(survivals, self._odds)]
-        behind = start.draws_behind
-        self._known = [each[: in_front(each, self._worth, draws_behind=behind)] for each in known]
-        rows, (best, gain) = sum(room > 0 for room in start.room), self._best_set()
-        bare = self._looking_up and self.found_switch.look_again and start.decodes
-        if best and not bare and self.found_switch.pays(gain / rows):
-            start.notes["found"], self._saved = gain / rows, gain / self.price
-            counts = [*map(max, counts, by_row(best, len(chains)))]
-        self._known = [each[:n] for each, n in zip(known, counts, strict=True)]
-        self.survival = [each[-1] if each else 1.0 for each in self._known]
-        start.notes.update(taken=self._known, reached=[*self.survival])
-        self._kept, self._tokens_fed = [*counts], self._tokens_fed + sum(counts)
-        return counts
 
     # ---------------------------------------------------------------- before drafting
 
@@ -173,6 +141,9 @@ class Goodput(OfferingPolicy):
                     self._plant(start, kind.looks)
                 break
         else:
+            if self._all_pay:  # if it were not for what was looked up: that is no reason to rest
+                self._steps = []
+                return budget
             self._probing, hope, kind = True, None, Kind()
             offer = offers.get(kind) or self._offer(start, rows, known, kind)
             self._use(kind.looks)
@@ -194,7 +165,7 @@ class Goodput(OfferingPolicy):
         if start.beside:
             self._learnt.tell_apart()
         if self._learnt.at(len(start.rows), sum(start.contexts) / len(start.rows)):
-            self._furthers = {}
+            self._forget_costs()
         self._free_trimming = start.free_trimming
         self._kept = [0] * len(start.rows)
         self._tokens_bare = self._tokens_fed = self._prompts.places(start, start.target_tokens)
@@ -203,7 +174,10 @@ class Goodput(OfferingPolicy):
         rows, rate = len(start.rows), sum(self.typical) / len(self.typical)
         plain = self._constant = rows / float(self.costs.verify(rows))
         if not self._looking_up:
-            self._constant = best_constant(self.costs, rows, rate, self.k_max)
+            key = self.looks, rows, round(rate, 2)
+            if key not in self._constants:
+                self._constants[key] = best_constant(self.costs, *key[1:], self.k_max)
+            self._constant = self._constants[key]
         self.price = max(plain, self._constant * self._tokens / self._hoped)
         # Tokens that a draft brings a row of a round, in the time of one without. One that leaves
         # rows with known candidates may be refused because few are left for it: it is asked again.
@@ -253,21 +227,6 @@ class Goodput(OfferingPolicy):
         self._note_trimming(counts, [*map(len, self._known)])
         return drafted if free and self._probing else counts
 
-    def _best_set(self) -> tuple[Sequence[tuple[float, int]], float]:
-        """Survival and row of the candidates worth verifying, and the tokens that they gain."""
-        assert self.costs is not None
-        every = [(survival, row) for row, known in enumerate(self._known) for survival in known]
-        every += [
-            (survival, row)
-            for step in self._steps
-            for survival, row in zip(step.survival, step.rows, strict=True)
-        ]
-        bare = self._tokens_bare
-        seconds = self.costs.verify.curve(bare, bare + len(every)).tolist()
-        best = best_prefixes(every, seconds, self.price)
-        gain = sum(p for p, _ in best) - self.price * (seconds[len(best)] - seconds[0])
-        return best, gain
-
     # ---------------------------------------------------------------- after the round
 
     def observe(self, outcome: RoundOutcome) -> None:
@@ -294,7 +253,7 @@ class Goodput(OfferingPolicy):
         spent += float(self.costs.verify(others))
         told = speculated and promised is not None
         kind, beside = start.notes.get("kind", Kind()), told and start.beside
-        if beside or (told and self.grows):
+        if beside or (told and start.nodes and self.grows):
             self._compare(outcome, kind, spent)
         if not beside or start.notes["usual"]:  # others have other costs than most
             self._learnt.note(outcome, kind.looks)
@@ -306,7 +265,11 @@ class Goodput(OfferingPolicy):
         for each, used in switches.items():
             each.ended(used, spent / plain)
         if self._learnt.teach():
-            self._furthers = {}
+            self._forget_costs()
+
+    def _forget_costs(self) -> None:
+        """Leave nothing that was reckoned with costs as they were."""
+        self._furthers, self._constants = {}, {}
 
     def _yield(self, outcome: RoundOutcome) -> float:
         """Tokens per row that a round with candidates yielded beyond its cost."""

@@ -144,6 +144,30 @@ def test_a_refused_draft_is_asked_again_for_the_rows_that_look_ups_would_take() 
     assert policy.choose(start, chains) == [1, 1, 1, 0]
 
 
+def test_look_ups_that_leave_a_draft_few_rows_are_no_reason_to_rest() -> None:
+    """A step for one row does not pay, and one for all four does."""
+    policy, rows = goodput(0.7, draft=0.25)
+    policy.switch.ended(speculated=False, relative=1.0)
+    start = replace(round_start(rows), draws_behind=False)
+    counts = policy.choose(start, [chain(*[SURE] * 6)] * 3 + [chain()])
+    assert [n > 3 for n in counts] == [True, True, True, False]
+    assert not any(policy.budget(start))
+    assert not policy.switch.rests(start)
+    later = replace(round_start(rows), draws_behind=False)
+    policy.choose(later, [chain()] * 4)
+    assert all(policy.budget(later))
+
+
+def test_look_ups_save_what_they_bring_beyond_the_draft_whose_rows_they_take() -> None:
+    saved = []
+    for behind in (True, False):
+        policy, rows = goodput(0.7, draft=0.25)
+        start = replace(round_start(rows), draws_behind=behind)
+        policy.choose(start, [chain(*[SURE] * 6)] * 3 + [chain()])
+        saved.append(policy._saved)
+    assert saved[0] > saved[1] > 0
+
+
 @pytest.mark.parametrize("seconds", [1e-9, 1e3])
 def test_look_ups_that_take_longer_than_they_save_rest(seconds: float) -> None:
     """They come back once they repay their time."""
