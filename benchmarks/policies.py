@@ -54,7 +54,7 @@ OTHERS = ("heuristic", "confidence", "entropy", "suffix", "goodput")
 def turns(
     pair: ModelPair, policies: dict[str, StopPolicy], slots: int, requests: Sequence[Request]
 ) -> tuple[dict[str, float], dict[str, Engine]]:
-    """Seconds a token of each policy's engine, all engines stepping in turn."""
+    """Seconds a token of each policy's engine, all engines in turn."""
     engines = {name: Engine(pair, policy=policies[name], slots=slots) for name in policies}
     return race(engines, requests), engines
 
@@ -81,7 +81,7 @@ def policies(
     """goodput against the best of none, fixed lengths and suffix, by precision and live batch.
 
     All sides run once; then none, the best of the others and goodput run `--repeats` times more,
-    and only these runs are compared. The sides of a run take their steps in turn. goodput
+    and only these runs are compared. The sides of a run take some steps each in turn. goodput
     keeps what it learned from run to run, as in a job. Prints each side's speed over none, and
     goodput's over the best and over none, with its tokens per row and round. Some 20 minutes.
     """
