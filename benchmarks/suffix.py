@@ -14,7 +14,7 @@ Four kinds of work, each as large as `--rows` says:
               examples/nightly, of which half come again. What `none` wrote in the first night,
               outside of all timing, is the corpus.
 
-and three sides, step by step in turns, `--repeats` times over: `none`, `suffix` and `goodput`,
+and three sides, a few steps each in turns, `--repeats` times over: `none`, `suffix` and `goodput`,
 both without a draft; with `--draft` also `goodput` with it, once with nothing looked up (`draft`)
 and once with both (`both`). The second night has `suffix` without the corpus and with it, and with
 it `goodput` and `both`. Verification is `coupled`, so that all sides have the same tokens to
