@@ -63,7 +63,7 @@ static inline void scatter(float* nodes, uint64_t mask) {
     }
 }
 
-// Scores of positions from `base` on become weights, which a factor is returned for. Those outside
+// Scores of positions from `base` on become weights but for a factor, which is returned. Those outside
 // [begin, end) become 0, whatever their scores.
 static inline float weigh(float* line, i64 stride, i64 base, i64 begin, i64 end, i64 head,
                           const Extras& extras) {
@@ -212,7 +212,7 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
                 values + pages.place(row.slot, low, kv_heads, item.kv_head) * value_dim;
             // All queries go through a page while it is in the first cache.
             pages.each(row.slot, base, high, kv_heads, item.kv_head, [&](i64 begin, i64 end, i64 at,
-                                                                        i64 next) {
+                                                                         i64 next) {
                 // Values follow the last keys.
                 const T* ahead = end == high ? first_values : keys + next * key_dim;
                 by_queries(n, [&](auto count, i64 j) {

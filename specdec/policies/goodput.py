@@ -179,10 +179,9 @@ class Goodput(LookingUpPolicy):
                 self._constants[key] = best_constant(self.costs, *key[1:], self.k_max)
             self._constant = self._constants[key]
         self.price = max(plain, self._constant * self._tokens / self._hoped)
-        # Tokens that a draft brings a row of a round, in the time of one without. One that leaves
-        # rows with known candidates may be refused because few are left for it: it is asked again.
-        drafts = self.switch.on or not (start.draws_behind or self.switch.rests(start))
-        self._worth = max(self._constant / plain - 1 - self.switch.missing, 0.0) if drafts else 0.0
+        # Tokens that a draft brings a row of a round, in the time of one without.
+        worth = self._constant / plain - 1 - self.switch.missing
+        self._worth = max(worth, 0.0) if self.switch.on else 0.0
 
     # ----------------------------------------------------------- after each candidate
 

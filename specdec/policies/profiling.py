@@ -34,7 +34,7 @@ PROMPT = 256
 Raised, the profile takes longer and says more of long prompts.
 """
 
-REPEATS = 9
+REPEATS = 7
 """Timings of each number of tokens, if there is time: their median counts.
 
 Raised, a table is truer and a profile longer.
