@@ -217,8 +217,8 @@ def test_another_job_is_refused(finished: Finished) -> None:
 
 
 def test_coupled_tokens_depend_on_nothing_but_seed_and_target(finished: Finished) -> None:
-    # Whether goodput drafts here is for the clock; jobs that draft in each round have the same texts
-    # in test_faults.py and test_chaos.py.
+    # Whether goodput drafts here is for the clock. Jobs that draft in each round have the target's
+    # texts in test_faults.py and test_chaos.py.
     values, output, _, _ = finished
     assert texts(output) == alone(values)
     assert pq.read_table(output / "stats" / "actors.parquet").num_rows == 2
