@@ -217,8 +217,8 @@ def test_another_job_is_refused(finished: Finished) -> None:
 
 
 def test_coupled_tokens_depend_on_nothing_but_seed_and_target(finished: Finished) -> None:
-    # Whether goodput drafts here is for the clock. Jobs that draft in each round have the target's
-    # texts in test_faults.py and test_chaos.py.
+    # Whether goodput drafts here is for the clock: of policies that always do, the same is asked in
+    # `test_template_stop_strings_and_sampling_by_row`.
     values, output, _, _ = finished
     assert texts(output) == alone(values)
     assert pq.read_table(output / "stats" / "actors.parquet").num_rows == 2
@@ -308,6 +308,8 @@ def test_template_stop_strings_and_sampling_by_row(
     assert texts(tmp_path / "out") == alone(values)
 
     judged = sum(row["judged"] for row in summary["calibration"] if row["by"] == "all")
+    assert summary["verified"] > 0
+    assert summary["phase_seconds"]["draft"] > 0
     # The candidates up to the first rejection are judged, in policies that predict.
     assert (0 < judged <= summary["verified"]) == (policy == "head")
     with pytest.raises(UserError, match=r"speculation\.trace=true"):
