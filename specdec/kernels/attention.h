@@ -108,25 +108,37 @@ struct Item {
 // as it is known where the next numbers lie.
 static constexpr i64 AHEAD = PAGE;
 
-static inline void prefetch(const void* soon) { __builtin_prefetch(soon, 0, 2); }
+// The vector number i behind `soon`; a line of the cache is asked for once.
+template <typename T>
+static inline void prefetch(const T* soon, int i) {
+    if (i * LANES * sizeof(T) % 64 == 0) __builtin_prefetch(soon + i * LANES, 0, 2);
+}
+
+// How many vectors of each query's sums a loop works on, at most `most`.
+static constexpr int vectors(int queries, int most) {
+    return queries * most <= SUMS ? most : vectors(queries, most / 2);
+}
 
 // out[j][p] = q[j] . key[p] for J queries and the positions p of a page; `ahead` is read next.
 template <int J, typename T>
 static inline void dots(const float* q, const T* keys, const T* ahead, i64 dim, float* out,
                         i64 stride) {
-    constexpr int P = PAGE / LANES;
-    vec sums[J][P] = {};
-    for (i64 d = 0; d < dim; d++) {
-        vec k[P];
-        for (int p = 0; p < P; p++) {
-            k[p] = load(keys + d * PAGE + p * LANES);
-            prefetch(ahead + d * PAGE + p * LANES);
+    constexpr int P = vectors(J, PAGE / LANES);
+    for (i64 at = 0; at < PAGE; at += P * LANES) {
+        vec sums[J][P] = {};
+        for (i64 d = 0; d < dim; d++) {
+            const i64 first = d * PAGE + at;
+            vec k[P];
+            for (int p = 0; p < P; p++) k[p] = load(keys + first + p * LANES);
+            for (int p = 0; p < P; p++) prefetch(ahead + first, p);
+            for (int j = 0; j < J; j++) {
+                const vec x = all(q[j * dim + d]);
+                for (int p = 0; p < P; p++) sums[j][p] = fused(x, k[p], sums[j][p]);
+            }
         }
         for (int j = 0; j < J; j++)
-            for (int p = 0; p < P; p++) sums[j][p] = fused(all(q[j * dim + d]), k[p], sums[j][p]);
+            for (int p = 0; p < P; p++) store(out + j * stride + at + p * LANES, sums[j][p]);
     }
-    for (int j = 0; j < J; j++)
-        for (int p = 0; p < P; p++) store(out + j * stride + p * LANES, sums[j][p]);
 }
 
 // sums[j] += weights[j][l] * values[l] over n positions l, for J queries and C vectors of a head;
@@ -142,7 +154,7 @@ static inline void mix(const float* weights, i64 stride, const T* values, const 
         const T* ahead = (l + AHEAD < n ? values : next - n * dim) + (l + AHEAD) * dim;
         for (int c = 0; c < C; c++) {
             v[c] = load(values + l * dim + c * LANES);
-            prefetch(ahead + c * LANES);
+            prefetch(ahead, c);
         }
         for (int j = 0; j < J; j++)
             for (int c = 0; c < C; c++)
@@ -155,11 +167,22 @@ static inline void mix(const float* weights, i64 stride, const T* values, const 
 template <int N>
 using Number = std::integral_constant<int, N>;
 
-// Calls f(Number<J>, first) for groups of J = QUERIES of the queries from j to n, then smaller ones.
-template <int J = QUERIES, typename F>
-static inline void by_queries(i64 n, F f, i64 j = 0) {
+template <int J = 6, typename F>
+static inline void others(i64 j, i64 n, F f) {
     for (; j + J <= n; j += J) f(Number<J>(), j);
-    if constexpr (J > 1) by_queries<J - 1>(n, f, j);
+    if constexpr (J > 1) others<J - 1>(j, n, f);
+}
+
+// Calls f(Number<J>, first) for groups of J of n queries, up to six. The first one waits for memory, so
+// it is of as many as take whole lines of it at once.
+template <int J = SUMS / 4, typename F>
+static inline void by_queries(i64 n, F f) {
+    if (n >= J) {
+        f(Number<J>(), 0);
+        others(J, n, f);
+    } else if constexpr (J > 1) {
+        by_queries<J - 1>(n, f);
+    }
 }
 
 // Head sizes are multiples of 16.
@@ -234,7 +257,7 @@ static void attend(const T* query, i64 token_stride, i64 head_stride, const T* k
                                                                         i64 next) {
                 const T *value = values + at * value_dim, *more = values + next * value_dim;
                 by_queries(n, [&](auto count, i64 j) {
-                    constexpr int J = count, C = 4;
+                    constexpr int J = count, C = vectors(J, 4);
                     const float* weights = &scores[j * stride + begin - base];
                     float* to = &sums[j * value_dim];
                     const i64 m = end - begin;

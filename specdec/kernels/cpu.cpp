@@ -69,4 +69,5 @@ extern "C" void race_float32(const float* p, const i64* keys, i64* at, i64 n, i6
     race(p, keys, at, n, width);
 }
 extern "C" i64 panel_outputs() { return HAS_PANELS ? PANEL : 0; }
+extern "C" i64 byte_panel_outputs() { return HAS_BYTE_PANELS && !HAS_TILES ? PANEL : 0; }
 extern "C" bool has_tiles() { return ask_for_tiles(); }

@@ -55,9 +55,10 @@ class CpuKernels(LayerKernels):
         dtype: of activations and caches: one of DTYPES.
 
     Attributes:
-        tiles: whether `product` takes bytes: the processor has AMX, and gives it to us.
-        panel: outputs whose weights `product` wants together in this dtype; 0 if it does not take
-            them. In float32 that is for AVX2, in bfloat16 for AMX.
+        tiles: whether `product` takes bytes in tiles: the processor has AMX, and gives it to us.
+        byte_panel: outputs whose weights it wants together if it takes bytes in panels, which is
+            for AVX2 without AMX; else 0.
+        panel: the same in this dtype: in float32 for AVX2, in bfloat16 for AMX.
     """
 
     row_tokens: int | None = None
@@ -84,8 +85,9 @@ class CpuKernels(LayerKernels):
         if dtype == torch.float32:  # distributions are
             self._race = function("race", _RACE)
         self.prompt_tokens = PROMPT_TOKENS[dtype]
-        library.has_tiles.restype, library.panel_outputs.restype = c_bool, c_int64
-        self.tiles = bool(library.has_tiles())
+        library.has_tiles.restype = c_bool
+        library.panel_outputs.restype = library.byte_panel_outputs.restype = c_int64
+        self.tiles, self.byte_panel = bool(library.has_tiles()), library.byte_panel_outputs()
         in_tiles = 32 if self.tiles else 0
         self.panel = library.panel_outputs() if dtype == torch.float32 else in_tiles
 
@@ -236,8 +238,8 @@ class CpuKernels(LayerKernels):
     def product(self, x: Tensor, weights: Weights) -> Tensor:
         """y [n, outputs] = x W^T + bias for x [n, inputs].
 
-        Where weights are bytes, x is quantized per row in steps of 1/127 of its largest magnitude,
-        and a row that is not finite gives NaN.
+        Where weights are bytes, x is quantized per row, in tiles in steps of 1/127 of its largest
+        magnitude, in panels in finer ones. A row that is not finite gives NaN.
         """
         out = x.new_empty(len(x), weights.outputs)
         self._product(x.data_ptr(), ctypes.byref(weights), out.data_ptr(), len(x))

@@ -50,9 +50,9 @@ static inline i64 parts_of(i64 panels, i64 blocks) {
 }
 
 #ifdef __AVX512F__
-constexpr int LANES = 16, QUERIES = 6;  // QUERIES: as many as there are registers for
+constexpr int LANES = 16, SUMS = 24;  // SUMS: vectors of them that a loop has registers for
 #else
-constexpr int LANES = 8, QUERIES = 2;
+constexpr int LANES = 8, SUMS = 12;
 #endif
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vec_u32 __attribute__((vector_size(LANES * 4)));
@@ -184,3 +184,31 @@ static inline float sum_of_squares(const float* x, i64 n) {
     for (; i < n; i++) result += x[i] * x[i];
     return result;
 }
+
+// How numbers are rounded to whole steps: how many steps 1 is, and what a step is worth.
+struct Rounding {
+    float steps, unit;
+
+    // As many steps of the largest magnitude of x [n], which is at least 1e-12, as `levels`; a step is
+    // worth NaN if x is not finite.
+    template <typename T>
+    Rounding(float levels, const T* x, i64 n) {
+        float most = 1e-12f, poison = 0;
+#pragma omp simd reduction(max : most) reduction(+ : poison)
+        for (i64 d = 0; d < n; d++) {
+            const float size = std::fabs(get(x[d]));
+            most = size > most ? size : most;
+            poison += size * 0.0f;
+        }
+        steps = levels / most;
+        unit = most / levels + poison;
+    }
+
+    template <typename T, typename I>
+    void round(const T* x, I* out, i64 n) const {
+#pragma omp simd
+        for (i64 d = 0; d < n; d++) {
+            out[d] = static_cast<I>(static_cast<int32_t>(std::nearbyint(get(x[d]) * steps)));
+        }
+    }
+};

@@ -63,8 +63,8 @@ class Weights(_Struct):
         """Those of a layer with a weight of `shape` [outputs, inputs].
 
         Args:
-            numbers: the weight, packed: with scales, bytes as tiles.h says; without, float32 as
-                panels.h says or bfloat16 as tiles.h does.
+            numbers: the weight, packed: float32 as panels.h says, bfloat16 as tiles.h does, bytes
+                as the one or the other; they have scales.
             scales: float32, what a step of each output's bytes is worth.
             bias: float32, padded to whole panels or pairs of tiles, as numbers and scales are.
         """

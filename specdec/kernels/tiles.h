@@ -14,6 +14,9 @@
 #define TILES 1
 #include <sys/syscall.h>
 #include <unistd.h>
+constexpr bool HAS_TILES = true;
+#else
+constexpr bool HAS_TILES = false;
 #endif
 
 // Whether this process may use tiles: Linux gives them to those that ask.
@@ -39,24 +42,13 @@ constexpr i64 STEP = LINE / sizeof(W);
 // pads with zeros. Returns what a step is worth, NaN for a row that is not finite.
 template <typename T>
 static float to_tiles(const T* x, int8_t* tiles, i64 width) {
-    float most = 1e-12f, poison = 0;
-#pragma omp simd reduction(max : most) reduction(+ : poison)
-    for (i64 d = 0; d < width; d++) {
-        const float size = std::fabs(get(x[d]));
-        most = size > most ? size : most;
-        poison += size * 0.0f;
-    }
-    const float steps = 127.0f / most;
+    const Rounding rounding(127.0f, x, width);
     for (i64 first = 0; first < width; first += LINE, tiles += BYTES) {
         const i64 n = std::min(LINE, width - first);
-#pragma omp simd
-        for (i64 d = 0; d < n; d++) {
-            tiles[d] = static_cast<int8_t>(
-                static_cast<int32_t>(std::nearbyint(get(x[first + d]) * steps)));
-        }
+        rounding.round(x + first, tiles, n);
         std::fill(tiles + n, tiles + LINE, 0);
     }
-    return most / 127.0f + poison;
+    return rounding.unit;
 }
 
 // The same without quantizing: a step is worth 1.

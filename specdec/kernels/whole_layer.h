@@ -32,7 +32,11 @@ template <typename T>
 static void product(const T* x, const Weights& w, T* out, i64 n) {
     if (!w.scales) return own_product(x, w, out, n);
     const auto* bytes = static_cast<const int8_t*>(w.numbers);
-    tile_product(x, bytes, w.scales, w.bias, out, n, w.inputs, w.outputs);
+    if constexpr (HAS_TILES) {
+        tile_product(x, bytes, w.scales, w.bias, out, n, w.inputs, w.outputs);
+    } else {
+        byte_panel_product(x, bytes, w.scales, w.bias, out, n, w.inputs, w.outputs);
+    }
 }
 
 // What a layer is made of; the norms of queries and keys may be null.
