@@ -82,6 +82,11 @@ class Candidates:
         q, signals = (None if each is None else each[index] for each in (self.q, self.signals))
         return Candidates(self.tokens[index], q, signals, self.fed)
 
+    def kept(self) -> Candidates:
+        """A copy that is good for longer."""
+        signals = None if self.signals is None else self.signals.clone()
+        return Candidates(self.tokens.clone(), self.q, signals, self.fed)
+
 
 class Drafting(Protocol):
     """The drafting of one round."""

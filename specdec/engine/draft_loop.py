@@ -1,16 +1,19 @@
 """Draws the candidates of a round, one more of all rows at a time, until the policy has had enough.
 
-A policy that looks at candidates makes the host wait for each of them, and a GPU then waits for the
-host. So where another draft step mostly follows, it is launched before the policy has answered: it
-*runs ahead*. So does the first one, where the rows are those of the last round. That changes no
-decision. Rows that turn out to have had enough drop its candidate, at which nobody has looked.
+A GPU waits while the host decides. So draft steps *run ahead*: they are launched before it is known
+that they are wanted. Where rows drafted in the last round, those of the next one begin before rows
+retire, others are admitted and the policy is asked. Where a policy looks at candidates and another
+step mostly follows, that one is launched before it has answered.
+
+That changes no decision. Rows that turn out to have had enough drop candidates at which nobody has
+looked.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
@@ -60,6 +63,39 @@ class _Step:
         return _Step(*self.rows(kept), self.candidates.of(at))
 
 
+@dataclass(slots=True)
+class _Launched:
+    """Steps that nobody has asked for yet, and what goes on behind the last of them.
+
+    Attributes:
+        of: the round whose rows and slots they are of.
+        wanted: signals that they tell.
+        drafting: draws.
+        steps: of all rows at first, of those with room for them behind that.
+    """
+
+    of: Round
+    wanted: frozenset[Signal]
+    drafting: Drafting
+    steps: deque[_Step] = field(default_factory=deque)
+
+    def begin(self, this: Round, active: Iterable[int]) -> bool:
+        """Whether these are the first steps of a round in which some slots draft."""
+        first, rows = set(self.steps[0].slots), self.of.rows
+        return self.of.mode is this.mode and all(
+            slot in first and rows[slot] is this.rows[slot] and not this.known[slot]
+            for slot in active
+        )
+
+    def next(self, active: Sequence[int]) -> _Step:
+        """The next of these steps, of some of its rows; behind the last one, drafting is theirs."""
+        step = self.steps.popleft()
+        places = [*map(step.slots.index, active)]
+        if not self.steps:
+            self.drafting.go_on(places)
+        return step.of(places)
+
+
 class DraftLoop:
     """Asks a drafter for candidates, and a policy for which rows it shall go on.
 
@@ -77,6 +113,7 @@ class DraftLoop:
         self._trees = TreeLoop(drafter, policy, clock, stats)
         self._followed = defaultdict[int, float](float)  # by depth: how often another step did
         self._last: tuple[list[LiveRow], list[int]] = [], []  # rows of the last round, and active
+        self._ahead: _Launched | None = None
 
     def run(self, this: Round, shared: SharedCaches) -> None:
         """Add as many candidates to the round's proposal as the policy wants.
@@ -86,38 +123,39 @@ class DraftLoop:
             shared: all caches.
         """
         began = self._clock.now()
-        early = self._early(this, shared)
         known = this.proposal.known
         wanted = zip(self._policy.budget(this.start), this.start.room, known, strict=True)
         behind = this.start.draws_behind
         budget = [min(k, room - n) if behind or not n else 0 for k, room, n in wanted]
         if self._policy.branches and this.start.nodes and not any(known):
-            self._abandon(this, shared, early)
+            self.drop_ahead(this.rows, shared)
             self._last = [], []
             self._trees.run(this, shared, budget)
             return
         active = [slot for slot, most in enumerate(budget) if most > 0]
         self._last = this.rows, active
         if not active:
+            self.drop_ahead(this.rows, shared)
             return
         device = self._drafter.cache.device
         longest = max(k + n for k, n in zip(budget, known, strict=True))
         proposal = this.proposal = this.begun(longest)
-        asked, step = 0.0, None
         unseen: list[tuple[DraftStep, Tensor]] = []
-        if early is not None and set(active) <= set(early[1].slots):
-            drafting, first = early
-            places = [*map(first.slots.index, active)]
-            drafting.go_on(places)
-            step = first.of(places)
-            index, asked = step.index, this.timer.since(began)
+        asked, launched = 0.0, self._ahead
+        if launched and launched.wanted == self._wanted and launched.begin(this, active):
+            self._ahead, index = None, launched.steps[0].index
+            asked = this.timer.since(began)  # a device has drawn meanwhile
         else:
-            self._abandon(this, shared, early)
+            self.drop_ahead(this.rows, shared)
             drafting = self._drafter.begin(this.rows, active, this.known, shared)
+            launched = _Launched(this, self._wanted, drafting)
             (index,) = upload(device, active)
         for depth in range(1, max(budget) + 1):
             with this.timer.apart() as lap:
-                step = step or self._launch(this, drafting, active, index, depth)
+                if launched.steps:
+                    step = launched.next(active)
+                else:
+                    step = self._launch(this, launched.drafting, active, index, depth)
                 drawn = step.candidates
                 this.add(active, step.index, drawn)
                 if drawn.signals is not None and not self._policy.looks:
@@ -125,36 +163,63 @@ class DraftLoop:
                     blind = DraftStep(np.array(step.slots), depth, np.zeros((0, len(Signal))))
                     unseen.append((blind, drawn.signals.clone()))
                 within = [i for i, slot in enumerate(active) if budget[slot] > depth]
-                last, (step, going) = step, self._next(this, drafting, step, depth, within)
+                going = self._going(this, launched, step, depth, within)
             this.draft_costs.append((sum(drawn.fed), lap.seconds + asked))
             asked = 0.0
             if not going:
                 break
-            active, index = last.rows(going)
+            active, index = step.rows(going)
         if unseen:
             this.unseen = later(self._clock, unseen)
         this.submitted = self._policy.submit(proposal.lengths)
 
-    def _early(self, this: Round, shared: SharedCaches) -> tuple[Drafting, _Step] | None:
-        """The first step of the rows that drafted in the last round, if these are all still there.
-
-        A device works on it while the policy makes up its mind.
-        """
-        rows, slots = self._last
-        ready = this.rows == rows and all(this.start.room[slot] for slot in slots)
-        ready = ready and not any(this.known[slot] for slot in slots)  # most would go on elsewhere
-        if not (self._clock.asynchronous and slots and ready):
-            return None
-        drafting = self._drafter.begin(this.rows, slots, this.known, shared)
-        (index,) = upload(self._drafter.cache.device, slots)
-        return drafting, self._launch(this, drafting, slots, index, 1)
-
-    def _abandon(
-        self, this: Round, shared: SharedCaches, early: tuple[Drafting, _Step] | None
+    def go_ahead(
+        self, last: Round, rooms: Sequence[int], number: int | None, shared: SharedCaches
     ) -> None:
-        """Take an early step back: it has read what its rows' next first step must read."""
-        for slot in early[1].slots if early is not None else ():
-            shared.rollback(slot, len(this.rows[slot].tokens) - 1)
+        """Launch the steps that the next round will probably want, before it begins.
+
+        Args:
+            last: the round before it, which is committed.
+            rooms: how many candidates each of its rows may have; 0: it is gone or does not decode.
+            number: of the next round (`Round`).
+            shared: all caches.
+        """
+        rows, active = self._last
+        if rows is not last.rows or not active or last.asked.of_logits:
+            return
+        declined = {slot for slot, room in enumerate(last.start.room) if room}.difference(active)
+        slots = [slot for slot, room in enumerate(rooms) if room and slot not in declined]
+        if not slots:
+            return
+        drafting = self._drafter.begin(rows, slots, [()] * len(rows), shared)
+        (index,) = upload(self._drafter.cache.device, slots)
+        self._ahead = ahead = _Launched(last, self._wanted, drafting)
+        this = last.behind(number)
+        # As many as each row has drafted that had room for more.
+        before = zip(last.drafted, last.start.room, strict=True)
+        most = min((n for n, room in before if 0 < n < room), default=max(last.drafted))
+        for depth in range(1, most + 1):
+            step = self._launch(this, drafting, slots, index, depth)
+            ahead.steps.append(replace(step, candidates=step.candidates.kept()))
+            going = [i for i, slot in enumerate(slots) if rooms[slot] > depth]
+            if self._policy.looks or depth == most or not going:
+                break
+            drafting.go_on(going)
+            slots, index = step.rows(going)
+
+    def drop_ahead(self, rows: Sequence[LiveRow], shared: SharedCaches) -> None:
+        """Take back the steps that ran ahead, if there are any; `rows` are the live ones."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return
+        began = {id(ahead.of.rows[slot]) for slot in ahead.steps[0].slots}
+        for slot, row in enumerate(rows):
+            if id(row) in began:  # what it has read is what its next first step must read
+                shared.rollback(slot, len(row.tokens) - 1)
+
+    @property
+    def _wanted(self) -> frozenset[Signal]:
+        return frozenset(self._policy.wanted)
 
     def _launch(
         self, this: Round, drafting: Drafting, slots: list[int], index: Tensor, depth: int
@@ -164,34 +229,34 @@ class DraftLoop:
         self._stats.count_draft(candidates.fed)
         return _Step(slots, index, candidates)
 
-    def _next(
-        self, this: Round, drafting: Drafting, last: _Step, depth: int, within: list[int]
-    ) -> tuple[_Step | None, list[int]]:
-        """Which rows go on behind a step, and the next step if it is launched already.
+    def _going(
+        self, this: Round, launched: _Launched, last: _Step, depth: int, within: list[int]
+    ) -> list[int]:
+        """Which rows go on behind a step, as the policy says if it looks.
 
         Args:
+            launched: what is behind that step; one more may be, afterwards.
             last: the step, of the rows that still draft.
             depth: how many candidates they have with it.
             within: those of them that may have more: indices.
         """
-        if last.candidates.signals is None or not self._policy.looks:
-            drafting.go_on(within)
-            return None, within
-        signals = self._clock.fetch(last.candidates.signals)
-        ahead = None
-        if within and self._clock.asynchronous and self._followed[depth] >= LIKELY:
-            drafting.go_on(within)
-            ahead = self._launch(this, drafting, *last.rows(within), depth + 1)
-        with self._clock.phase({"decide": 1.0}):
-            host = on_host(signals())
-            flags = self._policy.go_on(DraftStep(np.array(last.slots), depth, host))
-        going = [i for i in within if flags[i]]
-        if within:
-            followed = MEMORY * self._followed[depth] + (1 - MEMORY) * bool(going)
-            self._followed[depth] = followed
-        if ahead is None or not going:
+        going, drafting = within, launched.drafting
+        if last.candidates.signals is not None and self._policy.looks:
+            signals = self._clock.fetch(last.candidates.signals)
+            likely = self._clock.asynchronous and self._followed[depth] >= LIKELY
+            if within and likely and not launched.steps:
+                drafting.go_on(within)
+                further = self._launch(this, drafting, *last.rows(within), depth + 1)
+                launched.steps.append(further)
+            with self._clock.phase({"decide": 1.0}):
+                host = on_host(signals())
+                flags = self._policy.go_on(DraftStep(np.array(last.slots), depth, host))
+            going = [i for i in within if flags[i]]
+            if within:
+                followed = MEMORY * self._followed[depth] + (1 - MEMORY) * bool(going)
+                self._followed[depth] = followed
+        if not launched.steps:
             drafting.go_on(going)
-            return None, going
-        kept = [i for i, each in enumerate(within) if flags[each]]
-        drafting.go_on(kept)
-        return ahead.of(kept), going
+        elif not going:
+            drafting.go_on([])
+        return going

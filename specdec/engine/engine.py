@@ -125,6 +125,7 @@ class Engine:
         # What waits for a moment in which nothing else does: see `_catch_up`.
         self._outcome: tuple[RoundOutcome, list[LiveRow], list[Ending | None]] | None = None
         self._ended: list[tuple[LiveRow, Ending, float]] = []
+        self._next: RoundTimer | None = None  # of a round that has begun ahead
         self.completed: list[Completion] = []
         self._asked = AskedFor(pair, self.target_cache, self.prefill_chunk, self.clock, grammars)
         self._controls = ControlSchedule(control_share if self.known else 0.0)
@@ -201,10 +202,27 @@ class Engine:
             for slot, ending in endings:
                 self.scheduler.retire(slot)
                 self._ended.append((this.rows[slot], ending, time.perf_counter()))
+            self._go_ahead(this)
         if this is None or not self.clock.asynchronous:
             self._catch_up()
         completed, self.completed = self.completed, []
         return completed
+
+    def _go_ahead(self, last: Round) -> None:
+        """Let a device begin with the next round's candidates, if it works beside the host."""
+        if not self.clock.asynchronous or self.drafting is None or self._controls.due:
+            return
+        self._next = timer = RoundTimer(self.clock)
+        with self.clock.phase({"host": 1.0}):
+            self.scheduler.secure()
+            rooms = self._room.depths(self.scheduler.seats, self.target_cache.lengths)
+        self.drafting.go_ahead(last, rooms, self._number, self.shared)
+        timer.pause()
+
+    @property
+    def _number(self) -> int | None:
+        """Of the next round, if rows learn from each other what to propose."""
+        return self.stats.rounds if self.known and self.known.learns else None
 
     def _prepare(self) -> None:
         """Let the policy look at the models, once and in the thread that will run them."""
@@ -216,7 +234,8 @@ class Engine:
 
     def _admit(self) -> Round | None:
         """Fill the slots and begin a round over their rows; None if there is none."""
-        timer = RoundTimer(self.clock)
+        timer, self._next = self._next or RoundTimer(self.clock), None
+        timer.go_on()
         with self.clock.phase({"host": 1.0}):
             rows = self.scheduler.admit()
         if any(row.request.given_ids for row in rows):
@@ -255,7 +274,7 @@ class Engine:
         room = self._room
         start = RoundStart(
             rows=[row.memory for row in rows],
-            room=[room.depth(row) if n == 1 else 0 for row, n in zip(rows, pending, strict=True)],
+            room=room.depths(rows, self.target_cache.lengths),
             decoding=[n == 1 for n in pending],
             contexts=[len(row.tokens) for row in rows],
             draft_pending=[room.pending(slot, row) for slot, row in enumerate(rows)],
@@ -267,10 +286,8 @@ class Engine:
         )
         control = any(start.room) and self._controls.next()
         nothing = Proposal(len(rows), 0, self.device)
-        number = self.stats.rounds if self.known and self.known.learns else None
-        return Round(
-            rows, timer, asked, mode, start, control, nothing, nothing.lengths, number=number
-        )
+        given = rows, timer, asked, mode, start, control, nothing, nothing.lengths
+        return Round(*given, number=self._number)
 
     def _draft(self, this: Round) -> None:
         """Collect candidates, as many as the policy wants: first those that need no draft."""
@@ -278,27 +295,16 @@ class Engine:
             self.known.run(this)
             if self.drafting is not None:
                 self.drafting.run(this, self.shared)
+        elif self.drafting is not None:
+            self.drafting.drop_ahead(this.rows, self.shared)
 
     def _verify(self, this: Round) -> None:
         """Feed every row's pending tokens and submitted candidates to the target in one forward."""
         target, cache, drafted = self.pair.target, self.target_cache, this.proposal.candidates
-        layout = VerifyLayout.of(
-            this.rows,
-            cache.lengths,
-            this.submitted,
-            drafted.shape[1],
-            self.prefill_chunk,
-            this.proposal.depths,
-        )
-        pending, order, scored, first, lengths, owner, at = upload(
-            self.device,
-            layout.pending,
-            layout.order,
-            layout.scored,
-            layout.first,
-            this.submitted,
-            layout.owner,
-            layout.at,
+        given = this.submitted, drafted.shape[1], self.prefill_chunk, this.proposal.depths
+        layout = VerifyLayout.of(this.rows, cache.lengths, *given)
+        pending, order, scored, first, owner, at, lengths = upload(
+            self.device, *layout.numbers, this.submitted
         )
         verifying = len(layout.scored) / len(layout.order)
         phase = "control" if this.control else "verify"
@@ -384,17 +390,7 @@ class Engine:
         if last is None:
             return
         outcome, rows, endings = last
-        self._count(outcome)
+        self.stats.count_shapes(outcome)
         self.policy.observe(outcome)
         if self.known is not None:
             self.known.read(rows, endings)
-
-    def _count(self, outcome: RoundOutcome) -> None:
-        """Count a round's candidates by where they stood."""
-        accepted = outcome.accepted  # none where verification failed
-        if outcome.path:
-            rows = zip(outcome.parents, outcome.kept, outcome.path, accepted, strict=True)
-            for parents, kept, path, stand in rows:
-                self.stats.count_tree(parents, kept, path if stand else ())
-        elif self.stats.trees:
-            self.stats.chains.update(zip(outcome.drafted, outcome.submitted, accepted, strict=True))

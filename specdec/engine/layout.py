@@ -64,6 +64,11 @@ class VerifyLayout:
     at: list[int]
     complete: list[bool]
 
+    @property
+    def numbers(self) -> tuple[list[int], ...]:
+        """What the device needs: pending, order, scored, first, owner, at."""
+        return self.pending, self.order, self.scored, self.first, self.owner, self.at
+
     @classmethod
     def of(
         cls,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specdec.drafters.base import Drafter
@@ -37,6 +38,18 @@ class Room:
         if self.drafter is not None:
             most = min(most, self.drafter.room(row))
         return max(0, most)
+
+    def depths(self, seats: Sequence[LiveRow | None], cached: Sequence[int]) -> list[int]:
+        """The same by slot; 0 where nobody is, or a row that does not decode yet.
+
+        Args:
+            seats: the rows by slot.
+            cached: how many of its tokens the target has.
+        """
+        return [
+            self.depth(row) if row is not None and len(row.tokens) - cached[slot] == 1 else 0
+            for slot, row in enumerate(seats)
+        ]
 
     def nodes(self, row: LiveRow) -> int:
         """Most nodes that its tree may have; they lie side by side in its last pages."""

@@ -91,6 +91,12 @@ class Round:
     def __post_init__(self) -> None:
         self.kept, self.known = [0] * len(self.rows), [()] * len(self.rows)
 
+    def behind(self, number: int | None) -> Round:
+        """The next round of the same rows as far as candidates are drawn by it: see `number`."""
+        nothing = Proposal(len(self.rows), 0, self.proposal.candidates.device)
+        given = self.timer, self.asked, self.mode, self.start
+        return Round(self.rows, *given, False, nothing, nothing.lengths, number=number)
+
     @property
     def drafted(self) -> Sequence[int]:
         """Candidates of each row."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -195,6 +196,11 @@ class Scheduler:
         return len(self._rows) - self._rows.count(None)
 
     @property
+    def seats(self) -> Sequence[LiveRow | None]:
+        """The rows by slot; None: it left, and no other has the slot yet."""
+        return self._rows
+
+    @property
     def rows(self) -> list[LiveRow]:
         """The rows in slots, in the order of slots."""
         return [row for row in self._rows if row is not None]
@@ -202,7 +208,7 @@ class Scheduler:
     def admit(self) -> list[LiveRow]:
         """Give pages to live rows and slots to waiting ones; return the rows of slots 0..n-1."""
         before = self.preempted
-        self._secure()
+        self.secure()
         if self.queue and self.live < self.slots:
             self._going = sum(row.generated for row in self.rows)
         while self.queue and self.preempted == before and self._place(self.queue[0]):
@@ -227,7 +233,7 @@ class Scheduler:
             return row.need
         return min(len(row.tokens) + self.ahead + 1, row.need)
 
-    def _secure(self) -> None:
+    def secure(self) -> None:
         """Give every live row pages for a round; where there are too few, the oldest go on."""
         lacking = [row for row in self.rows if len(row.tokens) + self.ahead >= row.room < row.need]
         for row in sorted(lacking, key=lambda row: row.turn):

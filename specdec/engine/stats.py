@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from specdec.measure.speedup import SpeedupMeter
+from specdec.policies.base import RoundOutcome
 from specdec.policies.chains import Chain
 from specdec.request import Counts
 
@@ -123,3 +124,13 @@ class EngineStats:
         for i, nodes in enumerate((range(len(parents)), kept, judged, path)):
             for node in nodes:
                 self.trees.setdefault(places[node], [0, 0, 0, 0])[i] += 1
+
+    def count_shapes(self, outcome: RoundOutcome) -> None:
+        """Count a round's candidates by where they stood, if any have branched."""
+        accepted = outcome.accepted  # none where verification failed
+        if outcome.path:
+            rows = zip(outcome.parents, outcome.kept, outcome.path, accepted, strict=True)
+            for parents, kept, path, stand in rows:
+                self.count_tree(parents, kept, path if stand else ())
+        elif self.trees:
+            self.chains.update(zip(outcome.drafted, outcome.submitted, accepted, strict=True))

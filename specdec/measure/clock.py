@@ -104,6 +104,17 @@ class RoundTimer:
 
     def __init__(self, clock: PhaseClock) -> None:
         self._clock, self._began = clock, clock.now()
+        self._paused: float | None = None
+
+    def pause(self) -> None:
+        """Leave out what passes until the round goes on."""
+        self._paused = self._clock.now()
+
+    def go_on(self) -> None:
+        """Count again, if it was paused."""
+        if self._paused is not None:
+            self._began += self._clock.now() - self._paused
+            self._paused = None
 
     @contextmanager
     def apart(self) -> Iterator[Lap]:

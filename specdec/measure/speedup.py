@@ -205,8 +205,9 @@ class ControlSchedule:
         self._random = Random(seed)
         self._left = self._chosen = 0  # rounds left in the block, and at how many it comes
 
-    def next(self) -> bool:
-        """Whether this round is a control round."""
+    @property
+    def due(self) -> bool:
+        """Whether the next round is a control round."""
         if not self._share:
             return False
         if self._left == 0:
@@ -214,5 +215,10 @@ class ControlSchedule:
             longer = more > 0 and self._random.random() < more
             self._left = int(whole) + longer
             self._chosen = self._random.randint(1, self._left)
+        return self._left == self._chosen
+
+    def next(self) -> bool:
+        """Whether this round is a control round, which is then over."""
+        due = self.due
         self._left -= 1
-        return self._left + 1 == self._chosen
+        return due

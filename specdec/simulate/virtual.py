@@ -61,11 +61,11 @@ class VirtualDecoder(PackedDecoder):
         self._stream, self._costs, self.texts = device, costs, texts
         self._seconds = 0.0
         self.seating: Callable[[], None] = lambda: None
-        self.seat([])
+        self._owners = torch.zeros(0, dtype=torch.int64)
 
     def seat(self, owners: Sequence[int]) -> None:
         """Say which text the row in each slot follows."""
-        self._owners = torch.tensor(owners)
+        self._owners = torch.tensor(owners, dtype=torch.int64)
 
     def new_cache(self, slots: int, capacity: int) -> SlotCache:
         return SlotCache((LayerLayout(1, 16, 16),), slots, capacity, self.dtype, self.device)
@@ -123,12 +123,17 @@ class ProposingDecoder(VirtualDecoder):
 
     def __init__(self, device: VirtualDevice, costs: ForwardCosts, script: Script) -> None:
         self.script = script
+        # By slot and place in it: the state in which the first wrong choice up to it was made.
+        self._wrong = torch.zeros(0, script.longest + MOST_NODES, dtype=torch.int64)
         super().__init__(device, costs, script)
 
     def seat(self, owners: Sequence[int]) -> None:
+        before, wrong = self._owners, self._wrong
         super().seat(owners)
-        # By slot and place in it: the state in which the first wrong choice up to it was made.
-        self._wrong = torch.full((len(owners), self.script.longest + MOST_NODES), -1)
+        self._wrong = torch.full((len(owners), wrong.shape[1]), -1)
+        n = min(len(before), len(owners))
+        stay = (before[:n] == self._owners[:n]).nonzero()[:, 0]  # rows that may be drafting
+        self._wrong[stay] = wrong[stay]
 
     def _said(self, states: Tensor) -> Tensor:
         return self.script.draft_logits[states]
@@ -298,7 +303,7 @@ class VirtualEngine(Engine):
             corpus=corpus,
             clock=self.stream,
         )
-        self._seated: list[LiveRow] = []
+        self._seated: list[LiveRow | None] = []
         for decoder in self._decoders:
             decoder.seating = self._seat
 
@@ -317,10 +322,10 @@ class VirtualEngine(Engine):
 
     def _seat(self) -> None:
         """Tell the decoders which row is in which slot, if that has changed."""
-        rows = self.scheduler.rows
+        rows = [*self.scheduler.seats]
         if rows != self._seated:
-            self._seated = [*rows]
-            owners = [int(row.request.id) % len(self._texts.lengths) for row in rows]
+            self._seated, texts = rows, len(self._texts.lengths)
+            owners = [int(row.request.id) % texts if row is not None else 0 for row in rows]
             for decoder in self._decoders:
                 decoder.seat(owners)
 

@@ -175,7 +175,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch, always: bool) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(draft_loop, "LIKELY", 0.0 if always else 2.0)
         if not always:
-            patch.setattr(draft_loop.DraftLoop, "_early", lambda *_: None)
+            patch.setattr(draft_loop.DraftLoop, "go_ahead", lambda *_: None)
         yield
 
 
