@@ -79,7 +79,7 @@ class _Launched:
     drafting: Drafting
     steps: deque[_Step] = field(default_factory=deque)
 
-    def begin(self, this: Round, active: Iterable[int]) -> bool:
+    def open(self, this: Round, active: Iterable[int]) -> bool:
         """Whether these are the first steps of a round in which some slots draft."""
         first, rows = set(self.steps[0].slots), self.of.rows
         return self.of.mode is this.mode and all(
@@ -142,7 +142,7 @@ class DraftLoop:
         proposal = this.proposal = this.begun(longest)
         unseen: list[tuple[DraftStep, Tensor]] = []
         asked, launched = 0.0, self._ahead
-        if launched and launched.wanted == self._wanted and launched.begin(this, active):
+        if launched and launched.wanted == self._wanted and launched.open(this, active):
             self._ahead, index = None, launched.steps[0].index
             asked = this.timer.since(began)  # a device has drawn meanwhile
         else:
@@ -185,7 +185,7 @@ class DraftLoop:
             shared: all caches.
         """
         rows, active = self._last
-        if rows is not last.rows or not active or last.asked.of_logits:
+        if rows is not last.rows or not active or any(last.known) or last.asked.of_logits:
             return
         declined = {slot for slot, room in enumerate(last.start.room) if room}.difference(active)
         slots = [slot for slot, room in enumerate(rooms) if room and slot not in declined]

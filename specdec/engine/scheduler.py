@@ -185,7 +185,7 @@ class Scheduler:
         self.queue: deque[LiveRow] = deque()
         self.preempted = 0
         self._rows: list[LiveRow | None] = []  # by slot; None is a hole left by a row
-        self._turns = 0
+        self._turns, self._short = 0, False  # whether a row was sent back since rows were admitted
         self._lengths = OutputLengths()
         self._going = 0  # output tokens of live rows, while rows are admitted
         shared.grow(slots, min(context, pages * PAGE), 0)
@@ -207,12 +207,12 @@ class Scheduler:
 
     def admit(self) -> list[LiveRow]:
         """Give pages to live rows and slots to waiting ones; return the rows of slots 0..n-1."""
-        before = self.preempted
         self.secure()
         if self.queue and self.live < self.slots:
             self._going = sum(row.generated for row in self.rows)
-        while self.queue and self.preempted == before and self._place(self.queue[0]):
+        while self.queue and not self._short and self._place(self.queue[0]):
             self.queue.popleft()
+        self._short = False
         self.compact()
         return self.rows
 
@@ -258,6 +258,7 @@ class Scheduler:
         last = max(rows, key=lambda row: row.turn)
         last.preempted += 1
         self.preempted += 1
+        self._short = True
         self._leave(self._rows.index(last))
         self.queue.appendleft(last)
 
