@@ -220,5 +220,5 @@ class ControlSchedule:
     def next(self) -> bool:
         """Whether this round is a control round, which is then over."""
         due = self.due
-        self._left -= 1
+        self._left -= bool(self._share)
         return due

@@ -56,6 +56,14 @@ def least_margin(model: PreTrainedModel, prompt: Prompt, output: Prompt) -> floa
 
 
 @torch.inference_mode()
+def largest_gap(model: PreTrainedModel, prompt: Prompt, output: Prompt) -> float:
+    """By how much a token of an output is less likely than the likeliest one at most, in logits."""
+    logits = model(torch.tensor([[*prompt, *output]])).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+    return float((logits.amax(1) - chosen).max())
+
+
+@torch.inference_mode()
 def sampled_by_hand(model: PreTrainedModel, request: Request) -> Prompt:
     """Target-only sampling, one plain forward a token: what `coupled` must reproduce."""
     batch = SamplingBatch.of([request.sampling], CPU)

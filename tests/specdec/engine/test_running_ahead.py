@@ -92,8 +92,9 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("mode", ["rejection", "coupled"])
-@pytest.mark.parametrize("rows", ["greedy", "sampled", "both"])
+@pytest.mark.parametrize(
+    ("mode", "rows"), [("rejection", "greedy"), ("rejection", "both"), ("coupled", "sampled")]
+)
 def test_rows_are_what_they_are_without_it(
     either: TinyPair, policy: str, mode: Any, rows: str, used: list[bool]
 ) -> None:

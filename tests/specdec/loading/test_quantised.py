@@ -18,7 +18,7 @@ from specdec.loading.quantised import HALF_ON_GPUS, PACKAGES, check_dtype
 from specdec.loading.sources import PairError, find_model
 from specdec.model.fused import FusedLayer
 from specdec.model.linear import layer_for
-from tests.specdec.engine.references import generate
+from tests.specdec.engine.references import generate, largest_gap
 from tests.specdec.loading import quantised_models as stored
 from tests.specdec.loading.saved_models import complete, load, saved, set_config
 from tests.specdec.tiny_models import noisy_copy, tiny_model
@@ -62,7 +62,13 @@ def test_a_quantised_model_completes_as_transformers_has_it(store: Store, tmp_pa
     draft = saved(tmp_path / "draft", noisy_copy(tiny_model(), 0.05)) if family == "llama" else None
     pair = load(folder, draft, dtype="float32")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
-    assert complete(pair) == generate(model, (5, 17, 3, 3), 20)
+    prompt, output = (5, 17, 3, 3), complete(pair)
+    if store is stored.torchao_int8_activations:
+        # Rounding moves activations by whole steps: transformers' own logits of a text and of its
+        # tokens one by one differ by 0.03, and on AVX2 there are two tokens 0.014 apart.
+        assert largest_gap(model, prompt, output) < 0.05
+    else:
+        assert output == generate(model, prompt, 20)
     kinds = {type(module) for name, module in layers(pair) if name.endswith(("proj", "down"))}
     assert (layer_for(None, torch.float32) in kinds) == (store in DEQUANTISED)
     assert any(isinstance(module, FusedLayer) for _, module in layers(pair)) == (
