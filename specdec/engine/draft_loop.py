@@ -79,8 +79,8 @@ class _Launched:
     drafting: Drafting
     steps: deque[_Step] = field(default_factory=deque)
 
-    def open(self, this: Round, active: Iterable[int]) -> bool:
-        """Whether these are the first steps of a round in which some slots draft."""
+    def begins(self, this: Round, active: Iterable[int]) -> bool:
+        """Whether a round in which some slots draft begins with these steps."""
         first, rows = set(self.steps[0].slots), self.of.rows
         return self.of.mode is this.mode and all(
             slot in first and rows[slot] is this.rows[slot] and not this.known[slot]
@@ -142,7 +142,7 @@ class DraftLoop:
         proposal = this.proposal = this.begun(longest)
         unseen: list[tuple[DraftStep, Tensor]] = []
         asked, launched = 0.0, self._ahead
-        if launched and launched.wanted == self._wanted and launched.open(this, active):
+        if launched and launched.wanted == self._wanted and launched.begins(this, active):
             self._ahead, index = None, launched.steps[0].index
             asked = this.timer.since(began)  # a device has drawn meanwhile
         else:

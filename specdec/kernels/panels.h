@@ -65,7 +65,7 @@ template <typename V>
 static inline void in_order(V& low, V& high) {
 #if defined(__AVX512F__)
     asm volatile("" : "+v"(low), "+v"(high));
-#elif defined(__AVX2__) && !defined(__AVX512F__)
+#elif defined(__AVX2__)
     asm volatile("" : "+x"(low), "+x"(high));
 #endif
 }
@@ -155,7 +155,7 @@ static void panel_product(const X* x, const W* weight, const float* scales, cons
     }
 }
 
-// The same of float.
+// The same of float, whose blocks read neither scales nor units.
 static void panel_product(const float* x, const float* weight, const float* bias, float* out, i64 n,
                           i64 width, i64 outputs) {
     panel_product(x, weight, bias, bias, x, out, n, width, outputs);

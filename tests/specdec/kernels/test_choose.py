@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from specdec.kernels import choose as module
 from specdec.kernels.base import HEAD_STEP
 from specdec.kernels.choose import SWITCH, cpu_kernels, kernels_over, layer_kernels
 from specdec.model.decoder import PackedDecoder
@@ -17,17 +15,6 @@ from tests.specdec.tiny_models import tiny_model
 CPU = torch.device("cpu")
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-
-
-@pytest.fixture
-def anew() -> Iterator[None]:
-    """Look for a compiler again, and once more when the test is over."""
-    caches = (module.cpu_kernels, module._library)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
 
 
 def test_there_are_none_for_other_devices_and_dtypes() -> None:

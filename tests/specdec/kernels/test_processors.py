@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from specdec.kernels import choose
 from specdec.kernels import compile as compilation
 from specdec.model.decoder import PackedDecoder
 from specdec.model.linear import (
@@ -48,18 +46,11 @@ HERE = [
 
 
 @pytest.fixture(params=HERE)
-def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def processor(request: pytest.FixtureRequest, anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are those of this processor until the test is over."""
     _, told = PROCESSORS[request.param]
     flags = [flag for flag in compilation.FLAGS if not flag.startswith("-march")]
-    caches = choose.cpu_kernels, choose._library
-    with monkeypatch.context() as patch:
-        patch.setattr(compilation, "FLAGS", (*flags, *told))
-        for cache in caches:
-            cache.cache_clear()
-        yield
-    for cache in caches:
-        cache.cache_clear()
+    monkeypatch.setattr(compilation, "FLAGS", (*flags, *told))
 
 
 @pytest.mark.usefixtures("processor")
@@ -103,7 +94,6 @@ def test_a_forward_is_that_of_torchs_operators(
         pack_linears(model, quantization)
         assert any(isinstance(module, KernelLinear) for module in model.modules())
         if not kernels:
-            monkeypatch.setattr(choose, "layer_kernels", lambda *given: None)
             monkeypatch.setattr("specdec.model.cache.layer_kernels", lambda *given: None)
         cache = decoder.new_cache(3, 128)
         decoder.forward(cache, [(1, 40), (0, 37), (2, 3)], text[:80])
