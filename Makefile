@@ -5,10 +5,9 @@ BIN := $(VENV)/bin
 # Ask the interpreter for its path: a version manager's python3.11 may exist and refuse to run.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
 PYTEST_ARGS ?=
-# Three processes, each with a Ray of its own: on two cores, since a third of the time tests wait. A
-# file's tests stay together for their fixtures' sake, and files in order: the last ones are short,
-# so that the processes end at the same time.
-PYTEST := $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Two processes, each with a Ray of its own. A file's tests stay together for their fixtures' sake,
+# and files in order: the last ones are short, so that both processes end at the same time.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # pip compiles modules on one core, which is most of its time; COMPILE does it on all of them. It
 # leaves out what is large and hardly imported: Python compiles that when it is. Some packages have
