@@ -126,10 +126,14 @@ class Drafter(Protocol):
     def room(self, row: TokenRow) -> int:
         """Most candidates that it can propose for a row."""
 
-    def pending(self, row: TokenRow, slot: int) -> int:
-        """Tokens of the row in a slot that it must read before it can propose, as policies count.
+    def pending(self, row: TokenRow, read: int) -> int:
+        """Tokens of a row that it must read before it can propose, as policies count.
 
         What it reads again in each round is not among them.
+
+        Args:
+            row: the row.
+            read: positions of it that the cache holds.
         """
 
     def begin(

@@ -174,6 +174,7 @@ class Corpus:
 
     Attributes:
         tokens: of how many it was made.
+        identity: below 2**32; other texts have another one.
 
     Raises:
         CorpusError: it is no corpus, is damaged, or was made by another tokenizer.
@@ -197,6 +198,7 @@ class Corpus:
         parts: Any = np.split(whole, np.cumsum(sizes)[:2])
         self._starts, self._keys, self._values = (memoryview(part) for part in parts)
         self.tokens, self._shift = int(header["tokens"]), HASH_BITS - bits
+        self.identity = int(header["crc32"])
 
     def after(self, context: Sequence[int]) -> tuple[int, int, int] | None:
         """The token that mostly followed a context, how often, and how often anything did.

@@ -70,13 +70,13 @@ class EagleDrafter:
         tokens = len(row.tokens)
         return max(0, self.decoder.context_length - tokens) if tokens > self.cache.ahead else 0
 
-    def pending(self, row: TokenRow, slot: int) -> int:
+    def pending(self, row: TokenRow, read: int) -> int:
         """See `Drafter`."""
-        return pending_of(self.lacking(row, slot))
+        return pending_of(self.lacking(row, read))
 
-    def lacking(self, row: TokenRow, slot: int) -> int:
-        """Positions that the draft has not read of a row whose last token is pending."""
-        return len(row.tokens) - self.cache.ahead - self.cache.lengths[slot]
+    def lacking(self, row: TokenRow, read: int) -> int:
+        """Positions that are not among those `read` of a row whose last token is pending."""
+        return len(row.tokens) - self.cache.ahead - read
 
     def begin(
         self,

@@ -90,9 +90,9 @@ class ModelDrafter:
         """See `Drafter`."""
         return max(0, self.context_length - len(row.tokens))
 
-    def pending(self, row: TokenRow, slot: int) -> int:
+    def pending(self, row: TokenRow, read: int) -> int:
         """See `Drafter`."""
-        return len(row.tokens) - self.cache.lengths[slot]
+        return len(row.tokens) - read
 
     def begin(
         self,

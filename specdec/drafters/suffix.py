@@ -70,10 +70,14 @@ class SuffixIndex:
     Args:
         corpus: what was written before there were rows, if anything.
         most: contexts that it remembers.
+
+    Attributes:
+        identity: of the corpus; 0: there is none.
     """
 
     def __init__(self, corpus: Corpus | None = None, most: int = MOST_ENTRIES) -> None:
         self._corpus, self._half = corpus, most // 2
+        self.identity = corpus.identity if corpus is not None else 0
         # Token, how often it followed the context, how often anything did: 8 bits each count.
         self._new: dict[int, int] = {}
         self._old: dict[int, int] = {}

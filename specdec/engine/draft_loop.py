@@ -12,7 +12,7 @@ looked.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -71,13 +71,21 @@ class _Launched:
         of: the round whose rows and slots they are of.
         wanted: signals that they tell.
         drafting: draws.
+        read: how many positions of each slot the draft had read before them.
         steps: of all rows at first, of those with room for them behind that.
     """
 
     of: Round
     wanted: frozenset[Signal]
     drafting: Drafting
+    read: Sequence[int]
     steps: deque[_Step] = field(default_factory=deque)
+
+    @property
+    def before(self) -> dict[int, int]:
+        """`read` of the rows that they are of, by the rows' ids: rows may move meanwhile."""
+        slots = self.steps[0].slots if self.steps else ()
+        return {id(self.of.rows[slot]): self.read[slot] for slot in slots}
 
     def begins(self, this: Round, active: Iterable[int]) -> bool:
         """Whether a round in which some slots draft begins with these steps."""
@@ -86,6 +94,22 @@ class _Launched:
             slot in first and rows[slot] is this.rows[slot] and not this.known[slot]
             for slot in active
         )
+
+    def take_back(
+        self, rows: Sequence[LiveRow], shared: SharedCaches, but: Collection[int] = ()
+    ) -> None:
+        """Let the draft forget what it has read of candidates.
+
+        Args:
+            rows: the live rows, by slot; some may have moved there since.
+            shared: all caches.
+            but: slots that go on with the steps.
+        """
+        began, going = self.before, {*but}
+        for slot, row in enumerate(rows):
+            if id(row) in began and slot not in going:
+                # What it has read is what its next first step must read.
+                shared.rollback(slot, len(row.tokens) - 1)
 
     def next(self, active: Sequence[int]) -> _Step:
         """The next of these steps, of some of its rows; behind the last one, drafting is theirs."""
@@ -144,11 +168,12 @@ class DraftLoop:
         asked, launched = 0.0, self._ahead
         if launched and launched.wanted == self._wanted and launched.begins(this, active):
             self._ahead, index = None, launched.steps[0].index
+            launched.take_back(this.rows, shared, but=active)
             asked = this.timer.since(began)  # a device has drawn meanwhile
         else:
             self.drop_ahead(this.rows, shared)
             drafting = self._drafter.begin(this.rows, active, this.known, shared)
-            launched = _Launched(this, self._wanted, drafting)
+            launched = _Launched(this, self._wanted, drafting, ())
             (index,) = upload(device, active)
         for depth in range(1, max(budget) + 1):
             with this.timer.apart() as lap:
@@ -191,9 +216,10 @@ class DraftLoop:
         slots = [slot for slot, room in enumerate(rooms) if room and slot not in declined]
         if not slots:
             return
+        read = [*self._drafter.cache.lengths]
         drafting = self._drafter.begin(rows, slots, [()] * len(rows), shared)
         (index,) = upload(self._drafter.cache.device, slots)
-        self._ahead = ahead = _Launched(last, self._wanted, drafting)
+        self._ahead = ahead = _Launched(last, self._wanted, drafting, read)
         this = last.behind(number)
         # As many as each row has drafted that had room for more.
         before = zip(last.drafted, last.start.room, strict=True)
@@ -210,12 +236,16 @@ class DraftLoop:
     def drop_ahead(self, rows: Sequence[LiveRow], shared: SharedCaches) -> None:
         """Take back the steps that ran ahead, if there are any; `rows` are the live ones."""
         ahead, self._ahead = self._ahead, None
-        if ahead is None:
-            return
-        began = {id(ahead.of.rows[slot]) for slot in ahead.steps[0].slots}
-        for slot, row in enumerate(rows):
-            if id(row) in began:  # what it has read is what its next first step must read
-                shared.rollback(slot, len(row.tokens) - 1)
+        if ahead is not None:
+            ahead.take_back(rows, shared)
+
+    def pending(self, rows: Sequence[LiveRow]) -> list[int]:
+        """Tokens of the live rows, by slot, that the draft must read, steps ahead left out."""
+        pending, read = self._drafter.pending, self._drafter.cache.lengths
+        if self._ahead is None:
+            return [*map(pending, rows, read)]
+        before = self._ahead.before
+        return [pending(row, before.get(id(row), read[slot])) for slot, row in enumerate(rows)]
 
     @property
     def _wanted(self) -> frozenset[Signal]:

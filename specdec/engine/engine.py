@@ -222,7 +222,7 @@ class Engine:
     @property
     def _number(self) -> int | None:
         """Of the next round, if rows learn from each other what to propose."""
-        return self.stats.rounds if self.known and self.known.learns else None
+        return self.known.number(self.stats.rounds) if self.known else None
 
     def _prepare(self) -> None:
         """Let the policy look at the models, once and in the thread that will run them."""
@@ -255,6 +255,8 @@ class Engine:
 
     def _score(self, rows: Sequence[LiveRow]) -> list[LiveRow]:
         """End rows whose completions are given, some of many; return the others once all have."""
+        if self.drafting is not None:
+            self.drafting.drop_ahead(rows, self.shared)  # until all are scored, others come and go
         endings, forwards = score(rows, self._asked.prompts, self.shared)
         for slot, ending in endings.items():
             self.scheduler.retire(slot)
@@ -277,7 +279,7 @@ class Engine:
             room=room.depths(rows, self.target_cache.lengths),
             decoding=[n == 1 for n in pending],
             contexts=[len(row.tokens) for row in rows],
-            draft_pending=[room.pending(slot, row) for slot, row in enumerate(rows)],
+            draft_pending=self.drafting.pending(rows) if self.drafting else [0] * len(rows),
             target_tokens=sum(min(n, self.prefill_chunk) for n in pending),
             free_trimming=mode is MODES["coupled"],
             beside=self.clock.asynchronous and not self.trace,  # who is traced is looked at

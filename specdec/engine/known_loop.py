@@ -36,10 +36,14 @@ class KnownLoop:
     def __init__(self, index: SuffixIndex | None, policy: StopPolicy, clock: PhaseClock) -> None:
         self._index, self._policy, self._clock = index, policy, clock
 
-    @property
-    def learns(self) -> bool:
-        """Whether rows find what others have written."""
-        return self._index is not None
+    def number(self, rounds: int) -> int | None:
+        """What the engine's round, the one behind so many, is drawn by under `rejection`.
+
+        None: rows do not find what others have written, and each counts its own. What a corpus
+        holds was drawn, too, and perhaps for rows of the same seeds: no two corpora have a number
+        in common.
+        """
+        return None if self._index is None else (self._index.identity << 31) + rounds
 
     def run(self, this: Round) -> None:
         """Begin the round's proposal with the known candidates that the policy takes."""

@@ -54,7 +54,3 @@ class Room:
     def nodes(self, row: LiveRow) -> int:
         """Most nodes that its tree may have; they lie side by side in its last pages."""
         return min(MOST_CANDIDATES, self.ahead, pages_of(row.need) * PAGE - len(row.tokens))
-
-    def pending(self, slot: int, row: LiveRow) -> int:
-        """Tokens that the drafter has not read."""
-        return 0 if self.drafter is None else self.drafter.pending(row, slot)

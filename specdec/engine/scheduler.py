@@ -50,7 +50,8 @@ class LiveRow:
         counts: what speculation did for it.
         stops: looks for its stop strings, if it has any.
         memory: what the stop policy remembers about it.
-        doubtful: whether its last round failed with candidates; the next one has none.
+        doubtful: whether its last round failed with candidates; the next one has none. Or whether
+            its given completion was scored among others and had no finite score.
         trace: its rounds, if they are kept.
         admitted: when it first got a slot, by `time.perf_counter`.
         turn: the number of its admission, the last one if it was sent back.
@@ -101,8 +102,11 @@ class LiveRow:
     def sharable(self) -> int:
         """How many of its first tokens it may share with others: none that it tells something of.
 
-        What a prompt's log-probabilities or a given completion are told by is the row's own.
+        What a prompt's log-probabilities or a given completion are told by is the row's own. What
+        others have left may be what is not finite.
         """
+        if self.doubtful:
+            return 0
         if self.sampling.prompt_logprobs is not None and self.prompt_logprobs is None:
             return 0
         if self.request.given_ids:

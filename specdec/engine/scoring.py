@@ -23,41 +23,42 @@ def score(
 ) -> tuple[dict[int, Ending], list[int]]:
     """Set the `logprobs` of some rows whose completions are given, of those that come first.
 
+    What is not finite reaches others through a mask. So a row whose scores are not is computed
+    anew in a later step, alone and with pages of its own, before it is one that fails.
+
     Args:
         live: all live rows, by slot. What a slot holds of its row's prompt is not computed again.
         reader: of log-probabilities.
         shared: the caches of all models.
 
     Returns:
-        How each of these rows ended, by slot; and the target's tokens of each forward.
+        How those of these rows ended that did, by slot; and the target's tokens of each forward.
     """
     rows = _first_of(live, CHUNKS * reader.chunk)
     forwards = reader.feed_shared(live, [*rows], shared)
     forwards += reader.score(rows)
-    # What is not finite reaches others through a mask: these are scored again, alone.
-    odd = [slot for slot, row in rows.items() if not _finite(row)]
-    for slot in odd:
+    endings: dict[int, Ending] = {}
+    for slot, row in rows.items():
+        if all(math.isfinite(told.logprob) for told in row.logprobs):
+            endings[slot] = Ending(0, "stop")
+            continue
+        if row.doubtful:
+            endings[slot] = failure(0, adjusts=False)
+        row.doubtful, row.room = True, 0  # pages that it shared are given up
         shared.scrub(slot, 0)
         shared.rollback(slot, 0)
-    endings = dict.fromkeys(rows, Ending(0, "stop"))
-    for slot in odd:
-        forwards += reader.score({slot: rows[slot]})
-        if not _finite(rows[slot]):
-            endings[slot] = failure(0, adjusts=False)
-            shared.scrub(slot, 0)
-            shared.rollback(slot, 0)
     return endings, forwards
 
 
 def _first_of(rows: Sequence[LiveRow], most: int) -> dict[int, LiveRow]:
-    """The first rows whose completions are given, by slot: at least one, of about `most` tokens."""
+    """The first rows whose completions are given, by slot: at least one, of about `most` tokens.
+
+    Those in doubt come last, one by one.
+    """
+    given = {slot: row for slot, row in enumerate(rows) if row.request.given_ids}
     found: dict[int, LiveRow] = {}
-    for slot, row in enumerate(rows):
-        if row.request.given_ids and most > 0:
+    for slot, row in given.items():
+        if not row.doubtful and most > 0:
             found[slot] = row
             most -= len(row.tokens)
-    return found
-
-
-def _finite(row: LiveRow) -> bool:
-    return all(math.isfinite(told.logprob) for told in row.logprobs)
+    return found or dict([next(iter(given.items()))])

@@ -46,7 +46,7 @@ static constexpr i64 SERIAL = 16384;
 // Into how many parts the blocks of tokens of a product go for each panel of outputs, so that there
 // is work for all threads.
 static inline i64 parts_of(i64 panels, i64 blocks) {
-    return std::clamp<i64>(4 * omp_get_max_threads() / panels, 1, blocks);
+    return std::min(blocks, std::max<i64>(4 * omp_get_max_threads() / panels, 1));
 }
 
 #ifdef __AVX512F__

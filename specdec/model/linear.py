@@ -64,6 +64,8 @@ class KernelLinear(RowwiseLinear):
     OUTPUTS = 32
     """What outputs are padded to a multiple of: whole panels, or pairs of tiles."""
 
+    takes_any = True  # dtype of inputs, if weights are bytes
+
     def __init__(self, linear: nn.Linear, pages: LargePages | None = None) -> None:
         super().__init__(linear)
         more = -linear.out_features % self.OUTPUTS
@@ -81,6 +83,12 @@ class KernelLinear(RowwiseLinear):
     def product(self, x: Tensor) -> Tensor:
         kernels = cpu_kernels(x.dtype, x.device)
         assert kernels is not None, "chosen by `layer_for`, where there are kernels"
+        alike = self.takes_any or x.dtype == self.weight.dtype
+        if not alike or x.shape[1] != self.weight.shape[1]:  # a kernel would take what lies there
+            raise ValueError(
+                f"a layer of {self.weight.dtype} weights {[*self.weight.shape]} cannot multiply "
+                f"{x.dtype} inputs {[*x.shape]}"
+            )
         return kernels.product(x.contiguous(), self.weights)
 
 
@@ -90,6 +98,8 @@ class PanelLinear(KernelLinear):
     On two cores of a Xeon up to 32 rows take half to two thirds of oneDNN's time in float32, 0.6 to
     0.8 of it in bfloat16; hundreds take the same. Eight rows take 1.1 times one.
     """
+
+    takes_any = False
 
     def pack(self, weight: Tensor) -> tuple[Tensor, None]:
         if weight.dtype == torch.bfloat16:

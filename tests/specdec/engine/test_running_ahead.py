@@ -16,8 +16,10 @@ from specdec.engine.engine import Engine
 from specdec.engine.scheduler import OutputLengths
 from specdec.measure.clock import PhaseClock
 from specdec.model.pages import PAGE
-from specdec.policies.base import StopPolicy
+from specdec.policies.base import RoundStart, StopPolicy
+from specdec.policies.chains import Chain
 from specdec.policies.registry import make_policy
+from specdec.policies.simple import Fixed
 from specdec.request import Completion, Request
 from tests.specdec.eagle_drafts import (
     FITTED,
@@ -133,3 +135,74 @@ def test_rows_that_are_sent_back_or_adjusted_or_controls(
     assert engine.stats.preempted == before.stats.preempted > 0
     assert {*used} == {True, False}
     assert sum(sums.n for sums in engine.stats.speedup.control.values()) > 3
+
+
+class Recording(Fixed):
+    """Notes what it is told of each round."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__(k)
+        self.starts: list[RoundStart] = []
+
+    def budget(self, start: RoundStart) -> Sequence[int]:
+        self.starts.append(start)
+        return super().budget(start)
+
+
+def test_the_policy_is_told_what_the_draft_had_to_read_before_it_ran_ahead(
+    either: TinyPair, used: list[bool]
+) -> None:
+    told: list[list[Sequence[int]]] = []
+    for clock in (PhaseClock(torch.device("cpu")), Beside(torch.device("cpu"))):
+        policy = Recording(3)
+        run(either, policy, ragged(requests_of(MANY, GREEDY)), clock)
+        told.append([start.draft_pending for start in policy.starts])
+    assert used.count(True) - used.count(False) > 10
+    assert told[0] == told[1]
+    assert max(map(max, told[1])) > 40 and min(map(min, told[1])) >= 0
+
+
+class LedBySome(StopPolicy):
+    """Takes known candidates of the first row in every third round, and drafts for the others."""
+
+    looks_up, most = True, 8
+
+    def __init__(self) -> None:
+        self._turn, self._taken = 0, list[int]()
+
+    def choose(self, start: RoundStart, chains: Sequence[Chain]) -> Sequence[int]:
+        self._turn += 1
+        leads = self._turn % 3 == 0
+        self._taken = [min(len(c.tokens), 4) * (leads and i == 0) for i, c in enumerate(chains)]
+        return self._taken
+
+    def budget(self, start: RoundStart) -> Sequence[int]:
+        return [0 if taken else 4 for taken in self._taken]
+
+
+def test_a_row_that_does_not_draft_after_all_leaves_nothing_of_the_steps_in_the_drafts_cache(
+    pair: TinyPair, used: list[bool]
+) -> None:
+    ids = prompts((20, 30), seed=7)
+    sampling = replace(GREEDY, max_new_tokens=60)
+    options: dict[str, Any] = {"verification": "coupled", "slots": 2, "lookup": True}
+    engine = Engine(pair, policy=LedBySome(), clock=Beside(torch.device("cpu")), **options)
+    engine.generate([Request("first", ids[0], sampling)])  # what its sample finds
+    for request in requests_of(ids, sampling):
+        engine.submit(request)
+    draft = pair.draft
+    assert draft is not None and engine.drafter is not None
+    cache = engine.drafter.cache
+    while engine.has_work:
+        engine.step()
+        cache.extend(())
+        for slot, row in enumerate(engine.scheduler.rows):
+            # Behind its tokens it may hold candidates that ran ahead.
+            if not (length := min(cache.lengths[slot], len(row.tokens))):
+                continue
+            alone = draft.new_cache(1, length + 1)
+            draft.forward(alone, [(0, length)], torch.tensor(row.tokens[:length]))
+            held, _ = cache.read(0, slice(slot, slot + 1), length)
+            expected, _ = alone.read(0, slice(0, 1), length)
+            assert torch.allclose(held, expected, atol=1e-3)
+    assert True in used

@@ -10,8 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
+from specdec.model.pages import PAGE
 from specdec.policies.simple import Fixed
 from specdec.request import INVALID_LOGITS, Completion, Request, SamplingParams
+from tests.specdec.engine.test_memory import bytes_for
 from tests.specdec.tiny_models import VOCAB, TinyPair, make_pair
 from tests.specdec.workloads import SAMPLED, SOME
 
@@ -104,3 +106,22 @@ def test_what_cannot_be_scored_is_an_error_of_its_row(target_model: PreTrainedMo
         assert done.finish_reason == "stop"
         assert done.logprobs is not None
         assert len(done.logprobs) == len(request.given_ids)
+
+
+@pytest.mark.parametrize("pages", [9, 10, 11, 12, 20])
+def test_one_that_cannot_be_scored_costs_others_of_its_prompt_no_more_than_a_step(
+    target_model: PreTrainedModel, pages: int
+) -> None:
+    """They share pages, of which there are hardly enough for each to have its own."""
+    pair = make_pair(copy.deepcopy(target_model), None)
+    pair.target.model.get_input_embeddings().weight.data[VOCAB - 1] = float("nan")
+    prompt, ask = tuple(range(64)) * 4, SamplingParams(logprobs=0)
+    engine = Engine(pair, policy=Fixed(0), slots=4, kv_memory_bytes=bytes_for(pair, pages * PAGE))
+    given = [(11,) * 20, (*(12,) * 10, VOCAB - 1, *(12,) * 9), (13,) * 20, (14,) * 20]
+    asked = [Request(f"s{i}", prompt, ask, each) for i, each in enumerate(given)]
+    first = engine.generate(asked[:1])
+    for request, done in zip(asked, [*first, *engine.generate(asked[1:])], strict=True):
+        if VOCAB - 1 in request.given_ids:
+            assert done.error_class == INVALID_LOGITS
+        else:
+            check(target_model, request, done)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
 
+from specdec.drafters.corpus import Corpus, build_corpus
 from specdec.engine.engine import Engine
 from specdec.measure.clock import PhaseClock
 from specdec.policies.base import RoundOutcome, RoundStart, StopPolicy
@@ -17,7 +20,7 @@ from specdec.request import Completion, Request, SamplingParams
 from tests.specdec.engine.references import letters
 from tests.specdec.engine.test_preemption import LONG, PROMPTS
 from tests.specdec.engine.test_preemption import run as run_short
-from tests.specdec.tiny_models import TinyPair, make_pair
+from tests.specdec.tiny_models import VOCAB, TinyPair, make_pair
 from tests.specdec.workloads import (
     GREEDY,
     LOOKING_UP,
@@ -190,6 +193,24 @@ def test_a_row_never_draws_by_the_numbers_of_what_it_looks_up(lone: TinyPair) ->
     plain, looking = Engine(lone, policy=StopPolicy()), Engine(lone, policy=make("suffix"))
     assert firsts(plain) == firsts(plain)
     assert firsts(looking) != firsts(looking)
+
+
+def test_a_row_never_draws_by_the_numbers_of_what_a_corpus_holds(
+    lone: TinyPair, tmp_path: Path
+) -> None:
+    """An earlier job may have had the same rows and seeds."""
+
+    def run(*texts: Sequence[int]) -> list[Prompt]:
+        corpus = None
+        if texts:
+            build_corpus(texts, tmp_path / "corpus", "t")
+            corpus = Corpus(tmp_path / "corpus", "t")
+        engine = Engine(lone, policy=Suffix(), slots=1, corpus=corpus)
+        return outputs(engine.generate(requests_of(SOME[:1], SAMPLED)))
+
+    before, one, other = run(), run([VOCAB - 1] * 4), run([VOCAB - 2] * 4)
+    assert before != one != other != before
+    assert one == run([VOCAB - 1] * 4)
 
 
 def test_a_draft_is_not_asked_where_candidates_are_looked_up(pair: TinyPair) -> None:

@@ -185,6 +185,17 @@ def test_the_bias_is_added_in_full_precision(kind: Kind) -> None:
     assert torch.equal(KINDS[kind](plain)(torch.zeros(3, 64)), plain.bias.expand(3, -1))
 
 
+@pytest.mark.parametrize("kind", {"panels", "byte panels", "tiles"}.intersection(HERE), ids=str)
+def test_inputs_of_another_width_or_dtype_are_refused(kind: Kind) -> None:
+    layer = KINDS[kind](linear(64, 48))
+    with pytest.raises(ValueError, match=r"weights \[48, 64\] cannot multiply .* \[3, 63\]"):
+        layer(torch.ones(3, 63))
+    if kind == "panels":
+        with pytest.raises(ValueError, match=r"cannot multiply torch.bfloat16"):
+            layer(torch.ones(3, 64, dtype=HALF))
+    assert layer(torch.ones(0, 64)).shape == (0, 48)
+
+
 @layers
 @pytest.mark.parametrize("shape", [(1, 64), (5, 64), (1, 2, 3, 64)])
 def test_leading_dimensions_are_kept(kind: Kind, shape: tuple[int, ...]) -> None:
