@@ -132,14 +132,15 @@ def plan(
     with explained("Nothing was written."):
         job = load_job(file, overrides or [])
         table = load_prices(prices) if prices else job.prices or default_prices()
-        from pipeline.run.plan import plan_job
+        from pipeline.run.plan import check_begun, plan_job
 
         planned = plan_job(job)
+        check_begun(planned)
         note(planned.sampling_said)
         with progress_bar() as show:
             found = make_plan(planned, table, rows, seed, show)
         if as_json:
-            print(json.dumps(asdict(found), allow_nan=False))
+            print(json.dumps(bounded(asdict(found)), allow_nan=False))
             return
         out.print(render(found))
 
@@ -323,6 +324,13 @@ def _t(freedom: int) -> float:
     return float(stdtrit(freedom, 0.975))
 
 
+def bounded(value: Any) -> Any:
+    """What JSON can have: `null` for a bound that one row does not tell."""
+    if isinstance(value, dict):
+        return {key: bounded(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 # ------------------------------------------------------------------------- showing
 
 
@@ -375,6 +383,8 @@ def _against(found: Plan, key: str, cap: float) -> str:
     used = found.done.dollars if key == "dollars" else found.done.hours
     if need is None or used is None:
         return "unknown without a price"
+    if not need.value:
+        return "enough: nothing is left to do"
     if used + need.high <= cap:
         return "enough"
     if used + need.low > cap:

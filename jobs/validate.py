@@ -29,10 +29,11 @@ def validate(file: JobFile, overrides: Overrides = None) -> None:
         for name in filter(None, (job.models.target, job.models.draft)):
             _check_model(name)
         from pipeline.config.model_identity import check_models
-        from pipeline.run.plan import plan_job
+        from pipeline.run.plan import check_begun, plan_job
 
         check_models(job, ask_hub=False)
         plan = plan_job(job, ask_hub=False)
+        check_begun(plan, ask_hub=False)
         size = sum(each.file.size for each in plan.files) / 1e6
         out.print(f"[green]valid[/]: {escape(str(file))}", highlight=False, soft_wrap=True)
         out.print(

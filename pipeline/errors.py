@@ -30,6 +30,9 @@ class RowError(Exception):
         self.error_class = error_class
         self.message = message
 
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
+        return type(self), (self.error_class, self.message)  # from one process to another
+
 
 class JobStopped(Exception):
     """The job was asked to stop, and has: what was in flight is committed. It can be resumed."""

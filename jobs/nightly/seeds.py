@@ -20,9 +20,10 @@ from jobs.nightly.expressions import TurnError, environment
 from jobs.nightly.judge_settings import RUBRIC_VARIABLES
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.template_settings import TEMPLATE_VARIABLES
-from pipeline.errors import UserError, nearest
+from pipeline.errors import RowError, UserError, nearest
 from pipeline.inputs.jsonl import BadLine
 from pipeline.inputs.listing import list_inputs
+from pipeline.inputs.row_values import each_row
 from pipeline.inputs.source import read_units
 from pipeline.inputs.units import FilePlan, Unit, plan_files, table_of
 from pipeline.storage.folder import resolved
@@ -149,9 +150,13 @@ def _groups(
     seen: set[str] = set()
     units = [Unit.of(piece) for plan in plans for piece in plan.pieces]
     for read in read_units(units, table_of(plans), s3):
-        for number, row in enumerate(read.table.to_pylist()):
+        wanted = [name for name in schema.names if name in read.table.column_names]
+        for number, row in enumerate(each_row(read.table.select(wanted))):
             if number in read.bad_lines:
                 skipped[_why_skipped(read.bad_lines[number])] += 1
+                continue
+            if isinstance(row, RowError):
+                skipped["a value that is no valid text, or nothing that Python has"] += 1
                 continue
             seed = {column: row.get(column) for column in schema.names}
             if named is not None and seed[named] is None:

@@ -21,9 +21,11 @@ from pipeline.commit.record import UnitRecord, parts
 from pipeline.commit.stats import reliability, summarise
 from pipeline.config.job import InputConfig, S3Config
 from pipeline.config.prices import Prices
+from pipeline.errors import RowError
 from pipeline.inputs.jsonl import RAW_LINE
 from pipeline.inputs.prompts import required_columns
 from pipeline.inputs.row_ids import ROW_ID
+from pipeline.inputs.row_values import each_row
 from pipeline.storage.folder import Folder
 from specdec.measure.speedup import RoundSums, SpeedupMeter
 
@@ -187,12 +189,15 @@ def _examples(
         if not lacking or record.files.errors is None:
             continue
         table = _read(output, record.files.errors.name, prompt, "error_class", RAW_LINE)
-        for row in table.to_pylist():
-            mine = found.setdefault(row["error_class"], [])
+        said = table.select([ROW_ID, "error_class", "error_message"]).to_pylist()
+        for why, row in zip(said, each_row(table), strict=True):
+            mine = found.setdefault(why["error_class"], [])
             if len(mine) < _EXAMPLES:
-                text = row.get(RAW_LINE) or prompt_text(prompt, row)
-                message = _excerpt(row["error_message"] or "")
-                mine.append(FailedRow(row[ROW_ID], message, _excerpt(text)))
+                text = ""  # of a row that is malformed itself
+                if not isinstance(row, RowError):
+                    text = row.get(RAW_LINE) or prompt_text(prompt, row)
+                message = _excerpt(why["error_message"] or "")
+                mine.append(FailedRow(why[ROW_ID], message, _excerpt(text)))
     return found
 
 

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -96,12 +96,74 @@ def mark_of(section: SamplingConfig | InputConfig) -> dict[str, Any]:
 
 
 def _input_mark(job: JobConfig, plans: Sequence[FilePlan]) -> dict[str, Any]:
+    return {**mark_of(job.input), **_files_mark(plans)}
+
+
+def _files_mark(plans: Sequence[FilePlan]) -> dict[str, Any]:
     return {
-        **mark_of(job.input),
         "files": len(plans),
         "rows": sum(p.rows for p in plans),
         "digest": digest([[p.file.name, p.file.size, p.rows] for p in plans]),
     }
+
+
+class Begun(NamedTuple):
+    """What there is of an output, compared with a job.
+
+    Attributes:
+        record: its record; empty if there is none.
+        added: input files that become part of it.
+        another: whether it is no job's yet: nothing is committed, or nothing is there.
+        planned: whether it says which files it was planned on.
+    """
+
+    record: dict[str, Any]
+    added: list[FilePlan]
+    another: bool
+    planned: bool
+
+
+def compare(
+    output: Folder,
+    plans: Sequence[FilePlan],
+    mark: dict[str, Any],
+    *,
+    extend: bool = False,
+    same_content: bool = False,
+) -> Begun:
+    """Make sure that an output folder is a job's, or may become it; arguments as of `claim`.
+
+    Raises:
+        UserError: as of `claim`.
+    """
+    found = output.read(layout.JOB)
+    if found is None and output.list(layout.COMPLETIONS):
+        raise UserError(
+            f"output: {output.url} has completions but no {layout.JOB}; "
+            "choose another output folder, or empty this one"
+        )
+    record = json.loads(found) if found is not None else {}
+    planned = planned_inputs.read_planned(output)
+    there, digests = record.get("fingerprint", {}), accepted_digests(record)
+    added = [p for p in plans if p.file.name not in planned] if extend and planned else []
+    kept = [p for p in plans if p.file.name in planned] if added else plans
+    before = {**mark, "input": {**mark["input"], **_files_mark(kept)}} if added else mark
+    changed = planned_inputs.changes(planned, kept, times=not same_content) if planned else []
+    known = digest(before) in digests if added else not difference(there, before)
+    another = found is None or not known or bool(changed)
+    if another and found is not None and output.list(layout.COMPLETIONS):
+        if digest(mark) in digests and not changed:
+            raise UserError(
+                f"output: {output.url} was being extended with new input files when that was "
+                "stopped; run again with --extend"
+            )
+        raise _refusal(output, difference(there, before), changed)
+    if planned_inputs.other_steps(plans, planned):
+        raise UserError(
+            f"output: {output.url} was begun or extended by another run at this moment; run the "
+            "same command again"
+        )
+    return Begun(record, added, another, bool(planned))
 
 
 def claim(
@@ -135,33 +197,9 @@ def claim(
             do not fit the table; the message shows the difference. Or the storage cannot say which
             of two writers was first.
     """
-    found = output.read(layout.JOB)
-    if found is None and output.list(layout.COMPLETIONS):
-        raise UserError(
-            f"output: {output.url} has completions but no {layout.JOB}; "
-            "choose another output folder, or empty this one"
-        )
-    record = json.loads(found) if found is not None else {}
-    planned = planned_inputs.read_planned(output)
-    there, digests = record.get("fingerprint", {}), accepted_digests(record)
-    added = [p for p in plans if p.file.name not in planned] if extend and planned else []
-    kept = [p for p in plans if p.file.name in planned] if added else plans
-    before = {**mark, "input": _input_mark(job, kept)} if added else mark
-    changed = planned_inputs.changes(planned, kept, times=not same_content) if planned else []
-    known = digest(before) in digests if added else not difference(there, before)
-    another = found is None or not known or bool(changed)
-    if another and found is not None and output.list(layout.COMPLETIONS):
-        if digest(mark) in digests and not changed:
-            raise UserError(
-                f"output: {output.url} was being extended with new input files when that was "
-                "stopped; run again with --extend"
-            )
-        raise _refusal(output, difference(there, before), changed)
-    if planned_inputs.other_steps(plans, planned):
-        raise UserError(
-            f"output: {output.url} was begun or extended by another run at this moment; run the "
-            "same command again"
-        )
+    record, added, another, planned = compare(
+        output, plans, mark, extend=extend, same_content=same_content
+    )
     if another:
         # A job that never committed anything, perhaps for a mistake that is corrected now.
         table = table_of(plans)

@@ -13,6 +13,9 @@ from pipeline.config.section import StringList, no_null_byte
 _S3 = re.compile(r"s3[an]?://", re.IGNORECASE)
 _FILE = re.compile(r"file:(?://([^/]*)(?=/|$)|(?=/(?!/)))", re.IGNORECASE)
 
+# Before the bucket; a password may hold slashes. Names of access points have colons, too.
+_PASSWORD = re.compile(r"[^/]*@|(?!arn:)[^/]*:.*@")
+
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|file:/", re.IGNORECASE)
 
 
@@ -27,13 +30,19 @@ def plain_location(url: str) -> str:
     A `file:` URL is decoded (`%20` is a space), as URLs are. Keys on S3 are taken as they stand.
 
     Raises:
-        ValueError: a `file:` URL of another machine.
+        ValueError: a `file:` URL of another machine; or one of S3 with what may be a password.
 
     >>> plain_location("file:///data/a%20b.jsonl"), plain_location("s3a://bucket/a%20b")
     ('/data/a b.jsonl', 's3://bucket/a%20b')
     """
     if found := _S3.match(url):
-        return f"s3://{url[found.end() :]}"
+        place = url[found.end() :]
+        if _PASSWORD.match(place):  # others read job files: in Ray's dashboard, or as a ConfigMap
+            raise ValueError(
+                f"s3://...@{place.rpartition('@')[2]}: a URL must not hold a user name or "
+                "password; use the AWS environment"
+            )
+        return f"s3://{place}"
     if found := _FILE.match(url):
         host = (found[1] or "").rpartition("@")[2]  # never what may be a password
         if host not in {"", "localhost"}:

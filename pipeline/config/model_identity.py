@@ -55,7 +55,7 @@ def check_models(job: JobConfig, *, ask_hub: bool = True) -> None:
         return
     pair = {} if folder is None else _head_card(folder)["pair"]
     names = {"draft": models.draft} | ({} if folder is None else {"target": models.target})
-    ours = {role: model_identity(name) for role, name in names.items() if ask_hub or _is_here(name)}
+    ours = {role: model_identity(name) for role, name in names.items() if ask_hub or is_here(name)}
     check_tokenizers(models)
     for role, mine in ours.items():
         theirs = pair.get(role) or {}
@@ -66,7 +66,7 @@ def check_models(job: JobConfig, *, ask_hub: bool = True) -> None:
             )
 
 
-def _is_here(name: str) -> bool:
+def is_here(name: str) -> bool:
     """Whether a model is a file or folder of this machine, and not a name on the hub."""
     from specdec.loading.sources import find_model
 

@@ -100,7 +100,8 @@ class GenerateActor:
         return replace(self._loop.reading(), seconds=self._timesheet.account().seconds)
 
     def _report(self, tally: Tally) -> None:
-        self._monitor.post.remote(self._actor, tally)
+        # By process: an actor that is restarted keeps its id, and counts from the beginning.
+        self._monitor.post.remote(self._timesheet.worker, tally)
         self._timesheet.nudge()
 
     def _make_engine(self) -> Any:
@@ -208,7 +209,9 @@ class GenerateActor:
         remaining = iter(completions)
         outcomes: list[list[Outcome]] = []
         for index, samples in zip(indices, prepared, strict=True):
-            row = self._row(rows, index)
+            # Of a row without any request there may be no values, which is why.
+            asked = any(isinstance(each, Request) for each in samples)
+            row = self._row(rows, index) if asked else {}
             outcomes.append(
                 [
                     self._reader.outcome(row, each, next(remaining))

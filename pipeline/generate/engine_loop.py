@@ -129,7 +129,7 @@ class EngineLoop:
         self._inbox: queue.Queue[_Batch] = queue.Queue()
         self._ids = map(str, itertools.count())
         self._waiting: dict[str, tuple[_Batch, int]] = {}
-        self._tally = Tally()
+        self._tally = Tally()  # its counts are those of engines that were replaced
         self._reported = 0.0
         self._peak = 0
         self._lock = threading.Lock()
@@ -297,7 +297,9 @@ class EngineLoop:
     def _post(self) -> None:
         self._reported = time.monotonic()
         with self._lock:
-            self._report(replace(self._tally, counts=replace(self._engine.stats.counts)))
+            counts = replace(self._tally.counts)
+            counts.add(self._engine.stats.counts)
+            self._report(replace(self._tally, counts=counts))
 
     def _fail_all(self, error: Exception) -> None:
         batches = {id(batch): batch for batch, _ in self._waiting.values()}
@@ -307,6 +309,7 @@ class EngineLoop:
 
     def _replace_engine(self) -> None:
         with self._lock:
+            self._tally.counts.add(self._engine.stats.counts)
             # Free the broken engine's memory before a new one asks for its own.
             del self._engine
             self._engine = self._make_engine()

@@ -12,9 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.errors import RowError
 from pipeline.inputs.jsonl import BadLine
 from pipeline.inputs.row_ids import row_id
+from pipeline.inputs.row_values import row_values
 from pipeline.inputs.units import Unit
 
 _BAD_LINES = pa.schema(
@@ -53,13 +53,7 @@ class UnitRows:
             RowError: a value is no valid text, or nothing that Python has.
         """
         there = [column for column in columns if column in self.table.column_names]
-        try:
-            (row,) = self.table.select(there).slice(index, 1).to_pylist()
-        except UnicodeDecodeError as error:
-            raise RowError("MalformedText", f"a column is not valid UTF-8: {error}") from None
-        except (pa.ArrowException, ValueError, OverflowError) as error:
-            raise RowError("MalformedValue", f"a column holds no usable value: {error}") from None
-        return dict(row)
+        return row_values(self.table.select(there), index)
 
     def row_id(self, index: int, sample: int = 0) -> str:
         """The name of a sample of a row of the table."""

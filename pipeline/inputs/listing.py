@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.config.job import S3Config
+from pipeline.config.locations import is_url
 from pipeline.errors import UserError
 from pipeline.layout import ADDED_COLUMNS, JOB, OPTIONAL_COLUMNS, is_added
 from pipeline.storage.folder import check_access, find_files, locate
@@ -97,15 +98,17 @@ def list_inputs(
     found: dict[str, InputFile] = {}
     for pattern in patterns:
         # A file that links lead to, too, is read once, under its own name.
-        for file in sorted(_matches(pattern, s3), key=lambda file: os.path.islink(file.url)):
-            found.setdefault(_real(file.url), file)
+        matching = [(_real(file.url), file) for file in _matches(pattern, s3)]
+        for real, file in sorted(matching, key=lambda each: each[0] != each[1].url):
+            found.setdefault(real, file)
     shared = {name for name, n in Counter(f.name for f in found.values()).items() if n > 1}
     files = [_distinct(f) if f.name in shared else f for f in found.values()]
     return sorted((replace(f, prefix=prefix or "") for f in files), key=lambda f: f.name)
 
 
 def _real(url: str) -> str:
-    return os.path.realpath(url) if os.path.islink(url) else url
+    """Where a file is: it, or a folder above it, may be a link."""
+    return url if is_url(url) else os.path.realpath(url)
 
 
 def _distinct(file: InputFile) -> InputFile:

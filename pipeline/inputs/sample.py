@@ -10,10 +10,11 @@ from itertools import chain
 import pyarrow as pa
 
 from pipeline.config.job import InputConfig, S3Config
-from pipeline.errors import UserError
+from pipeline.errors import RowError, UserError
 from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.prompts import required_columns
 from pipeline.inputs.requests import Row
+from pipeline.inputs.row_values import each_row
 from pipeline.inputs.source import read_units
 from pipeline.inputs.units import Unit, check_columns, plan_files, table_of
 from pipeline.storage.folder import resolved
@@ -96,7 +97,9 @@ def choose_rows(
         if len(chosen) >= count or len(chosen) + len(spare) >= count + _LEAST_UNITS * UNIT_ROWS:
             break
         (read,) = read_units([unit], table, s3)
-        rows = [(read.row_id(i), row) for i, row in enumerate(read.table.to_pylist())]
+        # What is malformed becomes an error, or is a column that the prompt does not need.
+        every = enumerate(each_row(read.table))
+        rows = [(read.row_id(i), row) for i, row in every if not isinstance(row, RowError)]
         chance.shuffle(rows)
         chosen += rows[:share]
         spare += rows[share:]

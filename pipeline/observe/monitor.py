@@ -64,7 +64,7 @@ class Monitor:
     """
 
     def __init__(self, actors: int) -> None:
-        self._tallies: dict[str, Tally] = {}
+        self._tallies: dict[str, Tally] = {}  # by process
         self._accounts: dict[str, Account] = {}
         self._begun: dict[str, int] = {}
         self._failed: dict[str, int] = {}
@@ -96,9 +96,9 @@ class Monitor:
         """A mistake of the user's that only an actor could see. The first one stands."""
         self._user_error = self._user_error or message
 
-    def post(self, actor: str, tally: Tally) -> None:
-        """An actor's totals so far."""
-        self._tallies[actor] = tally
+    def post(self, worker: str, tally: Tally) -> None:
+        """The totals so far of an actor's process."""
+        self._tallies[worker] = tally
 
     def book(self, account: Account) -> None:
         """What a process has booked so far."""

@@ -29,9 +29,18 @@ def message(sample: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, An
     return {**message, "refusal": None}
 
 
+VERY_UNLIKELY = -9999.0
+"""What the API has in place of the log-probability of a token that cannot come."""
+
+
+def finite(logprob: float) -> float:
+    """A log-probability as JSON can have it, which knows no infinity."""
+    return max(logprob, VERY_UNLIKELY)
+
+
 def token(told: Mapping[str, Any]) -> dict[str, Any]:
     """A token of a chat, with its bytes where it is whole characters."""
     text = told["token"]
     whole = NO_CHARACTER not in text
     spelled = list(text.encode(errors="replace")) if whole else None
-    return {"token": text, "logprob": told["logprob"], "bytes": spelled}
+    return {"token": text, "logprob": finite(told["logprob"]), "bytes": spelled}

@@ -23,7 +23,7 @@ from pipeline.inputs.openai_requests import CHAT, REQUEST, RESPONSES, endpoint_o
 from pipeline.inputs.row_ids import ROW_ID, parse_row_id
 from pipeline.inputs.units import Unit
 from pipeline.outputs.openai_items import response_object
-from pipeline.outputs.openai_messages import message, token
+from pipeline.outputs.openai_messages import finite, message, token
 from pipeline.storage.folder import Folder
 
 _COMPLETED = (
@@ -181,8 +181,8 @@ def _logprobs(told: Sequence[Mapping[str, Any]], chat: bool) -> dict[str, Any]:
     offsets = accumulate((len(text) for text in tokens[:-1]), initial=0) if tokens else ()
     return {
         "tokens": tokens,
-        "token_logprobs": [t["logprob"] for t in told],
-        TOP: [{other["token"]: other["logprob"] for other in t["top"]} for t in told],
+        "token_logprobs": [finite(t["logprob"]) for t in told],
+        TOP: [{other["token"]: finite(other["logprob"]) for other in t["top"]} for t in told],
         "text_offset": list(offsets),
     }
 
@@ -190,6 +190,6 @@ def _logprobs(told: Sequence[Mapping[str, Any]], chat: bool) -> dict[str, Any]:
 def _by_token(told: Mapping[str, Any]) -> dict[int, Any]:
     """A token of the prompt and the likeliest ones by their ids, as vLLM has them."""
     return {
-        each["token_id"]: {"logprob": each["logprob"], "decoded_token": each["token"]}
+        each["token_id"]: {"logprob": finite(each["logprob"]), "decoded_token": each["token"]}
         for each in (told, *told["top"])
     }

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from pipeline import layout
-from pipeline.commit import planned_inputs
+from pipeline.commit import manifest, planned_inputs
 from pipeline.commit.schema import check_reserved
 from pipeline.config.job import JobConfig
 from pipeline.config.model_defaults import Source, in_force, sources, with_model_defaults
+from pipeline.config.model_identity import is_here
 from pipeline.generate.corpus import corpus_folders
 from pipeline.inputs.joining import plan_units
 from pipeline.inputs.listing import InputFile, list_inputs
@@ -106,6 +107,23 @@ def plan_job(job: JobConfig, *, extend: bool = False, ask_hub: bool = True) -> J
         optional=job.optional_columns,
         sampling_from={} if given else sources(job.sampling, recommended),
     )
+
+
+def check_begun(plan: JobPlan, *, ask_hub: bool = True) -> None:
+    """Make sure that an output that was begun is this job's, as `run` does; write nothing.
+
+    Args:
+        plan: of the job.
+        ask_hub: whether the hub is asked which models those of its names are; otherwise outputs of
+            such jobs are not looked at.
+
+    Raises:
+        UserError: the output is another job's, or its input has changed.
+    """
+    models = filter(None, (plan.job.models.target, plan.job.models.draft))
+    if plan.output.read(layout.JOB) is None or not (ask_hub or all(map(is_here, models))):
+        return
+    manifest.compare(plan.output, plan.files, manifest.fingerprint(plan.job, plan.files))
 
 
 def _reachable(job: JobConfig) -> JobConfig:

@@ -109,6 +109,11 @@ def run_job(
     job, output, units = plan.job, plan.output, plan.units
     mark = manifest.fingerprint(job, plan.files)
     check_models(job)
+    # Not before it is known that no other run is at work, whose record that would replace.
+    done = manifest.committed(output, units)
+    missing = [unit for unit in units if unit.id not in done]
+    if (missing or mode.only_failed) and not mode.take_over:
+        refuse_second_run(output, note)
     table = manifest.claim(
         output,
         job,
@@ -127,16 +132,12 @@ def run_job(
     if plan.takes_recommendations:
         note(plan.sampling_said)
     # 2. Find what is to be generated: units that are missing, or failed rows of those that are not.
-    done = manifest.committed(output, units)
-    missing = [unit for unit in units if unit.id not in done]
     pending = missing
     if mode.only_failed:
         pending = failed_units(output, [unit for unit in units if unit.id in done])
     most_errors = None if mode.any_errors else job.max_error_share
     if not pending and not missing and (recorded := _finished(output, most_errors)):
         return JobResult(job.output, recorded["summary"], units_run=0)
-    if pending and not mode.take_over:
-        refuse_second_run(output, note)
     # 3. Generate it. Everything that is committed stays, whatever happens from here on.
     checksums: dict[str, str] = {}
     status = StatusFile(output, job.name, len(units), len(done), progress, stop)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
-from jobs.plan import mean, seconds_per_row
+from jobs.job_file import load_job
+from jobs.plan import bounded, mean, seconds_per_row
+from pipeline import layout
+from pipeline.commit import manifest
 from pipeline.config.job import S3Config
 from pipeline.config.prices import Hardware
 from pipeline.generate.rehearsal import Rehearsal, TimedRound
 from pipeline.observe.ledger import Account, Run, write_run
+from pipeline.run.plan import plan_job
 from pipeline.storage.folder import open_folder
 from tests.conftest import TinyModels
 
@@ -101,6 +106,22 @@ def test_what_is_done_is_not_planned_again(
     assert (found["done"]["hours"], found["done"]["dollars"]) == (1.0, pytest.approx(1.0))
 
 
+@pytest.mark.parametrize("command", ["validate", "plan"])
+def test_the_output_of_another_job_is_refused_as_run_refuses_it(
+    job: Path, tmp_path: Path, command: str
+) -> None:
+    planned = plan_job(load_job(job, []))
+    mark = manifest.fingerprint(planned.job, planned.files)
+    manifest.claim(planned.output, planned.job, planned.files, mark)
+    record = planned.output.read(layout.JOB)
+    planned.output.put(layout.completions(planned.units[0].id), b"a unit")
+    asked = [command, str(job), "--set", "sampling.temperature=0.5"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 2, result.output
+    assert "holds another job" in result.output and "temperature" in result.output
+    assert planned.output.read(layout.JOB) == record
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -148,6 +169,11 @@ def test_rows_or_speeds_that_differ_widen_the_interval() -> None:
         for rounds, outputs in ((steady, alike), (steady, apart), (uneven, apart))
     ]
     assert widths[0] == pytest.approx(1) and widths[0] < widths[1] < widths[2]
+
+
+def test_a_bound_that_one_row_does_not_tell_is_null() -> None:
+    told = bounded({"tokens": asdict(mean([7.0])), "notes": ["x"]})
+    assert told == {"tokens": {"value": 7.0, "low": 0.0, "high": None}, "notes": ["x"]}
 
 
 def test_a_mean_has_the_interval_of_its_sample() -> None:

@@ -49,6 +49,21 @@ def test_a_folder_of_another_machine_is_refused(url: str) -> None:
         InputConfig(paths=(url,), prompt_column="x")
 
 
+@pytest.mark.parametrize("url", ["s3://KEY:SECRET@bucket/out", "s3a://KEY:SE/CRET@bucket/out"])
+def test_a_url_with_a_password_gets_no_further_than_the_job_file(url: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        JobConfig.model_validate(
+            {
+                "input": {"paths": "x", "prompt_column": "p"},
+                "output": url,
+                "models": {"target": "t"},
+            }
+        )
+    (mistake,) = refused.value.errors()
+    assert "a URL must not hold a user name or password" in mistake["msg"]
+    assert "SECRET" not in mistake["msg"] and "KEY" not in mistake["msg"]
+
+
 def test_a_url_of_a_disk_is_its_path(tmp_path: Path) -> None:
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b" / "x#.jsonl").write_text("{}\n")

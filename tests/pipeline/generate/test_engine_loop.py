@@ -157,7 +157,8 @@ def test_a_round_that_raises_fails_its_units_and_not_the_next(
         return step(self)
 
     monkeypatch.setattr(Engine, "step", broken_once)
-    shared = loop(pair)
+    posts: list[Tally] = []
+    shared = loop(pair, posts)
     first = shared.submit(requests("a", 3))
     with pytest.raises(RuntimeError, match="a bug in the engine"):
         first.result(60)
@@ -165,3 +166,6 @@ def test_a_round_that_raises_fails_its_units_and_not_the_next(
         engine(pair).generate(requests("a", 3))
     )
     assert shared.take_usage().engine["target_forwards"] > 0
+    # What the engine before it committed is counted, too: a pace is of both.
+    assert posts[-1].counts.committed > shared._engine.stats.counts.committed
+    assert posts[-1].finished <= posts[-1].counts.committed

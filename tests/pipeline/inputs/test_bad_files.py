@@ -87,9 +87,10 @@ REFUSED = {
 }
 
 
-def planned(path: Path | str, output: Path) -> JobPlan:
+def planned(path: Path | str | list[Path], output: Path) -> JobPlan:
+    paths = path if isinstance(path, list) else [path]
     values = {
-        "input": {"paths": [str(path)], "prompt_column": "prompt"},
+        "input": {"paths": [*map(str, paths)], "prompt_column": "prompt"},
         "output": str(output),
         "models": {"target": "any"},
         "sampling": {"defaults": "none"},
@@ -160,6 +161,9 @@ def test_links_lead_to_each_file_once_and_to_none_that_is_gone(tmp_path: Path) -
     (folder / "day" / "round").symlink_to(folder / "around")
     for path in (folder, folder / "**" / "*.jsonl"):
         assert [plan.file.name for plan in planned(path, tmp_path / "out").files] == ["day/a.jsonl"]
+    for path in (folder / "*" / "*.jsonl", folder / "a-latest" / "*.jsonl"):  # level by level
+        assert planned(path, tmp_path / "out").rows == 1
+    assert planned([folder / "a-latest", folder / "day"], tmp_path / "out").rows == 1
     (folder / "gone.jsonl").symlink_to(tmp_path / "nothing.jsonl")
     for path in (folder, folder / "*.jsonl"):
         with pytest.raises(UserError, match=r"gone\.jsonl: .* is a link that leads nowhere"):

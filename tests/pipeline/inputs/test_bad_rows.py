@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.reports.findings import gather
 from pipeline.commit.footer import from_footer
-from pipeline.config.job import InputConfig, S3Config, SamplingConfig
+from pipeline.config.job import InputConfig, JobConfig, S3Config, SamplingConfig
 from pipeline.errors import RowError
 from pipeline.inputs.columns import conformed
 from pipeline.inputs.listing import list_inputs
 from pipeline.inputs.requests import RowRequests
 from pipeline.inputs.row_ids import parse_row_id
+from pipeline.inputs.sample import choose_rows
 from pipeline.inputs.source import read_units
 from pipeline.inputs.units import Unit, plan_files
+from pipeline.run.plan import plan_job
 from tests.conftest import CONTEXT, TinyModels
 from tests.pipeline.inputs.odd_rows import (
     CHAT,
@@ -32,7 +36,7 @@ from tests.pipeline.inputs.odd_rows import (
     TEMPLATED_ALONE,
 )
 from tests.pipeline.readers import READERS
-from tests.pipeline.small_jobs import run
+from tests.pipeline.small_jobs import run, settings
 
 
 def write(folder: Path, files: dict[str, tuple[bytes | pa.Table, list[str]]]) -> Path:
@@ -123,6 +127,31 @@ def test_every_row_becomes_what_the_table_says(
     assert {each.name for each in tmp_path.iterdir()} == {folder.name, "out"}
     for kind in ("completions", "errors"):
         check_readers(output / kind)
+
+
+@pytest.mark.ray
+def test_a_row_that_has_no_values_stops_no_job_and_no_page(
+    local_ray: None, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    """What Python has no value for stays as it is in the files that are written."""
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in", {"broken-utf8.parquet": PLAIN_ALONE["broken-utf8.parquet"]})
+    output = tmp_path / "out"
+    values = settings(tiny_models, str(tmp_path / "in"), output, max_error_share=1)
+    values["input"] = {"paths": [str(tmp_path / "in")], "prompt_column": "prompt"}
+    job = JobConfig.model_validate(values)
+    assert run(values).summary["errors"] == 1
+    assert [*classes(output, "errors").values()] == ["MalformedText"]
+    assert [*classes(output, "completions").values()] == [OK]
+    found = gather(str(output), S3Config())
+    assert "not valid UTF-8" in found.errors["MalformedText"][0].message
+    plan = plan_job(job)
+    assert len(choose_rows(plan.units, plan.table, S3Config(), 10)) == 1
+
+
+def test_why_a_row_fails_goes_from_one_process_to_another() -> None:
+    error = pickle.loads(pickle.dumps(RowError("NullPrompt", "it is null")))
+    assert (error.error_class, error.message) == ("NullPrompt", "it is null")
 
 
 def check_readers(folder: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 from openai.types.chat import ChatCompletion
 from openai.types.responses import Response
 
@@ -101,6 +103,14 @@ def test_messages_with_tool_calls_and_reasoning(tmp_path: Path) -> None:
     assert plain.message.tool_calls is None
     spent = [body["usage"]["completion_tokens_details"]["reasoning_tokens"] for body in bodies]
     assert spent == [0, 0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_a_token_that_cannot_come_has_a_number_that_json_knows(tmp_path: Path, url: str) -> None:
+    told = TokenLogprob(7, -0.5, ((7, -0.5), (3, -math.inf)))
+    one = Finished("<whole>", Completion("a", 1, (7,), "stop", logprobs=(told,)), None)
+    (body,) = answered(tmp_path, [{}], [one], url)
+    assert "-9999.0" in json.dumps(body, allow_nan=False)
 
 
 def test_response_objects_have_an_item_for_each_part(tmp_path: Path) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pipeline.config.job import S3Config
 from pipeline.errors import UserError
+from pipeline.layout import JOB, STATUS
+from pipeline.storage.folder import open_folder
 from tests.conftest import TinyModels
 from tests.pipeline.small_jobs import run, settings
 
@@ -39,6 +46,30 @@ def test_a_missing_draft_or_head_is_found_before_ray_starts(
     with pytest.raises(UserError, match=message):
         run(values)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_refused_leaves_the_other_ones_record_as_it_was(
+    tiny_models: TinyModels, prompts: str, tmp_path: Path
+) -> None:
+    """Another run has loaded its models, and committed nothing so far."""
+    values = settings(tiny_models, prompts, tmp_path / "out")
+    folder = open_folder(str(tmp_path / "out"), S3Config())
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        status = {"state": "running", "host": socket.gethostname(), "pid": other.pid}
+        nothing = dict.fromkeys(
+            ("rows", "errors", "rows_total", "units", "units_total", "output_tokens", "seconds"), 0
+        )
+        unknown = dict.fromkeys(("tokens_per_second", "acceptance_rate", "seconds_left", "message"))
+        now = {"name": "j", "stage": "loading", "started": time.time(), "updated": time.time()}
+        folder.put(STATUS, json.dumps({**nothing, **unknown, **now, **status}).encode())
+        folder.put(JOB, b'{"fingerprint": {}}')
+        with pytest.raises(UserError, match="--take-over"):
+            run(values)
+        assert folder.read(JOB) == b'{"fingerprint": {}}'
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_vocabularies_that_differ_are_the_users_error(
