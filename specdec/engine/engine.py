@@ -221,7 +221,7 @@ class Engine:
 
     @property
     def _number(self) -> int | None:
-        """Of the next round, if rows learn from each other what to propose."""
+        """Of the next round, if rows learn from each other: see `Round`."""
         return self.known.number(self.stats.rounds) if self.known else None
 
     def _prepare(self) -> None:
@@ -353,27 +353,29 @@ class Engine:
     def _grow(self, this: Round, slot: int) -> Ending | None:
         """Append a row's committed tokens to its output; return its end if they hold one."""
         row, tokens = this.rows[slot], this.committed[slot]
-        if not tokens:
+        if not tokens:  # its prompt is not yet fed to its end
+            row.doubtful = row.doubtful or slot in this.infected
             return None
-        known, failed = row.generated, tokens[-1] == NO_TOKEN
+        known, before, accepted = row.generated, len(row.tokens), len(tokens) - 1
+        failed = tokens[-1] == NO_TOKEN
         # States that are not finite reach others through a mask. They may be those of a candidate
-        # that does not stand, so a row fails only by a round without any.
+        # that does not stand, so a row fails only by a round without any. What was accepted before
+        # stays: to draw it again for what comes behind it would make it less likely.
         row.doubtful = failed and this.submitted[slot] > 0
         over = failed and not row.doubtful
-        tokens = () if failed else tokens
+        tokens = tokens[:-1] if failed else tokens
         row.tokens += tokens
         ending = find_ending(tokens, known, row, self.pair.eos_token_ids)
         if over:
             ending = failure(known, row.adjusts or row.grammar is not None)
         kept = this.kept[slot] = ending.length - known if ending else len(tokens)
         drafted, verified = this.drafted[slot], this.submitted[slot]
-        accepted = max(0, len(tokens) - 1)
         # An output that ends inside the accepted prefix drops the rest and the bonus token.
         counts = Counts(1, drafted, verified, min(accepted, kept), kept)
         row.counts.add(counts)
         self.stats.count_row(counts, accepted, this.taken(slot))
         # What is not finite may lie in the prompt: a row that failed leaves nothing in its slot.
-        length = 0 if over else len(row.tokens) - 1
+        length = 0 if over else (before if failed else len(row.tokens)) - 1
         if failed or slot in this.infected:
             self.shared.scrub(slot, length)
         self.shared.rollback(slot, length)

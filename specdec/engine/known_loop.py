@@ -39,11 +39,13 @@ class KnownLoop:
     def number(self, rounds: int) -> int | None:
         """What the engine's round, the one behind so many, is drawn by under `rejection`.
 
-        None: rows do not find what others have written, and each counts its own. What a corpus
-        holds was drawn, too, and perhaps for rows of the same seeds: no two corpora have a number
-        in common.
+        None: nothing that rows do depends on what others have drawn, and each counts its own. What
+        a corpus holds was drawn, too, and perhaps for rows of the same seeds: no two corpora have a
+        number in common.
         """
-        return None if self._index is None else (self._index.identity << 31) + rounds
+        if self._index is None:
+            return rounds if self._policy.estimates else None
+        return (self._index.identity << 31) + rounds
 
     def run(self, this: Round) -> None:
         """Begin the round's proposal with the known candidates that the policy takes."""

@@ -34,6 +34,9 @@ from specdec.policies.base import (
 )
 from specdec.policies.chains import NOTHING, Chain
 
+APART = 0x9E3779B97F4A7C15
+"""Spreads numbers of admissions over 64 bits, away from those of rounds."""
+
 BLOCK = 8
 """Candidates of a row whose random numbers are made at once.
 
@@ -63,7 +66,8 @@ class Round:
         unseen: the draft steps at which the policy did not look, once the device has them.
         chains: candidates that are known without a draft, by row, if there may be any.
         known: those of them that are taken, by row.
-        number: of the round in the engine, if rows learn from each other what to propose.
+        number: of the round in the engine, if rows learn from each other what to propose, or how
+            far to go.
         trees: as they were drafted, if candidates branch; `proposal` is then what is submitted.
         paths: for each row the numbers of the submitted candidates that stand.
     """
@@ -104,10 +108,8 @@ class Round:
 
     @property
     def accepted(self) -> list[int]:
-        """Accepted candidates of each row; none where verification failed."""
-        return [
-            len(tokens) - 1 if tokens and tokens[-1] != NO_TOKEN else 0 for tokens in self.committed
-        ]
+        """Accepted candidates of each row."""
+        return [max(0, len(tokens) - 1) for tokens in self.committed]
 
     @functools.cached_property
     def drafted_paths(self) -> list[Sequence[int]]:
@@ -118,7 +120,7 @@ class Round:
 
     def tree(self, row: int) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
         """A row's candidates as they were drafted: parents, those submitted, and those accepted."""
-        path = self.drafted_paths[row] if self.committed[row][-1:] != [NO_TOKEN] else ()
+        path = self.drafted_paths[row] if self.committed[row] else ()
         if self.trees is None:
             return range(-1, self.drafted[row] - 1), range(self.submitted[row]), path
         return self.trees.proposal.parents[row], self.trees.kept[row], path
@@ -249,10 +251,13 @@ class Round:
         """The number of each row's round.
 
         Each row counts its own: what it draws must not depend on its neighbours. But if candidates
-        come from what others have drawn, nobody may draw by the same numbers again, not even a row
-        of the same seed: then all count the engine's.
+        come from what others have drawn, or are chosen by what became of theirs, nobody may draw by
+        the same numbers, not even a row of the same seed: then all count the engine's, each behind
+        the number of its admission.
         """
-        return [row.counts.rounds if self.number is None else self.number for row in self.rows]
+        if self.number is None:
+            return [row.counts.rounds for row in self.rows]
+        return [signed64(self.number ^ row.turn * APART) for row in self.rows]
 
     def numbers(self, depth: int) -> Tensor:
         """float64 [rows]: what drawn candidates number `depth` are drawn by, under `rejection`."""

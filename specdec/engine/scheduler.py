@@ -51,7 +51,7 @@ class LiveRow:
         stops: looks for its stop strings, if it has any.
         memory: what the stop policy remembers about it.
         doubtful: whether its last round failed with candidates; the next one has none. Or whether
-            its given completion was scored among others and had no finite score.
+            among others states of its prompt, or its given completion's score, were not finite.
         trace: its rounds, if they are kept.
         admitted: when it first got a slot, by `time.perf_counter`.
         turn: the number of its admission, the last one if it was sent back.
@@ -228,7 +228,10 @@ class Scheduler:
         self._leave(slot)
 
     def _leave(self, slot: int) -> None:
-        self._rows[slot] = None
+        row, self._rows[slot] = self._rows[slot], None
+        if row is not None and row.doubtful:  # others must not find what may not be finite
+            self.shared.scrub(slot, 0)
+            self.shared.rollback(slot, 0)
         self.shared.release(slot)
 
     def _goal(self, row: LiveRow) -> int:

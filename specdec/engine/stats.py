@@ -127,7 +127,7 @@ class EngineStats:
 
     def count_shapes(self, outcome: RoundOutcome) -> None:
         """Count a round's candidates by where they stood, if any have branched."""
-        accepted = outcome.accepted  # none where verification failed
+        accepted = outcome.accepted
         if outcome.path:
             rows = zip(outcome.parents, outcome.kept, outcome.path, accepted, strict=True)
             for parents, kept, path, stand in rows:

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.stats import chi2_contingency
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.engine.engine import Engine
@@ -15,8 +17,9 @@ from specdec.lossless.sampling import NO_TOKEN, SamplingBatch, probabilities
 from specdec.lossless.verification import MODES, reject
 from specdec.request import INVALID_LOGITS, Completion, Request, SamplingParams
 from tests.specdec import workloads
+from tests.specdec.engine.test_rejection import TINY_VOCAB
 from tests.specdec.lossless.markov import CPU
-from tests.specdec.tiny_models import VOCAB, TinyPair, make_pair
+from tests.specdec.tiny_models import VOCAB, TinyPair, make_pair, noisy_copy, tiny_model
 from tests.specdec.workloads import SOME, make, outputs, prompts, requests_of
 
 GREEDY = replace(workloads.GREEDY, max_new_tokens=9)
@@ -191,8 +194,56 @@ def test_a_candidate_of_a_draft_without_a_softmax_is_replaced_by_a_draw_from_the
     assert torch.equal(residual, p[:1])
 
 
+def test_a_row_that_is_sent_back_leaves_nothing_that_is_not_finite(sick_pair: TinyPair) -> None:
+    engine = Engine(sick_pair, policy=make("none"), slots=2, prefill_chunk=32)
+    engine.submit(Request("bad", (POISON, *[8] * 90), GREEDY))
+    engine.step()
+    assert engine.target_cache.lengths[0] == 32
+    with torch.inference_mode():
+        engine.scheduler._preempt()
+    for cache in engine.shared.caches:
+        assert all(keys.isfinite().all() for keys in cache.keys)
+        assert cache.pages.find((POISON, *[8] * 31)) == []
+    done: list[Completion] = []
+    while engine.has_work:
+        done += engine.step()
+    assert [each.error_class for each in done] == [INVALID_LOGITS]
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("draft", ["the target", "noisy"])
+@pytest.mark.parametrize("policy", ["fixed 4", "goodput", "suffix"])
+def test_a_candidate_that_stands_is_not_drawn_again_for_what_comes_behind_it(
+    policy: str, draft: str
+) -> None:
+    """Behind one of two tokens nothing is allowed. Under `rejection` the other one may not gain.
+
+    False alarms: one in a million.
+    """
+    target = tiny_model(vocab=TINY_VOCAB, hidden=16, layers=1, heads=2, kv_heads=1, seed=4)
+    pair = make_pair(target, target if draft == "the target" else noisy_copy(target, 0.3))
+    asked = SamplingParams(
+        4, temperature=4.0, allowed_token_ids=(1, 2), bad_words=((2, 1), (2, 2)), logprobs=0
+    )
+    many = [Request(str(i), (0, 3, 1, 2), replace(asked, seed=i)) for i in range(2000)]
+    ends: list[Tensor] = []
+    for name in ("none", policy):
+        engine = Engine(pair, policy=make(name), verification="rejection", slots=64)
+        done = engine.generate(many)
+        # How many tokens it has, of which the last one is the one that nothing follows.
+        assert {each.error_class for each in done} == {None, INVALID_LOGITS}
+        said = [str(each.error).partition("output token ")[2][:1] for each in done]
+        ends.append(torch.tensor([int(number or 5) for number in said]).bincount(minlength=6))
+        for each in done:
+            if each.error is None:
+                assert each.logprobs is not None
+                assert [told.token for told in each.logprobs] == [*each.output_ids]
+    assert chi2_contingency(torch.stack(ends)[:, 2:]).pvalue > 1e-6
+
+
+@pytest.mark.parametrize("mode", ["coupled", "rejection"])
 def test_an_end_among_accepted_candidates_comes_before_the_failure(
-    target_model: PreTrainedModel,
+    target_model: PreTrainedModel, mode: str
 ) -> None:
     """The row ends at a token behind which its logits would be NaN: plain decoding ends there."""
     target = quiet(target_model)
@@ -205,8 +256,8 @@ def test_an_end_among_accepted_candidates_comes_before_the_failure(
         pair = make_pair(target, target)
         # A model that gave NaN when it was loaded would have been refused.
         pair.target.model.get_input_embeddings().weight.data[last] = float("nan")
-        (ended,) = run(pair, requests_of(prompt, stop), policy, "coupled")
+        (ended,) = run(pair, requests_of(prompt, stop), policy, mode)
         assert (ended.finish_reason, ended.output_ids) == ("stop", plain.output_ids[: end + 1])
-        (failed,) = run(pair, requests_of(prompt, GREEDY), policy, "coupled")
+        (failed,) = run(pair, requests_of(prompt, GREEDY), policy, mode)
         assert failed.error_class == INVALID_LOGITS
         assert f"logits at output token {end + 2} " in str(failed.error)

@@ -30,6 +30,7 @@ from tests.specdec.workloads import (
     GREEDY,
     LOOKING_UP,
     POLICIES,
+    SAMPLED,
     SOME,
     SPECULATING,
     Prompt,
@@ -243,3 +244,14 @@ def test_block_efficiency_of_full_acceptance_is_k_plus_one(self_pair: TinyPair) 
     # The prompt's forward yields one token, four rounds yield five each.
     assert done.counts == Counts(rounds=5, drafted=16, verified=16, accepted=16, committed=21)
     assert done.counts.block_efficiency == 21 / 5
+
+
+@pytest.mark.parametrize("policy", ["fixed 4", "goodput", "head online"])
+def test_rows_of_one_seed_share_numbers_only_where_no_row_learns_from_another(
+    pair: TinyPair, policy: str
+) -> None:
+    """Many jobs give all rows one seed. What one draws may decide how far another drafts."""
+    requests = [Request(str(i), SOME[2], SAMPLED) for i in range(2)]
+    engine = Engine(pair, policy=make(policy), verification="rejection", lookup=False)
+    one, other = outputs(engine.generate(requests))
+    assert (one == other) == (policy == "fixed 4")
