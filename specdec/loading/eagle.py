@@ -82,6 +82,11 @@ def load_eagle(
     folder = eagle_folder(source)
     weights = eagle_weights(source.name, folder, target.device, getattr(torch, dtype))
     parts, text, known = eagle_parts(config, weights, target, len(layers) * hidden_size)
+    if (embedded := parts.embed_tokens.weight.shape[0]) < tokens:
+        raise PairError(
+            f"draft {source.name} has embeddings of {embedded} tokens, but the target has "
+            f"{tokens}: it was made for another target"
+        )
     model = Eagle3(
         text,
         parts,

@@ -145,6 +145,10 @@ def other_tokens(folder: Path) -> None:
     set_weights(folder, lambda w: w.update(d2t=w["d2t"] + 60))
 
 
+def cut_embedding(weights: dict[str, torch.Tensor]) -> None:
+    weights["embed_tokens.weight"] = weights["embed_tokens.weight"][:50].clone()
+
+
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "another kind": (
         lambda d: set_config(d, speculators_model_type="dflash"),
@@ -178,6 +182,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a weight that is left over": (
         rename("norm.weight", "norms.weight"),
         "its weights are not EAGLE-3's: ",
+    ),
+    "a short embedding": (
+        lambda d: set_weights(d, cut_embedding),
+        "has embeddings of 50 tokens, but the target has 97: it was made for another target",
     ),
     "another shape": (inside(intermediate_size=96), "size mismatch for layers.0.mlp"),
     "one state": (
