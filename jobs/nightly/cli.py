@@ -137,6 +137,8 @@ def _dates(
         raise UserError("give --date, or --from and --to, not both")
     if last is not None and first is None:
         raise UserError("--to needs --from")
+    if catch_up is not None and first is not None:
+        raise UserError("give --catch-up, or --from, which names all nights itself; not both")
     tonight = today(recipe.schedule)
     if first is not None:
         end = parse_date(last, "--to") if last is not None else tonight

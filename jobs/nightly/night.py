@@ -12,7 +12,14 @@ from typing import Any
 
 from jobs.nightly.archive import CARD, ROOT, Archive, Night, WorkFolder
 from jobs.nightly.card import card
-from jobs.nightly.conversations import Generated, OnTurn, generate, keep_plan, kept_plan
+from jobs.nightly.conversations import (
+    Generated,
+    OnTurn,
+    check_losses,
+    generate,
+    keep_plan,
+    kept_plan,
+)
 from jobs.nightly.corpus import with_last_night
 from jobs.nightly.duplicates import DuplicateIndex
 from jobs.nightly.filters import TextFilters
@@ -94,6 +101,8 @@ def make_night(
         duplicates.load(archive, nights)
     selection = Selection(recipe.select, duplicates)
     kept = selection.keep(made, kept)
+    # Templates, rubrics and choices lose some as well, behind which there may be no step to tell.
+    check_losses(made, recipe, lambda: _lost(made))
     models = _models(job)
     partition = make_partition(recipe, date.isoformat(), schema, kept, models["target"])
     night = Night(
@@ -115,6 +124,11 @@ def make_night(
     lock.check()
     published = commit(archive, partition, night, picked.prompts, duplicates)
     return (night, True) if published else (archive.night(night.date) or night, False)
+
+
+def _lost(made: Generated) -> str:
+    """Why conversations were lost, those that were most first."""
+    return "; ".join(f"{why}: {n:,}" for why, n in made.lost.most_common(3))
 
 
 def _kept_version(recipe: Recipe, work: WorkFolder) -> Version:

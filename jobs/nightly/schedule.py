@@ -20,7 +20,8 @@ class Scheduled:
     Attributes:
         recipe: the recipe.
         file: its file on this machine.
-        pods: those of a Ray cluster that KubeRay brings up for the night.
+        pods: those of a Ray cluster that KubeRay brings up for the night; and the overrides of the
+            recipe, whatever runs it.
         kubectl: an image that has kubectl.
     """
 
@@ -59,7 +60,7 @@ def render(kind: str, scheduled: Scheduled) -> str:
 def _cron(scheduled: Scheduled) -> str:
     recipe, file = scheduled.recipe, scheduled.file.resolve()
     line = manifests.crontab_line(
-        [*manifests.program(), "nightly", str(file), "--quiet"],
+        [*manifests.program(), "nightly", str(file), "--quiet", *_changes(scheduled)],
         recipe.schedule.cron,
         Path.cwd(),
         file.with_suffix(".lock"),
@@ -72,11 +73,17 @@ def _cron(scheduled: Scheduled) -> str:
 def _airflow(scheduled: Scheduled) -> str:
     recipe, zone = scheduled.recipe, scheduled.recipe.schedule.timezone
     command = ["specbatch", "nightly", str(scheduled.file.resolve()), "--quiet"]
+    command += _changes(scheduled)
     # Double quotes, since a shell's single ones are put around it before Airflow fills it in.
     command += ["--date", f'{{{{ data_interval_end.in_timezone("{zone}") | ds }}}}']
     command += ["--catch-up", str(recipe.catch_up)]
     cron = recipe.schedule.cron
     return airflow_dag(scheduled.job, command, cron, Path.cwd(), zone)
+
+
+def _changes(scheduled: Scheduled) -> list[str]:
+    """The keys of the recipe that are overridden, as options."""
+    return [part for override in scheduled.pods.overrides for part in ("--set", override)]
 
 
 def _kuberay(scheduled: Scheduled) -> str:

@@ -149,7 +149,7 @@ def distill(
             epochs=epochs,
             minutes=minutes,
             top_k=top_k,
-            lr=lr or LR[kind],
+            lr=LR[kind] if lr is None else lr,
             ce_weight=ce_weight,
             held_out=held_out,
             batch_tokens=batch_tokens,

@@ -125,7 +125,8 @@ def position_rows(records: Iterable[UnitRecord]) -> list[dict[str, Any]]:
             judged.update(dict.fromkeys(range(1, min(verified, taken + 1) + 1), rounds))
             accepted.update(dict.fromkeys(range(1, taken + 1), rounds))
     return [
-        {"position": at, "judged": judged[at], "accepted": accepted[at]} for at in sorted(judged)
+        {"position": at, "judged": judged[at], "accepted": accepted[at]}
+        for at in sorted(+judged)  # trees may have depths that were drafted and never reached
     ]
 
 

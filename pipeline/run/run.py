@@ -109,7 +109,9 @@ def run_job(
     job, output, units = plan.job, plan.output, plan.units
     mark = manifest.fingerprint(job, plan.files)
     check_models(job)
-    # Not before it is known that no other run is at work, whose record that would replace.
+    # Not before it is known that no other run is at work, whose record claiming it would replace.
+    how = {"extend": mode.extend, "same_content": mode.same_content}
+    manifest.compare(output, plan.files, mark, **how)
     done = manifest.committed(output, units)
     missing = [unit for unit in units if unit.id not in done]
     if (missing or mode.only_failed) and not mode.take_over:
@@ -119,9 +121,8 @@ def run_job(
         job,
         plan.files,
         mark,
+        **how,
         sampling_from=plan.sampling_from,
-        extend=mode.extend,
-        same_content=mode.same_content,
         forked_from=open_folder(mode.forked_from, job.s3_of_output) if mode.forked_from else None,
     )
     record = json.loads(output.read(layout.JOB) or b"{}")

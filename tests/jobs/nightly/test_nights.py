@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from datetime import date as Date
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from jobs.nightly.archive import Archive
+from jobs.nightly.conversations import Generated
 from jobs.nightly.nights import Hooks, run_nights
 from jobs.nightly.recipe import Recipe
 from jobs.nightly.status import Status
@@ -225,6 +227,21 @@ def test_a_night_that_loses_too_many_conversations_fails_and_one_of_other_column
     refused = make(Recipe.model_validate(recipe), 21)
     assert refused.state == "failed"
     assert "column 'word' is not there in the night of 2026-11-20" in refused.message
+
+
+def test_a_night_of_which_templates_lose_everything_is_not_published(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then no step is left that would count."""
+    write_seeds(tmp_path, {"a": "one", "b": "two"})
+    recipe = Recipe.model_validate(small_recipe(tiny_models, tmp_path))
+    nothing = Generated([], 2, Counter(TemplateError=2), [], [])
+    monkeypatch.setattr("jobs.nightly.night.generate", lambda *_, **__: nothing)
+    status = make(recipe, 20)
+    assert (status.state, status.end) == ("failed", "errors")
+    assert "2 of 2 conversations could not be completed" in status.message
+    assert "TemplateError: 2" in status.message
+    assert not Archive.of(recipe).nights()
 
 
 @pytest.mark.parametrize(

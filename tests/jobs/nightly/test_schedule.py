@@ -39,6 +39,12 @@ def test_cron(recipe: Path) -> None:
     assert shutil.which(program, path="/usr/bin:/bin"), "cron's PATH is no more than this"
 
 
+@pytest.mark.parametrize("kind", ["cron", "airflow"])
+def test_what_is_overridden_is_so_every_night(recipe: Path, kind: str) -> None:
+    text = render(kind, recipe, "--set", "seeds.per_night=20", "--set", "output=/data/x").stdout
+    assert "--set seeds.per_night=20 --set output=/data/x" in text
+
+
 def test_pods(recipe: Path, tmp_path: Path) -> None:
     place = ("--image", "x:1", "--volume", f"claim:{tmp_path}", "--secret", "keys")
     config, job = yaml.safe_load_all(render("kuberay", recipe, *place).stdout)
